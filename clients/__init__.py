@@ -1,0 +1,1 @@
+"""The ClientApp, and one local method per file."""

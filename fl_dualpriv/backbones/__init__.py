@@ -1,0 +1,1 @@
+"""Frozen vision-language models; each heavy library has one import site here."""

@@ -1,0 +1,136 @@
+"""What can be checked about a model before it is built: device, folder, text tower, checkpoint file. No open_clip here.
+
+Every function raises `ConfigError` with the key, the value, what is allowed and what to do.
+"""
+
+import contextlib
+import http.client
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fl_dualpriv.errors import ConfigError
+
+CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE = "open_clip_config.json", "open_clip_model.safetensors", "vocabulary.json"
+CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth")
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_SUPPORTED_TEXT = (
+    "supported are open_clip's own causal text towers read at the end of text (CLIP, OpenCLIP, MetaCLIP, DFN and the "
+    "like), not Hugging Face, SigLIP or CoCa text towers"
+)
+_PROBE_SECONDS = 5.0
+_QUOTED = 3  # differences named in an error
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` → a device that exists."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = device.partition(":")
+    if device != "cpu" and (kind != "cuda" or not (device == "cuda" or index.isdecimal())):
+        raise ConfigError(f"resources.device = {device!r}: must be auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and int(index or 0) >= (count := torch.cuda.device_count()):
+        raise ConfigError(f'resources.device = {device!r}: torch sees {count} CUDA devices; set "auto" or "cpu"')
+    return torch.device(device)
+
+
+def read_folder_config(name: str, folder: Path) -> dict[str, Any]:
+    """The model section of a folder's configuration, after a look at whether the folder is complete."""
+    config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    for path, exists in (
+        (folder, folder.is_dir()),
+        (config_file, config_file.is_file()),
+        (weights_file, weights_file.is_file()),
+    ):
+        if not exists:
+            raise ConfigError(
+                f"backbone.name = {name!r}: {path} does not exist; the folder must hold {CONFIG_FILE} and "
+                f"{WEIGHTS_FILE}"
+            )
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))["model_cfg"]
+        missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{config_file} is not an open_clip configuration: {reason}") from error
+    if missing:
+        raise ConfigError(f"{config_file}: model_cfg lacks {', '.join(missing)}")
+    return config
+
+
+def check_text_tower(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse text towers in which a prompt cannot be cut after its end of text, or that are not open_clip's own."""
+    text = config["text_cfg"]
+    pool, eos = text.get("pool_type", "argmax"), text.get("eos_id", 2)
+    problems = {
+        f"hf_model_name = {text.get('hf_model_name')!r}": bool(text.get("hf_model_name")),
+        "multimodal_cfg (CoCa)": "multimodal_cfg" in config,
+        "embed_cls": text.get("embed_cls", False),
+        "no_causal_mask": text.get("no_causal_mask", False),
+        f"pool_type = {pool!r}": pool not in ("argmax", "eos"),
+        # Everything downstream finds the end of text as the largest id of a row, as "argmax" does.
+        f"eos_id = {eos}, not its largest id": pool == "eos" and eos != text.get("vocab_size", 49408) - 1,
+    }
+    for problem, present in problems.items():
+        if present:
+            raise ConfigError(f"backbone.name = {name!r}: its text tower has {problem}; {_SUPPORTED_TEXT}")
+
+
+def read_shapes(checkpoint: Path) -> Shapes:
+    """Name and shape of every tensor in a checkpoint."""
+    try:
+        if checkpoint.suffix == ".safetensors":
+            with safe_open(checkpoint, framework="pt") as file:
+                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        else:
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state)
+            shapes = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
+    except Exception as error:  # pickle, zip, safetensors and torch each raise their own kinds
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(f"{checkpoint} cannot be read as a checkpoint: {type(error).__name__}: {reason}") from error
+    if not shapes:
+        raise ConfigError(f"{checkpoint} holds no tensors; it must be a state dict, or hold one under 'state_dict'")
+    return {key.removeprefix("module."): shape for key, shape in shapes.items()}
+
+
+def mismatches(expected: Shapes, found: Shapes) -> str:
+    """The first few differences of two sets of tensors; empty if there is none."""
+    both = [key for key in expected if key in found]
+    problems = [f"{key} is {found[key]}, expected {expected[key]}" for key in both if found[key] != expected[key]]
+    problems += [f"{key} is missing" for key in expected if key not in found]
+    problems += [f"{key} is unknown" for key in found if key not in expected]
+    more = [f"and {len(problems) - _QUOTED} more"] if len(problems) > _QUOTED else []
+    return "; ".join(problems[:_QUOTED] + more)
+
+
+@contextlib.contextmanager
+def no_retries_when_offline() -> Iterator[None]:
+    """Look into the local cache only, if the model hub does not answer: its client would retry for most of a minute."""
+    constants = huggingface_hub.constants
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _answers(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PROBE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True  # an error page is an answer
+    except (OSError, ValueError, http.client.HTTPException):
+        return False
+    return True

@@ -1,0 +1,84 @@
+"""CLIP's own byte-pair tokenizer cut down to the words that the embedded demo CLIP was trained on."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+PADDING_ID = 0
+"""Id 0 only fills a row up after its end-of-text token, where a causal text tower cannot see it."""
+
+
+class TrimmedTokenizer:
+    """Callable on texts, as open_clip's tokenizers are, with a small vocabulary.
+
+    The words are split by open_clip's `SimpleTokenizer`; the ids that the demo never uses are left out, which makes its
+    token embedding some hundred rows instead of 49,408. End of text has the largest id, as open_clip's pooling by
+    ``argmax`` needs.
+
+    Args:
+        bpe_ids: `SimpleTokenizer`'s id for each trimmed id, end of text last; entry 0 is padding and stands for no word.
+        context_length: Length of every row.
+
+    Raises:
+        ValueError: If the last id is not end of text.
+    """
+
+    def __init__(self, bpe_ids: Sequence[int], context_length: int) -> None:
+        from fl_dualpriv import torchvision_shim
+
+        torchvision_shim.install()
+        from open_clip.tokenizer import SimpleTokenizer  # heavy, and needs the shim: not at import time
+
+        self._bpe = SimpleTokenizer()
+        self.context_length = context_length
+        self.vocab_size = len(bpe_ids)
+        self._trimmed = {bpe_id: index for index, bpe_id in enumerate(bpe_ids) if index != PADDING_ID}
+        self.sot_token_id = self._trimmed[self._bpe.sot_token_id]
+        self.eot_token_id = self._trimmed[self._bpe.eot_token_id]
+        if self.eot_token_id != self.vocab_size - 1:
+            raise ValueError(f"end of text must have the largest id, {self.vocab_size - 1}, not {self.eot_token_id}")
+
+    @classmethod
+    def from_json(cls, path: Path) -> Self:
+        """Read ``bpe_ids`` and ``context_length`` from a JSON file."""
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return cls(content["bpe_ids"], content["context_length"])
+
+    def encode(self, text: str) -> list[int]:
+        """Trimmed ids of a text, without start and end of text.
+
+        Raises:
+            ValueError: If a word is not in the demo CLIP's vocabulary.
+        """
+        bpe_ids = self._bpe.encode(text)
+        if not all(bpe_id in self._trimmed for bpe_id in bpe_ids):
+            unknown = [word for word in text.split() if not self._knows(word)] or [text]
+            raise ValueError(
+                f"unknown to the demo CLIP: {', '.join(map(repr, unknown))}. It was trained on sketches and knows only a "
+                "small vocabulary (class, colour, style and category words); use a pre-trained CLIP for other words"
+            )
+        return [self._trimmed[bpe_id] for bpe_id in bpe_ids]
+
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+        """Ids of one text or several, each row start of text ... end of text, then padding.
+
+        Returns:
+            int64 tensor (number of texts, context_length).
+
+        Raises:
+            ValueError: If a word is unknown, or a text is longer than the context.
+        """
+        rows = torch.full((1 if isinstance(texts, str) else len(texts), self.context_length), PADDING_ID)
+        for row, text in zip(rows, [texts] if isinstance(texts, str) else texts, strict=True):
+            ids = [self.sot_token_id, *self.encode(text), self.eot_token_id]
+            if len(ids) > self.context_length:
+                raise ValueError(f"{text!r} takes {len(ids)} tokens; the demo CLIP reads {self.context_length}")
+            row[: len(ids)] = torch.tensor(ids)
+        return rows
+
+    def _knows(self, word: str) -> bool:
+        return all(bpe_id in self._trimmed for bpe_id in self._bpe.encode(word))

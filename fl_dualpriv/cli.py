@@ -1,0 +1,239 @@
+"""``fl-dualpriv``: the thin front. Checks everything first, runs an engine, and its exit status is true.
+
+0: the run ended well and left its results; 1: it failed; 2: it was not started; 130: Ctrl-C. Light on import: Flower,
+Ray and torch come with the engine.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import tomllib
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fl_dualpriv import flower_env
+from fl_dualpriv.config import RunConfig, app_defaults, merge, parse_assignment, read_toml
+from fl_dualpriv.config_rules import ConfigValue
+from fl_dualpriv.errors import ConfigError, PrivacyError
+from fl_dualpriv.progress import shown
+from fl_dualpriv.tables import privacy_table, results_table
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+# All that a run leaves in its folder. --overwrite removes these and nothing else.
+RESULT_FILES = ("summary.json", "rounds.jsonl", "error.json", "error.log", "curve.png", "flower.log")
+RESULT_FOLDERS = ("prompts", "clients")
+
+
+class Engine(StrEnum):
+    """What carries messages between server and clients; results are the same."""
+
+    RAY = "ray"
+    LOCAL = "local"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run that has been checked and may start."""
+
+    app_dir: Path
+    flat: dict[str, ConfigValue]
+    config: RunConfig
+    out: Path
+
+
+@app.callback()
+def _root() -> None:
+    """Federated prompt learning with differential privacy that is true."""
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="TOML file with the keys that differ from the app's pyproject.toml.")],
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key; may be repeated.")
+    ] = None,
+    engine: Annotated[Engine, typer.Option(help="ray: Flower's simulation; local: one process.")] = Engine.RAY,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results.  [default: runs/CONFIG-TIME]", show_default=False)
+    ] = None,
+    app_dir: Annotated[
+        Path | None, typer.Option("--app", help="Folder of the Flower app.  [default: the one around CONFIG]")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove an earlier run's results from the folder.")
+    ] = False,
+) -> None:
+    """Run one federation, show its progress, print its results and its privacy table."""
+    console, errors = Console(), Console(stderr=True)
+    try:
+        job = prepare(config, assignments or [], out, app_dir, overwrite=overwrite)
+    except ConfigError as error:
+        _exit(errors, str(error), 2)
+    signal.signal(signal.SIGTERM, _terminated)  # so that the engine cleans up
+    console.print(
+        f"{config.stem}: {job.config.method}, {job.config.population} clients, engine {engine}", highlight=False
+    )
+    try:
+        with shown(console, job.out / "rounds.jsonl", job.config.rounds):
+            run_engine(engine, job)
+    except KeyboardInterrupt:
+        _exit(errors, f"stopped by Ctrl-C; what there is lies in {job.out}", 130)
+    except Exception as error:
+        _exit(errors, _message(error, job.out), 1)
+    summary_file = job.out / "summary.json"
+    if not summary_file.exists():
+        _exit(errors, f"the run ended without results: {summary_file} was not written", 1)
+    summary = json.loads(summary_file.read_text(encoding="utf-8"))
+    console.print(results_table(summary))
+    console.print(privacy_table(summary["privacy"]))
+    console.print(f"results: {escape(str(job.out))}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def env() -> None:
+    """Print `export` lines for Flower's own commands in a shell where `make setup` did not install its hook."""
+    try:
+        variables = flower_env.installed()
+    except FileNotFoundError:
+        home = Path.home() / ".fl-dualpriv" / "flower"
+        variables = flower_env.environment(home, *flower_env.free_ports(2))
+    sys.stdout.write(flower_env.exports(variables) + "\n")
+
+
+def prepare(config: Path, assignments: list[str], out: Path | None, app_dir: Path | None, *, overwrite: bool) -> Job:
+    """Check configuration and output folder before anything starts.
+
+    Raises:
+        ConfigError: With every problem of the configuration, or the one of the folder.
+    """
+    app_dir = find_app(config) if app_dir is None else app_dir.resolve()
+    sets: dict[str, ConfigValue] = {}
+    problems = []
+    for text in assignments:
+        try:
+            key, value = parse_assignment(text)
+            sets[key] = value
+        except ConfigError as error:
+            problems.append(f"--set: {error}")
+    flat = merge(app_defaults(app_dir), read_toml(config), sets)
+    out = Path(out or str(flat.get("output.dir") or "") or f"runs/{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    out = Path(os.path.abspath(out.expanduser()))  # noqa: PTH100 - resolve() would also follow links
+    flat = absolute_paths(flat | {"output.dir": str(out)}, Path.cwd())
+    try:
+        checked = RunConfig.from_run_config(flat)
+    except (ConfigError, PrivacyError) as error:
+        raise ConfigError("\n".join([*problems, str(error)])) from error
+    if problems:
+        raise ConfigError("\n".join(problems))
+    _prepare_folder(out, overwrite=overwrite)
+    return Job(app_dir=app_dir, flat=flat, config=checked, out=out)
+
+
+def find_app(config: Path) -> Path:
+    """The nearest folder around ``config``, else around the working directory, that holds a Flower app.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    for start in (config.resolve().parent, Path.cwd()):
+        for folder in (start, *start.parents):
+            file = folder / "pyproject.toml"
+            if file.is_file() and "app" in _table(file).get("tool", {}).get("flwr", {}):
+                return folder
+    raise ConfigError(f"no Flower app around {config} or {Path.cwd()}: give the folder of the checkout with --app")
+
+
+def _table(file: Path) -> dict:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def absolute_paths(flat: Mapping[str, ConfigValue], base: Path) -> dict[str, ConfigValue]:
+    """Make file paths absolute: the engines run in other folders than the one the user types in."""
+    result = dict(flat)
+    for key in ("data.path", "data.classes"):
+        value = result.get(key)
+        if isinstance(value, str) and value:
+            result[key] = str(base / Path(value).expanduser())
+    name, pretrained = result.get("backbone.name"), result.get("backbone.pretrained")
+    if isinstance(name, str) and name.startswith("local-dir:"):
+        result["backbone.name"] = "local-dir:" + str(base / Path(name.removeprefix("local-dir:")).expanduser())
+    # Else it is a tag.
+    if isinstance(pretrained, str) and pretrained.endswith((".safetensors", ".pt", ".pth", ".bin")):
+        result["backbone.pretrained"] = str(base / Path(pretrained).expanduser())
+    return result
+
+
+def _prepare_folder(out: Path, *, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file: give a folder with --out")
+    if any((out / name).exists() for name in ("summary.json", "rounds.jsonl")):
+        if not overwrite:
+            raise ConfigError(f"{out} holds the results of an earlier run: give another --out, or --overwrite")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in RESULT_FILES:
+            (out / name).unlink(missing_ok=True)
+        for name in RESULT_FOLDERS:
+            if (out / name).is_dir() and not (out / name).is_symlink():
+                shutil.rmtree(out / name)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be used for results: {error.strerror or error}; give another --out") from error
+
+
+def run_engine(engine: Engine, job: Job) -> None:
+    """Run ``job`` to its end; raises if it fails."""
+    if engine is Engine.LOCAL:
+        # Before torch is loaded. One thread, as in Ray's actors: sums then have one order in both engines.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        from fl_dualpriv.local_engine import run_local
+
+        run_local(job.app_dir, job.flat)
+    else:
+        from fl_dualpriv.flower_engine import run_flower
+
+        run_flower(
+            job.app_dir,
+            job.flat,
+            population=job.config.population,
+            cpus_per_client=job.config.resources.cpus_per_client,
+            gpus_per_client=job.config.resources.gpus_per_client,
+            work_dir=job.out,
+        )
+
+
+def _message(error: Exception, out: Path) -> str:
+    """One message for the user; where the error is not one of ours, the traceback goes to a file."""
+    if isinstance(error, ValueError | RuntimeError) and type(error).__module__.startswith("fl_dualpriv"):
+        return str(error)
+    file = out / "error.log"
+    file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    return f"{type(error).__name__}: {error}\n  traceback: {file}"
+
+
+def _terminated(number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _exit(errors: Console, message: str, status: int) -> NoReturn:
+    errors.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True, highlight=False)
+    raise typer.Exit(status)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,322 @@
+"""The run configuration: frozen dataclasses that mirror ``[tool.flwr.app.config]`` of ``pyproject.toml`` key by key.
+
+There are no defaults here: ``pyproject.toml`` is the one list of keys and defaults, and a test holds the two in step.
+Keys are kebab-case and dotted on the wire and in TOML, snake_case in Python; the conversion happens here alone.
+Ranges and cross-field rules are in ``config_rules.py``. Imports the standard library only.
+"""
+
+import dataclasses
+import functools
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, cast, get_type_hints
+
+from fl_dualpriv.config_rules import ConfigValue, check
+from fl_dualpriv.errors import ConfigError
+
+T = TypeVar("T")
+Method = Literal["dpfpl", "promptfl", "local-only", "lowrank", "full", "zero-shot", "dpfpl-paper"]
+Mechanism = Literal["none", "gaussian"]
+CalibrateTo = Literal["epsilon", "noise-multiplier"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyConfig:
+    """Which server strategy runs, as ``module:Class``."""
+
+    ref: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Local training; ``sampling_rate`` is the Poisson rate q, ``microbatch`` bounds memory only."""
+
+    local_steps: int
+    sampling_rate: float
+    global_learning_rate: float
+    local_learning_rate: float
+    microbatch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """Shape and start of the prompt; ``rank <= ctx_dim`` is checked once the backbone is known."""
+
+    n_ctx: int
+    rank: int
+    init: Literal["template", "random"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningConfig:
+    """Dual-Priv pruning of visual tokens and of updates; a keep ratio of 1 switches it off."""
+
+    visual_keep_ratio: float
+    visual_layer: int
+    update_keep_ratio: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordLevelConfig:
+    """Privacy of one training example of a client."""
+
+    mechanism: Mechanism
+    calibrate_to: CalibrateTo
+    epsilon: float
+    noise_multiplier: float
+    delta: float
+    clip_norm: float
+    trusts_server: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientLevelConfig:
+    """Privacy of a client's whole data; ``expected_cohort`` is public and is a count of clients."""
+
+    mechanism: Mechanism
+    calibrate_to: CalibrateTo
+    epsilon: float
+    noise_multiplier: float
+    delta: float
+    clip_norm: float
+    expected_cohort: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyConfig:
+    """Both levels, and where the randomness comes from."""
+
+    randomness: Literal["os", "seeded"]
+    record: RecordLevelConfig
+    client: ClientLevelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and how they are divided among clients."""
+
+    ref: Literal["demo", "folder"]
+    path: str
+    classes: str
+    partition: Literal["iid", "by-class", "dirichlet"]
+    dirichlet_alpha: float
+    val_fraction: float
+    test_fraction: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Which frozen vision-language model."""
+
+    name: str
+    pretrained: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """When and on what to score; ``every`` is in rounds."""
+
+    every: int
+    split: Literal["test", "val"]
+    held_out_data: Literal["public", "private"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourcesConfig:
+    """Hardware of one client; these keys never change a result."""
+
+    device: str
+    cpus_per_client: int
+    gpus_per_client: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """Where results go: an absolute directory, or empty for the default one."""
+
+    dir: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run, checked: a ``RunConfig`` that exists satisfies every rule of ``config_rules.py``. Timeouts in seconds.
+
+    Raises:
+        ConfigError: If a field breaks a rule, also on direct construction and ``dataclasses.replace``.
+    """
+
+    method: Method
+    rounds: int
+    population: int
+    seed: int
+    join_timeout: float
+    reply_timeout: float
+    strategy: StrategyConfig
+    train: TrainConfig
+    prompt: PromptConfig
+    pruning: PruningConfig
+    privacy: PrivacyConfig
+    data: DataConfig
+    backbone: BackboneConfig
+    evaluation: EvaluationConfig
+    resources: ResourcesConfig
+    output: OutputConfig
+
+    def __post_init__(self) -> None:
+        _, problems = check(_key_types(RunConfig), self.to_run_config())
+        _raise_all(problems)
+
+    @classmethod
+    def from_run_config(cls, flat: Mapping[str, ConfigValue]) -> Self:
+        """Parse a flat run config as Flower hands it over.
+
+        Args:
+            flat: Dotted kebab-case keys; keys under ``plugin.`` belong to the selected class and are ignored here.
+
+        Returns:
+            The typed tree: an int given for a float is converted, ``~`` is expanded in ``data`` and ``output`` paths.
+
+        Raises:
+            ConfigError: With every problem found, one a line.
+        """
+        values, problems = check(_key_types(cls), flat)
+        _raise_all(problems)
+        return _build(cls, values)
+
+    def to_run_config(self) -> dict[str, ConfigValue]:
+        """Return the flat form: ``RunConfig.from_run_config(config.to_run_config()) == config``."""
+        return _flat_fields(self)
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, ConfigValue]:
+    """Turn nested tables into one flat table with dotted keys, as Flower does; key spelling is left as it is.
+
+    Args:
+        nested: Tables within tables, as ``tomllib`` returns them.
+        prefix: Put before every key, with its own final dot.
+
+    Raises:
+        ConfigError: If a value is not a bool, int, float or string: nothing else travels in a Flower run config.
+    """
+    flat: dict[str, ConfigValue] = {}
+    for name, value in nested.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{key}.")
+        elif isinstance(value, bool | int | float | str):
+            flat[key] = value
+        else:
+            raise ConfigError(
+                f"{key} = {value!r}: a {type(value).__name__} is not a config value; "
+                "give true or false, a number or a quoted string"
+            )
+    return flat
+
+
+def read_toml(path: Path) -> dict[str, ConfigValue]:
+    """Read a TOML file of config keys into a flat table.
+
+    Raises:
+        ConfigError: If the file is missing, unreadable or not TOML, or holds a value that is not a scalar.
+    """
+    return flatten(_load_toml(path))
+
+
+def app_defaults(app_dir: Path) -> dict[str, ConfigValue]:
+    """Read the keys and defaults of the app: the flat ``[tool.flwr.app.config]`` of ``app_dir/pyproject.toml``.
+
+    Raises:
+        ConfigError: If the file is not usable or has no such table.
+    """
+    path = app_dir / "pyproject.toml"
+    table: Any = _load_toml(path)
+    for name in ("tool", "flwr", "app", "config"):
+        table = table.get(name) if isinstance(table, dict) else None
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path} has no [tool.flwr.app.config] table; give the directory of the Flower app")
+    return flatten(table)
+
+
+def parse_assignment(text: str) -> tuple[str, ConfigValue]:
+    """Parse one ``key=value`` of the command line.
+
+    Args:
+        text: The value is read as TOML (``4``, ``0.5``, ``true``, ``"text"``); what is not TOML is a string as it is,
+            so that paths and words need no quotes. An empty value is the empty string.
+
+    Raises:
+        ConfigError: If there is no ``=``, no key, or the value is a TOML array or table.
+    """
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not key:
+        raise ConfigError(f"{text!r} is not an assignment; write key=value, for example rounds=20")
+    try:
+        parsed = tomllib.loads(f"value = {value}")
+    except ValueError:
+        return key, value
+    if isinstance(parsed["value"], dict | list):
+        raise ConfigError(f"{key} = {value}: arrays and tables are not config values; give one number, word or string")
+    # A date, or a text whose line breaks happen to make further keys, is a string to us.
+    is_scalar = len(parsed) == 1 and isinstance(parsed["value"], bool | int | float | str)
+    return key, parsed["value"] if is_scalar else value
+
+
+def merge(defaults: Mapping[str, ConfigValue], *overrides: Mapping[str, ConfigValue]) -> dict[str, ConfigValue]:
+    """Lay flat tables over each other, later ones on top; unknown keys stay, for ``RunConfig`` to complain about."""
+    merged = dict(defaults)
+    for override in overrides:
+        merged.update(override)
+    return merged
+
+
+def _load_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path.absolute()} does not exist; give the path of a TOML file") from None
+    except OSError as error:
+        raise ConfigError(f"config file {path.absolute()} cannot be read: {error.strerror}; check the path") from error
+    except ValueError as error:  # TOML, encoding, or an integer beyond Python's limit of digits
+        raise ConfigError(f"config file {path} is not valid TOML: {error}; correct the file") from error
+
+
+def _raise_all(problems: list[str]) -> None:
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError("\n  ".join([f"the run configuration has {count}:", *problems]))
+
+
+def _children(cls: type) -> list[tuple[str, str, Any]]:
+    """Name, kebab-case key and type of every field."""
+    return [(name, name.replace("_", "-"), hint) for name, hint in get_type_hints(cls).items()]
+
+
+@functools.cache
+def _key_types(cls: type, prefix: str = "") -> dict[str, Any]:
+    types: dict[str, Any] = {}
+    for _, key, hint in _children(cls):
+        if dataclasses.is_dataclass(hint):
+            types |= _key_types(cast(type, hint), f"{prefix}{key}.")
+        else:
+            types[prefix + key] = hint
+    return types
+
+
+def _build(cls: type[T], values: Mapping[str, ConfigValue], prefix: str = "") -> T:
+    arguments = {
+        name: _build(cast(type, hint), values, f"{prefix}{key}.")
+        if dataclasses.is_dataclass(hint)
+        else values[prefix + key]
+        for name, key, hint in _children(cls)
+    }
+    return cls(**arguments)
+
+
+def _flat_fields(config: object, prefix: str = "") -> dict[str, ConfigValue]:
+    flat: dict[str, ConfigValue] = {}
+    for name, key, hint in _children(type(config)):
+        value = getattr(config, name)
+        flat |= _flat_fields(value, f"{prefix}{key}.") if dataclasses.is_dataclass(hint) else {prefix + key: value}
+    return flat

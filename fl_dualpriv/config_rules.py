@@ -1,0 +1,300 @@
+"""What a flat run config must satisfy: types, choices, ranges, and rules between keys. Nothing here raises.
+
+Every message is one line: key, value, what is allowed, what to do. All problems are collected; a rule is skipped when
+a key that it reads has a problem of its own.
+"""
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+ConfigValue = bool | int | float | str
+Values = Mapping[str, Any]
+
+_IGNORED_PREFIX = "plugin."
+_PATH_KEYS = ("data.path", "data.classes", "output.dir")
+_WITHOUT_SHARED_PROMPT = ("local-only", "zero-shot")
+
+
+class Range(NamedTuple):
+    """What one key may be."""
+
+    accepts: Callable[[Any], bool]
+    allowed: str
+    advice: str
+
+
+class CrossRule(NamedTuple):
+    """What several keys must satisfy together; ``holds`` reads ``keys`` alone, and the first is to blame."""
+
+    keys: tuple[str, ...]
+    holds: Callable[[Values], bool]
+    need: str
+    advice: str
+
+
+def _is_class_ref(text: str) -> bool:
+    module, colon, name = text.partition(":")
+    return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def _at_least_one(advice: str) -> Range:
+    return Range(lambda x: x >= 1, "a whole number >= 1", advice)
+
+
+def _positive(advice: str) -> Range:
+    return Range(lambda x: x > 0, "> 0", advice)
+
+
+_RATE = Range(lambda x: x >= 0, ">= 0", "0 freezes this part of the prompt")
+_FRACTION = Range(lambda x: 0 < x < 1, "between 0 and 1, both excluded", "give a share of train/, for example 0.2")
+_KEEP = Range(lambda x: 0 < x <= 1, "in (0, 1]", "1 switches this pruning off")
+_DELTA = Range(
+    lambda x: 0 < x < 1, "between 0 and 1, both excluded", "give at most 1 / (10 x number of units protected)"
+)
+_NOISE = _positive('without noise there is no privacy: to train without it set mechanism = "none" in this section')
+_CLIP = _positive("it bounds the norm of one contribution; 1.0 is a usual start")
+# torch, numpy and Flower's messages carry signed 64-bit integers.
+_SEED = Range(lambda x: 0 <= x < 2**63, "a whole number from 0 to 2**63 - 1", "0 will do")
+
+RANGES: dict[str, Range] = {
+    "rounds": _at_least_one('for no training at all set method = "zero-shot"'),
+    "population": _at_least_one("give the number of clients"),
+    "seed": _SEED,
+    "join-timeout": _positive("give seconds"),
+    "reply-timeout": _positive("give seconds"),
+    "strategy.ref": Range(_is_class_ref, "module:Class", 'for example "strategies.dpfpl:DPFPL"'),
+    "train.local-steps": _at_least_one('for no training at all set method = "zero-shot"'),
+    "train.sampling-rate": Range(lambda x: 0 < x <= 1, "in (0, 1]", "it is the chance of a record to join a batch"),
+    "train.global-learning-rate": _RATE,
+    "train.local-learning-rate": _RATE,
+    "train.microbatch": _at_least_one("it bounds memory only"),
+    "prompt.n-ctx": _at_least_one("4 is usual"),
+    "prompt.rank": _at_least_one('for no factorisation set method = "full"'),
+    "pruning.visual-keep-ratio": _KEEP,
+    "pruning.visual-layer": _at_least_one("it counts the blocks before pruning"),
+    "pruning.update-keep-ratio": _KEEP,
+    "privacy.record.epsilon": _NOISE,
+    "privacy.record.noise-multiplier": _NOISE,
+    "privacy.record.delta": _DELTA,
+    "privacy.record.clip-norm": _CLIP,
+    "privacy.client.epsilon": _NOISE,
+    "privacy.client.noise-multiplier": _NOISE,
+    "privacy.client.delta": _DELTA,
+    "privacy.client.clip-norm": _CLIP,
+    "privacy.client.expected-cohort": _positive("give the expected number of clients in a round"),
+    "data.dirichlet-alpha": _positive("0.1 is very uneven, 100 nearly even"),
+    "data.val-fraction": _FRACTION,
+    "data.test-fraction": _FRACTION,
+    "backbone.name": Range(
+        lambda x: x.strip() not in ("", "local-dir:"), '"demo", an open_clip model name or local-dir:PATH', "name one"
+    ),
+    "evaluation.every": _at_least_one("for the last round only, give the number of rounds"),
+    "resources.device": Range(
+        lambda x: re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", x) is not None, "auto, cpu, cuda or cuda:N", "auto will do"
+    ),
+    "resources.cpus-per-client": _at_least_one("1 will do"),
+    "resources.gpus-per-client": Range(lambda x: x >= 0, ">= 0", "0 for CPU, a fraction to share a GPU"),
+    "output.dir": Range(
+        lambda x: x == "" or Path(x).is_absolute(), "empty or an absolute path", "write the path from the root"
+    ),
+}
+
+_RECORD, _CLIENT, _TRUSTS = "privacy.record.mechanism", "privacy.client.mechanism", "privacy.record.trusts-server"
+_PATH_NEEDED = 'must be the directory of the images when data.ref = "folder"'
+
+CROSS_RULES: tuple[CrossRule, ...] = (
+    CrossRule(
+        ("prompt.rank", "prompt.n-ctx"),
+        lambda v: v["prompt.rank"] <= v["prompt.n-ctx"],
+        "must be at most prompt.n-ctx",
+        "lower the rank or add context tokens",
+    ),
+    CrossRule(
+        ("data.path", "data.ref"),
+        lambda v: v["data.ref"] != "folder" or v["data.path"].strip() != "",
+        _PATH_NEEDED,
+        'set data.path, or data.ref = "demo"',
+    ),
+    CrossRule(
+        ("data.path", "data.ref"),
+        lambda v: v["data.ref"] != "demo" or v["data.path"] == "",
+        'must be empty when data.ref = "demo"',
+        'did you mean data.ref = "folder"?',
+    ),
+    CrossRule(
+        ("data.classes", "data.ref"),
+        lambda v: v["data.ref"] != "demo" or v["data.classes"] == "",
+        'must be empty when data.ref = "demo"',
+        'did you mean data.ref = "folder"?',
+    ),
+    CrossRule(
+        ("data.test-fraction", "data.val-fraction"),
+        lambda v: v["data.test-fraction"] + v["data.val-fraction"] < 1,
+        "must be less than 1 together with data.val-fraction",
+        "leave a share for training",
+    ),
+    CrossRule(
+        ("privacy.client.expected-cohort", "population", _CLIENT),
+        lambda v: v[_CLIENT] == "none" or v["privacy.client.expected-cohort"] <= v["population"],
+        "must be at most population",
+        "lower it, or raise population",
+    ),
+    CrossRule(
+        (_CLIENT, "method"),
+        lambda v: v[_CLIENT] == "none" or v["method"] not in _WITHOUT_SHARED_PROMPT,
+        'must be "none" for a method that shares no prompt',
+        'set it to "none", or choose a method that shares, for example "dpfpl"',
+    ),
+    CrossRule(
+        (_TRUSTS, _RECORD),
+        lambda v: not v[_TRUSTS] or v[_RECORD] == "gaussian",
+        'needs privacy.record.mechanism = "gaussian"',
+        "set the mechanism, or trusts-server = false",
+    ),
+    CrossRule(
+        (_TRUSTS, "train.local-steps"),
+        lambda v: not v[_TRUSTS] or v["train.local-steps"] == 1,
+        "needs train.local-steps = 1, since a client uploads one clipped sum per round",
+        "set train.local-steps = 1, or trusts-server = false",
+    ),
+    CrossRule(
+        (_TRUSTS, _CLIENT),
+        lambda v: not v[_TRUSTS] or v[_CLIENT] == "none",
+        'needs privacy.client.mechanism = "none"',
+        "choose one of the two placements of the server's noise",
+    ),
+    CrossRule(
+        (_TRUSTS, "method"),
+        lambda v: not v[_TRUSTS] or v["method"] not in _WITHOUT_SHARED_PROMPT,
+        "needs a method that shares a prompt",
+        'set trusts-server = false, or choose a method that shares, for example "dpfpl"',
+    ),
+    CrossRule(
+        ("method", _CLIENT),
+        lambda v: v["method"] != "dpfpl-paper" or v[_CLIENT] == "none",
+        'needs privacy.client.mechanism = "none", as published',
+        'switch it off, or set method = "dpfpl"',
+    ),
+    CrossRule(
+        ("method", _TRUSTS),
+        lambda v: v["method"] != "dpfpl-paper" or not v[_TRUSTS],
+        "needs privacy.record.trusts-server = false: it has its own placement of noise",
+        'switch it off, or set method = "dpfpl"',
+    ),
+    CrossRule(
+        ("method", "pruning.update-keep-ratio"),
+        lambda v: v["method"] != "dpfpl-paper" or v["pruning.update-keep-ratio"] == 1,
+        "needs pruning.update-keep-ratio = 1, as published",
+        'set it to 1, or set method = "dpfpl"',
+    ),
+)
+
+
+def check(types: Mapping[str, Any], flat: Mapping[str, ConfigValue]) -> tuple[dict[str, ConfigValue], list[str]]:
+    """Check a flat config against the types of its keys and against the rules of this module.
+
+    Args:
+        types: Every known key and its annotation: ``bool``, ``int``, ``float``, ``str`` or a ``Literal`` of strings.
+        flat: The config; keys under ``plugin.`` are not looked at.
+
+    Returns:
+        The usable values, converted to their types; and the problems, one line each, empty if all is well.
+    """
+    problems = [
+        _unknown(key, flat[key], types) for key in flat if key not in types and not key.startswith(_IGNORED_PREFIX)
+    ]
+    values: dict[str, ConfigValue] = {}
+    for key, hint in types.items():
+        if key not in flat:
+            problems.append(f"{key} is missing: add it, {_describe(hint)}")
+            continue
+        value, fault = _convert(key, flat[key], hint)
+        if fault is None and key in RANGES and not RANGES[key].accepts(value):
+            fault = f"must be {RANGES[key].allowed}; {RANGES[key].advice}"
+        if fault is None:
+            values[key] = value
+        else:
+            problems.append(f"{key} = {_show(flat[key])}: {fault}")
+    problems += [
+        f"{rule.keys[0]} = {_show(values[rule.keys[0]])}: {rule.need}{_context(rule, values)}; {rule.advice}"
+        for rule in CROSS_RULES
+        if all(key in values for key in rule.keys) and not rule.holds(values)
+    ]
+    return values, problems
+
+
+def _convert(key: str, value: object, hint: Any) -> tuple[Any, str | None]:
+    """Value in its own type, and what is wrong with it or None."""
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        near = difflib.get_close_matches(str(value).lower().replace("_", "-"), choices, n=1)
+        guess = f'; did you mean "{near[0]}"?' if near else "; choose one"
+        return value, None if value in choices else f"must be {_describe(hint)}{guess}"
+    # bool is a subclass of int, but true is not a count.
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return _finite(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        return value, f"must be {_describe(hint)}; {_ADVICE[hint]}"
+    if key in _PATH_KEYS:
+        return _expand(str(value)), None
+    return value, None
+
+
+def _finite(value: float) -> tuple[float, str | None]:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    return number, None if math.isfinite(number) else "must be a finite number; nan and inf are never meant"
+
+
+def _expand(path: str) -> str:
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:  # no such user: the reader of the path reports it as it stands
+        return path
+
+
+_NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+_ADVICE = {
+    bool: "write true or false without quotes",
+    int: "write digits without a point or quotes",
+    float: "write a number without quotes",
+    str: "put it in quotes",
+}
+
+
+def _describe(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(get_args(hint))
+    return _NOUNS[hint]
+
+
+def _show(value: object) -> str:
+    """Value as TOML writes it."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else repr(value)
+
+
+def _context(rule: CrossRule, values: Values) -> str:
+    others = ", ".join(f"{key} = {_show(values[key])}" for key in rule.keys[1:])
+    return f" (here {others})"
+
+
+def _unknown(key: str, value: object, known: Mapping[str, Any]) -> str:
+    """Name the likely key: the same spelling with hyphens, the same last part in another section, or a near miss."""
+    hyphened = key.replace("_", "-")
+    inside = [name for name in known if name.startswith(f"{hyphened}.")]
+    if inside:
+        return f"{key} = {_show(value)}: this is a section; set one of its keys: {', '.join(inside)}"
+    leaf = hyphened.rpartition(".")[2]
+    guesses = [hyphened] if hyphened in known else [name for name in known if name.rpartition(".")[2] == leaf]
+    guesses = guesses or difflib.get_close_matches(hyphened, known, n=1)
+    advice = f"did you mean {' or '.join(guesses)}?" if guesses else "remove it, or see pyproject.toml for the keys"
+    return f"{key} = {_show(value)}: unknown key; {advice}"

@@ -1,0 +1,254 @@
+"""Images in directories: one folder per class, or ``train/ val/ test/`` with one folder per class in each."""
+
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from fl_dualpriv.errors import ConfigError
+
+EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
+DEFAULT_TEMPLATE = "a photo of a {}"
+_SPLITS = ("train", "val", "test")
+_NAMED_FILES = 5
+
+Files = dict[str, list[Path]]  # images of each class folder, in the order of their names
+
+
+class BadImageError(ValueError):
+    """One image cannot be decoded. Under DP the caller turns it into a zero contribution."""
+
+
+@dataclass(frozen=True, eq=False)
+class FolderSplit:
+    """Images of one split; ``labels`` is int64 of shape (images,) and indexes ``class_names``."""
+
+    paths: tuple[Path, ...]
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Return the number of images, readable or not."""
+        return len(self.paths)
+
+    def image(self, index: int) -> Image.Image:
+        """Decode one image to 8-bit RGB.
+
+        Raises:
+            BadImageError: If the file cannot be decoded or its samples have no 8-bit form.
+        """
+        return _decode(self.paths[index])
+
+
+def load_folder(
+    path: Path,
+    classes: str,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    on_bad_image: Literal["raise", "keep"],
+) -> tuple[dict[str, FolderSplit], str]:
+    """Read the layout of a directory of images, without keeping any image in memory.
+
+    Args:
+        path: Holds one folder per class, or ``train/`` and optionally ``val/`` and ``test/`` with one per class each.
+            Hidden files and files that are not images by their extension are ignored.
+        classes: JSON file ``{"template": "a photo of a {}", "class-names": {"folder": "name"}}``, either key optional;
+            or empty: the name of a class is that of its folder, with ``_`` and ``-`` as spaces.
+        val_fraction: Share of each class of train/ that becomes the validation set where there is no val/; at least 1.
+        test_fraction: The same for test/.
+        seed: Of that cut, which depends on it and on the names of class and files alone.
+        on_bad_image: ``raise``: decode every image now and report those that fail. ``keep``: decode none.
+
+    Returns:
+        The splits ``train``, ``val`` and ``test``, classes in the order of their folder names; and the template.
+
+    Raises:
+        ConfigError: With every problem found, one a line.
+    """
+    if not path.exists():
+        raise ConfigError(f"data.path = {str(path)!r}: {path.absolute()} does not exist; give an absolute path")
+    if not path.is_dir():
+        raise ConfigError(f"data.path = {str(path)!r} is not a directory; give the one that holds the class folders")
+    problems: list[str] = []
+    try:
+        splits = _scan(path, problems)
+        names, template = _class_names(classes, sorted(splits.get("train", {})), problems)
+        if not problems:
+            splits = _cut_missing(splits, {"val": val_fraction, "test": test_fraction}, seed, problems)
+        if on_bad_image == "raise":
+            problems += _bad_images([file for split in splits.values() for files in split.values() for file in files])
+    except OSError as error:
+        raise ConfigError(f"data.path = {str(path)!r} cannot be read: {error}; check its permissions") from error
+    if problems:
+        raise ConfigError("\n  ".join([f"the images in {path} cannot be used:", *problems]))
+    return {name: _split(splits[name], names) for name in _SPLITS}, template
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _scan(path: Path, problems: list[str]) -> dict[str, Files]:
+    """Find the class folders and images of each split that exists."""
+    # A class may be called "train": only a folder of folders is a split.
+    folders = _folders(path)
+    roots = {folder.name: folder for folder in folders if folder.name in _SPLITS and _folders(folder)}
+    if roots:
+        others = [folder.name for folder in folders if folder.name not in roots]
+        if others:
+            problems.append(f"{', '.join(others)}: beside train/, val/ and test/ there may be no other or flat folder")
+        if "train" not in roots:
+            problems.append(f"train/ is missing beside {', '.join(roots)}; add it")
+    else:
+        roots = {"train": path}
+    splits = {name: _scan_split(root, path, problems) for name, root in roots.items()}
+    if "train" in splits:
+        problems += [
+            f"{name}/ and train/ have different class folders: {_difference(files, splits['train'])}"
+            for name, files in splits.items()
+            if files.keys() != splits["train"].keys()
+        ]
+    return splits
+
+
+def _scan_split(root: Path, path: Path, problems: list[str]) -> Files:
+    found: Files = {}
+    for folder in _folders(root):
+        shown = folder.relative_to(path)
+        if _folders(folder):
+            problems.append(f"{shown}/ has sub-folders; put the images of a class directly into its folder")
+        # A directory that is named like an image is no image; a broken link is an image that cannot be read.
+        found[folder.name] = sorted(
+            file
+            for file in folder.iterdir()
+            if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".") and not file.is_dir()
+        )
+        if not found[folder.name]:
+            problems.append(f"{shown}/ holds no image; add some ({' '.join(sorted(EXTENSIONS))}) or remove the folder")
+    if len(found) < 2:
+        where = path.name if root == path else root.relative_to(path)
+        problems.append(
+            f"{where}/ has {len(found)} class folders; put the images into one folder per class, at least 2"
+        )
+    return found
+
+
+def _difference(some: Mapping[str, object], others: Mapping[str, object]) -> str:
+    missing, extra = sorted(others.keys() - some.keys()), sorted(some.keys() - others.keys())
+    parts = [f"{label} {', '.join(names)}" for label, names in (("missing", missing), ("extra", extra)) if names]
+    return "; ".join(parts)
+
+
+def _class_names(classes: str, folders: list[str], problems: list[str]) -> tuple[dict[str, str], str]:
+    """Name of each class folder, and the template."""
+    names = {folder: folder.replace("_", " ").replace("-", " ").strip() for folder in folders}
+    template = DEFAULT_TEMPLATE
+    if classes:
+        source = Path(classes).expanduser()
+        document = _read_classes(source, problems)
+        template = document.get("template", DEFAULT_TEMPLATE)
+        given = document.get("class-names", names)
+        unknown = sorted(document.keys() - {"template", "class-names"})
+        if unknown:
+            problems.append(f"{source}: unknown keys {', '.join(unknown)}; allowed are template and class-names")
+        if not isinstance(given, dict) or not all(isinstance(name, str) and name.strip() for name in given.values()):
+            problems.append(f'{source}: class-names must be an object of non-empty texts: {{"folder": "name"}}')
+        elif folders and given.keys() != names.keys():
+            problems.append(f"{source}: class-names do not match the class folders: {_difference(given, names)}")
+        else:
+            names = given
+        if not isinstance(template, str) or template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+            problems.append(f"{source}: template {template!r} must be a text with exactly one {{}} for the class name")
+    for name in sorted(set(names.values())):
+        same = [folder for folder in names if names[folder] == name]
+        if len(same) > 1 or not name:
+            problems.append(f"class folders {', '.join(same)} share the name {name!r}; rename one")
+    return names, template
+
+
+def _read_classes(source: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        document = json.loads(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        problems.append(f"data.classes: {source.absolute()} cannot be read: {error.strerror}; give a JSON file")
+    except ValueError as error:
+        problems.append(f"data.classes: {source} is not JSON: {error}")
+    else:
+        if isinstance(document, dict):
+            return document
+        problems.append(f"data.classes: {source} must hold a JSON object with the keys template and class-names")
+    return {}
+
+
+def _cut_missing(
+    splits: dict[str, Files], fractions: Mapping[str, float], seed: int, problems: list[str]
+) -> dict[str, Files]:
+    """Cut each split that does not exist out of train, class by class."""
+    wanted = {name: fraction for name, fraction in fractions.items() if name not in splits}
+    if not wanted:
+        return splits
+    cut: dict[str, Files] = {**splits, "train": {}, **{name: {} for name in wanted}}
+    for folder, files in splits["train"].items():
+        # Keyed by the folder's name, so that adding a class leaves the cut of the others as it was.
+        order = np.random.default_rng([seed, zlib.crc32(folder.encode())]).permutation(len(files))
+        start = 0
+        for name, fraction in wanted.items():
+            # At least one, or the class could not be scored.
+            size = max(1, round(fraction * len(files)))
+            cut[name][folder] = sorted(files[i] for i in order[start : start + size])
+            start += size
+        cut["train"][folder] = sorted(files[i] for i in order[start:])
+        if not cut["train"][folder]:
+            problems.append(
+                f"class {folder} has {len(files)} images, too few to cut {' and '.join(wanted)} from them and train on "
+                f"the rest; add images, lower the fractions or make {' and '.join(f'{name}/' for name in wanted)}"
+            )
+    return cut
+
+
+def _split(files: Files, names: Mapping[str, str]) -> FolderSplit:
+    folders = sorted(files)
+    labels = np.repeat(np.arange(len(folders), dtype=np.int64), [len(files[folder]) for folder in folders])
+    labels.setflags(write=False)  # splits are cached and shared
+    return FolderSplit(
+        tuple(file for folder in folders for file in files[folder]),
+        labels,
+        tuple(names[folder] for folder in folders),
+    )
+
+
+def _decode(path: Path, prepare: Callable[[Image.Image], object] = lambda image: None) -> Image.Image:
+    """Decode to 8-bit RGB; ``prepare`` sees the opened file before its pixels are read."""
+    try:
+        with Image.open(path) as image:
+            prepare(image)
+            if image.mode.startswith("I;16"):
+                # Pillow would clip at 255 instead of scaling. Each image by itself: nothing is shared between records.
+                eight_bit = (np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8)
+                return Image.fromarray(eight_bit).convert("RGB")
+            if image.mode in ("I", "F"):
+                raise ValueError(f"its samples have more than 8 bits (mode {image.mode}); convert it to 8-bit")
+            return image.convert("RGB")
+    # Decoders raise many kinds of error on damaged files, and one bad record must not end a DP run.
+    except Exception as error:
+        raise BadImageError(f"image {path} cannot be read: {error}") from error
+
+
+def _bad_images(files: list[Path]) -> list[str]:
+    bad: list[str] = []
+    for file in files:
+        try:
+            # JPEG decodes small here, several times faster; every byte is still read, so truncation shows.
+            _decode(file, lambda image: image.draft("RGB", (32, 32)))
+        except BadImageError as error:
+            bad.append(str(error))
+    if not bad:
+        return []
+    more = [f"... and {len(bad) - _NAMED_FILES} more"] if len(bad) > _NAMED_FILES else []
+    return [f"{len(bad)} of {len(files)} images cannot be read; repair or remove them", *bad[:_NAMED_FILES], *more]

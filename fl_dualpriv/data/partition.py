@@ -1,0 +1,107 @@
+"""Divide records among clients. Needs labels and a seed alone, so every process and every node cuts the same way."""
+
+import zlib
+from typing import Literal
+
+import numpy as np
+
+from fl_dualpriv.errors import ConfigError
+
+_MAX_DRAWS = 200
+
+
+def partition(
+    labels: np.ndarray,
+    scheme: Literal["iid", "by-class", "dirichlet"],
+    population: int,
+    dirichlet_alpha: float,
+    seed: int,
+) -> list[np.ndarray]:
+    """Give every record to exactly one client.
+
+    Guarantee:
+        The parts are disjoint, cover all records, and none is empty. They depend on the arguments alone.
+
+    Args:
+        labels: Class id of each record, shape (records,).
+        scheme: ``iid``: shuffled, sizes differ by at most 1. ``by-class``: contiguous blocks of class ids, or, with
+            more clients than classes, several clients on one class, whose records are divided among them.
+            ``dirichlet``: each class divided by shares drawn from Dir(alpha), as in Hsu et al. 2019, arXiv:1909.06335.
+        population: Number of clients; at most the number of records.
+        dirichlet_alpha: Concentration > 0, read by ``dirichlet`` alone; small is uneven.
+        seed: >= 0.
+
+    Returns:
+        One sorted int64 array of record indices per client, in client order.
+
+    Raises:
+        ConfigError: If an argument is out of range, or no Dirichlet draw gave every client a record.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim != 1:
+        raise ConfigError(f"labels have shape {labels.shape}; give one class id per record")
+    if population < 1:
+        raise ConfigError(f"population = {population}: must be >= 1")
+    if population > len(labels):
+        raise ConfigError(
+            f"population = {population}: there are only {len(labels)} training images, and every client needs one; "
+            "lower population or add images"
+        )
+    rng = np.random.default_rng([seed, zlib.crc32(scheme.encode())])
+    match scheme:
+        case "iid":
+            parts = np.array_split(rng.permutation(len(labels)), population)
+        case "by-class":
+            parts = _by_class(labels, population, rng)
+        case "dirichlet":
+            parts = _dirichlet(labels, population, dirichlet_alpha, rng)
+        case _:
+            raise ConfigError(f"data.partition = {scheme!r}: must be one of iid, by-class, dirichlet")
+    return [np.sort(part).astype(np.int64) for part in parts]
+
+
+def held_classes(labels: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Return the sorted class ids that a client with these record ``indices`` holds."""
+    return np.unique(np.asarray(labels)[indices])
+
+
+def _by_class(labels: np.ndarray, population: int, rng: np.random.Generator) -> list[np.ndarray]:
+    classes, counts = np.unique(labels, return_counts=True)
+    if population <= len(classes):
+        return [np.flatnonzero(np.isin(labels, block)) for block in np.array_split(classes, population)]
+    parts: list[np.ndarray] = []
+    for class_id, clients in zip(classes, _clients_per_class(counts, population), strict=True):
+        parts += np.array_split(rng.permutation(np.flatnonzero(labels == class_id)), clients)
+    return parts
+
+
+def _clients_per_class(counts: np.ndarray, population: int) -> np.ndarray:
+    """Spread clients over classes as evenly as the number of records in each class allows."""
+    clients = np.ones_like(counts)
+    for _ in range(population - len(counts)):
+        # A class without a spare record takes no further client; one with room exists as population <= records.
+        clients[np.argmin(np.where(clients < counts, clients, population + 1))] += 1
+    return clients
+
+
+def _dirichlet(labels: np.ndarray, population: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
+    if not (np.isfinite(alpha) and alpha > 0):
+        raise ConfigError(f"data.dirichlet-alpha = {alpha}: must be > 0 and finite")
+    classes = np.unique(labels)
+    for _ in range(_MAX_DRAWS):
+        shares = rng.dirichlet(np.full(population, alpha), size=len(classes))
+        if not np.isfinite(shares).all():  # gamma variates over- or underflow at extreme alpha
+            continue
+        parts: list[list[np.ndarray]] = [[] for _ in range(population)]
+        for class_id, share in zip(classes, shares, strict=True):
+            records = rng.permutation(np.flatnonzero(labels == class_id))
+            cuts = (np.cumsum(share)[:-1] * len(records)).astype(np.int64)
+            for part, piece in zip(parts, np.split(records, cuts), strict=True):
+                part.append(piece)
+        joined = [np.concatenate(part) for part in parts]
+        if all(len(part) > 0 for part in joined):
+            return joined
+    raise ConfigError(
+        f"data.dirichlet-alpha = {alpha}: in {_MAX_DRAWS} draws some of the {population} clients got none of the "
+        f"{len(labels)} images; raise data.dirichlet-alpha, lower population or use another data.partition"
+    )

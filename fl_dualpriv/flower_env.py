@@ -1,0 +1,217 @@
+"""Everything Flower and Ray need set, in one place: environment variables, ports, and the hook that sets them.
+
+Flower's defaults share one SuperLink per machine, install an app's dependencies again for each run and let the working
+directory shadow the app. ``python -m fl_dualpriv.flower_env install`` (part of ``make setup``) gives this virtual
+environment its own Flower home and ports, so that plain ``flwr run .`` is right. Imports no Flower.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shlex
+import signal
+import socket
+import sys
+import sysconfig
+import time
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+from fl_dualpriv import supervisor
+
+# Below the range that systems hand out for outgoing connections, so a port chosen at set-up is still free later.
+_PORTS = range(20_000, 32_000)
+_HOOK = "_fl_dualpriv_flower"
+_HEADER = (
+    "# Written by `make setup`: the simulation that plain `flwr run` starts. Yours to edit; the last set-up wins.\n"
+)
+
+
+def environment(home: Path, http_port: int, control_port: int) -> dict[str, str]:
+    """Variables for every Flower and Ray process of one SuperLink.
+
+    Args:
+        home: Flower's folder: connection settings, unpacked apps, state and log of the SuperLink.
+        http_port: TCP port of the SuperLink.
+        control_port: TCP port of its control API.
+
+    Returns:
+        Name to value. They must be set where the SuperLink starts: its children inherit them, a later ``flwr run``
+        against a running SuperLink changes nothing.
+    """
+    return {
+        "FLWR_HOME": str(home),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(http_port),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(control_port),
+        # Otherwise the SuperLink installs the app's dependencies anew for each run and puts them first on the path.
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ADDRESS": "local",  # never join a Ray cluster that happens to run on this machine
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_worker_niceness": "0",
+        # Ray kills workers when the machine is nearly full, whoever fills it; Flower goes on giving dead ones clients.
+        "RAY_memory_monitor_refresh_ms": "0",
+        # Messages hold prompts, not models; the default reserves 30 % of the memory.
+        "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(512 * 1024**2),
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def free_ports(count: int) -> list[int]:
+    """Distinct TCP ports on 127.0.0.1 that nothing listens on now.
+
+    Raises:
+        OSError: If fewer than ``count`` are free.
+    """
+    chosen: list[int] = []
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        if len(chosen) == count:
+            break
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            chosen.append(port)
+    if len(chosen) < count:
+        raise OSError(f"only {len(chosen)} of {count} TCP ports are free on 127.0.0.1 between 20000 and 32000")
+    return chosen
+
+
+def write_flower_config(home: Path, address: str, options: Mapping[str, int | float] | None = None) -> None:
+    """Write the connection ``local`` to Flower's ``config.toml`` and make it the default; other connections stay.
+
+    Args:
+        home: Flower's folder.
+        address: ``:local:`` (``flwr run`` starts the SuperLink) or ``127.0.0.1:PORT`` (it runs already).
+        options: Simulation options of the connection: ``num-supernodes``, ``num-cpus`` per client.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    file = home / "config.toml"
+    old = tomllib.loads(file.read_text(encoding="utf-8")).get("superlink", {}) if file.exists() else {}
+    others = {name: table for name, table in old.items() if isinstance(table, dict) and name != "local"}
+    lines = [_HEADER + '[superlink]\ndefault = "local"\n', f'[superlink.local]\naddress = "{address}"']
+    if options:
+        lines += [
+            f"options.num-supernodes = {options['num-supernodes']}",
+            f"options.backend.client-resources.num-cpus = {options['num-cpus']}",
+        ]
+    else:
+        lines.append("insecure = true")
+    for name, table in others.items():
+        lines.append(f"\n[superlink.{json.dumps(name)}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in _flatten(table).items()]
+    write_atomically(file, "\n".join(lines) + "\n")
+
+
+def _flatten(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in table.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write ``text`` so that a reader sees the old file or the new one, never half of it."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)
+
+
+def install(app_dir: Path, site_packages: Path | None = None, prefix: Path | None = None) -> Path:
+    """Give this virtual environment its own Flower home, ports and the hook that sets them. Idempotent.
+
+    Args:
+        app_dir: Checkout whose ``pyproject.toml`` gives the default population and CPUs per client.
+        site_packages: Where the hook goes; default: of the running interpreter.
+        prefix: Root of the environment; default: ``sys.prefix``.
+
+    Returns:
+        The Flower home. Ports chosen by an earlier call are kept, so a running SuperLink stays reachable.
+    """
+    prefix = prefix or Path(sys.prefix)
+    site_packages = site_packages or Path(sysconfig.get_path("purelib"))
+    state = site_packages / f"{_HOOK}.json"
+    home = prefix / "flower"
+    known: dict[str, str] = json.loads(state.read_text(encoding="utf-8"))["environment"] if state.exists() else {}
+    names = ("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "FLWR_LOCAL_CONTROL_API_PORT")
+    # A copied environment brings another checkout's ports with it; its home gives it away.
+    kept = known.get("FLWR_HOME") == str(home)
+    ports = [int(known[name]) for name in names] if kept else free_ports(2)
+    settings = {
+        "environment": environment(home, *ports),
+        "scripts": str(prefix / Path(sysconfig.get_path("scripts")).name),
+    }
+    app = tomllib.loads((app_dir / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"]
+    options = {"num-supernodes": app["population"], "num-cpus": app["resources"]["cpus-per-client"]}
+    write_flower_config(home, ":local:", options)
+    write_atomically(state, json.dumps(settings, indent=1))
+    write_atomically(
+        site_packages / f"{_HOOK}.py", Path(__file__).with_name("flower_hook.py").read_text(encoding="utf-8")
+    )
+    line = f"import pathlib, {_HOOK}; {_HOOK}.main(pathlib.Path({_HOOK}.__file__).with_suffix('.json'))\n"
+    write_atomically(site_packages / f"{_HOOK}.pth", line)
+    return home
+
+
+def installed() -> dict[str, str]:
+    """The variables that the hook sets in this virtual environment.
+
+    Raises:
+        FileNotFoundError: If the hook is not installed.
+    """
+    state = Path(sysconfig.get_path("purelib")) / f"{_HOOK}.json"
+    if not state.exists():
+        raise FileNotFoundError(
+            "Flower is not set up in this environment: run `python -m fl_dualpriv.flower_env install`"
+        )
+    return json.loads(state.read_text(encoding="utf-8"))["environment"]
+
+
+def exports(variables: Mapping[str, str]) -> str:
+    """Shell lines that set ``variables``."""
+    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items())
+
+
+def stop(home: Path, timeout: float = 20.0) -> bool:
+    """Stop the SuperLink that ``flwr run`` started in ``home``, with its simulation.
+
+    Returns:
+        False if none runs. Only the process that wrote ``superlink.pid`` there, and its descendants, are touched.
+    """
+    file = home / "superlink.pid"
+    if not file.exists():
+        return False
+    pid = int(file.read_text(encoding="utf-8"))
+    file.unlink()
+    if "flower-superlink" not in supervisor.command_line(pid):
+        return False  # it ended by itself, and the number may be someone else's by now
+    family = [pid, *supervisor.descendants(pid)]
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and any(supervisor.alive(member) for member in family):
+        time.sleep(0.2)
+    supervisor.kill(family)
+    return True
+
+
+def main() -> None:
+    """``python -m fl_dualpriv.flower_env install|stop``."""
+    match sys.argv[1:]:
+        case ["install"]:
+            if sys.prefix == sys.base_prefix:
+                sys.exit("this is not a virtual environment: run `make setup`, or see `fl-dualpriv env`")
+            home = install(Path.cwd())
+            sys.stdout.write(f"`flwr run` in this environment uses {home}\n")
+        case ["stop"]:
+            done = stop(Path(installed()["FLWR_HOME"]))
+            sys.stdout.write("stopped the SuperLink\n" if done else "no SuperLink runs\n")
+        case _:
+            sys.exit("usage: python -m fl_dualpriv.flower_env install|stop")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The ``local`` engine: the same ServerApp, ClientApp and Strategy objects as under Ray, in one process.
+
+For tests, debugging and small machines: real exit codes, no start-up, and bitwise the same prompts as the Ray engine.
+"""
+
+import importlib
+import itertools
+import secrets
+import sys
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.task_identity import TaskIdentity
+
+Config = Mapping[str, bool | int | float | str]
+
+_CLIENT_APP_RAISED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+
+
+class LocalGrid(Grid):
+    """A Flower Grid whose nodes are contexts of this process; a message is answered by one call of the ClientApp.
+
+    Args:
+        client_app: Answers every message.
+        population: Number of nodes.
+        run_config: Flat run configuration, as Flower hands it to apps.
+    """
+
+    def __init__(self, client_app: ClientApp, population: int, run_config: Config) -> None:
+        self._app = client_app
+        self.run_id = secrets.randbits(62)
+        self._message_ids = itertools.count(1)
+        self._replies: dict[str, Message] = {}
+        self.contexts = {
+            index + 1: Context(
+                run_id=self.run_id,
+                node_id=index + 1,
+                node_config={"partition-id": index, "num-partitions": population},
+                state=RecordDict(),
+                run_config=dict(run_config),
+            )
+            for index in range(population)
+        }
+        # Messages cannot be made outside a task; this process is the task of node 0, the server.
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, self.run_id, 0
+
+    def set_run(self, run: Any) -> None:
+        """Nothing to set: the grid is made for one run."""
+
+    @property
+    def run(self) -> Any:
+        """There is no Flower ``Run`` behind this grid."""
+        raise NotImplementedError("the local engine has no Run record; use LocalGrid.run_id")
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Make a message from the server."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All nodes: they are there from the start."""
+        return list(self.contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Answer each message at once; an exception of the client becomes an error reply, as under Ray."""
+        return [self._push(message) for message in messages]
+
+    def _push(self, message: Message) -> str:
+        name = f"local-{next(self._message_ids)}"
+        message.metadata.__dict__["_message_id"] = name
+        try:
+            reply = self._app(message, self.contexts[message.metadata.dst_node_id])
+        except Exception as error:  # whatever a client raises is its failure, not the server's
+            reply = Message(Error(_CLIENT_APP_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
+        self._replies[name] = reply
+        return name
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Replies, in the order asked for; each is handed out once."""
+        return [self._replies.pop(name) for name in message_ids if name in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Push and pull. Nothing can be late: ``timeout`` has nothing to do."""
+        return self.pull_messages(self.push_messages(messages))
+
+
+def load_apps(app_dir: Path) -> tuple[ServerApp, ClientApp]:
+    """Import the ServerApp and ClientApp that the app's pyproject.toml names."""
+    components = tomllib.loads((app_dir / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["components"]
+    if str(app_dir) not in sys.path:
+        sys.path.insert(0, str(app_dir))
+    server, client = (_load(components[name]) for name in ("serverapp", "clientapp"))
+    return server, client
+
+
+def _load(reference: str) -> Any:
+    module, name = reference.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def run_local(app_dir: Path, run_config: Config) -> None:
+    """Run the whole federation in this process; returns when it ended well.
+
+    Args:
+        app_dir: Folder with the app's pyproject.toml.
+        run_config: Flat run configuration; ``population`` is the number of nodes.
+
+    Raises:
+        Exception: Whatever the server app raises, unchanged.
+    """
+    server_app, client_app = load_apps(app_dir)
+    grid = LocalGrid(client_app, int(run_config["population"]), run_config)
+    context = Context(run_id=grid.run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(run_config))
+    server_app(grid, context)

@@ -1,0 +1,38 @@
+"""Which parts of DP-FPL a method has: every baseline is the same code with parts switched off."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodParts:
+    """Switches of the effective prompt P = p_G + p_L, with p_L = u·v + r.
+
+    Attributes:
+        shared: p_G is trained and aggregated by the server.
+        personal: p_L is trained and stays with the client.
+        factorised: p_L moves in the tangent space of its rank-k part (DP-FPL Eq. 4); else freely.
+        residual: r = p_L − u·v is kept; else p_L is cut to rank k after every step.
+        published_procedure: the clients run DP-FPL as published, whose ε is nominal.
+    """
+
+    shared: bool
+    personal: bool
+    factorised: bool = False
+    residual: bool = True
+    published_procedure: bool = False
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is learned at all."""
+        return self.shared or self.personal
+
+
+METHODS = {
+    "zero-shot": MethodParts(shared=False, personal=False),
+    "promptfl": MethodParts(shared=True, personal=False),
+    "local-only": MethodParts(shared=False, personal=True, factorised=True),
+    "lowrank": MethodParts(shared=True, personal=True, factorised=True, residual=False),
+    "full": MethodParts(shared=True, personal=True),
+    "dpfpl": MethodParts(shared=True, personal=True, factorised=True),
+    "dpfpl-paper": MethodParts(shared=True, personal=True, factorised=True, published_procedure=True),
+}

@@ -1,0 +1,1 @@
+"""The proof-bearing part: per-example gradients, clipping, noise, accounting. No flwr, no open_clip, no config."""

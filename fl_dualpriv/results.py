@@ -1,0 +1,144 @@
+"""What a run leaves behind: one line a round, a summary, the global prompt and a curve."""
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fl_dualpriv.evaluation import Accuracy
+from fl_dualpriv.files import append_json_line, write_bytes, write_json, write_tensors
+from fl_dualpriv.privacy.plan import Release
+
+PACKAGES = ("fl-dualpriv", "flwr", "ray", "torch", "open_clip_torch", "dp-accounting", "numpy")
+
+
+class RunRecorder:
+    """Writes the files of one run; each is appended by whole lines or replaced in one step.
+
+    Args:
+        folder: ``DIR`` of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rounds: list[dict[str, Any]] = []
+
+    def add_round(
+        self,
+        server_round: int,
+        accuracy: Accuracy | None,
+        record_epsilon: float | None,
+        client_epsilon: float | None,
+        failures: int,
+        seconds: float,
+    ) -> None:
+        """Append a line to ``rounds.jsonl``: scores, ε spent so far per level, failures, seconds since the start."""
+        line = {
+            "round": server_round,
+            "accuracy": asdict(accuracy) if accuracy else None,
+            "epsilon": {"record_level": record_epsilon, "client_level": client_epsilon},
+            "failures": failures,
+            "seconds": round(seconds, 3),
+        }
+        self.rounds.append(line)
+        append_json_line(self.folder / "rounds.jsonl", line)
+
+    def write_prompt(self, prompt: Tensor, metadata: Mapping[str, str]) -> None:
+        """Write ``prompts/global.safetensors``."""
+        write_tensors(self.folder / "prompts" / "global.safetensors", {"global": prompt}, metadata)
+
+    def write_error(self, error: BaseException) -> None:
+        """Write ``error.json``, for a front that only sees a process end."""
+        write_json(self.folder / "error.json", {"type": type(error).__name__, "message": str(error)})
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json``: its presence means that the run ended well."""
+        write_json(self.folder / "summary.json", dict(summary))
+
+    def write_curve(self) -> None:
+        """Draw ``curve.png``: local and neighbour accuracy, and ε, by round."""
+        import io
+
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, left = pyplot.subplots(figsize=(6.4, 4.0))
+        for name in ("local", "neighbour"):
+            points = [
+                (line["round"], 100 * line["accuracy"][name])
+                for line in self.rounds
+                if line["accuracy"] and line["accuracy"][name] is not None
+            ]
+            if points:
+                left.plot(*zip(*points, strict=True), marker=".", label=f"{name} accuracy")
+        left.set_xlabel("round")
+        left.set_ylabel("accuracy on held-out images [%]")
+        right = left.twinx()
+        for level in ("record_level", "client_level"):
+            spent = [
+                (line["round"], line["epsilon"][level]) for line in self.rounds if line["epsilon"][level] is not None
+            ]
+            if spent:
+                right.plot(*zip(*spent, strict=True), linestyle="--", color="gray", label=f"ε spent, {level[:6]} level")
+                right.set_ylabel("ε")
+        handles = [h for axis in (left, right) for h in axis.get_legend_handles_labels()[0]]
+        if handles:
+            left.legend(handles=handles, loc="best")
+        buffer = io.BytesIO()
+        figure.tight_layout()
+        figure.savefig(buffer, format="png", dpi=120)
+        pyplot.close(figure)
+        write_bytes(self.folder / "curve.png", buffer.getvalue())
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide the numbers."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def build_summary(
+    *,
+    method: str,
+    engine: str,
+    seed: int,
+    rounds: int,
+    population: int,
+    failures: int,
+    seconds: float,
+    randomness: str,
+    zero_shot: Accuracy | None,
+    final: Accuracy | None,
+    split: str,
+    releases: Sequence[Release],
+    notes: Sequence[str],
+    config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The content of ``summary.json``."""
+    nothing = Accuracy(local=None, neighbour=None)
+    return {
+        "method": method,
+        "engine": engine,
+        "seed": seed,
+        "rounds": rounds,
+        "population": population,
+        "failures": failures,
+        "seconds": round(seconds, 3),
+        "randomness": randomness,
+        "evaluation_split": split,
+        "accuracy": {"zero_shot": asdict(zero_shot or nothing), "final": asdict(final or nothing)},
+        "privacy": [asdict(release) for release in releases],
+        "notes": list(notes),
+        "versions": versions(),
+        "config": dict(config),
+    }

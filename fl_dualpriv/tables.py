@@ -1,0 +1,82 @@
+"""The tables that a run prints, made from its ``summary.json``. Imports rich only."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+SEEDED_NOTE = "reproducible noise: do not publish"
+_MISSING = "-"
+
+
+def percent(fraction: float | None) -> str:
+    """A fraction in [0, 1] as a percentage with one decimal; ``-`` for None."""
+    return _MISSING if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def epsilon_text(epsilon: float | None) -> str:
+    """ε rounded *up* to three decimals, so that what is printed is never less than what holds; ``-`` for None."""
+    if epsilon is None:
+        return _MISSING
+    # The tolerance is for a target such as 4.0 that bisection meets to nine digits from above.
+    return "∞" if math.isinf(epsilon) else f"{math.ceil(epsilon * 1000 - 1e-6) / 1000:g}"
+
+
+def results_table(summary: Mapping[str, Any]) -> Table:
+    """Accuracy before and after training, on clients' own (local) and on other clients' (neighbour) classes."""
+    failures = summary["failures"]
+    title = (
+        f"{summary['method']} · engine {summary['engine']} · seed {summary['seed']} · {summary['rounds']} rounds · "
+        f"{summary['population']} clients · {failures} failure{'' if failures == 1 else 's'} · {summary['seconds']:.0f} s"
+    )
+    seeded = summary["randomness"] == "seeded"
+    table = Table(title=title, caption=SEEDED_NOTE if seeded else None, box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("accuracy")
+    table.add_column("local", justify="right")
+    table.add_column("neighbour", justify="right")
+    before, after = summary["accuracy"]["zero_shot"], summary["accuracy"]["final"]
+    table.add_row("zero-shot", percent(before["local"]), percent(before["neighbour"]))
+    table.add_row("final", percent(after["local"]), percent(after["neighbour"]))
+    table.add_row("gain, points", *(_points(before[kind], after[kind]) for kind in ("local", "neighbour")))
+    return table
+
+
+def _points(before: float | None, after: float | None) -> str:
+    return _MISSING if before is None or after is None else f"{100 * (after - before):+.1f}"
+
+
+def privacy_table(releases: Sequence[Mapping[str, Any]]) -> Table:
+    """What leaves, and what an outsider can learn from it.
+
+    Args:
+        releases: Entries of ``summary["privacy"]``.
+
+    Returns:
+        One row a release. A nominal ε is no guarantee and never stands in the ε column.
+    """
+    table = Table(title="privacy", box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    for name in ("release", "unit", "relation", "sampling", "releases", "ε", "δ", "trusts", "guarantee"):
+        table.add_column(name, justify="right" if name in ("releases", "ε", "δ") else "left")
+    notes = []
+    for entry in releases:
+        nominal = entry["guarantee"] != "theorem"
+        epsilon = epsilon_text(entry["epsilon"])
+        delta = _MISSING if entry["delta"] is None else f"{entry['delta']:.3g}"
+        table.add_row(
+            *(_text(entry[key]) for key in ("release", "unit", "relation", "sampling", "releases")),
+            *((_MISSING, _MISSING) if nominal else (epsilon, delta)),
+            _text(entry["trusts"]),
+            f"{entry['guarantee']} {epsilon}" if nominal else entry["guarantee"],
+        )
+        if entry.get("note"):
+            notes.append(f"{entry['release']}: {entry['note']}")
+    table.caption = "\n".join(notes) or None
+    return table
+
+
+def _text(value: object) -> str:
+    if value is None or value == "":
+        return _MISSING
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

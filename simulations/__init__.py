@@ -1,0 +1,1 @@
+"""The ServerApp and what is run with it."""

@@ -1,0 +1,268 @@
+"""The ServerApp: configuration → plans → strategy → rounds → results. Read this file first."""
+
+import secrets
+import time
+from collections.abc import Callable
+
+from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
+
+from fl_dualpriv import wire
+from fl_dualpriv.config import RunConfig
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.evaluation import Accuracy
+from fl_dualpriv.local_engine import LocalGrid
+from fl_dualpriv.methods import METHODS
+from fl_dualpriv.plugins import load_class
+from fl_dualpriv.privacy.accounting import joint_noise_multiplier
+from fl_dualpriv.privacy.ledger import Ledger
+from fl_dualpriv.privacy.noise import random_sources
+from fl_dualpriv.privacy.plan import (
+    ClientLevelPlan,
+    RecordLevelPlan,
+    Release,
+    client_level_releases,
+    nominal_releases,
+    record_level_releases,
+)
+from fl_dualpriv.results import RunRecorder, build_summary
+from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy, ServerPrivacy
+from fl_dualpriv.world import build_world, client_level_plan, initial_prompt, record_level_plan, run_folder
+
+app = ServerApp()
+
+PUBLISHED_CLIP = 10.0  # dpfpl-paper's C_th; see clients/dpfpl_paper.py
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation; on any failure leave ``error.json`` and raise."""
+    recorder = RunRecorder(run_folder(str(context.run_config.get("output.dir", "")), context.run_id))
+    try:
+        run(grid, context, recorder)
+    except BaseException as error:
+        recorder.write_error(error)
+        raise
+
+
+def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
+    """Check everything, wait for everybody, train, write results."""
+    config = RunConfig.from_run_config(context.run_config)
+    start = time.monotonic()
+    strategy_class = load_class("strategy.ref", config.strategy.ref, RoundStrategy)
+    world = build_world(config)
+    record, client = record_level_plan(config), client_level_plan(config)
+    cards = join(grid, config.population, config.join_timeout, config.reply_timeout)
+
+    def report(done: RoundReport) -> None:
+        steps = done.server_round * config.train.local_steps
+        recorder.add_round(
+            done.server_round,
+            done.accuracy,
+            record.spent(steps) if record else None,
+            client.spent(done.server_round) if client else None,
+            done.failures,
+            time.monotonic() - start,
+        )
+
+    strategy = build_strategy(strategy_class, config, record, client, cards, recorder, report)
+    prompt = initial_prompt(config, world)
+    zero_shot = final = None
+    if strategy.evaluate_every:
+        zero_shot = final = score_now(strategy, grid, prompt, "zero-shot", config.reply_timeout)
+    if METHODS[config.method].trains:
+        result = strategy.start(grid, wire.to_arrays(prompt), config.rounds, config.reply_timeout)
+        prompt = wire.from_arrays(result.arrays)
+        if strategy.deliveries == 0:
+            raise ClientFailure(
+                f"all {strategy.failures} client calls failed; the prompts are noise. See the log for the first reason"
+            )
+        final = last_accuracy(recorder)
+    recorder.write_prompt(prompt, {"method": config.method, "backbone": config.backbone.name})
+    recorder.write_curve()
+    recorder.write_summary(
+        build_summary(
+            method=config.method,
+            engine=engine_name(grid),
+            seed=config.seed,
+            rounds=config.rounds,
+            population=config.population,
+            failures=strategy.failures,
+            seconds=time.monotonic() - start,
+            randomness=config.privacy.randomness,
+            zero_shot=zero_shot,
+            final=final,
+            split=config.evaluation.split,
+            releases=list_releases(config, record, client, scored=strategy.evaluate_every > 0),
+            notes=notes(config, record, client, scored=strategy.evaluate_every > 0),
+            config=config.to_run_config(),
+        )
+    )
+
+
+def join(grid: Grid, population: int, join_timeout: float, reply_timeout: float) -> dict[int, wire.ClientCard]:
+    """Wait for the whole population, then ask every node for its card. Nothing is sampled before that (Flower races).
+
+    Raises:
+        ConfigError: Too few or too many nodes, a node that cannot start, or partitions that do not match.
+    """
+    deadline = time.monotonic() + join_timeout
+    while len(nodes := list(grid.get_node_ids())) < population and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if len(nodes) != population:
+        raise ConfigError(
+            f"population = {population}, but {len(nodes)} nodes joined within {join_timeout:g} s; start the simulation "
+            f'with --federation-config "num-supernodes={population}", or set population = {len(nodes)}'
+        )
+    messages = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
+    replies = list(grid.send_and_receive(messages, timeout=reply_timeout))
+    for reply in replies:
+        if reply.has_error():
+            raise ConfigError(f"a client cannot start: {reply.error.reason}")
+    cards = {reply.metadata.src_node_id: wire.read_card(reply) for reply in replies}
+    partitions = sorted(card.partition for card in cards.values())
+    if partitions != list(range(population)):
+        raise ConfigError(f"the clients hold partitions {partitions}; expected each of 0..{population - 1} once")
+    return cards
+
+
+def build_strategy(
+    strategy_class: type[RoundStrategy],
+    config: RunConfig,
+    record: RecordLevelPlan | None,
+    client: ClientLevelPlan | None,
+    cards: dict[int, wire.ClientCard],
+    recorder: RunRecorder,
+    report: Callable[[RoundReport], None],
+) -> RoundStrategy:
+    """Unpack the configuration into the strategy's arguments."""
+    trusts_server = record is not None and record.trusts_server
+    rate = config.train.sampling_rate
+    private = record is not None or client is not None
+    personal = METHODS[config.method].personal and (record is not None or not private)
+    scored = config.evaluation.held_out_data == "public" or not private
+    return strategy_class(
+        cards=cards,
+        masses={c.partition: rate * c.num_examples if trusts_server else 1.0 for c in cards.values()},
+        num_rounds=config.rounds,
+        evaluate_every=config.evaluation.every if scored else 0,
+        prompt_kind="personal" if personal else "global",
+        run_token=secrets.token_hex(8),
+        noise_multiplier=record.noise_multiplier if record else 0.0,
+        tolerates_failures=private,
+        privacy=server_privacy(config, record, client, cards, Ledger(recorder.folder / "ledger.jsonl")),
+        sources=random_sources(config.privacy.randomness),
+        seed=config.seed,
+        report=report,
+    )
+
+
+def server_privacy(
+    config: RunConfig,
+    record: RecordLevelPlan | None,
+    client: ClientLevelPlan | None,
+    cards: dict[int, wire.ClientCard],
+    ledger: Ledger,
+) -> ServerPrivacy | None:
+    """What the server noises: client updates, clipped sums of trusting clients, the published procedure, or nothing."""
+    if client is not None:
+        return ServerPrivacy(
+            unit="client",
+            bound=client.clip_norm,
+            noise_multiplier=client.noise_multiplier,
+            sampling_rate=client.sampling_rate,
+            ledger_multiplier=client.noise_multiplier,
+            ledger=ledger,
+        )
+    rate = config.train.global_learning_rate
+    if record is not None and record.trusts_server:
+        # Clients upload −η · (clipped sum), so one record moves the sum by at most η·C.
+        views = [record.server_noise_multiplier] + ([record.local_noise_multiplier] if record.personal else [])
+        return ServerPrivacy(
+            unit="record",
+            bound=rate * record.clip_norm,
+            noise_multiplier=record.server_noise_multiplier,
+            sampling_rate=record.sampling_rate,
+            ledger_multiplier=joint_noise_multiplier(*views),
+            ledger=ledger,
+        )
+    nominal = config.privacy.record
+    if METHODS[config.method].published_procedure and nominal.mechanism == "gaussian":
+        from clients.dpfpl_paper import nominal_sigma
+
+        steps = config.rounds * config.train.local_steps
+        batch = min(max(1, round(config.train.sampling_rate * card.num_examples)) for card in cards.values())
+        return ServerPrivacy(
+            unit="record",
+            bound=rate * PUBLISHED_CLIP / batch,
+            noise_multiplier=nominal_sigma(nominal.epsilon, nominal.delta, steps),
+            sampling_rate=1.0,
+            ledger_multiplier=0.0,
+            ledger=None,
+        )
+    return None
+
+
+def score_now(
+    strategy: RoundStrategy, grid: Grid, prompt: Tensor, kind: wire.PromptKind, timeout: float
+) -> Accuracy | None:
+    """Score one prompt outside the rounds."""
+    return strategy.read_scores(
+        0, grid.send_and_receive(strategy.evaluation_messages(0, prompt, kind), timeout=timeout)
+    )
+
+
+def last_accuracy(recorder: RunRecorder) -> Accuracy | None:
+    """Accuracy of the last scored round."""
+    scored = [line["accuracy"] for line in recorder.rounds if line["accuracy"]]
+    return Accuracy(**scored[-1]) if scored else None
+
+
+def list_releases(
+    config: RunConfig, record: RecordLevelPlan | None, client: ClientLevelPlan | None, *, scored: bool
+) -> list[Release]:
+    """Everything that leaves, per level. Empty without differential privacy."""
+    parts = METHODS[config.method]
+    releases = []
+    if record is not None:
+        releases += record_level_releases(record, shared=parts.shared, scored=scored)
+    if client is not None:
+        # Scores of personal prompts are functions of un-noised client data, unless the record level is on and pays.
+        releases += client_level_releases(client, scored=scored and (record is None or not parts.personal))
+    nominal = config.privacy.record
+    if parts.published_procedure and nominal.mechanism == "gaussian":
+        releases += nominal_releases(nominal.epsilon, nominal.delta, config.rounds * config.train.local_steps)
+    return releases
+
+
+def notes(
+    config: RunConfig, record: RecordLevelPlan | None, client: ClientLevelPlan | None, *, scored: bool
+) -> list[str]:
+    """What a reader must know beside the table."""
+    parts = METHODS[config.method]
+    found = []
+    if config.privacy.randomness == "seeded" and (record or client):
+        found.append("reproducible noise: do not publish (privacy.randomness = seeded)")
+    if record and record.trusts_server:
+        found.append("trusts-server: the server sees each client's clean clipped sums")
+    if client:
+        found.append("client level: the server sees each client's update; personal prompts are not covered")
+    if client and not record and parts.personal:
+        found.append("scores are of the global prompt: scores of personal prompts would not be covered")
+    if client and record and parts.personal:
+        found.append("scores are of personal prompts: covered at record level, not at client level")
+    if parts.published_procedure and config.privacy.record.mechanism == "gaussian":
+        found.append("dpfpl-paper: ε is nominal, not a guarantee")
+    if not scored:
+        found.append("no scores: evaluation.held-out-data = private, and scores on private data are not accounted")
+    if not (record or client or parts.published_procedure) and parts.trains:
+        found.append("no differential privacy")
+    return found
+
+
+def engine_name(grid: Grid) -> str:
+    """``local``, ``ray`` (Flower's simulation runtime) or ``deployment``."""
+    if isinstance(grid, LocalGrid):
+        return "local"
+    return "ray" if type(grid).__name__ == "InMemoryGrid" else "deployment"

@@ -1,0 +1,62 @@
+"""One thread, and tiny CLIP models with random weights saved as a user would save his own."""
+
+import json
+import os
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+TINY = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16},
+    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+"""16 patches; open_clip's whole vocabulary, so that its own tokenizer fits."""
+
+
+def _merge(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    for key, value in changes.items():
+        config[key] = _merge(config.get(key, {}), value) if isinstance(value, dict) else value
+    return config
+
+
+@pytest.fixture(scope="session")
+def make_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Build a tiny CLIP with changed settings, ``make_clip_dir({"vision_cfg": {"layers": 2}})``; returns its folder."""
+    # Late: most tests need no CLIP, and its import takes seconds.
+    from safetensors.torch import save_file
+
+    from fl_dualpriv import torchvision_shim
+
+    torchvision_shim.install()
+    import open_clip
+
+    def make(changes: dict[str, Any] | None = None) -> Path:
+        folder = tmp_path_factory.mktemp("clip")
+        config = {"model_cfg": _merge(deepcopy(TINY), changes or {}), "preprocess_cfg": {}}
+        (folder / "open_clip_config.json").write_text(json.dumps(config))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+            # Some of open_clip's initial values are zeros, which would hide a wrong use of them.
+            for parameter in model.parameters():
+                if parameter.ndim == 1 and not parameter.any():
+                    torch.nn.init.normal_(parameter, std=0.1)
+        save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_dir(make_clip_dir: Callable[..., Path]) -> Path:
+    """Folder of the tiny CLIP, for ``load_backbone(f"local-dir:{tiny_clip_dir}", ...)``."""
+    return make_clip_dir()
