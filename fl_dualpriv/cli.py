@@ -28,7 +28,7 @@ from fl_dualpriv.config import RunConfig, app_defaults, merge, parse_assignment,
 from fl_dualpriv.config_rules import ConfigValue
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.progress import shown
-from fl_dualpriv.tables import privacy_table, results_table
+from fl_dualpriv.tables import headline, privacy_table, results_table
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -66,17 +66,18 @@ def run(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key; may be repeated.")
     ] = None,
     engine: Annotated[Engine, typer.Option(help="ray: Flower's simulation; local: one process.")] = Engine.RAY,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the results.  [default: runs/CONFIG-TIME]", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; without it runs/CONFIG-TIME.")] = None,
     app_dir: Annotated[
-        Path | None, typer.Option("--app", help="Folder of the Flower app.  [default: the one around CONFIG]")
+        Path | None, typer.Option("--app", help="Folder of the Flower app; without it the one around CONFIG.")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove an earlier run's results from the folder.")
     ] = False,
 ) -> None:
-    """Run one federation, show its progress, print its results and its privacy table."""
+    """Run one federation, show its progress, print its results and its privacy table.
+
+    CONFIG is a TOML file with the keys that differ from the app's pyproject.toml.
+    """
     console, errors = Console(), Console(stderr=True)
     try:
         job = prepare(config, assignments or [], out, app_dir, overwrite=overwrite)
@@ -97,6 +98,7 @@ def run(
     if not summary_file.exists():
         _exit(errors, f"the run ended without results: {summary_file} was not written", 1)
     summary = json.loads(summary_file.read_text(encoding="utf-8"))
+    console.print(headline(summary), soft_wrap=True, highlight=False)
     console.print(results_table(summary))
     console.print(privacy_table(summary["privacy"]))
     console.print(f"results: {escape(str(job.out))}", soft_wrap=True, highlight=False)
@@ -182,16 +184,20 @@ def absolute_paths(flat: Mapping[str, ConfigValue], base: Path) -> dict[str, Con
 def _prepare_folder(out: Path, *, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file: give a folder with --out")
-    if any((out / name).exists() for name in ("summary.json", "rounds.jsonl")):
-        if not overwrite:
-            raise ConfigError(f"{out} holds the results of an earlier run: give another --out, or --overwrite")
+    if (out / "pyproject.toml").exists():
+        # Its clients/ is source code; a run's clients/ is removed by --overwrite.
+        raise ConfigError(f"{out} holds a project, not results: give another folder with --out")
+    used = [name for name in ("summary.json", "rounds.jsonl", "error.json", "flower.log") if (out / name).exists()]
+    if used and not overwrite:
+        raise ConfigError(f"{out} holds an earlier run ({used[0]}): give another --out, or --overwrite to replace it")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in RESULT_FILES:
-            (out / name).unlink(missing_ok=True)
-        for name in RESULT_FOLDERS:
-            if (out / name).is_dir() and not (out / name).is_symlink():
-                shutil.rmtree(out / name)
+        if used:
+            for name in RESULT_FILES:
+                (out / name).unlink(missing_ok=True)
+            for name in RESULT_FOLDERS:
+                if (out / name).is_dir() and not (out / name).is_symlink():
+                    shutil.rmtree(out / name)
     except OSError as error:
         raise ConfigError(f"{out} cannot be used for results: {error.strerror or error}; give another --out") from error
 

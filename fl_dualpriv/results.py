@@ -1,6 +1,7 @@
 """What a run leaves behind: one line a round, a summary, the global prompt and a curve."""
 
 import importlib.metadata
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,7 +36,7 @@ class RunRecorder:
         failures: int,
         seconds: float,
     ) -> None:
-        """Append a line to ``rounds.jsonl``: scores, ε spent so far per level, failures, seconds since the start."""
+        """Append a line to ``rounds.jsonl``: scores, ε spent so far per level, failures, seconds; round 0 is zero-shot."""
         line = {
             "round": server_round,
             "accuracy": asdict(accuracy) if accuracy else None,
@@ -52,7 +53,9 @@ class RunRecorder:
 
     def write_error(self, error: BaseException) -> None:
         """Write ``error.json``, for a front that only sees a process end."""
-        write_json(self.folder / "error.json", {"type": type(error).__name__, "message": str(error)})
+        lines = "".join(traceback.format_exception(error))
+        content = {"type": type(error).__name__, "message": str(error), "traceback": lines}
+        write_json(self.folder / "error.json", content)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``: its presence means that the run ended well."""

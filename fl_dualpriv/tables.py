@@ -24,15 +24,20 @@ def epsilon_text(epsilon: float | None) -> str:
     return "∞" if math.isinf(epsilon) else f"{math.ceil(epsilon * 1000 - 1e-6) / 1000:g}"
 
 
+def headline(summary: Mapping[str, Any]) -> str:
+    """What ran, in one line; says so if its noise can be reproduced by anyone who reads the seed."""
+    parts = [
+        *(summary["method"], f"engine {summary['engine']}", f"seed {summary['seed']}"),
+        *(f"{summary['rounds']} rounds", f"{summary['population']} clients", f"{summary['failures']} failed"),
+        f"{summary['seconds']:.0f} s",
+    ]
+    return " · ".join(parts + ([SEEDED_NOTE] if summary["randomness"] == "seeded" else []))
+
+
 def results_table(summary: Mapping[str, Any]) -> Table:
     """Accuracy before and after training, on clients' own (local) and on other clients' (neighbour) classes."""
-    failures = summary["failures"]
-    title = (
-        f"{summary['method']} · engine {summary['engine']} · seed {summary['seed']} · {summary['rounds']} rounds · "
-        f"{summary['population']} clients · {failures} failure{'' if failures == 1 else 's'} · {summary['seconds']:.0f} s"
-    )
     seeded = summary["randomness"] == "seeded"
-    table = Table(title=title, caption=SEEDED_NOTE if seeded else None, box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(caption=SEEDED_NOTE if seeded else None, box=box.SIMPLE_HEAD)
     table.add_column("accuracy")
     table.add_column("local", justify="right")
     table.add_column("neighbour", justify="right")

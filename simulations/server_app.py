@@ -71,6 +71,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
     zero_shot = final = None
     if strategy.evaluate_every:
         zero_shot = final = score_now(strategy, grid, prompt, "zero-shot", config.reply_timeout)
+        report(RoundReport(server_round=0, accuracy=zero_shot, failures=strategy.failures))
     if METHODS[config.method].trains:
         result = strategy.start(grid, wire.to_arrays(prompt), config.rounds, config.reply_timeout)
         prompt = wire.from_arrays(result.arrays)

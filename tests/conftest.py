@@ -60,3 +60,14 @@ def make_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
 def tiny_clip_dir(make_clip_dir: Callable[..., Path]) -> Path:
     """Folder of the tiny CLIP, for ``load_backbone(f"local-dir:{tiny_clip_dir}", ...)``."""
     return make_clip_dir()
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_name(tiny_clip_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny architecture under a name of its own, as a user of open_clip registers one; needs a checkpoint."""
+    from fl_dualpriv.backbones.open_clip import open_clip
+
+    path = tmp_path_factory.mktemp("names") / "Tiny-Test-8.json"
+    path.write_text(json.dumps(json.loads((tiny_clip_dir / "open_clip_config.json").read_text())["model_cfg"]))
+    open_clip.add_model_config(path)
+    return path.stem

@@ -30,7 +30,7 @@ def clip_rows(rows: Tensor, clip_norm: float) -> tuple[Tensor, Tensor]:
     """
     if not (math.isfinite(clip_norm) and clip_norm > 0):
         raise ValueError(f"clip_norm = {clip_norm}; it must be finite and > 0")
-    flat = rows.reshape(rows.shape[0], -1).to(torch.float64)
+    flat = rows.flatten(1).to(torch.float64)  # not reshape(.., -1): a batch may be empty
     finite = torch.isfinite(flat).all(dim=1)
     # NaN times zero is NaN: bad rows are replaced, not multiplied away.
     flat = torch.where(finite[:, None], flat, torch.zeros_like(flat))

@@ -16,7 +16,7 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
-_BITS = 53  # a float64 holds every multiple of 2^-53 in [0, 1)
+_BITS = 52  # with 53, the half step below would round the largest word up to 1
 
 
 class RandomSource(Protocol):
@@ -93,8 +93,8 @@ def gaussian_noise(source: RandomSource, shape: tuple[int, ...], std: float) -> 
     """Draw independent N(0, std²) noise, float64.
 
     Guarantee:
-        Every coordinate is the normal quantile of its own 53-bit uniform, scaled by ``std``; no draw is used twice.
-        The tails end at ±8.2 std (total mass 1e-16 outside, to be added to δ by a strict reader). Floating-point
+        Every coordinate is the normal quantile of its own 52-bit uniform, scaled by ``std``; no draw is used twice.
+        The tails end at ±8.2 std (total mass 2e-16 outside, to be added to δ by a strict reader). Floating-point
         noise is not safe against attacks on the low-order bits (Mironov 2012); see docs/privacy.md.
 
     Args:

@@ -28,7 +28,7 @@ def test_keeps_the_most_attended_in_order_and_fuses_the_rest():
     # dim 1 tokens: CLS 9, patches 10, 20, 30, 40. Attention keeps patches 1 and 3 (of 0-3).
     # Dropped: 10 with weight .1/(.1+.3) = 1/4 and 30 with 3/4 → 25.
     tokens = torch.tensor([[[9.0], [10.0], [20.0], [30.0], [40.0]]])
-    attention = torch.tensor([[0.1, 0.5, 0.3, 0.4]])
+    attention = torch.tensor([[0.1, 0.4, 0.3, 0.5]])
     pruned = ClsAttentionPruner(keep_ratio=0.5, layer=1)(tokens, attention)
     torch.testing.assert_close(pruned, torch.tensor([[[9.0], [20.0], [40.0], [25.0]]]))
 
@@ -96,7 +96,7 @@ def test_layer_out_of_range(visual):
     with pytest.raises(ConfigError, match="visual-layer = 0: must be at least 1"):
         ClsAttentionPruner(keep_ratio=0.5, layer=0)
     check_prunable(visual, ClsAttentionPruner(keep_ratio=0.5, layer=2))
-    with pytest.raises(ConfigError, match="visual-layer = 3: this image tower has 3 blocks.*choose 1 to 2"):
+    with pytest.raises(ConfigError, match=r"visual-layer = 3: this image tower has 3 blocks.*choose 1 to 2"):
         encode_pruned(visual, images(), ClsAttentionPruner(keep_ratio=0.5, layer=3))
 
 

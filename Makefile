@@ -1,0 +1,45 @@
+# `make demo` and `make test` on a fresh clone do everything: virtual environment, install, run. `make help` lists all.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+ONE_THREAD := OMP_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
+
+setup: $(STAMP)  ## virtual environment, newest pip, install, Flower's home and ports for this checkout
+
+# The stamp is written last: a set-up that was cut off starts again.
+$(STAMP): pyproject.toml constraints.txt fl_dualpriv/flower_env.py fl_dualpriv/flower_hook.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m fl_dualpriv.flower_env install
+	@touch $@
+
+demo: setup  ## ten clients, DP-FPL with Dual-Priv pruning, epsilon 4, on Flower's simulation
+	$(BIN)/fl-dualpriv run simulations/configs/demo.toml --engine ray --out runs/demo --overwrite
+
+test: setup  ## the default tests: no network, no Ray
+	$(ONE_THREAD) $(BIN)/python -m pytest
+
+test-slow: setup  ## tests with the real Flower programs and Ray
+	$(ONE_THREAD) $(BIN)/python -m pytest -m slow
+
+lint: setup  ## ruff and pyright
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+bench: setup  ## benchmarks
+	@echo "There is no benchmark yet."
+
+clean:  ## remove the environment, caches and build results; runs/ stays
+	@test ! -x $(BIN)/python || $(BIN)/python -m fl_dualpriv.flower_env stop || true
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,99 @@
+"""What a run prints about its accuracy and its privacy."""
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from fl_dualpriv.tables import SEEDED_NOTE, epsilon_text, headline, percent, privacy_table, results_table
+
+RELEASE: dict[str, Any] = {
+    "release": "client upload",
+    "unit": "record",
+    "relation": "add-remove",
+    "sampling": "Poisson q=0.15",
+    "releases": 50,
+    "epsilon": 3.99951,
+    "delta": 1e-4,
+    "trusts": "nobody",
+    "guarantee": "theorem",
+    "note": "",
+}
+SUMMARY: dict[str, Any] = {
+    "method": "dpfpl",
+    "engine": "local",
+    "seed": 3,
+    "rounds": 10,
+    "population": 10,
+    "failures": 2,
+    "seconds": 61.4,
+    "randomness": "os",
+    "accuracy": {
+        "zero_shot": {"local": 0.5, "neighbour": 0.456},
+        "final": {"local": 0.6123, "neighbour": None},
+    },
+}
+
+
+def text(table: Table) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def row(table: Table, start: str) -> list[str]:
+    line = next(line for line in text(table).splitlines() if line.strip().startswith(start))
+    return [cell.strip() for cell in line.strip().split("  ") if cell.strip()]
+
+
+def test_results_in_percent_and_points() -> None:
+    table = results_table(SUMMARY)
+    assert row(table, "zero-shot") == ["zero-shot", "50.0 %", "45.6 %"]
+    assert row(table, "final") == ["final", "61.2 %", "-"]
+    assert row(table, "gain") == ["gain, points", "+11.2", "-"]
+    assert headline(SUMMARY) == "dpfpl · engine local · seed 3 · 10 rounds · 10 clients · 2 failed · 61 s"
+
+
+@pytest.mark.parametrize(("randomness", "marked"), [("os", False), ("seeded", True)])
+def test_seeded_randomness_is_flagged(randomness: str, marked: bool) -> None:
+    summary = SUMMARY | {"randomness": randomness}
+    assert (SEEDED_NOTE in text(results_table(summary)).replace("\n", " ")) is marked
+    assert (SEEDED_NOTE in headline(summary)) is marked
+
+
+def test_a_theorem_has_its_epsilon_rounded_up() -> None:
+    cells = row(privacy_table([RELEASE]), "client upload")
+    assert cells == [
+        *("client upload", "record", "add-remove", "Poisson q=0.15", "50"),
+        *("4", "0.0001", "nobody", "theorem"),
+    ]
+
+
+def test_a_nominal_epsilon_never_stands_in_the_epsilon_column() -> None:
+    table = privacy_table([RELEASE | {"guarantee": "nominal", "epsilon": 0.4, "note": "batch clipping"}])
+    header = [str(column.header) for column in table.columns]
+    assert list(table.columns[header.index("ε")].cells) == ["-"]
+    assert list(table.columns[header.index("guarantee")].cells) == ["nominal 0.4"]
+    assert "client upload: batch clipping" in text(table)
+
+
+def test_releases_without_privacy() -> None:
+    entry = RELEASE | {"epsilon": None, "delta": None, "sampling": None, "guarantee": "none"}
+    table = privacy_table([entry])
+    assert row(table, "client upload")[3:7] == ["-", "50", "-", "-"]
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "expected"),
+    # up to three decimals; a target met to nine digits from above is still that target
+    [(None, "-"), (4.0, "4"), (4.0000000005, "4"), (1.2341, "1.235"), (0.0001, "0.001"), (float("inf"), "∞")],
+)
+def test_epsilon_text(epsilon: float | None, expected: str) -> None:
+    assert epsilon_text(epsilon) == expected
+
+
+def test_percent() -> None:
+    assert [percent(None), percent(0.0), percent(0.1234)] == ["-", "0.0 %", "12.3 %"]

@@ -1,0 +1,115 @@
+"""ε equals dp-accounting's, against closed forms and published values; calibration never overshoots."""
+
+import dp_accounting
+import numpy as np
+import pytest
+from dp_accounting import pld
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+from fl_dualpriv.privacy.accounting import (
+    COARSE_GRID,
+    calibrate_noise_multiplier,
+    epsilon,
+    joint_noise_multiplier,
+)
+from fl_dualpriv.privacy.plan import ClientLevelPlan, RecordLevelPlan
+
+
+def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
+    """The exact ε of one Gaussian release (Balle and Wang 2018, Theorem 8), by root finding."""
+
+    def excess(eps: float) -> float:
+        a = 1 / (2 * noise_multiplier)
+        b = eps * noise_multiplier
+        return norm.cdf(a - b) - np.exp(eps) * norm.cdf(-a - b) - delta
+
+    return brentq(excess, 0, 100)
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.7, 1.0, 5.0])
+def test_one_release_without_sampling_is_the_closed_form(noise_multiplier: float) -> None:
+    exact = gaussian_epsilon(noise_multiplier, 1e-5)
+    assert exact <= epsilon(1.0, noise_multiplier, 1, 1e-5) <= exact + 1e-3
+
+
+def test_many_releases_without_sampling_are_one_with_less_noise() -> None:
+    # T Gaussian releases with multiplier z compose to one with z / sqrt(T).
+    assert epsilon(1.0, 10.0, 25, 1e-5) == pytest.approx(gaussian_epsilon(2.0, 1e-5), abs=2e-2)
+
+
+def test_sampled_value_is_dp_accountings_and_the_reference_table_s() -> None:
+    accountant = pld.PLDAccountant()
+    event = dp_accounting.PoissonSampledDpEvent(0.01, dp_accounting.GaussianDpEvent(1.0))
+    accountant.compose(dp_accounting.SelfComposedDpEvent(event, 1000))
+    ours = epsilon(0.01, 1.0, 1000, 1e-5)
+    assert ours == pytest.approx(accountant.get_epsilon(1e-5), abs=1e-6)
+    # Two other accountants: PRV's error interval holds 1.8284, RDP's looser bound is 2.1014.
+    assert 1.8282 <= ours <= 1.8293
+
+
+def test_the_coarse_grid_only_ever_overstates() -> None:
+    for q, z, t in [(0.15, 1.2, 50), (0.01, 1.0, 200), (1.0, 5.0, 10)]:
+        fine = epsilon(q, z, t, 1e-5)
+        assert fine - 1e-6 <= epsilon(q, z, t, 1e-5, COARSE_GRID) <= fine + 0.05
+
+
+def test_nothing_released_costs_nothing() -> None:
+    assert epsilon(0.1, 1.0, 0, 1e-5) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("target", "rate", "releases"), [(4.0, 0.15, 50), (1.0, 0.15, 20), (8.0, 0.1, 30), (0.4, 1.0, 3)]
+)
+def test_calibration_meets_the_target_and_wastes_little(target: float, rate: float, releases: int) -> None:
+    z = calibrate_noise_multiplier(target, 1e-4, rate, releases)
+    assert epsilon(rate, z, releases, 1e-4) <= target
+    assert epsilon(rate, z * 0.98, releases, 1e-4) > target
+
+
+def test_an_impossible_target_is_refused() -> None:
+    with pytest.raises(ValueError, match="noise multiplier above"):
+        calibrate_noise_multiplier(1e-4, 1e-9, 1.0, 1000)
+
+
+def test_two_views_of_one_sum_leak_like_one_with_the_joint_multiplier() -> None:
+    assert joint_noise_multiplier(2**0.5, 2**0.5) == pytest.approx(1.0)
+    # Exact for q = 1: composing the two views is composing their Gaussians.
+    accountant = pld.PLDAccountant()
+    accountant.compose(dp_accounting.GaussianDpEvent(1.5))
+    accountant.compose(dp_accounting.GaussianDpEvent(3.0))
+    assert accountant.get_epsilon(1e-5) == pytest.approx(
+        gaussian_epsilon(joint_noise_multiplier(1.5, 3.0), 1e-5), abs=1e-2
+    )
+
+
+def record_plan(*, trusts_server: bool, personal: bool) -> RecordLevelPlan:
+    return RecordLevelPlan(
+        clip_norm=1.0,
+        noise_multiplier=1.3,
+        sampling_rate=0.15,
+        releases=20,
+        delta=1e-4,
+        trusts_server=trusts_server,
+        personal=personal,
+    )
+
+
+def test_what_a_trusting_plan_adds_in_both_places_composes_to_what_it_claims() -> None:
+    plan = record_plan(trusts_server=True, personal=True)
+    joint = joint_noise_multiplier(plan.local_noise_multiplier, plan.server_noise_multiplier)
+    assert joint == pytest.approx(plan.noise_multiplier)
+    alone = record_plan(trusts_server=True, personal=False)
+    assert alone.server_noise_multiplier == alone.noise_multiplier
+    assert record_plan(trusts_server=False, personal=True).local_noise_multiplier == 1.3
+    assert record_plan(trusts_server=False, personal=True).server_noise_multiplier == 0.0
+
+
+def test_plans_state_dp_accountings_epsilon() -> None:
+    assert record_plan(trusts_server=False, personal=True).epsilon() == epsilon(0.15, 1.3, 20, 1e-4)
+    client = ClientLevelPlan(
+        clip_norm=0.5, noise_multiplier=0.9, population=100, expected_cohort=10.0, rounds=15, delta=1e-3
+    )
+    assert client.sampling_rate == 0.1
+    assert client.epsilon() == epsilon(0.1, 0.9, 15, 1e-3)
+    assert client.spent(0) == 0.0 < client.spent(7) < client.spent(15)

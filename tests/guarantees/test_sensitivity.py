@@ -1,0 +1,66 @@
+"""Adding or removing one unit moves a clipped sum by at most what the sum itself reports."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fl_dualpriv.privacy.clipping import clip_rows, clipped_sum
+
+SPECIAL = [0.0, -0.0, 1e-45, 1e-38, 1.0, -3.5, 1e19, 3e38, float("inf"), float("-inf"), float("nan")]
+
+
+def rows_of(values: list[list[float]]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32).reshape(len(values), -1)
+
+
+cells = st.one_of(st.sampled_from(SPECIAL), st.floats(-1e3, 1e3, width=32))
+tables = st.integers(1, 4).flatmap(
+    lambda width: st.lists(st.lists(cells, min_size=width, max_size=width), min_size=1, max_size=6)
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(table=tables, clip_norm=st.sampled_from([1e-3, 0.5, 1.0, 100.0]))
+def test_removing_a_row_moves_the_sum_by_at_most_the_sensitivity(table: list[list[float]], clip_norm: float) -> None:
+    rows = rows_of(table)
+    whole = clipped_sum(rows, clip_norm)
+    for i in range(len(table)):
+        rest = clipped_sum(torch.cat([rows[:i], rows[i + 1 :]]), clip_norm)
+        moved = float(torch.linalg.vector_norm(whole.value - rest.value))
+        # rounding of a sum of at most six float64 rows of norm clip_norm
+        assert moved <= whole.sensitivity * (1 + 1e-12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(table=tables)
+def test_rows_never_exceed_the_bound_and_small_rows_are_untouched(table: list[list[float]]) -> None:
+    rows = rows_of(table)
+    clipped, norms = clip_rows(rows, 1.0)
+    assert torch.isfinite(clipped).all()
+    assert (torch.linalg.vector_norm(clipped, dim=1) <= 1 + 1e-12).all()
+    for i, row in enumerate(rows):
+        if not torch.isfinite(row).all():
+            assert not clipped[i].any()
+        elif norms[i] <= 1:
+            assert torch.equal(clipped[i], row.double())
+
+
+def test_clipping_is_per_row_not_per_batch() -> None:
+    # Two opposite rows of norm 10 and one of norm 1: a batch clip of the mean would keep 10s alive.
+    rows = torch.tensor([[10.0, 0.0], [-10.0, 0.0], [0.0, 1.0]])
+    assert torch.allclose(clipped_sum(rows, 1.0).value, torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+
+def test_a_row_is_scaled_to_the_bound_exactly() -> None:
+    clipped, norms = clip_rows(torch.tensor([[3.0, 4.0]]), 1.0)  # norm 5 -> (0.6, 0.8)
+    assert norms.tolist() == [5.0]
+    assert torch.allclose(clipped, torch.tensor([[0.6, 0.8]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, math.inf, math.nan], ids=str)
+def test_a_bound_that_bounds_nothing_is_refused(bound: float) -> None:
+    with pytest.raises(ValueError, match="clip_norm"):
+        clip_rows(torch.ones(1, 2), bound)
