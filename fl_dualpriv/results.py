@@ -36,7 +36,7 @@ class RunRecorder:
         failures: int,
         seconds: float,
     ) -> None:
-        """Append a line to ``rounds.jsonl``: scores, ε spent so far per level, failures, seconds; round 0 is zero-shot."""
+        """Append a line to ``rounds.jsonl``: scores, ε spent per level, failures, seconds (round 0: zero-shot)."""
         line = {
             "round": server_round,
             "accuracy": asdict(accuracy) if accuracy else None,
