@@ -5,6 +5,7 @@ Ray and torch come with the engine.
 """
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -33,8 +34,9 @@ from fl_dualpriv.tables import headline, privacy_table, results_table
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 # All that a run leaves in its folder. --overwrite removes these and nothing else.
-RESULT_FILES = ("summary.json", "rounds.jsonl", "error.json", "error.log", "curve.png", "flower.log")
+RESULT_FILES = ("summary.json", "rounds.jsonl", "error.json", "error.log", "curve.png", "flower.log", "ledger.jsonl")
 RESULT_FOLDERS = ("prompts", "clients")
+_PIPE_WIDTH = 180  # a log has no width of its own; rich would take 80 and break the privacy table's words
 
 
 class Engine(StrEnum):
@@ -79,6 +81,8 @@ def run(
     CONFIG is a TOML file with the keys that differ from the app's pyproject.toml.
     """
     console, errors = Console(), Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(width=_PIPE_WIDTH)
     try:
         job = prepare(config, assignments or [], out, app_dir, overwrite=overwrite)
     except ConfigError as error:
@@ -106,12 +110,14 @@ def run(
 
 @app.command()
 def env() -> None:
-    """Print `export` lines for Flower's own commands in a shell where `make setup` did not install its hook."""
+    """Print `export` lines for Flower's own commands where `make setup` has not installed its hook.
+
+    Call `flwr run` from an empty folder then: the simulation looks for modules in the working directory first.
+    """
     try:
         variables = flower_env.installed()
     except FileNotFoundError:
-        home = Path.home() / ".fl-dualpriv" / "flower"
-        variables = flower_env.environment(home, *flower_env.free_ports(2))
+        variables = flower_env.for_user(Path.home() / ".fl-dualpriv" / "flower")
     sys.stdout.write(flower_env.exports(variables) + "\n")
 
 
@@ -209,6 +215,7 @@ def run_engine(engine: Engine, job: Job) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         from fl_dualpriv.local_engine import run_local
 
+        logging.getLogger("flwr").setLevel(logging.WARNING)  # its progress lines would break into ours
         run_local(job.app_dir, job.flat)
     else:
         from fl_dualpriv.flower_engine import run_flower

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -100,41 +101,54 @@ def _superlink(log: Path) -> Iterator[_SuperLink]:
     root = tempfile.gettempdir()
     # The path of a Unix socket holds at most 107 characters (103 on macOS); Ray keeps its own in this folder.
     home = Path(tempfile.mkdtemp(prefix="fdp-", dir=root if len(root) + _SOCKET_SUFFIX <= 103 else "/tmp"))
-    http_port, control_port = flower_env.free_ports(2)
-    flower_env.write_flower_config(home, f"127.0.0.1:{http_port}")
-    empty = home / "empty"  # Ray puts the working directory before the app on the clients' path
-    empty.mkdir()
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("FLWR_") and k not in ("RAY_ADDRESS",)}
-    environ = {
+    try:
+        port, _ = ports = flower_env.free_ports(2)
+        flower_env.write_flower_config(home, f"127.0.0.1:{port}")
+        environ = _environment(home, *ports)
+        process = _start(log, home, port, environ)
+        try:
+            link = _SuperLink(process=process, environ=environ, home=home, log=log)
+            _wait_until_healthy(link, port)
+            yield link
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()  # the supervisor's sign to end everything
+            process.wait(timeout=60)
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _environment(home: Path, http_port: int, control_port: int) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("FLWR_")}
+    return {
         **inherited,
         **flower_env.environment(home, http_port, control_port),
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
         "RAY_TMPDIR": str(home),  # removed with it
+        # Flower starts its programs by bare name.
         "PATH": sysconfig.get_path("scripts") + os.pathsep + inherited.get("PATH", os.defpath),
         "PYTHONUNBUFFERED": "1",
     }
+
+
+def _start(log: Path, home: Path, port: int, environ: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    """Start the supervisor with a SuperLink under it."""
+    empty = home / "empty"  # Ray puts the working directory before the app on the clients' path
+    empty.mkdir()
     command = [_script("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
-    command += ["--host", "127.0.0.1", "--port", str(http_port)]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     log.write_bytes(b"")
     with log.open("ab") as stream:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             # -I keeps the supervisor's own folder, this package, off its module path.
             [sys.executable, "-I", supervisor.__file__, str(home), *command],
             stdin=subprocess.PIPE,
             stdout=stream,
             stderr=subprocess.STDOUT,
             cwd=empty,
-            env=environ,
+            env=dict(environ),
             start_new_session=True,  # the terminal's Ctrl-C is for us alone
         )
-    link = _SuperLink(process=process, environ=environ, home=home, log=log)
-    try:
-        _wait_until_healthy(link, http_port)
-        yield link
-    finally:
-        assert process.stdin is not None
-        process.stdin.close()  # the supervisor's sign to end everything
-        process.wait(timeout=60)
 
 
 @contextlib.contextmanager
@@ -218,8 +232,9 @@ def _submit(link: _SuperLink, app_dir: Path, run_config: RunConfigValues, federa
     app = str(app_dir.resolve())
     answer = _flwr(link, ["run", app, "--run-config", str(file), "--federation-config", settings])
     if not answer.get("success"):
-        reason = str(answer.get("error-message") or "no answer").strip()
-        raise RunFailed(f"Flower did not accept the run: {reason} (log: {link.log})")
+        said = str(answer.get("error-message") or "no answer").splitlines()
+        reason = "\n  ".join(line for line in said if line.strip() and not line.startswith("Using SuperLink"))
+        raise RunFailed(f"Flower did not accept the run: {reason}\n  the whole log: {link.log}")
     return str(answer["run-id"])
 
 

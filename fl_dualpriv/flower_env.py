@@ -171,6 +171,15 @@ def installed() -> dict[str, str]:
     return json.loads(state.read_text(encoding="utf-8"))["environment"]
 
 
+def for_user(home: Path) -> dict[str, str]:
+    """The variables for a user without the hook: chosen once and kept in ``home``, so that all shells agree."""
+    state = home / "environment.json"
+    if not state.exists():
+        home.mkdir(parents=True, exist_ok=True)
+        write_atomically(state, json.dumps(environment(home, *free_ports(2)), indent=1))
+    return json.loads(state.read_text(encoding="utf-8"))
+
+
 def exports(variables: Mapping[str, str]) -> str:
     """Shell lines that set ``variables``."""
     return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items())

@@ -63,7 +63,8 @@ def privacy_table(releases: Sequence[Mapping[str, Any]]) -> Table:
     """
     table = Table(title="privacy", box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
     for name in ("release", "unit", "relation", "sampling", "releases", "ε", "δ", "trusts", "guarantee"):
-        table.add_column(name, justify="right" if name in ("releases", "ε", "δ") else "left")
+        # fold: on a narrow terminal a word breaks, but none is left out
+        table.add_column(name, justify="right" if name in ("releases", "ε", "δ") else "left", overflow="fold")
     notes = []
     for entry in releases:
         nominal = entry["guarantee"] != "theorem"

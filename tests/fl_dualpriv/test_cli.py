@@ -262,11 +262,13 @@ def test_env_prints_exports(monkeypatch: pytest.MonkeyPatch) -> None:
     assert CliRunner().invoke(cli.app, ["env"]).output == "export FLWR_HOME='/a b'\n"
 
 
-def test_without_the_hook_env_still_separates_this_user_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_hook_all_shells_of_a_user_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> dict[str, str]:
         raise FileNotFoundError
 
     monkeypatch.setattr(cli.flower_env, "installed", missing)
-    output = CliRunner().invoke(cli.app, ["env"]).output
-    assert f"FLWR_HOME={Path.home() / '.fl-dualpriv' / 'flower'}" in output
-    assert "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1" in output
+    monkeypatch.setenv("HOME", str(tmp_path))
+    output = [CliRunner().invoke(cli.app, ["env"]).output for _ in range(2)]
+    assert output[0] == output[1]
+    assert f"FLWR_HOME={tmp_path}/.fl-dualpriv/flower\n" in output[0]
+    assert "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1" in output[0]

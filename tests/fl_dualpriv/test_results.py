@@ -1,0 +1,152 @@
+"""The files of a run: their keys, strict JSON, and a picture."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from fl_dualpriv.evaluation import Accuracy
+from fl_dualpriv.files import read_tensors
+from fl_dualpriv.privacy.plan import Release
+from fl_dualpriv.results import PACKAGES, RunRecorder, build_summary, versions
+
+RELEASE = Release(
+    release="client upload",
+    unit="record",
+    relation="add-or-remove-one",
+    sampling="Poisson, q = 0.1 per step",
+    releases=5,
+    epsilon=1.5,
+    delta=1e-5,
+    trusts="nobody",
+)
+
+
+def summary(**changes: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "method": "dpfpl",
+        "engine": "local",
+        "seed": 1,
+        "rounds": 2,
+        "population": 3,
+        "failures": 0,
+        "seconds": 1.23456,
+        "randomness": "os",
+        "zero_shot": Accuracy(local=0.5, neighbour=0.25),
+        "final": Accuracy(local=0.75, neighbour=None),
+        "split": "test",
+        "releases": [RELEASE],
+        "notes": ["a note"],
+        "config": {"rounds": 2, "train.sampling-rate": 0.1},
+    }
+    return build_summary(**(given | changes))
+
+
+def strict(text: str) -> Any:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_summary_has_the_promised_keys(tmp_path: Path):
+    RunRecorder(tmp_path).write_summary(summary())
+    found = strict((tmp_path / "summary.json").read_text())
+    promised = {"method", "engine", "seed", "rounds", "population", "failures", "seconds"}
+    assert promised | {"accuracy", "privacy", "versions", "config"} <= found.keys()
+    assert found["accuracy"] == {
+        "zero_shot": {"local": 0.5, "neighbour": 0.25},
+        "final": {"local": 0.75, "neighbour": None},
+    }
+    keys = {"release", "unit", "relation", "sampling", "releases", "epsilon", "delta", "trusts", "guarantee"}
+    assert keys <= found["privacy"][0].keys()
+    assert found["privacy"][0]["guarantee"] == "theorem"
+    assert found["config"] == {"rounds": 2, "train.sampling-rate": 0.1}
+    assert found["versions"].keys() == set(PACKAGES)
+
+
+def test_unscored_runs_have_the_same_keys():
+    assert summary(zero_shot=None, final=None)["accuracy"] == {
+        "zero_shot": {"local": None, "neighbour": None},
+        "final": {"local": None, "neighbour": None},
+    }
+
+
+def test_versions_are_those_installed():
+    assert versions()["torch"] == torch.__version__
+
+
+def test_a_number_that_is_not_json_never_half_writes_a_summary(tmp_path: Path):
+    with pytest.raises(ValueError, match="JSON"):
+        RunRecorder(tmp_path).write_summary(summary(seconds=math.inf))
+    assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.xfail(reason="ε = ∞ ends the run in its first report, after the training step")
+def test_an_infinite_epsilon_keeps_the_results(tmp_path: Path):
+    # dp-accounting answers infinity for tiny δ; the table prints ∞, so files must hold such a run too
+    recorder = RunRecorder(tmp_path)
+    recorder.add_round(1, None, math.inf, None, 0, 1.0)
+    assert len(strict((tmp_path / "rounds.jsonl").read_text())) > 0
+
+
+def test_rounds_are_one_line_each(tmp_path: Path):
+    recorder = RunRecorder(tmp_path)
+    recorder.add_round(1, Accuracy(local=0.5, neighbour=None), 1.5, None, 2, 0.12345)
+    recorder.add_round(2, None, None, 2.5, 0, 1.0)
+    lines = [strict(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    assert lines == [
+        {
+            "round": 1,
+            "accuracy": {"local": 0.5, "neighbour": None},
+            "epsilon": {"record_level": 1.5, "client_level": None},
+            "failures": 2,
+            "seconds": 0.123,
+        },
+        {
+            "round": 2,
+            "accuracy": None,
+            "epsilon": {"record_level": None, "client_level": 2.5},
+            "failures": 0,
+            "seconds": 1.0,
+        },
+    ]
+    assert recorder.rounds == lines
+
+
+def test_error_and_prompt(tmp_path: Path):
+    recorder = RunRecorder(tmp_path / "new")
+    recorder.write_error(ValueError("broken"))
+    error = strict((tmp_path / "new" / "error.json").read_text())
+    assert (error["type"], error["message"]) == ("ValueError", "broken")
+    recorder.write_prompt(torch.ones(2, 3), {"method": "full"})
+    tensors, metadata = read_tensors(tmp_path / "new" / "prompts" / "global.safetensors")
+    assert torch.equal(tensors["global"], torch.ones(2, 3))
+    assert metadata == {"method": "full"}
+
+
+ROUNDS = {
+    "no rounds": [],
+    "scores and both levels": [
+        (1, Accuracy(local=0.5, neighbour=0.2), 1.0, 2.0),
+        (2, Accuracy(local=0.6, neighbour=0.3), 1.5, 2.5),
+    ],
+    "no scores": [(1, None, 1.0, None), (2, None, 2.0, None)],
+    "no neighbours": [(1, Accuracy(local=0.5, neighbour=None), None, None)],
+}
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_the_curve_is_a_picture(tmp_path: Path, name: str):
+    recorder = RunRecorder(tmp_path)
+    for server_round, accuracy, record, client in ROUNDS[name]:
+        recorder.add_round(server_round, accuracy, record, client, 0, 0.0)
+    recorder.write_curve()
+    with Image.open(tmp_path / "curve.png") as image:
+        image.load()
+        assert image.format == "PNG"
+        assert image.width > 300

@@ -1,0 +1,300 @@
+"""Rules of a round: cohorts, order, what a strategy may override, sensitivity by construction, and scoring."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fl_dualpriv import wire
+from fl_dualpriv.errors import PrivacyError
+from fl_dualpriv.evaluation import Accuracy, Score
+from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
+from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy, ServerPrivacy, Update
+from strategies.dpfpl import DPFPL
+from strategies.fedavg import FedAvg
+
+SHAPE = (2, 3)
+NODES = (71, 12, 55, 30)
+"""Node ids of partitions 0, 1, 2, 3: in no order, as Flower hands them out."""
+TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 1, 0  # messages cannot be made outside a task
+
+
+class Zeros:
+    """A source whose noise is exactly zero and which lets everybody join at rates above one half."""
+
+    reproducible = True
+
+    def uniforms(self, count: int) -> np.ndarray:
+        return np.full(count, 0.5)
+
+
+def quiet(key: StreamKey) -> RandomSource:
+    return Zeros()
+
+
+def client_level(noise: float = 1.0, rate: float = 1.0, bound: float = 1.0) -> ServerPrivacy:
+    return ServerPrivacy(
+        unit="client", bound=bound, noise_multiplier=noise, sampling_rate=rate, ledger_multiplier=noise, ledger=None
+    )
+
+
+def make(
+    cls: type[RoundStrategy] = DPFPL,
+    privacy: ServerPrivacy | None = None,
+    *,
+    nodes: Sequence[int] = NODES,
+    sizes: Sequence[int] = (10, 20, 30, 40),
+    tolerates: bool = True,
+    sources: Callable[[StreamKey], RandomSource] = quiet,
+    reports: list[RoundReport] | None = None,
+    seed: int = 0,
+) -> Any:
+    return cls(
+        cards={
+            node: wire.ClientCard(partition=i, num_examples=n)
+            for i, (node, n) in enumerate(zip(nodes, sizes, strict=False))
+        },
+        masses=dict.fromkeys(range(len(nodes)), 1.0),
+        num_rounds=5,
+        evaluate_every=2,
+        prompt_kind="personal",
+        run_token="token",
+        noise_multiplier=1.25,
+        tolerates_failures=tolerates,
+        privacy=privacy,
+        sources=sources,
+        seed=seed,
+        report=(reports if reports is not None else []).append,
+    )
+
+
+def ask(strategy: RoundStrategy, server_round: int = 1) -> list[Message]:
+    arrays = wire.to_arrays(torch.zeros(SHAPE))
+    return list(strategy.configure_train(server_round, arrays, ConfigRecord(), grid=None))  # type: ignore[arg-type]
+
+
+def step(strategy: RoundStrategy, asked: list[Message], updates: dict[int, Tensor]) -> Tensor:
+    answers = [Message(wire.upload_content(updates[m.metadata.dst_node_id]), reply_to=m) for m in asked]
+    arrays, _ = strategy.aggregate_train(1, answers)
+    assert arrays is not None
+    return wire.from_arrays(arrays)
+
+
+# --- cohorts ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_client_level_everybody_is_asked_with_the_whole_task():
+    strategy = make()
+    asked = ask(strategy, 4)
+    assert [m.metadata.dst_node_id for m in asked] == list(NODES)  # by partition
+    task = wire.read_train(asked[2])
+    assert (task.server_round, task.run_token, task.noise_multiplier) == (4, "token", 1.25)
+    assert torch.equal(task.global_prompt, torch.zeros(SHAPE))
+    assert {m.metadata.message_type for m in asked} == {MessageType.TRAIN}
+
+
+def test_cohorts_are_poisson_and_do_not_follow_node_ids():
+    rate, rounds = 0.3, 2000
+    plain = make(privacy=client_level(rate=rate), sources=KeyedRandom)
+    renamed = make(privacy=client_level(rate=rate), sources=KeyedRandom, nodes=(1, 99, 3, 7))
+    partition = {node: i for i, node in enumerate(NODES)} | {1: 0, 99: 1, 3: 2, 7: 3}
+    joined = np.zeros((rounds, 4))
+    for r in range(rounds):
+        one, two = ([partition[m.metadata.dst_node_id] for m in ask(s, r + 1)] for s in (plain, renamed))
+        assert one == two
+        joined[r, one] = 1
+    # standard error sqrt(0.3 * 0.7 / 2000) = 0.010; 5 of them
+    assert np.abs(joined.mean(axis=0) - rate).max() < 0.05
+    # sizes are binomial: variance 4 * 0.3 * 0.7 = 0.84, standard error of it about 3 %; a fixed size would give 0
+    assert joined.sum(axis=1).var() == pytest.approx(0.84, rel=0.15)
+    # coins of different clients are independent: correlation 0, standard error 1/sqrt(2000) = 0.022
+    assert np.abs(np.corrcoef(joined.T) - np.eye(4)).max() < 0.11
+
+
+def test_the_seed_decides_the_cohorts():
+    draws = [
+        [len(ask(make(privacy=client_level(rate=0.5), sources=KeyedRandom, seed=seed), r)) for r in range(1, 30)]
+        for seed in (0, 0, 1)
+    ]
+    assert draws[0] == draws[1] != draws[2]
+
+
+# --- order and sums ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [DPFPL, FedAvg])
+@pytest.mark.parametrize("private", [False, True])
+def test_replies_in_any_order_give_bitwise_the_same_prompt(cls: type[RoundStrategy], private: bool):
+    generator = torch.Generator().manual_seed(0)
+    # sizes over eight decades, so that the order of a float sum shows
+    updates = {n: torch.randn(SHAPE, generator=generator) * 10.0 ** (3 * i - 4) for i, n in enumerate(NODES)}
+    results = []
+    for order in itertools.permutations(range(4)):
+        strategy = make(cls, client_level(bound=5.0) if private else None, sources=KeyedRandom)
+        asked = ask(strategy)
+        results.append(step(strategy, [asked[i] for i in order], updates))
+    assert all(torch.equal(results[0], other) for other in results)
+
+
+cells = st.floats(-1e6, 1e6, width=32)
+tables = st.lists(st.lists(cells, min_size=6, max_size=6), min_size=4, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(table=tables, gone=st.integers(0, 3), fed=st.booleans(), bound=st.sampled_from([1e-3, 1.0, 50.0]))
+def test_one_client_moves_the_combined_update_by_at_most_the_sensitivity(
+    table: list[list[float]], gone: int, fed: bool, bound: float
+):
+    strategy = make(FedAvg if fed else DPFPL, client_level(noise=0.0, bound=bound))
+    updates = {n: torch.tensor(row, dtype=torch.float64).reshape(SHAPE) for n, row in zip(NODES, table, strict=True)}
+    seen: list[Tensor] = []
+    strategy.server_update = lambda prompt, diff: seen.append(diff) or prompt + diff  # before any float32 rounding
+    step(strategy, ask(strategy), updates)
+    asked = [m for m in ask(strategy) if m.metadata.dst_node_id != NODES[gone]]
+    step(strategy, asked, updates)
+    # what server_update sees is float32 here: 6 entries, each within 2^-24 of its size, which is at most 4 * bound / 3
+    rounding = math.sqrt(6) * 2**-23 * 4 * bound
+    assert (
+        float(torch.linalg.vector_norm((seen[0] - seen[1]).double())) <= strategy.sensitivity() * (1 + 1e-9) + rounding
+    )
+
+
+# --- what an author may override --------------------------------------------------------------------------------------
+
+
+class Median(DPFPL):
+    """A combine without a proof."""
+
+    def combine(self, updates: Sequence[Update]) -> Tensor:
+        return torch.stack([u.diff for u in updates]).median(dim=0).values
+
+
+class Half(DPFPL):
+    """A combine with a proof."""
+
+    def combine(self, updates: Sequence[Update]) -> Tensor:
+        return super().combine(updates) / 2
+
+    def sensitivity(self) -> float:
+        return super().sensitivity() / 2
+
+
+class DoubleOfHalf(Half):
+    """Overrides combine again, and inherits a sensitivity that no longer fits."""
+
+    def combine(self, updates: Sequence[Update]) -> Tensor:
+        return 8 * super().combine(updates)
+
+
+def test_combine_without_sensitivity_is_refused_under_dp_alone():
+    with pytest.raises(PrivacyError, match=r"Median overrides combine\(\) but not sensitivity\(\)"):
+        make(Median, client_level())
+    assert make(Median).sensitivity.__func__ is RoundStrategy.sensitivity  # without DP it may start
+
+
+def test_combine_with_sensitivity_scales_the_noise():
+    whole, half = (make(cls, client_level(), sources=KeyedRandom) for cls in (DPFPL, Half))
+    one, two = (step(s, [], {}) for s in (whole, half) if ask(s) is not None)
+    torch.testing.assert_close(two, one / 2)
+
+
+@pytest.mark.xfail(reason="only the class itself is compared with the base: a stale sensitivity() is inherited")
+def test_a_newer_combine_than_sensitivity_is_refused():
+    with pytest.raises(PrivacyError):
+        make(DoubleOfHalf, client_level())
+
+
+def test_sensitivity_without_privacy_is_an_error():
+    with pytest.raises(PrivacyError, match="nothing bounds the uploads"):
+        make().sensitivity()
+
+
+@pytest.mark.parametrize("weight", [math.nan, 0.0], ids=["nan", "zero"])
+def test_a_useless_weight_never_gives_a_prompt(weight: float):
+    class Useless(DPFPL):
+        def weight(self, num_examples: int) -> float:
+            return weight
+
+    strategy = make(Useless, client_level())
+    with pytest.raises((ValueError, ZeroDivisionError)):
+        step(strategy, ask(strategy), dict.fromkeys(NODES, torch.ones(SHAPE)))
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def evaluate(strategy: RoundStrategy, server_round: int) -> list[Message]:
+    arrays = wire.to_arrays(torch.ones(SHAPE))
+    return list(strategy.configure_evaluate(server_round, arrays, ConfigRecord(), grid=None))  # type: ignore[arg-type]
+
+
+def answer(message: Message, correct: int) -> Message:
+    score = Score(local_correct=correct, local_total=4, neighbour_correct=0, neighbour_total=0)
+    return Message(wire.score_content(score), reply_to=message)
+
+
+@pytest.mark.parametrize(("server_round", "scored"), [(1, False), (2, True), (3, False), (4, True), (5, True)])
+def test_every_second_round_and_the_last_are_scored(server_round: int, scored: bool):
+    asked = evaluate(make(), server_round)
+    assert len(asked) == (4 if scored else 0)
+    assert all(wire.read_evaluate(m).prompt == "personal" for m in asked)
+
+
+def test_scores_average_the_clients_that_answer_and_count_the_others():
+    reports: list[RoundReport] = []
+    strategy = make(reports=reports)
+    asked = evaluate(strategy, 2)
+    replies = [answer(asked[0], 1), answer(asked[1], 2), Message(Error(2, "boom"), reply_to=asked[2])]
+    strategy.aggregate_evaluate(2, replies)
+    # (1/4 + 2/4) / 2; one error and one silent client
+    assert reports == [RoundReport(server_round=2, accuracy=Accuracy(local=0.375, neighbour=None), failures=2)]
+
+
+def test_without_dp_a_missing_score_ends_the_run():
+    strategy = make(tolerates=False)
+    asked = evaluate(strategy, 2)
+    with pytest.raises(ClientFailure, match="client 3 failed in round 2: evaluation: no reply"):
+        strategy.aggregate_evaluate(2, [answer(m, 1) for m in asked[:3]])
+
+
+def test_an_unscored_round_is_reported_without_accuracy():
+    reports: list[RoundReport] = []
+    strategy = make(reports=reports)
+    evaluate(strategy, 1)
+    strategy.aggregate_evaluate(1, [])
+    assert reports == [RoundReport(server_round=1, accuracy=None, failures=0)]
+
+
+@pytest.mark.xfail(reason="read_score raises KeyError or TypeError: one client ends a DP run")
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict(),
+        RecordDict({"score": MetricRecord({"local-correct": 1})}),
+        RecordDict({"score": MetricRecord({"local-correct": 1, "accuracy": 0.5})}),
+    ],
+    ids=["empty", "incomplete", "unknown key"],
+)
+def test_a_malformed_score_is_a_failure_not_the_end(content: RecordDict):
+    reports: list[RoundReport] = []
+    strategy = make(privacy=client_level(), reports=reports)
+    asked = evaluate(strategy, 2)
+    strategy.aggregate_evaluate(2, [Message(content, reply_to=asked[0]), *(answer(m, 1) for m in asked[1:])])
+    assert reports[0].failures == 1
+
+
+@pytest.mark.xfail(reason="counts are not checked: 9 of 4 correct gives an accuracy above 1")
+def test_an_impossible_score_is_a_failure():
+    reports: list[RoundReport] = []
+    strategy = make(privacy=client_level(), reports=reports)
+    strategy.aggregate_evaluate(2, [answer(m, 9) for m in evaluate(strategy, 2)])
+    assert reports[0].failures == 4
