@@ -57,11 +57,11 @@ def train(message: Message, context: Context) -> Message:
     from clients.dpfpl_paper import PublishedTraining, nominal_sigma, published_update
     from clients.dualpriv import LocalTraining, local_update
     from fl_dualpriv import wire
-    from fl_dualpriv.client import ClientFolder, check_noise
+    from fl_dualpriv.client import ClientFolder, check_noise, check_task
     from fl_dualpriv.methods import METHODS
+    from fl_dualpriv.plans import record_level_plan
     from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
     from fl_dualpriv.privacy.noise import RandomSource, StreamKey, random_sources
-    from fl_dualpriv.world import record_level_plan
 
     config, world, partition_id = _setting(context)
     task = wire.read_train(message)
@@ -99,9 +99,10 @@ def train(message: Message, context: Context) -> Message:
             random=random,
         )
     else:
+        ledger = Ledger(folder.ledger)
         if plan is not None:
             check_noise(plan, task.noise_multiplier)
-        ledger = Ledger(folder.ledger)
+            check_task(plan, ledger, state, task.server_round, config.train.local_steps)
 
         def before_release(step: int) -> None:
             if plan is not None:
@@ -146,9 +147,13 @@ def evaluate(message: Message, context: Context) -> Message:
 
     from fl_dualpriv import wire
     from fl_dualpriv.client import ClientFolder
+    from fl_dualpriv.errors import PrivacyError
     from fl_dualpriv.evaluation import score
+    from fl_dualpriv.plans import may_score
 
     config, world, partition_id = _setting(context)
+    if not may_score(config):
+        raise PrivacyError("the held-out images are private here: their scores would be an unaccounted release")
     task = wire.read_evaluate(message)
     device = world.backbone.device
     prompt = task.global_prompt.to(device)

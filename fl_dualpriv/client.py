@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.files import read_tensors, write_tensors
+from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 
 
@@ -85,6 +86,26 @@ class ClientFolder:
             self._prompt,
             {"personal": state.personal, "carrier": state.carrier, "global": global_prompt},
             {"run-token": run_token, "server-round": str(state.server_round)},
+        )
+
+
+def check_task(plan: RecordLevelPlan, ledger: Ledger, state: PersonalState, server_round: int, steps: int) -> None:
+    """Refuse a round that was done before, and one that would exceed the releases this client's plan accounts for.
+
+    Guarantee:
+        The ledger in this folder never holds more events than the plan composes, whatever rounds, run tokens or
+        repetitions a server asks for. It is checked before the first release of the round.
+
+    Raises:
+        PrivacyError: If the round is refused.
+    """
+    if server_round <= state.server_round:
+        raise PrivacyError(f"round {server_round} was done (last: {state.server_round}); a repetition is refused")
+    made = ledger.count()
+    if made + steps > plan.releases:
+        raise PrivacyError(
+            f"{made} releases are in the ledger and the round makes {steps} more; the plan accounts for "
+            f"{plan.releases}: the round is refused"
         )
 
 

@@ -97,13 +97,20 @@ class PrivacyConfig:
 class DataConfig:
     """Which images, and how they are divided among clients."""
 
-    ref: Literal["demo", "folder"]
+    ref: Literal["auto", "demo", "folder"]
     path: str
     classes: str
     partition: Literal["iid", "by-class", "dirichlet"]
     dirichlet_alpha: float
     val_fraction: float
     test_fraction: float
+
+    @property
+    def source(self) -> Literal["demo", "folder"]:
+        """What ``ref`` means: ``auto`` is a folder if there is a path."""
+        if self.ref == "auto":
+            return "folder" if self.path.strip() else "demo"
+        return self.ref
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +127,7 @@ class EvaluationConfig:
 
     every: int
     split: Literal["test", "val"]
-    held_out_data: Literal["public", "private"]
+    held_out_data: Literal["auto", "public", "private"]
 
 
 @dataclass(frozen=True, kw_only=True)

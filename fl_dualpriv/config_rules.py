@@ -127,9 +127,9 @@ CROSS_RULES: tuple[CrossRule, ...] = (
         'did you mean data.ref = "folder"?',
     ),
     CrossRule(
-        ("data.classes", "data.ref"),
-        lambda v: v["data.ref"] != "demo" or v["data.classes"] == "",
-        'must be empty when data.ref = "demo"',
+        ("data.classes", "data.ref", "data.path"),
+        lambda v: v["data.classes"] == "" or v["data.ref"] == "folder" or (v["data.ref"] == "auto" and v["data.path"]),
+        "must be empty for the demo's images",
         'did you mean data.ref = "folder"?',
     ),
     CrossRule(

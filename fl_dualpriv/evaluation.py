@@ -36,7 +36,9 @@ def score(class_features: Tensor, image_features: Tensor, labels: Tensor, held_c
     Reference:
         DP-FPL, arXiv:2501.13904, Tables 2 and 3.
     """
-    correct = (image_features @ class_features.T).argmax(dim=1) == labels
+    logits = image_features @ class_features.T
+    # The argmax of NaN is class 0: an unreadable image or a diverged prompt would be right by accident.
+    correct = (logits.argmax(dim=1) == labels) & torch.isfinite(logits).all(dim=1)
     local = torch.isin(labels, held_classes)
     return Score(
         local_correct=int((correct & local).sum()),

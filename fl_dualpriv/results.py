@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.evaluation import Accuracy
 from fl_dualpriv.files import append_json_line, write_bytes, write_json, write_tensors
 from fl_dualpriv.privacy.plan import Release
@@ -26,6 +27,17 @@ class RunRecorder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.rounds: list[dict[str, Any]] = []
+
+    def claim(self) -> None:
+        """Take the folder for this run.
+
+        Raises:
+            ConfigError: If it holds an earlier run's rounds or results: they would be mixed or lost.
+        """
+        for name in ("rounds.jsonl", "summary.json"):
+            if (self.folder / name).exists():
+                raise ConfigError(f"output.dir = {self.folder}: it holds an earlier run ({name}); give another folder")
+        (self.folder / "error.json").unlink(missing_ok=True)
 
     def add_round(
         self,

@@ -4,6 +4,7 @@ A strategy author owns as much of the proof as they override: `server_update` ru
 `weight` is clamped to [0, 1] (nothing owed), `combine` must come with `sensitivity`.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,6 +21,8 @@ from fl_dualpriv.evaluation import Accuracy, mean_accuracy
 from fl_dualpriv.privacy.clipping import clip_rows
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 from fl_dualpriv.privacy.noise import RandomSources, StreamKey, gaussian_noise, poisson_sample
+
+_log = logging.getLogger("fl_dualpriv")
 
 
 class ClientFailure(RuntimeError):
@@ -40,7 +43,8 @@ class ServerPrivacy:
 
     Attributes:
         unit: ``client``: uploads are updates, clipped here to ``bound``, on a Poisson cohort; ``record``: uploads are
-            sums of clipped per-record terms, each of norm at most ``bound``, from every client (``trusts-server``).
+            sums of clipped per-record terms, each of norm at most ``bound``, from every client (``trusts-server``);
+            ``nominal``: the published procedure, whose bound is only claimed.
         bound: L2 norm that one unit can add to the sum of uploads.
         noise_multiplier: Noise std / sensitivity.
         sampling_rate: Of the unit: cohort rate for clients, batch rate for records (for the ledger).
@@ -48,7 +52,7 @@ class ServerPrivacy:
         ledger: Where each round is written before it happens; None for the nominal procedure.
     """
 
-    unit: Literal["client", "record"]
+    unit: Literal["client", "record", "nominal"]
     bound: float
     noise_multiplier: float
     sampling_rate: float
@@ -102,6 +106,7 @@ class RoundStrategy(Strategy):
     report: Callable[[RoundReport], None]
     failures: int = field(default=0, init=False)
     deliveries: int = field(default=0, init=False)
+    last_failure: str | None = field(default=None, init=False)
     state: dict[str, Tensor] = field(default_factory=dict, init=False)
     num_examples: dict[int, int] = field(default_factory=dict, init=False)
     _prompt: Tensor = field(default_factory=lambda: torch.zeros(0), init=False)
@@ -110,9 +115,10 @@ class RoundStrategy(Strategy):
 
     def __post_init__(self) -> None:
         self.num_examples = {card.partition: card.num_examples for card in self.cards.values()}
-        combines = type(self).combine is not RoundStrategy.combine
-        proves = type(self).sensitivity is not RoundStrategy.sensitivity
-        if self.privacy is not None and combines and not proves:
+        # A sensitivity() proves the combine() of its own class, not that of a subclass which overrides it again.
+        order = type(self).__mro__
+        combine, proof = (next(i for i, c in enumerate(order) if n in vars(c)) for n in ("combine", "sensitivity"))
+        if self.privacy is not None and combine < proof:
             raise PrivacyError(
                 f"{type(self).__name__} overrides combine() but not sensitivity(), so the server's noise cannot be "
                 'scaled. Override it, or set privacy.client.mechanism = "none" and privacy.record.trusts-server = false'
@@ -184,11 +190,8 @@ class RoundStrategy(Strategy):
         """Clip, combine, noise, step. The ledger is written before the noise is drawn."""
         updates = self._read_updates(server_round, list(replies))
         self.deliveries += len(updates)
-        if self.privacy is not None and self.privacy.unit == "client" and updates:
-            clipped, _ = clip_rows(torch.stack([u.diff for u in updates]), self.privacy.bound)
-            updates = [
-                Update(partition=u.partition, diff=row) for u, row in zip(updates, clipped.unbind(), strict=True)
-            ]
+        if self.privacy is not None:
+            updates = [self._clip(update, self.privacy) for update in updates]
         diff = self.combine(updates)
         if self.privacy is not None:
             self._write_ledger(server_round)
@@ -198,8 +201,18 @@ class RoundStrategy(Strategy):
         self._prompt = self.server_update(self._prompt, diff.to(self._prompt.dtype))
         return wire.to_arrays(self._prompt), None
 
+    def _clip(self, update: Update, privacy: ServerPrivacy) -> Update:
+        """Clip an update to S, or a sum over records to what that client's (public) number of records can reach."""
+        if privacy.unit == "nominal":
+            return update
+        units = 1 if privacy.unit == "client" else max(1, self.num_examples[update.partition])
+        # A learning rate of zero makes the bound, the upload and the noise zero.
+        bound = max(privacy.bound * units, torch.finfo(torch.float64).tiny)
+        clipped, _ = clip_rows(update.diff[None], bound)
+        return Update(partition=update.partition, diff=clipped[0])
+
     def _write_ledger(self, server_round: int) -> None:
-        if self.privacy is not None and self.privacy.ledger is not None:
+        if self.privacy is not None and self.privacy.ledger is not None and self.privacy.unit != "nominal":
             self.privacy.ledger.record(
                 LedgerEvent(
                     run=self.run_token,
@@ -225,8 +238,8 @@ class RoundStrategy(Strategy):
                 continue
             try:
                 diff = wire.read_upload(reply, tuple(self._prompt.shape))
-            except (KeyError, ValueError) as error:
-                self._fail(server_round, partition, str(error))
+            except Exception as error:  # bytes from outside: whatever cannot be read is a failure of its sender
+                self._fail(server_round, partition, f"unreadable upload: {type(error).__name__}: {error}")
                 continue
             if not torch.isfinite(diff).all():
                 self._fail(server_round, partition, "the upload is not finite")
@@ -241,6 +254,8 @@ class RoundStrategy(Strategy):
             raise ClientFailure(f"client {partition} failed in round {server_round}: {reason}")
         self.failures += 1
         self._round_failures += 1
+        self.last_failure = reason
+        _log.warning("client %d counts as zero in round %d: %s", partition, server_round, reason)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -268,8 +283,11 @@ class RoundStrategy(Strategy):
             if reply is None or reply.has_error():
                 reason = "no reply in time" if reply is None else reply.error.reason
                 self._fail(server_round, self.cards[node].partition, f"evaluation: {reason}")
-            else:
+                continue
+            try:
                 scores.append(wire.read_score(reply))
+            except Exception as error:  # see _read_updates
+                self._fail(server_round, self.cards[node].partition, f"unreadable score: {error}")
         return mean_accuracy(scores) if scores else None
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:

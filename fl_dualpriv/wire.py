@@ -135,6 +135,13 @@ def score_content(score: Score) -> RecordDict:
 
 
 def read_score(reply: Message) -> Score:
-    """Undo `score_content`."""
+    """Undo `score_content`.
+
+    Raises:
+        ValueError: If the counts are not counts, or more than all are correct.
+    """
     record = reply.content.metric_records["score"]
-    return Score(**{name.replace("-", "_"): int(value) for name, value in record.items()})  # type: ignore[arg-type]
+    score = Score(**{name.replace("-", "_"): int(value) for name, value in record.items()})  # type: ignore[arg-type]
+    if not (0 <= score.local_correct <= score.local_total and 0 <= score.neighbour_correct <= score.neighbour_total):
+        raise ValueError(f"impossible counts in {score}")
+    return score

@@ -3,6 +3,7 @@
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -10,14 +11,13 @@ from torch import Tensor
 
 from fl_dualpriv.backbones.open_clip import OpenClipBackbone, load_backbone
 from fl_dualpriv.client import ClientData
-from fl_dualpriv.config import RunConfig
+from fl_dualpriv.config import BackboneConfig, DataConfig, PromptConfig, RunConfig
 from fl_dualpriv.data.datasets import DataSplits, ImageDataset, load_data
 from fl_dualpriv.data.folder import BadImageError
 from fl_dualpriv.data.partition import held_classes, partition
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.methods import METHODS
+from fl_dualpriv.plans import client_level_plan, record_level_plan
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey, gaussian_noise
-from fl_dualpriv.privacy.plan import ClientLevelPlan, RecordLevelPlan, noise_multiplier_for
 from fl_dualpriv.prompts.learner import PromptedText
 
 _CHUNK = 128  # images through the tower at once: memory only
@@ -98,58 +98,75 @@ def encode_images(backbone: OpenClipBackbone, images: ImageDataset, indices: np.
 
 
 def build_world(config: RunConfig) -> World:
-    """Load and check everything the run needs; cached for the configuration's data, model and prompt sections.
+    """Load and check everything the run needs; cached for what it depends on, so that methods and seeds share features.
 
     Raises:
         ConfigError: Data, model, prompt or partition do not work as configured; see the message.
-        PrivacyError: The configured δ says nothing about data of this size.
+        PrivacyError: A configured δ says nothing about data or populations of this size.
     """
-    private = config.privacy.record.mechanism != "none" or config.privacy.client.mechanism != "none"
-    world = _build_world(config, "keep" if private else "raise")
-    largest = max(len(indices) for indices in world.partitions)
-    if config.privacy.record.mechanism == "gaussian" and config.privacy.record.delta * largest >= 1:
-        raise PrivacyError(
-            f"privacy.record.delta = {config.privacy.record.delta:g} with {largest} records at one client; δ must be "
-            f"below 1/{largest} to say anything: set it to {1 / (10 * largest):.1g} or less"
-        )
+    private = record_level_plan(config) is not None or client_level_plan(config) is not None
+    world = _build_world(
+        config.data,
+        config.backbone,
+        config.pruning.visual_keep_ratio,
+        config.pruning.visual_layer,
+        config.population,
+        config.seed,
+        config.resources.device,
+        "keep" if private else "raise",
+    )
+    _check_prompt(config.prompt, world)
+    record, client = config.privacy.record, config.privacy.client
+    if record.mechanism == "gaussian":
+        _check_delta("record", record.delta, max(len(indices) for indices in world.partitions), "records at one client")
+    if client.mechanism == "gaussian":
+        _check_delta("client", client.delta, config.population, "clients")
     return world
 
 
-@functools.lru_cache(maxsize=2)
-def _build_world(config: RunConfig, on_bad_image: str) -> World:
-    if torch.get_num_threads() != 1 and config.resources.device in ("auto", "cpu"):
-        torch.set_num_threads(1)  # threads of many clients on few cores only wait for each other
-    data = load_data(
-        config.data.ref,
-        config.data.path,
-        config.data.classes,
-        config.data.val_fraction,
-        config.data.test_fraction,
-        config.seed,
-        "raise" if on_bad_image == "raise" else "keep",
-    )
-    parts = partition(
-        data.train.labels, config.data.partition, config.population, config.data.dirichlet_alpha, config.seed
-    )
-    pruning = config.pruning
-    backbone = load_backbone(
-        config.backbone.name,
-        config.backbone.pretrained,
-        config.resources.device,
-        pruning.visual_keep_ratio,
-        pruning.visual_layer,
-    )
-    if config.prompt.rank > min(config.prompt.n_ctx, backbone.ctx_dim):
-        raise ConfigError(
-            f"prompt.rank = {config.prompt.rank}; a prompt of {config.prompt.n_ctx} x {backbone.ctx_dim} has rank "
-            f"at most {min(config.prompt.n_ctx, backbone.ctx_dim)}"
+def _check_delta(level: str, delta: float, units: int, what: str) -> None:
+    if delta * units >= 1:
+        raise PrivacyError(
+            f"privacy.{level}.delta = {delta:g} with {units} {what}; δ must be below 1/{units} to say anything: "
+            f"set it to {1 / (10 * units):.1g} or less"
         )
-    text = PromptedText(backbone, data.class_names, data.template)
-    text.check_length(config.prompt.n_ctx)
-    if config.prompt.init == "template":
-        text.template_context(config.prompt.n_ctx)  # raises if the template has another length
-    refuses = on_bad_image == "raise"
-    return World(backbone=backbone, text=text, data=data, partitions=parts, refuses_bad_records=refuses)
+
+
+def _check_prompt(prompt: PromptConfig, world: World) -> None:
+    largest = min(prompt.n_ctx, world.backbone.ctx_dim)
+    if prompt.rank > largest:
+        raise ConfigError(
+            f"prompt.rank = {prompt.rank}; a prompt of {prompt.n_ctx} x {world.backbone.ctx_dim} has rank at most "
+            f"{largest}"
+        )
+    world.text.check_length(prompt.n_ctx)
+    if prompt.init == "template":
+        world.text.template_context(prompt.n_ctx)  # raises if the template has another length
+
+
+@functools.lru_cache(maxsize=2)
+def _build_world(
+    data: DataConfig,
+    model: BackboneConfig,
+    keep_ratio: float,
+    layer: int,
+    population: int,
+    seed: int,
+    device: str,
+    on_bad_image: Literal["keep", "raise"],
+) -> World:
+    if torch.get_num_threads() != 1 and device in ("auto", "cpu"):
+        torch.set_num_threads(1)  # threads of many clients on few cores only wait for each other
+    images = load_data(data.source, data.path, data.classes, data.val_fraction, data.test_fraction, seed, on_bad_image)
+    parts = partition(images.train.labels, data.partition, population, data.dirichlet_alpha, seed)
+    backbone = load_backbone(model.name, model.pretrained, device, keep_ratio, layer)
+    return World(
+        backbone=backbone,
+        text=PromptedText(backbone, images.class_names, images.template),
+        data=images,
+        partitions=parts,
+        refuses_bad_records=on_bad_image == "raise",
+    )
 
 
 def initial_prompt(config: RunConfig, world: World) -> Tensor:
@@ -158,52 +175,6 @@ def initial_prompt(config: RunConfig, world: World) -> Tensor:
         return world.text.template_context(config.prompt.n_ctx).cpu()
     source = KeyedRandom(StreamKey(seed=config.seed, purpose="initial-prompt"))
     return gaussian_noise(source, (config.prompt.n_ctx, world.backbone.ctx_dim), 0.02).float()
-
-
-def record_level_plan(config: RunConfig) -> RecordLevelPlan | None:
-    """The record-level plan of the run, calibrated for all local steps; None without one or for the nominal method."""
-    record, parts = config.privacy.record, METHODS[config.method]
-    if record.mechanism == "none" or parts.published_procedure or not parts.trains:
-        return None
-    releases = config.rounds * config.train.local_steps
-    return RecordLevelPlan(
-        clip_norm=record.clip_norm,
-        noise_multiplier=noise_multiplier_for(
-            record.calibrate_to,
-            record.epsilon,
-            record.noise_multiplier,
-            record.delta,
-            config.train.sampling_rate,
-            releases,
-        ),
-        sampling_rate=config.train.sampling_rate,
-        releases=releases,
-        delta=record.delta,
-        trusts_server=record.trusts_server,
-        personal=parts.personal,
-    )
-
-
-def client_level_plan(config: RunConfig) -> ClientLevelPlan | None:
-    """The client-level plan of the run, calibrated for all rounds; None without one."""
-    client = config.privacy.client
-    if client.mechanism == "none":
-        return None
-    return ClientLevelPlan(
-        clip_norm=client.clip_norm,
-        noise_multiplier=noise_multiplier_for(
-            client.calibrate_to,
-            client.epsilon,
-            client.noise_multiplier,
-            client.delta,
-            client.expected_cohort / config.population,
-            config.rounds,
-        ),
-        population=config.population,
-        expected_cohort=client.expected_cohort,
-        rounds=config.rounds,
-        delta=client.delta,
-    )
 
 
 def run_folder(output_dir: str, run_id: int) -> Path:

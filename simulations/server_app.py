@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -14,7 +14,8 @@ from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.evaluation import Accuracy
 from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.methods import METHODS
-from fl_dualpriv.plugins import load_class
+from fl_dualpriv.plans import claims_privacy, client_level_plan, may_score, record_level_plan
+from fl_dualpriv.plugins import load_class, plugin_options
 from fl_dualpriv.privacy.accounting import joint_noise_multiplier
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import random_sources
@@ -28,7 +29,7 @@ from fl_dualpriv.privacy.plan import (
 )
 from fl_dualpriv.results import RunRecorder, build_summary
 from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy, ServerPrivacy
-from fl_dualpriv.world import build_world, client_level_plan, initial_prompt, record_level_plan, run_folder
+from fl_dualpriv.world import build_world, initial_prompt, run_folder
 
 app = ServerApp()
 
@@ -51,6 +52,8 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
     config = RunConfig.from_run_config(context.run_config)
     start = time.monotonic()
     strategy_class = load_class("strategy.ref", config.strategy.ref, RoundStrategy)
+    options = plugin_options(strategy_class, RoundStrategy, context.run_config)
+    recorder.claim()
     world = build_world(config)
     record, client = record_level_plan(config), client_level_plan(config)
     cards = join(grid, config.population, config.join_timeout, config.reply_timeout)
@@ -66,7 +69,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
             time.monotonic() - start,
         )
 
-    strategy = build_strategy(strategy_class, config, record, client, cards, recorder, report)
+    strategy = build_strategy(strategy_class, config, record, client, cards, recorder, report, options)
     prompt = initial_prompt(config, world)
     zero_shot = final = None
     if strategy.evaluate_every:
@@ -75,9 +78,10 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
     if METHODS[config.method].trains:
         result = strategy.start(grid, wire.to_arrays(prompt), config.rounds, config.reply_timeout)
         prompt = wire.from_arrays(result.arrays)
-        if strategy.deliveries == 0:
+        if strategy.deliveries == 0 and strategy.failures > 0:
             raise ClientFailure(
-                f"all {strategy.failures} client calls failed; the prompts are noise. See the log for the first reason"
+                f"all {strategy.failures} calls of clients failed; the prompts are noise at best. "
+                f"Last reason: {strategy.last_failure}"
             )
         final = last_accuracy(recorder)
     recorder.write_prompt(prompt, {"method": config.method, "backbone": config.backbone.name})
@@ -97,7 +101,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
             split=config.evaluation.split,
             releases=list_releases(config, record, client, scored=strategy.evaluate_every > 0),
             notes=notes(config, record, client, scored=strategy.evaluate_every > 0),
-            config=config.to_run_config(),
+            config=context.run_config,
         )
     )
 
@@ -136,18 +140,18 @@ def build_strategy(
     cards: dict[int, wire.ClientCard],
     recorder: RunRecorder,
     report: Callable[[RoundReport], None],
+    options: Mapping[str, bool | int | float | str],
 ) -> RoundStrategy:
     """Unpack the configuration into the strategy's arguments."""
     trusts_server = record is not None and record.trusts_server
     rate = config.train.sampling_rate
     private = record is not None or client is not None
     personal = METHODS[config.method].personal and (record is not None or not private)
-    scored = config.evaluation.held_out_data == "public" or not private
     return strategy_class(
         cards=cards,
         masses={c.partition: rate * c.num_examples if trusts_server else 1.0 for c in cards.values()},
         num_rounds=config.rounds,
-        evaluate_every=config.evaluation.every if scored else 0,
+        evaluate_every=config.evaluation.every if may_score(config) else 0,
         prompt_kind="personal" if personal else "global",
         run_token=secrets.token_hex(8),
         noise_multiplier=record.noise_multiplier if record else 0.0,
@@ -156,6 +160,7 @@ def build_strategy(
         sources=random_sources(config.privacy.randomness),
         seed=config.seed,
         report=report,
+        **options,  # type: ignore[arg-type] - checked against the class's fields
     )
 
 
@@ -195,7 +200,7 @@ def server_privacy(
         steps = config.rounds * config.train.local_steps
         batch = min(max(1, round(config.train.sampling_rate * card.num_examples)) for card in cards.values())
         return ServerPrivacy(
-            unit="record",
+            unit="nominal",
             bound=rate * PUBLISHED_CLIP / batch,
             noise_multiplier=nominal_sigma(nominal.epsilon, nominal.delta, steps),
             sampling_rate=1.0,
@@ -216,7 +221,7 @@ def score_now(
 
 def last_accuracy(recorder: RunRecorder) -> Accuracy | None:
     """Accuracy of the last scored round."""
-    scored = [line["accuracy"] for line in recorder.rounds if line["accuracy"]]
+    scored = [line["accuracy"] for line in recorder.rounds if line["accuracy"] and line["round"] > 0]
     return Accuracy(**scored[-1]) if scored else None
 
 
@@ -256,8 +261,11 @@ def notes(
     if parts.published_procedure and config.privacy.record.mechanism == "gaussian":
         found.append("dpfpl-paper: ε is nominal, not a guarantee")
     if not scored:
-        found.append("no scores: evaluation.held-out-data = private, and scores on private data are not accounted")
-    if not (record or client or parts.published_procedure) and parts.trains:
+        found.append(
+            "no scores: the held-out images are private (evaluation.held-out-data); give a test/ folder, or declare "
+            'them with evaluation.held-out-data = "public"'
+        )
+    if not claims_privacy(config) and parts.trains:
         found.append("no differential privacy")
     return found
 

@@ -15,12 +15,12 @@ PADDING_ID = 0
 class TrimmedTokenizer:
     """Callable on texts, as open_clip's tokenizers are, with a small vocabulary.
 
-    The words are split by open_clip's `SimpleTokenizer`; the ids that the demo never uses are left out, which makes its
-    token embedding some hundred rows instead of 49,408. End of text has the largest id, as open_clip's pooling by
+    The words are split by open_clip's `SimpleTokenizer`; the ids that the demo never uses are left out, which makes
+    its token embedding some hundred rows instead of 49,408. End of text has the largest id, as open_clip's pooling by
     ``argmax`` needs.
 
     Args:
-        bpe_ids: `SimpleTokenizer`'s id for each trimmed id, end of text last; entry 0 is padding and stands for no word.
+        bpe_ids: `SimpleTokenizer`'s id for each trimmed id, end of text last; entry 0 is padding, no word.
         context_length: Length of every row.
 
     Raises:
@@ -58,8 +58,8 @@ class TrimmedTokenizer:
         if not all(bpe_id in self._trimmed for bpe_id in bpe_ids):
             unknown = [word for word in text.split() if not self._knows(word)] or [text]
             raise ValueError(
-                f"unknown to the demo CLIP: {', '.join(map(repr, unknown))}. It was trained on sketches and knows only a "
-                "small vocabulary (class, colour, style and category words); use a pre-trained CLIP for other words"
+                f"unknown to the demo CLIP: {', '.join(map(repr, unknown))}. It was trained on sketches and knows "
+                "only a small vocabulary (class, colour, style and category words): pre-trained CLIPs know more"
             )
         return [self._trimmed[bpe_id] for bpe_id in bpe_ids]
 

@@ -36,14 +36,28 @@ class Ledger:
     def record(self, event: LedgerEvent) -> None:
         """Append the event and sync it to disk, before the release: a crash may over-count, never under-count."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(event)) + "\n")
+        with self.path.open("a+b") as file:
+            # A crash can leave half a line; it stays, as a line of its own that still counts.
+            torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+            file.write((b"\n" if torn else b"") + json.dumps(asdict(event)).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
+    def count(self) -> int:
+        """Number of events of all runs; a half-written line counts: its release may have been made."""
+        return len(self._lines())
+
     def events(self, run: str) -> list[LedgerEvent]:
-        """All events of one run, in the order written."""
+        """All whole events of one run, in the order written."""
+        found = []
+        for line in self._lines():
+            try:
+                found.append(LedgerEvent(**json.loads(line)))
+            except (ValueError, TypeError):
+                continue
+        return [event for event in found if event.run == run]
+
+    def _lines(self) -> list[str]:
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        return [event for line in lines if (event := LedgerEvent(**json.loads(line))).run == run]
+        return [line for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]

@@ -64,8 +64,13 @@ def summed_gradient(
 ) -> Tensor:
     """Gradient of the *summed* cross-entropy, (n_ctx, ctx_dim): one backward pass, no clipping, no privacy.
 
-    Equal to `per_example_gradients(...).sum(0)` up to rounding; used by the non-private methods.
+    Equal to `per_example_gradients(...).sum(0)` up to rounding; used where no record is clipped. An example with
+    non-finite features is left out, so that one bad record does not spoil a client under client-level DP.
     """
+    readable = torch.isfinite(image_features).all(dim=1)
+    image_features, labels = image_features[readable], labels[readable]
+    if len(labels) == 0:
+        return torch.zeros_like(prompt)
     prompt = prompt.detach().requires_grad_(True)
     with torch.enable_grad():
         logits = logit_scale * image_features @ text_features(prompt).T

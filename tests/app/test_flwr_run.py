@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from fl_dualpriv import flower_env
-from fl_dualpriv.flower_engine import RunFailed, run_flower, to_toml
+from fl_dualpriv.flower_engine import RunFailed, run_flower
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -64,10 +64,13 @@ def main(grid, context):
         (out / "part").replace(out / "error.json")
     if config["fail"] in ("told", "untold"):
         raise RuntimeError("the server broke")
-    for _ in range(config["rounds"]):
-        content = lambda: RecordDict({"ask": ConfigRecord({"fail": config["fail"]})})
+    for round_ in range(config["rounds"]):
+        # A time limit for replies also runs while Ray starts, so the client that hangs does so in round 2.
+        hang = config["fail"] == "hang" and round_ == 1
+        fail = config["fail"] if config["fail"] != "hang" or hang else ""
+        content = lambda: RecordDict({"ask": ConfigRecord({"fail": fail})})
         asked = [Message(content(), dst_node_id=node, message_type="train") for node in grid.get_node_ids()]
-        replies = list(grid.send_and_receive(asked, timeout=5 if config["fail"] == "hang" else 60))
+        replies = list(grid.send_and_receive(asked, timeout=6 if hang else 90))
         (out / "round").write_text("")
     clients = [{"error": 1} if reply.has_error() else dict(reply.content["told"]) for reply in replies]
     summary = {"clients": clients, "server": __file__, "text": config["text"], "config": dict(config)}
@@ -184,14 +187,14 @@ def test_a_client_that_raises_or_hangs_does_not_hang_the_run(
     summary = run_app(app, tmp_path / "raises", fail="client")
     assert sorted("error" in client for client in summary["clients"]) == [False, True]
     start = time.monotonic()
-    summary = run_app(app, tmp_path / "hangs", fail="hang")  # the client sleeps for ten minutes
+    summary = run_app(app, tmp_path / "hangs", fail="hang", rounds=2)  # the client sleeps for ten minutes
     assert [client["partition"] for client in summary["clients"]] == [1]
     assert time.monotonic() - start < 150
     assert family() == []
 
 
 def test_a_client_module_that_cannot_be_imported(app: Path, tmp_path: Path, family: Callable[[], list[str]]) -> None:
-    (app / "toy" / "client_app.py").write_text("import no_such_module_anywhere\n")
+    (app / "toy" / "client_app.py").write_text("import no_such_module_anywhere\n" + CLIENT)
     with pytest.raises(RunFailed, match="no_such_module_anywhere"):
         run_app(app, tmp_path / "out")
     assert family() == []
@@ -211,10 +214,9 @@ def test_a_front_that_is_interrupted_or_killed_leaves_no_process(
     code = f"""
         from pathlib import Path
         from fl_dualpriv.flower_engine import run_flower
-        values = {{"population": 2, "rounds": 10000, "fail": "slow", "output.dir": {str(out)!r}}}
-        run_flower(
-            Path({str(app)!r}), values, population=2, cpus_per_client=1, gpus_per_client=0.0, work_dir=Path({str(out)!r})
-        )
+        app, out = Path({str(app)!r}), Path({str(out)!r})
+        values = {{"population": 2, "rounds": 10000, "fail": "slow", "output.dir": str(out)}}
+        run_flower(app, values, population=2, cpus_per_client=1, gpus_per_client=0.0, work_dir=out)
     """
     front = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, stderr=subprocess.DEVNULL)
     assert wait_for(lambda: (out / "round").exists(), 100)
@@ -278,16 +280,3 @@ def test_plain_flwr_run_from_a_folder_of_decoys_beside_another_run(
     finally:
         stopped = {name: flower_env.stop(home) for name, home in installed.items()}
     assert stopped == {"ours": True, "theirs": True}
-
-
-def test_resources_that_the_machine_does_not_have(app: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cpus-per-client"):
-        run_flower(app, {}, population=1, cpus_per_client=10_000, gpus_per_client=0.0, work_dir=tmp_path / "out")
-
-
-def test_run_config_survives_toml() -> None:
-    import tomllib
-
-    values = {"a.b-c": 1, "a.x": 1e-05, "b": True, "c": 'q" \\ \n\t\x7f ä 😀', "d": "", "e": 0.1 + 0.2, "f": -3}
-    parsed = tomllib.loads(to_toml(values))
-    assert parsed == {**{k: v for k, v in values.items() if "." not in k}, "a": {"b-c": 1, "x": 1e-05}}

@@ -9,7 +9,8 @@ from fl_dualpriv.errors import ConfigError
 
 APP_DIR = Path(__file__).parents[2]
 DEFAULTS = app_defaults(APP_DIR)
-FLOAT_KEYS = [key for key, value in DEFAULTS.items() if isinstance(value, float)]
+OWN = {key: value for key, value in DEFAULTS.items() if not key.startswith("plugin.")}
+FLOAT_KEYS = [key for key, value in OWN.items() if isinstance(value, float)]
 COUNT_KEYS = [key for key, value in DEFAULTS.items() if type(value) is int and key != "seed"]
 
 
@@ -23,8 +24,15 @@ def problem_lines(overrides: dict) -> list[str]:
 
 def test_defaults_round_trip():
     config = RunConfig.from_run_config(DEFAULTS)
-    assert config.to_run_config() == DEFAULTS
+    assert config.to_run_config() == OWN
     assert RunConfig.from_run_config(config.to_run_config()) == config
+
+
+def test_auto_is_a_folder_if_there_is_a_path():
+    assert RunConfig.from_run_config(DEFAULTS).data.source == "demo"
+    assert RunConfig.from_run_config(merge(DEFAULTS, {"data.path": "/images"})).data.source == "folder"
+    named = merge(DEFAULTS, {"data.ref": "folder", "data.path": "/images"})
+    assert RunConfig.from_run_config(named).data.source == "folder"
 
 
 def test_types_and_nesting():
@@ -177,7 +185,7 @@ CLIENT = {"privacy.client.mechanism": "gaussian"}
         ({"prompt.n-ctx": 1}, "prompt.rank", "must be at most prompt.n-ctx (here prompt.n-ctx = 1)"),
         ({"data.ref": "folder"}, "data.path", "must be the directory of the images"),
         ({"data.ref": "folder", "data.path": "  "}, "data.path", "must be the directory of the images"),
-        ({"data.path": "/images"}, "data.path", 'did you mean data.ref = "folder"?'),
+        ({"data.ref": "demo", "data.path": "/images"}, "data.path", 'did you mean data.ref = "folder"?'),
         ({"data.classes": "/names.json"}, "data.classes", 'did you mean data.ref = "folder"?'),
         ({"data.val-fraction": 0.5, "data.test-fraction": 0.5}, "data.test-fraction", "must be less than 1 together"),
         ({**CLIENT, "population": 9}, "privacy.client.expected-cohort", "at most population"),  # 10.0 expected
@@ -215,7 +223,7 @@ def test_cross_rules(overrides, blamed, reason):
 )
 def test_accepted_combinations(overrides):
     flat = merge(DEFAULTS, overrides)
-    assert RunConfig.from_run_config(flat).to_run_config() == flat
+    assert RunConfig.from_run_config(flat).to_run_config() == merge(OWN, overrides)
 
 
 def test_home_is_expanded(monkeypatch):

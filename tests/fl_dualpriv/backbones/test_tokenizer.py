@@ -14,7 +14,8 @@ def tokenizer() -> TrimmedTokenizer:
 
 def test_rows_start_end_and_are_padded(tokenizer: TrimmedTokenizer) -> None:
     rows = tokenizer(["a drawing of a cat", "cat"])
-    assert rows.dtype == torch.int64 and rows.shape == (2, tokenizer.context_length)
+    assert rows.dtype == torch.int64
+    assert rows.shape == (2, tokenizer.context_length)
     assert rows[:, 0].tolist() == [tokenizer.sot_token_id] * 2
     assert rows.argmax(dim=-1).tolist() == [6, 2]
     assert rows[1, 3:].tolist() == [PADDING_ID] * (tokenizer.context_length - 3)
@@ -40,7 +41,7 @@ def test_ids_are_those_of_open_clip(tokenizer: TrimmedTokenizer) -> None:
 
 
 def test_unknown_words_are_named(tokenizer: TrimmedTokenizer) -> None:
-    with pytest.raises(ValueError, match="'radiograph'.*small vocabulary"):
+    with pytest.raises(ValueError, match=r"'radiograph'.*small vocabulary"):
         tokenizer(["a drawing of a cat", "a radiograph of a cat"])
 
 

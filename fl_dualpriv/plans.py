@@ -1,0 +1,90 @@
+"""From a configuration to what it promises: the privacy plans of both levels, and whether scores may leave."""
+
+import math
+from pathlib import Path
+from typing import TypeVar
+
+from fl_dualpriv.config import DataConfig, EvaluationConfig, RunConfig
+from fl_dualpriv.errors import PrivacyError
+from fl_dualpriv.methods import METHODS
+from fl_dualpriv.privacy.plan import ClientLevelPlan, RecordLevelPlan, noise_multiplier_for
+
+Plan = TypeVar("Plan", RecordLevelPlan, ClientLevelPlan)
+
+
+def record_level_plan(config: RunConfig) -> RecordLevelPlan | None:
+    """The record-level plan of the run, calibrated for all local steps; None without one or for the nominal method."""
+    record, parts = config.privacy.record, METHODS[config.method]
+    if record.mechanism == "none" or parts.published_procedure or not parts.trains:
+        return None
+    releases = config.rounds * config.train.local_steps
+    plan = RecordLevelPlan(
+        clip_norm=record.clip_norm,
+        noise_multiplier=noise_multiplier_for(
+            record.calibrate_to,
+            record.epsilon,
+            record.noise_multiplier,
+            record.delta,
+            config.train.sampling_rate,
+            releases,
+        ),
+        sampling_rate=config.train.sampling_rate,
+        releases=releases,
+        delta=record.delta,
+        trusts_server=record.trusts_server,
+        personal=parts.personal,
+    )
+    return _bounded(plan, plan.releases, "privacy.record")
+
+
+def client_level_plan(config: RunConfig) -> ClientLevelPlan | None:
+    """The client-level plan of the run, calibrated for all rounds; None without one."""
+    client = config.privacy.client
+    if client.mechanism == "none":
+        return None
+    plan = ClientLevelPlan(
+        clip_norm=client.clip_norm,
+        noise_multiplier=noise_multiplier_for(
+            client.calibrate_to,
+            client.epsilon,
+            client.noise_multiplier,
+            client.delta,
+            client.expected_cohort / config.population,
+            config.rounds,
+        ),
+        population=config.population,
+        expected_cohort=client.expected_cohort,
+        rounds=config.rounds,
+        delta=client.delta,
+    )
+    return _bounded(plan, plan.rounds, "privacy.client")
+
+
+def _bounded(plan: Plan, releases: int, section: str) -> Plan:
+    """Refuse a plan that bounds nothing: below the accountant's resolution in δ, ε is infinite."""
+    if not (math.isfinite(plan.epsilon()) and math.isfinite(plan.spent(releases))):
+        raise PrivacyError(
+            f"{section}.delta = {plan.delta:g} with noise multiplier {plan.noise_multiplier:g} over {releases} "
+            "releases: no finite ε can be shown; raise delta or the noise"
+        )
+    return plan
+
+
+def claims_privacy(config: RunConfig) -> bool:
+    """Whether any ε, proved or nominal, is stated about the training data."""
+    return "gaussian" in (config.privacy.record.mechanism, config.privacy.client.mechanism)
+
+
+def may_score(config: RunConfig) -> bool:
+    """Whether accuracies on the held-out images may leave: under DP only if those images are public."""
+    return not claims_privacy(config) or held_out_is_public(config.data, config.evaluation)
+
+
+def held_out_is_public(data: DataConfig, evaluation: EvaluationConfig) -> bool:
+    """``evaluation.held-out-data``; ``auto``: the demo's images and a split with a folder of its own are public.
+
+    Held-out images that are cut out of somebody's training folder are private like the rest of it.
+    """
+    if evaluation.held_out_data == "auto":
+        return data.source == "demo" or (Path(data.path) / evaluation.split).is_dir()
+    return evaluation.held_out_data == "public"
