@@ -1,0 +1,76 @@
+"""The embedded demo's private task: sketches of a hundred classes, each drawn in a private domain, in three splits.
+
+Class ids run category by category, ten classes each: ten clients that split the ids evenly hold one category each.
+"""
+
+import functools
+import io
+import json
+from dataclasses import dataclass
+from importlib import resources
+from importlib.resources.abc import Traversable
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fl_dualpriv.data.rendering import DOMAINS, render_private
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class DemoSplit:
+    """One split: labelled 32 x 32 RGB images, rendered when asked for and always the same."""
+
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    sketches: NDArray[np.uint8]
+    domains: NDArray[np.uint8]
+    seeds: NDArray[np.uint32]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int) -> Image.Image:
+        """The image at ``index``, drawn in its private domain.
+
+        Raises:
+            IndexError: If there is no such index.
+        """
+        domain = DOMAINS[int(self.domains[index])]
+        return Image.fromarray(render_private(self.sketches[index], domain, int(self.seeds[index])))
+
+
+def demo_folder() -> Traversable:
+    """Folder of the demo's files, inside the installed package."""
+    return resources.files("fl_dualpriv.assets") / "demo"
+
+
+@functools.lru_cache(maxsize=1)
+def load_demo() -> dict[str, DemoSplit]:
+    """The splits ``train``, ``val`` and ``test``; no image is in two of them, and the demo CLIP has seen none."""
+    with np.load(io.BytesIO((demo_folder() / "images.npz").read_bytes())) as arrays:
+        columns = {name: arrays[name] for name in ("labels", "sketches", "domain", "seed", "split")}
+    names = tuple(_classes()["class_names"])
+    splits = {}
+    for number, split in enumerate(SPLITS):
+        rows = columns["split"] == number
+        labels, sketches, domains, seeds = (columns[name][rows] for name in ("labels", "sketches", "domain", "seed"))
+        splits[split] = DemoSplit(labels.astype(np.int64), names, sketches, domains, seeds)
+    return splits
+
+
+def demo_template() -> str:
+    """The sentence whose context a prompt starts from; ``{}`` is the class name."""
+    return _classes()["template"]
+
+
+def demo_categories() -> dict[str, tuple[str, ...]]:
+    """The class names of each category, in the order of their ids."""
+    return {category: tuple(names) for category, names in _classes()["categories"].items()}
+
+
+@functools.lru_cache(maxsize=1)
+def _classes() -> dict:
+    return json.loads((demo_folder() / "classes.json").read_text(encoding="utf-8"))

@@ -1,0 +1,133 @@
+"""Runs the results table: every row is a config and a method, over seeds, through ``fl-dualpriv run``.
+
+``python -m simulations.report`` writes ``docs/results.md``. Runs that are already in ``--runs`` are not repeated, so a
+table that was cut off goes on. Hyper-parameters were chosen on the validation split; the table is of the test split.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fl_dualpriv.files import write_bytes
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "simulations" / "configs"
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One line of the table."""
+
+    label: str
+    config: str
+    changes: Mapping[str, str]
+
+
+ROWS = (
+    Row("DP-FPL, no privacy", "nonprivate.toml", {}),
+    Row("DP-FPL + Dual-Priv pruning", "demo.toml", {}),
+    Row("DP-FPL", "demo.toml", {"pruning.visual-keep-ratio": "1.0", "pruning.update-keep-ratio": "1.0"}),
+    Row("full (no factorisation)", "demo.toml", {"method": "full"}),
+    Row("low rank (no residual)", "demo.toml", {"method": "lowrank"}),
+    Row("local only", "demo.toml", {"method": "local-only"}),
+    Row("PromptFL", "demo.toml", {"method": "promptfl"}),
+    Row("DP-FPL as published, **nominal** ε", "demo.toml", {"method": "dpfpl-paper"}),
+    Row("PromptFL, 100 clients, client level", "client-level.toml", {}),
+)
+
+
+def run(row: Row, seed: int, split: str, runs: Path) -> dict[str, Any]:
+    """Run one cell in a process of its own, or read it if it was run before; returns its summary."""
+    name = "-".join([row.config.removesuffix(".toml"), *row.changes.values(), split, str(seed)]).replace("/", "_")
+    out = runs / name
+    if not (out / "summary.json").exists():
+        sets = {"seed": str(seed), "evaluation.split": split, "evaluation.every": "1000", **row.changes}
+        command = [sys.executable, "-m", "fl_dualpriv.cli", "run", str(CONFIGS / row.config)]
+        command += ["--engine", "local", "--out", str(out), "--overwrite"]
+        for key, value in sets.items():
+            command += ["--set", f"{key}={value}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{name}: exit code {done.returncode}\n{done.stdout[-500:]}{done.stderr[-2000:]}")
+    summary = json.loads((out / "summary.json").read_text())
+    if summary["failures"]:
+        raise RuntimeError(f"{name}: {summary['failures']} failures; such a run is no result")
+    return summary
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """Mean and standard deviation over seeds, in percent."""
+    found = [100 * value for value in values if value is not None]
+    if not found:
+        return "-"
+    deviation = statistics.stdev(found) if len(found) > 1 else 0.0
+    return f"{statistics.mean(found):.1f} ± {deviation:.1f}"
+
+
+def level(summary: Mapping[str, Any]) -> str:
+    """ε with unit and δ, from the releases that are theorems."""
+    proved = [r for r in summary["privacy"] if r["guarantee"] == "theorem"]
+    if not proved:
+        return "-"
+    return ", ".join(sorted({f"{r['epsilon']:.2f} ({r['unit']}, δ = {r['delta']:g})" for r in proved}))
+
+
+def table(results: Mapping[Row, Sequence[Mapping[str, Any]]]) -> str:
+    """Markdown table, zero-shot first."""
+    lines = [
+        "| method | config | ε | local accuracy | neighbour accuracy |",
+        "|---|---|---|---|---|",
+    ]
+    for row, summaries in results.items():
+        scores = {
+            f"{when} {where}": spread([s["accuracy"][when][where] for s in summaries])
+            for when in ("zero_shot", "final")
+            for where in ("local", "neighbour")
+        }
+        link = f"[{row.config}](../simulations/configs/{row.config})"
+        changes = "".join(f" `{key}={value}`" for key, value in row.changes.items())
+        start = f"{scores['zero_shot local']} → " if row.config == "client-level.toml" else ""
+        lines.append(
+            f"| {row.label} | {link}{changes} | {level(summaries[0])} | {start}{scores['final local']} "
+            f"| {scores['final neighbour']} |"
+        )
+        if row.config == "nonprivate.toml" or (row.config == "demo.toml" and not row.changes):
+            lines.insert(
+                len(lines) - 1,
+                f"| zero-shot | {link} | 0 | {scores['zero_shot local']} | {scores['zero_shot neighbour']} |",
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run all rows, two at a time, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--split", choices=("test", "val"), default="test")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "report")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    cells = [(row, seed) for seed in range(args.seeds) for row in ROWS]
+    with ThreadPoolExecutor(args.workers) as pool:
+        summaries = list(pool.map(lambda cell: run(cell[0], cell[1], args.split, args.runs), cells))
+    results: dict[Row, list[dict[str, Any]]] = {row: [] for row in ROWS}
+    for (row, _), summary in zip(cells, summaries, strict=True):
+        results[row].append(summary)
+    text = (
+        f"# Results\n\nMean ± standard deviation over {args.seeds} seeds, {args.split} split, in percent. Written by "
+        f"`python -m simulations.report`; accuracies are over all class names, averaged over clients.\n\n"
+        f"{table(results)}\n"
+    )
+    write_bytes(ROOT / "docs" / ("results.md" if args.split == "test" else "results-val.md"), text.encode())
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The project's own app through its own command, on both engines: the same prompts, and true exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fl_dualpriv.files import read_tensors
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_clip_dir: Path) -> Path:
+    root, rng = tmp_path_factory.mktemp("own"), np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 2), ("test", 4)):
+        for name in ("cat", "dog", "bus", "tree"):
+            (root / "images" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / "images" / split / name / f"{i}.png")
+    file = root / "own.toml"
+    file.write_text(
+        f"""
+rounds = 2
+population = 3
+train.local-steps = 2
+privacy.randomness = "seeded"
+privacy.record.delta = 1e-3
+data.path = "{root / "images"}"
+backbone.name = "local-dir:{tiny_clip_dir}"
+"""
+    )
+    return file
+
+
+def command(config: Path, out: Path, *extra: str) -> subprocess.CompletedProcess[str]:
+    arguments = ["run", str(config), "--app", str(ROOT), "--out", str(out), *extra]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "fl_dualpriv.cli", *arguments],
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def prompts(out: Path) -> dict[str, torch.Tensor]:
+    files = [out / "prompts" / "global.safetensors", *sorted(out.glob("clients/*/prompt.safetensors"))]
+    return {f"{f.parent.name} {name}": tensor for f in files for name, tensor in read_tensors(f)[0].items()}
+
+
+def test_both_engines_end_with_the_same_prompts_bit_by_bit(config: Path, tmp_path: Path) -> None:
+    for engine in ("local", "ray"):
+        done = command(config, tmp_path / engine, "--engine", engine)
+        assert done.returncode == 0, done.stdout + done.stderr
+        summary = json.loads((tmp_path / engine / "summary.json").read_text())
+        assert (summary["engine"], summary["failures"]) == (engine, 0)
+    local, ray = prompts(tmp_path / "local"), prompts(tmp_path / "ray")
+    assert list(local) == list(ray)
+    assert len(local) == 1 + 3 * 3  # the global prompt; three tensors for each of three clients
+    assert all(torch.equal(local[name], ray[name]) for name in local)
+    assert all(bool(tensor.any()) for tensor in local.values())
+
+
+def test_a_missing_data_path_is_one_message_and_exit_code_1(config: Path, tmp_path: Path) -> None:
+    done = command(config, tmp_path / "out", "--engine", "ray", "--set", "data.path=/no/such/images")
+    assert done.returncode == 1
+    assert "/no/such/images" in done.stderr
+    assert "does not exist" in done.stderr
