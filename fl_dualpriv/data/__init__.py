@@ -1,0 +1,1 @@
+"""Images: the embedded demo, folders, and their division among clients. No torch."""

@@ -303,7 +303,7 @@ def test_all_clients_failing_is_a_failure_at_the_end(run: Run, tmp_path: Path, m
         raise RuntimeError("boom")
 
     monkeypatch.setattr(clients.dualpriv, "local_update", boom)
-    with pytest.raises(ClientFailure, match="all 6 calls of clients failed.*boom"):
+    with pytest.raises(ClientFailure, match=r"all 6 calls of clients failed.*boom"):
         run()
     assert (tmp_path / "out" / "error.json").exists()
     assert not (tmp_path / "out" / "summary.json").exists()
