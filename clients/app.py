@@ -1,5 +1,6 @@
 """The ClientApp: query (who am I), train (one round of local steps), evaluate (score a prompt)."""
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,7 +103,6 @@ def train(message: Message, context: Context) -> Message:
         ledger = Ledger(folder.ledger)
         if plan is not None:
             check_noise(plan, task.noise_multiplier)
-            check_task(plan, ledger, state, task.server_round, config.train.local_steps)
 
         def before_release(step: int) -> None:
             if plan is not None:
@@ -117,25 +117,29 @@ def train(message: Message, context: Context) -> Message:
                     )
                 )
 
-        upload, state = local_update(
-            global_prompt=prompt,
-            state=state,
-            data=data,
-            class_features=world.text.class_features,
-            logit_scale=world.backbone.logit_scale,
-            parts=parts,
-            training=LocalTraining(
-                local_steps=config.train.local_steps,
-                sampling_rate=config.train.sampling_rate,
-                global_learning_rate=config.train.global_learning_rate,
-                local_learning_rate=config.train.local_learning_rate,
-                update_keep_ratio=config.pruning.update_keep_ratio,
-                microbatch=config.train.microbatch,
-            ),
-            plan=plan,
-            random=random,
-            before_release=before_release,
+        training = LocalTraining(
+            local_steps=config.train.local_steps,
+            sampling_rate=config.train.sampling_rate,
+            global_learning_rate=config.train.global_learning_rate,
+            local_learning_rate=config.train.local_learning_rate,
+            update_keep_ratio=config.pruning.update_keep_ratio,
+            microbatch=config.train.microbatch,
         )
+        with ledger.exclusive() if plan is not None else contextlib.nullcontext():
+            if plan is not None:
+                check_task(plan, ledger, state, task.server_round, config.train.local_steps)
+            upload, state = local_update(
+                global_prompt=prompt,
+                state=state,
+                data=data,
+                class_features=world.text.class_features,
+                logit_scale=world.backbone.logit_scale,
+                parts=parts,
+                training=training,
+                plan=plan,
+                random=random,
+                before_release=before_release,
+            )
     folder.save(replace(state, server_round=task.server_round), prompt, task.run_token)
     return Message(wire.upload_content(upload), reply_to=message)
 

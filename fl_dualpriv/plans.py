@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fl_dualpriv.config import DataConfig, EvaluationConfig, RunConfig
+from fl_dualpriv.data.folder import given_splits
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.privacy.plan import ClientLevelPlan, RecordLevelPlan, noise_multiplier_for
@@ -86,5 +87,5 @@ def held_out_is_public(data: DataConfig, evaluation: EvaluationConfig) -> bool:
     Held-out images that are cut out of somebody's training folder are private like the rest of it.
     """
     if evaluation.held_out_data == "auto":
-        return data.source == "demo" or (Path(data.path) / evaluation.split).is_dir()
+        return data.source == "demo" or evaluation.split in given_splits(Path(data.path).expanduser())
     return evaluation.held_out_data == "public"

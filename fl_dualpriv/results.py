@@ -73,8 +73,8 @@ class RunRecorder:
         """Write ``summary.json``: its presence means that the run ended well."""
         write_json(self.folder / "summary.json", dict(summary))
 
-    def write_curve(self) -> None:
-        """Draw ``curve.png``: local and neighbour accuracy, and ε, by round."""
+    def write_curve(self, caption: str = "") -> None:
+        """Draw ``curve.png``: local and neighbour accuracy, and ε, by round; ``caption``: what a reader must know."""
         import io
 
         import matplotlib
@@ -92,6 +92,7 @@ class RunRecorder:
             if points:
                 left.plot(*zip(*points, strict=True), marker=".", label=f"{name} accuracy")
         left.set_xlabel("round")
+        left.set_title(caption, fontsize=7, wrap=True)
         left.set_ylabel("accuracy on held-out images [%]")
         right = left.twinx()
         for level in ("record_level", "client_level"):

@@ -24,6 +24,13 @@ from fl_dualpriv.privacy.noise import RandomSources, StreamKey, gaussian_noise, 
 
 _log = logging.getLogger("fl_dualpriv")
 
+# What a strategy may override under server-side privacy; everything else is part of the mechanism.
+_HOOKS = ("weight", "combine", "sensitivity", "server_update", "summary")
+_DATACLASS_NAMES = {
+    *("__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__abstractmethods__", "_abc_impl"),
+    *("__dataclass_fields__", "__dataclass_params__", "__match_args__", "__init__", "__repr__", "__eq__", "__hash__"),
+}
+
 
 class ClientFailure(RuntimeError):
     """A client did not deliver, and the run has no rule that makes this harmless."""
@@ -112,8 +119,16 @@ class RoundStrategy(Strategy):
     _prompt: Tensor = field(default_factory=lambda: torch.zeros(0), init=False)
     _expected: set[int] = field(default_factory=set, init=False)
     _round_failures: int = field(default=0, init=False)
+    _divisor: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        fixed = set(vars(RoundStrategy)) - set(_HOOKS) - _DATACLASS_NAMES
+        changed = sorted(n for n in fixed if getattr(type(self), n, None) is not getattr(RoundStrategy, n))
+        if self.privacy is not None and changed:
+            raise PrivacyError(
+                f"{type(self).__name__} overrides {', '.join(changed)}, which clip, noise or account; under "
+                f"server-side privacy a strategy may change {', '.join(_HOOKS)} only"
+            )
         self.num_examples = {card.partition: card.num_examples for card in self.cards.values()}
         # A sensitivity() proves the combine() of its own class, not that of a subclass which overrides it again.
         order = type(self).__mro__
@@ -127,7 +142,10 @@ class RoundStrategy(Strategy):
     # --- what a strategy may change ------------------------------------------------------------------------------
 
     def weight(self, num_examples: int) -> float:
-        """Weight of a client with that many (public) examples; clamped to [0, 1], so it can only lower the bound."""
+        """Weight of a client with that many (public) examples; clamped to [0, 1], so it can only lower the bound.
+
+        A pure function of its argument: the divisor is computed from it once.
+        """
         return 1.0
 
     def combine(self, updates: Sequence[Update]) -> Tensor:
@@ -151,8 +169,10 @@ class RoundStrategy(Strategy):
 
     def divisor(self) -> float:
         """Public: cohort rate × Σ weight × mass over the whole population, whoever took part."""
-        total = sum(self._clamped_weight(partition) * mass for partition, mass in self.masses.items())
-        return self._cohort_rate() * total
+        if self._divisor is None:  # once: combine() and sensitivity() must see the same number
+            total = sum(self._clamped_weight(partition) * mass for partition, mass in self.masses.items())
+            self._divisor = self._cohort_rate() * total
+        return self._divisor
 
     def _clamped_weight(self, partition: int) -> float:
         return min(max(self.weight(self.num_examples[partition]), 0.0), 1.0)
@@ -242,8 +262,12 @@ class RoundStrategy(Strategy):
                 self._fail(server_round, partition, f"unreadable upload: {type(error).__name__}: {error}")
                 continue
             if not torch.isfinite(diff).all():
-                self._fail(server_round, partition, "the upload is not finite")
-                continue
+                if self.tolerates_failures:
+                    # Zero, but not a counted failure: what a client learned from its data must not move a public count.
+                    diff = torch.zeros_like(diff)
+                else:
+                    self._fail(server_round, partition, "the upload is not finite")
+                    continue
             updates.append(Update(partition=partition, diff=diff))
         for node in sorted(self._expected - answered):
             self._fail(server_round, self.cards[node].partition, "no reply in time")

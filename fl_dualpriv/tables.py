@@ -21,7 +21,9 @@ def epsilon_text(epsilon: float | None) -> str:
     if epsilon is None:
         return _MISSING
     # The tolerance is for a target such as 4.0 that bisection meets to nine digits from above.
-    return "∞" if math.isinf(epsilon) else f"{math.ceil(epsilon * 1000 - 1e-6) / 1000:g}"
+    if math.isinf(epsilon):
+        return "∞"
+    return f"{math.ceil(epsilon * 1000 - 1e-6) / 1000:.3f}".rstrip("0").rstrip(".")
 
 
 def headline(summary: Mapping[str, Any]) -> str:

@@ -13,7 +13,6 @@ from fl_dualpriv.backbones.open_clip import OpenClipBackbone, load_backbone
 from fl_dualpriv.client import ClientData
 from fl_dualpriv.config import BackboneConfig, DataConfig, PromptConfig, RunConfig
 from fl_dualpriv.data.datasets import DataSplits, ImageDataset, load_data
-from fl_dualpriv.data.folder import BadImageError
 from fl_dualpriv.data.partition import held_classes, partition
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.plans import client_level_plan, record_level_plan
@@ -21,6 +20,8 @@ from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey, gaussian_noise
 from fl_dualpriv.prompts.learner import PromptedText
 
 _CHUNK = 128  # images through the tower at once: memory only
+_MAX_PIXELS = 100_000_000
+_MAX_ASPECT = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +64,8 @@ class World:
         bad = indices[~torch.isfinite(features).all(dim=1).cpu().numpy()]
         if self.refuses_bad_records and len(bad):
             raise ConfigError(
-                f"{len(bad)} images give non-finite features (the first: number {bad[0]} of class "
-                f"{images.class_names[images.labels[bad[0]]]!r}); remove or repair them"
+                f"{len(bad)} images cannot be used: unreadable, out of proportion or not finite (the first: "
+                f"number {bad[0]} of class {images.class_names[images.labels[bad[0]]]!r}); remove or repair them"
             )
         return ClientData(
             features=features,
@@ -78,16 +79,20 @@ def _chunks(indices: np.ndarray) -> list[np.ndarray]:
 
 
 def encode_images(backbone: OpenClipBackbone, images: ImageDataset, indices: np.ndarray) -> Tensor:
-    """Unit-norm features of some images, (len(indices), embed_dim); an unreadable image becomes a row of NaN.
+    """Unit-norm features of some images, (len(indices), embed_dim); an unusable image becomes a row of NaN.
 
-    NaN, because under DP a bad record must neither stop the run nor change a count; `clip_rows` makes it zero.
+    NaN, because under DP a bad record must neither stop the run nor change a count; `clip_rows` makes it zero. Without
+    DP the caller refuses such rows by name.
     """
     readable, tensors = [], []
     for position, index in enumerate(indices):
         try:
-            tensors.append(backbone.preprocess(images.image(int(index))))
+            image = images.image(int(index))
+            if max(image.size) > _MAX_ASPECT * min(image.size) or image.width * image.height > _MAX_PIXELS:
+                continue  # resizing its shorter side would need gigabytes
+            tensors.append(backbone.preprocess(image))
             readable.append(position)
-        except BadImageError:
+        except Exception:  # whatever one record makes a decoder raise is that record's zero, never the client's failure
             continue
     features = torch.full((len(indices), backbone.embed_dim), float("nan"), device=backbone.device)
     if tensors:

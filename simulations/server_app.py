@@ -84,8 +84,12 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
                 f"Last reason: {strategy.last_failure}"
             )
         final = last_accuracy(recorder)
-    recorder.write_prompt(prompt, {"method": config.method, "backbone": config.backbone.name})
-    recorder.write_curve()
+    found = notes(config, record, client, scored=strategy.evaluate_every > 0)
+    recorder.write_prompt(
+        prompt,
+        {"method": config.method, "backbone": config.backbone.name, "randomness": config.privacy.randomness},
+    )
+    recorder.write_curve("; ".join(found))
     recorder.write_summary(
         build_summary(
             method=config.method,
@@ -100,7 +104,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
             final=final,
             split=config.evaluation.split,
             releases=list_releases(config, record, client, scored=strategy.evaluate_every > 0),
-            notes=notes(config, record, client, scored=strategy.evaluate_every > 0),
+            notes=found,
             config=context.run_config,
         )
     )

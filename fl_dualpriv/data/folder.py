@@ -94,6 +94,13 @@ def _folders(path: Path) -> list[Path]:
     return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
+def given_splits(path: Path) -> frozenset[str]:
+    """Which of train/, val/ and test/ are splits of their own below ``path``; empty for a folder of classes."""
+    # A class may be called "test": only a folder of folders is a split, and only beside others of its kind.
+    found = frozenset(folder.name for folder in _folders(path) if folder.name in _SPLITS and _folders(folder))
+    return found if "train" in found else frozenset()
+
+
 def _scan(path: Path, problems: list[str]) -> dict[str, Files]:
     """Find the class folders and images of each split that exists."""
     # A class may be called "train": only a folder of folders is a split.

@@ -138,7 +138,7 @@ def render_private(sketch: NDArray[np.uint8], domain: str, seed: int, severity: 
         pen = np.clip(pen * (0.75 + 0.35 * severity * grain) + 0.7 * severity * smear, 0, 1)
         ink, paper = np.array([225.0, 225, 205]), np.array([45.0, 65, 55]) + 14 * grain[..., None]
     elif domain == "blueprint":
-        lines = ((_GRID + rng.integers(5, size=(2, 1, 1))) % 5 < 1).any(axis=0)
+        lines = np.asarray(((_GRID + rng.integers(5, size=(2, 1, 1))) % 5 < 1).any(axis=0))
         ink, paper = np.array([215.0, 230, 250]), np.array([30.0, 60, 140]) + 40 * severity * lines[..., None]
     elif domain == "creased":
         folds = np.zeros((SIDE, SIDE))

@@ -1,7 +1,10 @@
 """An append-only, human-readable record of releases: written and synced *before* each release is made."""
 
+import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,6 +45,14 @@ class Ledger:
             file.write((b"\n" if torn else b"") + json.dumps(asdict(event)).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold this ledger alone, across processes: between looking at its count and adding to it nobody else may."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_suffix(".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by a crash
+            yield
 
     def count(self) -> int:
         """Number of events of all runs; a half-written line counts: its release may have been made."""

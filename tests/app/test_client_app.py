@@ -91,7 +91,11 @@ def test_a_node_chooses_its_own_state_folder(nodes: Nodes, tmp_path: Path):
     grid = nodes()
     grid.contexts[1].node_config["state-dir"] = str(tmp_path / "mine")
     train(grid)
-    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["ledger.jsonl", "prompt.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == [
+        "ledger.jsonl",
+        "ledger.lock",
+        "prompt.safetensors",
+    ]
     assert not (tmp_path / "out").exists()
 
 

@@ -319,7 +319,7 @@ OTHERS = {
         *OTHERS,
     ],
 )
-def test_a_broken_client_is_a_counted_zero_under_dp(name: str):
+def test_a_broken_client_is_a_zero_under_dp(name: str):
     strategy, without = make(privacy=client_level()), make(privacy=client_level())
     asked = ask(strategy)
     answers = replies_to(asked, {n: GOOD[n] for n in NODES[1:]})
@@ -331,7 +331,9 @@ def test_a_broken_client_is_a_counted_zero_under_dp(name: str):
     moved = step(strategy, answers)
     expected = step(without, replies_to(ask(without), {**GOOD, NODES[0]: torch.zeros(SHAPE)}))
     assert torch.equal(moved, expected)
-    assert (strategy.failures, strategy.deliveries) == (1, 3)
+    # What a client computed from its data must not move a published count: a non-finite upload is a silent zero.
+    silent = name in ("nan", "inf", "minus inf", "fp16 overflow")
+    assert (strategy.failures, strategy.deliveries) == ((0, 4) if silent else (1, 3))
 
 
 @pytest.mark.parametrize(

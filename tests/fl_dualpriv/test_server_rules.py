@@ -213,6 +213,35 @@ def test_a_newer_combine_than_sensitivity_is_refused():
         make(DoubleOfHalf, client_level())
 
 
+class RealisedDivisor(DPFPL):
+    def divisor(self) -> float:
+        return 1.0
+
+
+class OwnRound(DPFPL):
+    def aggregate_train(self, server_round: int, replies: Any) -> Any:
+        return None, None
+
+
+@pytest.mark.parametrize(("cls", "name"), [(RealisedDivisor, "divisor"), (OwnRound, "aggregate_train")])
+def test_what_clips_noises_or_accounts_cannot_be_overridden_under_dp(cls: type[DPFPL], name: str):
+    with pytest.raises(PrivacyError, match=f"{cls.__name__} overrides {name}"):
+        make(cls, client_level())
+    make(cls)  # without server-side privacy a strategy may do what it likes
+
+
+def test_a_weight_that_changes_cannot_split_bound_and_divisor():
+    class Moody(DPFPL):
+        calls = 0
+
+        def weight(self, num_examples: int) -> float:
+            Moody.calls += 1
+            return 1.0 if Moody.calls <= len(NODES) else 0.01
+
+    strategy = make(Moody, client_level())
+    assert strategy.divisor() == strategy.divisor()
+
+
 def test_sensitivity_without_privacy_is_an_error():
     with pytest.raises(PrivacyError, match="nothing bounds the uploads"):
         make().sensitivity()

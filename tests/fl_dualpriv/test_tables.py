@@ -97,3 +97,8 @@ def test_epsilon_text(epsilon: float | None, expected: str) -> None:
 
 def test_percent() -> None:
     assert [percent(None), percent(0.0), percent(0.1234)] == ["-", "0.0 %", "12.3 %"]
+
+
+def test_large_epsilons_are_not_cut_to_six_digits() -> None:
+    assert epsilon_text(1000.0014) == "1000.002"
+    assert epsilon_text(1234.5614) == "1234.562"

@@ -198,6 +198,15 @@ def test_under_dp_an_unreadable_image_stays_counted_and_contributes_zero(
     assert float((clean_sum(good, owner) - clean_sum(bad, owner)).norm()) > 1e-3  # it would have counted
 
 
+def test_an_image_that_decodes_but_cannot_be_resized_is_a_zero_too(configure: Configure, tmp_path: Path):
+    # 70 million pixels in one row: the resize of the shorter side would ask for terabytes
+    root = write_splits(tmp_path / "thin")
+    Image.new("1", (70_000_000, 1)).save(root / "train" / "dog" / "02.png")
+    world = build_world(configure(path=root))
+    assert sum(int(world.client_data(i).features.isnan().any(dim=1).sum()) for i in range(3)) == 1
+    assert sum(world.client_data(i).num_examples for i in range(3)) == 24
+
+
 def test_client_level_alone_keeps_a_bad_record_counted(configure: Configure, damaged: Path):
     changes: dict[str, ConfigValue] = {
         "privacy.record.mechanism": "none",
@@ -226,7 +235,9 @@ def test_scores_leave_under_dp_only_from_public_images(
     configure: Configure, tmp_path: Path, setting: str, own_folder: bool, scored: bool
 ):
     folder = tmp_path / "some"
-    (folder / "test").mkdir(parents=True) if own_folder else folder.mkdir()
+    # A flat folder may hold a class that is called "test": its images are training images all the same.
+    for name in ("train/cat", "train/dog", "test/cat", "test/dog") if own_folder else ("cat", "dog", "test"):
+        (folder / name).mkdir(parents=True)
     changes: dict[str, ConfigValue] = {"evaluation.held-out-data": setting, "evaluation.split": "test"}
     assert may_score(configure(changes, folder)) == scored
     assert may_score(configure(changes | {"privacy.record.mechanism": "none"}, folder))
