@@ -11,7 +11,8 @@ seed 0: zero-shot over 100 names 31.8 % val, 31.3 % test in the private domains,
 (test) within the category's ten names. Context spectrum, n_ctx 4: 14 directions hold 90 % of the energy, stable rank
 2.3. A second run of all of it gave the same files, but for 2 of 128 entries of one bias, off by the last bit (least
 squares in `fold`, whose rounding LAPACK does not fix). `--check` prints these numbers for existing files in seconds;
-`--evaluate` adds what prompts gain in the federation, three seeds.
+`--evaluate` adds what prompts gain in the federation, three seeds: local accuracy 31.3 -> 52.7 ± 2.5 % without
+privacy, 30.6 -> 51.4 ± 0.4 % at record-level epsilon 4 with pruning (test).
 
 Measured on the way: a vision transformer learned nothing from these few images in 600 steps, whatever the loss, and
 well with attention started near the identity, a batch norm behind it, labels instead of captions, patches of 8 (of 4:

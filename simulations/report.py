@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_dualpriv.files import write_bytes
+from fl_dualpriv.tables import epsilon_text
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "simulations" / "configs"
@@ -82,7 +83,7 @@ def level(summary: Mapping[str, Any]) -> str:
     proved = [r for r in summary["privacy"] if r["guarantee"] == "theorem"]
     if not proved:
         return "-"
-    return ", ".join(sorted({f"{r['epsilon']:.2f} ({r['unit']}, δ = {r['delta']:g})" for r in proved}))
+    return ", ".join(sorted({f"{epsilon_text(r['epsilon'])} ({r['unit']}, δ = {r['delta']:g})" for r in proved}))
 
 
 def table(results: Mapping[Row, Sequence[Mapping[str, Any]]]) -> str:
