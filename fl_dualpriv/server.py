@@ -254,7 +254,7 @@ class RoundStrategy(Strategy):
             answered.add(node)
             partition = self.cards[node].partition
             if reply.has_error():
-                self._fail(server_round, partition, reply.error.reason)
+                self._fail(server_round, partition, wire.failure_reason(reply))
                 continue
             try:
                 diff = wire.read_upload(reply, tuple(self._prompt.shape))
@@ -305,7 +305,7 @@ class RoundStrategy(Strategy):
         for node in sorted(self._expected, key=lambda node: self.cards[node].partition):
             reply = answers.get(node)
             if reply is None or reply.has_error():
-                reason = "no reply in time" if reply is None else reply.error.reason
+                reason = "no reply in time" if reply is None else wire.failure_reason(reply)
                 self._fail(server_round, self.cards[node].partition, f"evaluation: {reason}")
                 continue
             try:

@@ -1,5 +1,6 @@
 """The only file that knows the keys inside Flower messages: kebab-case outside, typed values inside."""
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -116,6 +117,17 @@ def read_upload(reply: Message, shape: tuple[int, ...]) -> Tensor:
     if tuple(upload.shape) != shape or not upload.is_floating_point():
         raise ValueError(f"upload of shape {tuple(upload.shape)}, {upload.dtype}; expected {shape}, floating point")
     return upload.to(torch.float64)
+
+
+def failure_reason(reply: Message) -> str:
+    """What a client raised, in its own words: Ray wraps them in two tracebacks and the repr of an actor."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", reply.error.reason or "no reason given").strip()
+    _, found, message = text.rpartition("Exception ClientAppException occurred. Message: ")
+    if not found:
+        return text
+    message = message.removesuffix("'>").removesuffix('">').strip()
+    kinds = re.findall(r"^(?:\w+\.)*(\w+): ", text, flags=re.MULTILINE)
+    return f"{kinds[0]}: {message}" if kinds else message
 
 
 def card_content(card: ClientCard) -> RecordDict:

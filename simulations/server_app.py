@@ -128,7 +128,7 @@ def join(grid: Grid, population: int, join_timeout: float, reply_timeout: float)
     replies = list(grid.send_and_receive(messages, timeout=reply_timeout))
     for reply in replies:
         if reply.has_error():
-            raise ConfigError(f"a client cannot start: {reply.error.reason}")
+            raise ConfigError(f"a client cannot start: {wire.failure_reason(reply)}")
     cards = {reply.metadata.src_node_id: wire.read_card(reply) for reply in replies}
     partitions = sorted(card.partition for card in cards.values())
     if partitions != list(range(population)):

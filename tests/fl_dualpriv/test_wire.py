@@ -5,7 +5,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fl_dualpriv import wire
@@ -110,3 +110,29 @@ def test_score_survives():
     assert wire.read_score(message(content, MessageType.EVALUATE)) == score
     # counts of held-out images, nothing about training
     assert keys(content) == {"score/" + f.name.replace("_", "-") for f in fields(Score)}
+
+
+RAY = """<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'\x1b[36mray::ClientAppActor.run()\x1b[39m (pid=7)
+  File "clients/app.py", line 70, in train
+    raise RuntimeError("disk: full")
+RuntimeError: disk: full
+
+The above exception was the direct cause of the following exception:
+
+  File "ray_actor.py", line 65, in run
+    raise ClientAppException(str(ex)) from ex
+flwr.clientapp.client_app.ClientAppException: \nException ClientAppException occurred. Message: disk: full'>"""
+
+
+@pytest.mark.parametrize(
+    ("reason", "expected"),
+    [
+        (RAY, "RuntimeError: disk: full"),
+        ("RuntimeError: disk: full", "RuntimeError: disk: full"),
+        ("", "no reason given"),
+    ],
+    ids=["ray", "local", "empty"],
+)
+def test_a_failure_is_told_in_the_clients_own_words(reason: str, expected: str):
+    asked = Message(RecordDict(), 1, "train")
+    assert wire.failure_reason(Message(Error(2, reason), reply_to=asked)) == expected
