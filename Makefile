@@ -36,7 +36,7 @@ lint: setup  ## ruff and pyright
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-bench: setup  ## benchmarks
+bench: setup  ## benchmarks (none yet)
 	@echo "There is no benchmark yet."
 
 clean:  ## remove the environment, caches and build results; runs/ stays

@@ -105,6 +105,8 @@ def run(
     console.print(headline(summary), soft_wrap=True, highlight=False)
     console.print(results_table(summary))
     console.print(privacy_table(summary["privacy"]))
+    for note in summary.get("notes", []):
+        console.print(f"note: {escape(note)}", soft_wrap=True, highlight=False)
     console.print(f"results: {escape(str(job.out))}", soft_wrap=True, highlight=False)
 
 
