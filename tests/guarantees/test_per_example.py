@@ -100,8 +100,8 @@ def test_no_examples_give_no_rows(text: PromptedText) -> None:
     assert torch.equal(clipped_sum(rows, 1.0).value, torch.zeros(4, 32, dtype=torch.float64))
 
 
-def test_opacus_functorch_agrees_on_a_bare_prompt(text: PromptedText, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Opacus' reference: torch.func vmap(grad) of the loss on one example."""
+def test_vmap_of_grad_agrees(text: PromptedText, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """The other exact form: torch.func vmap(grad) of the loss on one example."""
     from torch.func import grad, vmap
 
     x, y = batch
