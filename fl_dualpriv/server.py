@@ -232,7 +232,7 @@ class RoundStrategy(Strategy):
         return Update(partition=update.partition, diff=clipped[0])
 
     def _write_ledger(self, server_round: int) -> None:
-        if self.privacy is not None and self.privacy.ledger is not None and self.privacy.unit != "nominal":
+        if self.privacy is not None and self.privacy.ledger is not None:
             self.privacy.ledger.record(
                 LedgerEvent(
                     run=self.run_token,

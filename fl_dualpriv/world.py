@@ -103,7 +103,7 @@ def encode_images(backbone: OpenClipBackbone, images: ImageDataset, indices: np.
 
 
 def build_world(config: RunConfig) -> World:
-    """Load and check everything the run needs; cached for what it depends on, so that methods and seeds share features.
+    """Load and check everything the run needs; cached for what it depends on, so that methods share features.
 
     Raises:
         ConfigError: Data, model, prompt or partition do not work as configured; see the message.

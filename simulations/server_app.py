@@ -33,8 +33,6 @@ from fl_dualpriv.world import build_world, initial_prompt, run_folder
 
 app = ServerApp()
 
-PUBLISHED_CLIP = 10.0  # dpfpl-paper's C_th; see clients/dpfpl_paper.py
-
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
@@ -199,13 +197,13 @@ def server_privacy(
         )
     nominal = config.privacy.record
     if METHODS[config.method].published_procedure and nominal.mechanism == "gaussian":
-        from clients.dpfpl_paper import nominal_sigma
+        from clients.dpfpl_paper import CLIP, nominal_sigma
 
         steps = config.rounds * config.train.local_steps
         batch = min(max(1, round(config.train.sampling_rate * card.num_examples)) for card in cards.values())
         return ServerPrivacy(
             unit="nominal",
-            bound=rate * PUBLISHED_CLIP / batch,
+            bound=rate * CLIP / batch,
             noise_multiplier=nominal_sigma(nominal.epsilon, nominal.delta, steps),
             sampling_rate=1.0,
             ledger_multiplier=0.0,
