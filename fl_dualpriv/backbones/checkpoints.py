@@ -25,8 +25,8 @@ CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth")
 Shapes = Mapping[str, tuple[int, ...]]
 
 _SUPPORTED_TEXT = (
-    "supported are open_clip's own causal text towers read at the end of text (CLIP, OpenCLIP, MetaCLIP, DFN and the "
-    "like), not Hugging Face, SigLIP or CoCa text towers"
+    "supported are open_clip's own text towers (CLIP, OpenCLIP, MetaCLIP, DFN, SigLIP and the like), not Hugging Face "
+    "or CoCa text towers inside open_clip; transformers' own CLIP and SigLIP models are named hf:NAME"
 )
 _PROBE_SECONDS = 5.0
 _QUOTED = 3  # differences named in an error
@@ -69,17 +69,14 @@ def read_folder_config(name: str, folder: Path) -> dict[str, Any]:
 
 
 def check_text_tower(name: str, config: Mapping[str, Any]) -> None:
-    """Refuse text towers in which a prompt cannot be cut after its end of text, or that are not open_clip's own."""
+    """Refuse text towers that are not open_clip's own, or that would not read the prompt."""
     text = config["text_cfg"]
-    pool, eos = text.get("pool_type", "argmax"), text.get("eos_id", 2)
+    pool, causal = text.get("pool_type", "argmax"), not text.get("no_causal_mask", False)
     problems = {
         f"hf_model_name = {text.get('hf_model_name')!r}": bool(text.get("hf_model_name")),
         "multimodal_cfg (CoCa)": "multimodal_cfg" in config,
         "embed_cls": text.get("embed_cls", False),
-        "no_causal_mask": text.get("no_causal_mask", False),
-        f"pool_type = {pool!r}": pool not in ("argmax", "eos"),
-        # Everything downstream finds the end of text as the largest id of a row, as "argmax" does.
-        f"eos_id = {eos}, not its largest id": pool == "eos" and eos != text.get("vocab_size", 49408) - 1,
+        f"pool_type = {pool!r}": pool not in ("argmax", "eos", "last") and (causal or pool != "first"),
     }
     for problem, present in problems.items():
         if present:

@@ -4,13 +4,11 @@
 be wrong with a name, a path or a checkpoint ends in one `ConfigError`.
 """
 
+import contextlib
 import difflib
 import functools
-import hashlib
 import importlib.resources
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,10 @@ from torch import Tensor, nn
 
 from fl_dualpriv import torchvision_shim
 from fl_dualpriv.backbones import checkpoints
+from fl_dualpriv.backbones.backbone import Precision
+from fl_dualpriv.backbones.frozen import digest, encode_images, fingerprint, used_bytes
+from fl_dualpriv.backbones.open_clip_text import OpenClipText
+from fl_dualpriv.backbones.rows import PROBE, TokenRows, read_rows
 from fl_dualpriv.backbones.tokenizer import TrimmedTokenizer
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.pruning.visual_tokens import ClsAttentionPruner, TokenPruner, check_prunable, encode_pruned
@@ -28,75 +30,37 @@ torchvision_shim.install()  # open_clip imports torchvision, which CPU torch can
 
 import open_clip  # noqa: E402
 from open_clip.transform import PreprocessCfg, image_transform_v2  # noqa: E402
-from open_clip.transformer import ResidualAttentionBlock  # noqa: E402
 
 _DEMO, _LOCAL_DIR = "demo", "local-dir:"
 
 
-@dataclass(frozen=True)
-class TextParts:
-    """The text tower's parts, for code that runs it in another order."""
-
-    token_embedding: nn.Embedding
-    positional_embedding: Tensor
-    """(context_length, ctx_dim)."""
-    transformer: nn.Module
-    """Has ``resblocks``."""
-    ln_final: nn.Module
-    text_projection: Tensor | nn.Linear | None
-    """As a tensor (ctx_dim, embed_dim)."""
-    attn_mask: Tensor | None
-    causal: bool
-    eot_pooling: bool
-    default_blocks: bool
-    """All blocks hold a plain `nn.MultiheadAttention`, so their weights can be read."""
-
-
 class OpenClipBackbone:
-    """A frozen CLIP: evaluation mode, no parameter requires a gradient.
+    """A frozen open_clip model; see `Backbone`."""
 
-    Attributes:
-        name: As configured.
-        ctx_dim: Width of a token embedding.
-        embed_dim: Width of the joint feature space.
-        context_length: Longest text, in tokens.
-        logit_scale: Factor on the cosine similarity (the exponential of the model's parameter).
-        device: Where the model is.
-        text_parts: See `TextParts`.
-        pruner: Visual token pruner, or None.
-    """
+    visual_prompts = False
 
     def __init__(
-        self, name: str, model: nn.Module, tokenizer: Any, device: torch.device, pruner: TokenPruner | None
+        self,
+        name: str,
+        model: nn.Module,
+        tokenizer: Any,
+        device: torch.device,
+        pruner: TokenPruner | None,
+        precision: Precision,
     ) -> None:
         if pruner is not None:
             check_prunable(model.get_submodule("visual"), pruner)
         clip: Any = model
-        text = getattr(clip, "text", clip)  # CustomTextCLIP keeps the text tower apart, CLIP spreads it over itself
-        projection = text.text_projection
-        blocks = text.transformer.resblocks
-        self.name, self.device, self.pruner = name, device, pruner
-        self.text_parts = TextParts(
-            token_embedding=text.token_embedding,
-            positional_embedding=text.positional_embedding,
-            transformer=text.transformer,
-            ln_final=text.ln_final,
-            text_projection=projection,
-            attn_mask=text.attn_mask,
-            causal=text.attn_mask is not None,
-            eot_pooling=getattr(text, "pool_type", getattr(text, "text_pool_type", None)) in ("argmax", "eos"),
-            default_blocks=all(
-                isinstance(b, ResidualAttentionBlock) and type(b.attn) is nn.MultiheadAttention for b in blocks
-            ),
-        )
-        self.ctx_dim: int = text.token_embedding.embedding_dim
-        if projection is None:
-            self.embed_dim = self.ctx_dim
-        else:
-            self.embed_dim = projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
-        self.context_length: int = text.context_length
+        self._text = OpenClipText(model)
+        self.name, self.device, self.pruner, self._precision = name, device, pruner, precision
+        stack, self.plain_reason = self._text.stack, self._text.plain_reason
+        self.text_stack = stack.to_precision(torch.bfloat16) if stack is not None and precision == "bf16" else stack
+        self.fills_rows = self._text.fills_rows
+        self.ctx_dim, self.embed_dim = self._text.ctx_dim, self._text.embed_dim
+        self.context_length = self._text.context_length
         self.logit_scale = float(clip.logit_scale.exp())
         self._model, self._tokenizer = clip, tokenizer
+        self.rows = self._read_rows()
         self._transform: Any = image_transform_v2(
             PreprocessCfg(**open_clip.get_model_preprocess_cfg(clip)), is_train=False
         )
@@ -106,7 +70,7 @@ class OpenClipBackbone:
         return self._transform(image)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Token ids, int64 (n, context_length), on the CPU. End of text has the largest id of each row.
+        """Token ids of whole rows, int64 (n, context_length), on the CPU.
 
         Raises:
             ConfigError: If a trimmed vocabulary lacks a word.
@@ -116,80 +80,92 @@ class OpenClipBackbone:
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
-    def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """Ids (..., token) → embeddings (..., token, ctx_dim), without positions."""
-        return self.text_parts.token_embedding(tokens.to(self.device))
-
-    def encode_embeddings(self, embeddings: Tensor, eot: Tensor) -> Tensor:
-        """Text features of token embeddings; differentiable in them.
-
-        Equal to open_clip's ``encode_text`` for the embeddings of whole rows, and for rows cut anywhere after their end
-        of text, since no earlier token sees what is cut off.
-
-        Args:
-            embeddings: (n, token, ctx_dim) without positions, ``token <= context_length``.
-            eot: Index of each row's end of text, (n,).
-
-        Returns:
-            (n, embed_dim), not normalised.
+    def words(self, text: str) -> list[int]:
+        """Token ids of a text's words alone; see `Backbone`.
 
         Raises:
-            ValueError: If the rows are longer than the context.
+            ConfigError: If a trimmed vocabulary lacks a word, or a word would end the text.
         """
-        parts, length = self.text_parts, embeddings.shape[1]
-        if length > self.context_length:
-            raise ValueError(f"{length} tokens: the text tower of {self.name!r} reads at most {self.context_length}")
-        mask = None if parts.attn_mask is None else parts.attn_mask[:length, :length]
-        x = parts.transformer(embeddings + parts.positional_embedding[:length], attn_mask=mask)
-        x = parts.ln_final(x)[torch.arange(x.shape[0], device=x.device), eot.to(x.device)]
-        if parts.text_projection is None:
-            return x
-        return parts.text_projection(x) if isinstance(parts.text_projection, nn.Module) else x @ parts.text_projection
+        try:
+            return self.rows.check_words(self.name, text, _words(self._tokenizer, text))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
-    @torch.no_grad()  # not inference_mode: its tensors may not enter a later backward pass
-    def image_features(self, images: Tensor) -> Tensor:
-        """Unit-norm image features, through the pruner if there is one.
-
-        Guarantee:
-            Per image: no value of one image enters another's features. A NaN image gives a NaN row of its own. The size
-            of the batch can change a feature by float rounding, since it changes the order of summation.
-
-        Args:
-            images: Preprocessed, (n, 3, height, width); n may be 0.
-
-        Returns:
-            float32 (n, embed_dim).
-        """
-        if images.shape[0] == 0:
-            return torch.zeros(0, self.embed_dim, device=self.device)
-        images = images.to(self.device, torch.float32)
-        if self.pruner is None:
-            features = self._model.encode_image(images)
+    def _read_rows(self) -> TokenRows:
+        rules = {"argmax": "largest", "eos": "first"}
+        rule: Any = rules.get(self._text.pool_type, "none")
+        if hasattr(self._tokenizer, "sot_token_id"):  # CLIP's own, whole or trimmed: both pad with 0
+            start, end = (self._tokenizer.sot_token_id,), self._tokenizer.eot_token_id
+            rows = TokenRows(start=start, end=end, pad=0, end_rule=rule)
         else:
-            features = encode_pruned(self._model.visual, images, self.pruner)
-        return nn.functional.normalize(features, dim=-1)
+            words = _words(self._tokenizer, PROBE)
+            rows = read_rows(self.name, self._tokenizer([PROBE])[0].tolist(), words, rule)
+        if rule == "first" and rows.end != self._text.eos_id:
+            raise ConfigError(
+                f"backbone.name = {self.name!r}: its text tower reads token {self._text.eos_id} (eos_id), but its "
+                f"tokenizer ends a text with {rows.end}"
+            )
+        return rows
 
-    @functools.cached_property
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Ids (..., token) → embeddings (..., token, ctx_dim), without positions."""
+        return self._text.token_embedding(tokens.to(self.device))
+
+    def encode_embeddings(self, embeddings: Tensor, end: Tensor) -> Tensor:
+        """Text features of token embeddings, (n, embed_dim); see `Backbone`.
+
+        Raises:
+            ValueError: If the rows have a length that the tower cannot read.
+        """
+        length = embeddings.shape[1]
+        if length > self.context_length or (self.fills_rows and length < self.context_length):
+            limit = "rows of" if self.fills_rows else "at most"
+            raise ValueError(f"{length} tokens: the text tower of {self.name!r} reads {limit} {self.context_length}")
+        return self._text.encode(embeddings, end)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Unit-norm image features, float32 (n, embed_dim); see `Backbone`."""
+        return encode_images(self._encode_images, images, self.embed_dim, self.device, self._precision)
+
+    def _encode_images(self, images: Tensor) -> Tensor:
+        if self.pruner is None:
+            return self._model.encode_image(images)
+        return encode_pruned(self._model.visual, images, self.pruner)
+
+    @property
     def fingerprint(self) -> str:
-        """First 16 hex digits of a SHA-256 over names, types, shapes and bytes of the weights."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self._model.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """First 16 hex digits of a SHA-256 over the weights; see `Backbone`."""
+        return self._keys[0]
+
+    @property
+    def feature_key(self) -> str:
+        """Changes with weights, architecture, transform, pruner and precision; see `Backbone`."""
+        return self._keys[1]
 
     @functools.cached_property
-    def feature_key(self) -> str:
-        """Changes whenever `image_features` of a file may change: weights, architecture, transform and pruner."""
-        transform = open_clip.get_model_preprocess_cfg(self._model)
+    def _keys(self) -> tuple[str, str]:
+        weights = fingerprint(self._model)
         described = [
-            self.fingerprint,
+            weights,
             str(self._model.visual),
             _heads(self._model.visual),
-            transform,
+            open_clip.get_model_preprocess_cfg(self._model),
             repr(self.pruner),
+            self._precision,
         ]
-        return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return weights, digest(described)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights; see `Backbone`."""
+        return used_bytes(self._model, self.text_stack)
+
+
+def _words(tokenizer: Any, text: str) -> list[int]:
+    """Ids without start, end and padding; ValueError if a trimmed vocabulary lacks a word."""
+    if hasattr(tokenizer, "sot_token_id"):
+        return tokenizer.encode(text)
+    return tokenizer.tokenizer(tokenizer.clean_fn(text), add_special_tokens=False)["input_ids"]
 
 
 def _heads(visual: nn.Module) -> list[int]:
@@ -199,18 +175,16 @@ def _heads(visual: nn.Module) -> list[int]:
 
 @functools.lru_cache
 def load_backbone(
-    name: str, pretrained: str, device: str, visual_keep_ratio: float, visual_layer: int
+    name: str,
+    pretrained: str,
+    device: str,
+    visual_keep_ratio: float,
+    visual_layer: int,
+    precision: Precision = "fp32",
 ) -> OpenClipBackbone:
-    """Load and freeze a backbone; the weights are read once per process.
+    """Load and freeze an open_clip model; arguments as in `backbone.load_backbone`.
 
-    Args:
-        name: ``demo`` (the embedded CLIP), ``local-dir:PATH`` (a folder with open_clip_config.json and
-            open_clip_model.safetensors; a vocabulary.json beside them selects the trimmed tokenizer), or the name of an
-            open_clip model.
-        pretrained: For a model name, an open_clip tag or a .safetensors, .pt or .pth file; else empty.
-        device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-        visual_keep_ratio: Share of patch tokens kept in the image tower, in (0, 1]; 1 switches pruning off.
-        visual_layer: Prune after this many blocks.
+    The weights are read once per process. In a ``local-dir:`` folder a vocabulary.json selects the trimmed tokenizer.
 
     Raises:
         ConfigError: If the model cannot be used exactly as asked for.
@@ -218,12 +192,12 @@ def load_backbone(
     pruner = ClsAttentionPruner(keep_ratio=visual_keep_ratio, layer=visual_layer) if visual_keep_ratio != 1 else None
     resolved = checkpoints.resolve_device(device)
     model, tokenizer = _load_model(name, pretrained, str(resolved))
-    return OpenClipBackbone(name, model, tokenizer, resolved, pruner)
+    return OpenClipBackbone(name, model, tokenizer, resolved, pruner, precision)
 
 
 @functools.lru_cache
 def _load_model(name: str, pretrained: str, device: str) -> tuple[nn.Module, Any]:
-    """The frozen model and its tokenizer, shared by every backbone that differs in pruning alone."""
+    """The frozen model and its tokenizer, shared by backbones that differ in pruning and precision alone."""
     folder = None
     if name == _DEMO:
         folder = Path(str(importlib.resources.files("fl_dualpriv.assets"))) / "demo"
@@ -332,7 +306,10 @@ def _load_tokenizer(name: str, architecture: str, folder: Path | None, model: nn
         if folder is not None and (folder / checkpoints.VOCABULARY_FILE).is_file():
             tokenizer: Any = TrimmedTokenizer.from_json(folder / checkpoints.VOCABULARY_FILE)
         else:
-            tokenizer = open_clip.get_tokenizer(architecture)
+            # CLIP's own vocabulary comes with open_clip; another one, such as SigLIP's, may come from the hub.
+            hub = (open_clip.get_model_config(architecture) or {}).get("text_cfg", {}).get("hf_tokenizer_name")
+            with checkpoints.no_retries_when_offline() if hub else contextlib.nullcontext():
+                tokenizer = open_clip.get_tokenizer(architecture)
         tokens = tokenizer([""])[0]  # start and end of text, the largest ids
     except Exception as error:  # JSON, transformers and the hub each raise their own kinds
         reason = f"{type(error).__name__}: {error}"

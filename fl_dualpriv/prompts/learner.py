@@ -1,42 +1,114 @@
 """Class features from a prompt: the template's words as context, class names after it."""
 
+import functools
+import logging
+
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.open_clip import OpenClipBackbone
+from fl_dualpriv.backbones.backbone import Backbone
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.prompts.text_tower import PlainTower, SharedPrefixTower
+from fl_dualpriv.prompts.plain_tower import PlainTower
+from fl_dualpriv.prompts.shared_prefix import SharedPrefixTower
+from fl_dualpriv.prompts.tower import PromptTower
+
+_logger = logging.getLogger("fl_dualpriv")
+_CHECKED_CLASSES = 12
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+"""Of the shared prefix against the plain tower, relative to the largest entry, by precision of its products."""
 
 
 class PromptedText:
     """Text side of the classifier for one set of class names.
 
-    The class token stands at the end: sequence = SOS, context, class name (and what the template says after it), EOT.
+    The class token stands at the end: sequence = start, context, class name (and what the template says after it), end.
 
     Args:
         backbone: The frozen model.
         class_names: One per class, in label order.
         template: Text with one ``{}`` for the class name, such as ``"a photo of a {}"``.
+
+    Raises:
+        ConfigError: If a name cannot be written in the model's tokens.
     """
 
-    def __init__(self, backbone: OpenClipBackbone, class_names: tuple[str, ...], template: str) -> None:
-        self._backbone = backbone
+    def __init__(self, backbone: Backbone, class_names: tuple[str, ...], template: str) -> None:
+        self._backbone, rows = backbone, backbone.rows
         self._texts = [template.format(name) for name in class_names]
         before, after = template.split("{}")
-        self._template_context = _embed(backbone, _words(backbone, before.strip()))
-        suffixes = [_words(backbone, (name + after).strip(), with_end=True) for name in class_names]
-        lengths = torch.tensor([len(tokens) for tokens in suffixes], device=backbone.device)
-        padded = torch.zeros(len(suffixes), int(lengths.max()), dtype=torch.long)
-        for row, tokens in enumerate(suffixes):
-            padded[row, : len(tokens)] = torch.tensor(tokens)
-        self._suffix, self._lengths = _embed(backbone, padded), lengths
-        self._sos = _embed(backbone, torch.tensor([_all_tokens(backbone, "")[0]]))
-        parts = backbone.text_parts
-        self.shares_prefix = parts.causal and parts.eot_pooling and parts.default_blocks
-        self.plain_tower = PlainTower(backbone, self._sos, self._suffix, lengths)
-        self._tower = (
-            SharedPrefixTower(parts, self._sos, self._suffix, lengths) if self.shares_prefix else self.plain_tower
-        )
+        self._template_context = _embed(backbone, backbone.words(before.strip()))
+        suffixes = [[*backbone.words((name + after).strip()), rows.end] for name in class_names]
+        self._lengths = torch.tensor([len(tokens) for tokens in suffixes], device=backbone.device)
+        # Filled rows need padding for any number of context tokens; elsewhere nobody sees what follows the end.
+        width = max(backbone.context_length, self._longest) if backbone.fills_rows else self._longest
+        padded = torch.full((len(suffixes), width), rows.pad)
+        for row, tokens in zip(padded, suffixes, strict=True):
+            row[: len(tokens)] = torch.tensor(tokens)
+        self._suffix, self._start = _embed(backbone, padded), _embed(backbone, list(rows.start))
+        self.plain_tower = PlainTower(backbone, self._start, self._suffix, self._lengths)
+
+    @property
+    def _longest(self) -> int:
+        return int(self._lengths.max())
+
+    @functools.cached_property
+    def tower(self) -> PromptTower:
+        """The fastest exact form: the shared prefix where the model allows it, else one row per class.
+
+        The shared prefix is compared with the model's own tower first, in values and gradients of a few classes; if
+        they differ, the plain form is used.
+        """
+        stack = self._backbone.text_stack
+        if stack is None or self._start.shape[0] != 1:
+            reason = self._backbone.plain_reason or "its rows have no start token"
+            _say_once(logging.INFO, self._backbone.name, f"{reason}, so every class runs its whole row")
+            return self.plain_tower
+        difference, allowed = self._difference(), _TOLERANCE[stack.blocks[0].qkv.weight.dtype]
+        if not difference <= allowed:  # NaN is no agreement
+            message = (
+                f"the shared-prefix text tower differs from the plain one by {difference:.1e} (allowed {allowed:.0e}, "
+                "relative), so every class runs its whole row"
+            )
+            _say_once(logging.WARNING, self._backbone.name, message)
+            return self.plain_tower
+        return SharedPrefixTower(stack, self._start, self._suffix, self._lengths)
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether SOS and context run once for all classes."""
+        return self.tower is not self.plain_tower
+
+    def _difference(self) -> float:
+        """Largest difference of the two forms on some classes of all lengths, relative to the largest entry."""
+        stack, order = self._backbone.text_stack, torch.argsort(self._lengths)
+        picks = torch.linspace(0, len(order) - 1, min(len(order), _CHECKED_CLASSES)).round().long()
+        chosen = order[picks.to(order.device)]
+        lengths = self._lengths[chosen]
+        suffix = self._suffix[chosen, : int(lengths.max())]
+        room = self._backbone.context_length - 1 - int(lengths.max())
+        assert stack is not None
+        if room < 1:  # no prompt fits, and `check_length` says so
+            return 0.0
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(suffix)
+
+        words = self._template_context[:room]
+        start = words if len(words) else 0.02 * random(min(4, room), self._backbone.ctx_dim)
+        prompts = torch.stack([start, start + 0.02 * random(*start.shape)])
+        fast = SharedPrefixTower(stack, self._start, suffix, lengths)(prompts)
+        slow = PlainTower(self._backbone, self._start, suffix, lengths)(prompts)
+        few = torch.stack([torch.randperm(len(chosen), generator=generator)[:3] for _ in range(4)]).to(chosen.device)
+        few = few.unflatten(0, (2, 2))
+        whole = random(2, 2, len(chosen), self._backbone.embed_dim)
+        some = random(*few.shape, self._backbone.embed_dim)
+        pairs = [
+            (fast.values, slow.values),
+            (fast.vjp(whole), slow.vjp(whole)),
+            (fast.vjp_some(some, few), slow.vjp_some(some, few)),
+        ]
+        return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
     def template_context(self, n_ctx: int) -> Tensor:
         """Embeddings of the template's words before the class name, (n_ctx, ctx_dim): prompt learning from zero-shot.
@@ -53,8 +125,8 @@ class PromptedText:
         return self._template_context.clone()
 
     def check_length(self, n_ctx: int) -> None:
-        """Raise ConfigError if SOS, context, the longest name and EOT do not fit into the tower."""
-        needed, allowed = 1 + n_ctx + int(self._lengths.max()), self._backbone.context_length
+        """Raise ConfigError if start, context, the longest name and the end do not fit into the tower."""
+        needed, allowed = self._start.shape[0] + n_ctx + self._longest, self._backbone.context_length
         if needed > allowed:
             raise ConfigError(
                 f"prompt.n-ctx = {n_ctx} makes sequences of {needed} tokens with these class names; the text tower "
@@ -62,30 +134,25 @@ class PromptedText:
             )
 
     def class_features(self, context: Tensor) -> Tensor:
-        """(n_ctx, ctx_dim) → unit-norm class features (n_cls, embed_dim), differentiable in ``context``."""
-        return torch.nn.functional.normalize(self._tower(context), dim=-1)
+        """Unit-norm class features (n_cls, embed_dim) of one prompt (n_ctx, ctx_dim), without a gradient."""
+        return self.tower.values(context[None])[0]
 
     @torch.no_grad()
     def zero_shot_features(self) -> Tensor:
         """Unit-norm features of the filled-in template, (n_cls, embed_dim): no learning."""
-        tokens = self._backbone.tokenize(self._texts)
-        embedded = self._backbone.embed_tokens(tokens)
-        # EOT has the largest id in open_clip's vocabulary.
-        return torch.nn.functional.normalize(self._backbone.encode_embeddings(embedded, tokens.argmax(dim=-1)), dim=-1)
-
-
-def _all_tokens(backbone: OpenClipBackbone, text: str) -> list[int]:
-    """SOS … EOT, without padding."""
-    row = backbone.tokenize([text])[0]
-    return row[: int(row.argmax()) + 1].tolist()
-
-
-def _words(backbone: OpenClipBackbone, text: str, *, with_end: bool = False) -> list[int]:
-    tokens = _all_tokens(backbone, text)
-    return tokens[1:] if with_end else tokens[1:-1]
+        before, last = len(self._backbone.rows.start), self._backbone.context_length - 1
+        ends = [min(before + len(self._backbone.words(text)), last) for text in self._texts]  # too long a text is cut
+        end = torch.tensor(ends, device=self._backbone.device)
+        embedded = self._backbone.embed_tokens(self._backbone.tokenize(self._texts))
+        return torch.nn.functional.normalize(self._backbone.encode_embeddings(embedded, end), dim=-1)
 
 
 @torch.no_grad()
-def _embed(backbone: OpenClipBackbone, tokens: list[int] | Tensor) -> Tensor:
+def _embed(backbone: Backbone, tokens: list[int] | Tensor) -> Tensor:
     ids = torch.as_tensor(tokens, dtype=torch.long, device=backbone.device)
     return backbone.embed_tokens(ids)
+
+
+@functools.lru_cache
+def _say_once(level: int, backbone: str, message: str) -> None:
+    _logger.log(level, "backbone %s: %s", backbone, message)

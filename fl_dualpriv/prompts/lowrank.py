@@ -3,6 +3,7 @@
 Everything here is applied to released prompts and *noised* gradients, so it is post-processing and costs no ε.
 Symbols: the paper's u is (n_ctx, k) and v is (k, ctx_dim); ours have orthonormal columns and rows, and the factor that
 carries the scale is uᵀp_L, so that u·v below stands for u uᵀ p_L, the projection of p_L on its leading rank-k part.
+Leading dimensions, where there are any, are clients: each is treated on its own.
 """
 
 import torch
@@ -22,9 +23,9 @@ def carriers(matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     Reference:
         Yu et al. 2021 (RGP), arXiv:2106.09352, Algorithm 2; DP-FPL Algorithm 1, "Factorize".
     """
-    u, _ = torch.linalg.qr(matrix @ start.T)
-    v, _ = torch.linalg.qr(matrix.T @ u)
-    return u, v.T
+    u, _ = torch.linalg.qr(matrix @ start.mT)
+    v, _ = torch.linalg.qr(matrix.mT @ u)
+    return u, v.mT
 
 
 def tangent_projection(gradient: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -37,10 +38,10 @@ def tangent_projection(gradient: Tensor, u: Tensor, v: Tensor) -> Tensor:
         u: Orthonormal columns, (n_ctx, k).
         v: Orthonormal rows, (k, ctx_dim).
     """
-    rows = gradient @ v.T @ v
-    return rows + u @ (u.T @ (gradient - rows))
+    rows = gradient @ v.mT @ v
+    return rows + u @ (u.mT @ (gradient - rows))
 
 
 def cut_to_rank(matrix: Tensor, u: Tensor) -> Tensor:
     """U uᵀ matrix: the part of ``matrix`` in the span of u, of rank at most k; what is cut off is the residual r."""
-    return u @ (u.T @ matrix)
+    return u @ (u.mT @ matrix)

@@ -139,9 +139,8 @@ def test_corrupt_checkpoint(tiny_clip_dir, tiny_clip_name, tmp_path, damage: str
     ("changes", "message"),
     [
         ({"text_cfg": {"hf_model_name": "roberta-base"}}, "hf_model_name = 'roberta-base'"),
-        ({"text_cfg": {"no_causal_mask": True, "pool_type": "last"}}, "no_causal_mask"),
-        ({"text_cfg": {"pool_type": "last"}}, "pool_type = 'last'"),
-        ({"text_cfg": {"pool_type": "eos", "eos_id": 2}}, "eos_id = 2"),
+        ({"text_cfg": {"pool_type": "first"}}, "pool_type = 'first'"),  # a causal tower's first token sees no prompt
+        ({"text_cfg": {"no_causal_mask": True, "pool_type": "none"}}, "pool_type = 'none'"),
         ({"text_cfg": {"embed_cls": True}}, "embed_cls"),
         ({"multimodal_cfg": {}}, "CoCa"),
     ],
@@ -155,3 +154,8 @@ def test_other_text_towers_are_refused(tiny_clip_dir, tmp_path, changes: dict, m
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=f"its text tower has .*{message}.*; supported are"):
         load(folder)
+
+
+def test_an_end_token_that_the_tokenizer_never_writes(make_clip_dir):
+    with pytest.raises(ConfigError, match=r"reads token 2 \(eos_id\), but its tokenizer ends a text with 49407"):
+        load(make_clip_dir({"text_cfg": {"pool_type": "eos", "eos_id": 2}}))

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fl_dualpriv.backbones.open_clip import OpenClipBackbone, load_backbone, open_clip
+from fl_dualpriv.backbones.open_clip_text import OpenClipText
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.prompts.learner import PromptedText
 
 TEXTS = ["a photo of a cat", "a very small red sketch of an old house", ""]
 ROUNDING = 1e-6  # float32 sums in another order, relative to the largest value (at least 1)
@@ -23,6 +25,10 @@ TEXT_TOWERS = {
     "custom block": {"text_cfg": {"qk_norm": True}},
     "eos pooling": {"text_cfg": {"pool_type": "eos", "eos_id": 49407}},
     "quick gelu, layer scale": {"quick_gelu": True, "text_cfg": {"ls_init_value": 0.3}},
+    "read at the last token": {"text_cfg": {"pool_type": "last"}},
+    "not causal": {"text_cfg": {"no_causal_mask": True}},
+    "SigLIP style": {"custom_text": True, "text_cfg": {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}},
+    "not causal, read at the first token": {"text_cfg": {"no_causal_mask": True, "pool_type": "first"}},
 }
 
 
@@ -44,7 +50,7 @@ def images(n: int = 3) -> torch.Tensor:
     return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(params=TEXT_TOWERS.values(), ids=TEXT_TOWERS.keys())
+@pytest.fixture(scope="module", params=TEXT_TOWERS.values(), ids=TEXT_TOWERS.keys())
 def any_clip_dir(request: pytest.FixtureRequest, make_clip_dir) -> Path:
     return make_clip_dir(request.param)
 
@@ -58,13 +64,37 @@ def test_frozen_and_described(tiny_clip_dir):
     assert backbone.logit_scale == pytest.approx(1 / 0.07, rel=1e-6)  # open_clip's initial value
     assert isinstance(backbone.logit_scale, float)
     assert backbone.device == torch.device("cpu")
-    parts = backbone.text_parts
-    assert (parts.causal, parts.eot_pooling, parts.default_blocks) == (True, True, True)
-    assert parts.text_projection is not None
+    assert backbone.text_stack is not None
+    assert (backbone.plain_reason, backbone.fills_rows, backbone.visual_prompts) == ("", False, False)
+    rows = backbone.rows
+    assert (rows.start, rows.end, rows.pad) == ((49406,), 49407, 0)
+    # Every weight once: the stack's are the model's own.
+    weights = sum(p.numel() for p in parameters)
+    assert 4 * weights <= backbone.weight_bytes <= 4 * weights + 4 * 32 * 32 * 4
 
 
-def test_text_parts_tell_custom_blocks_apart(make_clip_dir):
-    assert not load(make_clip_dir({"text_cfg": {"qk_norm": True}})).text_parts.default_blocks
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"text_cfg": {"qk_norm": True}}, "custom blocks"),
+        ({"text_cfg": {"no_causal_mask": True}}, "not causal"),
+        ({"text_cfg": {"pool_type": "last"}}, "read at the last token"),
+    ],
+)
+def test_why_a_prefix_cannot_be_shared(make_clip_dir, changes: dict, reason: str):
+    backbone = load(make_clip_dir(changes))
+    assert backbone.text_stack is None
+    assert reason in backbone.plain_reason
+    assert backbone.fills_rows == (reason != "custom blocks")
+
+
+def test_an_activation_that_the_stack_does_not_know(make_clip_dir):
+    model = plain(make_clip_dir())
+    for block in model.transformer.resblocks:
+        block.mlp.gelu = torch.nn.ReLU()
+    text = OpenClipText(model)
+    assert text.stack is None
+    assert "another activation, ReLU" in text.plain_reason
 
 
 @torch.no_grad()
@@ -76,10 +106,10 @@ def test_encode_embeddings_is_encode_text(any_clip_dir):
     embeddings = backbone.embed_tokens(tokens)
     assert embeddings.shape == (3, 32, backbone.ctx_dim)
     whole = backbone.encode_embeddings(embeddings, eot)
-    cut = backbone.encode_embeddings(embeddings[:, : int(eot.max()) + 1], eot)
     assert whole.shape == (3, backbone.embed_dim)
     assert_equal_up_to_rounding(whole, expected)
-    assert_equal_up_to_rounding(cut, expected)
+    if not backbone.fills_rows:
+        assert_equal_up_to_rounding(backbone.encode_embeddings(embeddings[:, : int(eot.max()) + 1], eot), expected)
 
 
 def test_gradient_of_the_embeddings_is_the_models_own(any_clip_dir):
@@ -91,7 +121,8 @@ def test_gradient_of_the_embeddings_is_the_models_own(any_clip_dir):
     table = getattr(model, "text", model).token_embedding.weight
     (model.encode_text(tokens) * weights).sum().backward()
 
-    embeddings = backbone.embed_tokens(tokens)[:, : int(eot.max()) + 1].clone().requires_grad_()
+    length = backbone.context_length if backbone.fills_rows else int(eot.max()) + 1
+    embeddings = backbone.embed_tokens(tokens)[:, :length].clone().requires_grad_()
     (backbone.encode_embeddings(embeddings, eot) * weights).sum().backward()
     assert embeddings.grad is not None
     # A row of the table enters at every place of its token, so its gradient is the sum over these places.
@@ -101,9 +132,55 @@ def test_gradient_of_the_embeddings_is_the_models_own(any_clip_dir):
     assert_equal_up_to_rounding(summed, table.grad)
 
 
-def test_too_long_embeddings(tiny_clip_dir):
+def test_rows_of_a_length_that_cannot_be_read(tiny_clip_dir, make_clip_dir):
     with pytest.raises(ValueError, match=r"33 tokens: the text tower of .* reads at most 32"):
         load(tiny_clip_dir).encode_embeddings(torch.zeros(1, 33, 32), torch.zeros(1, dtype=torch.long))
+    full = load(make_clip_dir({"text_cfg": {"pool_type": "last"}}))
+    with pytest.raises(ValueError, match=r"31 tokens: the text tower of .* reads rows of 32"):
+        full.encode_embeddings(torch.zeros(1, 31, 32), torch.zeros(1, dtype=torch.long))
+
+
+def test_words_are_those_of_the_rows(tiny_clip_dir):
+    backbone = load(tiny_clip_dir)
+    for text, row in zip(TEXTS, backbone.tokenize(TEXTS).tolist(), strict=True):
+        assert row[: row.index(49407) + 1] == [49406, *backbone.words(text), 49407]
+    with pytest.raises(ConfigError, match="'a <end_of_text>' holds a token that ends a text"):
+        backbone.words("a <end_of_text>")
+
+
+@torch.no_grad()
+def test_a_model_with_a_tokenizer_of_transformers(make_clip_dir, hf_siglip_dir):
+    text = {"hf_tokenizer_name": str(hf_siglip_dir), "tokenizer_kwargs": {"clean": "canonicalize"}, "vocab_size": 20}
+    siglip = {"context_length": 16, "no_causal_mask": True, "pool_type": "last", "proj_bias": True}
+    folder = make_clip_dir({"custom_text": True, "init_logit_bias": -10, "text_cfg": text | siglip})
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # open_clip looks beside the weights
+        shutil.copy(hf_siglip_dir / name, folder)
+    backbone = load(folder)
+    assert (backbone.rows.start, backbone.rows.end, backbone.rows.pad) == ((), 1, 1)
+    prompted = PromptedText(backbone, ("cat", "dog", "Fire truck"), "a photo of a {}.")
+    assert not prompted.shares_prefix
+    expected = plain(folder).encode_text(backbone.tokenize(prompted._texts), normalize=True)
+    assert_equal_up_to_rounding(prompted.zero_shot_features(), expected)
+    assert_equal_up_to_rounding(prompted.class_features(prompted.template_context(4)), expected)
+
+
+def test_bf16(tiny_clip_dir):
+    exact, rough = load(tiny_clip_dir), load_backbone(f"local-dir:{tiny_clip_dir}", "", "cpu", 1.0, 1, "bf16")
+    pruned = load_backbone(f"local-dir:{tiny_clip_dir}", "", "cpu", 0.5, 1, "bf16")
+    assert rough._model is exact._model
+    for one, other in ((rough, exact), (pruned, load(tiny_clip_dir, 0.5, 1))):
+        features = one.image_features(images())
+        assert features.dtype == torch.float32
+        assert 1e-6 < (features - other.image_features(images())).abs().max() < 0.05
+        torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
+        assert one.feature_key != other.feature_key
+        assert one.logit_scale == other.logit_scale
+    assert rough.text_stack.blocks[0].qkv.weight.dtype == torch.bfloat16
+    assert rough.weight_bytes > exact.weight_bytes
+    # The plain tower keeps float32: it is what the rough one is measured against.
+    tokens = exact.embed_tokens(exact.tokenize(TEXTS))
+    end = torch.tensor([6, 8, 1])
+    assert torch.equal(rough.encode_embeddings(tokens, end), exact.encode_embeddings(tokens, end))
 
 
 def test_image_features(tiny_clip_dir):
@@ -217,10 +294,12 @@ def test_trimmed_vocabulary(trimmed_dir):
     assert tokens[0, :8].tolist() == [6, 1, 2, 3, 1, 5, 7, 0]
     assert tokens[1, :4].tolist() == [6, 4, 7, 0]
     with torch.no_grad():
+        assert (backbone.rows.start, backbone.rows.end, backbone.rows.pad) == ((6,), 7, 0)
         actual = backbone.encode_embeddings(backbone.embed_tokens(tokens), tokens.argmax(dim=-1))
         assert_equal_up_to_rounding(actual, plain(trimmed_dir).encode_text(tokens))
-    with pytest.raises(ConfigError, match="elephant"):
-        backbone.tokenize(["a photo of an elephant"])
+    for write in (backbone.words, lambda text: backbone.tokenize([text])):
+        with pytest.raises(ConfigError, match="elephant"):
+            write("a photo of an elephant")
 
 
 @pytest.mark.parametrize(
@@ -242,5 +321,5 @@ def test_bad_vocabulary(trimmed_dir, tmp_path, vocabulary: str | None, message: 
 
 def test_demo():
     backbone = load_backbone("demo", "", "cpu", 1.0, 1)
-    assert backbone.text_parts.default_blocks
+    assert backbone.text_stack is not None
     assert load_backbone("demo", "", "cpu", 0.5, 1).feature_key != backbone.feature_key

@@ -1,0 +1,148 @@
+"""What every frozen vision-language model offers to the rest of the library, and the one function that loads them.
+
+No heavy library is imported here: open_clip and transformers come in when a model of theirs is asked for.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import PIL.Image
+from torch import Tensor, device
+
+from fl_dualpriv.backbones.rows import TokenRows
+from fl_dualpriv.prompts.text_stack import TextStack
+from fl_dualpriv.pruning.visual_tokens import TokenPruner
+
+Precision = Literal["fp32", "bf16"]
+HUGGING_FACE = "hf:"
+
+
+class Backbone(Protocol):
+    """A frozen image tower and text tower with a joint feature space; evaluation mode, no parameter has a gradient.
+
+    Attributes:
+        name: As configured.
+        ctx_dim: Width of a token embedding.
+        embed_dim: Width of the joint feature space.
+        context_length: Longest text, in tokens.
+        logit_scale: Factor on the cosine similarity (the exponential of the model's parameter). A bias of the logits,
+            as SigLIP has one, is the same for every class and cancels in a softmax.
+        device: Where the model is.
+        pruner: Visual token pruner, or None.
+        rows: How a row of tokens is built around the words of a text.
+        fills_rows: Whether rows must have ``context_length`` tokens, because what stands after the end is seen.
+        text_stack: The text tower's weights where a prompt's prefix can be shared, else None.
+        plain_reason: Why ``text_stack`` is None; empty otherwise.
+        visual_prompts: Whether the image tower reads trainable prompts, which rules out cached features.
+    """
+
+    name: str
+    ctx_dim: int
+    embed_dim: int
+    context_length: int
+    logit_scale: float
+    device: device
+    pruner: TokenPruner | None
+    rows: TokenRows
+    fills_rows: bool
+    text_stack: TextStack | None
+    plain_reason: str
+    visual_prompts: bool
+
+    def preprocess(self, image: PIL.Image.Image) -> Tensor:
+        """The model's inference transform: float32 (3, height, width)."""
+        ...
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Token ids of whole rows, int64 (n, context_length), on the CPU."""
+        ...
+
+    def words(self, text: str) -> list[int]:
+        """Token ids of a text's words alone, of any number.
+
+        Raises:
+            ConfigError: If the text cannot be written in the model's tokens.
+        """
+        ...
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Ids (..., token) → embeddings (..., token, ctx_dim), without positions."""
+        ...
+
+    def encode_embeddings(self, embeddings: Tensor, end: Tensor) -> Tensor:
+        """Text features of token embeddings, always in float32; differentiable in them.
+
+        Equal to the model's own text features for the embeddings of whole rows. Unless the tower fills rows, also for
+        rows cut anywhere after their end of text, since no earlier token sees what is cut off.
+
+        Args:
+            embeddings: (n, token, ctx_dim) without positions; ``token`` is ``context_length`` where rows are filled.
+            end: Index of each row's end of text, (n,); not used by towers that read another token.
+
+        Returns:
+            (n, embed_dim), not normalised.
+
+        Raises:
+            ValueError: If the rows have a length that the tower cannot read.
+        """
+        ...
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Unit-norm image features, through the pruner if there is one.
+
+        Guarantee:
+            Per image: no value of one image enters another's features. A NaN image gives a NaN row of its own. The size
+            of the batch can change a feature by float rounding, since it changes the order of summation.
+
+        Args:
+            images: Preprocessed, (n, 3, height, width); n may be 0.
+
+        Returns:
+            float32 (n, embed_dim).
+        """
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """First 16 hex digits of a SHA-256 over names, types, shapes and bytes of the weights."""
+        ...
+
+    @property
+    def feature_key(self) -> str:
+        """Changes whenever `image_features` of a file may change."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights, with the text tower's copies in other layouts and precisions."""
+        ...
+
+
+def load_backbone(
+    name: str,
+    pretrained: str,
+    device: str,
+    visual_keep_ratio: float,
+    visual_layer: int,
+    precision: Precision = "fp32",
+) -> Backbone:
+    """Load and freeze a backbone; the weights are read once per process and never random.
+
+    Args:
+        name: ``demo`` (the embedded CLIP), ``local-dir:PATH`` (a folder with open_clip_config.json and
+            open_clip_model.safetensors), the name of an open_clip model, or ``hf:NAME``, a folder or hub name of a
+            transformers model (CLIP or SigLIP) with its tokenizer and image processor.
+        pretrained: For an open_clip model name, a tag or a .safetensors, .pt or .pth file; else empty.
+        device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        visual_keep_ratio: Share of patch tokens kept in the image tower, in (0, 1]; 1 switches pruning off.
+        visual_layer: Prune after this many blocks.
+        precision: Of the matrix products of the image tower and of the shared-prefix text tower.
+
+    Raises:
+        ConfigError: If the model cannot be used exactly as asked for.
+    """
+    if name.startswith(HUGGING_FACE):
+        from fl_dualpriv.backbones.transformers import load_backbone as load
+    else:
+        from fl_dualpriv.backbones.open_clip import load_backbone as load
+    return load(name, pretrained, device, visual_keep_ratio, visual_layer, precision)

@@ -1,0 +1,67 @@
+"""What frozen models of every library share: image features in a precision, a fingerprint, memory, reading weights."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fl_dualpriv.prompts.text_stack import Linear, Norm, TextStack
+
+
+@torch.no_grad()  # not inference_mode: its tensors may not enter a later backward pass
+def encode_images(
+    encode: Callable[[Tensor], Tensor], images: Tensor, embed_dim: int, device: torch.device, precision: str
+) -> Tensor:
+    """Unit-norm float32 features (n, embed_dim) of preprocessed images; under bf16 the products alone are bfloat16."""
+    if images.shape[0] == 0:
+        return torch.zeros(0, embed_dim, device=device)
+    images = images.to(device, torch.float32)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        features = encode(images)
+    return nn.functional.normalize(features.float(), dim=-1)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """First 16 hex digits of a SHA-256 over names, types, shapes and bytes of the weights."""
+    hashed = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        hashed.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        hashed.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()[:16]
+
+
+def digest(described: list[Any]) -> str:
+    """First 16 hex digits of a SHA-256 over a description that JSON can write, other values as text."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def used_bytes(model: nn.Module, stack: TextStack | None) -> int:
+    """Memory of a model and of what its text stack holds beside it; shared storage counts once."""
+    tensors = [*model.parameters(), *model.buffers(), *_tensors(stack)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _tensors(node: Any) -> Iterator[Tensor]:
+    if isinstance(node, Tensor):
+        yield node
+    elif isinstance(node, tuple):
+        for part in node:
+            yield from _tensors(part)
+    elif is_dataclass(node):
+        for field in fields(node):
+            yield from _tensors(getattr(node, field.name))
+
+
+def read_norm(module: nn.LayerNorm) -> Norm:
+    """The weights of a layer norm."""
+    return Norm(weight=module.weight.detach(), bias=module.bias.detach(), eps=module.eps)
+
+
+def read_linear(module: nn.Linear) -> Linear:
+    """The weights of a linear layer; a missing bias is zero."""
+    weight = module.weight.detach()
+    return Linear(weight=weight, bias=weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach())

@@ -1,0 +1,310 @@
+"""Frozen CLIP and SigLIP models of transformers. The library's import site of transformers.
+
+``hf:NAME`` is a folder as ``save_pretrained`` writes it, or a name on the hub; model, tokenizer and image processor
+come from the same place. Weights are always loaded, never random, and everything that can be wrong ends in one
+`ConfigError`.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+from torch import Tensor, nn
+
+from fl_dualpriv import torchvision_shim
+from fl_dualpriv.backbones import checkpoints
+from fl_dualpriv.backbones.backbone import HUGGING_FACE, Precision
+from fl_dualpriv.backbones.frozen import digest, encode_images, fingerprint, read_linear, read_norm, used_bytes
+from fl_dualpriv.backbones.rows import PROBE, TokenRows, read_rows
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.prompts.text_stack import Activation, Linear, TextBlock, TextStack
+from fl_dualpriv.pruning.visual_tokens import TokenPruner
+
+torchvision_shim.install()  # transformers' image models import torchvision, which CPU torch cannot import by itself
+
+import transformers  # noqa: E402
+
+transformers.utils.logging.disable_progress_bar()  # a bar for each file, in each worker
+
+_MODELS: dict[str, Any] = {"clip": transformers.CLIPModel, "siglip": transformers.SiglipModel}
+_ACTIVATIONS: dict[str, Activation] = {
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+_TRIAL_SIZE = (48, 40)
+_LEGACY_EOS = 2
+"""CLIP configurations from before 2023 name this end token, and transformers then reads the largest id instead."""
+
+
+class TransformersBackbone:
+    """A frozen CLIP or SigLIP of transformers; see `Backbone`.
+
+    Args:
+        name: As configured.
+        model: `transformers.CLIPModel` or `transformers.SiglipModel`.
+        tokenizer: Of transformers.
+        image_processor: Of transformers, on PIL images.
+        device: Where the model is.
+        precision: Of the matrix products.
+    """
+
+    visual_prompts = False
+    pruner: TokenPruner | None = None
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        tokenizer: Any,
+        image_processor: Any,
+        device: torch.device,
+        precision: Precision,
+    ) -> None:
+        self.name, self.device, self._precision = name, device, precision
+        self._model: Any = model
+        self._tokenizer, self._image_processor = tokenizer, image_processor
+        self._text: Any = self._model.text_model
+        self._causal = isinstance(model, transformers.CLIPModel)
+        config = self._model.config.text_config
+        self.ctx_dim: int = config.hidden_size
+        self.embed_dim: int = self._model.text_projection.out_features if self._causal else self._text.head.out_features
+        self.context_length: int = config.max_position_embeddings
+        self.logit_scale = float(self._model.logit_scale.exp())
+        self.fills_rows = not self._causal
+        self.plain_reason = self._why_plain(config)
+        stack = None if self.plain_reason else _read_stack(self._model)
+        self.text_stack = stack.to_precision(torch.bfloat16) if stack is not None and precision == "bf16" else stack
+        self.rows = self._read_rows(config)
+
+    def preprocess(self, image: PIL.Image.Image) -> Tensor:
+        """The image processor's transform: float32 (3, height, width)."""
+        return self._image_processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Token ids of whole rows, int64 (n, context_length), on the CPU."""
+        rows = self._tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=self.context_length, return_tensors="pt"
+        )
+        return rows["input_ids"]
+
+    def words(self, text: str) -> list[int]:
+        """Token ids of a text's words alone; see `Backbone`.
+
+        Raises:
+            ConfigError: If a word would end the text, or the model does not know it.
+        """
+        words = self._words(text)
+        if words and max(words) >= (known := self._model.config.text_config.vocab_size):
+            raise ConfigError(f"backbone.name = {self.name!r}: {text!r} has token {max(words)}, the model has {known}")
+        return self.rows.check_words(self.name, text, words)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Ids (..., token) → embeddings (..., token, ctx_dim), without positions."""
+        return self._text.embeddings.token_embedding(tokens.to(self.device))
+
+    def encode_embeddings(self, embeddings: Tensor, end: Tensor) -> Tensor:
+        """Text features of token embeddings, (n, embed_dim); see `Backbone`.
+
+        Raises:
+            ValueError: If the rows have a length that the tower cannot read.
+        """
+        length = embeddings.shape[1]
+        if length > self.context_length or (self.fills_rows and length < self.context_length):
+            limit = "rows of" if self.fills_rows else "at most"
+            raise ValueError(f"{length} tokens: the text tower of {self.name!r} reads {limit} {self.context_length}")
+        x = self._text.embeddings(inputs_embeds=embeddings)
+        mask = _causal_mask(length, x) if self._causal else None
+        x = self._text.encoder(inputs_embeds=x, attention_mask=mask).last_hidden_state
+        x = self._text.final_layer_norm(x)
+        if self._causal:
+            return self._model.text_projection(x[torch.arange(len(x), device=x.device), end.to(x.device)])
+        return self._text.head(x[:, -1])
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Unit-norm image features, float32 (n, embed_dim); see `Backbone`."""
+        encode: Callable[[Tensor], Tensor] = lambda x: self._model.get_image_features(pixel_values=x).pooler_output  # noqa: E731
+        return encode_images(encode, images, self.embed_dim, self.device, self._precision)
+
+    @property
+    def fingerprint(self) -> str:
+        """First 16 hex digits of a SHA-256 over the weights; see `Backbone`."""
+        return self._keys[0]
+
+    @property
+    def feature_key(self) -> str:
+        """Changes with weights, architecture, transform and precision; see `Backbone`."""
+        return self._keys[1]
+
+    @functools.cached_property
+    def _keys(self) -> tuple[str, str]:
+        weights = fingerprint(self._model)
+        vision = self._model.config.vision_config.to_diff_dict()
+        described = [weights, type(self._model).__name__, vision, self._image_processor.to_dict(), self._precision]
+        return weights, digest(described)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights; see `Backbone`."""
+        return used_bytes(self._model, self.text_stack)
+
+    def _words(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _why_plain(self, config: Any) -> str:
+        if not self._causal:
+            return "its text tower is not causal"
+        if config.hidden_act not in _ACTIVATIONS:
+            return f"its text blocks have another activation, {config.hidden_act}"
+        return ""
+
+    def _read_rows(self, config: Any) -> TokenRows:
+        legacy = config.eos_token_id == _LEGACY_EOS
+        if self._words("cat") == self._words("dog"):  # transformers makes an empty one where there are no files
+            raise ConfigError(f"backbone.name = {self.name!r}: its tokenizer has no vocabulary; add its files")
+        row = self.tokenize([PROBE])[0].tolist()
+        if len(row) != self.context_length:
+            raise ConfigError(
+                f"backbone.name = {self.name!r}: the tokenizer makes rows of {len(row)}, the text tower reads "
+                f"{self.context_length}"
+            )
+        rule = "none" if not self._causal else "largest" if legacy else "first"
+        rows = read_rows(self.name, row, self._words(PROBE), rule)
+        if rule == "first" and rows.end != config.eos_token_id:
+            raise ConfigError(
+                f"backbone.name = {self.name!r}: its text tower reads token {config.eos_token_id} (eos_token_id), but "
+                f"its tokenizer ends a text with {rows.end}"
+            )
+        return rows
+
+
+def _causal_mask(length: int, like: Tensor) -> Tensor:
+    """(1, 1, token, token), added to the scores."""
+    return torch.full((1, 1, length, length), float("-inf"), dtype=like.dtype, device=like.device).triu(1)
+
+
+@torch.no_grad()
+def _read_stack(model: Any) -> TextStack:
+    text, config = model.text_model, model.config.text_config
+    return TextStack(
+        blocks=tuple(_read_block(layer) for layer in text.encoder.layers),
+        heads=config.num_attention_heads,
+        activation=_ACTIVATIONS[config.hidden_act],
+        positions=text.embeddings.position_embedding.weight.detach(),
+        final=read_norm(text.final_layer_norm),
+        projection=read_linear(model.text_projection),
+    )
+
+
+def _read_block(layer: Any) -> TextBlock:
+    parts = [read_linear(getattr(layer.self_attn, f"{letter}_proj")) for letter in "qkv"]
+    return TextBlock(
+        ln_1=read_norm(layer.layer_norm1),
+        qkv=Linear(weight=torch.cat([p.weight for p in parts]), bias=torch.cat([p.bias for p in parts])),
+        out=read_linear(layer.self_attn.out_proj),
+        ln_2=read_norm(layer.layer_norm2),
+        up=read_linear(layer.mlp.fc1),
+        down=read_linear(layer.mlp.fc2),
+    )
+
+
+@functools.lru_cache
+def load_backbone(
+    name: str,
+    pretrained: str,
+    device: str,
+    visual_keep_ratio: float,
+    visual_layer: int,
+    precision: Precision = "fp32",
+) -> TransformersBackbone:
+    """Load and freeze a model of transformers; arguments as in `backbone.load_backbone`.
+
+    Raises:
+        ConfigError: If the model cannot be used exactly as asked for.
+    """
+    if visual_keep_ratio != 1:
+        raise ConfigError(
+            f"pruning.visual-keep-ratio = {visual_keep_ratio:g}: visual token pruning needs open_clip's default ViT, "
+            f"and {name!r} is a model of transformers; set pruning.visual-keep-ratio = 1"
+        )
+    if pretrained:
+        raise ConfigError(
+            f"backbone.pretrained = {pretrained!r} has no effect for backbone.name = {name!r}, which holds its own "
+            'weights; set backbone.pretrained = ""'
+        )
+    resolved = checkpoints.resolve_device(device)
+    backbone = TransformersBackbone(name, *_load_parts(name, str(resolved)), resolved, precision)
+    _try_an_image(backbone)
+    return backbone
+
+
+def _try_an_image(backbone: TransformersBackbone) -> None:
+    """Refuse an image processor that does not fit the model: later on its errors would look like bad images."""
+    try:
+        features = backbone.image_features(backbone.preprocess(PIL.Image.new("L", _TRIAL_SIZE))[None])
+    except Exception as error:  # whatever the pair raises
+        reason = f"{type(error).__name__}: {str(error).strip()}"
+        raise ConfigError(
+            f"backbone.name = {backbone.name!r} cannot read what its image processor makes: {reason}"
+        ) from error
+    if features.shape != (1, backbone.embed_dim):
+        raise ConfigError(
+            f"backbone.name = {backbone.name!r}: image features are {features.shape[-1]} wide, text features "
+            f"{backbone.embed_dim}"
+        )
+
+
+@functools.lru_cache
+def _load_parts(name: str, device: str) -> tuple[nn.Module, Any, Any]:
+    """The frozen model, its tokenizer and its image processor, shared by backbones that differ in precision alone."""
+    source = name.removeprefix(HUGGING_FACE)
+    if not source.strip():  # it would be the working directory
+        raise ConfigError(f"backbone.name = {name!r}: name a folder or a model on the hub after {HUGGING_FACE!r}")
+    folder = Path(source).expanduser()
+    local = folder.is_dir()
+    place = str(folder) if local else source
+    with checkpoints.no_retries_when_offline():
+        config = _load(name, "configuration", transformers.AutoConfig.from_pretrained, place, local)
+        if config.model_type not in _MODELS:
+            raise ConfigError(
+                f"backbone.name = {name!r} is a model of type {config.model_type!r}; supported are "
+                f"{' and '.join(_MODELS)} (SigLIP 2 with images of a fixed size is of type siglip)"
+            )
+        model = _load_model(name, _MODELS[config.model_type], place, local)
+        tokenizer = _load(name, "tokenizer", transformers.AutoTokenizer.from_pretrained, place, local)
+        images = functools.partial(transformers.AutoImageProcessor.from_pretrained, backend="pil")
+        image_processor = _load(name, "image processor", images, place, local)
+    return model.eval().requires_grad_(False).to(device), tokenizer, image_processor
+
+
+def _load(name: str, part: str, load: Callable[..., Any], place: str, local: bool) -> Any:
+    try:
+        return load(place, local_files_only=local)
+    except Exception as error:  # transformers, tokenizers, the hub and JSON each raise their own kinds
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"backbone.name = {name!r}: its {part} cannot be loaded; name a folder that holds model, tokenizer and "
+            f"image processor (as save_pretrained writes them), or a hub name. {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _load_model(name: str, kind: Any, place: str, local: bool) -> nn.Module:
+    # float32 by name: transformers takes the checkpoint's own type otherwise.
+    load = functools.partial(kind.from_pretrained, dtype=torch.float32, output_loading_info=True)
+    model, loaded = _load(name, "model", load, place, local)
+    problems = [f"{key} is missing" for key in sorted(loaded["missing_keys"])]
+    problems += [f"{key} has another shape" for key, *_ in loaded["mismatched_keys"]]
+    problems += [str(message) for message in loaded.get("error_msgs", [])]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ConfigError(
+            f"backbone.name = {name!r}: its weights do not fill the model, and weights are never random: "
+            f"{'; '.join(problems[:3])}{more}"
+        )
+    if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
+        raise ConfigError(f"backbone.name = {name!r} holds weights that are not finite numbers")
+    return model
