@@ -1,1 +1,1 @@
-"""Images: the embedded demo, folders, and their division among clients. No torch."""
+"""Images: the embedded demo, folders, their division among clients, and the cache of their features. No torch."""

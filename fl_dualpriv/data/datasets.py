@@ -34,6 +34,11 @@ class ImageDataset(Protocol):
         """Decode one image to RGB; ``BadImageError`` if that is impossible."""
         ...
 
+    @property
+    def content_hash(self) -> str:
+        """Changes whenever what ``image`` gives for any index may change; says nothing about where the images lie."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class DataSplits:

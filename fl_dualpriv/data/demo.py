@@ -4,16 +4,19 @@ Class ids run category by category, ten classes each: ten clients that split the
 """
 
 import functools
+import hashlib
 import io
 import json
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fl_dualpriv.data import rendering
 from fl_dualpriv.data.rendering import DOMAINS, render_private
 
 SPLITS = ("train", "val", "test")
@@ -40,6 +43,18 @@ class DemoSplit:
         """
         domain = DOMAINS[int(self.domains[index])]
         return Image.fromarray(render_private(self.sketches[index], domain, int(self.seeds[index])))
+
+    @property
+    def content_hash(self) -> str:
+        """See `ImageDataset.content_hash`: of what the images are drawn from, and of the code that draws them."""
+        return self._content_hash
+
+    @functools.cached_property
+    def _content_hash(self) -> str:
+        digest = hashlib.sha256(Path(rendering.__file__).read_bytes())
+        for array in (self.sketches, self.domains, self.seeds):
+            digest.update(f"{array.dtype} {array.shape}\n".encode() + array.tobytes())
+        return digest.hexdigest()
 
 
 def demo_folder() -> Traversable:

@@ -8,6 +8,8 @@ import numpy as np
 from fl_dualpriv.errors import ConfigError
 
 _MAX_DRAWS = 200
+_FEW_DRAWS = 5
+_HOPELESS = 50  # clients without a record in the best of a few draws: no later draw gives everybody one
 
 
 def partition(
@@ -87,21 +89,25 @@ def _clients_per_class(counts: np.ndarray, population: int) -> np.ndarray:
 def _dirichlet(labels: np.ndarray, population: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
     if not (np.isfinite(alpha) and alpha > 0):
         raise ConfigError(f"data.dirichlet-alpha = {alpha}: must be > 0 and finite")
-    classes = np.unique(labels)
-    for _ in range(_MAX_DRAWS):
+    classes, counts = np.unique(labels, return_counts=True)
+    groups = [np.flatnonzero(labels == class_id) for class_id in classes]
+    clients = np.arange(population)
+    fewest, draws = population, 0
+    while draws < _MAX_DRAWS and not (draws >= _FEW_DRAWS and fewest > _HOPELESS):
+        draws += 1
         shares = rng.dirichlet(np.full(population, alpha), size=len(classes))
         if not np.isfinite(shares).all():  # gamma variates over- or underflow at extreme alpha
             continue
-        parts: list[list[np.ndarray]] = [[] for _ in range(population)]
-        for class_id, share in zip(classes, shares, strict=True):
-            records = rng.permutation(np.flatnonzero(labels == class_id))
-            cuts = (np.cumsum(share)[:-1] * len(records)).astype(np.int64)
-            for part, piece in zip(parts, np.split(records, cuts), strict=True):
-                part.append(piece)
-        joined = [np.concatenate(part) for part in parts]
-        if all(len(part) > 0 for part in joined):
-            return joined
+        # Permuted even if the draw will be thrown away: the next draw continues the same stream.
+        records = np.concatenate([rng.permutation(group) for group in groups])
+        cuts = (np.cumsum(shares, axis=1)[:, :-1] * counts[:, None]).astype(np.int64)
+        sizes = np.diff(cuts, axis=1, prepend=0, append=counts[:, None])
+        per_client = sizes.sum(axis=0)
+        fewest = min(fewest, int((per_client == 0).sum()))
+        if fewest == 0:
+            owners = np.concatenate([np.repeat(clients, row) for row in sizes])
+            return np.split(records[np.argsort(owners, kind="stable")], np.cumsum(per_client)[:-1])
     raise ConfigError(
-        f"data.dirichlet-alpha = {alpha}: in {_MAX_DRAWS} draws some of the {population} clients got none of the "
-        f"{len(labels)} images; raise data.dirichlet-alpha, lower population or use another data.partition"
+        f"data.dirichlet-alpha = {alpha}: in {draws} draws at least {fewest} of the {population} clients got none of "
+        f"the {len(labels)} images; raise data.dirichlet-alpha, lower population or use another data.partition"
     )

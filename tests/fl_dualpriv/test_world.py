@@ -1,5 +1,6 @@
 """What every process builds before a run, and what it says about bad input: real files, a real (tiny) CLIP."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from fl_dualpriv.config import ConfigValue, RunConfig, app_defaults
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.plans import may_score
 from fl_dualpriv.privacy.clipping import clipped_sum
-from fl_dualpriv.privacy.per_example import per_example_gradients
+from fl_dualpriv.privacy.per_example import Batches, per_example_gradients
 from fl_dualpriv.world import (
     World,
     build_world,
@@ -65,6 +66,7 @@ def configure(images: Path, tiny_clip_dir: Path) -> Configure:
             "data.partition": "iid",
             "backbone.name": f"local-dir:{tiny_clip_dir}",
             "resources.device": "cpu",
+            "resources.feature-cache": "off",
         }
         return RunConfig.from_run_config(DEFAULTS | base | (changes or {}))
 
@@ -78,7 +80,9 @@ def test_a_world_divides_all_images_and_gives_unit_features(configure: Configure
     assert data.num_examples == len(world.partitions[0]) == 8
     torch.testing.assert_close(data.features.norm(dim=1), torch.ones(8))
     assert data.held_classes.tolist() == sorted(set(data.labels.tolist()))
-    assert world.client_data(0) is data
+    assert world.held_classes(0).tolist() == data.held_classes.tolist()
+    assert world.num_examples(0) == 8
+    assert world.logit_scale == world.backbone.logit_scale
     assert (world.held_out("test").num_examples, world.held_out("val").num_examples) == (8, 4)
 
 
@@ -179,8 +183,9 @@ def clean_sum(world: World, partition_id: int, keep: torch.Tensor | None = None)
     if keep is not None:
         x, y = x[keep], y[keep]
     prompt = world.text.template_context(4)
-    rows = per_example_gradients(world.text.class_features, prompt, x, y, world.backbone.logit_scale, 4)
-    return clipped_sum(rows, 0.1).value
+    features = world.text.tower(prompt[None])
+    rows = per_example_gradients(features, Batches.of(x, y), world.logit_scale, workspace_bytes=2**20)
+    return clipped_sum(rows[0], 0.1).value
 
 
 def test_under_dp_an_unreadable_image_stays_counted_and_contributes_zero(
@@ -205,6 +210,15 @@ def test_an_image_that_decodes_but_cannot_be_resized_is_a_zero_too(configure: Co
     world = build_world(configure(path=root))
     assert sum(int(world.client_data(i).features.isnan().any(dim=1).sum()) for i in range(3)) == 1
     assert sum(world.client_data(i).num_examples for i in range(3)) == 24
+
+
+def test_without_dp_an_image_that_cannot_be_resized_stops_the_client_and_is_named(configure: Configure, tmp_path: Path):
+    root = write_splits(tmp_path / "thin")
+    for name in ("02", "04"):
+        Image.new("RGB", (3300, 1)).save(root / "train" / "dog" / f"{name}.png")
+    world = build_world(configure({"privacy.record.mechanism": "none", "population": 1}, root))
+    with pytest.raises(ConfigError, match=r"2 images cannot be used.*the first: number 8 of class 'dog'"):
+        world.client_data(0)
 
 
 def test_client_level_alone_keeps_a_bad_record_counted(configure: Configure, damaged: Path):
@@ -241,6 +255,77 @@ def test_scores_leave_under_dp_only_from_public_images(
     changes: dict[str, ConfigValue] = {"evaluation.held-out-data": setting, "evaluation.split": "test"}
     assert may_score(configure(changes, folder)) == scored
     assert may_score(configure(changes | {"privacy.record.mechanism": "none"}, folder))
+
+
+# --- what is kept, and what is made anew ------------------------------------------------------------------------------
+
+
+def features(world: World) -> torch.Tensor:
+    return torch.cat([world.client_data(i).features for i in range(3)])
+
+
+def test_the_feature_cache_changes_no_bit_and_is_part_of_the_world(configure: Configure, damaged: Path, tmp_path: Path):
+    off = build_world(configure(path=damaged))
+    on = [build_world(configure({"resources.feature-cache": str(tmp_path / name)}, damaged)) for name in ("one", "two")]
+    for world in on:
+        assert torch.equal(features(world).nan_to_num(7.0), features(off).nan_to_num(7.0))
+    assert off.cache_root is None
+    assert [world.cache_root for world in on] == [tmp_path / "one", tmp_path / "two"]
+    assert [path.name for path in (tmp_path / "one").iterdir()] == [path.name for path in (tmp_path / "two").iterdir()]
+
+
+def test_a_world_holds_nothing_per_client(configure: Configure, monkeypatch: pytest.MonkeyPatch):
+    world = build_world(configure({"population": 24}))
+    world.client_data(0)
+    monkeypatch.setattr("fl_dualpriv.image_features.encode_images", None)  # whoever calls it now fails
+    for i in range(24):
+        assert world.client_data(i).num_examples == world.num_examples(i) == len(world.held_classes(i)) == 1
+    assert world.client_data(3) is not world.client_data(3)
+
+
+def test_public_metadata_reads_no_image(configure: Configure, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fl_dualpriv.image_features.encode_images", None)
+    world = build_world(configure({"seed": 11}))
+    assert [world.num_examples(i) for i in range(3)] == [8, 8, 8]
+    assert sorted({c for i in range(3) for c in world.held_classes(i).tolist()}) == [0, 1, 2, 3]
+
+
+def test_flips_are_new_each_round_and_the_same_again_for_a_seed(configure: Configure, tmp_path: Path):
+    changes: dict[str, ConfigValue] = {"data.augmentation": "flip", "resources.feature-cache": str(tmp_path)}
+    plain, world = build_world(configure()), build_world(configure(changes))
+    rounds = [world.client_data(0, r).features for r in range(1, 6)]
+    assert torch.equal(world.client_data(0, 1).features, rounds[0])
+    assert len({tuple(r.flatten().tolist()) for r in rounds}) == 5
+    assert not list(tmp_path.iterdir())  # nothing is kept
+    # Each record is as it is or mirrored, by its own coin: in 5 rounds of 8 records both happen.
+    same = torch.stack([(r - plain.client_data(0).features).abs().amax(dim=1) < 1e-5 for r in rounds])
+    assert 0 < int(same.sum()) < 40
+    assert any(0 < int(row.sum()) < 8 for row in same)
+    # Another seed throws other coins. (It divides the images otherwise too, so it is given to the same division.)
+    other = dataclasses.replace(world, seed=1)
+    assert not torch.equal(other.client_data(0, 1).features, rounds[0])
+
+
+def test_held_out_images_are_never_mirrored(configure: Configure):
+    plain, world = build_world(configure()), build_world(configure({"data.augmentation": "flip"}))
+    for split in ("val", "test"):
+        assert torch.equal(world.held_out(split).features, plain.held_out(split).features)
+
+
+def test_a_mirrored_record_is_a_function_of_itself(configure: Configure, damaged: Path):
+    # The guarantee of `client_data`: what one record is moves no other record's features.
+    changes: dict[str, ConfigValue] = {"data.augmentation": "flip"}
+    good, bad = build_world(configure(changes)), build_world(configure(changes, damaged))
+    for i in range(3):
+        one, other = good.client_data(i, 1).features, bad.client_data(i, 1).features
+        usable = torch.isfinite(other).all(dim=1)
+        torch.testing.assert_close(one[usable], other[usable], atol=1e-6, rtol=0)
+
+
+def test_precision_is_part_of_the_world(configure: Configure):
+    exact, fast = build_world(configure()), build_world(configure({"backbone.precision": "bf16"}))
+    difference = (exact.client_data(0).features - fast.client_data(0).features).abs().max()
+    assert 0 < float(difference) < 0.05
 
 
 # --- plans and small things -------------------------------------------------------------------------------------------
@@ -290,6 +375,20 @@ def test_the_initial_prompt_is_the_template_or_small_noise(configure: Configure)
     assert draws[0].dtype == torch.float32
     # 512 draws: the standard error of the deviation is 3 %; 5 of them
     assert float(draws[0].std()) == pytest.approx(0.02, rel=0.16)
+
+
+def test_the_learner_decides_the_tower_and_the_start(configure: Configure):
+    context = configure()
+    # More ranks than the template has words, and no context of this length: neither matters to the head.
+    changes: dict[str, ConfigValue] = {"prompt.learner": "head", "method": "full", "prompt.n-ctx": 9, "prompt.rank": 5}
+    head = configure(changes)
+    world = build_world(head)
+    assert world.tower(context.prompt) is world.text.tower
+    assert world.tower(head.prompt) is world.tower(head.prompt) is not world.text.tower
+    start = initial_prompt(head, world)
+    assert start.shape == (5, 4 + world.backbone.embed_dim)
+    assert torch.equal(start, initial_prompt(head, world))
+    torch.testing.assert_close(world.tower(head.prompt)(start[None]).values[0], world.text.zero_shot_features())
 
 
 def test_run_folders_do_not_collide():

@@ -1,5 +1,6 @@
 """The embedded demo: enough images, in disjoint splits, always the same, small, and with its papers."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -67,3 +68,14 @@ def test_assets_are_small_and_say_where_they_come_from() -> None:
     for needed in ("CC BY 4.0", "Quick, Draw!", "Google", "make_demo_assets"):
         assert needed in provenance
     assert "model_cfg" in json.loads(files["open_clip_config.json"].read_text(encoding="utf-8"))
+
+
+def test_the_content_hash_follows_the_images() -> None:
+    splits = load_demo()
+    assert len({split.content_hash for split in splits.values()}) == 3
+    val = splits["val"]
+    assert dataclasses.replace(val).content_hash == val.content_hash
+    sketches = val.sketches.copy()
+    sketches[3, 10, 10] ^= 1
+    assert dataclasses.replace(val, sketches=sketches).content_hash != val.content_hash
+    assert dataclasses.replace(val, seeds=val.seeds + 1).content_hash != val.content_hash

@@ -1,5 +1,7 @@
 import subprocess
 import sys
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +106,47 @@ def test_dirichlet_alpha_sets_the_skew():
     # At alpha = 1000 every class is split nearly evenly, so the largest share of a client is near 1/10.
     assert mean_top_share(1000.0) < 0.13
     assert mean_top_share(0.1) > 0.35
+
+
+def slow_dirichlet(labels: np.ndarray, population: int, alpha: float, seed: int) -> list[list[int]] | None:
+    """Client by client, class by class, as Hsu et al. describe it."""
+    rng = np.random.default_rng([seed, zlib.crc32(b"dirichlet")])
+    classes = np.unique(labels)
+    for _ in range(200):
+        shares = rng.dirichlet(np.full(population, alpha), size=len(classes))
+        parts: list[list[int]] = [[] for _ in range(population)]
+        for class_id, share in zip(classes, shares, strict=True):
+            records = rng.permutation(np.flatnonzero(labels == class_id))
+            cuts = (np.cumsum(share)[:-1] * len(records)).astype(np.int64)
+            for part, piece in zip(parts, np.split(records, cuts), strict=True):
+                part += piece.tolist()
+        if all(parts):
+            return [sorted(part) for part in parts]
+    return None
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 50.0])
+def test_dirichlet_equals_the_slow_form(alpha):
+    for seed in range(20):
+        labels = np.random.default_rng(seed).integers(0, 5, 120)
+        expected = slow_dirichlet(labels, 9, alpha, seed)  # several of these need more than one draw
+        assert [part.tolist() for part in partition(labels, "dirichlet", 9, alpha, seed)] == expected
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_ten_thousand_clients_take_less_than_a_second(scheme):
+    labels = np.repeat(np.arange(100), 5000)
+    start = time.process_time()
+    parts = partition(labels, scheme, 10_000, 5.0, 0)
+    assert time.process_time() - start < 1.0  # 0.2 s where this was written
+    assert len(parts) == 10_000
+
+
+def test_a_hopeless_dirichlet_is_given_up_early():
+    start = time.process_time()
+    with pytest.raises(ConfigError, match=r"in 5 draws at least .* of the 10000 clients got none"):
+        partition(np.repeat(np.arange(100), 200), "dirichlet", 10_000, 0.3, 0)
+    assert time.process_time() - start < 5.0  # 200 draws would take a minute
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

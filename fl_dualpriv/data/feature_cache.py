@@ -1,0 +1,203 @@
+"""Image features on disk: computed once per data set and model, and shared by all processes of a machine. numpy only.
+
+Layout: ``ROOT/KEY/shard-00000.npy``, float32 (images, embed_dim), `SHARD` images each. KEY is a hash of the content of
+the data set and of everything that turns it into features, so a folder of another name finds its features again.
+
+Features of private images are private data, to be kept as the images are: the folders are readable by their owner
+alone (0700), and features that somebody else may have put there are not read. They are never sent.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+SHARD = 256
+"""Images in a shard. A shard is always encoded whole: the size of a batch changes float rounding."""
+
+IN_MEMORY = 2**26
+"""Bytes of a table up to which rows are gathered from one array in memory instead of many mapped shards."""
+
+Encode = Callable[[np.ndarray], tuple[np.ndarray, bool]]
+"""Features (images, embed_dim) of some indices, and whether they are final: False if a record may be readable later."""
+
+
+def cache_key(described: Sequence[object]) -> str:
+    """A folder name for what features depend on: 32 hex digits of a SHA-256."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def cache_root(setting: str) -> Path | None:
+    """Folder that ``resources.feature-cache`` means: empty is one under the user's home, ``off`` is None."""
+    if setting == "off":
+        return None
+    return Path(setting) if setting else Path.home() / ".fl-dualpriv" / "features"
+
+
+class FeatureTable:
+    """The features of one data set, shard by shard as they are asked for.
+
+    Guarantee:
+        `rows` gives bitwise the same numbers with and without a folder, whichever process asked first and in whatever
+        order, and after any process was killed at any moment: every shard is encoded from the same indices in one call,
+        appears in the folder by a rename alone, and is made anew if it is damaged. Each shard is encoded by one process
+        at a time. A folder that cannot be used costs a warning and speed, never the run.
+
+    Args:
+        size: Images in the data set.
+        embed_dim: Width of a feature.
+        encode: Computes the features of one shard.
+        root: Where features are kept; None: in memory only.
+        key: Folder below ``root``, see `cache_key`.
+    """
+
+    def __init__(self, *, size: int, embed_dim: int, encode: Encode, root: Path | None, key: str) -> None:
+        self._size, self._dim, self._encode = size, embed_dim, encode
+        shards = -(-size // SHARD)
+        self._present = np.zeros(shards, dtype=bool)
+        self._complete = shards == 0
+        self._shards: list[np.ndarray] = [np.empty((0, embed_dim), np.float32)] * shards
+        small = 4 * size * embed_dim <= IN_MEMORY
+        self._whole = np.empty((size, embed_dim), np.float32) if small else None
+        self._root = root
+        self._folder = None if root is None else root / key
+        if self._folder is not None and root is not None:
+            try:
+                _open_private(root, self._folder)
+            except OSError as error:
+                self._go_without(error)
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """Features of some images, float32 (len(indices), embed_dim), in a new array."""
+        if not self._complete:
+            shards = indices // SHARD
+            self._fill(np.unique(shards[~self._present[shards]]).tolist())
+        if self._whole is not None:
+            return self._whole[indices]
+        rows = np.empty((len(indices), self._dim), dtype=np.float32)
+        for row, index in enumerate(indices.tolist()):  # clients are small; grouping by shard would cost more
+            rows[row] = self._shards[index // SHARD][index % SHARD]
+        return rows
+
+    def _span(self, shard: int) -> tuple[int, int]:
+        return shard * SHARD, min((shard + 1) * SHARD, self._size)
+
+    def _fill(self, shards: list[int]) -> None:
+        waiting = [shard for shard in shards if not self._read(shard)]
+        # What nobody else works on comes first, so that processes that need the same shards share the work.
+        for wait in (False, True):
+            waiting = [shard for shard in waiting if not self._make(shard, wait=wait)]
+        self._complete = bool(self._present.all())
+
+    def _make(self, shard: int, *, wait: bool) -> bool:
+        """Compute a shard, or read what another process computed meanwhile; False if that one still holds the lock."""
+        if self._folder is None:
+            self._keep(shard, self._encode(np.arange(*self._span(shard)))[0])
+            return True
+        try:
+            lock = _acquire(self._folder / f"{_name(shard)}.lock", wait=wait)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self._go_without(error)
+            return self._make(shard, wait=wait)
+        with lock:
+            if self._read(shard):
+                return True
+            rows, final = self._encode(np.arange(*self._span(shard)))
+            self._keep(shard, rows)
+            if final:
+                try:
+                    _write(self._folder, shard, rows)
+                except OSError as error:
+                    self._go_without(error)
+        if final and self._whole is None:
+            self._read(shard)  # the mapped file instead of a copy in memory
+        return True
+
+    def _read(self, shard: int) -> bool:
+        """Map a finished shard; False if there is none or it is damaged."""
+        if self._folder is None:
+            return False
+        start, stop = self._span(shard)
+        try:
+            rows = np.load(self._folder / f"{_name(shard)}.npy", mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return False
+        if rows.shape != (stop - start, self._dim) or rows.dtype != np.float32:
+            return False
+        self._keep(shard, np.asarray(rows))
+        return True
+
+    def _keep(self, shard: int, rows: np.ndarray) -> None:
+        if self._whole is None:
+            self._shards[shard] = rows
+        else:
+            start, stop = self._span(shard)
+            self._whole[start:stop] = rows
+        self._present[shard] = True
+
+    def _go_without(self, error: OSError) -> None:
+        self._folder = None
+        warnings.warn(
+            f"image features are not kept in {self._root} (resources.feature-cache): {error.strerror or error}; every "
+            "process computes its own",
+            stacklevel=1,  # one place, so that Python shows the same text once
+        )
+
+
+def _name(shard: int) -> str:
+    return f"shard-{shard:05d}"
+
+
+def _open_private(root: Path, folder: Path) -> None:
+    """Make the folders for their owner alone.
+
+    Raises:
+        OSError: If they cannot be made, or the folder is somebody else's: features in it may be made up.
+    """
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user")
+    if found.st_mode & 0o077:
+        folder.chmod(0o700)
+
+
+def _acquire(path: Path, *, wait: bool) -> IO[bytes]:
+    """Lock a file until it is closed; the kernel lets go when its holder is killed.
+
+    Raises:
+        BlockingIOError: If another process holds it, and ``wait`` is false.
+    """
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(path.open("ab"))
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        stack.pop_all()
+        return file
+
+
+def _write(folder: Path, shard: int, rows: np.ndarray) -> None:
+    """Put a finished shard in place. The caller holds its lock, so unfinished files here are a killed writer's."""
+    for leftover in folder.glob(f".{_name(shard)}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+    content = io.BytesIO()
+    np.save(content, rows, allow_pickle=False)
+    temporary = folder / f".{_name(shard)}.{os.getpid()}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave a file of the right length and no content
+        temporary.replace(folder / f"{_name(shard)}.npy")
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,138 @@
+"""Images of one split to features: read, transform, encode, and keep what does not change from round to round."""
+
+import errno
+import functools
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fl_dualpriv.backbones.backbone import Backbone
+from fl_dualpriv.data.datasets import ImageDataset
+from fl_dualpriv.data.feature_cache import SHARD, FeatureTable, cache_key
+
+BATCH = 32
+"""Images through the tower at once. Fixed, for another size rounds differently; small, for it bounds memory."""
+
+_MAX_PIXELS = 100_000_000
+_MAX_ASPECT = 100
+_LIBRARIES = ("torch", "torchvision", "open_clip_torch", "transformers", "timm", "pillow", "numpy", "scipy")
+
+
+class ImageFeatures:
+    """Unit-norm features of the images of one split.
+
+    Guarantee:
+        Row i depends on image i and its place in the split, not on who asked or what else was asked for: features that
+        do not change are computed in shards, see `FeatureTable`. A record that cannot be used is a row of NaN.
+
+    Args:
+        backbone: The frozen model. If its image tower reads trainable prompts, nothing is kept.
+        images: The split.
+        root: Where features are kept; None: in memory only.
+    """
+
+    def __init__(self, backbone: Backbone, images: ImageDataset, root: Path | None) -> None:
+        self._backbone, self._images, self._root = backbone, images, root
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """Features of images as they are, float32 (len(indices), embed_dim)."""
+        if self._backbone.visual_prompts:
+            return encode_images(self._backbone, self._images, indices, None)[0]
+        return self._table.rows(indices)
+
+    def mirrored_rows(self, indices: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+        """The same with some images mirrored; computed at each call and not kept.
+
+        Args:
+            indices: Which images.
+            mirrored: Which of them are mirrored, bool (len(indices),).
+        """
+        return encode_images(self._backbone, self._images, indices, mirrored)[0]
+
+    @functools.cached_property
+    def _table(self) -> FeatureTable:
+        # Without a folder nobody needs the key, and the hash of a data set reads all its files.
+        key = "" if self._root is None else feature_cache_key(self._backbone, self._images)
+        return FeatureTable(
+            size=len(self._images),
+            embed_dim=self._backbone.embed_dim,
+            encode=lambda indices: encode_images(self._backbone, self._images, indices, None),
+            root=self._root,
+            key=key,
+        )
+
+
+def feature_cache_key(backbone: Backbone, images: ImageDataset) -> str:
+    """Changes whenever a feature may change by one bit: images, model, libraries, hardware and shape of batches."""
+    if backbone.device.type == "cuda":
+        hardware = torch.cuda.get_device_name(backbone.device)
+    else:
+        hardware = f"{backbone.device.type} {torch.backends.cpu.get_cpu_capability()}"
+    versions = [_version(library) for library in _LIBRARIES]
+    return cache_key([images.content_hash, backbone.feature_key, hardware, versions, SHARD, BATCH])
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def encode_images(
+    backbone: Backbone, images: ImageDataset, indices: np.ndarray, mirrored: np.ndarray | None
+) -> tuple[np.ndarray, bool]:
+    """Read some images and run them through the tower, `BATCH` at a time.
+
+    Guarantee:
+        Per record: what one image is decides its own row alone, up to float rounding, and an unusable one becomes a row
+        of NaN. NaN, because under DP a bad record must neither stop the run nor change a count; clipping makes it zero.
+        Without DP the caller refuses such rows by name.
+
+    Args:
+        backbone: The frozen model.
+        images: The split.
+        indices: Which images, (n,).
+        mirrored: Which of them to mirror left to right, bool (n,), or None.
+
+    Returns:
+        Features, float32 (n, embed_dim); and whether they are final: False if an image failed for a reason that may
+        pass, such as a disk or memory that gave no answer. Its NaN must not be kept for later runs.
+    """
+    features = np.full((len(indices), backbone.embed_dim), np.nan, dtype=np.float32)
+    final = True
+    for start in range(0, len(indices), BATCH):
+        readable, tensors = [], []
+        for position in range(start, min(start + BATCH, len(indices))):
+            try:
+                image = images.image(int(indices[position]))
+                if max(image.size) > _MAX_ASPECT * min(image.size) or image.width * image.height > _MAX_PIXELS:
+                    continue  # resizing its shorter side would need gigabytes
+                tensor = backbone.preprocess(image)
+            except Exception as error:  # whatever a record makes a decoder raise is its zero, not the client's failure
+                final = final and not _may_pass(error)
+                continue
+            tensors.append(tensor.flip(-1) if mirrored is not None and mirrored[position] else tensor)
+            readable.append(position)
+        if tensors:
+            features[readable] = backbone.image_features(torch.stack(tensors).to(backbone.device)).cpu().numpy()
+    features[~np.isfinite(features).all(axis=1)] = np.nan
+    return features, final
+
+
+def _may_pass(error: BaseException) -> bool:
+    return any(
+        isinstance(cause, MemoryError)
+        # A file that is missing or closed to us is part of the content's hash; decoders raise OSError without a number.
+        or (isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT, errno.EACCES, errno.ELOOP))
+        for cause in _causes(error)
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__

@@ -1,0 +1,179 @@
+"""Will the run fit? An estimate of what one actor takes, and what the machine has, compared before the rounds start."""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fl_dualpriv.config import ResourcesConfig, RunConfig
+from fl_dualpriv.data.feature_cache import IN_MEMORY
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.image_features import BATCH
+from fl_dualpriv.peak_memory import resident_peak
+from fl_dualpriv.world import World
+
+_MIB = 2**20
+_PROCESS = 480 * _MIB
+"""Measured: 470 MiB of its own in a Ray actor's libraries with the demo world, less weights, on the CPU build of torch.
+The files of the libraries, 150 MiB, are shared by all actors."""
+_CUDA_PROCESS = 3000 * _MIB
+"""Host memory of the same with the CUDA libraries and their kernels: a guess, not measured."""
+_CUDA_CONTEXT = 700 * _MIB
+"""Device memory of a CUDA context with its library workspaces: a guess, not measured."""
+_ACTIVATIONS_PER_PIXEL = 32
+"""Measured: what encoding a batch adds, over the size of its pixels: 6 ViT-B/32, 16 ViT-B/16, 23 ViT-L/14, 24 RN50, 31
+ConvNeXt-base."""
+_PIXELS = 224 * 224
+_PSEUDO_UNLIMITED = 2**60  # cgroup v1 writes "no limit" as a number near 2**63
+
+
+def actor_bytes(world: World, config: RunConfig) -> int:
+    """Memory that one actor takes on the device where its model is: an estimate, and meant to be a little high.
+
+    The sum of a process's base, the frozen weights (once per actor), the workspace (`resources.workspace-mib`), the
+    features it holds and what encoding a batch of images adds.
+    """
+    base = _CUDA_CONTEXT if world.backbone.device.type == "cuda" else _PROCESS
+    encoding = _ACTIVATIONS_PER_PIXEL * BATCH * 3 * 4 * _image_pixels(world)
+    workspace = config.resources.workspace_mib * _MIB
+    return base + world.backbone.weight_bytes + workspace + _feature_bytes(world) + encoding
+
+
+def _feature_bytes(world: World) -> int:
+    """Features that stay in memory: all of one held-out split, and of the training images what is not on disk."""
+    data, row = world.data, 4 * world.backbone.embed_dim
+    training = row * len(data.train)
+    return (training if world.cache_root is None else min(training, IN_MEMORY)) + row * max(
+        len(data.val), len(data.test)
+    )
+
+
+def _image_pixels(world: World) -> int:
+    """Height times width of what the image tower reads, from the first image that can be read."""
+    for index in range(len(world.data.test)):
+        try:
+            return math.prod(world.backbone.preprocess(world.data.test.image(index)).shape[-2:])
+        except Exception:  # a bad record; the next one will do
+            continue
+    return _PIXELS
+
+
+def actors_per_device(resources: ResourcesConfig, supernodes: int, device: torch.device) -> int:
+    """Actors that share one machine's memory or one GPU: as many as Flower's simulation starts."""
+    by_cpu = max(1, (os.cpu_count() or 1) // resources.cpus_per_client)
+    if device.type == "cuda" and resources.gpus_per_client > 0:
+        by_gpu = max(1, math.floor(1 / resources.gpus_per_client + 1e-9))
+        return min(by_cpu, by_gpu, supernodes)
+    return min(by_cpu, supernodes)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that is free now: on a GPU what the driver says, else the machine's, or the container's if less."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return host_available_bytes(Path("/"))
+
+
+def host_available_bytes(root: Path) -> int:
+    """The kernel's estimate of available memory, or what is left in the tightest control group above this process.
+
+    Args:
+        root: ``/``; tests put another tree there.
+    """
+    left = [value * 1024 for value in _numbers(root / "proc/meminfo", "MemAvailable:")]
+    groups, names = root / "sys/fs/cgroup", _cgroup_names(root / "proc/self/cgroup")
+    for path in _and_above(names.get("")):
+        left += _group_left(groups / path, "memory.max", "memory.current", "inactive_file")
+    for path in _and_above(names.get("memory")):
+        folder = groups / "memory" / path
+        left += _group_left(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    # Without /proc nothing can be said, and a guess must not stop a run.
+    return min(left, default=np.iinfo(np.int64).max)
+
+
+def _cgroup_names(file: Path) -> dict[str, str]:
+    """Controller → group of this process; the one of version 2 is called ''."""
+    try:
+        lines = [line.split(":", 2) for line in file.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return {}
+    return {name: parts[2] for parts in lines if len(parts) == 3 for name in parts[1].split(",")}
+
+
+def _and_above(group: str | None) -> list[str]:
+    """A group's path and those above it, relative to the root of the hierarchy; inside a container only '' exists."""
+    if group is None:
+        return []
+    parts = [part for part in group.split("/") if part]
+    return ["/".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
+
+
+def _group_left(folder: Path, limit: str, used: str, reclaimable: str) -> list[int]:
+    bounds, usage = _numbers(folder / limit, ""), _numbers(folder / used, "")
+    if not bounds or not usage or bounds[0] >= _PSEUDO_UNLIMITED:
+        return []
+    # Cached files count as used, and the kernel drops them when memory is asked for.
+    cached = sum(_numbers(folder / "memory.stat", f"{reclaimable} "))
+    return [max(0, bounds[0] - usage[0] + cached)]
+
+
+def _numbers(file: Path, start: str) -> list[int]:
+    """The whole number after ``start`` on the lines that begin so."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    words = [line[len(start) :].split() for line in lines if line.startswith(start)]
+    return [int(found[0]) for found in words if found and found[0].isdigit()]
+
+
+def check_fits(per_actor: int, actors: int, device: torch.device, available: int) -> None:
+    """Refuse a run whose actors need more memory together than there is.
+
+    Raises:
+        ConfigError: With the numbers, and the keys that change them.
+    """
+    if per_actor * actors <= available:
+        return
+    where = f"on {device}" if device.type == "cuda" else "of this machine"
+    fitting = available // per_actor
+    if device.type == "cuda":
+        fewer = f"raise resources.gpus-per-client to {int(1e4 / fitting) / 1e4:g}" if fitting else ""
+    else:
+        cpus = (os.cpu_count() or 1) // (fitting + 1) + 1  # the fewest per actor with which no more than these start
+        fewer = f"set resources.cpus-per-client = {cpus} or supernodes = {fitting}"
+    advice = f"{fitting} would fit: {fewer}, or" if fitting else "Not one would fit:"
+    raise ConfigError(
+        f"the run would not fit into the memory {where}: {actors} actors of about {per_actor / _MIB:.0f} MiB need "
+        f"{per_actor * actors / _MIB:.0f} MiB, and {available / _MIB:.0f} MiB are available. {advice} lower "
+        "resources.workspace-mib or take a smaller backbone"
+    )
+
+
+def check_memory(config: RunConfig, world: World) -> None:
+    """Compare what the simulation's actors will take with what this machine has now.
+
+    To be called where actors run on the same machine, after this process built its own world and before the first
+    message to a client: memory that actors hold already would count twice.
+
+    Raises:
+        ConfigError: If they would not fit.
+    """
+    device, resources = world.backbone.device, config.resources
+    if device.type == "cuda":
+        actors = actors_per_device(resources, config.num_supernodes, device)
+        check_fits(actor_bytes(world, config), actors, device, available_bytes(device))
+        host = torch.device("cpu")  # weights are read there first
+        check_fits(_CUDA_PROCESS + world.backbone.weight_bytes, actors, host, available_bytes(host))
+    else:
+        actors = actors_per_device(resources, config.num_supernodes, device)
+        check_fits(actor_bytes(world, config), actors, device, available_bytes(device))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory this process took so far: of the GPU what torch allocated, else the resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resident_peak()
