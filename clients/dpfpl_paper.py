@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fl_dualpriv.client import ClientData, PersonalState
 from fl_dualpriv.privacy.noise import RandomSource, gaussian_noise
-from fl_dualpriv.privacy.per_example import summed_gradient
+from fl_dualpriv.privacy.per_example import Batches, summed_gradient
 from fl_dualpriv.prompts.lowrank import carriers
+from fl_dualpriv.prompts.tower import PromptTower
 
 CLIP = 10.0  # C_th of the paper
 LOCAL_DIVISOR = 10.0  # hard-coded in the authors' code, not in the paper
@@ -43,7 +44,7 @@ def published_update(
     global_prompt: Tensor,
     state: PersonalState,
     data: ClientData,
-    class_features: Callable[[Tensor], Tensor],
+    tower: PromptTower,
     logit_scale: float,
     training: PublishedTraining,
     random: Callable[[str, int], RandomSource],
@@ -61,8 +62,8 @@ def published_update(
         picked = np.take(order, range(step * size, (step + 1) * size), mode="wrap")
         batch = torch.from_numpy(picked).to(data.features.device)
         prompt = global_prompt + upload + state.personal
-        x, y = data.features[batch], data.labels[batch]
-        gradient = summed_gradient(class_features, prompt, x, y, logit_scale) / size
+        rows = Batches.of(data.features[batch], data.labels[batch])
+        gradient = summed_gradient(tower(prompt[None]), rows, logit_scale)[0] / size
         start = state.personal if bool(state.personal.any()) else gradient
         u, v = carriers(start, state.carrier)
 

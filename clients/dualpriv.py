@@ -2,100 +2,195 @@
 
 With P = p_G + p_L every gradient DP-FPL needs is a linear image of one matrix, the gradient of the effective prompt.
 So a step releases that matrix once, noised, and the global step, the tangent projection (Eq. 4), update pruning and the
-residual are all post-processing.
+residual are all post-processing. Clients of a cohort step together through one frozen tower; what is theirs stays
+theirs: batches, clipped sums, noise and prompts never mix.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fl_dualpriv.client import ClientData, PersonalState
 from fl_dualpriv.methods import MethodParts
-from fl_dualpriv.privacy.clipping import ClippedSum, clipped_sum
+from fl_dualpriv.privacy.clipping import ClippedSum, clipped_feature_sum, clipped_sum
 from fl_dualpriv.privacy.noise import RandomSource, gaussian_noise, poisson_sample
-from fl_dualpriv.privacy.per_example import per_example_gradients, summed_gradient
+from fl_dualpriv.privacy.per_example import Batches, per_example_gradients, rows_at_once, summed_gradient
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.prompts.lowrank import carriers, cut_to_rank, tangent_projection
+from fl_dualpriv.prompts.tower import ClassFeatures, PromptTower
 from fl_dualpriv.pruning.updates import prune_update
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTraining:
-    """Numbers of a local step; none of them can change the guarantee."""
+    """Numbers of a local step; none of them can change the guarantee.
+
+    Attributes:
+        local_steps: Poisson batches in a round.
+        sampling_rate: q.
+        global_learning_rate: For p_G.
+        local_learning_rate: For p_L.
+        update_keep_ratio: Share of context tokens whose update is kept.
+        top_m: Residuals that each example back-propagates; 0 = all, exact.
+        noise_space: Where to clip and noise: gradients of the prompt, or of the class features.
+        workspace_bytes: Bound on the activations of one backward pass.
+    """
 
     local_steps: int
     sampling_rate: float
     global_learning_rate: float
     local_learning_rate: float
     update_keep_ratio: float
-    microbatch: int
+    top_m: int
+    noise_space: Literal["prompt", "feature"]
+    workspace_bytes: int
 
 
-def local_update(
+@dataclass(frozen=True, kw_only=True)
+class Participant:
+    """One client of a cohort.
+
+    Attributes:
+        partition: Which client.
+        state: Its personal prompt.
+        data: Its records.
+        random: (purpose, step) → its own source.
+    """
+
+    partition: int
+    state: PersonalState
+    data: ClientData
+    random: Callable[[str, int], RandomSource]
+
+
+@dataclass
+class _Prompts:
+    """The cohort's prompts, stacked: (client, n_ctx, ctx_dim); ``carrier`` is (client, rank, ctx_dim)."""
+
+    own_global: Tensor
+    personal: Tensor
+    carrier: Tensor
+
+
+def cohort_update(
     *,
     global_prompt: Tensor,
-    state: PersonalState,
-    data: ClientData,
-    class_features: Callable[[Tensor], Tensor],
+    participants: Sequence[Participant],
+    tower: PromptTower,
     logit_scale: float,
     parts: MethodParts,
     training: LocalTraining,
     plan: RecordLevelPlan | None,
-    random: Callable[[str, int], RandomSource],
-    before_release: Callable[[int], None],
-) -> tuple[Tensor, PersonalState]:
-    """Run one round of local steps.
+) -> list[tuple[Tensor, PersonalState]]:
+    """Run one round of local steps of some clients, together.
 
     Guarantee:
-        With a plan, the data enter each step only through one clipped sum of the Poisson batch plus N(0, z²C²); the
-        noise is there for an empty batch too, and the divisor q·n_i is public. With a trusted server the upload is
-        the clipped sum itself, for the server to noise, and the personal prompt still moves by a noised copy.
+        With a plan, a client's data enter each step only through one clipped sum of its own Poisson batch plus
+        N(0, z²C²) from its own source; the noise is there for an empty batch too, and the divisor q·n_i is public. With
+        a trusted server the upload is the clipped sum itself, for the server to noise, and the personal prompt still
+        moves by a noised copy. No client's numbers depend on who steps beside it, but for float rounding: the size of
+        a matrix product can change the order of its sums. The caller has written the ledger events of these releases.
 
     Args:
         global_prompt: p_G of this round, (n_ctx, ctx_dim).
-        state: The client's personal prompt.
-        data: The client's records.
-        class_features: Prompt → unit-norm class features.
+        participants: The clients; their numbers of records may differ.
+        tower: Prompts → class features.
         logit_scale: CLIP's inverse temperature.
         parts: Which prompts exist and move.
         training: Step sizes and counts.
         plan: Record-level DP, or None for the non-private method.
-        random: (purpose, step) → source.
-        before_release: Called with the step before its release is made: writes the ledger.
 
     Returns:
-        The upload (the move of p_G, local − global; with a trusted server −learning rate × the clipped sum, float64),
-        and the new personal state.
+        For each participant the upload (the move of p_G, local − global; with a trusted server −learning rate × the
+        clipped sum, float64) and its new personal state.
     """
-    own_global = global_prompt
-    expected_batch = training.sampling_rate * data.num_examples
-    upload = torch.zeros_like(global_prompt, dtype=torch.float64)
+    prompts = _Prompts(
+        own_global=global_prompt.expand(len(participants), -1, -1),
+        personal=torch.stack([p.state.personal for p in participants]),
+        carrier=torch.stack([p.state.carrier for p in participants]),
+    )
+    pool = _Pool(participants)
+    sizes = torch.tensor([p.data.num_examples for p in participants], device=global_prompt.device)
+    expected = (training.sampling_rate * sizes.to(torch.float64))[:, None, None]
+    trusts_server = plan is not None and plan.trusts_server
+    clean_upload = torch.zeros(prompts.own_global.shape, dtype=torch.float64, device=global_prompt.device)
     for step in range(training.local_steps):
-        batch = torch.from_numpy(poisson_sample(random("batch", step), data.num_examples, training.sampling_rate))
-        batch = batch.to(data.features.device)
-        prompt = own_global + state.personal if parts.personal else own_global
-        x, y = data.features[batch], data.labels[batch]
+        order, batches = pool.batches(step, training.sampling_rate)
+        effective = prompts.own_global + prompts.personal if parts.personal else prompts.own_global
+        features = tower(effective[order])
+        inverse = torch.argsort(order)
         if plan is None:
-            summed = summed_gradient(class_features, prompt, x, y, logit_scale)
+            summed = summed_gradient(features, batches, logit_scale)[inverse]
         else:
-            rows = per_example_gradients(class_features, prompt, x, y, logit_scale, training.microbatch)
-            clean = clipped_sum(rows, plan.clip_norm)
-            before_release(step)
-            if plan.trusts_server:
-                upload = upload - training.global_learning_rate * clean.value
-            if plan.trusts_server and not parts.personal:
-                continue  # nothing local is released or moved
-            summed = _release(clean, plan, random("noise", step))
-        gradient = prune_update((summed / expected_batch).to(prompt.dtype), training.update_keep_ratio)
-        if parts.shared and not (plan is not None and plan.trusts_server):
-            own_global = own_global - training.global_learning_rate * gradient
+            clean = _clean_sums(features, batches, logit_scale, training, plan)
+            clean = [clean[i] for i in inverse.tolist()]
+            if trusts_server:
+                clean_upload -= training.global_learning_rate * torch.stack([c.value for c in clean])
+                if not parts.personal:
+                    continue  # nothing local is released or moved
+            noised = [_release(c, plan, p.random("noise", step)) for c, p in zip(clean, participants, strict=True)]
+            summed = torch.stack(noised)
+            if training.noise_space == "feature":
+                summed = features.vjp(summed.to(global_prompt.dtype)[order][:, None])[:, 0][inverse]
+        gradient = prune_update((summed / expected).to(global_prompt.dtype), training.update_keep_ratio)
+        if parts.shared and not trusts_server:
+            prompts.own_global = prompts.own_global - training.global_learning_rate * gradient
         if parts.personal:
-            state = _move_personal(state, gradient, parts, training.local_learning_rate)
-    if plan is None or not plan.trusts_server:
-        upload = own_global - global_prompt
-    return upload, state
+            _move_personal(prompts, gradient, parts, training.local_learning_rate)
+    uploads = clean_upload if trusts_server else prompts.own_global - global_prompt
+    return [
+        (uploads[i], replace(participant.state, personal=prompts.personal[i], carrier=prompts.carrier[i]))
+        for i, participant in enumerate(participants)
+    ]
+
+
+class _Pool:
+    """The cohort's records in one table, so that a step's batches are one look-up."""
+
+    def __init__(self, participants: Sequence[Participant]) -> None:
+        self._participants = participants
+        self._features = torch.cat([p.data.features for p in participants])
+        self._labels = torch.cat([p.data.labels for p in participants])
+        ends = np.cumsum([p.data.num_examples for p in participants])
+        self._starts = [0, *ends[:-1].tolist()]
+
+    def batches(self, step: int, rate: float) -> tuple[Tensor, Batches]:
+        """Every client's Poisson batch, largest first; and which client stands at each place."""
+        picked = []
+        for participant, start in zip(self._participants, self._starts, strict=True):
+            size = participant.data.num_examples
+            # At rate 1 every coin is certain: no need to draw.
+            own = np.arange(size) if rate == 1 else poisson_sample(participant.random("batch", step), size, rate)
+            picked.append(own + start)
+        counts = [len(rows) for rows in picked]
+        order = sorted(range(len(picked)), key=lambda i: -counts[i])
+        block = rows_at_once(self._features.device)
+        width = -(-max(counts) // block) * block
+        table = np.zeros((len(picked), width), dtype=np.int64)  # padding is some record; it is masked away
+        for place, i in enumerate(order):
+            table[place, : counts[i]] = picked[i]
+        index = torch.from_numpy(table).to(self._features.device)
+        batches = Batches(x=self._features[index], y=self._labels[index], counts=tuple(counts[i] for i in order))
+        return torch.tensor(order, device=self._features.device), batches
+
+
+def _clean_sums(
+    features: ClassFeatures, batches: Batches, logit_scale: float, training: LocalTraining, plan: RecordLevelPlan
+) -> list[ClippedSum]:
+    """Each client's clipped sum, in the order of ``batches``: of prompt gradients, or of class-feature gradients."""
+    if training.noise_space == "feature":
+        return [
+            clipped_feature_sum(classes, batches.x[i, :n], batches.y[i, :n], logit_scale, plan.clip_norm)
+            for i, (classes, n) in enumerate(zip(features.values, batches.counts, strict=True))
+        ]
+    rows = per_example_gradients(
+        features, batches, logit_scale, workspace_bytes=training.workspace_bytes, top_m=training.top_m
+    )
+    return [clipped_sum(rows[i, :n], plan.clip_norm) for i, n in enumerate(batches.counts)]
 
 
 def _release(clean: ClippedSum, plan: RecordLevelPlan, source: RandomSource) -> Tensor:
@@ -104,15 +199,16 @@ def _release(clean: ClippedSum, plan: RecordLevelPlan, source: RandomSource) -> 
     return clean.value + gaussian_noise(source, tuple(clean.value.shape), std).to(clean.value.device)
 
 
-def _move_personal(state: PersonalState, gradient: Tensor, parts: MethodParts, learning_rate: float) -> PersonalState:
+def _move_personal(prompts: _Prompts, gradient: Tensor, parts: MethodParts, learning_rate: float) -> None:
     """p_L ← p_L − η · Π(G̃), then cut to rank k if there is no residual. Post-processing of G̃."""
     if not parts.factorised:
-        return replace(state, personal=state.personal - learning_rate * gradient)
+        prompts.personal = prompts.personal - learning_rate * gradient
+        return
     # While p_L is zero it has no subspaces: the first noised gradient lends its own.
-    source = state.personal if bool(state.personal.any()) else gradient
-    u, v = carriers(source, state.carrier)
-    personal = state.personal - learning_rate * tangent_projection(gradient, u, v)
+    moved = prompts.personal.flatten(1).any(dim=1)[:, None, None]
+    u, v = carriers(torch.where(moved, prompts.personal, gradient), prompts.carrier)
+    personal = prompts.personal - learning_rate * tangent_projection(gradient, u, v)
     if not parts.residual:
         u, v = carriers(personal, v)
         personal = cut_to_rank(personal, u)
-    return replace(state, personal=personal, carrier=v)
+    prompts.personal, prompts.carrier = personal, v

@@ -61,3 +61,39 @@ def clipped_sum(rows: Tensor, clip_norm: float) -> ClippedSum:
     """
     clipped, _ = clip_rows(rows, clip_norm)
     return ClippedSum(value=clipped.sum(dim=0), sensitivity=clip_norm)
+
+
+def clipped_feature_sum(classes: Tensor, x: Tensor, y: Tensor, logit_scale: float, clip_norm: float) -> ClippedSum:
+    """Clip and sum the gradients with respect to the *class features*, in closed form: noise space ``feature``.
+
+    Example i's gradient is the outer product s·(softmax_i − y_i) x_iᵀ, whose Frobenius norm is s·‖softmax_i − y_i‖·‖x_i‖.
+
+    Guarantee:
+        As `clipped_sum`: the value is a sum of per-example terms of norm at most ``clip_norm`` each (float64), so one
+        example moves it by at most that. An example with a non-finite value contributes zero.
+
+    Args:
+        classes: Unit-norm class features (n_cls, embed_dim), released before.
+        x: Image features (batch, embed_dim); batch may be 0.
+        y: Class ids (batch,).
+        logit_scale: s.
+        clip_norm: C, in units of this gradient; finite, > 0.
+
+    Returns:
+        (n_cls, embed_dim), float64.
+
+    Raises:
+        ValueError: If ``clip_norm`` is not finite and positive.
+    """
+    if not (math.isfinite(clip_norm) and clip_norm > 0):
+        raise ValueError(f"clip_norm = {clip_norm}; it must be finite and > 0")
+    x = x.to(torch.float64)
+    residual = torch.softmax(logit_scale * x @ classes.to(torch.float64).T, dim=1)
+    residual = residual.scatter_add(1, y[:, None], torch.full_like(residual[:, :1], -1.0))
+    norms = logit_scale * torch.linalg.vector_norm(residual, dim=1) * torch.linalg.vector_norm(x, dim=1)
+    finite = torch.isfinite(norms)
+    # NaN times zero is NaN: bad rows are replaced, not multiplied away.
+    x, residual = (torch.where(finite[:, None], t, torch.zeros_like(t)) for t in (x, residual))
+    scale = torch.clamp(clip_norm / torch.clamp(norms, min=torch.finfo(torch.float64).tiny), max=1.0)
+    scale = torch.where(finite, scale, torch.zeros_like(scale))
+    return ClippedSum(value=(logit_scale * scale[:, None] * residual).T @ x, sensitivity=clip_norm)

@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,12 +37,17 @@ class Ledger:
         self.path = path
 
     def record(self, event: LedgerEvent) -> None:
-        """Append the event and sync it to disk, before the release: a crash may over-count, never under-count."""
+        """Append one event; see `record_all`."""
+        self.record_all([event])
+
+    def record_all(self, events: Sequence[LedgerEvent]) -> None:
+        """Append events and sync them to disk, before their releases: a crash may over-count, never under-count."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
             # A crash can leave half a line; it stays, as a line of its own that still counts.
             torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
-            file.write((b"\n" if torn else b"") + json.dumps(asdict(event)).encode() + b"\n")
+            lines = "".join(json.dumps(asdict(event)) + "\n" for event in events)
+            file.write((b"\n" if torn else b"") + lines.encode())
             file.flush()
             os.fsync(file.fileno())
 

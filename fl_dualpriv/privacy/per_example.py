@@ -1,79 +1,131 @@
-"""Exact per-example gradients of the classification loss with respect to one shared prompt."""
+"""Exact per-example gradients of the classification loss with respect to prompts, for many prompts at once.
 
-from collections.abc import Callable
+Class features W(P) do not depend on the example, so one forward pass serves every example of a client: with logits
+s·x_i·W(P)ᵀ, example i's gradient is the vector-Jacobian product of W at P with cotangent s·(softmax_i − y_i) x_iᵀ.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from fl_dualpriv.prompts.tower import ClassFeatures
+
+# Rows go backward in blocks of one size, the last one padded: the size of a matrix product can change the order of its
+# sums, and so a client's numbers do not depend on who steps beside it. 8 rows fill a CPU core, a GPU wants more.
+_CPU_ROWS, _CUDA_ROWS = 8, 64
+# Activations that stay in the caches run fastest on a CPU: measured best between 16 and 64 MiB.
+_CPU_CACHE_BYTES = 48 * 2**20
+
+
+def rows_at_once(device: torch.device) -> int:
+    """Rows of one prompt in a block."""
+    return _CUDA_ROWS if device.type == "cuda" else _CPU_ROWS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """One batch per prompt, side by side, padded.
+
+    Attributes:
+        x: Image features (prompt, row, embed_dim), unit norm; rows beyond a prompt's count are padding, up to a multiple
+            of `rows_at_once`.
+        y: Class ids (prompt, row).
+        counts: True rows of each prompt, in falling order, so that prompts with rows left are always the first ones.
+    """
+
+    x: Tensor
+    y: Tensor
+    counts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert list(self.counts) == sorted(self.counts, reverse=True)
+        assert self.x.shape[1] % rows_at_once(self.x.device) == 0
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor) -> Self:
+        """One batch alone: image features (row, embed_dim) and class ids (row,)."""
+        padding = -len(y) % rows_at_once(x.device)
+        padded = torch.nn.functional.pad(x, (0, 0, 0, padding)), torch.nn.functional.pad(y, (0, padding))
+        return cls(x=padded[0][None], y=padded[1][None], counts=(len(y),))
+
+    def is_row(self) -> Tensor:
+        """Where there is a record: (prompt, row)."""
+        counts = torch.tensor(self.counts, device=self.x.device)
+        return torch.arange(self.x.shape[1], device=self.x.device) < counts[:, None]
+
+    def blocks(self) -> Iterator[tuple[slice, int]]:
+        """Each block of rows, and how many prompts have a row in it."""
+        step = rows_at_once(self.x.device)
+        for start in range(0, max(self.counts, default=0), step):
+            yield slice(start, start + step), sum(count > start for count in self.counts)
+
+
+def residuals(classes: Tensor, x: Tensor, y: Tensor, logit_scale: float) -> Tensor:
+    """Softmax minus one-hot of each example: (prompt, row, n_cls) from class features (prompt, n_cls, embed_dim)."""
+    residual = torch.softmax(logit_scale * x @ classes.transpose(-1, -2), dim=-1)
+    return residual.scatter_add_(-1, y[..., None], torch.full_like(residual[..., :1], -1.0))
+
 
 def per_example_gradients(
-    text_features: Callable[[Tensor], Tensor],
-    prompt: Tensor,
-    image_features: Tensor,
-    labels: Tensor,
-    logit_scale: float,
-    microbatch: int,
+    features: ClassFeatures, batches: Batches, logit_scale: float, *, workspace_bytes: int, top_m: int = 0
 ) -> Tensor:
-    """Differentiate each example's cross-entropy with respect to the prompt.
-
-    The class features W(P) do not depend on the example, so one forward serves all of them: with logits
-    s·x_i·W(P)ᵀ, example i's gradient is the vector-Jacobian product of W at P with cotangent s·(softmax_i − y_i) x_iᵀ.
+    """Differentiate each example's cross-entropy with respect to its client's prompt.
 
     Guarantee:
-        Row i is a function of the prompt and of example i alone (tests/guarantees/test_per_example.py). Splitting the
-        batch into microbatches bounds memory and changes nothing else. A non-finite image feature makes its own row
-        non-finite and no other; `clip_rows` turns such a row into zero.
+        Row (k, i) is a function of prompt k and of example i alone (tests/guarantees/test_per_example.py), exact or
+        with ``top_m``: which classes an example keeps is decided by its own residuals. How many prompts run at once to
+        stay within the workspace changes nothing. A non-finite image feature makes its own row non-finite
+        and no other; `clip_rows` turns such a row into zero. Padding gives exact zeros.
 
     Args:
-        text_features: Maps a prompt (n_ctx, ctx_dim) to unit-norm class features (n_cls, embed_dim); differentiable.
-        prompt: The effective prompt P, (n_ctx, ctx_dim).
-        image_features: (batch, embed_dim), unit norm; batch may be 0.
-        labels: (batch,) class ids.
+        features: The forward pass of the prompts, in the order of ``batches``.
+        batches: What to differentiate.
         logit_scale: s, CLIP's inverse temperature.
-        microbatch: How many backward passes run side by side; >= 1.
+        workspace_bytes: Bound on the memory of one backward pass; one block of rows of one prompt always runs.
+        top_m: 0: exact. Else the m largest absolute residuals of each example are back-propagated and the other classes
+            are left out: biased, cheaper with many classes.
 
     Returns:
-        (batch, n_ctx, ctx_dim), the gradients of -log softmax(logits_i)[labels_i].
+        (prompt, row, n_ctx, ctx_dim): the gradients of -log softmax(logits)[label].
     """
-    if image_features.shape[0] == 0:
-        return prompt.new_zeros((0, *prompt.shape))
-    prompt = prompt.detach().requires_grad_(True)
-    with torch.enable_grad():
-        classes = text_features(prompt)
-    rows = []
-    for start in range(0, image_features.shape[0], microbatch):
-        x = image_features[start : start + microbatch]
-        y = labels[start : start + microbatch]
-        with torch.no_grad():
-            residual = torch.softmax(logit_scale * x @ classes.T, dim=1)
-            residual[torch.arange(len(y), device=y.device), y] -= 1.0
-            cotangents = logit_scale * residual[:, :, None] * x[:, None, :]
-        (rows_here,) = torch.autograd.grad(
-            classes, prompt, grad_outputs=cotangents, is_grads_batched=True, retain_graph=True
-        )
-        rows.append(rows_here.detach())
-    return torch.cat(rows)
+    classes = features.values
+    some = 0 < top_m < classes.shape[1]
+    gradients = [features.vjp(classes.new_zeros(len(classes), 1, *classes.shape[1:]))[:, :0]]  # the shape, if no rows
+    budget = workspace_bytes if batches.x.is_cuda else min(workspace_bytes, _CPU_CACHE_BYTES)
+    together = max(1, budget // max(1, features.bytes_per_row * rows_at_once(batches.x.device)))
+    for block, prompts in batches.blocks():
+        pieces = []
+        for start in range(0, prompts, together):
+            here = slice(start, min(start + together, prompts))
+            x = batches.x[here, block]
+            residual = residuals(classes[here], x, batches.y[here, block], logit_scale)
+            narrow = features.narrow(here.start, here.stop)
+            if some:
+                kept = residual.abs().topk(top_m, dim=-1).indices
+                cotangents = logit_scale * residual.gather(-1, kept)[..., None] * x[:, :, None]
+                pieces.append(narrow.vjp_some(cotangents, kept))
+            else:
+                pieces.append(narrow.vjp(logit_scale * residual[..., None] * x[:, :, None]))
+        rest = len(classes) - prompts  # they have no rows left
+        gradients.append(torch.cat([*pieces, pieces[0].new_zeros(rest, *pieces[0].shape[1:])]))
+    rows = torch.cat(gradients, dim=1)
+    return torch.where(batches.is_row()[:, : rows.shape[1], None, None], rows, 0.0)
 
 
-def summed_gradient(
-    text_features: Callable[[Tensor], Tensor],
-    prompt: Tensor,
-    image_features: Tensor,
-    labels: Tensor,
-    logit_scale: float,
-) -> Tensor:
-    """Gradient of the *summed* cross-entropy, (n_ctx, ctx_dim): one backward pass, no clipping, no privacy.
+def summed_gradient(features: ClassFeatures, batches: Batches, logit_scale: float) -> Tensor:
+    """Gradient of each client's *summed* cross-entropy, (prompt, n_ctx, ctx_dim): no clipping, no privacy.
 
-    Equal to `per_example_gradients(...).sum(0)` up to rounding; used where no record is clipped. An example with
+    Equal to ``per_example_gradients(...).sum(1)`` up to rounding; used where no record is clipped. An example with
     non-finite features is left out, so that one bad record does not spoil a client under client-level DP.
     """
-    readable = torch.isfinite(image_features).all(dim=1)
-    image_features, labels = image_features[readable], labels[readable]
-    if len(labels) == 0:
-        return torch.zeros_like(prompt)
-    prompt = prompt.detach().requires_grad_(True)
-    with torch.enable_grad():
-        logits = logit_scale * image_features @ text_features(prompt).T
-        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, prompt)
-    return gradient.detach()
+    classes = features.values
+    readable = torch.isfinite(batches.x).all(dim=-1) & batches.is_row()
+    x = torch.where(readable[..., None], batches.x, 0.0)
+    cotangent = torch.zeros_like(classes)
+    for block, _ in batches.blocks():  # block by block, so that padding adds exact zeros
+        residual = residuals(classes, x[:, block], batches.y[:, block], logit_scale) * readable[:, block, None]
+        cotangent.baddbmm_(residual.transpose(1, 2), x[:, block])
+    return features.vjp(logit_scale * cotangent[:, None])[:, 0]

@@ -14,7 +14,8 @@ def prune_update(noised_gradient: Tensor, keep_ratio: float) -> Tensor:
         gradient that is not yet noised would void the guarantee of the release.
 
     Args:
-        noised_gradient: (n_ctx, ctx_dim), after clipping and noise. Block = one context token = one row.
+        noised_gradient: (…, n_ctx, ctx_dim), after clipping and noise. Block = one context token = one row; leading
+            dimensions are clients, each pruned on its own.
         keep_ratio: In (0, 1]; 1 keeps everything.
 
     Raises:
@@ -22,8 +23,9 @@ def prune_update(noised_gradient: Tensor, keep_ratio: float) -> Tensor:
     """
     if not 0 < keep_ratio <= 1:
         raise ValueError(f"keep_ratio = {keep_ratio}; it must be in (0, 1]")
-    kept = math.ceil(keep_ratio * noised_gradient.shape[0])
-    scores = torch.linalg.vector_norm(noised_gradient, dim=1)
-    mask = torch.zeros_like(scores)
-    mask[torch.topk(scores, kept).indices] = 1.0
-    return noised_gradient * mask[:, None]
+    if keep_ratio == 1:
+        return noised_gradient
+    kept = math.ceil(keep_ratio * noised_gradient.shape[-2])
+    scores = torch.linalg.vector_norm(noised_gradient, dim=-1)
+    mask = torch.zeros_like(scores).scatter_(-1, torch.topk(scores, kept).indices, 1.0)
+    return noised_gradient * mask[..., None]

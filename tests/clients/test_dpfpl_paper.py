@@ -11,8 +11,9 @@ from torch import Tensor
 from clients.dpfpl_paper import CLIP, PublishedTraining, _clip_batch, nominal_sigma, published_update
 from fl_dualpriv.client import ClientData, PersonalState, fresh_state
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
-from fl_dualpriv.privacy.per_example import summed_gradient
+from fl_dualpriv.privacy.per_example import Batches, summed_gradient
 from fl_dualpriv.prompts.lowrank import carriers, tangent_projection
+from fl_dualpriv.prompts.plain_tower import FunctionTower
 
 GENERATOR = torch.Generator().manual_seed(0)
 MAP = torch.randn(6, 12, generator=GENERATOR) / 3
@@ -25,8 +26,17 @@ DATA = ClientData(
 TRAINING = PublishedTraining(local_steps=1, batch_size=4, global_learning_rate=0.5, local_learning_rate=2.0, sigma=0.0)
 
 
-def tower(prompt: Tensor) -> Tensor:
+def features_of(prompt: Tensor) -> Tensor:
     return torch.nn.functional.normalize((MAP @ prompt.reshape(-1)).reshape(3, 2), dim=-1)
+
+
+TOWER = FunctionTower(features_of)
+
+
+def summed(records: Tensor) -> Tensor:
+    """Gradient of the summed loss of some records at the start."""
+    batches = Batches.of(DATA.features[records], DATA.labels[records])
+    return summed_gradient(TOWER(START[None]), batches, 5.0)[0]
 
 
 def run(
@@ -40,7 +50,7 @@ def run(
         global_prompt=START,
         state=fresh_state(3, 4, 1),
         data=data,
-        class_features=tower,
+        tower=TOWER,
         logit_scale=scale,
         training=training,
         random=random,
@@ -60,7 +70,7 @@ def test_sigma_by_hand():
 def test_one_step_without_noise():
     upload, state = run(TRAINING)
     picked = batch(0)
-    mean = summed_gradient(tower, START, DATA.features[picked], DATA.labels[picked], 5.0) / 4
+    mean = summed(picked) / 4
     torch.testing.assert_close(upload, -0.5 * mean)  # norm far below C: not clipped
     u, v = carriers(mean, fresh_state(3, 4, 1).carrier)
     torch.testing.assert_close(state.personal, -2.0 / 10 * tangent_projection(mean, u, v))  # / 10 as in their code
@@ -69,7 +79,7 @@ def test_one_step_without_noise():
 def test_an_epoch_sees_every_record_once():
     # with a frozen prompt the three batches' mean gradients add up to the whole mean, times 3
     upload, _ = run(replace(TRAINING, local_steps=3, global_learning_rate=1e-4, local_learning_rate=0.0))
-    whole = summed_gradient(tower, START, DATA.features, DATA.labels, 5.0) / 4
+    whole = summed(torch.arange(12)) / 4
     torch.testing.assert_close(upload / -1e-4, whole, atol=2e-3, rtol=1e-2)
 
 
@@ -84,7 +94,7 @@ def test_the_noise_on_u_and_v_has_std_sigma_c_over_b():
     training = replace(TRAINING, sigma=sigma, local_learning_rate=10.0)  # cancels the / 10
     clean = run(replace(training, sigma=0.0))[1].personal
     picked = batch(0)
-    mean = summed_gradient(tower, START, DATA.features[picked], DATA.labels[picked], 5.0) / 4
+    mean = summed(picked) / 4
     u, v = carriers(mean, fresh_state(3, 4, 1).carrier)
     moves = torch.stack([clean - run(training, seed)[1].personal for seed in range(1500)])
     # move = e_u v + u e_v - u (u' e_u) v, with e_u (3, 1) and e_v (1, 4) of std s = sigma C / B. Along v outside u

@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,18 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from clients.dualpriv import LocalTraining, local_update
+from clients.dualpriv import LocalTraining, Participant, cohort_update
 from fl_dualpriv.client import ClientData, PersonalState, fresh_state
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.privacy.clipping import clipped_sum
-from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, poisson_sample
-from fl_dualpriv.privacy.per_example import per_example_gradients
+from fl_dualpriv.privacy.per_example import Batches, per_example_gradients
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.prompts.lowrank import tangent_projection
+from fl_dualpriv.prompts.plain_tower import FunctionTower
 
 N_CTX, CTX_DIM, RANK, N_CLS, EMBED, RECORDS = 5, 6, 2, 3, 4, 40
 SCALE = 10.0
+ROW_BYTES = 1000
 GENERATOR = torch.Generator().manual_seed(0)
 MAP = torch.randn(N_CLS * EMBED, N_CTX * CTX_DIM, generator=GENERATOR) / 5
 START = torch.randn(N_CTX, CTX_DIM, generator=GENERATOR)
@@ -38,16 +38,21 @@ TRAINING = LocalTraining(
     global_learning_rate=0.5,
     local_learning_rate=0.25,
     update_keep_ratio=1.0,
-    microbatch=7,
+    top_m=0,
+    noise_space="prompt",
+    workspace_bytes=7 * ROW_BYTES,
 )
 PLAN = RecordLevelPlan(
     clip_norm=0.8, noise_multiplier=1.3, sampling_rate=0.3, releases=3, delta=1e-5, trusts_server=False, personal=True
 )
 
 
-def tower(prompt: Tensor) -> Tensor:
+def features_of(prompt: Tensor) -> Tensor:
     """Class features: a fixed linear map of the prompt, on the sphere."""
     return torch.nn.functional.normalize((MAP @ prompt.reshape(-1)).reshape(N_CLS, EMBED), dim=-1)
+
+
+TOWER = FunctionTower(features_of, bytes_per_row=ROW_BYTES)
 
 
 class Half:
@@ -70,7 +75,7 @@ def silent(purpose: str, step: int) -> RandomSource:
 
 @dataclass
 class Calls:
-    """Order of draws and releases."""
+    """Order of draws."""
 
     inner: Callable[[str, int], RandomSource] = keyed
     seen: list[tuple[str, int]] = field(default_factory=list)
@@ -79,25 +84,26 @@ class Calls:
         self.seen.append((purpose, step))
         return self.inner(purpose, step)
 
-    def before_release(self, step: int) -> None:
-        self.seen.append(("ledger", step))
-
 
 def run(method: str = "dpfpl", plan: RecordLevelPlan | None = PLAN, **changes: Any) -> tuple[Tensor, PersonalState]:
     calls = changes.pop("calls", Calls())
+    participant = Participant(
+        partition=0,
+        state=changes.pop("state", fresh_state(N_CTX, CTX_DIM, RANK)),
+        data=changes.pop("data", DATA),
+        random=changes.pop("random", calls.random),
+    )
     arguments: dict[str, Any] = {
         "global_prompt": START,
-        "state": fresh_state(N_CTX, CTX_DIM, RANK),
-        "data": DATA,
-        "class_features": tower,
+        "participants": [participant],
+        "tower": TOWER,
         "logit_scale": SCALE,
         "parts": METHODS[method],
         "training": TRAINING,
         "plan": plan,
-        "random": calls.random,
-        "before_release": calls.before_release,
     }
-    return local_update(**(arguments | changes))
+    (result,) = cohort_update(**(arguments | changes))
+    return result
 
 
 ONE_STEP = replace(TRAINING, local_steps=1)
@@ -106,47 +112,25 @@ TRUSTING = replace(PLAN, trusts_server=True, releases=1)
 
 def clean_sum(step: int = 0, prompt: Tensor = START, data: ClientData = DATA) -> Tensor:
     batch = torch.from_numpy(poisson_sample(keyed("batch", step), data.num_examples, 0.3))
-    rows = per_example_gradients(tower, prompt, data.features[batch], data.labels[batch], SCALE, 100)
-    return clipped_sum(rows, PLAN.clip_norm).value
+    batches = Batches.of(data.features[batch], data.labels[batch])
+    rows = per_example_gradients(TOWER(prompt[None]), batches, SCALE, workspace_bytes=10**9)
+    return clipped_sum(rows[0], PLAN.clip_norm).value
 
 
 # --- releases ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["dpfpl", "promptfl", "local-only", "lowrank", "full"])
-def test_each_step_is_batch_then_ledger_then_one_noise(method: str):
+def test_each_step_is_one_batch_and_one_noise(method: str):
     calls = Calls()
     run(method, calls=calls)
-    assert calls.seen == [(what, step) for step in range(3) for what in ("batch", "ledger", "noise")]
+    assert calls.seen == [(what, step) for step in range(3) for what in ("batch", "noise")]
 
 
-def test_without_a_plan_there_is_neither_ledger_nor_noise():
+def test_without_a_plan_there_is_no_noise():
     calls = Calls()
     run(plan=None, calls=calls)
     assert calls.seen == [("batch", step) for step in range(3)]
-
-
-def test_a_ledger_that_cannot_be_written_stops_the_step_before_its_noise():
-    calls = Calls()
-
-    def full_disk(step: int) -> None:
-        raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space left"):
-        run(calls=calls, before_release=full_disk)
-    assert calls.seen == [("batch", 0)]
-
-
-def test_the_ledger_counts_the_steps(tmp_path: Path):
-    ledger = Ledger(tmp_path / "ledger.jsonl")
-
-    def before_release(step: int) -> None:
-        ledger.record(
-            LedgerEvent(run="r", unit="record", server_round=1, step=step, sampling_rate=0.3, noise_multiplier=1.3)
-        )
-
-    run(before_release=before_release)
-    assert [event.step for event in ledger.events("r")] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("rate", [0.3, 1e-12], ids=["some records", "no record"])
@@ -176,7 +160,7 @@ def test_the_divisor_is_the_public_expected_batch():
 def test_without_a_plan_the_step_is_the_plain_gradient():
     batch = torch.from_numpy(poisson_sample(keyed("batch", 0), RECORDS, 0.3))
     prompt = START.clone().requires_grad_(True)
-    logits = SCALE * DATA.features[batch] @ tower(prompt).T
+    logits = SCALE * DATA.features[batch] @ features_of(prompt).T
     torch.nn.functional.cross_entropy(logits, DATA.labels[batch], reduction="sum").backward()
     upload, _ = run("promptfl", plan=None, training=replace(ONE_STEP, global_learning_rate=1.0))
     assert prompt.grad is not None
@@ -217,10 +201,10 @@ def test_a_nan_record_does_not_poison_the_prompts_without_a_record_level_plan():
     assert torch.isfinite(state.personal).all()
 
 
-@pytest.mark.parametrize("microbatch", [1, 3, 100])
-def test_microbatches_change_nothing(microbatch: int):
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_microbatches_change_nothing(rows: int):
     expected, _ = run(random=silent)
-    upload, _ = run(random=silent, training=replace(TRAINING, microbatch=microbatch))
+    upload, _ = run(random=silent, training=replace(TRAINING, workspace_bytes=rows * ROW_BYTES))
     torch.testing.assert_close(upload, expected, atol=1e-6, rtol=1e-5)
 
 

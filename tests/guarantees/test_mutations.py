@@ -11,12 +11,14 @@ import pytest
 import torch
 from scipy import stats
 
-from clients.dualpriv import LocalTraining, local_update
+from clients.dualpriv import LocalTraining, Participant, cohort_update
 from fl_dualpriv.client import ClientData, fresh_state
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.privacy.clipping import clipped_sum
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
+from fl_dualpriv.privacy.per_example import Batches, per_example_gradients
 from fl_dualpriv.privacy.plan import RecordLevelPlan
+from fl_dualpriv.prompts.plain_tower import FunctionTower
 
 N_CTX, CTX_DIM, N_CLS, EMBED = 4, 16, 5, 8
 WEIGHT = torch.randn(N_CLS * EMBED, N_CTX * CTX_DIM, generator=torch.Generator().manual_seed(0))
@@ -57,19 +59,18 @@ def one_step(data: ClientData, seed: int, rate: float) -> torch.Tensor:
         global_learning_rate=1.0,
         local_learning_rate=1.0,
         update_keep_ratio=1.0,
-        microbatch=64,
+        top_m=0,
+        noise_space="prompt",
+        workspace_bytes=2**20,
     )
-    upload, _ = local_update(
+    ((upload, _),) = cohort_update(
         global_prompt=START,
-        state=fresh_state(N_CTX, CTX_DIM, 2),
-        data=data,
-        class_features=class_features,
+        participants=[Participant(partition=0, state=fresh_state(N_CTX, CTX_DIM, 2), data=data, random=random)],
+        tower=FunctionTower(class_features),
         logit_scale=20.0,
         parts=METHODS["promptfl"],
         training=training,
         plan=PLAN,
-        random=random,
-        before_release=lambda step: None,
     )
     return -upload.double() * rate * data.num_examples
 
@@ -79,11 +80,10 @@ def noise_of(step_sum: torch.Tensor, clean: torch.Tensor) -> np.ndarray:
 
 
 def test_the_step_releases_the_clipped_sum_plus_noise_of_z_times_c() -> None:
-    from fl_dualpriv.privacy.per_example import per_example_gradients
-
     data = records(40)
-    rows = per_example_gradients(class_features, START, data.features, data.labels, 20.0, 64)
-    clean = clipped_sum(rows, PLAN.clip_norm).value  # at rate 1 the batch is everybody
+    batches = Batches.of(data.features, data.labels)
+    rows = per_example_gradients(FunctionTower(class_features)(START[None]), batches, 20.0, workspace_bytes=2**20)
+    clean = clipped_sum(rows[0], PLAN.clip_norm).value  # at rate 1 the batch is everybody
     draws = np.concatenate([noise_of(one_step(data, seed, 1.0), clean) for seed in range(60)])
     # 60 x 64 draws; KS accepts z·C = 0.7 and rejects both neighbours of it.
     assert stats.kstest(draws / 0.7, "norm").pvalue > 1e-5

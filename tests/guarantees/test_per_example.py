@@ -1,116 +1,250 @@
-"""Row i of the gradients is example i's own gradient, on every tower, whatever the microbatch."""
+"""Row i of the gradients is example i's own gradient, on every tower, however the rows are split."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from fl_dualpriv.backbones.open_clip import load_backbone
-from fl_dualpriv.privacy.clipping import clipped_sum
-from fl_dualpriv.privacy.per_example import per_example_gradients, summed_gradient
+from fl_dualpriv.privacy.clipping import clip_rows, clipped_sum
+from fl_dualpriv.privacy.per_example import Batches, per_example_gradients, rows_at_once, summed_gradient
+from fl_dualpriv.prompts.head import LowRankHead
 from fl_dualpriv.prompts.learner import PromptedText
+from fl_dualpriv.prompts.plain_tower import FunctionTower
 
 NAMES = ("cat", "red fire truck", "dog", "the great wall of china", "tree")
 SCALE = 20.0
+WHOLE = 2**30
+
+Records = tuple[Tensor, Tensor]
 
 
 @pytest.fixture(scope="module")
 def text(tiny_clip_dir: Path) -> PromptedText:
-    backbone = load_backbone(f"local-dir:{tiny_clip_dir}", "", "cpu", 1.0, 2)
-    return PromptedText(backbone, NAMES, "a photo of a {}")
+    return PromptedText(
+        load_backbone(f"local-dir:{tiny_clip_dir}", "", "cpu", 1.0, 2, "fp32"), NAMES, "a photo of a {}"
+    )
 
 
 @pytest.fixture(scope="module")
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
+def batch() -> Records:
     generator = torch.Generator().manual_seed(1)
     features = torch.nn.functional.normalize(torch.randn(9, 32, generator=generator), dim=1)
     return features, torch.randint(0, len(NAMES), (9,), generator=generator)
 
 
-def plain_features(text: PromptedText, prompt: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(text.plain_tower(prompt), dim=-1)
+def near(text: PromptedText, seed: int) -> Tensor:
+    """A prompt near the template's."""
+    return text.template_context(4) + 0.05 * torch.randn(4, 32, generator=torch.Generator().manual_seed(seed))
 
 
-def loop_of_one(text: PromptedText, prompt: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def batches(*records: Records) -> Batches:
+    """Side by side, padded with ones, which nobody may see."""
+    block = rows_at_once(torch.device("cpu"))
+    size = -(-max(len(y) for _, y in records) // block) * block
+    x = torch.ones(len(records), size, records[0][0].shape[1])
+    y = torch.zeros(len(records), size, dtype=torch.long)
+    for i, (features, labels) in enumerate(records):
+        x[i, : len(labels)], y[i, : len(labels)] = features, labels
+    return Batches(x=x, y=y, counts=tuple(len(labels) for _, labels in records))
+
+
+def rows_of(text: PromptedText, prompt: Tensor, x: Tensor, y: Tensor, workspace: int = WHOLE, top_m: int = 0) -> Tensor:
+    features = text.tower(prompt[None])
+    rows = per_example_gradients(features, batches((x, y)), SCALE, workspace_bytes=workspace, top_m=top_m)[0]
+    assert not rows[len(y) :].any()  # padding is exactly zero
+    return rows[: len(y)]
+
+
+def loop_of_one(text: PromptedText, prompt: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """The slow, obvious form: one forward and one backward through open_clip's own tower per example."""
     rows = []
     for i in range(len(y)):
         leaf = prompt.clone().requires_grad_(True)
-        logits = SCALE * x[i : i + 1] @ plain_features(text, leaf).T
+        logits = SCALE * x[i : i + 1] @ text.plain_tower.features(leaf).T
         rows.append(torch.autograd.grad(torch.nn.functional.cross_entropy(logits, y[i : i + 1]), leaf)[0])
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("microbatch", [1, 4, 64])
-def test_rows_equal_a_loop_of_one(
-    text: PromptedText, batch: tuple[torch.Tensor, torch.Tensor], microbatch: int
-) -> None:
+def close(found: Tensor, expected: Tensor) -> bool:
+    """float32 through two layers: 1e-5 relative to the largest entry."""
+    return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
+
+
+def test_rows_equal_a_loop_of_one(text: PromptedText, batch: Records) -> None:
+    prompt = near(text, 2)
+    assert close(rows_of(text, prompt, *batch), loop_of_one(text, prompt, *batch))
+
+
+def test_prompts_side_by_side_equal_each_alone_with_unequal_batches(text: PromptedText, batch: Records) -> None:
     x, y = batch
-    prompt = text.template_context(4) + 0.05 * torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
-    rows = per_example_gradients(text.class_features, prompt, x, y, SCALE, microbatch)
-    expected = loop_of_one(text, prompt, x, y)
-    # float32 through two layers: 1e-5 relative to the largest entry
-    assert (rows - expected).abs().max() <= 1e-5 * expected.abs().max()
+    prompts = [near(text, seed) for seed in range(4)]
+    sizes = (9, 5, 2, 0)
+    side = batches(*[(x[:n], y[:n]) for n in sizes])
+    features = text.tower(torch.stack(prompts))
+    whole = per_example_gradients(features, side, SCALE, workspace_bytes=WHOLE)
+    for workspace in (WHOLE, 16 * features.bytes_per_row, 1):
+        together = per_example_gradients(features, side, SCALE, workspace_bytes=workspace)
+        assert torch.equal(together, whole)
+        for rows, prompt, n in zip(together, prompts, sizes, strict=True):
+            assert not rows[n:].any()  # padding is exactly zero
+            if n:
+                assert close(rows[:n], loop_of_one(text, prompt, x[:n], y[:n]))
 
 
-def test_sum_of_rows_is_the_batch_gradient(text: PromptedText, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_the_summed_gradient_is_the_sum_of_the_rows(text: PromptedText, batch: Records) -> None:
     x, y = batch
-    prompt = text.template_context(4)
-    rows = per_example_gradients(text.class_features, prompt, x, y, SCALE, 64)
-    summed = summed_gradient(text.class_features, prompt, x, y, SCALE)
-    assert (rows.sum(0) - summed).abs().max() <= 1e-5 * summed.abs().max()
+    prompts = torch.stack([near(text, 1), near(text, 2)])
+    side = batches((x, y), (x[:3], y[:3]))
+    features = text.tower(prompts)
+    rows = per_example_gradients(features, side, SCALE, workspace_bytes=WHOLE)
+    assert close(summed_gradient(features, side, SCALE), rows.sum(dim=1))
 
 
+@pytest.mark.parametrize("top_m", [0, 2])
 def test_changing_one_example_leaves_the_other_rows_bitwise_alone(
-    text: PromptedText, batch: tuple[torch.Tensor, torch.Tensor]
+    text: PromptedText, batch: Records, top_m: int
 ) -> None:
     x, y = batch
-    prompt = text.template_context(4)
-    rows = per_example_gradients(text.class_features, prompt, x, y, SCALE, 64)
+    rows = rows_of(text, near(text, 1), x, y, top_m=top_m)
     changed_x, changed_y = x.clone(), y.clone()
     changed_x[3], changed_y[3] = -x[3], (y[3] + 1) % len(NAMES)
-    changed = per_example_gradients(text.class_features, prompt, changed_x, changed_y, SCALE, 64)
+    changed = rows_of(text, near(text, 1), changed_x, changed_y, top_m=top_m)
     others = [i for i in range(len(y)) if i != 3]
     assert torch.equal(rows[others], changed[others])
     assert not torch.allclose(rows[3], changed[3])
 
 
-def test_a_nan_example_spoils_its_own_row_and_contributes_zero(
-    text: PromptedText, batch: tuple[torch.Tensor, torch.Tensor]
+def test_removing_one_example_does_not_move_the_others(text: PromptedText) -> None:
+    """Blocks have one size whatever the batch, so that float rounding adds nothing to the sensitivity."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.nn.functional.normalize(torch.randn(40, 32, generator=generator), dim=1)
+    y = torch.randint(0, len(NAMES), (40,), generator=generator)
+    whole, _ = clip_rows(rows_of(text, near(text, 1), x, y), 0.5)
+    for gone in (0, 7, 8, 39):
+        keep = torch.arange(40) != gone
+        rest, _ = clip_rows(rows_of(text, near(text, 1), x[keep], y[keep]), 0.5)
+        # 0 where this was written; other matrix kernels may round rows differently by their place
+        assert float((whole[keep].sum(0) - rest.sum(0)).norm()) <= 0.5 * 1e-6
+
+
+@pytest.mark.parametrize("top_m", [0, 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_example_spoils_its_own_row_and_contributes_zero(
+    text: PromptedText, batch: Records, value: float, top_m: int
 ) -> None:
     x, y = batch
-    prompt = text.template_context(4)
     bad = x.clone()
-    bad[5] = float("nan")
-    rows = per_example_gradients(text.class_features, prompt, bad, y, SCALE, 64)
-    assert torch.isnan(rows[5]).any()
+    bad[5] = value
+    rows = rows_of(text, near(text, 1), bad, y, top_m=top_m)
+    assert not torch.isfinite(rows[5]).all()
     others = [i for i in range(len(y)) if i != 5]
-    good = per_example_gradients(text.class_features, prompt, x, y, SCALE, 64)
+    good = rows_of(text, near(text, 1), x, y, top_m=top_m)
     assert torch.equal(rows[others], good[others])
     expected = clipped_sum(good[others], 0.1).value
     assert torch.allclose(clipped_sum(rows, 0.1).value, expected, rtol=0, atol=1e-12)
 
 
-def test_no_examples_give_no_rows(text: PromptedText) -> None:
-    prompt = text.template_context(4)
-    rows = per_example_gradients(
-        text.class_features, prompt, torch.zeros(0, 32), torch.zeros(0, dtype=torch.long), SCALE, 64
-    )
+def test_no_examples_give_no_rows(text: PromptedText, batch: Records) -> None:
+    x, y = batch
+    rows = rows_of(text, near(text, 1), x[:0], y[:0])
     assert rows.shape == (0, 4, 32)
     assert torch.equal(clipped_sum(rows, 1.0).value, torch.zeros(4, 32, dtype=torch.float64))
 
 
-def test_vmap_of_grad_agrees(text: PromptedText, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+# --- top-m ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_m", [1, 2, 4])
+def test_top_m_is_the_exact_row_with_the_smaller_residuals_set_to_zero(
+    text: PromptedText, batch: Records, top_m: int
+) -> None:
+    x, y = batch
+    prompt = near(text, 3)
+    leaf = prompt.clone().requires_grad_(True)
+    classes = text.plain_tower.features(leaf)
+    residual = torch.softmax(SCALE * x @ classes.detach().T, dim=1) - torch.nn.functional.one_hot(y, len(NAMES))
+    smallest = residual.abs().argsort(dim=1)[:, : len(NAMES) - top_m]
+    residual = residual.scatter(1, smallest, 0.0)
+    expected = [
+        torch.autograd.grad(classes, leaf, SCALE * r[:, None] * one, retain_graph=True)[0]
+        for r, one in zip(residual, x, strict=True)
+    ]
+    assert close(rows_of(text, prompt, x, y, top_m=top_m), torch.stack(expected))
+
+
+def test_top_m_of_all_classes_is_exact(text: PromptedText, batch: Records) -> None:
+    exact, all_of_them = (rows_of(text, near(text, 3), *batch, top_m=m) for m in (0, len(NAMES)))
+    assert torch.equal(exact, all_of_them)
+
+
+# --- other exact forms ------------------------------------------------------------------------------------------------
+
+
+def test_vmap_of_grad_agrees(text: PromptedText, batch: Records) -> None:
     """The other exact form: torch.func vmap(grad) of the loss on one example."""
     from torch.func import grad, vmap
 
     x, y = batch
-    prompt = text.template_context(4)
+    prompt = near(text, 1)
 
-    def loss(p: torch.Tensor, one: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        logits = SCALE * one @ text.class_features(p).T
+    def loss(p: Tensor, one: Tensor, label: Tensor) -> Tensor:
+        logits = SCALE * one @ text.plain_tower.features(p).T
         return torch.nn.functional.cross_entropy(logits[None], label[None])
 
-    expected = vmap(grad(loss), in_dims=(None, 0, 0))(prompt, x, y)
-    rows = per_example_gradients(text.class_features, prompt, x, y, SCALE, 64)
-    assert (rows - expected).abs().max() <= 1e-5 * expected.abs().max()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        expected = vmap(grad(loss), in_dims=(None, 0, 0))(prompt, x, y)
+    assert close(rows_of(text, prompt, x, y), expected)
+
+
+def test_opacus_agrees(text: PromptedText, batch: Records) -> None:
+    """Opacus' per-example gradients of the plain tower, the prompt a parameter of the top module.
+
+    The frozen tower hides in a tuple: Opacus refuses buffers in a child, and would differentiate its parameters.
+    """
+    from opacus.grad_sample import GradSampleModule
+
+    class Classifier(torch.nn.Module):
+        def __init__(self, prompt: Tensor) -> None:
+            super().__init__()
+            self.prompt = torch.nn.Parameter(prompt.clone())
+            self.hidden = (text.plain_tower,)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return SCALE * x @ self.hidden[0].features(self.prompt).T
+
+    x, y = batch
+    prompt = near(text, 1)
+    model = GradSampleModule(Classifier(prompt), loss_reduction="sum")
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        torch.nn.functional.cross_entropy(model(x), y, reduction="sum").backward()
+    expected = model._module.prompt.grad_sample
+    assert isinstance(expected, Tensor)
+    assert close(rows_of(text, prompt, x, y), expected)
+
+
+@pytest.mark.parametrize("top_m", [0, 2])
+def test_the_head_equals_autograd(top_m: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    zero_shot = torch.nn.functional.normalize(torch.randn(5, 8, generator=generator), dim=1)
+    head = LowRankHead(zero_shot)
+    prompts = torch.randn(3, 2, 13, generator=generator)
+
+    def plain(prompt: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(zero_shot + prompt[:, :5].T @ prompt[:, 5:], dim=1)
+
+    oracle = FunctionTower(plain)
+    records = [
+        (torch.nn.functional.normalize(torch.randn(n, 8, generator=generator), dim=1), torch.arange(n) % 5)
+        for n in (6, 4, 1)
+    ]
+    found, expected = (
+        per_example_gradients(t(prompts), batches(*records), SCALE, workspace_bytes=WHOLE, top_m=top_m)
+        for t in (head, oracle)
+    )
+    assert close(found, expected)
+    assert close(head.values(prompts), oracle.values(prompts))
+    start = head.initial(2, 0)
+    assert torch.allclose(head.values(start[None])[0], zero_shot)  # V = 0: the start is zero-shot
+    assert start.shape == head.shape(2) == (2, 13)

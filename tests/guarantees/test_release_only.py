@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import clients.dualpriv
-from clients.dualpriv import LocalTraining, local_update
+from clients.dualpriv import LocalTraining, Participant, cohort_update
 from fl_dualpriv.client import ClientData, fresh_state
 from fl_dualpriv.config import app_defaults
 from fl_dualpriv.local_engine import run_local
@@ -22,6 +22,7 @@ from fl_dualpriv.methods import METHODS
 from fl_dualpriv.privacy import noise
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 from fl_dualpriv.privacy.plan import RecordLevelPlan
+from fl_dualpriv.prompts.plain_tower import FunctionTower
 
 N_CTX, CTX_DIM, N_CLS, EMBED = 4, 16, 5, 8
 WEIGHT = torch.randn(N_CLS * EMBED, N_CTX * CTX_DIM, generator=torch.Generator().manual_seed(0))
@@ -39,10 +40,11 @@ def records(seed: int) -> ClientData:
     return ClientData(features=features, labels=labels, held_classes=torch.arange(N_CLS))
 
 
+@pytest.mark.parametrize("noise_space", ["prompt", "feature"])
 @pytest.mark.parametrize("keep_ratio", [0.5, 1.0])
 @pytest.mark.parametrize("method", ["dpfpl", "lowrank", "full", "local-only", "promptfl"])
 def test_with_the_release_fixed_two_data_sets_cannot_be_told_apart(
-    monkeypatch: pytest.MonkeyPatch, method: str, keep_ratio: float
+    monkeypatch: pytest.MonkeyPatch, method: str, keep_ratio: float, noise_space: Any
 ) -> None:
     parts = METHODS[method]
     plan = RecordLevelPlan(
@@ -60,23 +62,29 @@ def test_with_the_release_fixed_two_data_sets_cannot_be_told_apart(
         global_learning_rate=0.7,
         local_learning_rate=0.9,
         update_keep_ratio=keep_ratio,
-        microbatch=64,
+        top_m=0,
+        noise_space=noise_space,
+        workspace_bytes=2**20,
     )
 
     def run(seed: int) -> list[torch.Tensor]:
-        released = iter(torch.randn(4, N_CTX, CTX_DIM, generator=torch.Generator().manual_seed(9)).double().unbind())
+        shape = (4, N_CTX, CTX_DIM) if noise_space == "prompt" else (4, N_CLS, EMBED)
+        released = iter(torch.randn(*shape, generator=torch.Generator().manual_seed(9)).double().unbind())
         monkeypatch.setattr(clients.dualpriv, "_release", lambda clean, plan, source: next(released))
-        upload, state = local_update(
-            global_prompt=START,
+        participant = Participant(
+            partition=0,
             state=fresh_state(N_CTX, CTX_DIM, 2),
             data=records(seed),
-            class_features=class_features,
+            random=lambda purpose, step: KeyedRandom(StreamKey(seed=0, purpose=purpose, step=step)),
+        )
+        ((upload, state),) = cohort_update(
+            global_prompt=START,
+            participants=[participant],
+            tower=FunctionTower(class_features),
             logit_scale=20.0,
             parts=parts,
             training=training,
             plan=plan,
-            random=lambda purpose, step: KeyedRandom(StreamKey(seed=0, purpose=purpose, step=step)),
-            before_release=lambda step: None,
         )
         return [upload, state.personal, state.carrier]
 

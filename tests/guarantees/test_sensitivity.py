@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_dualpriv.privacy.clipping import clip_rows, clipped_sum
+from fl_dualpriv.privacy.clipping import clip_rows, clipped_feature_sum, clipped_sum
 
 SPECIAL = [0.0, -0.0, 1e-45, 1e-38, 1.0, -3.5, 1e19, 3e38, float("inf"), float("-inf"), float("nan")]
 
@@ -64,3 +64,47 @@ def test_a_row_is_scaled_to_the_bound_exactly() -> None:
 def test_a_bound_that_bounds_nothing_is_refused(bound: float) -> None:
     with pytest.raises(ValueError, match="clip_norm"):
         clip_rows(torch.ones(1, 2), bound)
+
+
+# --- noise space "feature" --------------------------------------------------------------------------------------------
+
+CLASSES = torch.nn.functional.normalize(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), dim=1)
+
+
+def feature_rows(x: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
+    """The slow, obvious form: autograd of each example's loss with respect to the class features."""
+    rows = []
+    for one, label in zip(x, y, strict=True):
+        leaf = CLASSES.clone().requires_grad_(True)
+        loss = torch.nn.functional.cross_entropy(scale * one[None] @ leaf.T, label[None])
+        rows.append(torch.autograd.grad(loss, leaf)[0])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("clip_norm", [0.1, 3.0, 1e3])
+def test_the_closed_form_equals_clipping_each_gradient(clip_norm: float) -> None:
+    x = torch.randn(7, 6, generator=torch.Generator().manual_seed(1))
+    y = torch.arange(7) % 4
+    expected = clipped_sum(feature_rows(x, y, 10.0), clip_norm).value
+    found = clipped_feature_sum(CLASSES, x, y, 10.0, clip_norm)
+    assert found.sensitivity == clip_norm
+    # the rows by autograd are float32
+    assert (found.value - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@settings(max_examples=200, deadline=None)
+@given(cells=st.lists(cells, min_size=18, max_size=18), clip_norm=st.sampled_from([1e-3, 0.5, 100.0]))
+def test_one_record_moves_the_feature_sum_by_at_most_the_sensitivity(cells: list[float], clip_norm: float) -> None:
+    x, y = rows_of([cells[i : i + 6] for i in (0, 6, 12)]), torch.tensor([0, 1, 3])
+    whole = clipped_feature_sum(CLASSES, x, y, 30.0, clip_norm)
+    for i in range(3):
+        keep = [j for j in range(3) if j != i]
+        rest = clipped_feature_sum(CLASSES, x[keep], y[keep], 30.0, clip_norm)
+        moved = float(torch.linalg.vector_norm(whole.value - rest.value))
+        # rounding of a sum of at most three float64 terms of norm clip_norm
+        assert moved <= whole.sensitivity * (1 + 1e-12)
+
+
+def test_no_records_give_a_zero_feature_sum() -> None:
+    empty = clipped_feature_sum(CLASSES, torch.zeros(0, 6), torch.zeros(0, dtype=torch.long), 30.0, 1.0)
+    assert torch.equal(empty.value, torch.zeros(4, 6, dtype=torch.float64))
