@@ -28,6 +28,7 @@ from fl_dualpriv import flower_env
 from fl_dualpriv.config import RunConfig, app_defaults, merge, parse_assignment, read_toml
 from fl_dualpriv.config_rules import ConfigValue
 from fl_dualpriv.errors import ConfigError, PrivacyError
+from fl_dualpriv.peak_memory import describe_peaks
 from fl_dualpriv.progress import shown
 from fl_dualpriv.tables import headline, privacy_table, results_table
 
@@ -35,7 +36,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 # All that a run leaves in its folder. --overwrite removes these and nothing else.
 RESULT_FILES = ("summary.json", "rounds.jsonl", "error.json", "error.log", "curve.png", "flower.log", "ledger.jsonl")
-RESULT_FOLDERS = ("prompts", "clients")
+RESULT_FOLDERS = ("prompts", "clients", "actors")
 _PIPE_WIDTH = 180  # a log has no width of its own; rich would take 80 and break the privacy table's words
 
 
@@ -88,8 +89,10 @@ def run(
     except ConfigError as error:
         _exit(errors, str(error), 2)
     signal.signal(signal.SIGTERM, _terminated)  # so that the engine cleans up
+    nodes = job.config.num_supernodes
+    hosts = f" on {nodes} nodes" if nodes < job.config.population else ""
     console.print(
-        f"{config.stem}: {job.config.method}, {job.config.population} clients, engine {engine}", highlight=False
+        f"{config.stem}: {job.config.method}, {job.config.population} clients{hosts}, engine {engine}", highlight=False
     )
     try:
         with shown(console, job.out / "rounds.jsonl", job.config.rounds):
@@ -107,6 +110,8 @@ def run(
     console.print(privacy_table(summary["privacy"]))
     for note in summary.get("notes", []):
         console.print(f"note: {escape(note)}", soft_wrap=True, highlight=False)
+    if peaks := describe_peaks(job.out):
+        console.print(peaks, soft_wrap=True, highlight=False)
     console.print(f"results: {escape(str(job.out))}", soft_wrap=True, highlight=False)
 
 
@@ -225,7 +230,7 @@ def run_engine(engine: Engine, job: Job) -> None:
         run_flower(
             job.app_dir,
             job.flat,
-            population=job.config.population,
+            num_supernodes=job.config.num_supernodes,
             cpus_per_client=job.config.resources.cpus_per_client,
             gpus_per_client=job.config.resources.gpus_per_client,
             work_dir=job.out,

@@ -1,5 +1,6 @@
 """What belongs to a client: its data as features, its personal prompt and its ledger, on its own disk."""
 
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -53,12 +54,15 @@ class PersonalState:
 
 def fresh_state(n_ctx: int, ctx_dim: int, rank: int) -> PersonalState:
     """p_L = 0, and a fixed start of the power iteration that depends on no data."""
-    generator = torch.Generator().manual_seed(0)
     return PersonalState(
-        personal=torch.zeros(n_ctx, ctx_dim),
-        carrier=torch.linalg.qr(torch.randn(ctx_dim, rank, generator=generator))[0].T.contiguous(),
-        server_round=0,
+        personal=torch.zeros(n_ctx, ctx_dim), carrier=_first_carrier(ctx_dim, rank).clone(), server_round=0
     )
+
+
+@functools.lru_cache(maxsize=4)  # the decomposition costs more than a whole step of a small prompt
+def _first_carrier(ctx_dim: int, rank: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(ctx_dim, rank, generator=generator))[0].T.contiguous()
 
 
 class ClientFolder:

@@ -31,19 +31,20 @@ class StrategyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Local training; ``sampling_rate`` is the Poisson rate q, ``microbatch`` bounds memory only."""
+    """Local training; ``sampling_rate`` is the Poisson rate q, ``top_m`` = 0 is exact."""
 
     local_steps: int
     sampling_rate: float
     global_learning_rate: float
     local_learning_rate: float
-    microbatch: int
+    top_m: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig:
-    """Shape and start of the prompt; ``rank <= ctx_dim`` is checked once the backbone is known."""
+    """Kind, shape and start of the prompt; ``rank <= ctx_dim`` is checked once the backbone is known."""
 
+    learner: Literal["context", "head"]
     n_ctx: int
     rank: int
     init: Literal["template", "random"]
@@ -68,6 +69,7 @@ class RecordLevelConfig:
     noise_multiplier: float
     delta: float
     clip_norm: float
+    noise_space: Literal["prompt", "feature"]
     trusts_server: bool
 
 
@@ -100,6 +102,7 @@ class DataConfig:
     ref: Literal["auto", "demo", "folder"]
     path: str
     classes: str
+    augmentation: Literal["none", "flip"]
     partition: Literal["iid", "by-class", "dirichlet"]
     dirichlet_alpha: float
     val_fraction: float
@@ -115,9 +118,10 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """Which frozen vision-language model."""
+    """Which frozen vision-language model, and the precision of its matrix products."""
 
     name: str
+    precision: Literal["fp32", "bf16"]
     pretrained: str
 
 
@@ -132,11 +136,13 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ResourcesConfig:
-    """Hardware of one client; these keys never change a result."""
+    """Hardware of one actor; these keys never change a result."""
 
     device: str
     cpus_per_client: int
     gpus_per_client: float
+    workspace_mib: int
+    feature_cache: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +163,7 @@ class RunConfig:
     method: Method
     rounds: int
     population: int
+    supernodes: int
     seed: int
     join_timeout: float
     reply_timeout: float
@@ -191,6 +198,11 @@ class RunConfig:
         values, problems = check(_key_types(cls), flat)
         _raise_all(problems)
         return _build(cls, values)
+
+    @property
+    def num_supernodes(self) -> int:
+        """Flower nodes of the run: node j hosts the clients j, j + nodes, j + 2 nodes, …"""
+        return self.supernodes or self.population
 
     def to_run_config(self) -> dict[str, ConfigValue]:
         """Return the flat form: ``RunConfig.from_run_config(config.to_run_config()) == config``."""

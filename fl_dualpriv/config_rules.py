@@ -16,7 +16,7 @@ ConfigValue = bool | int | float | str
 Values = Mapping[str, Any]
 
 _IGNORED_PREFIX = "plugin."
-_PATH_KEYS = ("data.path", "data.classes", "output.dir")
+_PATH_KEYS = ("data.path", "data.classes", "output.dir", "resources.feature-cache")
 _WITHOUT_SHARED_PROMPT = ("local-only", "zero-shot")
 
 
@@ -64,6 +64,7 @@ _SEED = Range(lambda x: 0 <= x < 2**63, "a whole number from 0 to 2**63 - 1", "0
 RANGES: dict[str, Range] = {
     "rounds": _at_least_one('for no training at all set method = "zero-shot"'),
     "population": _at_least_one("give the number of clients"),
+    "supernodes": Range(lambda x: x >= 0, "a whole number >= 0", "0 gives every client a node of its own"),
     "seed": _SEED,
     "join-timeout": _positive("give seconds"),
     "reply-timeout": _positive("give seconds"),
@@ -72,7 +73,7 @@ RANGES: dict[str, Range] = {
     "train.sampling-rate": Range(lambda x: 0 < x <= 1, "in (0, 1]", "it is the chance of a record to join a batch"),
     "train.global-learning-rate": _RATE,
     "train.local-learning-rate": _RATE,
-    "train.microbatch": _at_least_one("it bounds memory only"),
+    "train.top-m": Range(lambda x: x >= 0, "a whole number >= 0", "0 is exact"),
     "prompt.n-ctx": _at_least_one("4 is usual"),
     "prompt.rank": _at_least_one('for no factorisation set method = "full"'),
     "pruning.visual-keep-ratio": _KEEP,
@@ -91,7 +92,9 @@ RANGES: dict[str, Range] = {
     "data.val-fraction": _FRACTION,
     "data.test-fraction": _FRACTION,
     "backbone.name": Range(
-        lambda x: x.strip() not in ("", "local-dir:"), '"demo", an open_clip model name or local-dir:PATH', "name one"
+        lambda x: x.strip() not in ("", "local-dir:", "hf:"),
+        '"demo", an open_clip model name, local-dir:PATH or hf:NAME',
+        "name one",
     ),
     "evaluation.every": _at_least_one("for the last round only, give the number of rounds"),
     "resources.device": Range(
@@ -99,6 +102,12 @@ RANGES: dict[str, Range] = {
     ),
     "resources.cpus-per-client": _at_least_one("1 will do"),
     "resources.gpus-per-client": Range(lambda x: x >= 0, ">= 0", "0 for CPU, a fraction to share a GPU"),
+    "resources.workspace-mib": Range(lambda x: x >= 16, "a whole number >= 16", "512 is usual"),
+    "resources.feature-cache": Range(
+        lambda x: x in ("", "off") or Path(x).is_absolute(),
+        'empty, "off" or an absolute path',
+        "write the path from the root",
+    ),
     "output.dir": Range(
         lambda x: x == "" or Path(x).is_absolute(), "empty or an absolute path", "write the path from the root"
     ),
@@ -113,6 +122,48 @@ CROSS_RULES: tuple[CrossRule, ...] = (
         lambda v: v["prompt.rank"] <= v["prompt.n-ctx"],
         "must be at most prompt.n-ctx",
         "lower the rank or add context tokens",
+    ),
+    CrossRule(
+        ("supernodes", "population"),
+        lambda v: v["supernodes"] <= v["population"],
+        "must be at most population",
+        "0 gives every client a node of its own",
+    ),
+    CrossRule(
+        ("prompt.learner", "method"),
+        lambda v: v["prompt.learner"] == "context" or v["method"] in ("promptfl", "full", "zero-shot"),
+        'as "head" needs method = "promptfl", "full" or "zero-shot": its parameters are low-rank factors already',
+        "choose one of these methods",
+    ),
+    CrossRule(
+        ("train.top-m", _RECORD),
+        lambda v: v["train.top-m"] == 0 or v[_RECORD] == "gaussian",
+        'needs privacy.record.mechanism = "gaussian": without per-example gradients it saves nothing',
+        "set it to 0",
+    ),
+    CrossRule(
+        ("train.top-m", "method"),
+        lambda v: v["train.top-m"] == 0 or v["method"] != "dpfpl-paper",
+        "must be 0, as published",
+        'set it to 0, or set method = "dpfpl"',
+    ),
+    CrossRule(
+        ("privacy.record.noise-space", "train.top-m"),
+        lambda v: v["privacy.record.noise-space"] == "prompt" or v["train.top-m"] == 0,
+        'as "feature" has one backward pass for the whole batch, so top-m must be 0',
+        "set train.top-m = 0",
+    ),
+    CrossRule(
+        ("privacy.record.noise-space", "method"),
+        lambda v: v["privacy.record.noise-space"] == "prompt" or v["method"] != "dpfpl-paper",
+        'must be "prompt", as published',
+        'set it to "prompt", or set method = "dpfpl"',
+    ),
+    CrossRule(
+        ("privacy.record.noise-space", _TRUSTS),
+        lambda v: v["privacy.record.noise-space"] == "prompt" or not v[_TRUSTS],
+        'must be "prompt" when the server adds the noise: it goes on sums of prompt gradients',
+        "set trusts-server = false",
     ),
     CrossRule(
         ("data.path", "data.ref"),

@@ -36,9 +36,7 @@ def score(class_features: Tensor, image_features: Tensor, labels: Tensor, held_c
     Reference:
         DP-FPL, arXiv:2501.13904, Tables 2 and 3.
     """
-    logits = image_features @ class_features.T
-    # The argmax of NaN is class 0: an unreadable image or a diverged prompt would be right by accident.
-    correct = (logits.argmax(dim=1) == labels) & torch.isfinite(logits).all(dim=1)
+    correct = _correct(class_features, image_features, labels)
     local = torch.isin(labels, held_classes)
     return Score(
         local_correct=int((correct & local).sum()),
@@ -46,6 +44,35 @@ def score(class_features: Tensor, image_features: Tensor, labels: Tensor, held_c
         neighbour_correct=int((correct & ~local).sum()),
         neighbour_total=int((~local).sum()),
     )
+
+
+def _correct(class_features: Tensor, image_features: Tensor, labels: Tensor) -> Tensor:
+    logits = image_features @ class_features.T
+    # The argmax of NaN is class 0: an unreadable image or a diverged prompt would be right by accident.
+    return (logits.argmax(dim=1) == labels) & torch.isfinite(logits).all(dim=1)
+
+
+def count_by_class(class_features: Tensor, image_features: Tensor, labels: Tensor, n_cls: int) -> tuple[Tensor, Tensor]:
+    """Correct images and all images of each class, both (n_cls,) int64 on the CPU; arguments as in `score`.
+
+    What is counted does not depend on who asks, so clients with the same prompt share one count: `split_counts`.
+    """
+    right = labels[_correct(class_features, image_features, labels)]
+    return torch.bincount(right, minlength=n_cls).cpu(), torch.bincount(labels, minlength=n_cls).cpu()
+
+
+def split_counts(correct: Tensor, total: Tensor, held: Tensor) -> list[Score]:
+    """Scores of many clients from counts per class: for each, the same as `score`.
+
+    Args:
+        correct: From `count_by_class`, (n_cls,).
+        total: Likewise.
+        held: Whether a client holds a class, (client, n_cls) bool.
+    """
+    counts = torch.stack([correct, total], dim=1)
+    local = held.to(counts.dtype) @ counts
+    rows = torch.cat([local, counts.sum(dim=0) - local], dim=1).tolist()
+    return [Score(local_correct=a, local_total=b, neighbour_correct=c, neighbour_total=d) for a, b, c, d in rows]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ def run_flower(
     app_dir: Path,
     run_config: RunConfigValues,
     *,
-    population: int,
+    num_supernodes: int,
     cpus_per_client: int,
     gpus_per_client: float,
     work_dir: Path,
@@ -56,7 +56,7 @@ def run_flower(
     Args:
         app_dir: Folder whose ``pyproject.toml`` has ``[tool.flwr.app]``.
         run_config: Flat keys; the app's ``pyproject.toml`` must have each.
-        population: Number of SuperNodes, one per client.
+        num_supernodes: Flower nodes; each hosts one client or more.
         cpus_per_client: CPUs of one Ray actor.
         gpus_per_client: GPUs of one Ray actor; a fraction shares a GPU.
         work_dir: Where ``flower.log`` goes, and where the server app writes ``summary.json`` or ``error.json``.
@@ -70,11 +70,11 @@ def run_flower(
     if not 1 <= cpus_per_client <= cpus:
         raise ValueError(f"resources.cpus-per-client = {cpus_per_client}: this machine has {cpus}; give 1 to {cpus}")
     federation = {
-        "num-supernodes": population,
+        "num-supernodes": num_supernodes,
         "client-resources-num-cpus": cpus_per_client,
         "client-resources-num-gpus": float(gpus_per_client),
-        # More actors than clients would only cost memory: each loads its own backbone.
-        "init-args-num-cpus": min(cpus // cpus_per_client, population) * cpus_per_client,
+        # More actors than nodes would only cost memory: each loads its own backbone.
+        "init-args-num-cpus": min(cpus // cpus_per_client, num_supernodes) * cpus_per_client,
     }
     work_dir.mkdir(parents=True, exist_ok=True)
     before = {name: _stamp(work_dir / name) for name in ("summary.json", "error.json")}

@@ -27,11 +27,11 @@ class LocalGrid(Grid):
 
     Args:
         client_app: Answers every message.
-        population: Number of nodes.
+        num_supernodes: Number of nodes; each hosts one client or more.
         run_config: Flat run configuration, as Flower hands it to apps.
     """
 
-    def __init__(self, client_app: ClientApp, population: int, run_config: Config) -> None:
+    def __init__(self, client_app: ClientApp, num_supernodes: int, run_config: Config) -> None:
         self._app = client_app
         self.run_id = secrets.randbits(62)
         self._message_ids = itertools.count(1)
@@ -40,11 +40,11 @@ class LocalGrid(Grid):
             index + 1: Context(
                 run_id=self.run_id,
                 node_id=index + 1,
-                node_config={"partition-id": index, "num-partitions": population},
+                node_config={"partition-id": index, "num-partitions": num_supernodes},
                 state=RecordDict(),
                 run_config=dict(run_config),
             )
-            for index in range(population)
+            for index in range(num_supernodes)
         }
         # Messages cannot be made outside a task; this process is the task of node 0, the server.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, self.run_id, 0
@@ -109,12 +109,12 @@ def run_local(app_dir: Path, run_config: Config) -> None:
 
     Args:
         app_dir: Folder with the app's pyproject.toml.
-        run_config: Flat run configuration; ``population`` is the number of nodes.
+        run_config: Flat run configuration; the number of nodes is ``supernodes``, or ``population`` if that is 0.
 
     Raises:
         Exception: Whatever the server app raises, unchanged.
     """
     server_app, client_app = load_apps(app_dir)
-    grid = LocalGrid(client_app, int(run_config["population"]), run_config)
+    grid = LocalGrid(client_app, int(run_config["supernodes"] or run_config["population"]), run_config)
     context = Context(run_id=grid.run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(run_config))
     server_app(grid, context)

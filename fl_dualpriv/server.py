@@ -5,7 +5,7 @@ A strategy author owns as much of the proof as they override: `server_update` ru
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fl_dualpriv import wire
+from fl_dualpriv.cohort import Asked, by_node, collect
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.evaluation import Accuracy, mean_accuracy
 from fl_dualpriv.privacy.clipping import clip_rows
@@ -83,10 +84,12 @@ class RoundStrategy(Strategy):
     Guarantee:
         With ``privacy`` set, the sum over the cohort moves by at most ``privacy.bound`` when one unit is added or
         removed, whatever clients send or fail to send: a missing, malformed or non-finite upload is zero, the noise
-        has std ``noise_multiplier * sensitivity()`` also for an empty cohort, and every divisor is public.
+        has std ``noise_multiplier * sensitivity()`` also for an empty cohort, and every divisor is public. The cohort
+        is drawn over clients, whichever nodes host them: how many nodes there are changes no result.
 
     Args:
-        cards: Node id → public card of each client; all of them joined before round 1.
+        cards: Partition → public card of each client, 0 … population − 1; all of them joined before round 1.
+        hosts: Partition → id of the node that hosts the client.
         masses: Partition → public share of the divisor (1, or the expected batch when uploads are sums over records).
         num_rounds: Rounds in the run (to evaluate the last one).
         evaluate_every: Rounds between evaluations; 0 = never.
@@ -100,6 +103,7 @@ class RoundStrategy(Strategy):
     """
 
     cards: dict[int, wire.ClientCard]
+    hosts: dict[int, int]
     masses: dict[int, float]
     num_rounds: int
     evaluate_every: int
@@ -117,9 +121,11 @@ class RoundStrategy(Strategy):
     state: dict[str, Tensor] = field(default_factory=dict, init=False)
     num_examples: dict[int, int] = field(default_factory=dict, init=False)
     _prompt: Tensor = field(default_factory=lambda: torch.zeros(0), init=False)
-    _expected: set[int] = field(default_factory=set, init=False)
+    _asked: Asked = field(default_factory=dict, init=False)
+    _everyone: Asked = field(default_factory=dict, init=False)
     _round_failures: int = field(default=0, init=False)
     _divisor: float | None = field(default=None, init=False)
+    _weights: dict[int, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         fixed = set(vars(RoundStrategy)) - set(_HOOKS) - _DATACLASS_NAMES
@@ -129,10 +135,15 @@ class RoundStrategy(Strategy):
                 f"{type(self).__name__} overrides {', '.join(changed)}, which clip, noise or account; under "
                 f"server-side privacy a strategy may change {', '.join(_HOOKS)} only"
             )
-        self.num_examples = {card.partition: card.num_examples for card in self.cards.values()}
+        # Index i of a Poisson draw is client i; Flower's node ids are random, so their order must not matter.
+        order = range(len(self.cards))
+        if list(self.cards) != list(order) or any(p not in self.hosts for p in order):
+            raise ValueError(f"cards of {len(self.cards)} clients; expected one of each in order, each with a host")
+        self.num_examples = {partition: card.num_examples for partition, card in self.cards.items()}
+        self._everyone = by_node(order, self.hosts)
         # A sensitivity() proves the combine() of its own class, not that of a subclass which overrides it again.
-        order = type(self).__mro__
-        combine, proof = (next(i for i, c in enumerate(order) if n in vars(c)) for n in ("combine", "sensitivity"))
+        classes = type(self).__mro__
+        combine, proof = (next(i for i, c in enumerate(classes) if n in vars(c)) for n in ("combine", "sensitivity"))
         if self.privacy is not None and combine < proof:
             raise PrivacyError(
                 f"{type(self).__name__} overrides combine() but not sensitivity(), so the server's noise cannot be "
@@ -144,7 +155,7 @@ class RoundStrategy(Strategy):
     def weight(self, num_examples: int) -> float:
         """Weight of a client with that many (public) examples; clamped to [0, 1], so it can only lower the bound.
 
-        A pure function of its argument: the divisor is computed from it once.
+        A pure function of its argument: asked once for each number of examples.
         """
         return 1.0
 
@@ -175,44 +186,46 @@ class RoundStrategy(Strategy):
         return self._divisor
 
     def _clamped_weight(self, partition: int) -> float:
-        return min(max(self.weight(self.num_examples[partition]), 0.0), 1.0)
+        examples = self.num_examples[partition]
+        if examples not in self._weights:
+            self._weights[examples] = min(max(self.weight(examples), 0.0), 1.0)
+        return self._weights[examples]
 
     def _cohort_rate(self) -> float:
         by_client = self.privacy is not None and self.privacy.unit == "client"
         return self.privacy.sampling_rate if self.privacy is not None and by_client else 1.0
 
-    def _nodes(self) -> list[int]:
-        """Node ids by partition: Flower's own ids are random, the order of partitions is not."""
-        return sorted(self.cards, key=lambda node: self.cards[node].partition)
-
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Sample the cohort (Poisson under client-level DP, else everyone) and write the messages."""
+        """Sample the cohort (Poisson under client-level DP, else everyone) and write one message per node of it."""
         self._prompt = wire.from_arrays(arrays)
         self._round_failures = 0
-        nodes = self._nodes()
         source = self.sources(StreamKey(seed=self.seed, purpose="cohort", server_round=server_round))
-        cohort = [nodes[i] for i in poisson_sample(source, len(nodes), self._cohort_rate())]
-        self._expected = set(cohort)
-        task = wire.TrainTask(
-            global_prompt=self._prompt,
-            server_round=server_round,
-            run_token=self.run_token,
-            noise_multiplier=self.noise_multiplier,
-        )
-        content = wire.train_content(task)
-        return [Message(content, node, MessageType.TRAIN, group_id=str(server_round)) for node in cohort]
+        cohort = poisson_sample(source, len(self.cards), self._cohort_rate())
+        self._asked = by_node(cohort.tolist(), self.hosts)
+        messages = []
+        for node, partitions in self._asked.items():
+            task = wire.TrainTask(
+                partitions=partitions,
+                global_prompt=self._prompt,
+                server_round=server_round,
+                run_token=self.run_token,
+                noise_multiplier=self.noise_multiplier,
+            )
+            content = wire.train_content(task, arrays)
+            messages.append(Message(content, node, MessageType.TRAIN, group_id=str(server_round)))
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Clip, combine, noise, step. The ledger is written before the noise is drawn."""
-        updates = self._read_updates(server_round, list(replies))
-        self.deliveries += len(updates)
+        partitions, diffs = self._read_uploads(server_round, replies)
+        self.deliveries += len(partitions)
         if self.privacy is not None:
-            updates = [self._clip(update, self.privacy) for update in updates]
-        diff = self.combine(updates)
+            diffs = self._clip(partitions, diffs, self.privacy)
+        diff = self.combine([Update(partition=p, diff=d) for p, d in zip(partitions, diffs.unbind(), strict=True)])
         if self.privacy is not None:
             self._write_ledger(server_round)
             source = self.sources(StreamKey(seed=self.seed, purpose="server-noise", server_round=server_round))
@@ -221,15 +234,17 @@ class RoundStrategy(Strategy):
         self._prompt = self.server_update(self._prompt, diff.to(self._prompt.dtype))
         return wire.to_arrays(self._prompt), None
 
-    def _clip(self, update: Update, privacy: ServerPrivacy) -> Update:
-        """Clip an update to S, or a sum over records to what that client's (public) number of records can reach."""
+    def _clip(self, partitions: Sequence[int], diffs: Tensor, privacy: ServerPrivacy) -> Tensor:
+        """Clip updates to S, or sums over records to what each client's (public) number of records can reach."""
         if privacy.unit == "nominal":
-            return update
-        units = 1 if privacy.unit == "client" else max(1, self.num_examples[update.partition])
+            return diffs
         # A learning rate of zero makes the bound, the upload and the noise zero.
-        bound = max(privacy.bound * units, torch.finfo(torch.float64).tiny)
-        clipped, _ = clip_rows(update.diff[None], bound)
-        return Update(partition=update.partition, diff=clipped[0])
+        bound = max(privacy.bound, torch.finfo(torch.float64).tiny)
+        if privacy.unit == "client":
+            return clip_rows(diffs, bound)[0]
+        counts = [max(1, self.num_examples[partition]) for partition in partitions]
+        units = torch.tensor(counts, dtype=torch.float64).reshape(-1, 1, 1)
+        return clip_rows(diffs / units, bound)[0] * units
 
     def _write_ledger(self, server_round: int) -> None:
         if self.privacy is not None and self.privacy.ledger is not None:
@@ -244,42 +259,43 @@ class RoundStrategy(Strategy):
                 )
             )
 
-    def _read_updates(self, server_round: int, replies: list[Message]) -> list[Update]:
+    def _read_uploads(self, server_round: int, replies: Iterable[Message]) -> tuple[list[int], Tensor]:
         """Good uploads, ordered by partition so that float sums repeat; the rest are failures."""
-        updates, answered = [], set()
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            if node not in self._expected or node in answered:
-                continue  # nobody asked, or asked once: a second copy must not count twice
-            answered.add(node)
-            partition = self.cards[node].partition
-            if reply.has_error():
-                self._fail(server_round, partition, wire.failure_reason(reply))
-                continue
-            try:
-                diff = wire.read_upload(reply, tuple(self._prompt.shape))
-            except Exception as error:  # bytes from outside: whatever cannot be read is a failure of its sender
-                self._fail(server_round, partition, f"unreadable upload: {type(error).__name__}: {error}")
-                continue
-            if not torch.isfinite(diff).all():
-                if self.tolerates_failures:
-                    # Zero, but not a counted failure: what a client learned from its data must not move a public count.
-                    diff = torch.zeros_like(diff)
-                else:
-                    self._fail(server_round, partition, "the upload is not finite")
-                    continue
-            updates.append(Update(partition=partition, diff=diff))
-        for node in sorted(self._expected - answered):
-            self._fail(server_round, self.cards[node].partition, "no reply in time")
-        return sorted(updates, key=lambda update: update.partition)
+        shape = tuple(self._prompt.shape)
+        found = collect(self._asked, replies, lambda reply: wire.read_uploads(reply, shape), "upload")
+        self._fail(server_round, found.failed)
+        partitions = [partition for answer in found.answers for partition in answer.partitions]
+        if not partitions:
+            return [], torch.zeros(0, *shape, dtype=torch.float64)
+        order = sorted(range(len(partitions)), key=partitions.__getitem__)
+        diffs = torch.cat([answer.values for answer in found.answers])[order]
+        partitions = [partitions[i] for i in order]
+        finite = torch.isfinite(diffs).flatten(1).all(dim=1)
+        if not finite.all():
+            if not self.tolerates_failures:
+                bad = [p for p, fine in zip(partitions, finite.tolist(), strict=True) if not fine]
+                self._fail(server_round, dict.fromkeys(bad, "the upload is not finite"))
+            # Zero, but not a counted failure: what a client learned from its data must not move a public count.
+            diffs = torch.where(finite.reshape(-1, 1, 1), diffs, torch.zeros_like(diffs))
+        return partitions, diffs
 
-    def _fail(self, server_round: int, partition: int, reason: str | None) -> None:
+    def _fail(self, server_round: int, failed: Mapping[int, str]) -> None:
+        """Count failed clients, given in the order of partitions; without DP the first of them ends the run."""
+        if not failed:
+            return
         if not self.tolerates_failures:
+            partition, reason = next(iter(failed.items()))
             raise ClientFailure(f"client {partition} failed in round {server_round}: {reason}")
-        self.failures += 1
-        self._round_failures += 1
-        self.last_failure = reason
-        _log.warning("client %d counts as zero in round %d: %s", partition, server_round, reason)
+        self.failures += len(failed)
+        self._round_failures += len(failed)
+        alike: dict[str, list[int]] = {}
+        for partition, self.last_failure in failed.items():
+            alike.setdefault(self.last_failure, []).append(partition)
+        for reason, partitions in alike.items():
+            some = ", ".join(map(str, partitions[:10])) + (", …" if len(partitions) > 10 else "")
+            _log.warning(
+                "%d of the clients count as zero in round %d (%s): %s", len(partitions), server_round, some, reason
+            )
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -287,32 +303,32 @@ class RoundStrategy(Strategy):
         """Ask every client for a score in the rounds that are scored."""
         due = self.evaluate_every > 0 and (server_round % self.evaluate_every == 0 or server_round == self.num_rounds)
         if not due:
-            self._expected = set()
+            self._asked = {}
             return []
         return self.evaluation_messages(server_round, wire.from_arrays(arrays), self.prompt_kind)
 
     def evaluation_messages(self, server_round: int, prompt: Tensor, kind: wire.PromptKind) -> list[Message]:
         """Messages that make every client score ``prompt``."""
-        self._expected = set(self._nodes())
-        task = wire.EvaluateTask(global_prompt=prompt, server_round=server_round, run_token=self.run_token, prompt=kind)
-        content = wire.evaluate_content(task)
-        return [Message(content, node, MessageType.EVALUATE, group_id=str(server_round)) for node in self._nodes()]
+        self._asked = self._everyone
+        arrays, messages = wire.to_arrays(prompt), []
+        for node, partitions in self._asked.items():
+            task = wire.EvaluateTask(
+                partitions=partitions,
+                global_prompt=prompt,
+                server_round=server_round,
+                run_token=self.run_token,
+                prompt=kind,
+            )
+            content = wire.evaluate_content(task, arrays)
+            messages.append(Message(content, node, MessageType.EVALUATE, group_id=str(server_round)))
+        return messages
 
     def read_scores(self, server_round: int, replies: Iterable[Message]) -> Accuracy | None:
         """Mean accuracy of the clients that answered; None if none did."""
-        answers = {reply.metadata.src_node_id: reply for reply in replies}
-        scores = []
-        for node in sorted(self._expected, key=lambda node: self.cards[node].partition):
-            reply = answers.get(node)
-            if reply is None or reply.has_error():
-                reason = "no reply in time" if reply is None else wire.failure_reason(reply)
-                self._fail(server_round, self.cards[node].partition, f"evaluation: {reason}")
-                continue
-            try:
-                scores.append(wire.read_score(reply))
-            except Exception as error:  # see _read_updates
-                self._fail(server_round, self.cards[node].partition, f"unreadable score: {error}")
-        return mean_accuracy(scores) if scores else None
+        found = collect(self._asked, replies, wire.read_scores, "score")
+        self._fail(server_round, {p: f"evaluation: {reason}" for p, reason in found.failed.items()})
+        scores = {p: s for answer in found.answers for p, s in zip(answer.partitions, answer.values, strict=True)}
+        return mean_accuracy([scores[p] for p in sorted(scores)]) if scores else None
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Average the scores and report the round."""

@@ -1,8 +1,13 @@
-"""The only file that knows the keys inside Flower messages: kebab-case outside, typed values inside."""
+"""The only file that knows the keys inside Flower messages: kebab-case outside, typed values inside.
+
+A message speaks of one or more clients that its node hosts; whatever is said of several clients is a list in the order
+of ``partitions``.
+"""
 
 import re
-from dataclasses import asdict, dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,12 +17,14 @@ from torch import Tensor
 from fl_dualpriv.evaluation import Score
 
 PromptKind = Literal["zero-shot", "global", "personal"]
+_COUNTS = {name.replace("_", "-"): name for name in (f.name for f in fields(Score))}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTask:
-    """What the server asks of a client in one round."""
+    """What the server asks of a node in one round: to train these of its clients."""
 
+    partitions: tuple[int, ...]
     global_prompt: Tensor
     server_round: int
     run_token: str
@@ -26,8 +33,9 @@ class TrainTask:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateTask:
-    """Which prompt a client should score."""
+    """Which prompt a node should score, for which of its clients."""
 
+    partitions: tuple[int, ...]
     global_prompt: Tensor
     server_round: int
     run_token: str
@@ -36,10 +44,34 @@ class EvaluateTask:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientCard:
-    """What a client says about itself before round 1: public metadata."""
+    """What is said about a client before round 1: public metadata."""
 
     partition: int
     num_examples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uploads:
+    """What a node answers to a `TrainTask`: one upload per client that did well, a reason for each that did not.
+
+    Attributes:
+        partitions: Whose uploads they are.
+        values: (client, n_ctx, ctx_dim), in that order.
+        failed: Partition → reason.
+    """
+
+    partitions: tuple[int, ...]
+    values: Tensor
+    failed: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a node answers to an `EvaluateTask`; see `Uploads`."""
+
+    partitions: tuple[int, ...]
+    values: list[Score]
+    failed: dict[int, str] = field(default_factory=dict)
 
 
 def to_arrays(prompt: Tensor) -> ArrayRecord:
@@ -63,18 +95,24 @@ def _unpack(arrays: ArrayRecord, name: str) -> Tensor:
     return torch.from_numpy(np.array(arrays[name].numpy()))
 
 
-def train_content(task: TrainTask) -> RecordDict:
-    """Content of a train message."""
+def train_content(task: TrainTask, arrays: ArrayRecord | None = None) -> RecordDict:
+    """Content of a train message; ``arrays``: the global prompt, if it is packed already (once for all nodes)."""
     config = ConfigRecord(
-        {"server-round": task.server_round, "run-token": task.run_token, "noise-multiplier": task.noise_multiplier}
+        {
+            "partitions": list(task.partitions),
+            "server-round": task.server_round,
+            "run-token": task.run_token,
+            "noise-multiplier": task.noise_multiplier,
+        }
     )
-    return RecordDict({"arrays": to_arrays(task.global_prompt), "config": config})
+    return RecordDict({"arrays": to_arrays(task.global_prompt) if arrays is None else arrays, "config": config})
 
 
 def read_train(message: Message) -> TrainTask:
     """Undo `train_content`."""
     config = message.content.config_records["config"]
     return TrainTask(
+        partitions=_ids(config["partitions"]),
         global_prompt=from_arrays(message.content.array_records["arrays"]),
         server_round=int(config["server-round"]),  # type: ignore[arg-type]
         run_token=str(config["run-token"]),
@@ -82,10 +120,17 @@ def read_train(message: Message) -> TrainTask:
     )
 
 
-def evaluate_content(task: EvaluateTask) -> RecordDict:
-    """Content of an evaluate message."""
-    config = ConfigRecord({"server-round": task.server_round, "run-token": task.run_token, "prompt": task.prompt})
-    return RecordDict({"arrays": to_arrays(task.global_prompt), "config": config})
+def evaluate_content(task: EvaluateTask, arrays: ArrayRecord | None = None) -> RecordDict:
+    """Content of an evaluate message; ``arrays`` as in `train_content`."""
+    config = ConfigRecord(
+        {
+            "partitions": list(task.partitions),
+            "server-round": task.server_round,
+            "run-token": task.run_token,
+            "prompt": task.prompt,
+        }
+    )
+    return RecordDict({"arrays": to_arrays(task.global_prompt) if arrays is None else arrays, "config": config})
 
 
 def read_evaluate(message: Message) -> EvaluateTask:
@@ -95,6 +140,7 @@ def read_evaluate(message: Message) -> EvaluateTask:
     if kind not in ("zero-shot", "global", "personal"):
         raise ValueError(f"prompt = {kind!r} in an evaluate message; allowed: zero-shot, global, personal")
     return EvaluateTask(
+        partitions=_ids(config["partitions"]),
         global_prompt=from_arrays(message.content.array_records["arrays"]),
         server_round=int(config["server-round"]),  # type: ignore[arg-type]
         run_token=str(config["run-token"]),
@@ -102,21 +148,85 @@ def read_evaluate(message: Message) -> EvaluateTask:
     )
 
 
-def upload_content(upload: Tensor) -> RecordDict:
-    """Content of a train reply: the upload and nothing else."""
-    return RecordDict({"arrays": _pack("upload", upload)})
+def uploads_content(uploads: Uploads) -> RecordDict:
+    """Content of a train reply: the uploads, whose they are, and nothing else of the clients that did well."""
+    return RecordDict({"arrays": _pack("upload", uploads.values), "clients": _pack_clients(uploads)})
 
 
-def read_upload(reply: Message, shape: tuple[int, ...]) -> Tensor:
-    """The upload of a train reply, float64.
+def read_uploads(reply: Message, shape: tuple[int, ...]) -> Uploads:
+    """The uploads of a train reply, float64.
 
     Raises:
-        ValueError: If it is not one floating-point tensor of ``shape``.
+        ValueError: If they are not one floating-point tensor with one upload of ``shape`` for each named client.
     """
-    upload = _unpack(reply.content.array_records["arrays"], "upload")
-    if tuple(upload.shape) != shape or not upload.is_floating_point():
-        raise ValueError(f"upload of shape {tuple(upload.shape)}, {upload.dtype}; expected {shape}, floating point")
-    return upload.to(torch.float64)
+    partitions, failed = _read_clients(reply)
+    stack = _unpack(reply.content.array_records["arrays"], "upload")
+    expected = (len(partitions), *shape)
+    if tuple(stack.shape) != expected or not stack.is_floating_point():
+        raise ValueError(f"upload of shape {tuple(stack.shape)}, {stack.dtype}; expected {expected}, floating point")
+    return Uploads(partitions=partitions, values=stack.to(torch.float64), failed=failed)
+
+
+def scores_content(scores: Scores) -> RecordDict:
+    """Content of an evaluate reply: four counts for each client."""
+    counts: dict[str, list[int]] = {key: [getattr(s, name) for s in scores.values] for key, name in _COUNTS.items()}
+    return RecordDict({"score": MetricRecord({**counts}), "clients": _pack_clients(scores)})
+
+
+def read_scores(reply: Message) -> Scores:
+    """Undo `scores_content`.
+
+    Raises:
+        ValueError: If the counts are not one for each named client, not counts, or more than all are correct.
+    """
+    partitions, failed = _read_clients(reply)
+    record = reply.content.metric_records["score"]
+    if set(record) != set(_COUNTS):
+        raise ValueError(f"counts {sorted(record)} in a score; expected {sorted(_COUNTS)}")
+    columns = [_ids(record[key]) for key in _COUNTS]
+    if any(len(column) != len(partitions) for column in columns):
+        raise ValueError(f"{[len(c) for c in columns]} counts for {len(partitions)} clients")
+    scores = [Score(**dict(zip(_COUNTS.values(), row, strict=True))) for row in zip(*columns, strict=True)]
+    for s in scores:
+        if not (0 <= s.local_correct <= s.local_total and 0 <= s.neighbour_correct <= s.neighbour_total):
+            raise ValueError(f"impossible counts in {s}")
+    return Scores(partitions=partitions, values=scores, failed=failed)
+
+
+def cards_content(cards: Sequence[ClientCard]) -> RecordDict:
+    """Content of the reply to a query message: the clients that the node hosts."""
+    record = {"partition-id": [c.partition for c in cards], "num-examples": [c.num_examples for c in cards]}
+    return RecordDict({"card": MetricRecord({**record})})
+
+
+def read_cards(reply: Message) -> list[ClientCard]:
+    """Undo `cards_content`."""
+    record = reply.content.metric_records["card"]
+    rows = zip(_ids(record["partition-id"]), _ids(record["num-examples"]), strict=True)
+    return [ClientCard(partition=partition, num_examples=count) for partition, count in rows]
+
+
+def _pack_clients(answer: Uploads | Scores) -> ConfigRecord:
+    return ConfigRecord(
+        {
+            "partitions": list(answer.partitions),
+            "failed": list(answer.failed),
+            "reasons": list(answer.failed.values()),
+        }
+    )
+
+
+def _read_clients(reply: Message) -> tuple[tuple[int, ...], dict[int, str]]:
+    record = reply.content.config_records["clients"]
+    partitions, failed = _ids(record["partitions"]), _ids(record["failed"])
+    reasons: Any = record["reasons"]
+    return partitions, {p: str(reason) for p, reason in zip(failed, reasons, strict=True)}
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or any(type(number) is not int for number in value):
+        raise ValueError(f"{value!r:.80} in a message; expected a list of whole numbers")
+    return tuple(value)
 
 
 def failure_reason(reply: Message) -> str:
@@ -128,32 +238,3 @@ def failure_reason(reply: Message) -> str:
     message = message.removesuffix("'>").removesuffix('">').strip()
     kinds = re.findall(r"^(?:\w+\.)*(\w+): ", text, flags=re.MULTILINE)
     return f"{kinds[0]}: {message}" if kinds else message
-
-
-def card_content(card: ClientCard) -> RecordDict:
-    """Content of the reply to a query message."""
-    return RecordDict({"card": MetricRecord({"partition-id": card.partition, "num-examples": card.num_examples})})
-
-
-def read_card(reply: Message) -> ClientCard:
-    """Undo `card_content`."""
-    record = reply.content.metric_records["card"]
-    return ClientCard(partition=int(record["partition-id"]), num_examples=int(record["num-examples"]))  # type: ignore[arg-type]
-
-
-def score_content(score: Score) -> RecordDict:
-    """Content of an evaluate reply."""
-    return RecordDict({"score": MetricRecord({name.replace("_", "-"): n for name, n in asdict(score).items()})})
-
-
-def read_score(reply: Message) -> Score:
-    """Undo `score_content`.
-
-    Raises:
-        ValueError: If the counts are not counts, or more than all are correct.
-    """
-    record = reply.content.metric_records["score"]
-    score = Score(**{name.replace("-", "_"): int(value) for name, value in record.items()})  # type: ignore[arg-type]
-    if not (0 <= score.local_correct <= score.local_total and 0 <= score.neighbour_correct <= score.neighbour_total):
-        raise ValueError(f"impossible counts in {score}")
-    return score

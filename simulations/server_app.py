@@ -1,5 +1,6 @@
 """The ServerApp: configuration → plans → strategy → rounds → results. Read this file first."""
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -54,20 +55,20 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
     recorder.claim()
     world = build_world(config)
     record, client = record_level_plan(config), client_level_plan(config)
-    cards = join(grid, config.population, config.join_timeout, config.reply_timeout)
+    cards, hosts = join(grid, config)
 
     def report(done: RoundReport) -> None:
-        steps = done.server_round * config.train.local_steps
+        by_round = round_of_epsilon(done.server_round, config.rounds)
         recorder.add_round(
             done.server_round,
             done.accuracy,
-            record.spent(steps) if record else None,
-            client.spent(done.server_round) if client else None,
+            record.spent(by_round * config.train.local_steps) if record else None,
+            client.spent(by_round) if client else None,
             done.failures,
             time.monotonic() - start,
         )
 
-    strategy = build_strategy(strategy_class, config, record, client, cards, recorder, report, options)
+    strategy = build_strategy(strategy_class, config, record, client, cards, hosts, recorder, report, options)
     prompt = initial_prompt(config, world)
     zero_shot = final = None
     if strategy.evaluate_every:
@@ -108,30 +109,47 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
     )
 
 
-def join(grid: Grid, population: int, join_timeout: float, reply_timeout: float) -> dict[int, wire.ClientCard]:
-    """Wait for the whole population, then ask every node for its card. Nothing is sampled before that (Flower races).
+def round_of_epsilon(server_round: int, rounds: int) -> int:
+    """The round whose ε is shown as spent: this one, or in a long run a later one, whose ε is an upper bound.
+
+    Each ε costs about a tenth of a second of CPU, more than a round of a small prompt: a run computes at most 25.
+    """
+    stride = math.ceil(rounds / 25)
+    return min(math.ceil(server_round / stride) * stride, rounds)
+
+
+def join(grid: Grid, config: RunConfig) -> tuple[dict[int, wire.ClientCard], dict[int, int]]:
+    """Wait for all nodes, then ask each for the clients it hosts. Nothing is sampled before that (Flower races).
+
+    Returns:
+        Each client's card and the id of its node, both by partition, in order.
 
     Raises:
-        ConfigError: Too few or too many nodes, a node that cannot start, or partitions that do not match.
+        ConfigError: Too few or too many nodes, a node that cannot start, or clients that are not each there once.
     """
-    deadline = time.monotonic() + join_timeout
-    while len(nodes := list(grid.get_node_ids())) < population and time.monotonic() < deadline:
+    expected, deadline = config.num_supernodes, time.monotonic() + config.join_timeout
+    while len(nodes := list(grid.get_node_ids())) < expected and time.monotonic() < deadline:
         time.sleep(0.2)
-    if len(nodes) != population:
+    if len(nodes) != expected:
+        key = "supernodes" if config.supernodes else "population"
         raise ConfigError(
-            f"population = {population}, but {len(nodes)} nodes joined within {join_timeout:g} s; start the simulation "
-            f'with --federation-config "num-supernodes={population}", or set population = {len(nodes)}'
+            f"{key} = {expected}, but {len(nodes)} nodes joined within {config.join_timeout:g} s; start the simulation "
+            f'with --federation-config "num-supernodes={expected}", or set {key} = {len(nodes)}'
         )
     messages = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
-    replies = list(grid.send_and_receive(messages, timeout=reply_timeout))
-    for reply in replies:
+    found: list[tuple[wire.ClientCard, int]] = []
+    for reply in grid.send_and_receive(messages, timeout=config.reply_timeout):
         if reply.has_error():
             raise ConfigError(f"a client cannot start: {wire.failure_reason(reply)}")
-    cards = {reply.metadata.src_node_id: wire.read_card(reply) for reply in replies}
-    partitions = sorted(card.partition for card in cards.values())
-    if partitions != list(range(population)):
-        raise ConfigError(f"the clients hold partitions {partitions}; expected each of 0..{population - 1} once")
-    return cards
+        found += [(card, reply.metadata.src_node_id) for card in wire.read_cards(reply)]
+    found.sort(key=lambda pair: pair[0].partition)
+    partitions = [card.partition for card, _ in found]
+    if partitions != list(range(config.population)):
+        some = ", ".join(map(str, partitions[:10])) + (", …" if len(partitions) > 10 else "")
+        raise ConfigError(
+            f"the nodes host {len(partitions)} clients ({some}); expected each of 0..{config.population - 1} once"
+        )
+    return {card.partition: card for card, _ in found}, {card.partition: node for card, node in found}
 
 
 def build_strategy(
@@ -140,6 +158,7 @@ def build_strategy(
     record: RecordLevelPlan | None,
     client: ClientLevelPlan | None,
     cards: dict[int, wire.ClientCard],
+    hosts: dict[int, int],
     recorder: RunRecorder,
     report: Callable[[RoundReport], None],
     options: Mapping[str, bool | int | float | str],
@@ -151,6 +170,7 @@ def build_strategy(
     personal = METHODS[config.method].personal and (record is not None or not private)
     return strategy_class(
         cards=cards,
+        hosts=hosts,
         masses={c.partition: rate * c.num_examples if trusts_server else 1.0 for c in cards.values()},
         num_rounds=config.rounds,
         evaluate_every=config.evaluation.every if may_score(config) else 0,

@@ -1,5 +1,8 @@
 """The ClientApp's handlers as a server sees them, also a server that asks for too much."""
 
+import fcntl
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,10 @@ import pytest
 import torch
 from flwr.app import Message, MessageType, RecordDict
 from PIL import Image
+from torch import Tensor
 
+import clients.hosting
+import clients.training
 from clients.app import app
 from fl_dualpriv import wire
 from fl_dualpriv.config import app_defaults
@@ -18,6 +24,7 @@ from fl_dualpriv.local_engine import LocalGrid
 
 DEFAULTS = app_defaults(Path(__file__).parents[2])
 PROMPT = torch.zeros(4, 32)
+KINDS: tuple[wire.PromptKind, ...] = ("zero-shot", "global", "personal")
 
 Nodes = Callable[..., LocalGrid]
 
@@ -31,9 +38,10 @@ def nodes(tiny_clip_dir: Path, tmp_path: Path) -> Nodes:
             pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
 
-    def start(changes: dict[str, Any] | None = None) -> LocalGrid:
+    def start(changes: dict[str, Any] | None = None, num_supernodes: int = 2) -> LocalGrid:
         base: dict[str, Any] = {
             "population": 2,
+            "supernodes": num_supernodes,
             "rounds": 2,
             "train.local-steps": 1,
             "privacy.record.calibrate-to": "noise-multiplier",
@@ -46,7 +54,7 @@ def nodes(tiny_clip_dir: Path, tmp_path: Path) -> Nodes:
             "resources.device": "cpu",
             "output.dir": str(tmp_path / "out"),
         }
-        return LocalGrid(app, 2, DEFAULTS | base | (changes or {}))
+        return LocalGrid(app, num_supernodes, DEFAULTS | base | (changes or {}))
 
     return start
 
@@ -56,31 +64,46 @@ def ask(grid: LocalGrid, content: RecordDict, kind: str) -> Message:
     return reply
 
 
-def train(grid: LocalGrid, server_round: int = 1, noise: float = 1.5, token: str = "t") -> Message:
-    task = wire.TrainTask(global_prompt=PROMPT, server_round=server_round, run_token=token, noise_multiplier=noise)
+def train(
+    grid: LocalGrid,
+    server_round: int = 1,
+    noise: float = 1.5,
+    token: str = "t",
+    partitions: tuple[int, ...] = (0,),
+    prompt: Tensor = PROMPT,
+) -> Message:
+    task = wire.TrainTask(
+        partitions=partitions, global_prompt=prompt, server_round=server_round, run_token=token, noise_multiplier=noise
+    )
     return ask(grid, wire.train_content(task), MessageType.TRAIN)
 
 
-def evaluate(grid: LocalGrid, prompt: wire.PromptKind = "personal") -> Message:
-    task = wire.EvaluateTask(global_prompt=PROMPT, server_round=1, run_token="t", prompt=prompt)
+def uploads(reply: Message) -> wire.Uploads:
+    assert not reply.has_error(), reply.error.reason
+    return wire.read_uploads(reply, (4, 32))
+
+
+def evaluate(grid: LocalGrid, prompt: wire.PromptKind = "personal", partitions: tuple[int, ...] = (0,)) -> Message:
+    task = wire.EvaluateTask(partitions=partitions, global_prompt=PROMPT, server_round=1, run_token="t", prompt=prompt)
     return ask(grid, wire.evaluate_content(task), MessageType.EVALUATE)
 
 
-def ledger_lines(tmp_path: Path) -> int:
-    path = tmp_path / "out" / "clients" / "client-000" / "ledger.jsonl"
+def ledger_lines(tmp_path: Path, partition: int = 0) -> int:
+    path = tmp_path / "out" / "clients" / f"client-{partition:03d}" / "ledger.jsonl"
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def test_a_query_says_who_and_how_many(nodes: Nodes):
     reply = ask(nodes(), RecordDict(), MessageType.QUERY)
     # 8 images a class, less max(1, round(0.1 * 8)) = 1 for val and round(0.2 * 8) = 2 for test; one class a client
-    assert wire.read_card(reply) == wire.ClientCard(partition=0, num_examples=5)
+    assert wire.read_cards(reply) == [wire.ClientCard(partition=0, num_examples=5)]
 
 
 def test_an_upload_leaves_and_the_personal_prompt_stays(nodes: Nodes, tmp_path: Path):
     reply = train(nodes())
-    assert list(reply.content) == ["arrays"]
-    upload = wire.read_upload(reply, (4, 32))
+    assert list(reply.content) == ["arrays", "clients"]
+    assert dict(reply.content["clients"]) == {"partitions": [0], "failed": [], "reasons": []}
+    (upload,) = uploads(reply).values
     stored, _ = read_tensors(tmp_path / "out" / "clients" / "client-000" / "prompt.safetensors")
     assert bool(stored["personal"].any())
     assert not torch.allclose(upload, stored["personal"].double())
@@ -101,21 +124,17 @@ def test_a_node_chooses_its_own_state_folder(nodes: Nodes, tmp_path: Path):
 
 @pytest.mark.parametrize("noise", [0.0, 1.0, float("nan")])
 def test_a_server_that_asks_for_less_noise_gets_nothing(nodes: Nodes, tmp_path: Path, noise: float):
-    reply = train(nodes(), noise=noise)
-    assert reply.has_error()
-    assert "the step is refused" in reply.error.reason
+    found = uploads(train(nodes(), noise=noise))
+    assert found.partitions == ()
+    assert "the step is refused" in found.failed[0]
     assert ledger_lines(tmp_path) == 0
     assert not list(tmp_path.glob("out/**/prompt.safetensors"))
 
 
 def test_a_server_that_sends_nan_gets_noise_alone(nodes: Nodes):
-    grid = nodes()
-    bad = wire.TrainTask(
-        global_prompt=torch.full((4, 32), torch.nan), server_round=1, run_token="t", noise_multiplier=1.5
-    )
-    reply = ask(grid, wire.train_content(bad), MessageType.TRAIN)
-    # every gradient is NaN, so every clipped row is zero; local minus global is NaN: the server counts a failure
-    assert not torch.isfinite(wire.read_upload(reply, (4, 32))).any()
+    reply = train(nodes(), prompt=torch.full((4, 32), torch.nan))
+    # every gradient is NaN, so every clipped row is zero; local minus global is NaN: the server makes it zero
+    assert not torch.isfinite(uploads(reply).values).any()
 
 
 @pytest.mark.parametrize(
@@ -126,7 +145,7 @@ def test_a_server_that_sends_nan_gets_noise_alone(nodes: Nodes):
 def test_no_more_releases_than_the_plan_accounts_for(nodes: Nodes, tmp_path: Path, requests: list[tuple[int, str]]):
     grid = nodes()  # two rounds of one step: ε is of two releases
     replies = [train(grid, server_round, token=token) for server_round, token in requests]
-    assert replies[-1].has_error()
+    assert list(uploads(replies[-1]).failed) == [0]
     assert ledger_lines(tmp_path) <= 2  # a repetition is refused before its release
 
 
@@ -137,5 +156,156 @@ def test_private_held_out_data_are_not_scored_for_any_server(nodes: Nodes):
 def test_personal_and_global_scores_count_the_same_images(nodes: Nodes):
     grid = nodes()
     train(grid)
-    scores = [wire.read_score(evaluate(grid, kind)) for kind in ("zero-shot", "global", "personal")]
+    scores = [s for kind in KINDS for s in wire.read_scores(evaluate(grid, kind)).values]
+    assert len(scores) == 3
     assert {(s.local_total, s.neighbour_total) for s in scores} == {(2, 2)}  # one class of two is the client's
+
+
+# --- a node that hosts several clients --------------------------------------------------------------------------------
+
+
+def test_a_node_hosts_every_kth_client(nodes: Nodes):
+    cards = wire.read_cards(ask(nodes({"population": 5}), RecordDict(), MessageType.QUERY))
+    assert [card.partition for card in cards] == [0, 2, 4]
+    assert all(card.num_examples > 0 for card in cards)
+
+
+def test_a_node_that_the_run_has_no_place_for_is_refused(nodes: Nodes):
+    grid = nodes()
+    grid.contexts[1].node_config["partition-id"] = 2
+    reply = ask(grid, RecordDict(), MessageType.QUERY)
+    assert "but the run has 2 nodes" in reply.error.reason
+
+
+@pytest.mark.parametrize("partitions", [(0, 1), (0, 0), (0, -2), (7,)], ids=str)
+@pytest.mark.parametrize("what", [train, evaluate])
+def test_a_message_about_clients_that_are_not_here_is_refused_whole(
+    nodes: Nodes, tmp_path: Path, what: Callable[..., Message], partitions: tuple[int, ...]
+):
+    reply = what(nodes({"population": 4}), partitions=partitions)
+    assert "this node does not host" in reply.error.reason
+    assert not (tmp_path / "out").exists()
+
+
+def test_clients_of_a_node_keep_their_states_and_ledgers_apart(nodes: Nodes, tmp_path: Path):
+    grid = nodes({"population": 4}, num_supernodes=1)
+    found = uploads(train(grid, partitions=(3, 0, 2)))
+    assert (found.partitions, found.failed) == ((0, 2, 3), {})
+    assert [ledger_lines(tmp_path, p) for p in range(4)] == [1, 0, 1, 1]
+    folders = sorted(p.parent.name for p in tmp_path.glob("out/clients/*/prompt.safetensors"))
+    assert folders == ["client-000", "client-002", "client-003"]
+    assert uploads(train(grid, partitions=(1,))).partitions == (1,)
+    # A round that was done is refused, by those who did it.
+    again = uploads(train(grid, server_round=2, partitions=(1,)))
+    assert again.partitions == (1,)
+    mixed = uploads(train(grid, server_round=2, partitions=(0, 1)))
+    assert (mixed.partitions, list(mixed.failed)) == ((0,), [1])
+    assert "a repetition is refused" in mixed.failed[1]
+
+
+def test_an_owners_folder_holds_all_clients_of_the_node(nodes: Nodes, tmp_path: Path):
+    grid = nodes({"population": 4})
+    grid.contexts[1].node_config["state-dir"] = str(tmp_path / "mine")
+    train(grid, partitions=(0, 2))
+    assert (tmp_path / "mine" / "ledger.jsonl").exists()
+    assert (tmp_path / "mine" / "client-002" / "ledger.jsonl").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_client_whose_folder_is_in_the_way_takes_nobody_down(nodes: Nodes, tmp_path: Path):
+    blocked = tmp_path / "out" / "clients" / "client-002"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("in the way")
+    grid = nodes({"population": 4}, num_supernodes=1)
+    found = uploads(train(grid, partitions=(0, 1, 2, 3)))
+    assert (found.partitions, list(found.failed)) == ((0, 1, 3), [2])
+
+
+def test_a_client_whose_prompt_is_damaged_takes_nobody_down(nodes: Nodes, tmp_path: Path):
+    grid = nodes({"population": 4}, num_supernodes=1)
+    train(grid, partitions=(0, 1, 2, 3))
+    (tmp_path / "out" / "clients" / "client-002" / "prompt.safetensors").write_bytes(b"junk")
+    scores = wire.read_scores(evaluate(grid, partitions=(0, 1, 2, 3)))
+    assert (scores.partitions, list(scores.failed)) == ((0, 1, 3), [2])
+    again = uploads(train(grid, server_round=2, partitions=(0, 1, 2, 3)))
+    assert (again.partitions, list(again.failed)) == ((0, 1, 3), [2])
+    assert ledger_lines(tmp_path, 2) == 1  # it failed before its release
+
+
+def test_an_error_of_the_common_step_fails_the_group_and_its_events_stay(
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def boom(**arguments: Any) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(clients.training, "cohort_update", boom)
+    found = uploads(train(nodes({"population": 4}), partitions=(0, 2)))
+    assert (found.partitions, found.failed) == ((), dict.fromkeys((0, 2), "RuntimeError: boom"))
+    assert found.values.shape == (0, 4, 32)
+    assert [ledger_lines(tmp_path, p) for p in (0, 2)] == [1, 1]
+
+
+def test_ledgers_are_held_until_the_states_are_kept(nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    update, seen = clients.training.cohort_update, []
+
+    def looking(**arguments: Any) -> Any:
+        for p in (0, 2):
+            lock = tmp_path / "out" / "clients" / f"client-{p:03d}" / "ledger.lock"
+            with lock.open("w") as file, pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            seen.append(ledger_lines(tmp_path, p))
+        return update(**arguments)
+
+    monkeypatch.setattr(clients.training, "cohort_update", looking)
+    assert uploads(train(nodes({"population": 4}), partitions=(0, 2))).partitions == (0, 2)
+    assert seen == [1, 1]  # written before anything is drawn
+
+
+@pytest.mark.parametrize("method", ["promptfl", "dpfpl"])
+def test_without_anything_to_keep_no_file_is_written(nodes: Nodes, tmp_path: Path, method: str):
+    grid = nodes({"population": 4, "method": method, "privacy.record.mechanism": "none"})
+    assert uploads(train(grid, noise=0.0, partitions=(0, 2))).partitions == (0, 2)
+    assert (tmp_path / "out" / "clients").exists() is (method == "dpfpl")
+    train(grid, noise=0.0, partitions=(0, 2))  # without DP a repetition costs nothing
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_of_many_clients_at_once_are_those_of_each_alone(nodes: Nodes, kind: wire.PromptKind):
+    grid = nodes({"population": 4, "data.partition": "iid"}, num_supernodes=1)
+    train(grid, partitions=(0, 1, 3))  # client 2 has no personal prompt yet
+    together = wire.read_scores(evaluate(grid, kind, (0, 1, 2, 3)))
+    alone = [wire.read_scores(evaluate(grid, kind, (p,))).values[0] for p in range(4)]
+    assert together.partitions == (0, 1, 2, 3)
+    assert together.values == alone
+
+
+def test_the_workspace_splits_the_work_and_changes_no_result(
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    everyone, found = (0, 1, 2, 3), []
+    for at_once in (4, 3):
+        for module in (clients.training, clients.hosting):
+            monkeypatch.setattr(module, "prompts_at_once", lambda tower, workspace, n=at_once: n)
+        changes = {"population": 4, "privacy.randomness": "seeded", "output.dir": str(tmp_path / f"out-{at_once}")}
+        grid = nodes(changes, num_supernodes=1)
+        done = uploads(train(grid, partitions=everyone))
+        assert done.partitions == everyone
+        found.append((done.values, wire.read_scores(evaluate(grid, partitions=everyone)).values))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-6)
+    assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize(("at_once", "prompts"), [(0, 1), (1, 1), (10, 1), (19, 1), (20, 2), (205, 20)])
+def test_at_least_one_prompt_goes_through_the_tower(at_once: int, prompts: int):
+    class Tower:
+        bytes_per_prompt = 10
+
+    assert clients.hosting.prompts_at_once(Tower(), at_once) == prompts  # type: ignore[arg-type]
+
+
+def test_memory_is_noted_beside_the_results_and_never_sent(nodes: Nodes, tmp_path: Path):
+    reply = train(nodes())
+    (file,) = (tmp_path / "out" / "actors").iterdir()
+    assert file.name == f"actor-{os.getpid()}.json"
+    assert json.loads(file.read_text())["peak-mib"] > 50
+    assert list(reply.content) == ["arrays", "clients"]

@@ -150,7 +150,9 @@ def homes() -> set[Path]:
 
 def run_app(app: Path, out: Path, *, population: int = 2, **config: str | int | float) -> dict[str, Any]:
     values = {"population": population, "output.dir": str(out), **config}
-    run_flower(app, values, population=population, cpus_per_client=1, gpus_per_client=0.0, work_dir=out, timeout=200)
+    run_flower(
+        app, values, num_supernodes=population, cpus_per_client=1, gpus_per_client=0.0, work_dir=out, timeout=200
+    )
     return json.loads((out / "summary.json").read_text())
 
 
@@ -216,7 +218,7 @@ def test_a_front_that_is_interrupted_or_killed_leaves_no_process(
         from fl_dualpriv.flower_engine import run_flower
         app, out = Path({str(app)!r}), Path({str(out)!r})
         values = {{"population": 2, "rounds": 10000, "fail": "slow", "output.dir": str(out)}}
-        run_flower(app, values, population=2, cpus_per_client=1, gpus_per_client=0.0, work_dir=out)
+        run_flower(app, values, num_supernodes=2, cpus_per_client=1, gpus_per_client=0.0, work_dir=out)
     """
     front = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, stderr=subprocess.DEVNULL)
     assert wait_for(lambda: (out / "round").exists(), 100)

@@ -74,6 +74,25 @@ def test_both_engines_end_with_the_same_prompts_bit_by_bit(config: Path, tmp_pat
     assert all(bool(tensor.any()) for tensor in local.values())
 
 
+def test_six_clients_on_two_nodes(config: Path, tmp_path: Path) -> None:
+    few = ["--set", "population=6", "--set", "supernodes=2", "--set", "data.partition=iid"]
+    for engine in ("local", "ray"):
+        done = command(config, tmp_path / engine, "--engine", engine, *few)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"6 clients on 2 nodes, engine {engine}" in done.stdout
+        assert "peak memory: " in done.stdout
+        summary = json.loads((tmp_path / engine / "summary.json").read_text())
+        assert (summary["engine"], summary["population"], summary["failures"]) == (engine, 6, 0)
+        events = [len(f.read_text().splitlines()) for f in (tmp_path / engine).glob("clients/*/ledger.jsonl")]
+        assert events == [4] * 6  # two rounds of two steps, each in its client's own ledger
+    local, ray = prompts(tmp_path / "local"), prompts(tmp_path / "ray")
+    assert list(local) == list(ray)
+    assert len(local) == 1 + 6 * 3
+    assert all(torch.equal(local[name], ray[name]) for name in local)
+    actors = len(list((tmp_path / "ray").glob("actors/actor-*.json")))
+    assert 1 <= actors <= min(2, os.cpu_count() or 1)
+
+
 def test_a_missing_data_path_is_one_message_and_exit_code_1(config: Path, tmp_path: Path) -> None:
     done = command(config, tmp_path / "out", "--engine", "ray", "--set", "data.path=/no/such/images")
     assert done.returncode == 1

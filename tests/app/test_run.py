@@ -14,7 +14,7 @@ from flwr.app import Message
 from PIL import Image
 from torch import Tensor
 
-import clients.dualpriv
+import clients.training
 from fl_dualpriv.config import app_defaults
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors
@@ -241,21 +241,18 @@ def test_secret_runs_do_not_repeat(run: Run):
 
 
 def break_client(monkeypatch: pytest.MonkeyPatch, upload: Tensor | None, partition: int = 1) -> None:
-    """Make one client raise, or upload something of its own."""
-    original = clients.dualpriv.local_update
+    """Make one client raise, or upload something of its own; every client has a node of its own."""
+    original = clients.training.cohort_update
 
     def broken(**arguments: Any) -> Any:
-        source = arguments["random"]("batch", 0)
-        # the closure of the handler knows which client this is; a test can tell by the key of its batch
-        cell = dict(zip(arguments["random"].__code__.co_freevars, arguments["random"].__closure__, strict=True))
-        assert source is not None
-        if cell["partition_id"].cell_contents != partition:
+        (participant,) = arguments["participants"]
+        if participant.partition != partition:
             return original(**arguments)
         if upload is None:
             raise RuntimeError("boom")
-        return upload, arguments["state"]
+        return [(upload, participant.state)]
 
-    monkeypatch.setattr(clients.dualpriv, "local_update", broken)
+    monkeypatch.setattr(clients.training, "cohort_update", broken)
 
 
 @pytest.mark.parametrize("changes", [{}, TRUSTING], ids=["record", "trusting"])
@@ -290,7 +287,7 @@ def test_a_client_that_cannot_write_its_ledger_releases_nothing(run: Run, tmp_pa
 @pytest.mark.parametrize("changes", [NO_DP, NO_DP | {"method": "promptfl"}], ids=["dpfpl", "promptfl"])
 def test_without_dp_a_failing_client_ends_the_run(run: Run, tmp_path: Path, monkeypatch: Any, changes: dict[str, Any]):
     break_client(monkeypatch, None)
-    with pytest.raises(ClientFailure, match=r"client 1 failed in round 1: .*boom"):
+    with pytest.raises(ClientFailure, match=r"^client 1 failed in round 1: RuntimeError: boom$"):
         run(changes)
     error = strict((tmp_path / "out" / "error.json").read_text())
     assert error["type"] == "ClientFailure"
@@ -302,7 +299,7 @@ def test_all_clients_failing_is_a_failure_at_the_end(run: Run, tmp_path: Path, m
     def boom(**arguments: Any) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(clients.dualpriv, "local_update", boom)
+    monkeypatch.setattr(clients.training, "cohort_update", boom)
     with pytest.raises(ClientFailure, match=r"all 6 calls of clients failed.*boom"):
         run()
     assert (tmp_path / "out" / "error.json").exists()
@@ -393,4 +390,4 @@ def test_what_the_server_writes_holds_no_personal_prompt(run: Run):
     out = run()
     assert set(read_tensors(out / "prompts" / "global.safetensors")[0]) == {"global"}
     server_side = {p.name for p in out.iterdir()} - {"clients"}
-    assert server_side == {"summary.json", "rounds.jsonl", "prompts", "curve.png"}
+    assert server_side == {"summary.json", "rounds.jsonl", "prompts", "curve.png", "actors"}

@@ -11,7 +11,7 @@ from fl_dualpriv.config import RunConfig, app_defaults
 from fl_dualpriv.plans import client_level_plan, record_level_plan
 from fl_dualpriv.results import RunRecorder
 from fl_dualpriv.server import RoundStrategy
-from simulations.server_app import build_strategy, list_releases, notes, server_privacy
+from simulations.server_app import build_strategy, list_releases, notes, round_of_epsilon, server_privacy
 from strategies.dpfpl import DPFPL
 from strategies.fedavg import FedAvg
 
@@ -32,9 +32,10 @@ BASE: dict[str, Any] = {
     "privacy.client.expected-cohort": 1.0,
 }
 CARDS = {
-    11: wire.ClientCard(partition=0, num_examples=100),
-    5: wire.ClientCard(partition=1, num_examples=300),
+    0: wire.ClientCard(partition=0, num_examples=100),
+    1: wire.ClientCard(partition=1, num_examples=300),
 }
+HOSTS = {0: 11, 1: 5}
 TRUSTING = {"privacy.record.trusts-server": True}
 CLIENT = {"privacy.record.mechanism": "none", "privacy.client.mechanism": "gaussian"}
 BOTH = {"privacy.client.mechanism": "gaussian"}
@@ -46,7 +47,7 @@ def strategy_for(
 ) -> tuple[RunConfig, RoundStrategy]:
     config = RunConfig.from_run_config(DEFAULTS | BASE | changes)
     plans = record_level_plan(config), client_level_plan(config)
-    return config, build_strategy(cls, config, *plans, CARDS, RunRecorder(tmp_path), lambda report: None, {})
+    return config, build_strategy(cls, config, *plans, CARDS, HOSTS, RunRecorder(tmp_path), lambda report: None, {})
 
 
 def noise_std(strategy: RoundStrategy) -> float:
@@ -163,6 +164,15 @@ def test_notes_say_what_the_table_does_not(changes: dict[str, Any], words: str):
     config = RunConfig.from_run_config(DEFAULTS | BASE | changes)
     found = notes(config, record_level_plan(config), client_level_plan(config), scored=True)
     assert any(words in note for note in found)
+
+
+@pytest.mark.parametrize("rounds", [1, 10, 25, 26, 60, 1000])
+def test_the_spent_epsilon_of_a_long_run_is_never_too_small(rounds: int):
+    shown = [round_of_epsilon(r, rounds) for r in range(rounds + 1)]
+    assert all(later >= r for r, later in enumerate(shown))
+    assert (shown[0], shown[-1]) == (0, rounds)
+    assert len(set(shown) - {0}) <= 25
+    assert rounds > 25 or shown == list(range(rounds + 1))
 
 
 def test_no_server_noise_for_nothing(tmp_path: Path):

@@ -95,6 +95,38 @@ def test_a_good_run_prints_rounds_tables_and_place(invoke: Callable[..., Result]
     assert f"results: {tmp_path / 'out'}" in result.output
 
 
+@pytest.mark.parametrize(("nodes", "words"), [(0, "10 clients, engine"), (2, "10 clients on 2 nodes, engine")])
+def test_the_first_line_says_how_many_nodes_host_the_clients(
+    invoke: Callable[..., Result], nodes: int, words: str
+) -> None:
+    assert words in invoke("--set", f"supernodes={nodes}").output
+
+
+@pytest.mark.parametrize(
+    ("peaks", "line"),
+    [
+        ([812.4], "peak memory: 1 actor, 812 MiB\n"),
+        ([700.0, 812.4], "peak memory: 2 actors, up to 812 MiB each\n"),
+        ([], None),
+    ],
+)
+def test_peak_memory_is_printed_from_the_files_of_the_actors(
+    invoke: Callable[..., Result], tmp_path: Path, peaks: list[float], line: str | None
+) -> None:
+    def engine(kind: cli.Engine, job: cli.Job) -> None:
+        good_engine(kind, job)
+        (job.out / "actors").mkdir()
+        (job.out / "actors" / "actor-0.json").write_text("{")  # a damaged file is left out
+        for pid, peak in enumerate(peaks, 1):
+            (job.out / "actors" / f"actor-{pid}.json").write_text(json.dumps({"pid": pid, "peak-mib": peak}))
+
+    output = invoke(engine=engine).output
+    assert line in output if line else "peak memory" not in output
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == SUMMARY
+    invoke("--overwrite")
+    assert not (tmp_path / "out" / "actors").exists()
+
+
 def test_every_problem_is_reported_before_anything_starts(invoke: Callable[..., Result], tmp_path: Path) -> None:
     words = [
         "--set",

@@ -37,6 +37,15 @@ def test_a_fresh_state_leaves_the_global_generator_alone():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def test_fresh_states_share_no_memory():
+    one = fresh_state(4, 6, 2)
+    one.personal.add_(1)
+    one.carrier.add_(1)
+    other = fresh_state(4, 6, 2)
+    assert not other.personal.any()
+    assert not torch.equal(one.carrier, other.carrier)
+
+
 def test_the_state_survives_bitwise(tmp_path: Path):
     folder, state = ClientFolder(tmp_path / "client-000"), some_state()
     folder.save(state, torch.ones(4, 6), "mine")

@@ -11,7 +11,8 @@ APP_DIR = Path(__file__).parents[2]
 DEFAULTS = app_defaults(APP_DIR)
 OWN = {key: value for key, value in DEFAULTS.items() if not key.startswith("plugin.")}
 FLOAT_KEYS = [key for key, value in OWN.items() if isinstance(value, float)]
-COUNT_KEYS = [key for key, value in DEFAULTS.items() if type(value) is int and key != "seed"]
+OTHER_COUNTS = ("seed", "supernodes", "train.top-m", "resources.workspace-mib")
+COUNT_KEYS = [key for key, value in DEFAULTS.items() if type(value) is int and key not in OTHER_COUNTS]
 
 
 def problem_lines(overrides: dict) -> list[str]:
@@ -90,8 +91,8 @@ def test_unknown_key(key, guess):
 
 def test_missing_key():
     flat = dict(DEFAULTS)
-    del flat["train.microbatch"]
-    with pytest.raises(ConfigError, match=r"1 problem:\n  train.microbatch is missing: add it, a whole number"):
+    del flat["train.top-m"]
+    with pytest.raises(ConfigError, match=r"1 problem:\n  train.top-m is missing: add it, a whole number"):
         RunConfig.from_run_config(flat)
 
 
@@ -163,6 +164,11 @@ def test_counts_start_at_one(key):
         ("resources.device", "cuda:", "cuda"),
         ("resources.device", "cuda:x", "cuda:12"),
         ("resources.gpus-per-client", -0.1, 0.25),
+        ("resources.workspace-mib", 15, 16),
+        ("resources.feature-cache", "features", "/features"),
+        ("resources.feature-cache", "none", "off"),
+        ("supernodes", -1, 0),
+        ("train.top-m", -1, 3),
         ("output.dir", "runs/a", "/runs/a"),
     ],
 )
@@ -177,12 +183,20 @@ def test_ranges(key, bad, good):
 
 TRUSTS = {"privacy.record.trusts-server": True, "train.local-steps": 1}
 CLIENT = {"privacy.client.mechanism": "gaussian"}
+FEATURE = {"privacy.record.noise-space": "feature"}
 
 
 @pytest.mark.parametrize(
     ("overrides", "blamed", "reason"),
     [
         ({"prompt.n-ctx": 1}, "prompt.rank", "must be at most prompt.n-ctx (here prompt.n-ctx = 1)"),
+        ({"supernodes": 11}, "supernodes", "must be at most population (here population = 10)"),
+        ({"prompt.learner": "head"}, "prompt.learner", 'as "head" needs method = "promptfl"'),
+        ({"train.top-m": 3, "privacy.record.mechanism": "none"}, "train.top-m", "needs privacy.record.mechanism"),
+        ({"train.top-m": 3, "method": "dpfpl-paper"}, "train.top-m", "must be 0, as published"),
+        ({**FEATURE, "train.top-m": 3}, "privacy.record.noise-space", "so top-m must be 0"),
+        ({**FEATURE, "method": "dpfpl-paper"}, "privacy.record.noise-space", 'must be "prompt", as published'),
+        ({**FEATURE, **TRUSTS}, "privacy.record.noise-space", "when the server adds the noise"),
         ({"data.ref": "folder"}, "data.path", "must be the directory of the images"),
         ({"data.ref": "folder", "data.path": "  "}, "data.path", "must be the directory of the images"),
         ({"data.ref": "demo", "data.path": "/images"}, "data.path", 'did you mean data.ref = "folder"?'),
@@ -213,6 +227,10 @@ def test_cross_rules(overrides, blamed, reason):
         TRUSTS,
         {**TRUSTS, "method": "promptfl"},
         {**CLIENT, "population": 100, "method": "full"},
+        {"supernodes": 10},
+        {"prompt.learner": "head", "method": "promptfl"},
+        {"train.top-m": 3},
+        FEATURE,
         {"population": 1},  # expected-cohort = 10 is not read while the mechanism is none
         {"method": "dpfpl-paper"},
         {"method": "local-only"},
@@ -224,6 +242,11 @@ def test_cross_rules(overrides, blamed, reason):
 def test_accepted_combinations(overrides):
     flat = merge(DEFAULTS, overrides)
     assert RunConfig.from_run_config(flat).to_run_config() == merge(OWN, overrides)
+
+
+@pytest.mark.parametrize(("supernodes", "nodes"), [(0, 10), (3, 3), (10, 10)])
+def test_without_a_number_every_client_has_a_node_of_its_own(supernodes, nodes):
+    assert RunConfig.from_run_config(merge(DEFAULTS, {"supernodes": supernodes})).num_supernodes == nodes
 
 
 def test_home_is_expanded(monkeypatch):

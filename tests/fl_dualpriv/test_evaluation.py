@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fl_dualpriv.evaluation import Accuracy, Score, mean_accuracy, score
+from fl_dualpriv.evaluation import Accuracy, Score, count_by_class, mean_accuracy, score, split_counts
 
 CLASSES = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
 # nearest classes: 0, 1, 2, 0, 1
@@ -47,6 +47,30 @@ def test_an_unreadable_held_out_image_is_never_right():
 def test_class_features_that_are_not_finite_are_never_right():
     found = score(torch.full((3, 2), math.nan), IMAGES, LABELS, torch.tensor([0]))
     assert found.local_correct == 0
+
+
+@pytest.mark.parametrize("broken", [None, "image", "class"])
+def test_one_count_for_many_clients_is_each_clients_own_score(broken: str | None):
+    generator = torch.Generator().manual_seed(0)
+    classes, images = (torch.randn(n, 8, generator=generator) for n in (7, 200))
+    labels = torch.randint(0, 6, (200,), generator=generator)  # nobody has an image of the last class
+    if broken == "image":
+        images[::3] = math.nan
+    elif broken == "class":
+        classes[2] = math.nan
+    held = torch.rand(50, 7, generator=generator) < 0.3
+    held[0], held[1] = False, True
+    together = split_counts(*count_by_class(classes, images, labels, 7), held)
+    assert together == [score(classes, images, labels, row.nonzero().flatten()) for row in held]
+    # Without one class name's feature nothing can be classified.
+    assert any(s.local_correct for s in together) is (broken != "class")
+
+
+def test_many_clients_without_any_image():
+    nothing = split_counts(
+        *count_by_class(CLASSES, torch.zeros(0, 2), torch.zeros(0, dtype=torch.long), 3), torch.ones(2, 3).bool()
+    )
+    assert nothing == [Score(local_correct=0, local_total=0, neighbour_correct=0, neighbour_total=0)] * 2
 
 
 def test_clients_weigh_the_same_whatever_their_size():

@@ -15,7 +15,7 @@ from fl_dualpriv.flower_engine import RunFailed, run_flower, to_toml
 @pytest.mark.parametrize("cpus", [0, -1, 10_000])
 def test_cpus_that_the_machine_does_not_have_are_refused(cpus: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"cpus-per-client = {cpus}: this machine has {os.cpu_count()}"):
-        run_flower(tmp_path, {}, population=1, cpus_per_client=cpus, gpus_per_client=0.0, work_dir=tmp_path / "out")
+        run_flower(tmp_path, {}, num_supernodes=1, cpus_per_client=cpus, gpus_per_client=0.0, work_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -24,7 +24,7 @@ def test_flower_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pyte
     make, made = tempfile.mkdtemp, []
     monkeypatch.setattr(flower_engine.tempfile, "mkdtemp", lambda **words: made.append(make(**words)) or made[-1])
     with pytest.raises(RunFailed, match="make setup"):
-        run_flower(tmp_path, {}, population=1, cpus_per_client=1, gpus_per_client=0.0, work_dir=tmp_path / "out")
+        run_flower(tmp_path, {}, num_supernodes=1, cpus_per_client=1, gpus_per_client=0.0, work_dir=tmp_path / "out")
     assert made != []
     assert [folder for folder in made if Path(folder).exists()] == []
 

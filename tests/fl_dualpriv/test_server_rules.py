@@ -59,10 +59,8 @@ def make(
     seed: int = 0,
 ) -> Any:
     return cls(
-        cards={
-            node: wire.ClientCard(partition=i, num_examples=n)
-            for i, (node, n) in enumerate(zip(nodes, sizes, strict=False))
-        },
+        cards={i: wire.ClientCard(partition=i, num_examples=n) for i, n in enumerate(sizes)},
+        hosts=dict(enumerate(nodes)),
         masses=dict.fromkeys(range(len(nodes)), 1.0),
         num_rounds=5,
         evaluate_every=2,
@@ -83,7 +81,11 @@ def ask(strategy: RoundStrategy, server_round: int = 1) -> list[Message]:
 
 
 def step(strategy: RoundStrategy, asked: list[Message], updates: dict[int, Tensor]) -> Tensor:
-    answers = [Message(wire.upload_content(updates[m.metadata.dst_node_id]), reply_to=m) for m in asked]
+    answers = []
+    for m in asked:
+        value = updates[m.metadata.dst_node_id][None]
+        content = wire.uploads_content(wire.Uploads(partitions=wire.read_train(m).partitions, values=value))
+        answers.append(Message(content, reply_to=m))
     arrays, _ = strategy.aggregate_train(1, answers)
     assert arrays is not None
     return wire.from_arrays(arrays)
@@ -97,6 +99,7 @@ def test_without_client_level_everybody_is_asked_with_the_whole_task():
     asked = ask(strategy, 4)
     assert [m.metadata.dst_node_id for m in asked] == list(NODES)  # by partition
     task = wire.read_train(asked[2])
+    assert [wire.read_train(m).partitions for m in asked] == [(0,), (1,), (2,), (3,)]
     assert (task.server_round, task.run_token, task.noise_multiplier) == (4, "token", 1.25)
     assert torch.equal(task.global_prompt, torch.zeros(SHAPE))
     assert {m.metadata.message_type for m in asked} == {MessageType.TRAIN}
@@ -268,7 +271,9 @@ def evaluate(strategy: RoundStrategy, server_round: int) -> list[Message]:
 
 def answer(message: Message, correct: int) -> Message:
     score = Score(local_correct=correct, local_total=4, neighbour_correct=0, neighbour_total=0)
-    return Message(wire.score_content(score), reply_to=message)
+    partitions = wire.read_evaluate(message).partitions
+    scores = wire.Scores(partitions=partitions, values=[score] * len(partitions))
+    return Message(wire.scores_content(scores), reply_to=message)
 
 
 @pytest.mark.parametrize(("server_round", "scored"), [(1, False), (2, True), (3, False), (4, True), (5, True)])

@@ -32,17 +32,20 @@ def test_the_prompt_survives_bitwise_and_is_a_copy():
     assert torch.equal(wire.from_arrays(arrays), PROMPT)
 
 
-def test_train_task_survives():
-    task = wire.TrainTask(global_prompt=PROMPT, server_round=7, run_token="abc", noise_multiplier=1.1)
-    back = wire.read_train(message(wire.train_content(task)))
+TRAIN = wire.TrainTask(partitions=(0, 4), global_prompt=PROMPT, server_round=7, run_token="abc", noise_multiplier=1.1)
+
+
+@pytest.mark.parametrize("arrays", [None, wire.to_arrays(PROMPT)], ids=["packed here", "packed before"])
+def test_train_task_survives(arrays: ArrayRecord | None):
+    back = wire.read_train(message(wire.train_content(TRAIN, arrays)))
     assert torch.equal(back.global_prompt, PROMPT)
-    assert [getattr(back, f.name) for f in fields(back)[1:]] == [7, "abc", 1.1]
+    assert [getattr(back, f.name) for f in fields(back) if f.name != "global_prompt"] == [(0, 4), 7, "abc", 1.1]
 
 
-def test_the_server_sends_one_tensor_and_three_numbers():
-    task = wire.TrainTask(global_prompt=PROMPT, server_round=7, run_token="abc", noise_multiplier=1.1)
-    assert keys(wire.train_content(task)) == {
+def test_the_server_sends_one_tensor_and_says_who_when_and_how_much_noise():
+    assert keys(wire.train_content(TRAIN)) == {
         "arrays/global-prompt",
+        "config/partitions",
         "config/server-round",
         "config/run-token",
         "config/noise-multiplier",
@@ -51,65 +54,122 @@ def test_the_server_sends_one_tensor_and_three_numbers():
 
 @pytest.mark.parametrize("kind", ["zero-shot", "global", "personal"])
 def test_evaluate_task_survives(kind: wire.PromptKind):
-    task = wire.EvaluateTask(global_prompt=PROMPT, server_round=2, run_token="abc", prompt=kind)
+    task = wire.EvaluateTask(partitions=(3,), global_prompt=PROMPT, server_round=2, run_token="abc", prompt=kind)
     back = wire.read_evaluate(message(wire.evaluate_content(task)))
     assert torch.equal(back.global_prompt, PROMPT)
-    assert (back.server_round, back.run_token, back.prompt) == (2, "abc", kind)
+    assert (back.partitions, back.server_round, back.run_token, back.prompt) == ((3,), 2, "abc", kind)
 
 
 def test_an_unknown_prompt_kind_is_refused():
     content = RecordDict(
         {
             "arrays": wire.to_arrays(PROMPT),
-            "config": ConfigRecord({"server-round": 1, "run-token": "abc", "prompt": "clean"}),
+            "config": ConfigRecord({"partitions": [0], "server-round": 1, "run-token": "abc", "prompt": "clean"}),
         }
     )
     with pytest.raises(ValueError, match=r"'clean'.*allowed: zero-shot, global, personal"):
         wire.read_evaluate(message(content))
 
 
-def test_an_upload_is_one_tensor_and_nothing_else():
-    assert keys(wire.upload_content(PROMPT)) == {"arrays/upload"}
+@pytest.mark.parametrize("partitions", [1, "0, 1", [0.5], ["0"], [True]], ids=str)
+def test_clients_are_a_list_of_whole_numbers(partitions: object):
+    content = wire.train_content(TRAIN)
+    content["config"]["partitions"] = partitions
+    with pytest.raises(ValueError, match="expected a list of whole numbers"):
+        wire.read_train(message(content))
+
+
+def uploads(values: torch.Tensor, partitions: tuple[int, ...] = (3,), failed: dict[int, str] | None = None):
+    return wire.Uploads(partitions=partitions, values=values, failed=failed or {})
+
+
+def test_uploads_are_one_tensor_and_say_whose_they_are():
+    assert keys(wire.uploads_content(uploads(PROMPT[None]))) == {
+        "arrays/upload",
+        "clients/partitions",
+        "clients/failed",
+        "clients/reasons",
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_an_upload_comes_out_in_double(dtype: torch.dtype):
-    upload = PROMPT.to(dtype)
-    back = wire.read_upload(message(wire.upload_content(upload)), (2, 3))
-    assert back.dtype == torch.float64
-    assert torch.equal(back, upload.double())
+def test_uploads_come_out_in_double(dtype: torch.dtype):
+    values = torch.stack([PROMPT, -PROMPT]).to(dtype)
+    back = wire.read_uploads(message(wire.uploads_content(uploads(values, (5, 2), {9: "boom"}))), (2, 3))
+    assert back.values.dtype == torch.float64
+    assert torch.equal(back.values, values.double())
+    assert (back.partitions, back.failed) == ((5, 2), {9: "boom"})
+
+
+def test_a_node_where_all_failed_answers_too():
+    nothing = uploads(torch.zeros(0, 2, 3), (), {0: "boom", 1: "bang"})
+    back = wire.read_uploads(message(wire.uploads_content(nothing)), (2, 3))
+    assert (back.partitions, back.failed) == ((), {0: "boom", 1: "bang"})
 
 
 @pytest.mark.parametrize(
     ("arrays", "named"),
     [
         ({}, "arrays"),
-        ({"global-prompt": PROMPT}, "global-prompt"),
-        ({"upload": PROMPT, "personal": PROMPT}, "personal"),
-        ({"upload": PROMPT.T}, "3, 2"),
-        ({"upload": PROMPT[None]}, "1, 2, 3"),
-        ({"upload": PROMPT.long()}, "int64"),
-        ({"upload": PROMPT.to(torch.complex64)}, "complex64"),
+        ({"global-prompt": PROMPT[None]}, "global-prompt"),
+        ({"upload": PROMPT[None], "personal": PROMPT}, "personal"),
+        ({"upload": PROMPT.T[None]}, "3, 2"),
+        ({"upload": PROMPT}, r"\(2, 3\)"),
+        ({"upload": torch.stack([PROMPT, PROMPT])}, "2, 2, 3"),
+        ({"upload": PROMPT.long()[None]}, "int64"),
+        ({"upload": PROMPT.to(torch.complex64)[None]}, "complex64"),
     ],
-    ids=["none", "other name", "extra", "transposed", "extra dimension", "integers", "complex"],
+    ids=["none", "other name", "extra", "transposed", "no stack", "two for one", "integers", "complex"],
 )
 def test_unexpected_uploads_are_refused_by_name(arrays: dict[str, torch.Tensor], named: str):
-    record = ArrayRecord({name: Array(np.ascontiguousarray(value.numpy())) for name, value in arrays.items()})
+    content = wire.uploads_content(uploads(PROMPT[None]))
+    content["arrays"] = ArrayRecord({name: Array(np.ascontiguousarray(v.numpy())) for name, v in arrays.items()})
     with pytest.raises(ValueError, match=named):
-        wire.read_upload(message(RecordDict({"arrays": record})), (2, 3))
+        wire.read_uploads(message(content), (2, 3))
 
 
-def test_card_survives():
-    card = wire.ClientCard(partition=3, num_examples=120)
-    assert wire.read_card(message(wire.card_content(card), MessageType.QUERY)) == card
+def test_cards_survive():
+    cards = [wire.ClientCard(partition=3, num_examples=120), wire.ClientCard(partition=7, num_examples=1)]
+    assert wire.read_cards(message(wire.cards_content(cards), MessageType.QUERY)) == cards
 
 
-def test_score_survives():
-    score = Score(local_correct=1, local_total=2, neighbour_correct=3, neighbour_total=4)
-    content = wire.score_content(score)
-    assert wire.read_score(message(content, MessageType.EVALUATE)) == score
-    # counts of held-out images, nothing about training
-    assert keys(content) == {"score/" + f.name.replace("_", "-") for f in fields(Score)}
+SCORES = wire.Scores(
+    partitions=(4, 1),
+    values=[
+        Score(local_correct=1, local_total=2, neighbour_correct=3, neighbour_total=4),
+        Score(local_correct=0, local_total=0, neighbour_correct=5, neighbour_total=6),
+    ],
+    failed={8: "boom"},
+)
+
+
+@pytest.mark.parametrize(
+    "scores", [SCORES, wire.Scores(partitions=(), values=[], failed={0: "boom"})], ids=["two", "none"]
+)
+def test_scores_survive(scores: wire.Scores):
+    assert wire.read_scores(message(wire.scores_content(scores), MessageType.EVALUATE)) == scores
+
+
+def test_a_score_is_counts_of_held_out_images_and_nothing_about_training():
+    content = wire.scores_content(SCORES)
+    assert keys(RecordDict({"score": content["score"]})) == {"score/" + f.name.replace("_", "-") for f in fields(Score)}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("local-correct", [3, 0], "impossible counts"),
+        ("neighbour-correct", [3, -1], "impossible counts"),
+        ("local-total", [2], r"counts for 2 clients"),
+        ("local-total", [2.0, 0.0], "whole numbers"),
+        ("accuracy", [1, 1], "accuracy"),
+    ],
+)
+def test_counts_that_cannot_be_are_refused(key: str, value: list[int], reason: str):
+    content = wire.scores_content(SCORES)
+    content["score"][key] = value
+    with pytest.raises(ValueError, match=reason):
+        wire.read_scores(message(content))
 
 
 RAY = """<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'\x1b[36mray::ClientAppActor.run()\x1b[39m (pid=7)

@@ -1,0 +1,196 @@
+"""A Flower node and the clients it hosts: who they are, where their state lies, how good their prompts are."""
+
+import functools
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fl_dualpriv import wire
+from fl_dualpriv.client import ClientFolder
+from fl_dualpriv.config import RunConfig
+from fl_dualpriv.errors import ConfigError, PrivacyError
+from fl_dualpriv.evaluation import Score, count_by_class, split_counts
+from fl_dualpriv.methods import METHODS
+from fl_dualpriv.peak_memory import report_peak
+from fl_dualpriv.plans import may_score, record_level_plan
+from fl_dualpriv.privacy.noise import random_sources
+from fl_dualpriv.prompts.tower import PromptTower
+from fl_dualpriv.world import build_world
+
+_log = logging.getLogger("fl_dualpriv")
+
+
+class Setting:
+    """A configuration and what follows from it, once a process: messages of one run differ in little else.
+
+    Args:
+        config: The run's configuration.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.world = build_world(config)
+        self.tower = self.world.tower(config.prompt)
+        self.parts = METHODS[config.method]
+        self.plan = record_level_plan(config)
+        self.sources = random_sources(config.privacy.randomness)
+        self.may_score = may_score(config)
+        self._counts: tuple[tuple[str, bytes], tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a client has anything to keep: a personal prompt, or the rounds that its plan may not repeat."""
+        return self.parts.personal or self.plan is not None
+
+    @functools.cached_property
+    def held(self) -> Tensor:
+        """Whether a client holds a class, (population, n_cls) bool; public metadata."""
+        labels = self.world.data.train.labels
+        table = np.zeros((len(self.world.partitions), len(self.world.data.train.class_names)), dtype=bool)
+        for partition, indices in enumerate(self.world.partitions):
+            table[partition, labels[indices]] = True
+        return torch.from_numpy(table)
+
+    def shared_counts(self, kind: wire.PromptKind, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """Correct and all held-out images per class for a prompt that all clients share; the last one is kept."""
+        key = (kind, b"" if kind == "zero-shot" else prompt.numpy().tobytes())
+        if self._counts is None or self._counts[0] != key:
+            with torch.no_grad():
+                if kind == "zero-shot":
+                    classes = self.world.text.zero_shot_features()
+                else:
+                    classes = self.tower(prompt[None].to(self.world.backbone.device)).values[0]
+            self._counts = key, self.count(classes)
+        return self._counts[1]
+
+    def count(self, class_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Correct and all held-out images per class for these class features."""
+        images = self.world.held_out(self.config.evaluation.split)
+        return count_by_class(class_features, images.features, images.labels, self.held.shape[1])
+
+
+def prompts_at_once(tower: PromptTower, workspace_bytes: int) -> int:
+    """How many prompts may go through the tower together; at least one. Splits the work, never changes a result."""
+    return max(1, workspace_bytes // max(1, tower.bytes_per_prompt))
+
+
+def chunks(partitions: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Groups of at most ``size`` clients, in order."""
+    for start in range(0, len(partitions), size):
+        yield partitions[start : start + size]
+
+
+class Failures(dict[int, str]):
+    """Partition → why it failed, in the words of the error; the traceback goes to the node's log, once per reason."""
+
+    def add(self, partitions: Iterable[int], error: Exception) -> None:
+        """These clients failed together."""
+        reason = f"{type(error).__name__}: {error}"
+        if reason not in self.values():
+            ours = isinstance(error, ConfigError | PrivacyError)  # says all there is to say
+            _log.warning("a client failed: %s", reason, exc_info=None if ours else error)
+        self |= dict.fromkeys(partitions, reason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One Flower node of a run. It hosts the clients j, j + nodes, j + 2 nodes and so on.
+
+    Attributes:
+        setting: What all nodes of the process share.
+        index: j.
+        run_folder: Of the run, for clients without a folder that the node's owner chose.
+        state_dir: The owner's folder, if there is one: of client j itself, and of further clients inside it.
+    """
+
+    setting: Setting
+    index: int
+    run_folder: Path
+    state_dir: Path | None
+
+    def __post_init__(self) -> None:
+        nodes = self.setting.config.num_supernodes
+        if not 0 <= self.index < nodes:
+            raise ConfigError(
+                f"partition-id = {self.index} of this node, but the run has {nodes} nodes; give every node a "
+                "partition-id of its own, from 0"
+            )
+
+    @property
+    def hosted(self) -> range:
+        """The clients of this node."""
+        config = self.setting.config
+        return range(self.index, config.population, config.num_supernodes)
+
+    def cards(self) -> list[wire.ClientCard]:
+        """Public metadata of all hosted clients."""
+        partitions = self.setting.world.partitions
+        return [wire.ClientCard(partition=p, num_examples=len(partitions[p])) for p in self.hosted]
+
+    def folder(self, partition: int) -> ClientFolder:
+        """A client's own folder."""
+        if self.state_dir is None:
+            return ClientFolder(self.run_folder / "clients" / f"client-{partition:03d}")
+        return ClientFolder(self.state_dir if partition == self.index else self.state_dir / f"client-{partition:03d}")
+
+    def asked(self, partitions: Sequence[int]) -> list[int]:
+        """Check whom a message speaks of; in order.
+
+        Raises:
+            PrivacyError: If a client is not hosted here, or named twice.
+        """
+        if len(set(partitions)) != len(partitions) or any(p not in self.hosted for p in partitions):
+            raise PrivacyError("a message names a client twice, or one that this node does not host; it is refused")
+        return sorted(partitions)
+
+    def score(self, task: wire.EvaluateTask) -> wire.Scores:
+        """Score the zero-shot, the global or the personal prompt of each client that is asked on held-out images.
+
+        Raises:
+            PrivacyError: If those images are private here.
+        """
+        setting = self.setting
+        if not setting.may_score:
+            raise PrivacyError("the held-out images are private here: their scores would be an unaccounted release")
+        partitions = self.asked(task.partitions)
+        if task.prompt != "personal" or not setting.keeps_state:
+            kind = "zero-shot" if task.prompt == "zero-shot" else "global"
+            scores = split_counts(*setting.shared_counts(kind, task.global_prompt), setting.held[partitions])
+            return wire.Scores(partitions=tuple(partitions), values=scores)
+        return self._score_personal(task, partitions)
+
+    def _score_personal(self, task: wire.EvaluateTask, partitions: list[int]) -> wire.Scores:
+        setting, failed = self.setting, Failures()
+        scores: dict[int, Score] = {}
+        device = setting.world.backbone.device
+        n_ctx, ctx_dim = task.global_prompt.shape
+        size = prompts_at_once(setting.tower, setting.config.resources.workspace_mib * 2**20)
+        for group in chunks(partitions, size):
+            prompts: dict[int, Tensor] = {}
+            for p in group:
+                try:
+                    state = self.folder(p).load(task.run_token, n_ctx, ctx_dim, setting.config.prompt.rank)
+                    prompts[p] = task.global_prompt + state.personal
+                except Exception as error:
+                    failed.add([p], error)
+            if not prompts:
+                continue
+            with torch.no_grad():
+                classes = setting.tower(torch.stack(list(prompts.values())).to(device)).values
+            for p, features in zip(prompts, classes, strict=True):
+                (scores[p],) = split_counts(*setting.count(features), setting.held[p : p + 1])
+        return wire.Scores(partitions=tuple(scores), values=list(scores.values()), failed=failed)
+
+    def report_memory(self) -> None:
+        """Log the process's peak when it grew; beside the results it is written down too."""
+        device = self.setting.world.backbone.device
+        folder = self.run_folder if self.state_dir is None else None
+        if device.type == "cuda":
+            report_peak(folder, str(device), lambda: torch.cuda.max_memory_allocated(device))
+        else:
+            report_peak(folder, "cpu")

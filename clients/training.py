@@ -1,0 +1,193 @@
+"""One train message: the clients of a node step together, and what fails for one fails for one alone."""
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from clients.dpfpl_paper import PublishedTraining, nominal_sigma, published_update
+from clients.dualpriv import LocalTraining, Participant, cohort_update
+from clients.hosting import Failures, Node, chunks, prompts_at_once
+from fl_dualpriv import wire
+from fl_dualpriv.client import PersonalState, check_noise, check_task, fresh_state
+from fl_dualpriv.config import RunConfig
+from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
+from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey
+
+_MOST_LOCKS = 256  # a lock is an open file, and a process may have about a thousand
+
+
+class TrainRound:
+    """One round of local steps for each client that a message asks for.
+
+    Guarantee:
+        Under record-level DP a client's events of the round stand in its own ledger before its release is drawn, and
+        its ledger is held until its state is kept. An upload leaves only if the state was kept.
+
+    Args:
+        node: Where the clients are.
+        task: What is asked.
+    """
+
+    def __init__(self, node: Node, task: wire.TrainTask) -> None:
+        self._node, self._setting, self._task = node, node.setting, task
+        self._prompt = task.global_prompt.to(self._setting.world.backbone.device)
+        self._uploads: dict[int, Tensor] = {}
+        self._failed = Failures()
+
+    def run(self) -> wire.Uploads:
+        """Train everybody; a client that fails takes nobody with it.
+
+        Raises:
+            PrivacyError: If the message speaks of clients that are not here.
+        """
+        setting = self._setting
+        partitions = self._node.asked(self._task.partitions)
+        if setting.parts.published_procedure:
+            for partition in partitions:
+                self._publish(partition)
+        else:
+            # Half of the workspace for prompts on their way through the tower, half for rows on their way back.
+            size = prompts_at_once(setting.tower, setting.config.resources.workspace_mib * 2**19)
+            for group in chunks(partitions, min(size, _MOST_LOCKS) if setting.plan is not None else size):
+                self._train(group)
+        values = list(self._uploads.values())
+        return wire.Uploads(
+            partitions=tuple(self._uploads),
+            values=torch.stack(values).cpu() if values else torch.zeros(0, *self._prompt.shape),
+            failed=self._failed,
+        )
+
+    def _train(self, group: Sequence[int]) -> None:
+        """Let the clients of a group step together; each ledger is written before, and held until its state is kept."""
+        setting = self._setting
+        ready: list[Participant] = []
+        with contextlib.ExitStack() as locks:
+            for partition in group:
+                try:
+                    ready.append(self._prepare(partition, locks))
+                except Exception as error:
+                    self._failed.add([partition], error)
+            if not ready:
+                return
+            try:
+                results = cohort_update(
+                    global_prompt=self._prompt,
+                    participants=ready,
+                    tower=setting.tower,
+                    logit_scale=setting.world.logit_scale,
+                    parts=setting.parts,
+                    training=_local_training(setting.config),
+                    plan=setting.plan,
+                )
+            except Exception as error:
+                # Their events stay in the ledgers: a release may have been drawn.
+                self._failed.add([participant.partition for participant in ready], error)
+                return
+            for participant, (upload, state) in zip(ready, results, strict=True):
+                self._finish(participant.partition, upload, state)
+
+    def _prepare(self, partition: int, locks: contextlib.ExitStack) -> Participant:
+        """A client's state, data and random streams, after its own checks and with its ledger written.
+
+        Raises:
+            PrivacyError: If the client refuses the round.
+        """
+        setting, task = self._setting, self._task
+        data = setting.world.client_data(partition, task.server_round)
+        random = functools.partial(_stream, setting.sources, setting.config.seed, partition, task.server_round)
+        if setting.plan is None:
+            return Participant(partition=partition, state=self._state(partition), data=data, random=random)
+        plan, steps = setting.plan, setting.config.train.local_steps
+        check_noise(plan, task.noise_multiplier)
+        ledger = Ledger(self._node.folder(partition).ledger)
+        locks.enter_context(ledger.exclusive())
+        state = self._state(partition)
+        check_task(plan, ledger, state, task.server_round, steps)
+        ledger.record_all(
+            [
+                LedgerEvent(
+                    run=task.run_token,
+                    unit="record",
+                    server_round=task.server_round,
+                    step=step,
+                    sampling_rate=plan.sampling_rate,
+                    noise_multiplier=plan.noise_multiplier,
+                )
+                for step in range(steps)
+            ]
+        )
+        return Participant(partition=partition, state=state, data=data, random=random)
+
+    def _state(self, partition: int) -> PersonalState:
+        if not self._setting.keeps_state:
+            return self._nothing
+        n_ctx, ctx_dim = self._prompt.shape
+        folder, rank = self._node.folder(partition), self._setting.config.prompt.rank
+        return folder.load(self._task.run_token, n_ctx, ctx_dim, rank).to(self._prompt.device)
+
+    @functools.cached_property
+    def _nothing(self) -> PersonalState:
+        """The state of clients that keep none."""
+        n_ctx, ctx_dim = self._prompt.shape
+        return fresh_state(n_ctx, ctx_dim, self._setting.config.prompt.rank).to(self._prompt.device)
+
+    def _finish(self, partition: int, upload: Tensor, state: PersonalState) -> None:
+        """Keep the state, then let the upload go: a round whose state is lost must not be answered."""
+        if self._setting.keeps_state:
+            try:
+                kept = replace(state, server_round=self._task.server_round)
+                self._node.folder(partition).save(kept, self._prompt, self._task.run_token)
+            except Exception as error:
+                self._failed.add([partition], error)
+                return
+        self._uploads[partition] = upload
+
+    def _publish(self, partition: int) -> None:
+        """DP-FPL as published, one client after the other."""
+        setting, config = self._setting, self._setting.config
+        record, steps = config.privacy.record, config.rounds * config.train.local_steps
+        try:
+            data = setting.world.client_data(partition, self._task.server_round)
+            upload, state = published_update(
+                global_prompt=self._prompt,
+                state=self._state(partition),
+                data=data,
+                tower=setting.tower,
+                logit_scale=setting.world.logit_scale,
+                training=PublishedTraining(
+                    local_steps=config.train.local_steps,
+                    batch_size=max(1, round(config.train.sampling_rate * data.num_examples)),
+                    global_learning_rate=config.train.global_learning_rate,
+                    local_learning_rate=config.train.local_learning_rate,
+                    sigma=nominal_sigma(record.epsilon, record.delta, steps) if record.mechanism == "gaussian" else 0.0,
+                ),
+                random=functools.partial(_stream, setting.sources, config.seed, partition, self._task.server_round),
+            )
+        except Exception as error:
+            self._failed.add([partition], error)
+            return
+        self._finish(partition, upload, state)
+
+
+def _local_training(config: RunConfig) -> LocalTraining:
+    return LocalTraining(
+        local_steps=config.train.local_steps,
+        sampling_rate=config.train.sampling_rate,
+        global_learning_rate=config.train.global_learning_rate,
+        local_learning_rate=config.train.local_learning_rate,
+        update_keep_ratio=config.pruning.update_keep_ratio,
+        top_m=config.train.top_m,
+        noise_space=config.privacy.record.noise_space,
+        workspace_bytes=config.resources.workspace_mib * 2**20,
+    )
+
+
+def _stream(
+    sources: RandomSources, seed: int, partition: int, server_round: int, purpose: str, step: int
+) -> RandomSource:
+    """A client's stream for one purpose and step, whoever hosts it."""
+    return sources(StreamKey(seed=seed, purpose=purpose, partition=partition, server_round=server_round, step=step))

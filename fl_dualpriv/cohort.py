@@ -1,0 +1,80 @@
+"""Who was asked, through which node, and which answers count: clients are many, the nodes that host them may be few."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from flwr.app import Message
+
+from fl_dualpriv import wire
+
+Answer = TypeVar("Answer", wire.Uploads, wire.Scores)
+Asked = Mapping[int, tuple[int, ...]]
+"""Node id → the clients that it was asked about."""
+
+
+def by_node(partitions: Iterable[int], hosts: Mapping[int, int]) -> dict[int, tuple[int, ...]]:
+    """Group clients by the node that hosts them; nodes in the order of their first client, not of their random ids."""
+    groups: dict[int, list[int]] = {}
+    for partition in partitions:
+        groups.setdefault(hosts[partition], []).append(partition)
+    return {node: tuple(members) for node, members in groups.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected(Generic[Answer]):
+    """Answers that count, and why the other clients have none.
+
+    Attributes:
+        answers: One per node that answered well, in any order.
+        failed: Partition → reason, in the order of partitions.
+    """
+
+    answers: list[Answer]
+    failed: dict[int, str]
+
+
+def collect(
+    asked: Asked, replies: Iterable[Message], read: Callable[[Message], Answer], what: str
+) -> Collected[Answer]:
+    """Sort replies into answers that count and failures.
+
+    Guarantee:
+        A client counts at most once, and only by the first reply of the node that hosts it and was asked about it. A
+        reply that names any other client, or one twice, or that cannot be read, counts for nobody. Every client that
+        was asked is in exactly one of the answers or among the failed.
+
+    Args:
+        asked: What each node was asked about.
+        replies: From outside: anything may be in them.
+        read: Unpacks a reply; may raise.
+        what: Name of an answer, for messages.
+    """
+    answers: list[Answer] = []
+    failed: dict[int, str] = {}
+    answered: set[int] = set()
+    for reply in replies:
+        node = reply.metadata.src_node_id
+        if node not in asked or node in answered:
+            continue  # nobody asked, or asked once: a second copy must not count twice
+        answered.add(node)
+        members = asked[node]
+        if reply.has_error():
+            failed |= dict.fromkeys(members, wire.failure_reason(reply))
+            continue
+        try:
+            answer = read(reply)
+            named = {*answer.partitions, *answer.failed}
+            if not named <= set(members) or len(named) != len(answer.partitions) + len(answer.failed):
+                raise ValueError("it names a client twice, or one that was not asked")
+        except Exception as error:  # bytes from outside: whatever cannot be read is a failure of its sender
+            failed |= dict.fromkeys(members, f"unreadable {what}: {type(error).__name__}: {error}")
+            continue
+        answers.append(answer)
+        failed |= answer.failed
+        if len(named) < len(members):
+            failed |= dict.fromkeys(set(members) - named, f"no {what} in the reply of its node")
+    for node, members in asked.items():
+        if node not in answered:
+            failed |= dict.fromkeys(members, "no reply in time")
+    return Collected(answers=answers, failed=dict(sorted(failed.items())))

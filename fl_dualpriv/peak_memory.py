@@ -1,0 +1,58 @@
+"""How much memory each process took at most: a local file per process, for whoever owns the machine.
+
+It never travels: the sizes of batches are private. Light on import.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+_log = logging.getLogger("fl_dualpriv")
+_MIB = 2**20
+_GROWTH = 1.05
+_reported: dict[Path | None, float] = {}
+
+
+def resident_peak() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def report_peak(folder: Path | None, kind: str, peak: Callable[[], int] = resident_peak) -> None:
+    """Log this process's peak, and write it to ``folder/actors/actor-PID.json``, when it grew by more than 5 %.
+
+    Args:
+        folder: The run's folder; None: log only. A folder that cannot be written to is no reason to stop.
+        kind: What is measured, such as ``cpu`` or ``cuda:0``.
+        peak: Measures it, in bytes.
+    """
+    size = peak() / _MIB
+    if size <= _GROWTH * _reported.get(folder, 0.0):
+        return
+    _reported[folder] = size
+    _log.info("peak memory of process %d: %.0f MiB (%s)", os.getpid(), size, kind)
+    if folder is None:
+        return
+    from fl_dualpriv.files import write_json  # late: it brings torch, which the front does without
+
+    with contextlib.suppress(OSError):  # a full disk must not end a round
+        content = {"pid": os.getpid(), "kind": kind, "peak-mib": round(size, 1)}
+        write_json(folder / "actors" / f"actor-{os.getpid()}.json", content)
+
+
+def describe_peaks(folder: Path) -> str | None:
+    """One line about all processes of a run; None if none left a file."""
+    peaks = []
+    for file in sorted((folder / "actors").glob("actor-*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            peaks.append(float(json.loads(file.read_text(encoding="utf-8"))["peak-mib"]))
+    if not peaks:
+        return None
+    if len(peaks) == 1:
+        return f"peak memory: 1 actor, {peaks[0]:.0f} MiB"
+    return f"peak memory: {len(peaks)} actors, up to {max(peaks):.0f} MiB each"

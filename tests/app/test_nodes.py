@@ -1,0 +1,176 @@
+"""Many clients on few nodes: the same prompts, personal prompts, scores and ledgers as with a node for each client."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Message
+from PIL import Image
+from torch import Tensor
+
+import clients.training
+from fl_dualpriv.config import app_defaults
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.files import read_tensors
+from fl_dualpriv.local_engine import LocalGrid, run_local
+
+APP_DIR = Path(__file__).parents[2]
+DEFAULTS = app_defaults(APP_DIR)
+POPULATION = 6
+CLIENT_LEVEL: dict[str, Any] = {
+    "privacy.record.mechanism": "none",
+    "privacy.client.mechanism": "gaussian",
+    "privacy.client.calibrate-to": "noise-multiplier",
+    "privacy.client.expected-cohort": 3.0,
+}
+LEVELS: dict[str, dict[str, Any]] = {
+    "record": {},
+    "client": CLIENT_LEVEL,
+    "both": CLIENT_LEVEL | {"privacy.record.mechanism": "gaussian"},
+    "trusts-server": {"privacy.record.trusts-server": True, "train.local-steps": 1},
+    "none": {"privacy.record.mechanism": "none"},
+    "published": {"method": "dpfpl-paper"},
+    "top-m": {"train.top-m": 2},
+    "feature": {"privacy.record.noise-space": "feature"},
+    "promptfl": {"method": "promptfl", "privacy.record.mechanism": "none"},
+}
+PRIVATE = {"record", "both", "trusts-server", "top-m", "feature"}
+"""Levels at which every client's steps are noised."""
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for label, name in enumerate(("cat", "dog", "bus", "tree")):
+        (root / name).mkdir()
+        for i in range(20):
+            pixels = rng.integers(0, 128, (32, 32, 3))
+            pixels[8 * label : 8 * label + 8] += 127  # a bright band: something to learn
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture
+def run(images: Path, tiny_clip_dir: Path, tmp_path: Path) -> Run:
+    def start(nodes: int, changes: dict[str, Any] | None = None) -> Path:
+        out = tmp_path / f"nodes-{nodes}"
+        base: dict[str, Any] = {
+            "rounds": 2,
+            "population": POPULATION,
+            "supernodes": nodes,
+            "join-timeout": 1.0,
+            "train.local-steps": 2,
+            "train.sampling-rate": 0.3,
+            "privacy.randomness": "seeded",
+            "privacy.record.calibrate-to": "noise-multiplier",
+            "privacy.record.delta": 1e-3,
+            "evaluation.held-out-data": "public",
+            "data.ref": "folder",
+            "data.path": str(images),
+            "data.partition": "dirichlet",  # clients of unequal sizes
+            "data.dirichlet-alpha": 1.0,
+            "backbone.name": f"local-dir:{tiny_clip_dir}",
+            "resources.device": "cpu",
+            "resources.feature-cache": "off",
+            "output.dir": str(out),
+        }
+        run_local(APP_DIR, DEFAULTS | base | (changes or {}))
+        return out
+
+    return start
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How many messages of each kind were sent."""
+    counts: Counter[str] = Counter()
+    push = LocalGrid._push
+
+    def counting(self: LocalGrid, message: Message) -> str:
+        counts[message.metadata.message_type] += 1
+        return push(self, message)
+
+    monkeypatch.setattr(LocalGrid, "_push", counting)
+    return counts
+
+
+def prompts(out: Path) -> dict[str, Tensor]:
+    files = [out / "prompts" / "global.safetensors", *sorted(out.glob("clients/*/prompt.safetensors"))]
+    return {f"{f.parent.name} {name}": tensor for f in files for name, tensor in read_tensors(f)[0].items()}
+
+
+def ledgers(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """All events but for the token of the run, by file."""
+    found = {}
+    for path in sorted(out.rglob("ledger.jsonl")):
+        events = [json.loads(line) for line in path.read_text().splitlines()]
+        found[str(path.relative_to(out))] = [{k: v for k, v in event.items() if k != "run"} for event in events]
+    return found
+
+
+def scores(out: Path) -> list[Any]:
+    lines = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+    return [(line["round"], line["accuracy"], line["failures"], line["epsilon"]) for line in lines]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_few_nodes_give_the_numbers_of_many(run: Run, level: str):
+    many = run(0, LEVELS[level])
+    expected = prompts(many)
+    assert bool(expected["prompts global"].any())
+    for nodes in (1, 2) if level in ("record", "client") else (2,):
+        few = run(nodes, LEVELS[level])
+        found = prompts(few)
+        assert list(found) == list(expected)
+        for name, tensor in expected.items():
+            # Clients that step together share matrix products, whose order of summation depends on their size. Noise
+            # hides none of it, but without noise a sum of gradients cancels, and power iteration makes more of it.
+            tolerance = 1e-6 if level in PRIVATE and not name.endswith("carrier") else 1e-5
+            difference = float(torch.linalg.vector_norm((found[name] - tensor).double()))
+            assert difference <= tolerance * float(torch.linalg.vector_norm(tensor.double())), name
+        assert ledgers(few) == ledgers(many)
+        assert scores(few) == scores(many)
+    clients_with_a_ledger = sum(name.startswith("clients/") for name in ledgers(many))
+    assert clients_with_a_ledger == POPULATION if level in PRIVATE - {"both"} else clients_with_a_ledger <= POPULATION
+
+
+def test_a_round_takes_one_message_per_node(run: Run, asked: Counter[str]):
+    run(2)
+    # two rounds; zero-shot and two scored rounds
+    assert asked == {"query": 2, "train": 4, "evaluate": 6}
+
+
+def test_a_failing_client_among_many_is_one_counted_zero(run: Run, tmp_path: Path):
+    state = tmp_path / "nodes-2" / "clients" / "client-003"
+    state.parent.mkdir(parents=True)
+    state.write_text("in the way")
+    out = run(2)
+    assert json.loads((out / "summary.json").read_text())["failures"] == 2  # its ledger cannot be written in any round
+    assert [path.parent.name for path in sorted(out.glob("clients/*/prompt.safetensors"))] == [
+        f"client-{p:03d}" for p in range(POPULATION) if p != 3
+    ]
+
+
+def test_clients_step_together(run: Run, monkeypatch: pytest.MonkeyPatch):
+    update, sizes = clients.training.cohort_update, []
+
+    def counting(**arguments: Any) -> Any:
+        sizes.append([participant.partition for participant in arguments["participants"]])
+        return update(**arguments)
+
+    monkeypatch.setattr(clients.training, "cohort_update", counting)
+    run(2)
+    assert sizes == [[0, 2, 4], [1, 3, 5]] * 2
+
+
+def test_the_wrong_number_of_nodes_is_an_error_that_quotes_the_flag(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(LocalGrid, "get_node_ids", lambda self: [1, 2, 3])
+    with pytest.raises(ConfigError, match=r"supernodes = 2, but 3 nodes joined .*num-supernodes=2.* supernodes = 3"):
+        run(2, {"join-timeout": 0.3})
