@@ -188,6 +188,9 @@ def absolute_paths(flat: Mapping[str, ConfigValue], base: Path) -> dict[str, Con
     name, pretrained = result.get("backbone.name"), result.get("backbone.pretrained")
     if isinstance(name, str) and name.startswith("local-dir:"):
         result["backbone.name"] = "local-dir:" + str(base / Path(name.removeprefix("local-dir:")).expanduser())
+    if isinstance(name, str) and name.startswith("hf:"):  # a folder, or a name on the hub
+        folder = base / Path(name.removeprefix("hf:")).expanduser()
+        result["backbone.name"] = f"hf:{folder}" if folder.is_dir() else name
     # Else it is a tag.
     if isinstance(pretrained, str) and pretrained.endswith((".safetensors", ".pt", ".pth", ".bin")):
         result["backbone.pretrained"] = str(base / Path(pretrained).expanduser())

@@ -20,12 +20,10 @@ class ClientData:
     Attributes:
         features: (record, embed_dim), unit norm; the row of an unreadable record is NaN, so that it stays counted.
         labels: (record,).
-        held_classes: Class ids of the client; public metadata.
     """
 
     features: Tensor
     labels: Tensor
-    held_classes: Tensor
 
     @property
     def num_examples(self) -> int:

@@ -201,7 +201,7 @@ class RunConfig:
 
     @property
     def num_supernodes(self) -> int:
-        """Flower nodes of the run: node j hosts the clients j, j + nodes, j + 2 nodes, …"""
+        """Flower nodes of the run: node j hosts the clients j, j + nodes, j + 2 nodes and so on."""
         return self.supernodes or self.population
 
     def to_run_config(self) -> dict[str, ConfigValue]:

@@ -118,8 +118,8 @@ _PATH_NEEDED = 'must be the directory of the images when data.ref = "folder"'
 
 CROSS_RULES: tuple[CrossRule, ...] = (
     CrossRule(
-        ("prompt.rank", "prompt.n-ctx"),
-        lambda v: v["prompt.rank"] <= v["prompt.n-ctx"],
+        ("prompt.rank", "prompt.n-ctx", "prompt.learner"),
+        lambda v: v["prompt.rank"] <= v["prompt.n-ctx"] or v["prompt.learner"] == "head",
         "must be at most prompt.n-ctx",
         "lower the rank or add context tokens",
     ),

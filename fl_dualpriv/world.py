@@ -125,7 +125,6 @@ class World:
         return ClientData(
             features=torch.from_numpy(rows).to(device),
             labels=torch.from_numpy(images.labels[indices]).to(device),
-            held_classes=torch.from_numpy(held_classes(images.labels, indices)).to(device),
         )
 
 

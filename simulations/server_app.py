@@ -14,6 +14,7 @@ from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.evaluation import Accuracy
 from fl_dualpriv.local_engine import LocalGrid
+from fl_dualpriv.memory import check_memory
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.plans import claims_privacy, client_level_plan, may_score, record_level_plan
 from fl_dualpriv.plugins import load_class, plugin_options
@@ -55,6 +56,8 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
     recorder.claim()
     world = build_world(config)
     record, client = record_level_plan(config), client_level_plan(config)
+    if engine_name(grid) == "ray":  # actors are further processes on this machine
+        check_memory(config, world)
     cards, hosts = join(grid, config)
 
     def report(done: RoundReport) -> None:
@@ -282,6 +285,10 @@ def notes(
         found.append("scores are of personal prompts: covered at record level, not at client level")
     if parts.published_procedure and config.privacy.record.mechanism == "gaussian":
         found.append("dpfpl-paper: ε is nominal, not a guarantee")
+    if record and config.train.top_m:
+        found.append(f"top-m = {config.train.top_m}: each record back-propagates its largest residuals only, a bias")
+    if record and config.privacy.record.noise_space == "feature":
+        found.append("noise-space = feature: gradients of the class features are clipped and noised, not the prompt's")
     if not scored:
         found.append(
             "no scores: the held-out images are private (evaluation.held-out-data); give a test/ folder, or declare "

@@ -66,7 +66,7 @@ def clipped_sum(rows: Tensor, clip_norm: float) -> ClippedSum:
 def clipped_feature_sum(classes: Tensor, x: Tensor, y: Tensor, logit_scale: float, clip_norm: float) -> ClippedSum:
     """Clip and sum the gradients with respect to the *class features*, in closed form: noise space ``feature``.
 
-    Example i's gradient is the outer product s·(softmax_i − y_i) x_iᵀ, whose Frobenius norm is s·‖softmax_i − y_i‖·‖x_i‖.
+    Example i's gradient is the outer product s·(softmax_i − y_i) x_iᵀ, of Frobenius norm s·‖softmax_i − y_i‖·‖x_i‖.
 
     Guarantee:
         As `clipped_sum`: the value is a sum of per-example terms of norm at most ``clip_norm`` each (float64), so one

@@ -30,8 +30,8 @@ class Batches:
     """One batch per prompt, side by side, padded.
 
     Attributes:
-        x: Image features (prompt, row, embed_dim), unit norm; rows beyond a prompt's count are padding, up to a multiple
-            of `rows_at_once`.
+        x: Image features (prompt, row, embed_dim), unit norm; rows beyond a prompt's count are padding, up to a
+            multiple of `rows_at_once`.
         y: Class ids (prompt, row).
         counts: True rows of each prompt, in falling order, so that prompts with rows left are always the first ones.
     """

@@ -1,7 +1,7 @@
 """A prompt without a text tower: low-rank factors added to the zero-shot class features, on cached image features.
 
-W = W₀ + UᵀV; the "prompt" is the matrix [U | V] of shape (rank, n_cls + embed_dim). The cheapest thing that can be learnt
-privately on a frozen CLIP: a task residual (Yu et al. 2023, arXiv:2211.10277) in LoRA form (Hu et al. 2021,
+W = W₀ + UᵀV; the "prompt" is the matrix [U | V] of shape (rank, n_cls + embed_dim). The cheapest thing that can be
+learnt privately on a frozen CLIP: a task residual (Yu et al. 2023, arXiv:2211.10277) in LoRA form (Hu et al. 2021,
 arXiv:2106.09685).
 """
 

@@ -9,121 +9,15 @@ cotangents are single matrix products and nothing falls back to a slow path.
 """
 
 import functools
-from dataclasses import dataclass, fields
-from typing import Self
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fl_dualpriv.prompts.folded import FoldedStack, activate, affine, fold, normalise, slope
+from fl_dualpriv.prompts.shared_prefix_tape import BlockTape, Layout, Tape, by_class, layout
+from fl_dualpriv.prompts.shared_prefix_vjp import SharedPrefixFeatures, by_class_id
 from fl_dualpriv.prompts.text_stack import TextStack
-
-
-@dataclass(frozen=True)
-class Span:
-    """Classes whose suffixes have the same length.
-
-    Attributes:
-        classes: How many.
-        length: Suffix tokens of each.
-        keys: Their tokens among all tokens of a prompt.
-        queries: Their rows among the rows that attend: ``keys``, or in the last block one row per class.
-    """
-
-    classes: int
-    length: int
-    keys: slice
-    queries: slice
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where what stands: tokens are the context, then the suffixes, span by span, class by class.
-
-    Attributes:
-        n_ctx: Context tokens; the prefix is SOS and these.
-        spans: Every block but the last.
-        last_spans: The last block, whose rows are the end-of-text tokens.
-        ends: Token index of each row of the last block: (row,), or (prompt, row) where prompts differ.
-    """
-
-    n_ctx: int
-    spans: tuple[Span, ...]
-    last_spans: tuple[Span, ...]
-    ends: Tensor
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a prompt, without SOS."""
-        return self.spans[-1].keys.stop
-
-    @property
-    def widest(self) -> int:
-        """Tokens of the longest suffix."""
-        return max(span.length for span in self.spans)
-
-
-def layout(n_ctx: int, groups: list[tuple[int, int]], device: torch.device) -> Layout:
-    """Lay out ``(classes, suffix length)`` groups behind the context."""
-    spans, last, ends, token, row = [], [], [], n_ctx, 0
-    for classes, length in groups:
-        keys = slice(token, token + classes * length)
-        spans.append(Span(classes, length, keys, keys))
-        last.append(Span(classes, length, keys, slice(row, row + classes)))
-        ends += range(token + length - 1, keys.stop, length)
-        token, row = keys.stop, row + classes
-    return Layout(n_ctx, tuple(spans), tuple(last), torch.tensor(ends, device=device))
-
-
-@dataclass(frozen=True)
-class BlockTape:
-    """What a block's backward pass needs; leading dimension: prompt. ``rows`` are those that attend.
-
-    Attributes:
-        x_1: Normalised inputs (token, ctx_dim), of the context alone in the first block.
-        rstd_1: Their 1/σ.
-        q: (head, rows, head_dim).
-        k: (head, token, head_dim).
-        v: As ``k``.
-        k_prefix: SOS and context, (head, 1 + n_ctx, head_dim).
-        v_prefix: As ``k_prefix``.
-        shares: Attention of each row to the prefix, then to its own suffix, (head, rows, 1 + n_ctx + widest).
-        x_2: Normalised inputs of the MLP (rows, ctx_dim).
-        rstd_2: Their 1/σ.
-        slope: The activation's derivative at the MLP's hidden values, (rows, hidden).
-    """
-
-    x_1: Tensor
-    rstd_1: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    k_prefix: Tensor
-    v_prefix: Tensor
-    shares: Tensor
-    x_2: Tensor
-    rstd_2: Tensor
-    slope: Tensor
-
-    def narrow(self, here: slice) -> Self:
-        """The same for some prompts; views."""
-        return type(self)(*(getattr(self, f.name)[here] for f in fields(self)))
-
-
-@dataclass(frozen=True)
-class Tape:
-    """A forward pass: its blocks, and features before they get unit norm (prompt, row of the last block, embed_dim)."""
-
-    blocks: list[BlockTape]
-    x_final: Tensor
-    rstd_final: Tensor
-    units: Tensor
-    norms: Tensor
-
-    def narrow(self, here: slice) -> Self:
-        """The same for some prompts; views."""
-        rest = (t[here] for t in (self.x_final, self.rstd_final, self.units, self.norms))
-        return type(self)([block.narrow(here) for block in self.blocks], *rest)
 
 
 @dataclass(frozen=True)
@@ -150,42 +44,37 @@ class SharedPrefixTower:
         self.stack: FoldedStack = fold(stack)
         self._sos, self._suffix = sos, suffix
         # Stable, so that classes of one length keep their order; with one length the order is the identity.
-        self.order = torch.argsort(lengths, stable=True)
-        self._lengths = lengths[self.order].tolist()
-        self.groups = [(self._lengths.count(length), length) for length in sorted(set(self._lengths))]
+        self._order = torch.argsort(lengths, stable=True)
+        self._lengths = lengths[self._order].tolist()
+        self._groups = [(self._lengths.count(length), length) for length in sorted(set(self._lengths))]
         self._constants = functools.lru_cache(maxsize=4)(self._make_constants)
 
     @property
     def bytes_per_prompt(self) -> int:
         """A forward pass keeps about 12 numbers per channel and token in each block, and needs 12 more to work in."""
-        tokens = sum(classes * length for classes, length in self.groups) + 8
+        tokens = sum(classes * length for classes, length in self._groups) + 8
         return 4 * tokens * self.stack.positions.shape[1] * 12 * (len(self.stack.blocks) + 1)
 
-    def __call__(self, prompts: Tensor) -> "SharedPrefixFeatures":
+    def __call__(self, prompts: Tensor) -> SharedPrefixFeatures:
         """Run (prompt, n_ctx, ctx_dim), float32, through the tower."""
-        from fl_dualpriv.prompts.shared_prefix_vjp import SharedPrefixFeatures
-
-        tape: list[BlockTape] = []
-        constants, final = self._run(prompts.detach(), tape)
+        blocks: list[BlockTape] = []
+        constants, final = self._run(prompts.detach(), blocks)
         x, rstd = normalise(final, self.stack.eps)
         features = affine(x, self.stack.projection)
         norms = features.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        return SharedPrefixFeatures(self, constants.layout, Tape(tape, x, rstd, features / norms, norms))
+        tape = Tape(blocks, x, rstd, features / norms, norms)
+        return SharedPrefixFeatures(self.stack, constants.layout, self._order, tape)
 
     def values(self, prompts: Tensor) -> Tensor:
         """Unit-norm class features (prompt, n_cls, embed_dim), with nothing kept for a backward pass."""
         _, final = self._run(prompts.detach(), None)
         features = affine(normalise(final, self.stack.eps)[0], self.stack.projection)
-        return self.by_class(torch.nn.functional.normalize(features, dim=-1), dim=1)
-
-    def by_class(self, rows: Tensor, dim: int) -> Tensor:
-        """Rows of the last block → class order."""
-        return rows if len(self.groups) == 1 else rows.index_select(dim, torch.argsort(self.order))
+        return by_class_id(torch.nn.functional.normalize(features, dim=-1), self._order)
 
     @torch.no_grad()
     def _make_constants(self, n_ctx: int) -> _Constants:
         stack = self.stack
-        place = layout(n_ctx, self.groups, self._suffix.device)
+        place = layout(n_ctx, self._groups, self._suffix.device)
         sos = []
         x = self._sos[None] + stack.positions[:1]  # it attends to itself alone, so its share is 1
         for block in stack.blocks:
@@ -196,7 +85,7 @@ class SharedPrefixTower:
             x = x + affine(activate(affine(normalise(x, block.eps_2)[0], block.up), stack.activation), block.down)
         rows = [
             self._suffix[c, :length] + stack.positions[1 + n_ctx : 1 + n_ctx + length]
-            for c, length in zip(self.order.tolist(), self._lengths, strict=True)
+            for c, length in zip(self._order.tolist(), self._lengths, strict=True)
         ]
         suffix = torch.cat(rows)
         first = stack.blocks[0]
@@ -275,11 +164,6 @@ def _attend(
         own = by_class(shares[..., prefix : prefix + span.length], span.queries, span)
         attended[:, :, span.queries] += (own @ by_class(v, span.keys, span)).flatten(2, 3)
     return shares, attended
-
-
-def by_class(x: Tensor, rows: slice, span: Span) -> Tensor:
-    """(prompt, head, row, …) → (prompt, head, class, row of the class, …)."""
-    return x[:, :, rows].unflatten(2, (span.classes, -1))
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,37 +10,43 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fl_dualpriv.prompts.folded import FoldedBlock, pull
-from fl_dualpriv.prompts.shared_prefix import BlockTape, Layout, SharedPrefixTower, Span, Tape, by_class, layout
+from fl_dualpriv.prompts.folded import FoldedBlock, FoldedStack, pull
+from fl_dualpriv.prompts.shared_prefix_tape import BlockTape, Layout, Span, Tape, by_class, layout
 
 
 class SharedPrefixFeatures:
-    """`ClassFeatures` of a `SharedPrefixTower`."""
+    """`ClassFeatures` of a `SharedPrefixTower`.
 
-    def __init__(self, tower: SharedPrefixTower, place: Layout, tape: Tape) -> None:
-        self._tower, self._layout, self._tape = tower, place, tape
+    Args:
+        stack: The tower.
+        place: Its token layout.
+        order: Class id of each row of the last block.
+        tape: What the forward pass kept.
+    """
+
+    def __init__(self, stack: FoldedStack, place: Layout, order: Tensor, tape: Tape) -> None:
+        self._stack, self._layout, self._order, self._tape = stack, place, order, tape
         self._padded, self._last = _padded_tokens(place)
 
     @property
     def values(self) -> Tensor:
         """Unit-norm class features, (prompt, n_cls, embed_dim)."""
-        return self._tower.by_class(self._tape.units, dim=1)
+        return by_class_id(self._tape.units, self._order)
 
     @property
     def bytes_per_row(self) -> int:
         """About 14 numbers per channel and token live at once."""
-        return 4 * 14 * self._layout.tokens * self._tower.stack.positions.shape[1]
+        return 4 * 14 * self._layout.tokens * self._stack.positions.shape[1]
 
     def narrow(self, start: int, stop: int) -> Self:
         """The same pass for some prompts; a view."""
-        return type(self)(self._tower, self._layout, self._tape.narrow(slice(start, stop)))
+        return type(self)(self._stack, self._layout, self._order, self._tape.narrow(slice(start, stop)))
 
     @torch.no_grad()
     def vjp(self, cotangents: Tensor) -> Tensor:
         """Pull cotangents (prompt, row, n_cls, embed_dim) back: (prompt, row, n_ctx, ctx_dim)."""
-        if len(self._tower.groups) > 1:
-            cotangents = cotangents.index_select(2, self._tower.order)
-        return _backward(self._tower, self._layout, self._tape, cotangents.transpose(1, 2)).transpose(1, 2)
+        rows = cotangents.index_select(2, self._order).transpose(1, 2)
+        return _backward(self._stack, self._layout, self._tape, rows).transpose(1, 2)
 
     @torch.no_grad()
     def vjp_some(self, cotangents: Tensor, classes: Tensor) -> Tensor:
@@ -50,7 +56,7 @@ class SharedPrefixFeatures:
         gradient and nobody's attention, so it adds exact zeros.
         """
         prompts, rows, some = classes.shape
-        picked = torch.argsort(self._tower.order)[classes].flatten(0, 1)  # class → row of the last block
+        picked = torch.argsort(self._order)[classes].flatten(0, 1)  # class → row of the last block
         owner = torch.arange(prompts, device=classes.device).repeat_interleave(rows)
         n_ctx, widest = self._layout.n_ctx, self._layout.widest
         context = torch.arange(n_ctx, device=classes.device).expand(len(picked), -1)
@@ -59,8 +65,13 @@ class SharedPrefixFeatures:
         starts = n_ctx + widest * torch.arange(some, device=classes.device)
         place = replace(place, ends=starts + self._last[picked])
         flat = cotangents.flatten(0, 1)[:, :, None]
-        gradients = _backward(self._tower, place, _gather(self._tape, owner, tokens, picked), flat)
+        gradients = _backward(self._stack, place, _gather(self._tape, owner, tokens, picked), flat)
         return gradients[:, :, 0].unflatten(0, (prompts, rows))
+
+
+def by_class_id(rows: Tensor, order: Tensor) -> Tensor:
+    """Rows of the last block, (prompt, row, …) → class ids, (prompt, n_cls, …)."""
+    return rows.index_select(1, torch.argsort(order))
 
 
 def _padded_tokens(place: Layout) -> tuple[Tensor, Tensor]:
@@ -102,9 +113,8 @@ def _gather(tape: Tape, owner: Tensor, tokens: Tensor, rows: Tensor) -> Tape:
     return Tape(blocks, *final)
 
 
-def _backward(tower: SharedPrefixTower, place: Layout, tape: Tape, cotangents: Tensor) -> Tensor:
+def _backward(stack: FoldedStack, place: Layout, tape: Tape, cotangents: Tensor) -> Tensor:
     """(prompt, class, row, embed_dim), classes in the order of the last block → (prompt, n_ctx, row, ctx_dim)."""
-    stack = tower.stack
     units = tape.units[:, :, None]
     radial = (cotangents * units).sum(dim=-1, keepdim=True)
     g = (cotangents - units * radial) / tape.norms[:, :, None]

@@ -130,11 +130,9 @@ def test_few_nodes_give_the_numbers_of_many(run: Run, level: str):
         found = prompts(few)
         assert list(found) == list(expected)
         for name, tensor in expected.items():
-            # Clients that step together share matrix products, whose order of summation depends on their size. Noise
-            # hides none of it, but without noise a sum of gradients cancels, and power iteration makes more of it.
-            tolerance = 1e-6 if level in PRIVATE and not name.endswith("carrier") else 1e-5
+            # Equal bit by bit on the CPUs this was run on; other matrix kernels may sum in an order of their own.
             difference = float(torch.linalg.vector_norm((found[name] - tensor).double()))
-            assert difference <= tolerance * float(torch.linalg.vector_norm(tensor.double())), name
+            assert difference <= 1e-6 * float(torch.linalg.vector_norm(tensor.double())), name
         assert ledgers(few) == ledgers(many)
         assert scores(few) == scores(many)
     clients_with_a_ledger = sum(name.startswith("clients/") for name in ledgers(many))

@@ -52,7 +52,7 @@ def participant(partition: int, start: Tensor) -> Participant:
     return Participant(
         partition=partition,
         state=PersonalState(personal=personal, carrier=fresh.carrier, server_round=3),
-        data=ClientData(features=features, labels=labels, held_classes=labels.unique()),
+        data=ClientData(features=features, labels=labels),
         random=random,
     )
 

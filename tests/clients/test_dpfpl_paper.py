@@ -21,7 +21,6 @@ START = torch.randn(3, 4, generator=GENERATOR)
 DATA = ClientData(
     features=torch.nn.functional.normalize(torch.randn(12, 2, generator=GENERATOR), dim=1),
     labels=torch.arange(12) % 3,
-    held_classes=torch.arange(3),
 )
 TRAINING = PublishedTraining(local_steps=1, batch_size=4, global_learning_rate=0.5, local_learning_rate=2.0, sigma=0.0)
 

@@ -30,7 +30,6 @@ START = torch.randn(N_CTX, CTX_DIM, generator=GENERATOR)
 DATA = ClientData(
     features=torch.nn.functional.normalize(torch.randn(RECORDS, EMBED, generator=GENERATOR), dim=1),
     labels=torch.arange(RECORDS) % N_CLS,
-    held_classes=torch.arange(N_CLS),
 )
 TRAINING = LocalTraining(
     local_steps=3,

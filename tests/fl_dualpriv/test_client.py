@@ -95,6 +95,5 @@ def test_bad_records_stay_counted():
     data = ClientData(
         features=torch.tensor([[1.0, 0.0], [math.nan, math.nan]]),
         labels=torch.tensor([0, 1]),
-        held_classes=torch.tensor([0, 1]),
     )
     assert data.num_examples == 2

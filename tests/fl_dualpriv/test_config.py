@@ -189,7 +189,7 @@ FEATURE = {"privacy.record.noise-space": "feature"}
 @pytest.mark.parametrize(
     ("overrides", "blamed", "reason"),
     [
-        ({"prompt.n-ctx": 1}, "prompt.rank", "must be at most prompt.n-ctx (here prompt.n-ctx = 1)"),
+        ({"prompt.n-ctx": 1}, "prompt.rank", "must be at most prompt.n-ctx (here prompt.n-ctx = 1"),
         ({"supernodes": 11}, "supernodes", "must be at most population (here population = 10)"),
         ({"prompt.learner": "head"}, "prompt.learner", 'as "head" needs method = "promptfl"'),
         ({"train.top-m": 3, "privacy.record.mechanism": "none"}, "train.top-m", "needs privacy.record.mechanism"),
