@@ -24,6 +24,10 @@ from fl_dualpriv.world import build_world
 
 _log = logging.getLogger("fl_dualpriv")
 
+# Eight prompts fill the products of a text tower on a CPU core (docs/benchmarks.md); more of them pay while they fit
+# into the caches together.
+_CPU_PROMPTS, _CPU_CACHE_BYTES = 8, 8 * 2**20
+
 
 class Setting:
     """A configuration and what follows from it, once a process: messages of one run differ in little else.
@@ -74,9 +78,12 @@ class Setting:
         return count_by_class(class_features, images.features, images.labels, self.held.shape[1])
 
 
-def prompts_at_once(tower: PromptTower, workspace_bytes: int) -> int:
+def prompts_at_once(tower: PromptTower, workspace_bytes: int, device: torch.device) -> int:
     """How many prompts may go through the tower together; at least one. Splits the work, never changes a result."""
-    return max(1, workspace_bytes // max(1, tower.bytes_per_prompt))
+    fitting = max(1, workspace_bytes // max(1, tower.bytes_per_prompt))
+    if device.type == "cuda":
+        return fitting
+    return min(fitting, max(_CPU_PROMPTS, _CPU_CACHE_BYTES // max(1, tower.bytes_per_prompt)))
 
 
 def chunks(partitions: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -169,7 +176,7 @@ class Node:
         scores: dict[int, Score] = {}
         device = setting.world.backbone.device
         n_ctx, ctx_dim = task.global_prompt.shape
-        size = prompts_at_once(setting.tower, setting.config.resources.workspace_mib * 2**20)
+        size = prompts_at_once(setting.tower, setting.config.resources.workspace_mib * 2**20, device)
         for group in chunks(partitions, size):
             prompts: dict[int, Tensor] = {}
             for p in group:

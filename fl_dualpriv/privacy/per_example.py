@@ -121,11 +121,13 @@ def summed_gradient(features: ClassFeatures, batches: Batches, logit_scale: floa
     Equal to ``per_example_gradients(...).sum(1)`` up to rounding; used where no record is clipped. An example with
     non-finite features is left out, so that one bad record does not spoil a client under client-level DP.
     """
-    classes = features.values
-    readable = torch.isfinite(batches.x).all(dim=-1) & batches.is_row()
-    x = torch.where(readable[..., None], batches.x, 0.0)
+    classes, x = features.values, batches.x
+    finite = torch.isfinite(x.sum(dim=-1))  # unit-norm rows: a sum overflows only where an entry does
+    if not bool(finite.all()):
+        x = torch.where(finite[..., None], x, 0.0)
+    weight = logit_scale * (finite & batches.is_row())
     cotangent = torch.zeros_like(classes)
     for block, _ in batches.blocks():  # block by block, so that padding adds exact zeros
-        residual = residuals(classes, x[:, block], batches.y[:, block], logit_scale) * readable[:, block, None]
+        residual = residuals(classes, x[:, block], batches.y[:, block], logit_scale) * weight[:, block, None]
         cotangent.baddbmm_(residual.transpose(1, 2), x[:, block])
-    return features.vjp(logit_scale * cotangent[:, None])[:, 0]
+    return features.vjp(cotangent[:, None])[:, 0]

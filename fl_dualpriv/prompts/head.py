@@ -95,4 +95,4 @@ class HeadFeatures:
 
 def _through_unit_norm(cotangents: Tensor, units: Tensor, norms: Tensor) -> Tensor:
     radial = (cotangents * units).sum(dim=-1, keepdim=True)
-    return (cotangents - units * radial) / norms
+    return torch.addcmul(cotangents, units, radial, value=-1).div_(norms)
