@@ -36,8 +36,12 @@ lint: setup  ## ruff and pyright
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-bench: setup  ## benchmarks (none yet)
-	@echo "There is no benchmark yet."
+# One at a time: they measure. pfl, a peer, gets an environment of its own in .bench/venv at the first run.
+bench: setup  ## benchmarks against peers, up to an hour on an idle machine; writes docs/benchmarks.md
+	for name in text_tower per_example dpfpl_round clients growth gpu; do \
+		$(ONE_THREAD) $(BIN)/python -m simulations.benchmarks.$$name || exit 1; \
+	done
+	$(BIN)/python -m simulations.benchmarks.write_docs
 
 clean:  ## remove the environment, caches and build results; runs/ stays
 	@test ! -x $(BIN)/python || $(BIN)/python -m fl_dualpriv.flower_env stop || true

@@ -6,6 +6,7 @@ residual are all post-processing. Clients of a cohort step together through one 
 theirs: batches, clipped sums, noise and prompts never mix.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -136,9 +137,10 @@ def cohort_update(
             summed = torch.stack(noised)
             if training.noise_space == "feature":
                 summed = features.vjp(summed.to(global_prompt.dtype)[order][:, None])[:, 0][inverse]
-        gradient = prune_update((summed / expected).to(global_prompt.dtype), training.update_keep_ratio)
+        mean = summed.div_(expected.to(summed.dtype)).to(global_prompt.dtype)
+        gradient = prune_update(mean, training.update_keep_ratio)
         if parts.shared and not trusts_server:
-            prompts.own_global = prompts.own_global - training.global_learning_rate * gradient
+            prompts.own_global = torch.sub(prompts.own_global, gradient, alpha=training.global_learning_rate)
         if parts.personal:
             _move_personal(prompts, gradient, parts, training.local_learning_rate)
     uploads = clean_upload if trusts_server else prompts.own_global - global_prompt
@@ -160,19 +162,24 @@ class _Pool:
 
     def batches(self, step: int, rate: float) -> tuple[Tensor, Batches]:
         """Every client's Poisson batch, largest first; and which client stands at each place."""
-        picked = []
-        for participant, start in zip(self._participants, self._starts, strict=True):
-            size = participant.data.num_examples
-            # At rate 1 every coin is certain: no need to draw.
-            own = np.arange(size) if rate == 1 else poisson_sample(participant.random("batch", step), size, rate)
-            picked.append(own + start)
+        if rate == 1:  # every coin is certain: no need to draw, nor to look up twice
+            return self._everything
+        return self._gather(
+            [poisson_sample(p.random("batch", step), p.data.num_examples, rate) for p in self._participants]
+        )
+
+    @functools.cached_property
+    def _everything(self) -> tuple[Tensor, Batches]:
+        return self._gather([np.arange(p.data.num_examples) for p in self._participants])
+
+    def _gather(self, picked: list[np.ndarray]) -> tuple[Tensor, Batches]:
+        """Look up each client's records, which are counted from its own first one."""
         counts = [len(rows) for rows in picked]
         order = sorted(range(len(picked)), key=lambda i: -counts[i])
         block = rows_at_once(self._features.device)
-        width = -(-max(counts) // block) * block
-        table = np.zeros((len(picked), width), dtype=np.int64)  # padding is some record; it is masked away
+        table = np.zeros((len(picked), -(-max(counts) // block) * block), dtype=np.int64)  # padding is masked away
         for place, i in enumerate(order):
-            table[place, : counts[i]] = picked[i]
+            table[place, : counts[i]] = picked[i] + self._starts[i]
         index = torch.from_numpy(table).to(self._features.device)
         batches = Batches(x=self._features[index], y=self._labels[index], counts=tuple(counts[i] for i in order))
         return torch.tensor(order, device=self._features.device), batches

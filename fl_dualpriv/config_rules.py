@@ -73,7 +73,9 @@ RANGES: dict[str, Range] = {
     "train.sampling-rate": Range(lambda x: 0 < x <= 1, "in (0, 1]", "it is the chance of a record to join a batch"),
     "train.global-learning-rate": _RATE,
     "train.local-learning-rate": _RATE,
-    "train.top-m": Range(lambda x: x >= 0, "a whole number >= 0", "0 is exact"),
+    "train.top-m": Range(
+        lambda x: x == 0 or x >= 2, "0 or a whole number >= 2", "0 is exact; one class alone has nothing to balance it"
+    ),
     "prompt.n-ctx": _at_least_one("4 is usual"),
     "prompt.rank": _at_least_one('for no factorisation set method = "full"'),
     "pruning.visual-keep-ratio": _KEEP,

@@ -4,6 +4,7 @@ Class features W(P) do not depend on the example, so one forward pass serves eve
 s·x_i·W(P)ᵀ, example i's gradient is the vector-Jacobian product of W at P with cotangent s·(softmax_i − y_i) x_iᵀ.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
@@ -56,6 +57,16 @@ class Batches:
         counts = torch.tensor(self.counts, device=self.x.device)
         return torch.arange(self.x.shape[1], device=self.x.device) < counts[:, None]
 
+    @functools.cached_property
+    def finite(self) -> Tensor:
+        """Records whose features are finite, (prompt, row)."""
+        return torch.isfinite(self.x.sum(dim=-1))  # of unit norm: a sum overflows only where an entry does
+
+    @functools.cached_property
+    def readable(self) -> Tensor:
+        """Image features with zeros for those that are not finite."""
+        return self.x if bool(self.finite.all()) else torch.where(self.finite[..., None], self.x, 0.0)
+
     def blocks(self) -> Iterator[tuple[slice, int]]:
         """Each block of rows, and how many prompts have a row in it."""
         step = rows_at_once(self.x.device)
@@ -65,8 +76,29 @@ class Batches:
 
 def residuals(classes: Tensor, x: Tensor, y: Tensor, logit_scale: float) -> Tensor:
     """Softmax minus one-hot of each example: (prompt, row, n_cls) from class features (prompt, n_cls, embed_dim)."""
-    residual = torch.softmax(logit_scale * x @ classes.transpose(-1, -2), dim=-1)
+    residual = torch.softmax((x @ classes.transpose(-1, -2)).mul_(logit_scale), dim=-1)
     return residual.scatter_add_(-1, y[..., None], torch.full_like(residual[..., :1], -1.0))
+
+
+def largest(residual: Tensor, top_m: int) -> tuple[Tensor, Tensor]:
+    """Each example's m residuals of largest absolute value, made to sum to zero as all of them do, and their classes.
+
+    The true class is always among them, since its residual is minus the sum of the others. It is kept as it is, and
+    the other kept ones are scaled up to balance it: left as they are, they would pull on what all class features have
+    in common, which a prompt moves most. A per-example map, biased, and cheaper with many classes.
+
+    Args:
+        residual: Softmax minus one-hot, (…, n_cls).
+        top_m: At least 2.
+
+    Returns:
+        Residuals (…, m), the true class first, and class ids (…, m).
+    """
+    true, at = residual.min(dim=-1, keepdim=True)  # the one that is not positive
+    others, classes = residual.topk(top_m - 1, dim=-1)
+    total = others.sum(dim=-1, keepdim=True)
+    balanced = others * torch.where(total > 0, -true / total, 0.0)
+    return torch.cat([true, balanced], dim=-1), torch.cat([at, classes], dim=-1)
 
 
 def per_example_gradients(
@@ -85,8 +117,7 @@ def per_example_gradients(
         batches: What to differentiate.
         logit_scale: s, CLIP's inverse temperature.
         workspace_bytes: Bound on the memory of one backward pass; one block of rows of one prompt always runs.
-        top_m: 0: exact. Else the m largest absolute residuals of each example are back-propagated and the other classes
-            are left out: biased, cheaper with many classes.
+        top_m: 0: exact. Else the m largest absolute residuals of each example are back-propagated, see `largest`.
 
     Returns:
         (prompt, row, n_ctx, ctx_dim): the gradients of -log softmax(logits)[label].
@@ -104,9 +135,8 @@ def per_example_gradients(
             residual = residuals(classes[here], x, batches.y[here, block], logit_scale)
             narrow = features.narrow(here.start, here.stop)
             if some:
-                kept = residual.abs().topk(top_m, dim=-1).indices
-                cotangents = logit_scale * residual.gather(-1, kept)[..., None] * x[:, :, None]
-                pieces.append(narrow.vjp_some(cotangents, kept))
+                kept, classes_kept = largest(residual, top_m)
+                pieces.append(narrow.vjp_some(logit_scale * kept[..., None] * x[:, :, None], classes_kept))
             else:
                 pieces.append(narrow.vjp(logit_scale * residual[..., None] * x[:, :, None]))
         rest = len(classes) - prompts  # they have no rows left
@@ -121,11 +151,8 @@ def summed_gradient(features: ClassFeatures, batches: Batches, logit_scale: floa
     Equal to ``per_example_gradients(...).sum(1)`` up to rounding; used where no record is clipped. An example with
     non-finite features is left out, so that one bad record does not spoil a client under client-level DP.
     """
-    classes, x = features.values, batches.x
-    finite = torch.isfinite(x.sum(dim=-1))  # unit-norm rows: a sum overflows only where an entry does
-    if not bool(finite.all()):
-        x = torch.where(finite[..., None], x, 0.0)
-    weight = logit_scale * (finite & batches.is_row())
+    classes, x = features.values, batches.readable
+    weight = logit_scale * (batches.finite & batches.is_row())
     cotangent = torch.zeros_like(classes)
     for block, _ in batches.blocks():  # block by block, so that padding adds exact zeros
         residual = residuals(classes, x[:, block], batches.y[:, block], logit_scale) * weight[:, block, None]

@@ -169,6 +169,7 @@ def test_counts_start_at_one(key):
         ("resources.feature-cache", "none", "off"),
         ("supernodes", -1, 0),
         ("train.top-m", -1, 3),
+        ("train.top-m", 1, 2),
         ("output.dir", "runs/a", "/runs/a"),
     ],
 )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fl_dualpriv.backbones.open_clip import load_backbone
 from fl_dualpriv.privacy.clipping import clip_rows, clipped_sum
-from fl_dualpriv.privacy.per_example import Batches, per_example_gradients, rows_at_once, summed_gradient
+from fl_dualpriv.privacy.per_example import Batches, largest, per_example_gradients, rows_at_once, summed_gradient
 from fl_dualpriv.prompts.head import LowRankHead
 from fl_dualpriv.prompts.learner import PromptedText
 from fl_dualpriv.prompts.plain_tower import FunctionTower
@@ -156,22 +156,37 @@ def test_no_examples_give_no_rows(text: PromptedText, batch: Records) -> None:
 # --- top-m ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("top_m", [1, 2, 4])
-def test_top_m_is_the_exact_row_with_the_smaller_residuals_set_to_zero(
-    text: PromptedText, batch: Records, top_m: int
-) -> None:
+@pytest.mark.parametrize("top_m", [2, 3, 4])
+def test_top_m_back_propagates_the_largest_residuals_balanced(text: PromptedText, batch: Records, top_m: int) -> None:
     x, y = batch
     prompt = near(text, 3)
     leaf = prompt.clone().requires_grad_(True)
     classes = text.plain_tower.features(leaf)
-    residual = torch.softmax(SCALE * x @ classes.detach().T, dim=1) - torch.nn.functional.one_hot(y, len(NAMES))
-    smallest = residual.abs().argsort(dim=1)[:, : len(NAMES) - top_m]
-    residual = residual.scatter(1, smallest, 0.0)
-    expected = [
-        torch.autograd.grad(classes, leaf, SCALE * r[:, None] * one, retain_graph=True)[0]
-        for r, one in zip(residual, x, strict=True)
-    ]
+    expected = []
+    for one, label in zip(x, y.tolist(), strict=True):
+        residual = torch.softmax(SCALE * classes.detach() @ one, dim=0)
+        residual[label] -= 1.0
+        kept = sorted(range(len(NAMES)), key=lambda c: -float(residual[c].abs()))[:top_m]
+        assert label in kept
+        weights = torch.zeros(len(NAMES))
+        for c in kept:
+            weights[c] = residual[c]
+        positive = weights.clamp_min(0.0)
+        weights = torch.where(weights > 0, weights * -residual[label] / positive.sum(), weights)
+        assert abs(float(weights.sum())) < 1e-6
+        expected.append(torch.autograd.grad(classes, leaf, SCALE * weights[:, None] * one, retain_graph=True)[0])
     assert close(rows_of(text, prompt, x, y, top_m=top_m), torch.stack(expected))
+
+
+def test_residuals_that_tie_or_vanish_are_balanced_too() -> None:
+    certain = torch.zeros(3)  # softmax is one-hot: nothing to learn
+    two = torch.tensor([0.0, 0.25, -0.25])  # one rival: equal in absolute value
+    lost = torch.tensor([float("nan")] * 3)
+    kept, classes = largest(torch.stack([certain, two, lost]), 2)
+    assert not kept[0].any()
+    assert kept[1].tolist() == [-0.25, 0.25]
+    assert classes[1].tolist() == [2, 1]
+    assert torch.isnan(kept[2]).all()
 
 
 def test_top_m_of_all_classes_is_exact(text: PromptedText, batch: Records) -> None:

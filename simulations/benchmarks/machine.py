@@ -1,0 +1,61 @@
+"""What a figure depends on: processor, versions, and what one thread of it can multiply."""
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "open_clip_torch", "opacus", "flwr", "ray", "numpy")
+
+
+def one_thread() -> None:
+    """Keep torch, and every process started from here, to one thread: threads on busy cores wait for each other."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def facts() -> dict[str, Any]:
+    """Processor, cores, memory, load and versions of the machine that runs this."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "load": round(os.getloadavg()[0], 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def sgemm_peak(seconds: float = 1.5, sides: tuple[int, ...] = (512, 1024, 2048)) -> float:
+    """Best fp32 matrix product of one thread, GFLOP per CPU-second, over square sizes."""
+    import torch
+
+    best = 0.0
+    for side in sides:
+        a, b, out = torch.randn(side, side), torch.randn(side, side), torch.empty(side, side)
+        best = max(best, 2 * side**3 / _fastest(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), seconds) / 1e9)
+    return best
+
+
+def _fastest(call: Callable[[], object], seconds: float) -> float:
+    call()
+    best, end = float("inf"), time.monotonic() + seconds / 3
+    while time.monotonic() < end:
+        start = time.process_time()
+        call()
+        best = min(best, time.process_time() - start)
+    return best

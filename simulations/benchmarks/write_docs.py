@@ -1,0 +1,170 @@
+"""Write docs/benchmarks.md from what the benchmarks left: `python -m simulations.benchmarks.write_docs`."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simulations.benchmarks.harness import CHECKOUT, RESULTS
+
+DOCUMENT = CHECKOUT / "docs" / "benchmarks.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a figure should reach."""
+
+    what: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def reached(self, value: float) -> bool:
+        """Whether it does."""
+        low = self.at_least is None or value >= self.at_least
+        return low and (self.at_most is None or value <= self.at_most)
+
+    @property
+    def text(self) -> str:
+        """For the table."""
+        return f"≥ {self.at_least:g}" if self.at_least is not None else f"≤ {self.at_most:g}"
+
+
+TARGETS: dict[str, dict[str, Target]] = {
+    "text_tower": {
+        "ratio_c10": Target(what="77-token CoOp step / ours, 10 classes", at_least=10),
+        "ratio_c37": Target(what="the same, 37 classes", at_least=13),
+        "ratio_c100": Target(what="the same, 100 classes", at_least=15),
+        "grad_diff": Target(what="largest relative difference of the gradients", at_most=1e-5),
+        "peak_share": Target(what="share of one thread's sgemm peak, 10 classes, 8 clients", at_least=0.7),
+    },
+    "per_example": {
+        "over_nonprivate": Target(what="exact per-example step / non-private step, batch 16", at_most=4),
+        "over_nonprivate_topm": Target(what="the same with top-3 residuals, 100 classes", at_most=2),
+        "vs_opacus": Target(what="Opacus on 77 tokens / exact step, batch 8", at_least=17),
+    },
+    "dpfpl_round": {
+        "warm_ratio": Target(what="published round / the same procedure on our engine, warm cache", at_least=25),
+    },
+    "clients": {
+        "vs_pfl": Target(what="pfl / ours, cohort, on the head", at_least=4),
+        "vs_flower": Target(what="plain Flower + Ray / ours, cohort, on the head", at_least=15),
+        "per_client_vs_flower": Target(what="ours with a SuperNode per client / plain Flower", at_most=1.1),
+    },
+    "growth": {
+        "growth": Target(what="cost of a client-step, 10,000 / 100 clients", at_most=1.2),
+    },
+}
+
+BESIDE: dict[str, dict[str, str]] = {
+    "dpfpl_round": {
+        "cold_ratio": "the same, image features computed in the round",
+        "warm_ratio_exact_dp": "published round / our round with exact record-level DP, warm cache",
+        "cold_ratio_exact_dp": "the same, image features computed in the round",
+        "warm_ratio_feature_dp": "published round / our round with record-level DP at the class features, warm cache",
+        "warm_ratio_without_dp": "published round / our round without privacy, warm cache",
+    },
+    "clients": {
+        "tower_vs_pfl": "pfl / ours, cohort, on the demo's text tower",
+        "tower_vs_flower": "plain Flower + Ray / ours, cohort, on the demo's text tower",
+        "ray_cohort_vs_flower": "plain Flower + Ray / ours, cohort on Ray, on the head",
+    },
+}
+"""Figures without a target."""
+
+NOT_REACHED = """\
+To be written once the figures of this machine are in: each target that was missed, the best that was reached, and why.
+"""
+"""Kept by hand."""
+
+_RULES = """\
+Peers take turns in one run, at least three times. A ratio is one of the least CPU seconds of each, of the whole process
+tree (daemons included), and only of figures from one run. One torch thread per process. Warm rounds
+are dropped. Before a time counts, results are compared (the bound is in each benchmark) and failures must be zero.
+Spread is (most − least) / median of the CPU seconds.
+"""
+
+
+def latest(lines: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The last line of each benchmark."""
+    return {line["benchmark"]: line for line in map(json.loads, filter(str.strip, lines))}
+
+
+def document(results: Mapping[str, Mapping[str, Any]], not_reached: str = NOT_REACHED) -> str:
+    """The whole page."""
+    parts = [
+        "# Benchmarks",
+        "Written by `python -m simulations.benchmarks.write_docs` from what `make bench` measured; not by hand.",
+        "## Rules\n\n" + _RULES.strip(),
+        "## Targets\n\n" + _targets(results),
+        "## What was not reached, and why\n\n" + not_reached.strip(),
+    ]
+    parts += [_section(name, results[name]) for name in (*TARGETS, "gpu") if name in results]
+    return "\n\n".join(parts) + "\n"
+
+
+def _targets(results: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = ["| benchmark | figure | measured | target | reached |", "|---|---|---|---|---|"]
+    for name, targets in TARGETS.items():
+        headline = results[name]["headline"] if name in results else {}
+        for key, target in targets.items():
+            value = headline.get(key)
+            shown, verdict = ("not measured", "-") if value is None else (_show(value), _verdict(target, value))
+            lines.append(f"| {name} | {target.what} (`{key}`) | {shown} | {target.text} | {verdict} |")
+        for key, what in BESIDE.get(name, {}).items():
+            if key in headline:
+                lines.append(f"| {name} | {what} (`{key}`) | {_show(headline[key])} | - | - |")
+    return "\n".join(lines)
+
+
+def _verdict(target: Target, value: float) -> str:
+    return "yes" if target.reached(value) else "**no**"
+
+
+def _section(name: str, line: Mapping[str, Any]) -> str:
+    machine = line["machine"]
+    versions = ", ".join(
+        f"{k} {v}" for k, v in machine.items() if k not in ("cpu", "cores", "memory_gib", "load", "system")
+    )
+    table = [
+        f"| contestant | CPU-s per {line['unit']}, best | median | spread | wall-s, best | repeats |",
+        "|---|---|---|---|---|---|",
+    ]
+    table += [
+        f"| {who} | {c['cpu_best']:.4g} | {c['cpu_median']:.4g} | {100 * c['spread']:.0f} % | {c['wall_best']:.4g} "
+        f"| {c['repeats']} |"
+        for who, c in line["costs"].items()
+    ]
+    details = [f"- {key}: {_detail(value)}" for key, value in line["details"].items()]
+    about = (
+        f"{line['time']}, {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, load "
+        f"{machine['load']} at the end; {versions}."
+    )
+    return "\n\n".join([f"## {name}", about, "\n".join(table), "\n".join(details)])
+
+
+def _detail(value: object) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {_detail(inner)}" for key, inner in value.items())
+    return str(value)
+
+
+def _show(value: float) -> str:
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3g}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the results, write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    options = parser.parse_args(arguments)
+    lines = options.results.read_text(encoding="utf-8").splitlines()
+    unfinished = options.document.with_name(f".{options.document.name}")
+    unfinished.write_text(document(latest(lines)), encoding="utf-8")
+    unfinished.replace(options.document)
+
+
+if __name__ == "__main__":
+    main()
