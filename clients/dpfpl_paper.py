@@ -62,7 +62,7 @@ def published_update(
         picked = np.take(order, range(step * size, (step + 1) * size), mode="wrap")
         batch = torch.from_numpy(picked).to(data.features.device)
         prompt = global_prompt + upload + state.personal
-        rows = Batches.of(data.features[batch], data.labels[batch])
+        rows = Batches.of((data.features[batch], data.labels[batch]))
         gradient = summed_gradient(tower(prompt[None]), rows, logit_scale)[0] / size
         start = state.personal if bool(state.personal.any()) else gradient
         u, v = carriers(start, state.carrier)

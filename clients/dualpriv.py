@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fl_dualpriv.client import ClientData, PersonalState
 from fl_dualpriv.methods import MethodParts
-from fl_dualpriv.privacy.clipping import ClippedSum, clipped_feature_sum, clipped_sum
+from fl_dualpriv.privacy.clipping import ClippedSum, clipped_feature_sum
 from fl_dualpriv.privacy.noise import RandomSource, gaussian_noise, poisson_sample
-from fl_dualpriv.privacy.per_example import Batches, per_example_gradients, rows_at_once, summed_gradient
+from fl_dualpriv.privacy.per_example import Batches, clipped_sums, summed_gradient
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.prompts.lowrank import carriers, cut_to_rank, tangent_projection
 from fl_dualpriv.prompts.tower import ClassFeatures, PromptTower
@@ -174,14 +174,8 @@ class _Pool:
 
     def _gather(self, picked: list[np.ndarray]) -> tuple[Tensor, Batches]:
         """Look up each client's records, which are counted from its own first one."""
-        counts = [len(rows) for rows in picked]
-        order = sorted(range(len(picked)), key=lambda i: -counts[i])
-        block = rows_at_once(self._features.device)
-        table = np.zeros((len(picked), -(-max(counts) // block) * block), dtype=np.int64)  # padding is masked away
-        for place, i in enumerate(order):
-            table[place, : counts[i]] = picked[i] + self._starts[i]
-        index = torch.from_numpy(table).to(self._features.device)
-        batches = Batches(x=self._features[index], y=self._labels[index], counts=tuple(counts[i] for i in order))
+        order = sorted(range(len(picked)), key=lambda i: -len(picked[i]))
+        batches = Batches.gather(self._features, self._labels, [picked[i] + self._starts[i] for i in order])
         return torch.tensor(order, device=self._features.device), batches
 
 
@@ -191,13 +185,17 @@ def _clean_sums(
     """Each client's clipped sum, in the order of ``batches``: of prompt gradients, or of class-feature gradients."""
     if training.noise_space == "feature":
         return [
-            clipped_feature_sum(classes, batches.x[i, :n], batches.y[i, :n], logit_scale, plan.clip_norm)
-            for i, (classes, n) in enumerate(zip(features.values, batches.counts, strict=True))
+            clipped_feature_sum(classes, batches.features[own], batches.labels[own], logit_scale, plan.clip_norm)
+            for classes, own in zip(features.values, batches.rows(), strict=True)
         ]
-    rows = per_example_gradients(
-        features, batches, logit_scale, workspace_bytes=training.workspace_bytes, top_m=training.top_m
+    return clipped_sums(
+        features,
+        batches,
+        logit_scale,
+        plan.clip_norm,
+        workspace_bytes=training.workspace_bytes,
+        top_m=training.top_m,
     )
-    return [clipped_sum(rows[i, :n], plan.clip_norm) for i, n in enumerate(batches.counts)]
 
 
 def _release(clean: ClippedSum, plan: RecordLevelPlan, source: RandomSource) -> Tensor:

@@ -112,7 +112,7 @@ class Node:
         setting: What all nodes of the process share.
         index: j.
         run_folder: Of the run, for clients without a folder that the node's owner chose.
-        state_dir: The owner's folder, if there is one: of client j itself, and of further clients inside it.
+        state_dir: The owner's folder of the one client of this node, if there is one.
     """
 
     setting: Setting
@@ -126,6 +126,12 @@ class Node:
             raise ConfigError(
                 f"partition-id = {self.index} of this node, but the run has {nodes} nodes; give every node a "
                 "partition-id of its own, from 0"
+            )
+        if self.state_dir is not None and len(self.hosted) > 1:
+            # One folder, one budget: a second layout of clients in it would start ledgers anew for the same records.
+            raise ConfigError(
+                f"this node keeps its client's state in {self.state_dir} (state-dir), and the run would give it "
+                f"{len(self.hosted)} clients; set supernodes = 0"
             )
 
     @property
@@ -141,9 +147,7 @@ class Node:
 
     def folder(self, partition: int) -> ClientFolder:
         """A client's own folder."""
-        if self.state_dir is None:
-            return ClientFolder(self.run_folder / "clients" / f"client-{partition:03d}")
-        return ClientFolder(self.state_dir if partition == self.index else self.state_dir / f"client-{partition:03d}")
+        return ClientFolder(self.state_dir or self.run_folder / "clients" / f"client-{partition:03d}")
 
     def asked(self, partitions: Sequence[int]) -> list[int]:
         """Check whom a message speaks of; in order.

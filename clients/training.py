@@ -63,7 +63,6 @@ class TrainRound:
 
     def _train(self, group: Sequence[int]) -> None:
         """Let the clients of a group step together; each ledger is written before, and held until its state is kept."""
-        setting = self._setting
         ready: list[Participant] = []
         with contextlib.ExitStack() as locks:
             for partition in group:
@@ -73,22 +72,34 @@ class TrainRound:
                     self._failed.add([partition], error)
             if not ready:
                 return
-            try:
-                results = cohort_update(
-                    global_prompt=self._prompt,
-                    participants=ready,
-                    tower=setting.tower,
-                    logit_scale=setting.world.logit_scale,
-                    parts=setting.parts,
-                    training=_local_training(setting.config),
-                    plan=setting.plan,
-                )
-            except Exception as error:
-                # Their events stay in the ledgers: a release may have been drawn.
-                self._failed.add([participant.partition for participant in ready], error)
-                return
-            for participant, (upload, state) in zip(ready, results, strict=True):
-                self._finish(participant.partition, upload, state)
+            self._step(ready)
+
+    def _step(self, ready: list[Participant]) -> None:
+        """Run some clients together; if that fails, each alone, so that one cannot take the others with it.
+
+        Nothing of the first try left this function, so what is released is still what the ledgers say. The events of a
+        client that fails stay there.
+        """
+        setting = self._setting
+        try:
+            results = cohort_update(
+                global_prompt=self._prompt,
+                participants=ready,
+                tower=setting.tower,
+                logit_scale=setting.world.logit_scale,
+                parts=setting.parts,
+                training=_local_training(setting.config),
+                plan=setting.plan,
+            )
+        except Exception as error:
+            if len(ready) == 1:
+                self._failed.add([ready[0].partition], error)
+            else:
+                for participant in ready:
+                    self._step([participant])
+            return
+        for participant, (upload, state) in zip(ready, results, strict=True):
+            self._finish(participant.partition, upload, state)
 
     def _prepare(self, partition: int, locks: contextlib.ExitStack) -> Participant:
         """A client's state, data and random streams, after its own checks and with its ledger written.

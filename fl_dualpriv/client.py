@@ -71,10 +71,21 @@ class ClientFolder:
         self.ledger = path / "ledger.jsonl"
 
     def load(self, run_token: str, n_ctx: int, ctx_dim: int, rank: int) -> PersonalState:
-        """The state this run left here, or a fresh one if another run wrote the file or nobody did."""
+        """The state this run left here, or a fresh one if another run wrote the file or nobody did.
+
+        Raises:
+            ValueError: If the file is of this run but does not hold such a state: it was damaged or exchanged.
+        """
         if self._prompt.exists():
             tensors, metadata = read_tensors(self._prompt)
             if metadata.get("run-token") == run_token:
+                for name, shape in (("personal", (n_ctx, ctx_dim)), ("carrier", (rank, ctx_dim))):
+                    found = tensors[name]
+                    if tuple(found.shape) != shape or found.dtype != torch.float32:
+                        raise ValueError(
+                            f"{self._prompt.name} holds {name} {tuple(found.shape)}, {found.dtype}; expected {shape}, "
+                            "torch.float32"
+                        )
                 return PersonalState(
                     personal=tensors["personal"],
                     carrier=tensors["carrier"],

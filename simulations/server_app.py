@@ -152,6 +152,12 @@ def join(grid: Grid, config: RunConfig) -> tuple[dict[int, wire.ClientCard], dic
         raise ConfigError(
             f"the nodes host {len(partitions)} clients ({some}); expected each of 0..{config.population - 1} once"
         )
+    # A card comes from outside, and the divisors are made of it.
+    if strange := [card for card, _ in found if not 1 <= card.num_examples < 2**53]:
+        raise ConfigError(
+            f"client {strange[0].partition} says that it holds {strange[0].num_examples} records; a client has at "
+            "least one: check its node"
+        )
     return {card.partition: card for card, _ in found}, {card.partition: node for card, node in found}
 
 

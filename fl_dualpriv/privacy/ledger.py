@@ -4,9 +4,12 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+_LOCK_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +56,22 @@ class Ledger:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold this ledger alone, across processes: between looking at its count and adding to it nobody else may."""
+        """Hold this ledger alone, across processes: between looking at its count and adding to it nobody else may.
+
+        Raises:
+            TimeoutError: If another process holds it for seconds; the clients beside this one must not wait for it.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.with_suffix(".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by a crash
+            deadline = time.monotonic() + _LOCK_SECONDS
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released with the file, also by a crash
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise TimeoutError(f"{self.path.name} is held by another process") from None
+                    time.sleep(0.05)
             yield
 
     def count(self) -> int:

@@ -5,13 +5,15 @@ s·x_i·W(P)ᵀ, example i's gradient is the vector-Jacobian product of W at P w
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fl_dualpriv.privacy.clipping import ClippedSum, clip_rows
 from fl_dualpriv.prompts.tower import ClassFeatures
 
 # Rows go backward in blocks of one size, the last one padded: the size of a matrix product can change the order of its
@@ -28,48 +30,64 @@ def rows_at_once(device: torch.device) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Batches:
-    """One batch per prompt, side by side, padded.
+    """One batch per prompt, as look-ups in one table of records.
 
     Attributes:
-        x: Image features (prompt, row, embed_dim), unit norm; rows beyond a prompt's count are padding, up to a
-            multiple of `rows_at_once`.
-        y: Class ids (prompt, row).
+        features: Image features (record, embed_dim), unit norm.
+        labels: Class ids (record,).
+        index: Records of each batch, (prompt, row), padded to a multiple of `rows_at_once`; padding points at some record
+            and is masked away.
         counts: True rows of each prompt, in falling order, so that prompts with rows left are always the first ones.
     """
 
-    x: Tensor
-    y: Tensor
+    features: Tensor
+    labels: Tensor
+    index: Tensor
     counts: tuple[int, ...]
 
     def __post_init__(self) -> None:
         assert list(self.counts) == sorted(self.counts, reverse=True)
-        assert self.x.shape[1] % rows_at_once(self.x.device) == 0
+        assert self.index.shape[1] % rows_at_once(self.features.device) == 0
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor) -> Self:
-        """One batch alone: image features (row, embed_dim) and class ids (row,)."""
-        padding = -len(y) % rows_at_once(x.device)
-        padded = torch.nn.functional.pad(x, (0, 0, 0, padding)), torch.nn.functional.pad(y, (0, padding))
-        return cls(x=padded[0][None], y=padded[1][None], counts=(len(y),))
+    def of(cls, *records: tuple[Tensor, Tensor]) -> Self:
+        """Whole sets of records as batches, the largest first: (features (row, embed_dim), class ids (row,))."""
+        counts = [len(labels) for _, labels in records]
+        starts = np.cumsum([0, *counts[:-1]])
+        picked = [np.arange(count) + start for start, count in zip(starts, counts, strict=True)]
+        return cls.gather(torch.cat([x for x, _ in records]), torch.cat([y for _, y in records]), picked)
 
-    def is_row(self) -> Tensor:
+    @classmethod
+    def gather(cls, features: Tensor, labels: Tensor, picked: Sequence[np.ndarray]) -> Self:
+        """Batches of the picked records, the largest first."""
+        block, counts = rows_at_once(features.device), tuple(len(rows) for rows in picked)
+        index = np.zeros((len(picked), -(-max(counts) // block) * block), dtype=np.int64)
+        for place, rows in enumerate(picked):
+            index[place, : len(rows)] = rows
+        return cls(features=features, labels=labels, index=torch.from_numpy(index).to(features.device), counts=counts)
+
+    def rows(self) -> list[Tensor]:
+        """Each batch's records, without padding."""
+        return [index[:count] for index, count in zip(self.index, self.counts, strict=True)]
+
+    def is_row(self, prompts: slice = slice(None), rows: slice = slice(None)) -> Tensor:
         """Where there is a record: (prompt, row)."""
-        counts = torch.tensor(self.counts, device=self.x.device)
-        return torch.arange(self.x.shape[1], device=self.x.device) < counts[:, None]
+        device = self.features.device
+        counts = torch.tensor(self.counts[prompts], device=device)
+        return torch.arange(self.index.shape[1], device=device)[rows] < counts[:, None]
 
     @functools.cached_property
-    def finite(self) -> Tensor:
-        """Records whose features are finite, (prompt, row)."""
-        return torch.isfinite(self.x.sum(dim=-1))  # of unit norm: a sum overflows only where an entry does
-
-    @functools.cached_property
-    def readable(self) -> Tensor:
-        """Image features with zeros for those that are not finite."""
-        return self.x if bool(self.finite.all()) else torch.where(self.finite[..., None], self.x, 0.0)
+    def readable(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All rows at once: features, with zeros for those that are not finite; class ids; which rows to use."""
+        x = self.features[self.index]
+        finite = torch.isfinite(x.sum(dim=-1))  # of unit norm: a sum overflows only where an entry does
+        if not bool(finite.all()):
+            x = torch.where(finite[..., None], x, 0.0)
+        return x, self.labels[self.index], finite & self.is_row()
 
     def blocks(self) -> Iterator[tuple[slice, int]]:
         """Each block of rows, and how many prompts have a row in it."""
-        step = rows_at_once(self.x.device)
+        step = rows_at_once(self.features.device)
         for start in range(0, max(self.counts, default=0), step):
             yield slice(start, start + step), sum(count > start for count in self.counts)
 
@@ -101,16 +119,17 @@ def largest(residual: Tensor, top_m: int) -> tuple[Tensor, Tensor]:
     return torch.cat([true, balanced], dim=-1), torch.cat([at, classes], dim=-1)
 
 
-def per_example_gradients(
+def gradient_blocks(
     features: ClassFeatures, batches: Batches, logit_scale: float, *, workspace_bytes: int, top_m: int = 0
-) -> Tensor:
-    """Differentiate each example's cross-entropy with respect to its client's prompt.
+) -> Iterator[tuple[slice, Tensor]]:
+    """Differentiate each example's cross-entropy with respect to its client's prompt, some rows at a time.
 
     Guarantee:
-        Row (k, i) is a function of prompt k and of example i alone (tests/guarantees/test_per_example.py), exact or
-        with ``top_m``: which classes an example keeps is decided by its own residuals. How many prompts run at once to
-        stay within the workspace changes nothing. A non-finite image feature makes its own row non-finite
-        and no other; `clip_rows` turns such a row into zero. Padding gives exact zeros.
+        A row is a function of its prompt and of its example alone (tests/guarantees/test_per_example.py), exact or with
+        ``top_m``: which classes an example keeps is decided by its own residuals. How many prompts run at once to stay
+        within the workspace changes nothing, and what is held never grows with a batch, whose size is private. A
+        non-finite image feature makes its own row non-finite and no other; `clip_rows` turns such a row into zero.
+        Padding gives exact zeros.
 
     Args:
         features: The forward pass of the prompts, in the order of ``batches``.
@@ -119,30 +138,61 @@ def per_example_gradients(
         workspace_bytes: Bound on the memory of one backward pass; one block of rows of one prompt always runs.
         top_m: 0: exact. Else the m largest absolute residuals of each example are back-propagated, see `largest`.
 
-    Returns:
-        (prompt, row, n_ctx, ctx_dim): the gradients of -log softmax(logits)[label].
+    Yields:
+        Which prompts, and (prompt, row of the block, n_ctx, ctx_dim): gradients of -log softmax(logits)[label].
     """
     classes = features.values
     some = 0 < top_m < classes.shape[1]
-    gradients = [features.vjp(classes.new_zeros(len(classes), 1, *classes.shape[1:]))[:, :0]]  # the shape, if no rows
-    budget = workspace_bytes if batches.x.is_cuda else min(workspace_bytes, _CPU_CACHE_BYTES)
-    together = max(1, budget // max(1, features.bytes_per_row * rows_at_once(batches.x.device)))
+    budget = workspace_bytes if classes.is_cuda else min(workspace_bytes, _CPU_CACHE_BYTES)
+    together = max(1, budget // max(1, features.bytes_per_row * rows_at_once(classes.device)))
     for block, prompts in batches.blocks():
-        pieces = []
         for start in range(0, prompts, together):
             here = slice(start, min(start + together, prompts))
-            x = batches.x[here, block]
-            residual = residuals(classes[here], x, batches.y[here, block], logit_scale)
+            index = batches.index[here, block]
+            x = batches.features[index]
+            residual = residuals(classes[here], x, batches.labels[index], logit_scale)
             narrow = features.narrow(here.start, here.stop)
             if some:
-                kept, classes_kept = largest(residual, top_m)
-                pieces.append(narrow.vjp_some(logit_scale * kept[..., None] * x[:, :, None], classes_kept))
+                kept, kept_classes = largest(residual, top_m)
+                rows = narrow.vjp_some(logit_scale * kept[..., None] * x[:, :, None], kept_classes)
             else:
-                pieces.append(narrow.vjp(logit_scale * residual[..., None] * x[:, :, None]))
-        rest = len(classes) - prompts  # they have no rows left
-        gradients.append(torch.cat([*pieces, pieces[0].new_zeros(rest, *pieces[0].shape[1:])]))
-    rows = torch.cat(gradients, dim=1)
-    return torch.where(batches.is_row()[:, : rows.shape[1], None, None], rows, 0.0)
+                rows = narrow.vjp(logit_scale * residual[..., None] * x[:, :, None])
+            yield here, torch.where(batches.is_row(here, block)[..., None, None], rows, 0.0)
+
+
+def per_example_gradients(
+    features: ClassFeatures, batches: Batches, logit_scale: float, *, workspace_bytes: int, top_m: int = 0
+) -> Tensor:
+    """All of `gradient_blocks` at once, (prompt, row, n_ctx, ctx_dim), with padding: for tests and small batches."""
+    rows = features.values.new_zeros(*batches.index.shape, *features.prompt_shape)
+    done = [0] * len(batches.counts)
+    for prompts, block in gradient_blocks(features, batches, logit_scale, workspace_bytes=workspace_bytes, top_m=top_m):
+        start = done[prompts.start]
+        rows[prompts, start : start + block.shape[1]] = block
+        done[prompts] = [start + block.shape[1]] * len(block)
+    return rows
+
+
+def clipped_sums(
+    features: ClassFeatures,
+    batches: Batches,
+    logit_scale: float,
+    clip_norm: float,
+    *,
+    workspace_bytes: int,
+    top_m: int = 0,
+) -> list[ClippedSum]:
+    """Each client's sum of clipped per-example gradients, in the order of ``batches``; arguments as `gradient_blocks`.
+
+    Guarantee:
+        As `clipped_sum` of that client's rows: adding or removing one of its records moves its value by at most
+        ``clip_norm`` and no other client's. Float64. An empty batch gives zero.
+    """
+    totals = features.values.new_zeros(len(batches.counts), *features.prompt_shape, dtype=torch.float64)
+    for prompts, rows in gradient_blocks(features, batches, logit_scale, workspace_bytes=workspace_bytes, top_m=top_m):
+        clipped, _ = clip_rows(rows.flatten(0, 1), clip_norm)
+        totals[prompts] += clipped.unflatten(0, rows.shape[:2]).sum(dim=1)
+    return [ClippedSum(value=total, sensitivity=clip_norm) for total in totals]
 
 
 def summed_gradient(features: ClassFeatures, batches: Batches, logit_scale: float) -> Tensor:
@@ -151,10 +201,11 @@ def summed_gradient(features: ClassFeatures, batches: Batches, logit_scale: floa
     Equal to ``per_example_gradients(...).sum(1)`` up to rounding; used where no record is clipped. An example with
     non-finite features is left out, so that one bad record does not spoil a client under client-level DP.
     """
-    classes, x = features.values, batches.readable
-    weight = logit_scale * (batches.finite & batches.is_row())
+    classes = features.values
+    x, y, usable = batches.readable
+    weight = logit_scale * usable
     cotangent = torch.zeros_like(classes)
     for block, _ in batches.blocks():  # block by block, so that padding adds exact zeros
-        residual = residuals(classes, x[:, block], batches.y[:, block], logit_scale) * weight[:, block, None]
+        residual = residuals(classes, x[:, block], y[:, block], logit_scale) * weight[:, block, None]
         cotangent.baddbmm_(residual.transpose(1, 2), x[:, block])
     return features.vjp(cotangent[:, None])[:, 0]

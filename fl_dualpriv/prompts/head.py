@@ -66,6 +66,11 @@ class HeadFeatures:
         return self._units
 
     @property
+    def prompt_shape(self) -> tuple[int, int]:
+        """Of one prompt, (rank, n_cls + embed_dim)."""
+        return self._u.shape[1], self._u.shape[2] + self._v.shape[2]
+
+    @property
     def bytes_per_row(self) -> int:
         """A few matrices of the size of the class features."""
         return 4 * 4 * self._units[0].numel()

@@ -36,6 +36,12 @@ class DifferentiableFeatures:
     bytes_per_row: int
 
     @property
+    def prompt_shape(self) -> tuple[int, int]:
+        """Of one prompt, (n_ctx, ctx_dim)."""
+        n_ctx, ctx_dim = self.passes[0].prompt.shape
+        return n_ctx, ctx_dim
+
+    @property
     def values(self) -> Tensor:
         """Class features, (prompt, n_cls, embed_dim), detached."""
         return torch.stack([one.values.detach() for one in self.passes])

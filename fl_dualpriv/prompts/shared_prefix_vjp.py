@@ -34,6 +34,11 @@ class SharedPrefixFeatures:
         return by_class_id(self._tape.units, self._order)
 
     @property
+    def prompt_shape(self) -> tuple[int, int]:
+        """Of one prompt, (n_ctx, ctx_dim)."""
+        return self._layout.n_ctx, self._stack.positions.shape[1]
+
+    @property
     def bytes_per_row(self) -> int:
         """About 14 numbers per channel and token live at once."""
         return 4 * 14 * self._layout.tokens * self._stack.positions.shape[1]

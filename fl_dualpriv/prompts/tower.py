@@ -19,6 +19,11 @@ class ClassFeatures(Protocol):
         ...
 
     @property
+    def prompt_shape(self) -> tuple[int, int]:
+        """Of one prompt, (n_ctx, ctx_dim)."""
+        ...
+
+    @property
     def bytes_per_row(self) -> int:
         """Memory that one row of `vjp` takes, roughly."""
         ...

@@ -18,7 +18,7 @@ from opacus.grad_sample import GradSampleModule  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from fl_dualpriv.privacy.clipping import clipped_feature_sum, clipped_sum  # noqa: E402
-from fl_dualpriv.privacy.per_example import per_example_gradients, residuals  # noqa: E402
+from fl_dualpriv.privacy.per_example import clipped_sums, per_example_gradients, residuals  # noqa: E402
 from fl_dualpriv.prompts.shared_prefix import SharedPrefixTower  # noqa: E402
 from fl_dualpriv.world import build_world, initial_prompt  # noqa: E402
 from simulations.benchmarks.harness import BENCH_DIR, assert_equal, emit, interleaved, relative_difference, timed  # noqa: E402
@@ -50,17 +50,20 @@ def rows_of(setting: Setting, top_m: int = 0) -> Tensor:
 
 def rows_by_class(setting: Setting) -> Tensor:
     """The same through the backward pass of chosen classes, with all of them chosen: top-m's path, exact."""
-    taken = batches(setting, slice(0, 1))
+    x, y = setting.images[:1], setting.labels[:1]
     features = setting.ours(setting.prompts[:1])
-    residual = residuals(features.values, taken.x, taken.y, setting.scale)
+    residual = residuals(features.values, x, y, setting.scale)
     classes = torch.arange(residual.shape[-1]).expand(residual.shape)
-    rows = features.vjp_some(setting.scale * residual[..., None] * taken.x[:, :, None], classes)
-    return rows[0, : taken.counts[0]]
+    return features.vjp_some(setting.scale * residual[..., None] * x[:, :, None], classes)[0]
 
 
 def private_step(setting: Setting, top_m: int = 0) -> Tensor:
-    """Per-example gradients, clipped and summed."""
-    return clipped_sum(rows_of(setting, top_m), _CLIP).value
+    """Per-example gradients, clipped and summed, as a client's step does."""
+    features = setting.ours(setting.prompts[:1])
+    (clean,) = clipped_sums(
+        features, batches(setting, slice(0, 1)), setting.scale, _CLIP, workspace_bytes=_WORKSPACE, top_m=top_m
+    )
+    return clean.value
 
 
 def feature_space_step(setting: Setting) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fl_dualpriv.backbones.open_clip import open_clip
 from fl_dualpriv.backbones.open_clip_text import OpenClipText
-from fl_dualpriv.privacy.per_example import Batches, rows_at_once, summed_gradient
+from fl_dualpriv.privacy.per_example import Batches, summed_gradient
 from fl_dualpriv.prompts.shared_prefix import SharedPrefixTower
 from simulations.benchmarks.flops import TowerShape
 
@@ -143,13 +143,7 @@ def coop_gradient(coop: nn.Module, context: Tensor, images: Tensor, labels: Tens
 
 def batches(setting: Setting, clients: slice) -> Batches:
     """The clients' batches as our engine takes them."""
-    images, labels = setting.images[clients], setting.labels[clients]
-    padding = -labels.shape[1] % rows_at_once(labels.device)
-    return Batches(
-        x=nn.functional.pad(images, (0, 0, 0, padding)),
-        y=nn.functional.pad(labels, (0, padding)),
-        counts=(labels.shape[1],) * len(labels),
-    )
+    return Batches.of(*zip(setting.images[clients], setting.labels[clients], strict=True))
 
 
 def our_gradients(setting: Setting, clients: slice) -> Tensor:

@@ -19,8 +19,10 @@ import clients.training
 from clients.app import app
 from fl_dualpriv import wire
 from fl_dualpriv.config import app_defaults
-from fl_dualpriv.files import read_tensors
+from fl_dualpriv.files import read_tensors, write_tensors
 from fl_dualpriv.local_engine import LocalGrid
+from fl_dualpriv.privacy import ledger as ledger_module
+from fl_dualpriv.privacy.ledger import Ledger
 
 DEFAULTS = app_defaults(Path(__file__).parents[2])
 PROMPT = torch.zeros(4, 32)
@@ -203,13 +205,13 @@ def test_clients_of_a_node_keep_their_states_and_ledgers_apart(nodes: Nodes, tmp
     assert "a repetition is refused" in mixed.failed[1]
 
 
-def test_an_owners_folder_holds_all_clients_of_the_node(nodes: Nodes, tmp_path: Path):
+def test_an_owners_folder_is_for_one_client(nodes: Nodes, tmp_path: Path):
+    """Another layout of clients would start new ledgers for records whose budget is spent."""
     grid = nodes({"population": 4})
     grid.contexts[1].node_config["state-dir"] = str(tmp_path / "mine")
-    train(grid, partitions=(0, 2))
-    assert (tmp_path / "mine" / "ledger.jsonl").exists()
-    assert (tmp_path / "mine" / "client-002" / "ledger.jsonl").exists()
-    assert not (tmp_path / "out").exists()
+    reply = train(grid, partitions=(0, 2))
+    assert "state-dir" in reply.error.reason
+    assert not (tmp_path / "mine").exists()
 
 
 def test_a_client_whose_folder_is_in_the_way_takes_nobody_down(nodes: Nodes, tmp_path: Path):
@@ -232,7 +234,65 @@ def test_a_client_whose_prompt_is_damaged_takes_nobody_down(nodes: Nodes, tmp_pa
     assert ledger_lines(tmp_path, 2) == 1  # it failed before its release
 
 
-def test_an_error_of_the_common_step_fails_the_group_and_its_events_stay(
+@pytest.mark.parametrize("damage", ["rank", "width", "dtype", "missing"])
+def test_a_client_whose_state_has_another_form_takes_nobody_down(nodes: Nodes, tmp_path: Path, damage: str):
+    grid = nodes({"population": 4}, num_supernodes=1)
+    train(grid, partitions=(0, 1, 2, 3))
+    file = tmp_path / "out" / "clients" / "client-002" / "prompt.safetensors"
+    tensors, metadata = read_tensors(file)
+    match damage:
+        case "rank":
+            tensors["carrier"] = tensors["carrier"][:1]
+        case "width":
+            tensors["personal"] = tensors["personal"][:, :5]
+        case "dtype":
+            tensors["personal"] = tensors["personal"].double()
+        case "missing":
+            del tensors["carrier"]
+    write_tensors(file, tensors, metadata)
+    scores = wire.read_scores(evaluate(grid, partitions=(0, 1, 2, 3)))
+    assert (scores.partitions, list(scores.failed)) == ((0, 1, 3), [2])
+    again = uploads(train(grid, server_round=2, partitions=(0, 1, 2, 3)))
+    assert (again.partitions, list(again.failed)) == ((0, 1, 3), [2])
+    assert [ledger_lines(tmp_path, p) for p in range(4)] == [2, 2, 1, 2]  # it failed before its release
+
+
+def test_a_client_whose_ledger_is_held_elsewhere_takes_nobody_down(
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(ledger_module, "_LOCK_SECONDS", 0.1)
+    held = Ledger(tmp_path / "out" / "clients" / "client-002" / "ledger.jsonl")
+    grid = nodes({"population": 4}, num_supernodes=1)
+    with held.exclusive():
+        found = uploads(train(grid, partitions=(0, 1, 2, 3)))
+    assert (found.partitions, list(found.failed)) == ((0, 1, 3), [2])
+    assert "TimeoutError" in found.failed[2]
+    assert ledger_lines(tmp_path, 2) == 0
+
+
+def test_a_common_step_that_fails_is_tried_client_by_client(
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    update = clients.training.cohort_update
+
+    def too_large(**arguments: Any) -> Any:
+        if len(arguments["participants"]) > 1 or arguments["participants"][0].partition == 3:
+            raise MemoryError
+        return update(**arguments)
+
+    everyone = (0, 1, 2, 3)
+    seeded = {"population": 4, "privacy.randomness": "seeded"}
+    expected = uploads(
+        train(nodes(seeded | {"output.dir": str(tmp_path / "together")}, num_supernodes=1), partitions=everyone)
+    )
+    monkeypatch.setattr(clients.training, "cohort_update", too_large)
+    found = uploads(train(nodes(seeded, num_supernodes=1), partitions=everyone))
+    assert (found.partitions, list(found.failed)) == ((0, 1, 2), [3])
+    torch.testing.assert_close(found.values, expected.values[:3], rtol=1e-6, atol=1e-6)
+    assert [ledger_lines(tmp_path, p) for p in everyone] == [1, 1, 1, 1]  # one round each, however it was computed
+
+
+def test_an_error_of_every_step_fails_everybody_and_the_events_stay(
     nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def boom(**arguments: Any) -> None:

@@ -34,7 +34,7 @@ TOWER = FunctionTower(features_of)
 
 def summed(records: Tensor) -> Tensor:
     """Gradient of the summed loss of some records at the start."""
-    batches = Batches.of(DATA.features[records], DATA.labels[records])
+    batches = Batches.of((DATA.features[records], DATA.labels[records]))
     return summed_gradient(TOWER(START[None]), batches, 5.0)[0]
 
 

@@ -111,7 +111,7 @@ TRUSTING = replace(PLAN, trusts_server=True, releases=1)
 
 def clean_sum(step: int = 0, prompt: Tensor = START, data: ClientData = DATA) -> Tensor:
     batch = torch.from_numpy(poisson_sample(keyed("batch", step), data.num_examples, 0.3))
-    batches = Batches.of(data.features[batch], data.labels[batch])
+    batches = Batches.of((data.features[batch], data.labels[batch]))
     rows = per_example_gradients(TOWER(prompt[None]), batches, SCALE, workspace_bytes=10**9)
     return clipped_sum(rows[0], PLAN.clip_norm).value
 

@@ -81,7 +81,7 @@ def noise_of(step_sum: torch.Tensor, clean: torch.Tensor) -> np.ndarray:
 
 def test_the_step_releases_the_clipped_sum_plus_noise_of_z_times_c() -> None:
     data = records(40)
-    batches = Batches.of(data.features, data.labels)
+    batches = Batches.of((data.features, data.labels))
     rows = per_example_gradients(FunctionTower(class_features)(START[None]), batches, 20.0, workspace_bytes=2**20)
     clean = clipped_sum(rows[0], PLAN.clip_norm).value  # at rate 1 the batch is everybody
     draws = np.concatenate([noise_of(one_step(data, seed, 1.0), clean) for seed in range(60)])

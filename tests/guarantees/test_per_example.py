@@ -8,7 +8,14 @@ from torch import Tensor
 
 from fl_dualpriv.backbones.open_clip import load_backbone
 from fl_dualpriv.privacy.clipping import clip_rows, clipped_sum
-from fl_dualpriv.privacy.per_example import Batches, largest, per_example_gradients, rows_at_once, summed_gradient
+from fl_dualpriv.privacy.per_example import (
+    Batches,
+    clipped_sums,
+    gradient_blocks,
+    largest,
+    per_example_gradients,
+    summed_gradient,
+)
 from fl_dualpriv.prompts.head import LowRankHead
 from fl_dualpriv.prompts.learner import PromptedText
 from fl_dualpriv.prompts.plain_tower import FunctionTower
@@ -39,20 +46,9 @@ def near(text: PromptedText, seed: int) -> Tensor:
     return text.template_context(4) + 0.05 * torch.randn(4, 32, generator=torch.Generator().manual_seed(seed))
 
 
-def batches(*records: Records) -> Batches:
-    """Side by side, padded with ones, which nobody may see."""
-    block = rows_at_once(torch.device("cpu"))
-    size = -(-max(len(y) for _, y in records) // block) * block
-    x = torch.ones(len(records), size, records[0][0].shape[1])
-    y = torch.zeros(len(records), size, dtype=torch.long)
-    for i, (features, labels) in enumerate(records):
-        x[i, : len(labels)], y[i, : len(labels)] = features, labels
-    return Batches(x=x, y=y, counts=tuple(len(labels) for _, labels in records))
-
-
 def rows_of(text: PromptedText, prompt: Tensor, x: Tensor, y: Tensor, workspace: int = WHOLE, top_m: int = 0) -> Tensor:
     features = text.tower(prompt[None])
-    rows = per_example_gradients(features, batches((x, y)), SCALE, workspace_bytes=workspace, top_m=top_m)[0]
+    rows = per_example_gradients(features, Batches.of((x, y)), SCALE, workspace_bytes=workspace, top_m=top_m)[0]
     assert not rows[len(y) :].any()  # padding is exactly zero
     return rows[: len(y)]
 
@@ -81,7 +77,7 @@ def test_prompts_side_by_side_equal_each_alone_with_unequal_batches(text: Prompt
     x, y = batch
     prompts = [near(text, seed) for seed in range(4)]
     sizes = (9, 5, 2, 0)
-    side = batches(*[(x[:n], y[:n]) for n in sizes])
+    side = Batches.of(*[(x[:n], y[:n]) for n in sizes])
     features = text.tower(torch.stack(prompts))
     whole = per_example_gradients(features, side, SCALE, workspace_bytes=WHOLE)
     for workspace in (WHOLE, 16 * features.bytes_per_row, 1):
@@ -93,10 +89,36 @@ def test_prompts_side_by_side_equal_each_alone_with_unequal_batches(text: Prompt
                 assert close(rows[:n], loop_of_one(text, prompt, x[:n], y[:n]))
 
 
+def test_clipped_sums_are_those_of_the_rows(text: PromptedText, batch: Records) -> None:
+    x, y = batch
+    bad = x.clone()
+    bad[1] = float("nan")
+    side = Batches.of((bad, y), (x[:5], y[:5]), (x[:0], y[:0]))
+    features = text.tower(torch.stack([near(text, seed) for seed in range(3)]))
+    rows = per_example_gradients(features, side, SCALE, workspace_bytes=WHOLE)
+    found = clipped_sums(features, side, SCALE, 0.3, workspace_bytes=1)
+    for one, own, n in zip(found, rows, (9, 5, 0), strict=True):
+        assert one.sensitivity == 0.3
+        assert torch.allclose(one.value, clipped_sum(own[:n], 0.3).value, rtol=0, atol=1e-12)
+    assert not found[2].value.any()
+
+
+def test_what_is_held_does_not_grow_with_a_batch(text: PromptedText, batch: Records) -> None:
+    """A batch's size is private: whether a cohort fits into memory must not depend on it."""
+    x, y = batch
+    features = text.tower(torch.stack([near(text, 0), near(text, 1)]))
+    shapes = []
+    for times in (1, 20):
+        side = Batches.of((x.repeat(times, 1), y.repeat(times)), (x[:2], y[:2]))
+        blocks = gradient_blocks(features, side, SCALE, workspace_bytes=WHOLE)
+        shapes.append({tuple(rows.shape[1:]) for _, rows in blocks})
+    assert shapes[0] == shapes[1]
+
+
 def test_the_summed_gradient_is_the_sum_of_the_rows(text: PromptedText, batch: Records) -> None:
     x, y = batch
     prompts = torch.stack([near(text, 1), near(text, 2)])
-    side = batches((x, y), (x[:3], y[:3]))
+    side = Batches.of((x, y), (x[:3], y[:3]))
     features = text.tower(prompts)
     rows = per_example_gradients(features, side, SCALE, workspace_bytes=WHOLE)
     assert close(summed_gradient(features, side, SCALE), rows.sum(dim=1))
@@ -255,7 +277,7 @@ def test_the_head_equals_autograd(top_m: int) -> None:
         for n in (6, 4, 1)
     ]
     found, expected = (
-        per_example_gradients(t(prompts), batches(*records), SCALE, workspace_bytes=WHOLE, top_m=top_m)
+        per_example_gradients(t(prompts), Batches.of(*records), SCALE, workspace_bytes=WHOLE, top_m=top_m)
         for t in (head, oracle)
     )
     assert close(found, expected)
