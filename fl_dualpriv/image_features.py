@@ -1,8 +1,7 @@
 """Images of one split to features: read, transform, encode, and keep what does not change from round to round."""
 
-import errno
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -18,7 +17,17 @@ BATCH = 32
 
 _MAX_PIXELS = 100_000_000
 _MAX_ASPECT = 100
-_LIBRARIES = ("torch", "torchvision", "open_clip_torch", "transformers", "timm", "pillow", "numpy", "scipy")
+_LIBRARIES = (
+    "fl-dualpriv",
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "transformers",
+    "timm",
+    "pillow",
+    "numpy",
+    "scipy",
+)
 
 
 class ImageFeatures:
@@ -59,7 +68,7 @@ class ImageFeatures:
         return FeatureTable(
             size=len(self._images),
             embed_dim=self._backbone.embed_dim,
-            encode=lambda indices: encode_images(self._backbone, self._images, indices, None),
+            encode=lambda indices: encode_images(self._backbone, self._images, indices, None, pad=True),
             root=self._root,
             key=key,
         )
@@ -83,53 +92,75 @@ def _version(library: str) -> str:
 
 
 def encode_images(
-    backbone: Backbone, images: ImageDataset, indices: np.ndarray, mirrored: np.ndarray | None
+    backbone: Backbone, images: ImageDataset, indices: np.ndarray, mirrored: np.ndarray | None, *, pad: bool = False
 ) -> tuple[np.ndarray, bool]:
     """Read some images and run them through the tower, `BATCH` at a time.
 
     Guarantee:
-        Per record: what one image is decides its own row alone, up to float rounding, and an unusable one becomes a row
-        of NaN. NaN, because under DP a bad record must neither stop the run nor change a count; clipping makes it zero.
-        Without DP the caller refuses such rows by name.
+        Per record: what one image is decides its own row alone, to the bit, for an unusable one takes the place of a
+        zero image through the tower and then becomes a row of NaN. NaN, because under DP a bad record must neither stop
+        the run nor change a count; clipping makes it zero. Without DP the caller refuses such rows by name.
 
     Args:
         backbone: The frozen model.
         images: The split.
         indices: Which images, (n,).
         mirrored: Which of them to mirror left to right, bool (n,), or None.
+        pad: Fill up the last batch with zero images, so that every batch has one size.
 
     Returns:
-        Features, float32 (n, embed_dim); and whether they are final: False if an image failed for a reason that may
-        pass, such as a disk or memory that gave no answer. Its NaN must not be kept for later runs.
+        Features, float32 (n, embed_dim); and whether they are final: False if an image is no longer the one of
+        ``content_hash``, or failed for a reason that may pass, such as a disk or memory that gave no answer. Such rows
+        must not be kept for later runs.
     """
     features = np.full((len(indices), backbone.embed_dim), np.nan, dtype=np.float32)
     final = True
     for start in range(0, len(indices), BATCH):
-        readable, tensors = [], []
+        tensors: list[torch.Tensor | None] = []
         for position in range(start, min(start + BATCH, len(indices))):
-            try:
-                image = images.image(int(indices[position]))
-                if max(image.size) > _MAX_ASPECT * min(image.size) or image.width * image.height > _MAX_PIXELS:
-                    continue  # resizing its shorter side would need gigabytes
-                tensor = backbone.preprocess(image)
-            except Exception as error:  # whatever a record makes a decoder raise is its zero, not the client's failure
-                final = final and not _may_pass(error)
-                continue
-            tensors.append(tensor.flip(-1) if mirrored is not None and mirrored[position] else tensor)
-            readable.append(position)
-        if tensors:
-            features[readable] = backbone.image_features(torch.stack(tensors).to(backbone.device)).cpu().numpy()
+            tensor, lasting = _read(backbone, images, int(indices[position]))
+            final = final and lasting
+            if tensor is not None and mirrored is not None and mirrored[position]:
+                tensor = tensor.flip(-1)
+            tensors.append(tensor)
+        readable = [place for place, tensor in enumerate(tensors) if tensor is not None]
+        batch = _stack(tensors, BATCH if pad else len(tensors))
+        if batch is not None:
+            rows = backbone.image_features(batch.to(backbone.device)).cpu().numpy()
+            features[start + np.array(readable)] = rows[readable]
     features[~np.isfinite(features).all(axis=1)] = np.nan
     return features, final
 
 
-def _may_pass(error: BaseException) -> bool:
-    return any(
-        isinstance(cause, MemoryError)
-        # A file that is missing or closed to us is part of the content's hash; decoders raise OSError without a number.
-        or (isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT, errno.EACCES, errno.ELOOP))
-        for cause in _causes(error)
-    )
+def _stack(tensors: Sequence[torch.Tensor | None], size: int) -> torch.Tensor | None:
+    """A batch with zeros in place of what is missing, or None if all is: its size decides how products are rounded."""
+    some = next((tensor for tensor in tensors if tensor is not None), None)
+    if some is None:
+        return None
+    zero = torch.zeros_like(some)
+    return torch.stack([*(zero if tensor is None else tensor for tensor in tensors), *(size - len(tensors)) * [zero]])
+
+
+def _read(backbone: Backbone, images: ImageDataset, index: int) -> tuple[torch.Tensor | None, bool]:
+    """One image, preprocessed, None if it cannot be used; and whether that is final."""
+    # Before and after, or a file that is replaced while it is decoded would pass for the one that was hashed.
+    final, tensor, failure = images.unchanged(index), None, None
+    try:
+        image = images.image(index)
+        # Resizing the shorter side of an extreme shape would need gigabytes.
+        if max(image.size) <= _MAX_ASPECT * min(image.size) and image.width * image.height <= _MAX_PIXELS:
+            tensor = backbone.preprocess(image)
+    except Exception as error:  # whatever a record makes a decoder raise is its zero, not the client's failure
+        final = final and not any(isinstance(cause, MemoryError) for cause in _causes(error))
+        failure = _error_number(error)
+    # An error of the system is final only if the hash met the same: the content that it stands for has no image here.
+    return tensor, final and failure == images.unreadable(index) and images.unchanged(index)
+
+
+def _error_number(error: BaseException) -> int | None:
+    """Of the system's error behind a failure; decoders raise OSError without a number, for what a file holds."""
+    numbers = (cause.errno for cause in _causes(error) if isinstance(cause, OSError) and cause.errno is not None)
+    return next(numbers, None)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

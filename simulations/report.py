@@ -40,6 +40,13 @@ ROWS = (
     Row("low rank (no residual)", "demo.toml", {"method": "lowrank"}),
     Row("local only", "demo.toml", {"method": "local-only"}),
     Row("PromptFL", "demo.toml", {"method": "promptfl"}),
+    Row("top-3 residuals", "demo.toml", {"train.top-m": "3"}),
+    Row("top-10 residuals", "demo.toml", {"train.top-m": "10"}),
+    Row(
+        "noise at the class features",
+        "demo.toml",
+        {"privacy.record.noise-space": "feature", "privacy.record.clip-norm": "12.0"},
+    ),
     Row(
         "DP-FPL as published, **nominal** ε",
         "demo.toml",

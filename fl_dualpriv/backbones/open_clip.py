@@ -47,6 +47,7 @@ class OpenClipBackbone:
         device: torch.device,
         pruner: TokenPruner | None,
         precision: Precision,
+        model_config: Mapping[str, Any],
     ) -> None:
         if pruner is not None:
             check_prunable(model.get_submodule("visual"), pruner)
@@ -59,7 +60,7 @@ class OpenClipBackbone:
         self.ctx_dim, self.embed_dim = self._text.ctx_dim, self._text.embed_dim
         self.context_length = self._text.context_length
         self.logit_scale = float(clip.logit_scale.exp())
-        self._model, self._tokenizer = clip, tokenizer
+        self._model, self._tokenizer, self._model_config = clip, tokenizer, model_config
         self.rows = self._read_rows()
         self._transform: Any = image_transform_v2(
             PreprocessCfg(**open_clip.get_model_preprocess_cfg(clip)), is_train=False
@@ -149,6 +150,7 @@ class OpenClipBackbone:
             weights,
             str(self._model.visual),
             _heads(self._model.visual),
+            self._model_config,  # how tokens are pooled is neither a weight nor printed
             open_clip.get_model_preprocess_cfg(self._model),
             repr(self.pruner),
             self._precision,
@@ -191,13 +193,16 @@ def load_backbone(
     """
     pruner = ClsAttentionPruner(keep_ratio=visual_keep_ratio, layer=visual_layer) if visual_keep_ratio != 1 else None
     resolved = checkpoints.resolve_device(device)
-    model, tokenizer = _load_model(name, pretrained, str(resolved))
-    return OpenClipBackbone(name, model, tokenizer, resolved, pruner, precision)
+    model, tokenizer, model_config = _load_model(name, pretrained, str(resolved))
+    return OpenClipBackbone(name, model, tokenizer, resolved, pruner, precision, model_config)
 
 
 @functools.lru_cache
-def _load_model(name: str, pretrained: str, device: str) -> tuple[nn.Module, Any]:
-    """The frozen model and its tokenizer, shared by backbones that differ in pruning and precision alone."""
+def _load_model(name: str, pretrained: str, device: str) -> tuple[nn.Module, Any, Mapping[str, Any]]:
+    """The frozen model, its tokenizer and its configuration, shared by backbones that differ in pruning and precision.
+
+    The configuration is open_clip's ``model_cfg``; what a checkpoint's tag changes in it shows in the printed module.
+    """
     folder = None
     if name == _DEMO:
         folder = Path(str(importlib.resources.files("fl_dualpriv.assets"))) / "demo"
@@ -205,7 +210,8 @@ def _load_model(name: str, pretrained: str, device: str) -> tuple[nn.Module, Any
         folder = Path(name.removeprefix(_LOCAL_DIR)).expanduser()
     if folder is None:
         architecture = _check_model_name(name)
-        checkpoints.check_text_tower(name, open_clip.get_model_config(architecture) or {})
+        config: Mapping[str, Any] = open_clip.get_model_config(architecture) or {}
+        checkpoints.check_text_tower(name, config)
         checkpoint, tag = _find_checkpoint(architecture, pretrained)
     else:
         if pretrained:
@@ -214,9 +220,10 @@ def _load_model(name: str, pretrained: str, device: str) -> tuple[nn.Module, Any
                 'weights; set backbone.pretrained = "" or name an open_clip model'
             )
         architecture, checkpoint, tag = f"{_LOCAL_DIR}{folder}", folder / checkpoints.WEIGHTS_FILE, {}
-        checkpoints.check_text_tower(name, checkpoints.read_folder_config(name, folder))
+        config = checkpoints.read_folder_config(name, folder)
+        checkpoints.check_text_tower(name, config)
     model = _create(name, architecture, checkpoint, tag).eval().requires_grad_(False)
-    return model.to(device), _load_tokenizer(name, architecture, folder, model)
+    return model.to(device), _load_tokenizer(name, architecture, folder, model), config
 
 
 def _check_model_name(name: str) -> str:

@@ -39,6 +39,14 @@ class ImageDataset(Protocol):
         """Changes whenever what ``image`` gives for any index may change; says nothing about where the images lie."""
         ...
 
+    def unchanged(self, index: int) -> bool:
+        """Whether a record still is what ``content_hash`` found, if that was asked for; for before and after a read."""
+        ...
+
+    def unreadable(self, index: int) -> int | None:
+        """Error number with which ``content_hash`` found a record missing or closed; None if it could read it."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class DataSplits:

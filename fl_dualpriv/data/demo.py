@@ -49,6 +49,14 @@ class DemoSplit:
         """See `ImageDataset.content_hash`: of what the images are drawn from, and of the code that draws them."""
         return self._content_hash
 
+    def unchanged(self, index: int) -> bool:
+        """See `ImageDataset.unchanged`: they are in memory."""
+        return True
+
+    def unreadable(self, index: int) -> int | None:
+        """See `ImageDataset.unreadable`."""
+        return None
+
     @functools.cached_property
     def _content_hash(self) -> str:
         digest = hashlib.sha256(Path(rendering.__file__).read_bytes())

@@ -1,10 +1,12 @@
 """Image features on disk: computed once per data set and model, and shared by all processes of a machine. numpy only.
 
-Layout: ``ROOT/KEY/shard-00000.npy``, float32 (images, embed_dim), `SHARD` images each. KEY is a hash of the content of
-the data set and of everything that turns it into features, so a folder of another name finds its features again.
+Layout: ``ROOT/KEY/shard-00000.npy``, float32 (images, embed_dim), `SHARD` images each, and behind the array 32 bytes of
+checksum, which numpy does not read. KEY is a hash of the content of the data set and of everything that turns it into
+features, so a folder of another name finds its features again.
 
 Features of private images are private data, to be kept as the images are: the folders are readable by their owner
-alone (0700), and features that somebody else may have put there are not read. They are never sent.
+alone (0700), and features that somebody else may have put there are not read: a folder or file of another owner, or one
+that others may write to, is not used. They are never sent.
 """
 
 import contextlib
@@ -12,7 +14,9 @@ import fcntl
 import hashlib
 import io
 import json
+import mmap
 import os
+import stat
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +29,8 @@ SHARD = 256
 
 IN_MEMORY = 2**26
 """Bytes of a table up to which rows are gathered from one array in memory instead of many mapped shards."""
+
+_CHECKSUM = hashlib.sha256().digest_size
 
 Encode = Callable[[np.ndarray], tuple[np.ndarray, bool]]
 """Features (images, embed_dim) of some indices, and whether they are final: False if a record may be readable later."""
@@ -48,8 +54,9 @@ class FeatureTable:
     Guarantee:
         `rows` gives bitwise the same numbers with and without a folder, whichever process asked first and in whatever
         order, and after any process was killed at any moment: every shard is encoded from the same indices in one call,
-        appears in the folder by a rename alone, and is made anew if it is damaged. Each shard is encoded by one process
-        at a time. A folder that cannot be used costs a warning and speed, never the run.
+        appears in the folder by a rename alone, and is made anew if its checksum, verified when a process first opens
+        it, shows damage. Each shard is encoded by one process at a time. A folder that cannot be used costs a warning
+        and speed, never the run.
 
     Args:
         size: Images in the data set.
@@ -128,13 +135,10 @@ class FeatureTable:
         if self._folder is None:
             return False
         start, stop = self._span(shard)
-        try:
-            rows = np.load(self._folder / f"{_name(shard)}.npy", mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+        rows = _map(self._folder / f"{_name(shard)}.npy", (stop - start, self._dim))
+        if rows is None:
             return False
-        if rows.shape != (stop - start, self._dim) or rows.dtype != np.float32:
-            return False
-        self._keep(shard, np.asarray(rows))
+        self._keep(shard, rows)
         return True
 
     def _keep(self, shard: int, rows: np.ndarray) -> None:
@@ -162,15 +166,25 @@ def _open_private(root: Path, folder: Path) -> None:
     """Make the folders for their owner alone.
 
     Raises:
-        OSError: If they cannot be made, or the folder is somebody else's: features in it may be made up.
+        OSError: If they cannot be made, or somebody else owns them or can write to them: features in there may be made
+            up, even if only their owner can write to them from now on.
     """
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_ours(root, root.stat())  # it may be a link, as to a larger disk
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.stat()
-    if found.st_uid != os.getuid():
-        raise PermissionError(f"{folder} belongs to another user")
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(f"{folder} is a link or a file")
+    _check_ours(folder, found)
     if found.st_mode & 0o077:
         folder.chmod(0o700)
+
+
+def _check_ours(folder: Path, found: os.stat_result) -> None:
+    if found.st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user")
+    if found.st_mode & 0o022:
+        raise PermissionError(f"others can write to {folder}; name or make a folder that only its owner can write to")
 
 
 def _acquire(path: Path, *, wait: bool) -> IO[bytes]:
@@ -186,16 +200,41 @@ def _acquire(path: Path, *, wait: bool) -> IO[bytes]:
         return file
 
 
+def _map(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """The rows of a finished shard, mapped and read-only; None if there is none, it is damaged or not ours."""
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            if os.fstat(file.fileno()).st_uid != os.getuid():
+                return None
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):  # an empty file cannot be mapped
+        return None
+    head = _head(shape)
+    body = memoryview(content)[:-_CHECKSUM]
+    if len(body) != len(head) + 4 * shape[0] * shape[1] or body[: len(head)] != head:
+        return None
+    if hashlib.sha256(body).digest() != content[-_CHECKSUM:]:
+        return None
+    return np.frombuffer(body, dtype=np.float32, offset=len(head)).reshape(shape)
+
+
+def _head(shape: tuple[int, int]) -> bytes:
+    """What numpy writes before the numbers; a shard is read only if it begins with it."""
+    content = io.BytesIO()
+    describe = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(content, describe)
+    return content.getvalue()
+
+
 def _write(folder: Path, shard: int, rows: np.ndarray) -> None:
     """Put a finished shard in place. The caller holds its lock, so unfinished files here are a killed writer's."""
     for leftover in folder.glob(f".{_name(shard)}.*.tmp"):
         leftover.unlink(missing_ok=True)
-    content = io.BytesIO()
-    np.save(content, rows, allow_pickle=False)
+    content = _head((len(rows), rows.shape[1])) + np.ascontiguousarray(rows, dtype=np.float32).tobytes()
     temporary = folder / f".{_name(shard)}.{os.getpid()}.tmp"
     try:
         with temporary.open("wb") as file:
-            file.write(content.getbuffer())
+            file.write(content + hashlib.sha256(content).digest())
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave a file of the right length and no content
         temporary.replace(folder / f"{_name(shard)}.npy")

@@ -1,8 +1,10 @@
 """Images in directories: one folder per class, or ``train/ val/ test/`` with one folder per class in each."""
 
+import errno
 import functools
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif"
 DEFAULT_TEMPLATE = "a photo of a {}"
 _SPLITS = ("train", "val", "test")
 _NAMED_FILES = 5
+_LASTING = frozenset({errno.ENOENT, errno.EACCES, errno.ELOOP})
+"""Errors that say something about the file: it is missing or closed to us. Any other may pass."""
 
 Files = dict[str, list[Path]]  # images of each class folder, in the order of their names
 
@@ -48,12 +52,56 @@ class FolderSplit:
 
     @property
     def content_hash(self) -> str:
-        """See `ImageDataset.content_hash`: of the bytes of all files in order; every file is read once a process."""
-        return self._content_hash
+        """See `ImageDataset.content_hash`: of the bytes of all files in order; every file is read once a process.
+
+        Where a file cannot be read for a reason that may pass, a hash that nothing else has.
+        """
+        return self._hashed.content
+
+    def unchanged(self, index: int) -> bool:
+        """See `ImageDataset.unchanged`; False if a file's bytes could not be hashed for a reason that may pass."""
+        if "_hashed" not in self.__dict__:  # nobody asked for the hash, so there is nothing to be true to
+            return True
+        hashed = self._hashed
+        if not hashed.known:
+            return False
+        if hashed.errors[index]:
+            return True
+        try:
+            return tuple(hashed.stamps[index].tolist()) == _stamp(self.paths[index].stat())
+        except OSError:
+            return False
+
+    def unreadable(self, index: int) -> int | None:
+        """See `ImageDataset.unreadable`."""
+        return int(self._hashed.errors[index]) or None if "_hashed" in self.__dict__ else None
 
     @functools.cached_property
-    def _content_hash(self) -> str:
-        return hashlib.sha256(b"".join(_file_hash(path) for path in self.paths)).hexdigest()
+    def _hashed(self) -> "_Hashed":
+        digest, known = hashlib.sha256(), True
+        stamps = np.zeros((len(self.paths), len(_NO_STAMP)), dtype=np.int64)  # a data set may have millions of files
+        errors = np.zeros(len(self.paths), dtype=np.int16)
+        for index, path in enumerate(self.paths):
+            content, stamps[index], error = _file_hash(path)
+            digest.update(content)
+            if error is None:
+                known = False
+            else:
+                errors[index] = error
+        return _Hashed(digest.hexdigest(), stamps, errors, known)
+
+
+@dataclass(frozen=True, eq=False)
+class _Hashed:
+    """What the hash of a split found, file by file: stamps (files, 4), and error numbers (files,), 0 where it read.
+
+    ``known`` is False if it does not know the content of some file.
+    """
+
+    content: str
+    stamps: np.ndarray
+    errors: np.ndarray
+    known: bool
 
 
 def load_folder(
@@ -241,13 +289,30 @@ def _split(files: Files, names: Mapping[str, str]) -> FolderSplit:
     )
 
 
-def _file_hash(path: Path) -> bytes:
-    """32 bytes; a file that cannot be read has a hash too, or one bad record would stop a DP run."""
+_NO_STAMP = (0, 0, 0, 0)
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is written or replaced."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino % 2**63
+
+
+def _file_hash(path: Path) -> tuple[bytes, tuple[int, ...], int | None]:
+    """32 bytes, the file's stamp, and the number of the error that hid it: 0 for none, None for one that may pass.
+
+    A file that cannot be read has a hash too, or one bad record would stop a DP run: one of its own per lasting error,
+    and a new one each time if the error may pass, because the file's content is then not known.
+    """
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-    except OSError:
-        return bytes(32)
+            stamp = _stamp(os.fstat(file.fileno()))
+            content = hashlib.file_digest(file, "sha256").digest()
+            if _stamp(os.fstat(file.fileno())) == stamp:
+                return content, stamp, 0
+    except OSError as error:
+        if error.errno in _LASTING:
+            return error.errno.to_bytes(32, "big"), _NO_STAMP, error.errno
+    return os.urandom(32), _NO_STAMP, None
 
 
 def _decode(path: Path, prepare: Callable[[Image.Image], object] = lambda image: None) -> Image.Image:

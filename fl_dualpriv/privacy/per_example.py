@@ -35,7 +35,7 @@ class Batches:
     Attributes:
         features: Image features (record, embed_dim), unit norm.
         labels: Class ids (record,).
-        index: Records of each batch, (prompt, row), padded to a multiple of `rows_at_once`; padding points at some record
+        index: Records of each batch, (prompt, row), padded to a multiple of `rows_at_once`; padding points at a record
             and is masked away.
         counts: True rows of each prompt, in falling order, so that prompts with rows left are always the first ones.
     """

@@ -26,7 +26,7 @@ def backbone(width: int, heads: int, *, quick_gelu: bool) -> OpenClipBackbone:
         for parameter in model.parameters():
             if parameter.ndim == 1:  # zeros and ones at first, which would hide a wrong use of them
                 parameter += 0.1 * torch.randn(parameter.shape)
-    return OpenClipBackbone(width, model, TrimmedTokenizer(ids, 77), torch.device("cpu"), None, "fp32")  # type: ignore[arg-type]
+    return OpenClipBackbone(width, model, TrimmedTokenizer(ids, 77), torch.device("cpu"), None, "fp32", {})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
