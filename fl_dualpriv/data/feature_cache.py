@@ -16,6 +16,7 @@ import io
 import json
 import mmap
 import os
+import resource
 import stat
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,6 +30,9 @@ SHARD = 256
 
 IN_MEMORY = 2**26
 """Bytes of a table up to which rows are gathered from one array in memory instead of many mapped shards."""
+
+_OTHER_FILES = 512
+"""Open files that a process may need beside the maps."""
 
 _CHECKSUM = hashlib.sha256().digest_size
 
@@ -74,6 +78,7 @@ class FeatureTable:
         self._shards: list[np.ndarray] = [np.empty((0, embed_dim), np.float32)] * shards
         small = 4 * size * embed_dim <= IN_MEMORY
         self._whole = np.empty((size, embed_dim), np.float32) if small else None
+        self._maps_left = 0 if small else _spare_files(shards)
         self._root = root
         self._folder = None if root is None else root / key
         if self._folder is not None and root is not None:
@@ -138,6 +143,10 @@ class FeatureTable:
         rows = _map(self._folder / f"{_name(shard)}.npy", (stop - start, self._dim))
         if rows is None:
             return False
+        if self._whole is None:
+            self._maps_left -= 1
+            if self._maps_left < 0:
+                rows = rows.copy()  # and the file is closed
         self._keep(shard, rows)
         return True
 
@@ -156,6 +165,16 @@ class FeatureTable:
             "process computes its own",
             stacklevel=1,  # one place, so that Python shows the same text once
         )
+
+
+def _spare_files(wanted: int) -> int:
+    """How many files may stay open for maps: each holds one, and a process that runs out reads no image any more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted + _OTHER_FILES:
+        most = wanted + _OTHER_FILES if hard == resource.RLIM_INFINITY else min(wanted + _OTHER_FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        soft = most
+    return wanted if soft == resource.RLIM_INFINITY else soft - _OTHER_FILES
 
 
 def _name(shard: int) -> str:

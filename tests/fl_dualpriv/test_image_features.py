@@ -1,8 +1,12 @@
 """Images to features with a real (tiny) CLIP: the same bits with the cache on and off, keyed by all they need."""
 
+import hashlib
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fl_dualpriv import image_features
 from fl_dualpriv.backbones.backbone import Backbone, load_backbone
 from fl_dualpriv.data.feature_cache import SHARD
-from fl_dualpriv.data.folder import load_folder
-from fl_dualpriv.image_features import ImageFeatures, feature_cache_key
+from fl_dualpriv.data.folder import FolderSplit, load_folder
+from fl_dualpriv.image_features import BATCH, ImageFeatures, feature_cache_key
 
 
 @dataclass
@@ -27,6 +30,8 @@ class Drawn:
     error: Exception = field(default_factory=lambda: ValueError("no picture"))
     class_names: tuple[str, ...] = ("a", "b")
     reads: list[int] = field(default_factory=list)
+    hash_error: int | None = None
+    checks: list[bool] = field(default_factory=list)
 
     def __len__(self) -> int:
         return self.size
@@ -38,6 +43,12 @@ class Drawn:
     @property
     def content_hash(self) -> str:
         return f"{self.size} {self.broken}"
+
+    def unchanged(self, index: int) -> bool:
+        return self.checks.pop(0) if self.checks else True
+
+    def unreadable(self, index: int) -> int | None:
+        return self.hash_error if index in self.broken else None
 
     def image(self, index: int) -> Image.Image:
         self.reads.append(index)
@@ -79,23 +90,55 @@ def test_an_unreadable_image_is_a_row_of_nan(backbone: Backbone, tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    ("error", "kept"),
+    ("error", "hash_error", "kept"),
     [
-        (ValueError("damaged"), True),
-        (OSError("image file is truncated"), True),
-        (FileNotFoundError(2, "gone"), True),
-        (OSError(5, "Input/output error"), False),
-        (OSError(24, "Too many open files"), False),
-        (MemoryError(), False),
+        (ValueError("damaged"), None, True),
+        (OSError("image file is truncated"), None, True),
+        (FileNotFoundError(2, "gone"), 2, True),
+        (FileNotFoundError(2, "gone"), None, False),  # the hash read it
+        (FileNotFoundError(2, "gone"), 13, False),
+        (PermissionError(13, "closed"), None, False),
+        (ValueError("damaged"), 2, False),  # it is there now
+        (OSError(5, "Input/output error"), None, False),
+        (OSError(24, "Too many open files"), None, False),
+        (MemoryError(), None, False),
     ],
     ids=str,
 )
-def test_an_error_that_may_pass_is_not_kept(backbone: Backbone, tmp_path: Path, error: Exception, kept: bool):
+def test_an_error_that_may_pass_is_not_kept(
+    backbone: Backbone, tmp_path: Path, error: Exception, hash_error: int | None, kept: bool
+):
     wrapped = ValueError("image cannot be read")
     wrapped.__cause__ = error  # as the folder's decoder raises it
-    rows = ImageFeatures(backbone, Drawn(20, (3,), wrapped), tmp_path).rows(np.arange(20))
+    images = Drawn(20, (3,), wrapped, hash_error=hash_error)
+    rows = ImageFeatures(backbone, images, tmp_path).rows(np.arange(20))
     assert np.isnan(rows[3]).all()
     assert len(list(tmp_path.glob("*/*.npy"))) == kept
+
+
+@pytest.mark.parametrize("checks", [(True, True), (False, True), (True, False)], ids=str)
+def test_an_image_that_is_not_the_hashed_one_is_not_kept(backbone: Backbone, tmp_path: Path, checks: tuple[bool, bool]):
+    images = Drawn(3, checks=[True, True, *checks])  # before and after each of two images
+    assert np.isfinite(ImageFeatures(backbone, images, tmp_path).rows(np.arange(3))).all()
+    assert len(list(tmp_path.glob("*/*.npy"))) == all(checks)
+
+
+@pytest.mark.parametrize("size", [BATCH + 9, 3])
+def test_an_unreadable_image_changes_no_bit_of_another(backbone: Backbone, size: int):
+    sound = ImageFeatures(backbone, Drawn(size), None).rows(np.arange(size))
+    for broken in ((0,), (size - 1,), (0, 1), tuple(range(size - 1))):
+        rows = ImageFeatures(backbone, Drawn(size, broken), None).rows(np.arange(size))
+        usable = np.delete(np.arange(size), broken)
+        assert np.array_equal(rows[usable], sound[usable])
+        assert np.isnan(rows[list(broken)]).all()
+
+
+def test_all_batches_of_a_shard_have_one_size(backbone: Backbone, monkeypatch: pytest.MonkeyPatch):
+    sizes, encode = [], backbone.image_features
+    monkeypatch.setattr(backbone, "image_features", lambda images: sizes.append(len(images)) or encode(images))
+    ImageFeatures(backbone, Drawn(SHARD + 3, (1, 40)), None).rows(np.arange(SHARD + 3))
+    ImageFeatures(backbone, Drawn(2, (0, 1)), None).rows(np.arange(2))  # none to encode
+    assert sizes == (SHARD // BATCH + 1) * [BATCH]
 
 
 def test_a_feature_that_is_not_finite_is_nan_as_a_whole(backbone: Backbone, monkeypatch: pytest.MonkeyPatch):
@@ -155,8 +198,12 @@ def write_images(folder: Path) -> Path:
     return folder
 
 
+def load(folder: Path) -> FolderSplit:
+    return load_folder(folder, "", 0.1, 0.2, 0, "keep")[0]["train"]
+
+
 def content_hash(folder: Path) -> str:
-    return load_folder(folder, "", 0.1, 0.2, 0, "keep")[0]["train"].content_hash
+    return load(folder).content_hash
 
 
 def change_a_pixel(folder: Path) -> None:
@@ -181,6 +228,89 @@ def test_the_hash_of_a_folder_is_that_of_its_images(tmp_path: Path):
         change(copy)
         hashes.add(content_hash(copy))
     assert len(hashes) == 1 + len(changes)
+
+
+def overwrite(path: Path) -> None:
+    """In place, with as many bytes and the old time of change."""
+    before, content = path.stat(), bytearray(path.read_bytes())
+    content[-20] ^= 0xFF
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: Image.new("RGB", (8, 8), (255, 0, 0)).save(path),
+        overwrite,
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(b""),
+    ],
+    ids=["another image", "same size and time", "gone", "emptied"],
+)
+def test_a_file_that_changes_after_the_hash_poisons_nothing(
+    backbone: Backbone, tmp_path: Path, change: Callable[[Path], object]
+):
+    folder, cache = write_images(tmp_path / "some"), tmp_path / "cache"
+    intact = shutil.copytree(folder, tmp_path / "intact")
+    split = load(folder)
+    assert feature_cache_key(backbone, split) == feature_cache_key(backbone, load(intact))
+    change(split.paths[1])
+    ImageFeatures(backbone, split, cache).rows(np.arange(len(split)))
+    assert not list(cache.glob("*/*.npy"))
+    expected = ImageFeatures(backbone, load(intact), None).rows(np.arange(len(split)))
+    for _ in range(2):
+        assert np.array_equal(ImageFeatures(backbone, load(intact), cache).rows(np.arange(len(split))), expected)
+    assert len(list(cache.glob("*/*.npy"))) == 1
+
+
+def test_an_error_that_may_pass_gives_a_key_that_nothing_shares(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder, cache = write_images(tmp_path / "some"), tmp_path / "cache"
+    sound, opened = load(folder), Path.open
+
+    def busy(path: Path, *arguments: Any) -> Any:
+        if path == sound.paths[0]:
+            raise OSError(24, "Too many open files")
+        return opened(path, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", busy)
+        splits = [load(folder), load(folder)]
+        assert len({split.content_hash for split in (sound, *splits)}) == 3
+    rows = ImageFeatures(backbone, splits[0], cache).rows(np.arange(len(sound)))
+    assert np.isfinite(rows).all()
+    assert not list(cache.glob("*/*.npy"))  # nobody could ever find it
+
+
+def test_a_file_that_is_written_while_it_is_hashed_has_no_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    split, digest = load(write_images(tmp_path / "some")), hashlib.file_digest
+
+    def meanwhile(file: Any, name: str) -> Any:
+        with split.paths[0].open("ab") as other:
+            other.write(b".")
+        return digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", meanwhile)
+    assert split.content_hash != load(tmp_path / "some").content_hash
+    assert not split.unchanged(1)
+
+
+def test_lasting_errors_have_a_hash_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, hashes = write_images(tmp_path / "some"), []
+    for number in (2, 13, 40):  # ENOENT, EACCES, ELOOP
+
+        def refuse(path: Path, *arguments: Any, number: int = number) -> Any:
+            raise OSError(number, "no")
+
+        monkeypatch.setattr(Path, "open", refuse)
+        split = load(folder)
+        hashes += [split.content_hash, load(folder).content_hash]
+        assert split.unreadable(0) == number
+        assert split.unchanged(0)
+    assert hashes[::2] == hashes[1::2]
+    assert len(set(hashes)) == 3
 
 
 def test_an_unreadable_file_has_a_hash(tmp_path: Path):
@@ -220,5 +350,8 @@ def test_the_key_changes_with_all_that_changes_a_feature(
 
 def test_the_key_changes_with_the_libraries(backbone: Backbone, monkeypatch: pytest.MonkeyPatch):
     first = feature_cache_key(backbone, Drawn(5))
-    monkeypatch.setattr(image_features, "_version", lambda library: "99.0")
-    assert feature_cache_key(backbone, Drawn(5)) != first
+    for library in ("torch", "pillow", "fl-dualpriv"):
+        with monkeypatch.context() as patched:
+            patched.setattr(metadata, "version", lambda name, other=library: "99.0" if name == other else version(name))
+            assert feature_cache_key(backbone, Drawn(5)) != first, library
+    assert feature_cache_key(backbone, Drawn(5)) == first

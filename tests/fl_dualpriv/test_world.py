@@ -183,7 +183,7 @@ def clean_sum(world: World, partition_id: int, keep: torch.Tensor | None = None)
         x, y = x[keep], y[keep]
     prompt = world.text.template_context(4)
     features = world.text.tower(prompt[None])
-    rows = per_example_gradients(features, Batches.of(x, y), world.logit_scale, workspace_bytes=2**20)
+    rows = per_example_gradients(features, Batches.of((x, y)), world.logit_scale, workspace_bytes=2**20)
     return clipped_sum(rows[0], 0.1).value
 
 

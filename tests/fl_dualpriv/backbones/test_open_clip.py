@@ -224,12 +224,14 @@ def test_fingerprints(tiny_clip_dir, tmp_path):
     assert load(same).fingerprint == backbone.fingerprint
     assert load(other).fingerprint != backbone.fingerprint
     assert load(same).feature_key == backbone.feature_key
-    # Pruning, head count, activation and transform change features but no weight.
+    # Pruning, head count, activation, pooling and transform change features but no weight.
     keys = {backbone.feature_key, load(tiny_clip_dir, 0.5, 1).feature_key, load(tiny_clip_dir, 0.5, 2).feature_key}
     for number, (section, key, value) in enumerate(
         [
             ("model_cfg", "vision_cfg", {"head_width": 8}),
             ("model_cfg", "quick_gelu", True),
+            ("model_cfg", "vision_cfg", {"pool_type": "avg"}),
+            ("model_cfg", "vision_cfg", {"pool_type": "avg", "final_ln_after_pool": True}),
             ("preprocess_cfg", "mean", 3 * [0.5]),
         ]
     ):
@@ -239,7 +241,7 @@ def test_fingerprints(tiny_clip_dir, tmp_path):
         (folder / "open_clip_config.json").write_text(json.dumps(config))
         assert load(folder).fingerprint == backbone.fingerprint
         keys.add(load(folder).feature_key)
-    assert len(keys) == 6
+    assert len(keys) == 8
 
 
 # Named models with a checkpoint file

@@ -1,6 +1,6 @@
 """The cache of image features: the same bits with and without it, for any number of processes, killed or not."""
 
-import os
+import hashlib
 import subprocess
 import sys
 import time
@@ -97,27 +97,22 @@ def test_the_next_process_encodes_nothing(tmp_path: Path):
     assert not again.calls
 
 
+@pytest.mark.parametrize("in_memory", [2**26, 0], ids=["one array", "mapped shards"])
+def test_a_checksum_is_verified_once_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: int):
+    table(tmp_path, Encoder()).rows(ALL)
+    monkeypatch.setattr(feature_cache, "IN_MEMORY", in_memory)
+    hashed, sha256 = [], hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda content: hashed.append(len(content)) or sha256(content))
+    features = table(tmp_path, Encoder())
+    for _ in range(2):
+        assert np.array_equal(features.rows(ALL), truth(ALL))
+    assert len(hashed) == 3
+    assert np.array_equal(np.load(tmp_path / "key" / "shard-00001.npy"), truth(ALL[SHARD : 2 * SHARD]))
+
+
 def test_an_empty_data_set_has_no_features(tmp_path: Path):
     empty = FeatureTable(size=0, embed_dim=DIM, encode=Encoder(), root=tmp_path, key="key")
     assert empty.rows(np.zeros(0, dtype=np.int64)).shape == (0, DIM)
-
-
-def test_folders_are_their_owners_alone(tmp_path: Path):
-    (tmp_path / "features" / "key").mkdir(parents=True, mode=0o755)
-    for folder in ("features", "other"):
-        table(tmp_path / folder, Encoder()).rows(ALL)
-    for folder in ("features/key", "other", "other/key"):
-        assert (tmp_path / folder).stat().st_mode & 0o777 == 0o700
-
-
-def test_somebody_elses_folder_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    table(tmp_path, Encoder()).rows(ALL)
-    monkeypatch.setattr(os, "getuid", lambda: 12345)
-    encoder = Encoder()
-    with pytest.warns(UserWarning, match=r"resources\.feature-cache.* belongs to another user"):
-        features = table(tmp_path, encoder)
-    assert np.array_equal(features.rows(SOME), truth(SOME))
-    assert len(encoder.calls) == 3
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
@@ -208,16 +203,47 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def seal(path: Path) -> None:
+    """Append the checksum of whatever there is."""
+    path.write_bytes(path.read_bytes() + hashlib.sha256(path.read_bytes()).digest())
+
+
 def other_shape(path: Path) -> None:
     np.save(path, np.zeros((SHARD, DIM + 1), np.float32))
+    seal(path)
 
 
 def other_type(path: Path) -> None:
     np.save(path, np.zeros((SHARD, DIM), np.float64))
+    seal(path)
+
+
+def same_size(path: Path) -> None:
+    np.save(path, np.zeros((SHARD, DIM), np.int32))
+    seal(path)
 
 
 def pickled(path: Path) -> None:
     np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    seal(path)
+
+
+def longer(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-32] + b"more")
+    seal(path)
+
+
+def flip(place: int) -> Callable[[Path], object]:
+    def damage(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[place] ^= 1
+        path.write_bytes(content)
+
+    return damage
+
+
+def without_checksum(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-32])
 
 
 @pytest.mark.parametrize(
@@ -226,11 +252,30 @@ def pickled(path: Path) -> None:
         truncate,
         other_shape,
         other_type,
+        same_size,
         pickled,
+        longer,
+        flip(200),
+        flip(-40),
+        flip(-1),
+        without_checksum,
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"nonsense" * 100),
     ],
-    ids=["truncated", "other shape", "other type", "pickled", "empty", "no array"],
+    ids=[
+        "truncated",
+        "other shape",
+        "other type",
+        "same size",
+        "pickled",
+        "longer",
+        "first flipped",
+        "last flipped",
+        "checksum flipped",
+        "no checksum",
+        "empty",
+        "no array",
+    ],
 )
 def test_a_damaged_shard_is_made_anew(tmp_path: Path, damage: Callable[[Path], object]):
     table(tmp_path, Encoder()).rows(ALL)
@@ -302,3 +347,30 @@ def test_what_the_setting_means(tmp_path: Path):
     assert cache_root("off") is None
     assert cache_root("") == Path.home() / ".fl-dualpriv" / "features"
     assert cache_root(str(tmp_path)) == tmp_path
+
+
+def test_shards_beyond_the_open_files_are_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A map holds a file; a process without files left would read no image, and a private record would become zero."""
+    monkeypatch.setattr(feature_cache, "IN_MEMORY", 0)
+    monkeypatch.setattr(feature_cache, "_spare_files", lambda wanted: 1)
+    table(tmp_path, Encoder()).rows(ALL)
+    features = table(tmp_path, encoder := Encoder())
+    assert np.array_equal(features.rows(ALL), truth(ALL))
+    assert encoder.calls == []
+    assert [shard.base is None or shard.flags.owndata for shard in features._shards] == [False, True, True]
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_it_goes(monkeypatch: pytest.MonkeyPatch):
+    limits = [1024, 4096]
+
+    def set_limit(kind: int, wanted: tuple[int, int]) -> None:
+        limits[:] = wanted
+
+    monkeypatch.setattr(feature_cache.resource, "getrlimit", lambda kind: tuple(limits))
+    monkeypatch.setattr(feature_cache.resource, "setrlimit", set_limit)
+    assert feature_cache._spare_files(100) == 512  # 1024 suffices
+    assert limits == [1024, 4096]
+    assert feature_cache._spare_files(1000) == 1000
+    assert limits == [1512, 4096]
+    assert feature_cache._spare_files(100_000) == 4096 - 512
+    assert limits == [4096, 4096]
