@@ -134,8 +134,8 @@ CROSS_RULES: tuple[CrossRule, ...] = (
     CrossRule(
         ("prompt.learner", "method"),
         lambda v: v["prompt.learner"] == "context" or v["method"] in ("promptfl", "full", "zero-shot"),
-        'as "head" needs method = "promptfl", "full" or "zero-shot": its parameters are low-rank factors already',
-        "choose one of these methods",
+        'must be "context" for this method: the head\'s own parameters are low-rank factors already',
+        'set it to "context", or method = "promptfl", "full" or "zero-shot"',
     ),
     CrossRule(
         ("train.top-m", _RECORD),

@@ -58,8 +58,9 @@ class TrimmedTokenizer:
         if not all(bpe_id in self._trimmed for bpe_id in bpe_ids):
             unknown = [word for word in text.split() if not self._knows(word)] or [text]
             raise ValueError(
-                f"unknown to the demo CLIP: {', '.join(map(repr, unknown))}. It was trained on sketches and knows "
-                "only a small vocabulary (class, colour, style and category words): pre-trained CLIPs know more"
+                f"unknown to the demo CLIP: {', '.join(map(repr, unknown))} (in {text!r}). It was trained on sketches "
+                "and knows only a small vocabulary (class, colour, style and category words); the sentence around a "
+                'class name is the template of data.classes, for example {"template": "a sketch of a {}"}'
             )
         return [self._trimmed[bpe_id] for bpe_id in bpe_ids]
 

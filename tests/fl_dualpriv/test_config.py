@@ -192,7 +192,7 @@ FEATURE = {"privacy.record.noise-space": "feature"}
     [
         ({"prompt.n-ctx": 1}, "prompt.rank", "must be at most prompt.n-ctx (here prompt.n-ctx = 1"),
         ({"supernodes": 11}, "supernodes", "must be at most population (here population = 10)"),
-        ({"prompt.learner": "head"}, "prompt.learner", 'as "head" needs method = "promptfl"'),
+        ({"prompt.learner": "head"}, "prompt.learner", 'must be "context" for this method'),
         ({"train.top-m": 3, "privacy.record.mechanism": "none"}, "train.top-m", "needs privacy.record.mechanism"),
         ({"train.top-m": 3, "method": "dpfpl-paper"}, "train.top-m", "must be 0, as published"),
         ({**FEATURE, "train.top-m": 3}, "privacy.record.noise-space", "so top-m must be 0"),
