@@ -6,15 +6,16 @@ divided by 10 as the authors' code does. The clean clipped gradient of p_G goes 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.client import ClientData, PersonalState
-from fl_dualpriv.privacy.noise import RandomSource, gaussian_noise
+from clients.dualpriv import Participant
+from fl_dualpriv.client import PersonalState
+from fl_dualpriv.privacy.noise import gaussian_noise
 from fl_dualpriv.privacy.per_example import Batches, summed_gradient
 from fl_dualpriv.prompts.lowrank import carriers
 from fl_dualpriv.prompts.tower import PromptTower
@@ -39,44 +40,67 @@ class PublishedTraining:
     sigma: float
 
 
-def published_update(
+def published_updates(
     *,
     global_prompt: Tensor,
-    state: PersonalState,
-    data: ClientData,
+    participants: Sequence[Participant],
     tower: PromptTower,
     logit_scale: float,
-    training: PublishedTraining,
-    random: Callable[[str, int], RandomSource],
-) -> tuple[Tensor, PersonalState]:
-    """Run one round as published. No guarantee: the noise is scaled as if every record had been clipped.
+    training: Callable[[Participant], PublishedTraining],
+) -> list[tuple[Tensor, PersonalState]]:
+    """Run one round as published, clients in step. No guarantee: the noise is scaled as if every record was clipped.
+
+    Args:
+        global_prompt: p_G of this round, (n_ctx, ctx_dim).
+        participants: The clients.
+        tower: Prompts → class features.
+        logit_scale: CLIP's inverse temperature.
+        training: The numbers of a client: its batch size depends on its number of records. All take as many steps.
 
     Returns:
-        −learning rate × the sum of the clean clipped gradients of p_G, and the new personal state.
+        For each client −learning rate × the sum of the clean clipped gradients of p_G, and the new personal state.
     """
-    order = np.argsort(random("shuffle", 0).uniforms(data.num_examples))
-    upload = torch.zeros_like(global_prompt)
-    size = min(training.batch_size, data.num_examples)
-    std = training.sigma * CLIP / size
-    for step in range(training.local_steps):
-        picked = np.take(order, range(step * size, (step + 1) * size), mode="wrap")
-        batch = torch.from_numpy(picked).to(data.features.device)
-        prompt = global_prompt + upload + state.personal
-        rows = Batches.of((data.features[batch], data.labels[batch]))
-        gradient = summed_gradient(tower(prompt[None]), rows, logit_scale)[0] / size
-        start = state.personal if bool(state.personal.any()) else gradient
-        u, v = carriers(start, state.carrier)
+    clients = [_Client(participant, training(participant), global_prompt) for participant in participants]
+    for step in range(clients[0].training.local_steps):
+        prompts = torch.stack([global_prompt + client.upload + client.state.personal for client in clients])
+        records = [client.batch(step) for client in clients]
+        order = sorted(range(len(clients)), key=lambda i: -len(records[i][1]))
+        batches = Batches.of(*(records[i] for i in order))
+        summed = summed_gradient(tower(prompts[order]), batches, logit_scale)
+        for place, i in enumerate(order):
+            clients[i].move(step, summed[place] / batches.counts[place])
+    return [(client.upload, client.state) for client in clients]
 
-        def noised(matrix: Tensor, name: str, step: int = step) -> Tensor:
-            return (matrix + gaussian_noise(random(name, step), tuple(matrix.shape), std).to(matrix.device)).float()
 
-        grad_u = noised(_clip_batch(gradient @ v.T), "noise-u")
-        grad_v = noised(_clip_batch(u.T @ gradient), "noise-v")
+class _Client:
+    """One client on its way through a round."""
+
+    def __init__(self, participant: Participant, training: PublishedTraining, global_prompt: Tensor) -> None:
+        self.training, self.state, self.upload = training, participant.state, torch.zeros_like(global_prompt)
+        self._data, self._random = participant.data, participant.random
+        self._order = np.argsort(self._random("shuffle", 0).uniforms(self._data.num_examples))
+        self._size = min(training.batch_size, self._data.num_examples)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """The next records of the shuffle, round and round."""
+        picked = np.take(self._order, range(step * self._size, (step + 1) * self._size), mode="wrap")
+        index = torch.from_numpy(picked).to(self._data.features.device)
+        return self._data.features[index], self._data.labels[index]
+
+    def move(self, step: int, gradient: Tensor) -> None:
+        """Eq. 4 on the noised gradients of u and v; the upload takes the clean clipped gradient."""
+        start = self.state.personal if bool(self.state.personal.any()) else gradient
+        u, v = carriers(start, self.state.carrier)
+        grad_u = self._noised(_clip_batch(gradient @ v.T), "noise-u", step)
+        grad_v = self._noised(_clip_batch(u.T @ gradient), "noise-v", step)
         eq4 = grad_u @ v + u @ grad_v - u @ (u.T @ grad_u) @ v
-        personal = state.personal - training.local_learning_rate * eq4 / LOCAL_DIVISOR
-        state = replace(state, personal=personal, carrier=v)
-        upload = upload - training.global_learning_rate * _clip_batch(gradient)
-    return upload, state
+        personal = self.state.personal - self.training.local_learning_rate * eq4 / LOCAL_DIVISOR
+        self.state = replace(self.state, personal=personal, carrier=v)
+        self.upload = self.upload - self.training.global_learning_rate * _clip_batch(gradient)
+
+    def _noised(self, matrix: Tensor, name: str, step: int) -> Tensor:
+        std = self.training.sigma * CLIP / self._size
+        return (matrix + gaussian_noise(self._random(name, step), tuple(matrix.shape), std).to(matrix.device)).float()
 
 
 def _clip_batch(matrix: Tensor) -> Tensor:

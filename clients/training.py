@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from clients.dpfpl_paper import PublishedTraining, nominal_sigma, published_update
+from clients.dpfpl_paper import PublishedTraining, nominal_sigma, published_updates
 from clients.dualpriv import LocalTraining, Participant, cohort_update
 from clients.hosting import Failures, Node, chunks, prompts_at_once
 from fl_dualpriv import wire
@@ -46,14 +46,10 @@ class TrainRound:
         """
         setting = self._setting
         partitions = self._node.asked(self._task.partitions)
-        if setting.parts.published_procedure:
-            for partition in partitions:
-                self._publish(partition)
-        else:
-            # Half of the workspace for prompts on their way through the tower, half for rows on their way back.
-            size = prompts_at_once(setting.tower, setting.config.resources.workspace_mib * 2**19, self._prompt.device)
-            for group in chunks(partitions, min(size, _MOST_LOCKS) if setting.plan is not None else size):
-                self._train(group)
+        # Half of the workspace for prompts on their way through the tower, half for rows on their way back.
+        size = prompts_at_once(setting.tower, setting.config.resources.workspace_mib * 2**19, self._prompt.device)
+        for group in chunks(partitions, min(size, _MOST_LOCKS) if setting.plan is not None else size):
+            self._train(group)
         values = list(self._uploads.values())
         return wire.Uploads(
             partitions=tuple(self._uploads),
@@ -80,17 +76,8 @@ class TrainRound:
         Nothing of the first try left this function, so what is released is still what the ledgers say. The events of a
         client that fails stay there.
         """
-        setting = self._setting
         try:
-            results = cohort_update(
-                global_prompt=self._prompt,
-                participants=ready,
-                tower=setting.tower,
-                logit_scale=setting.world.logit_scale,
-                parts=setting.parts,
-                training=_local_training(setting.config),
-                plan=setting.plan,
-            )
+            results = self._updates(ready)
         except Exception as error:
             if len(ready) == 1:
                 self._failed.add([ready[0].partition], error)
@@ -157,31 +144,37 @@ class TrainRound:
                 return
         self._uploads[partition] = upload
 
-    def _publish(self, partition: int) -> None:
-        """DP-FPL as published, one client after the other."""
-        setting, config = self._setting, self._setting.config
-        record, steps = config.privacy.record, config.rounds * config.train.local_steps
-        try:
-            data = setting.world.client_data(partition, self._task.server_round)
-            upload, state = published_update(
+    def _updates(self, ready: list[Participant]) -> list[tuple[Tensor, PersonalState]]:
+        """The round of some clients: ours, or DP-FPL's as published."""
+        setting = self._setting
+        if setting.parts.published_procedure:
+            return published_updates(
                 global_prompt=self._prompt,
-                state=self._state(partition),
-                data=data,
+                participants=ready,
                 tower=setting.tower,
                 logit_scale=setting.world.logit_scale,
-                training=PublishedTraining(
-                    local_steps=config.train.local_steps,
-                    batch_size=max(1, round(config.train.sampling_rate * data.num_examples)),
-                    global_learning_rate=config.train.global_learning_rate,
-                    local_learning_rate=config.train.local_learning_rate,
-                    sigma=nominal_sigma(record.epsilon, record.delta, steps) if record.mechanism == "gaussian" else 0.0,
-                ),
-                random=functools.partial(_stream, setting.sources, config.seed, partition, self._task.server_round),
+                training=functools.partial(_published_training, setting.config),
             )
-        except Exception as error:
-            self._failed.add([partition], error)
-            return
-        self._finish(partition, upload, state)
+        return cohort_update(
+            global_prompt=self._prompt,
+            participants=ready,
+            tower=setting.tower,
+            logit_scale=setting.world.logit_scale,
+            parts=setting.parts,
+            training=_local_training(setting.config),
+            plan=setting.plan,
+        )
+
+
+def _published_training(config: RunConfig, participant: Participant) -> PublishedTraining:
+    record, steps = config.privacy.record, config.rounds * config.train.local_steps
+    return PublishedTraining(
+        local_steps=config.train.local_steps,
+        batch_size=max(1, round(config.train.sampling_rate * participant.data.num_examples)),
+        global_learning_rate=config.train.global_learning_rate,
+        local_learning_rate=config.train.local_learning_rate,
+        sigma=nominal_sigma(record.epsilon, record.delta, steps) if record.mechanism == "gaussian" else 0.0,
+    )
 
 
 def _local_training(config: RunConfig) -> LocalTraining:

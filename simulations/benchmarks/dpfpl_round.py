@@ -21,7 +21,7 @@ machine.one_thread()
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from clients.dpfpl_paper import CLIP, LOCAL_DIVISOR, PublishedTraining, nominal_sigma, published_update  # noqa: E402
+from clients.dpfpl_paper import CLIP, LOCAL_DIVISOR, PublishedTraining, nominal_sigma, published_updates  # noqa: E402
 from clients.dualpriv import LocalTraining, Participant, cohort_update  # noqa: E402
 from fl_dualpriv.client import ClientData, PersonalState, fresh_state  # noqa: E402
 from fl_dualpriv.methods import METHODS  # noqa: E402
@@ -120,25 +120,34 @@ def client_data(task: Round, client: int, features: Tensor) -> ClientData:
 
 def published_on_our_towers(task: Round, features: list[Tensor], batch: int) -> list[tuple[Tensor, Tensor]]:
     """The same procedure with cached features and the shared prefix."""
-    results = []
-    for client, state in enumerate(task.states):
-        upload, moved = published_update(
-            global_prompt=task.setting.prompts[0],
+    training = PublishedTraining(
+        local_steps=task.records // batch,
+        batch_size=batch,
+        global_learning_rate=LEARNING_RATE,
+        local_learning_rate=LEARNING_RATE,
+        sigma=_SIGMA,
+    )
+    results = published_updates(
+        global_prompt=task.setting.prompts[0],
+        participants=participants(task, features),
+        tower=task.setting.ours,
+        logit_scale=task.setting.scale,
+        training=lambda participant: training,
+    )
+    return [(upload, moved.personal) for upload, moved in results]
+
+
+def participants(task: Round, features: list[Tensor]) -> list[Participant]:
+    """The clients as our engine takes them."""
+    return [
+        Participant(
+            partition=client,
             state=state,
             data=client_data(task, client, features[client]),
-            tower=task.setting.ours,
-            logit_scale=task.setting.scale,
-            training=PublishedTraining(
-                local_steps=task.records // batch,
-                batch_size=batch,
-                global_learning_rate=LEARNING_RATE,
-                local_learning_rate=LEARNING_RATE,
-                sigma=_SIGMA,
-            ),
             random=lambda purpose, step, client=client: source(client, purpose, step),
         )
-        results.append((upload, moved.personal))
-    return results
+        for client, state in enumerate(task.states)
+    ]
 
 
 def our_round(
@@ -159,18 +168,9 @@ def our_round(
         trusts_server=False,
         personal=True,
     )
-    participants = [
-        Participant(
-            partition=client,
-            state=state,
-            data=client_data(task, client, features[client]),
-            random=lambda purpose, step, client=client: source(client, purpose, step),
-        )
-        for client, state in enumerate(task.states)
-    ]
     return cohort_update(
         global_prompt=task.setting.prompts[0],
-        participants=participants,
+        participants=participants(task, features),
         tower=task.setting.ours,
         logit_scale=task.setting.scale,
         parts=METHODS["dpfpl"],

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clients.dpfpl_paper import CLIP, PublishedTraining, _clip_batch, nominal_sigma, published_update
+from clients.dpfpl_paper import CLIP, PublishedTraining, _clip_batch, nominal_sigma, published_updates
+from clients.dualpriv import Participant
 from fl_dualpriv.client import ClientData, PersonalState, fresh_state
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from fl_dualpriv.privacy.per_example import Batches, summed_gradient
@@ -45,15 +46,15 @@ def run(
         # one shuffle for all seeds: what varies is the noise
         return KeyedRandom(StreamKey(seed=0 if purpose == "shuffle" else seed, purpose=purpose, step=step))
 
-    return published_update(
+    participant = Participant(partition=0, state=fresh_state(3, 4, 1), data=data, random=random)
+    (result,) = published_updates(
         global_prompt=START,
-        state=fresh_state(3, 4, 1),
-        data=data,
+        participants=[participant],
         tower=TOWER,
         logit_scale=scale,
-        training=training,
-        random=random,
+        training=lambda participant: training,
     )
+    return result
 
 
 def batch(step: int, size: int = 4) -> Tensor:
@@ -132,3 +133,35 @@ def test_one_record_moves_the_published_gradient_by_more_than_its_noise_assumes(
             after, _ = run(replace(TRAINING, global_learning_rate=1.0), data=replace(DATA, labels=labels), scale=scale)
             moved = max(moved, float(torch.linalg.vector_norm(after - before)))
     assert moved > 2 * CLIP / 4
+
+
+def test_clients_in_step_get_what_each_gets_alone():
+    def participant(partition: int) -> Participant:
+        size = (12, 5, 9)[partition]
+        return Participant(
+            partition=partition,
+            state=fresh_state(3, 4, 1),
+            data=ClientData(features=DATA.features[:size], labels=DATA.labels[:size]),
+            random=lambda purpose, step: KeyedRandom(
+                StreamKey(seed=0, purpose=purpose, partition=partition, step=step)
+            ),
+        )
+
+    def training(participant: Participant) -> PublishedTraining:
+        size = participant.data.num_examples // 3
+        return replace(TRAINING, local_steps=3, batch_size=size, sigma=0.1)
+
+    def updates(*partitions: int) -> list[tuple[Tensor, PersonalState]]:
+        return published_updates(
+            global_prompt=START,
+            participants=[participant(p) for p in partitions],
+            tower=TOWER,
+            logit_scale=5.0,
+            training=training,
+        )
+
+    together = updates(1, 0, 2)
+    for (upload, state), p in zip(together, (1, 0, 2), strict=True):
+        ((alone, own),) = updates(p)
+        torch.testing.assert_close(upload, alone, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(state.personal, own.personal, rtol=1e-6, atol=1e-6)
