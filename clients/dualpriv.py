@@ -118,32 +118,33 @@ def cohort_update(
     sizes = torch.tensor([p.data.num_examples for p in participants], device=global_prompt.device)
     expected = (training.sampling_rate * sizes.to(torch.float64))[:, None, None]
     trusts_server = plan is not None and plan.trusts_server
-    clean_upload = torch.zeros(prompts.own_global.shape, dtype=torch.float64, device=global_prompt.device)
+    clean_upload = torch.zeros_like(prompts.own_global, dtype=torch.float64) if trusts_server else None
     for step in range(training.local_steps):
         order, batches = pool.batches(step, training.sampling_rate)
         effective = prompts.own_global + prompts.personal if parts.personal else prompts.own_global
-        features = tower(effective[order])
-        inverse = torch.argsort(order)
+        features = tower(effective if order is None else effective[order])
+        inverse = None if order is None else torch.argsort(order)
         if plan is None:
-            summed = summed_gradient(features, batches, logit_scale)[inverse]
+            summed = _reordered(summed_gradient(features, batches, logit_scale), inverse)
         else:
             clean = _clean_sums(features, batches, logit_scale, training, plan)
-            clean = [clean[i] for i in inverse.tolist()]
-            if trusts_server:
+            clean = clean if inverse is None else [clean[i] for i in inverse.tolist()]
+            if clean_upload is not None:
                 clean_upload -= training.global_learning_rate * torch.stack([c.value for c in clean])
                 if not parts.personal:
                     continue  # nothing local is released or moved
             noised = [_release(c, plan, p.random("noise", step)) for c, p in zip(clean, participants, strict=True)]
             summed = torch.stack(noised)
             if training.noise_space == "feature":
-                summed = features.vjp(summed.to(global_prompt.dtype)[order][:, None])[:, 0][inverse]
+                noised_features = _reordered(summed.to(global_prompt.dtype), order)
+                summed = _reordered(features.vjp(noised_features[:, None])[:, 0], inverse)
         mean = summed.div_(expected.to(summed.dtype)).to(global_prompt.dtype)
         gradient = prune_update(mean, training.update_keep_ratio)
         if parts.shared and not trusts_server:
             prompts.own_global = torch.sub(prompts.own_global, gradient, alpha=training.global_learning_rate)
         if parts.personal:
             _move_personal(prompts, gradient, parts, training.local_learning_rate)
-    uploads = clean_upload if trusts_server else prompts.own_global - global_prompt
+    uploads = prompts.own_global - global_prompt if clean_upload is None else clean_upload
     return [
         (uploads[i], replace(participant.state, personal=prompts.personal[i], carrier=prompts.carrier[i]))
         for i, participant in enumerate(participants)
@@ -160,8 +161,8 @@ class _Pool:
         ends = np.cumsum([p.data.num_examples for p in participants])
         self._starts = [0, *ends[:-1].tolist()]
 
-    def batches(self, step: int, rate: float) -> tuple[Tensor, Batches]:
-        """Every client's Poisson batch, largest first; and which client stands at each place."""
+    def batches(self, step: int, rate: float) -> tuple[Tensor | None, Batches]:
+        """Every client's Poisson batch, largest first; and which client stands where (None: as they are)."""
         if rate == 1:  # every coin is certain: no need to draw, nor to look up twice
             return self._everything
         return self._gather(
@@ -169,14 +170,19 @@ class _Pool:
         )
 
     @functools.cached_property
-    def _everything(self) -> tuple[Tensor, Batches]:
+    def _everything(self) -> tuple[Tensor | None, Batches]:
         return self._gather([np.arange(p.data.num_examples) for p in self._participants])
 
-    def _gather(self, picked: list[np.ndarray]) -> tuple[Tensor, Batches]:
+    def _gather(self, picked: list[np.ndarray]) -> tuple[Tensor | None, Batches]:
         """Look up each client's records, which are counted from its own first one."""
         order = sorted(range(len(picked)), key=lambda i: -len(picked[i]))
         batches = Batches.gather(self._features, self._labels, [picked[i] + self._starts[i] for i in order])
-        return torch.tensor(order, device=self._features.device), batches
+        as_they_are = order == list(range(len(order)))
+        return None if as_they_are else torch.tensor(order, device=self._features.device), batches
+
+
+def _reordered(rows: Tensor, order: Tensor | None) -> Tensor:
+    return rows if order is None else rows[order]
 
 
 def _clean_sums(

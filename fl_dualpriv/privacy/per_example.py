@@ -203,9 +203,8 @@ def summed_gradient(features: ClassFeatures, batches: Batches, logit_scale: floa
     """
     classes = features.values
     x, y, usable = batches.readable
-    weight = logit_scale * usable
+    residual = residuals(classes, x, y, logit_scale).mul_((logit_scale * usable)[..., None])
     cotangent = torch.zeros_like(classes)
     for block, _ in batches.blocks():  # block by block, so that padding adds exact zeros
-        residual = residuals(classes, x[:, block], y[:, block], logit_scale) * weight[:, block, None]
-        cotangent.baddbmm_(residual.transpose(1, 2), x[:, block])
+        cotangent.baddbmm_(residual[:, block].transpose(1, 2), x[:, block])
     return features.vjp(cotangent[:, None])[:, 0]

@@ -76,15 +76,15 @@ BESIDE: dict[str, dict[str, str]] = {
 NOT_REACHED = """\
 - `over_nonprivate` ≤ 4: reached 5.3. One record is one backward pass; the arithmetic alone is 8.5 times a non-private
   step of 16 records, and the ratio is below that only because sixteen cotangents fill the processor better than one. At
-  the measured cost of the non-private step, 4 would need the exact step at 107 % of the processor's peak ([log.md](log.md),
-  2026-11-25). What is cheaper is another estimator: top-m residuals (biased), or noise at the class features (another
-  mechanism).
+  the measured cost of the non-private step, 4 would need the exact step at 107 % of the processor's peak
+  ([log.md](log.md), 2026-11-25). What is cheaper is another estimator: top-m residuals (biased), or noise at the class
+  features (another mechanism).
 - `dpfpl_round` compares like with like: the published procedure, whose epsilon is nominal, on both sides, with equal
   results. A round with *exact record-level DP* is not 25 times cheaper than the published one with a batch of 8:
   `warm_ratio_exact_dp` says by how much. (At the published batch of 32 the image tower costs four times more there.)
 - A cold cache saves little in its first round: the images have to be encoded once either way.
-- Nothing here was measured on a GPU: none was at hand. `python -m simulations.benchmarks.gpu` and the tests marked `gpu`
-  wait for one.
+- Nothing here was measured on a GPU: none was at hand. `python -m simulations.benchmarks.gpu` and the tests
+  marked `gpu` wait for one.
 - Plain Flower on the demo's text tower is not in the default run (`--tower-on-ray`); pfl on that tower is.
 """
 """Kept by hand."""
