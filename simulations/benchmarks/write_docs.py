@@ -82,9 +82,9 @@ NOT_REACHED = """\
 - `dpfpl_round` compares like with like: the published procedure, whose epsilon is nominal, on both sides, with equal
   results. A round with *exact record-level DP* is not 25 times cheaper than the published one with a batch of 8:
   `warm_ratio_exact_dp` says by how much. (At the published batch of 32 the image tower costs four times more there.)
-- `per_client_vs_flower` ≤ 1.1: 1.18 by the best of three (by the medians 1.07; the spread of both is above 10 %). One
+- `per_client_vs_flower` ≤ 1.1: 1.18 by the best of three, 1.20 by the medians. One
   client alone pays for some forty small tensor operations a step that a cohort shares.
-- Other work ran on the machine beside these measurements, and `clients` took a quarter of an hour instead of ten minutes.
+- Other work ran on the machine beside these measurements, and `clients` took a quarter of an hour, not ten minutes.
 - A cold cache saves little in its first round: the images have to be encoded once either way.
 - Nothing here was measured on a GPU: none was at hand. `python -m simulations.benchmarks.gpu` and the tests
   marked `gpu` wait for one.
