@@ -15,6 +15,7 @@ from fl_dualpriv.client import ClientFolder
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.evaluation import Score, count_by_class, split_counts
+from fl_dualpriv.memory import peak_bytes
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.peak_memory import report_peak
 from fl_dualpriv.plans import may_score, record_level_plan
@@ -201,7 +202,4 @@ class Node:
         """Log the process's peak when it grew; beside the results it is written down too."""
         device = self.setting.world.backbone.device
         folder = self.run_folder if self.state_dir is None else None
-        if device.type == "cuda":
-            report_peak(folder, str(device), lambda: torch.cuda.max_memory_allocated(device))
-        else:
-            report_peak(folder, "cpu")
+        report_peak(folder, str(device), lambda: peak_bytes(device))

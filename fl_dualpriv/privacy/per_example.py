@@ -121,7 +121,7 @@ def largest(residual: Tensor, top_m: int) -> tuple[Tensor, Tensor]:
 
 def gradient_blocks(
     features: ClassFeatures, batches: Batches, logit_scale: float, *, workspace_bytes: int, top_m: int = 0
-) -> Iterator[tuple[slice, Tensor]]:
+) -> Iterator[tuple[slice, slice, Tensor]]:
     """Differentiate each example's cross-entropy with respect to its client's prompt, some rows at a time.
 
     Guarantee:
@@ -139,7 +139,7 @@ def gradient_blocks(
         top_m: 0: exact. Else the m largest absolute residuals of each example are back-propagated, see `largest`.
 
     Yields:
-        Which prompts, and (prompt, row of the block, n_ctx, ctx_dim): gradients of -log softmax(logits)[label].
+        Which prompts, which rows, and their gradients of -log softmax(logits)[label], (prompt, row, n_ctx, ctx_dim).
     """
     classes = features.values
     some = 0 < top_m < classes.shape[1]
@@ -157,7 +157,7 @@ def gradient_blocks(
                 rows = narrow.vjp_some(logit_scale * kept[..., None] * x[:, :, None], kept_classes)
             else:
                 rows = narrow.vjp(logit_scale * residual[..., None] * x[:, :, None])
-            yield here, torch.where(batches.is_row(here, block)[..., None, None], rows, 0.0)
+            yield here, block, torch.where(batches.is_row(here, block)[..., None, None], rows, 0.0)
 
 
 def per_example_gradients(
@@ -165,11 +165,10 @@ def per_example_gradients(
 ) -> Tensor:
     """All of `gradient_blocks` at once, (prompt, row, n_ctx, ctx_dim), with padding: for tests and small batches."""
     rows = features.values.new_zeros(*batches.index.shape, *features.prompt_shape)
-    done = [0] * len(batches.counts)
-    for prompts, block in gradient_blocks(features, batches, logit_scale, workspace_bytes=workspace_bytes, top_m=top_m):
-        start = done[prompts.start]
-        rows[prompts, start : start + block.shape[1]] = block
-        done[prompts] = [start + block.shape[1]] * len(block)
+    for prompts, block, gradients in gradient_blocks(
+        features, batches, logit_scale, workspace_bytes=workspace_bytes, top_m=top_m
+    ):
+        rows[prompts, block] = gradients
     return rows
 
 
@@ -189,7 +188,9 @@ def clipped_sums(
         ``clip_norm`` and no other client's. Float64. An empty batch gives zero.
     """
     totals = features.values.new_zeros(len(batches.counts), *features.prompt_shape, dtype=torch.float64)
-    for prompts, rows in gradient_blocks(features, batches, logit_scale, workspace_bytes=workspace_bytes, top_m=top_m):
+    for prompts, _, rows in gradient_blocks(
+        features, batches, logit_scale, workspace_bytes=workspace_bytes, top_m=top_m
+    ):
         clipped, _ = clip_rows(rows.flatten(0, 1), clip_norm)
         totals[prompts] += clipped.unflatten(0, rows.shape[:2]).sum(dim=1)
     return [ClippedSum(value=total, sensitivity=clip_norm) for total in totals]

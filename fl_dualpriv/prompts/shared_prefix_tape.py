@@ -1,5 +1,6 @@
 """What a pass through the shared-prefix tower lays out and keeps: token layout, and the tape of its backward pass."""
 
+import functools
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -49,6 +50,18 @@ class Layout:
     def widest(self) -> int:
         """Tokens of the longest suffix."""
         return max(span.length for span in self.spans)
+
+    @functools.cached_property
+    def lasts(self) -> Tensor:
+        """Place of its end of text in the suffix of each row of the last block."""
+        lengths = [span.length for span in self.spans for _ in range(span.classes)]
+        return torch.tensor(lengths, device=self.ends.device) - 1
+
+    @functools.cached_property
+    def padded(self) -> Tensor:
+        """Suffix tokens of each row of the last block, padded by repeating the last, (row, widest)."""
+        steps = torch.arange(self.widest, device=self.ends.device)
+        return (self.ends - self.lasts)[:, None] + torch.minimum(steps, self.lasts[:, None])
 
 
 def layout(n_ctx: int, groups: list[tuple[int, int]], device: torch.device) -> Layout:

@@ -4,6 +4,7 @@ Gradients have the layout (prompt, token, row, ctx_dim), row = one cotangent: wh
 broadcast over rows, never copied, and attention's products run over all rows of a prompt together.
 """
 
+import functools
 from dataclasses import replace
 from typing import Self
 
@@ -26,11 +27,14 @@ class SharedPrefixFeatures:
 
     def __init__(self, stack: FoldedStack, place: Layout, order: Tensor, tape: Tape) -> None:
         self._stack, self._layout, self._order, self._tape = stack, place, order, tape
-        self._padded, self._last = _padded_tokens(place)
 
     @property
     def values(self) -> Tensor:
         """Unit-norm class features, (prompt, n_cls, embed_dim)."""
+        return self._values
+
+    @functools.cached_property
+    def _values(self) -> Tensor:
         return by_class_id(self._tape.units, self._order)
 
     @property
@@ -65,10 +69,10 @@ class SharedPrefixFeatures:
         owner = torch.arange(prompts, device=classes.device).repeat_interleave(rows)
         n_ctx, widest = self._layout.n_ctx, self._layout.widest
         context = torch.arange(n_ctx, device=classes.device).expand(len(picked), -1)
-        tokens = torch.cat([context, self._padded[picked].flatten(1)], dim=1)
+        tokens = torch.cat([context, self._layout.padded[picked].flatten(1)], dim=1)
         place = layout(n_ctx, [(some, widest)], classes.device)
         starts = n_ctx + widest * torch.arange(some, device=classes.device)
-        place = replace(place, ends=starts + self._last[picked])
+        place = replace(place, ends=starts + self._layout.lasts[picked])
         flat = cotangents.flatten(0, 1)[:, :, None]
         gradients = _backward(self._stack, place, _gather(self._tape, owner, tokens, picked), flat)
         return gradients[:, :, 0].unflatten(0, (prompts, rows))
@@ -77,14 +81,6 @@ class SharedPrefixFeatures:
 def by_class_id(rows: Tensor, order: Tensor) -> Tensor:
     """Rows of the last block, (prompt, row, …) → class ids, (prompt, n_cls, …)."""
     return rows.index_select(1, torch.argsort(order))
-
-
-def _padded_tokens(place: Layout) -> tuple[Tensor, Tensor]:
-    """For each row of the last block: its tokens, padded by repeating the last; and where the last one stands."""
-    lengths = [span.length for span in place.spans for _ in range(span.classes)]
-    last = torch.tensor(lengths, device=place.ends.device) - 1
-    steps = torch.arange(place.widest, device=place.ends.device)
-    return (place.ends - last)[:, None] + torch.minimum(steps, last[:, None]), last
 
 
 def _gather(tape: Tape, owner: Tensor, tokens: Tensor, rows: Tensor) -> Tape:

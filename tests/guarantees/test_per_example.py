@@ -111,7 +111,7 @@ def test_what_is_held_does_not_grow_with_a_batch(text: PromptedText, batch: Reco
     for times in (1, 20):
         side = Batches.of((x.repeat(times, 1), y.repeat(times)), (x[:2], y[:2]))
         blocks = gradient_blocks(features, side, SCALE, workspace_bytes=WHOLE)
-        shapes.append({tuple(rows.shape[1:]) for _, rows in blocks})
+        shapes.append({tuple(rows.shape[1:]) for _, _, rows in blocks})
     assert shapes[0] == shapes[1]
 
 
