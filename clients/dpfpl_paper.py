@@ -63,12 +63,10 @@ def published_updates(
     clients = [_Client(participant, training(participant), global_prompt) for participant in participants]
     for step in range(clients[0].training.local_steps):
         prompts = torch.stack([global_prompt + client.upload + client.state.personal for client in clients])
-        records = [client.batch(step) for client in clients]
-        order = sorted(range(len(clients)), key=lambda i: -len(records[i][1]))
-        batches = Batches.of(*(records[i] for i in order))
-        summed = summed_gradient(tower(prompts[order]), batches, logit_scale)
-        for place, i in enumerate(order):
-            clients[i].move(step, summed[place] / batches.counts[place])
+        batches = Batches.of(*(client.batch(step) for client in clients))
+        summed = summed_gradient(tower(prompts), batches, logit_scale)
+        for client, gradient, count in zip(clients, summed, batches.counts, strict=True):
+            client.move(step, gradient / count)
     return [(client.upload, client.state) for client in clients]
 
 

@@ -143,8 +143,8 @@ class Node:
 
     def cards(self) -> list[wire.ClientCard]:
         """Public metadata of all hosted clients."""
-        partitions = self.setting.world.partitions
-        return [wire.ClientCard(partition=p, num_examples=len(partitions[p])) for p in self.hosted]
+        world = self.setting.world
+        return [wire.ClientCard(partition=p, num_examples=world.num_examples(p)) for p in self.hosted]
 
     def folder(self, partition: int) -> ClientFolder:
         """A client's own folder."""

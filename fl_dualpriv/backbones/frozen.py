@@ -1,5 +1,6 @@
 """What frozen models of every library share: image features in a precision, a fingerprint, memory, reading weights."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -23,6 +24,49 @@ def encode_images(
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         features = encode(images)
     return nn.functional.normalize(features.float(), dim=-1)
+
+
+class FrozenModel:
+    """What is the same for a model of any library: keys of its weights and features, its memory, the rows it reads.
+
+    A subclass sets the attributes of `Backbone` that are read here, and says in `_described` what beside the weights
+    decides its image features.
+    """
+
+    name: str
+    context_length: int
+    fills_rows: bool
+    text_stack: TextStack | None
+    _model: Any
+
+    def _described(self) -> list[Any]:
+        raise NotImplementedError
+
+    @property
+    def fingerprint(self) -> str:
+        """First 16 hex digits of a SHA-256 over the weights; see `Backbone`."""
+        return self._keys[0]
+
+    @property
+    def feature_key(self) -> str:
+        """Changes with whatever may change image features; see `Backbone`."""
+        return self._keys[1]
+
+    @functools.cached_property
+    def _keys(self) -> tuple[str, str]:
+        weights = fingerprint(self._model)
+        return weights, digest([weights, *self._described()])
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights; see `Backbone`."""
+        return used_bytes(self._model, self.text_stack)
+
+    def _check_row_length(self, length: int) -> None:
+        """Raise ValueError if the text tower cannot read rows of so many tokens."""
+        if length > self.context_length or (self.fills_rows and length < self.context_length):
+            limit = "rows of" if self.fills_rows else "at most"
+            raise ValueError(f"{length} tokens: the text tower of {self.name!r} reads {limit} {self.context_length}")
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fl_dualpriv import torchvision_shim
 from fl_dualpriv.backbones import checkpoints
 from fl_dualpriv.backbones.backbone import Precision
-from fl_dualpriv.backbones.frozen import digest, encode_images, fingerprint, used_bytes
+from fl_dualpriv.backbones.frozen import FrozenModel, encode_images
 from fl_dualpriv.backbones.open_clip_text import OpenClipText
 from fl_dualpriv.backbones.rows import PROBE, TokenRows, read_rows
 from fl_dualpriv.backbones.tokenizer import TrimmedTokenizer
@@ -34,7 +34,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2  # noqa: E402
 _DEMO, _LOCAL_DIR = "demo", "local-dir:"
 
 
-class OpenClipBackbone:
+class OpenClipBackbone(FrozenModel):
     """A frozen open_clip model; see `Backbone`."""
 
     visual_prompts = False
@@ -118,10 +118,7 @@ class OpenClipBackbone:
         Raises:
             ValueError: If the rows have a length that the tower cannot read.
         """
-        length = embeddings.shape[1]
-        if length > self.context_length or (self.fills_rows and length < self.context_length):
-            limit = "rows of" if self.fills_rows else "at most"
-            raise ValueError(f"{length} tokens: the text tower of {self.name!r} reads {limit} {self.context_length}")
+        self._check_row_length(embeddings.shape[1])
         return self._text.encode(embeddings, end)
 
     def image_features(self, images: Tensor) -> Tensor:
@@ -133,21 +130,8 @@ class OpenClipBackbone:
             return self._model.encode_image(images)
         return encode_pruned(self._model.visual, images, self.pruner)
 
-    @property
-    def fingerprint(self) -> str:
-        """First 16 hex digits of a SHA-256 over the weights; see `Backbone`."""
-        return self._keys[0]
-
-    @property
-    def feature_key(self) -> str:
-        """Changes with weights, architecture, transform, pruner and precision; see `Backbone`."""
-        return self._keys[1]
-
-    @functools.cached_property
-    def _keys(self) -> tuple[str, str]:
-        weights = fingerprint(self._model)
-        described = [
-            weights,
+    def _described(self) -> list[Any]:
+        return [
             str(self._model.visual),
             _heads(self._model.visual),
             self._model_config,  # how tokens are pooled is neither a weight nor printed
@@ -155,12 +139,6 @@ class OpenClipBackbone:
             repr(self.pruner),
             self._precision,
         ]
-        return weights, digest(described)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Memory of the weights; see `Backbone`."""
-        return used_bytes(self._model, self.text_stack)
 
 
 def _words(tokenizer: Any, text: str) -> list[int]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fl_dualpriv import torchvision_shim
 from fl_dualpriv.backbones import checkpoints
 from fl_dualpriv.backbones.backbone import HUGGING_FACE, Precision
-from fl_dualpriv.backbones.frozen import digest, encode_images, fingerprint, read_linear, read_norm, used_bytes
+from fl_dualpriv.backbones.frozen import FrozenModel, encode_images, read_linear, read_norm
 from fl_dualpriv.backbones.rows import PROBE, TokenRows, read_rows
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.prompts.text_stack import Activation, Linear, TextBlock, TextStack
@@ -41,7 +41,7 @@ _LEGACY_EOS = 2
 """CLIP configurations from before 2023 name this end token, and transformers then reads the largest id instead."""
 
 
-class TransformersBackbone:
+class TransformersBackbone(FrozenModel):
     """A frozen CLIP or SigLIP of transformers; see `Backbone`.
 
     Args:
@@ -113,12 +113,9 @@ class TransformersBackbone:
         Raises:
             ValueError: If the rows have a length that the tower cannot read.
         """
-        length = embeddings.shape[1]
-        if length > self.context_length or (self.fills_rows and length < self.context_length):
-            limit = "rows of" if self.fills_rows else "at most"
-            raise ValueError(f"{length} tokens: the text tower of {self.name!r} reads {limit} {self.context_length}")
+        self._check_row_length(embeddings.shape[1])
         x = self._text.embeddings(inputs_embeds=embeddings)
-        mask = _causal_mask(length, x) if self._causal else None
+        mask = _causal_mask(x.shape[1], x) if self._causal else None
         x = self._text.encoder(inputs_embeds=x, attention_mask=mask).last_hidden_state
         x = self._text.final_layer_norm(x)
         if self._causal:
@@ -130,27 +127,9 @@ class TransformersBackbone:
         encode: Callable[[Tensor], Tensor] = lambda x: self._model.get_image_features(pixel_values=x).pooler_output  # noqa: E731
         return encode_images(encode, images, self.embed_dim, self.device, self._precision)
 
-    @property
-    def fingerprint(self) -> str:
-        """First 16 hex digits of a SHA-256 over the weights; see `Backbone`."""
-        return self._keys[0]
-
-    @property
-    def feature_key(self) -> str:
-        """Changes with weights, architecture, transform and precision; see `Backbone`."""
-        return self._keys[1]
-
-    @functools.cached_property
-    def _keys(self) -> tuple[str, str]:
-        weights = fingerprint(self._model)
+    def _described(self) -> list[Any]:
         vision = self._model.config.vision_config.to_diff_dict()
-        described = [weights, type(self._model).__name__, vision, self._image_processor.to_dict(), self._precision]
-        return weights, digest(described)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Memory of the weights; see `Backbone`."""
-        return used_bytes(self._model, self.text_stack)
+        return [type(self._model).__name__, vision, self._image_processor.to_dict(), self._precision]
 
     def _words(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]

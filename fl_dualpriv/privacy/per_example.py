@@ -37,7 +37,7 @@ class Batches:
         labels: Class ids (record,).
         index: Records of each batch, (prompt, row), padded to a multiple of `rows_at_once`; padding points at a record
             and is masked away.
-        counts: True rows of each prompt, in falling order, so that prompts with rows left are always the first ones.
+        counts: True rows of each prompt.
     """
 
     features: Tensor
@@ -46,12 +46,11 @@ class Batches:
     counts: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        assert list(self.counts) == sorted(self.counts, reverse=True)
         assert self.index.shape[1] % rows_at_once(self.features.device) == 0
 
     @classmethod
     def of(cls, *records: tuple[Tensor, Tensor]) -> Self:
-        """Whole sets of records as batches, the largest first: (features (row, embed_dim), class ids (row,))."""
+        """Whole sets of records as batches: (features (row, embed_dim), class ids (row,))."""
         counts = [len(labels) for _, labels in records]
         starts = np.cumsum([0, *counts[:-1]])
         picked = [np.arange(count) + start for start, count in zip(starts, counts, strict=True)]
@@ -59,7 +58,7 @@ class Batches:
 
     @classmethod
     def gather(cls, features: Tensor, labels: Tensor, picked: Sequence[np.ndarray]) -> Self:
-        """Batches of the picked records, the largest first."""
+        """Batches of the picked records."""
         block, counts = rows_at_once(features.device), tuple(len(rows) for rows in picked)
         index = np.zeros((len(picked), -(-max(counts) // block) * block), dtype=np.int64)
         for place, rows in enumerate(picked):
@@ -133,7 +132,7 @@ def gradient_blocks(
 
     Args:
         features: The forward pass of the prompts, in the order of ``batches``.
-        batches: What to differentiate.
+        batches: What to differentiate; the largest first, so that prompts with rows left are always the first ones.
         logit_scale: s, CLIP's inverse temperature.
         workspace_bytes: Bound on the memory of one backward pass; one block of rows of one prompt always runs.
         top_m: 0: exact. Else the m largest absolute residuals of each example are back-propagated, see `largest`.
@@ -141,6 +140,7 @@ def gradient_blocks(
     Yields:
         Which prompts, which rows, and their gradients of -log softmax(logits)[label], (prompt, row, n_ctx, ctx_dim).
     """
+    assert list(batches.counts) == sorted(batches.counts, reverse=True)
     classes = features.values
     some = 0 < top_m < classes.shape[1]
     budget = workspace_bytes if classes.is_cuda else min(workspace_bytes, _CPU_CACHE_BYTES)
