@@ -6,11 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from flwr.app import Message
-from PIL import Image
 from torch import Tensor
 
 import clients.training
@@ -45,18 +42,6 @@ PRIVATE = {"record", "both", "trusts-server", "top-m", "feature"}
 Run = Callable[..., Path]
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for label, name in enumerate(("cat", "dog", "bus", "tree")):
-        (root / name).mkdir()
-        for i in range(20):
-            pixels = rng.integers(0, 128, (32, 32, 3))
-            pixels[8 * label : 8 * label + 8] += 127  # a bright band: something to learn
-            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{i:02d}.png")
-    return root
-
-
 @pytest.fixture
 def run(images: Path, tiny_clip_dir: Path, tmp_path: Path) -> Run:
     def start(nodes: int, changes: dict[str, Any] | None = None) -> Path:
@@ -85,20 +70,6 @@ def run(images: Path, tiny_clip_dir: Path, tmp_path: Path) -> Run:
         return out
 
     return start
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How many messages of each kind were sent."""
-    counts: Counter[str] = Counter()
-    push = LocalGrid._push
-
-    def counting(self: LocalGrid, message: Message) -> str:
-        counts[message.metadata.message_type] += 1
-        return push(self, message)
-
-    monkeypatch.setattr(LocalGrid, "_push", counting)
-    return counts
 
 
 def prompts(out: Path) -> dict[str, Tensor]:

@@ -7,10 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from flwr.app import Message
 from PIL import Image
 from torch import Tensor
 
@@ -25,7 +23,6 @@ from strategies.dpfpl import DPFPL
 
 APP_DIR = Path(__file__).parents[2]
 DEFAULTS = app_defaults(APP_DIR)
-CLASSES = ("cat", "dog", "bus", "tree")
 CLIENT_LEVEL: dict[str, Any] = {
     "privacy.record.mechanism": "none",
     "privacy.client.mechanism": "gaussian",
@@ -34,18 +31,6 @@ CLIENT_LEVEL: dict[str, Any] = {
 }
 TRUSTING: dict[str, Any] = {"privacy.record.trusts-server": True, "train.local-steps": 1}
 NO_DP: dict[str, Any] = {"privacy.record.mechanism": "none"}
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for label, name in enumerate(CLASSES):
-        (root / name).mkdir()
-        for i in range(20):
-            pixels = rng.integers(0, 128, (32, 32, 3))
-            pixels[8 * label : 8 * label + 8] += 127  # a bright band: something to learn
-            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{i:02d}.png")
-    return root
 
 
 Run = Callable[..., Path]
@@ -74,20 +59,6 @@ def run(images: Path, tiny_clip_dir: Path, tmp_path: Path) -> Run:
         return out
 
     return start
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How many messages of each kind were sent."""
-    counts: Counter[str] = Counter()
-    push = LocalGrid._push
-
-    def counting(self: LocalGrid, message: Message) -> str:
-        counts[message.metadata.message_type] += 1
-        return push(self, message)
-
-    monkeypatch.setattr(LocalGrid, "_push", counting)
-    return counts
 
 
 def strict(text: str) -> Any:
