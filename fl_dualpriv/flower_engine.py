@@ -15,7 +15,7 @@ import sysconfig
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ RunConfigValues = Mapping[str, bool | int | float | str]
 
 _START_SECONDS = 60.0
 _CALL_SECONDS = 120.0
-_STATUS_SECONDS = 10.0  # between looks at the status: each costs a second of CPU, watching files costs nothing
+_STATUS_SECONDS = 60.0  # between looks at the status: each costs a second of CPU, watching files costs nothing
+_ENDED_SECONDS = 2.0  # after the log has ended
 _FINISH_SECONDS = 20.0  # a hung client keeps a simulation from ending after its results are written
 _SOCKET_SUFFIX = len("/fdp-12345678/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.lock")
 _LOG_SECONDS = 5.0  # Flower hands log lines over every few seconds
@@ -81,8 +82,8 @@ def run_flower(
     deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
     with _superlink(work_dir / "flower.log") as link:
         run_id = _submit(link, app_dir, run_config, federation)
-        with _copied_log(link, run_id):
-            _watch(link, run_id, work_dir, before, deadline)
+        with _copied_log(link, run_id) as copying:
+            _watch(link, run_id, work_dir, before, deadline, copying)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +153,8 @@ def _start(log: Path, home: Path, port: int, environ: Mapping[str, str]) -> "sub
 
 
 @contextlib.contextmanager
-def _copied_log(link: _SuperLink, run_id: str) -> Iterator[None]:
-    """Append what the apps print to the log: the SuperLink keeps it to itself."""
+def _copied_log(link: _SuperLink, run_id: str) -> Iterator[Callable[[], bool]]:
+    """Append what the apps print to the log: the SuperLink keeps it to itself. Gives whether it is still doing so."""
     with link.log.open("ab") as stream:
         process = subprocess.Popen(
             [_script("flwr"), "log", run_id, "--stream"],
@@ -165,7 +166,7 @@ def _copied_log(link: _SuperLink, run_id: str) -> Iterator[None]:
             start_new_session=True,
         )
     try:
-        yield
+        yield lambda: process.poll() is None
         _finish(process)
     except RunFailed:
         _finish(process)  # the traceback is on its way
@@ -248,8 +249,18 @@ def to_toml(flat: RunConfigValues) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _watch(link: _SuperLink, run_id: str, work_dir: Path, before: Mapping[str, object], deadline: float) -> None:
-    """Return when the run has completed or its results are there; raise when it failed."""
+def _watch(
+    link: _SuperLink,
+    run_id: str,
+    work_dir: Path,
+    before: Mapping[str, object],
+    deadline: float,
+    copying: Callable[[], bool],
+) -> None:
+    """Return when the run has completed or its results are there; raise when it failed.
+
+    Asking Flower costs a second of CPU. The copy of the log ends with the run: while it goes on, a look is a safety net.
+    """
     look = time.monotonic() + _STATUS_SECONDS
     finish = None
     while True:
@@ -279,6 +290,8 @@ def _watch(link: _SuperLink, run_id: str, work_dir: Path, before: Mapping[str, o
                     )
                 continue
             look = time.monotonic() + (1.0 if finish is not None else _STATUS_SECONDS)
+        if not copying():
+            look = min(look, now + _ENDED_SECONDS)
         time.sleep(0.2)
 
 
