@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
     costs: dict[str, Costs] = {}
     differences: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="fdp-bench-") as name:
-        head = Race("head", Path(name), Rounds(fast=6, slow=6) if toy else Rounds(fast=60, slow=20), clients)
+        head = Race("head", Path(name), Rounds(fast=6, slow=6) if toy else Rounds(fast=60, slow=40), clients)
         tower = Race("tower", Path(name), Rounds(fast=6, slow=6) if toy else Rounds(fast=8, slow=6), clients)
         contestants: dict[str, Callable[[], Cost]] = {
             "head: ours, cohort": head.ours("ours, cohort", "local", 1),
