@@ -1,10 +1,23 @@
-"""Clip rows, sum them, and say how much one row can change the sum."""
+"""Clip rows, sum them, and say how much one row can change the sum; in floats, or in integers on a grid.
+
+With integer arithmetic one grid unit is ``clip_norm / GRID_STEPS``: the clipped rows are cut down to whole units, their
+sums are exact, and with integer noise (`rounded_gaussian`) what is released is an integer whatever the data are.
+"""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Arithmetic = Literal["float", "integer"]
+
+GRID_STEPS = 2**20  # units in a clip norm: an entry loses less than a millionth of it
+MOST_ROWS = 2**32  # rows of norm 2**20 add up to less than 2**52: exact in float64, with as much room for noise
+_SHRINK = 1 - 2.0**-20  # a row over the bound by rounding is under it after this
+_BLOCK_ENTRIES = 2**20  # of outer products at a time, 8 MiB
 
 
 def clip_rows(rows: Tensor, clip_norm: float) -> tuple[Tensor, Tensor]:
@@ -39,38 +52,105 @@ def clip_rows(rows: Tensor, clip_norm: float) -> tuple[Tensor, Tensor]:
     return (flat * scale[:, None]).reshape(rows.shape), norms
 
 
+def integer_rows(rows: Tensor, clip_norm: float) -> Tensor:
+    """Clip each row and cut its entries down, towards zero, to whole grid units of ``clip_norm / GRID_STEPS``.
+
+    Guarantee:
+        As `clip_rows`, and exact: entries are integers (in float64) and each row's Σ q² is at most GRID_STEPS², checked
+        in integers, since sums of squares up to 2**53 are exact in any order. A row that float error has left above
+        the bound is shrunk and cut again; were that not enough, it would be zero.
+
+    Args:
+        rows: (batch, …).
+        clip_norm: Bound C in the units of ``rows``; finite, > 0.
+
+    Returns:
+        Integers in float64, in grid units.
+
+    Raises:
+        ValueError: If ``clip_norm`` is not finite and positive.
+    """
+    clipped, _ = clip_rows(rows, clip_norm)
+    return _cut(clipped.flatten(1) / clip_norm * GRID_STEPS).reshape(rows.shape)
+
+
+def _cut(scaled: Tensor) -> Tensor:
+    """Cut rows (batch, entry) of norm about GRID_STEPS at most down to integers of norm GRID_STEPS at most."""
+    whole = torch.trunc(scaled)
+    over = _is_over(whole)
+    if bool(over.any()):
+        whole = torch.where(over[:, None], torch.trunc(scaled * _SHRINK), whole)
+        whole = torch.where(_is_over(whole)[:, None], 0.0, whole)
+    return whole + 0.0  # no negative zero
+
+
+def _is_over(whole: Tensor) -> Tensor:
+    # A term above 2**53 is rounded, but then the sum is far above 2**40 however it is rounded.
+    return whole.square().sum(dim=1) > GRID_STEPS**2
+
+
+def check_exact(rows: int) -> None:
+    """Refuse to add up so many rows that integer sums could leave the exact range of float64.
+
+    Args:
+        rows: A public bound on the number of rows in one sum.
+
+    Raises:
+        ValueError: If there are 2**32 or more.
+    """
+    if rows >= MOST_ROWS:
+        raise ValueError(f'{rows} rows in a sum; privacy.arithmetic = "integer" adds up fewer than 2**32 exactly')
+
+
 @dataclass(frozen=True)
 class ClippedSum:
     """A sum of clipped rows.
 
     Attributes:
         value: Shape of one row, float64. Not private until noise is added.
-        sensitivity: How far ``value`` can move in L2 norm when one row is added or removed.
+        sensitivity: How far ``value`` can move in L2 norm when one row is added or removed, in the units of ``value``.
+        grid: Integer arithmetic: ``value`` and ``sensitivity`` are whole numbers of units of this size; None: floats.
     """
 
     value: Tensor
     sensitivity: float
+    grid: float | None = None
 
 
-def clipped_sum(rows: Tensor, clip_norm: float) -> ClippedSum:
+def as_clipped_sum(value: Tensor, clip_norm: float, arithmetic: Arithmetic) -> ClippedSum:
+    """Say what a sum of clipped rows is: of `clip_rows` in floats, of `integer_rows` in integers."""
+    if arithmetic == "float":
+        return ClippedSum(value=value, sensitivity=clip_norm)
+    return ClippedSum(value=value, sensitivity=float(GRID_STEPS), grid=clip_norm / GRID_STEPS)
+
+
+def bounded_rows(rows: Tensor, clip_norm: float, arithmetic: Arithmetic) -> Tensor:
+    """`clip_rows` or `integer_rows`: the terms of a clipped sum."""
+    return clip_rows(rows, clip_norm)[0] if arithmetic == "float" else integer_rows(rows, clip_norm)
+
+
+def clipped_sum(rows: Tensor, clip_norm: float, arithmetic: Arithmetic = "float") -> ClippedSum:
     """Clip each row and add the rows up. A *sum*: nothing here is divided by how many rows there are.
 
     Guarantee:
         Adding or removing one row moves the value by at most ``clip_norm``: it is the sum of independent per-row
-        terms, each of norm at most ``clip_norm``. No rows give zero.
+        terms, each of norm at most ``clip_norm``. No rows give zero. In integers this holds exactly, and the sum is
+        the same number in whatever order fewer than MOST_ROWS rows are added.
     """
-    clipped, _ = clip_rows(rows, clip_norm)
-    return ClippedSum(value=clipped.sum(dim=0), sensitivity=clip_norm)
+    return as_clipped_sum(bounded_rows(rows, clip_norm, arithmetic).sum(dim=0), clip_norm, arithmetic)
 
 
-def clipped_feature_sum(classes: Tensor, x: Tensor, y: Tensor, logit_scale: float, clip_norm: float) -> ClippedSum:
+def clipped_feature_sum(
+    classes: Tensor, x: Tensor, y: Tensor, logit_scale: float, clip_norm: float, arithmetic: Arithmetic = "float"
+) -> ClippedSum:
     """Clip and sum the gradients with respect to the *class features*, in closed form: noise space ``feature``.
 
     Example i's gradient is the outer product s·(softmax_i − y_i) x_iᵀ, of Frobenius norm s·‖softmax_i − y_i‖·‖x_i‖.
 
     Guarantee:
         As `clipped_sum`: the value is a sum of per-example terms of norm at most ``clip_norm`` each (float64), so one
-        example moves it by at most that. An example with a non-finite value contributes zero.
+        example moves it by at most that. An example with a non-finite value contributes zero. In integers the outer
+        products are formed, some at a time, and cut one by one: exact as in `clipped_sum`, and slower.
 
     Args:
         classes: Unit-norm class features (n_cls, embed_dim), released before.
@@ -78,6 +158,7 @@ def clipped_feature_sum(classes: Tensor, x: Tensor, y: Tensor, logit_scale: floa
         y: Class ids (batch,).
         logit_scale: s.
         clip_norm: C, in units of this gradient; finite, > 0.
+        arithmetic: Floats, or integers in units of ``clip_norm / GRID_STEPS``.
 
     Returns:
         (n_cls, embed_dim), float64.
@@ -90,10 +171,23 @@ def clipped_feature_sum(classes: Tensor, x: Tensor, y: Tensor, logit_scale: floa
     x = x.to(torch.float64)
     residual = torch.softmax(logit_scale * x @ classes.to(torch.float64).T, dim=1)
     residual = residual.scatter_add(1, y[:, None], torch.full_like(residual[:, :1], -1.0))
+    if arithmetic == "integer":
+        total = torch.zeros(classes.shape, dtype=torch.float64, device=classes.device)
+        for rows in _outer_products(logit_scale * residual, x):
+            total += integer_rows(rows, clip_norm).sum(dim=0)
+        return as_clipped_sum(total, clip_norm, arithmetic)
     norms = logit_scale * torch.linalg.vector_norm(residual, dim=1) * torch.linalg.vector_norm(x, dim=1)
     finite = torch.isfinite(norms)
     # NaN times zero is NaN: bad rows are replaced, not multiplied away.
     x, residual = (torch.where(finite[:, None], t, torch.zeros_like(t)) for t in (x, residual))
     scale = torch.clamp(clip_norm / torch.clamp(norms, min=torch.finfo(torch.float64).tiny), max=1.0)
     scale = torch.where(finite, scale, torch.zeros_like(scale))
-    return ClippedSum(value=(logit_scale * scale[:, None] * residual).T @ x, sensitivity=clip_norm)
+    return as_clipped_sum((logit_scale * scale[:, None] * residual).T @ x, clip_norm, arithmetic)
+
+
+def _outer_products(left: Tensor, right: Tensor) -> Iterator[Tensor]:
+    """Each row's outer product, (some rows, n_cls, embed_dim): as many rows as fit, whatever the batch's size."""
+    step = max(1, _BLOCK_ENTRIES // (left.shape[1] * right.shape[1]))
+    for start in range(0, len(left), step):
+        here = slice(start, start + step)
+        yield left[here, :, None] * right[here, None, :]

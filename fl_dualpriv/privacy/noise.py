@@ -1,7 +1,7 @@
 """Randomness for sampling and noise: the kernel's generator by default, a keyed one for reproducible runs.
 
-Both kinds hand out uniforms; Gaussian noise and Poisson batches are made from them by one code path, so what is tested
-on the keyed source is what the secret source runs.
+Both kinds hand out random words, and uniforms made of them; noise and Poisson batches come from these by one code
+path, so what is tested on the keyed source is what the secret source runs.
 """
 
 import hashlib
@@ -20,15 +20,19 @@ _BITS = 52  # with 53, the half step below would round the largest word up to 1
 
 
 class RandomSource(Protocol):
-    """A stream of uniforms in the open interval (0, 1)."""
+    """A stream of random 64-bit words; a word is handed out once, as it is or as a uniform."""
 
     @property
     def reproducible(self) -> bool:
         """True if anyone who knows the key can repeat the stream: then the noise protects nobody."""
         ...
 
+    def words(self, count: int) -> np.ndarray:
+        """Return ``count`` words of 64 independent fair bits, uint64."""
+        ...
+
     def uniforms(self, count: int) -> np.ndarray:
-        """Return ``count`` independent uniforms, float64, never 0 or 1."""
+        """Return ``count`` independent uniforms of 52 bits, float64, never 0 or 1."""
         ...
 
 
@@ -38,13 +42,17 @@ def _to_open_unit_interval(words: np.ndarray) -> np.ndarray:
 
 
 class OsRandom:
-    """Uniforms from the operating system's cryptographic generator; cannot be repeated or predicted."""
+    """Words from the operating system's cryptographic generator; cannot be repeated or predicted."""
 
     reproducible = False
 
+    def words(self, count: int) -> np.ndarray:
+        """See `RandomSource.words`."""
+        return np.frombuffer(os.urandom(8 * count), dtype=np.uint64)
+
     def uniforms(self, count: int) -> np.ndarray:
         """See `RandomSource.uniforms`."""
-        return _to_open_unit_interval(np.frombuffer(os.urandom(8 * count), dtype=np.uint64))
+        return _to_open_unit_interval(self.words(count))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +67,7 @@ class StreamKey:
 
 
 class KeyedRandom:
-    """Uniforms that depend on a `StreamKey` alone: for tests and repeatable simulations, never for publication."""
+    """Words that depend on a `StreamKey` alone: for tests and repeatable simulations, never for publication."""
 
     reproducible = True
 
@@ -68,9 +76,13 @@ class KeyedRandom:
         digest = hashlib.sha256(text.encode()).digest()
         self._bits = np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64))
 
+    def words(self, count: int) -> np.ndarray:
+        """See `RandomSource.words`."""
+        return np.asarray(self._bits.random_raw(count), dtype=np.uint64).reshape(count)
+
     def uniforms(self, count: int) -> np.ndarray:
         """See `RandomSource.uniforms`."""
-        return _to_open_unit_interval(np.asarray(self._bits.random_raw(count), dtype=np.uint64).reshape(count))
+        return _to_open_unit_interval(self.words(count))
 
 
 RandomSources = Callable[[StreamKey], RandomSource]
@@ -94,8 +106,10 @@ def gaussian_noise(source: RandomSource, shape: tuple[int, ...], std: float) -> 
 
     Guarantee:
         Every coordinate is the normal quantile of its own 52-bit uniform, scaled by ``std``; no draw is used twice.
-        The tails end at ±8.2 std (total mass 2e-16 outside, to be added to δ by a strict reader). Floating-point
-        noise is not safe against attacks on the low-order bits (Mironov 2012); see docs/privacy.md.
+        The tails end at ±8.2 std (total mass 2e-16 outside, to be added to δ by a strict reader). This is the position
+        of ``arithmetic = "float"``: 52-bit uniforms reach few of the float64 numbers, and which sums of data and noise
+        can be reached depends on the data, so it is not safe against attacks on the low-order bits (Mironov 2012; Jin
+        et al. 2021, arXiv:2112.05307). `rounded_gaussian` is; see docs/privacy.md.
 
     Args:
         source: Where the uniforms come from.
@@ -116,7 +130,8 @@ def poisson_sample(source: RandomSource, population: int, rate: float) -> np.nda
 
     Guarantee:
         This is the sampling that Poisson-subsampled accounting assumes: member j's coin is its own uniform, so
-        membership of one record does not change anyone else's. The result may be empty.
+        membership of one record does not change anyone else's; with 52-bit uniforms the probability is ``rate`` to
+        within 2**-52. The result may be empty.
 
     Returns:
         Sorted indices, int64.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.privacy.clipping import ClippedSum, clip_rows
+from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, as_clipped_sum, bounded_rows
 from fl_dualpriv.prompts.tower import ClassFeatures
 
 # Rows go backward in blocks of one size, the last one padded: the size of a matrix product can change the order of its
@@ -180,20 +180,23 @@ def clipped_sums(
     *,
     workspace_bytes: int,
     top_m: int = 0,
+    arithmetic: Arithmetic = "float",
 ) -> list[ClippedSum]:
     """Each client's sum of clipped per-example gradients, in the order of ``batches``; arguments as `gradient_blocks`.
 
     Guarantee:
         As `clipped_sum` of that client's rows: adding or removing one of its records moves its value by at most
-        ``clip_norm`` and no other client's. Float64. An empty batch gives zero.
+        ``clip_norm`` and no other client's. Float64. An empty batch gives zero. In integers the move is exactly that
+        record's own integer row, as far as the rows of the others are the same bit by bit without it
+        (tests/guarantees/test_per_example.py).
     """
     totals = features.values.new_zeros(len(batches.counts), *features.prompt_shape, dtype=torch.float64)
     for prompts, _, rows in gradient_blocks(
         features, batches, logit_scale, workspace_bytes=workspace_bytes, top_m=top_m
     ):
-        clipped, _ = clip_rows(rows.flatten(0, 1), clip_norm)
-        totals[prompts] += clipped.unflatten(0, rows.shape[:2]).sum(dim=1)
-    return [ClippedSum(value=total, sensitivity=clip_norm) for total in totals]
+        terms = bounded_rows(rows.flatten(0, 1), clip_norm, arithmetic)
+        totals[prompts] += terms.unflatten(0, rows.shape[:2]).sum(dim=1)
+    return [as_clipped_sum(total, clip_norm, arithmetic) for total in totals]
 
 
 def summed_gradient(features: ClassFeatures, batches: Batches, logit_scale: float) -> Tensor:

@@ -1,0 +1,30 @@
+"""The one place where noise meets a clipped sum, at a client and at the server."""
+
+from torch import Tensor
+
+from fl_dualpriv.privacy.clipping import ClippedSum
+from fl_dualpriv.privacy.noise import RandomSource, gaussian_noise
+from fl_dualpriv.privacy.rounded_gaussian import rounded_gaussian
+
+
+def release(clean: ClippedSum, noise_multiplier: float, source: RandomSource) -> Tensor:
+    """Return the clipped sum plus Gaussian noise of std ``noise_multiplier`` × its sensitivity, in real units, float64.
+
+    Guarantee:
+        The Gaussian mechanism with that multiplier for one added or removed row, whatever the sum is of (nothing, too).
+        Floats: as `gaussian_noise`, up to its floating-point position. Integers: sum and noise are integers in float64
+        and are added exactly (each is below 2**52), so the total is round(S + N) of the real-valued mechanism, on one
+        support whatever the data are; multiplying it by the grid is a function of that integer: post-processing.
+
+    Args:
+        clean: Of fewer than MOST_ROWS rows.
+        noise_multiplier: z >= 0.
+        source: Used for nothing else.
+
+    Raises:
+        ValueError: If the noise's std is negative, not finite or, in integers, above 2**46 grid units.
+    """
+    std, shape = noise_multiplier * clean.sensitivity, tuple(clean.value.shape)
+    if clean.grid is None:
+        return clean.value + gaussian_noise(source, shape, std).to(clean.value.device)
+    return (clean.value + rounded_gaussian(source, shape, std).to(clean.value.device)) * clean.grid
