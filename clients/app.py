@@ -32,15 +32,19 @@ def _setting(context: Context) -> "Setting":
 def _node(context: Context) -> "Node":
     """This node, and where it keeps what belongs to its clients."""
     from clients.hosting import Node
+    from fl_dualpriv.node_file import find_node_file
     from fl_dualpriv.world import run_folder
 
+    named, chosen = context.node_config.get("node-file"), context.node_config.get("state-dir")
+    owner = find_node_file(None if named is None else str(named))  # first: without it nothing may be read
     setting = _setting(context)
-    chosen = context.node_config.get("state-dir")
+    state_dir = None if chosen is None else Path(str(chosen))
     return Node(
         setting=setting,
         index=int(context.node_config["partition-id"]),
         run_folder=run_folder(setting.config.output.dir, context.run_id),
-        state_dir=None if chosen is None else Path(str(chosen)),
+        state_dir=owner.state_dir or state_dir if owner else state_dir,
+        budget=owner.budget if owner else None,
     )
 
 

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from fl_dualpriv.client import ClientData, PersonalState
 from fl_dualpriv.methods import MethodParts
-from fl_dualpriv.privacy.clipping import ClippedSum, clipped_feature_sum
-from fl_dualpriv.privacy.noise import RandomSource, gaussian_noise, poisson_sample
+from fl_dualpriv.privacy.clipping import ClippedSum, check_exact, clipped_feature_sum
+from fl_dualpriv.privacy.noise import RandomSource, poisson_sample
 from fl_dualpriv.privacy.per_example import Batches, clipped_sums, summed_gradient
 from fl_dualpriv.privacy.plan import RecordLevelPlan
+from fl_dualpriv.privacy.release import release
 from fl_dualpriv.prompts.lowrank import carriers, cut_to_rank, tangent_projection
 from fl_dualpriv.prompts.tower import ClassFeatures, PromptTower
 from fl_dualpriv.pruning.updates import prune_update
@@ -93,8 +94,10 @@ def cohort_update(
         With a plan, a client's data enter each step only through one clipped sum of its own Poisson batch plus
         N(0, z²C²) from its own source; the noise is there for an empty batch too, and the divisor q·n_i is public. With
         a trusted server the upload is the clipped sum itself, for the server to noise, and the personal prompt still
-        moves by a noised copy. No client's numbers depend on who steps beside it, but for float rounding: the size of
-        a matrix product can change the order of its sums. The caller has written the ledger events of these releases.
+        moves by a noised copy. With integer arithmetic that sum is uploaded as the integers it is made of, so that it
+        stays exact until the server has added its noise. No client's numbers depend on who steps beside it, but for
+        float rounding: the size of a matrix product can change the order of its sums. The caller has written the
+        ledger events of these releases.
 
     Args:
         global_prompt: p_G of this round, (n_ctx, ctx_dim).
@@ -107,7 +110,10 @@ def cohort_update(
 
     Returns:
         For each participant the upload (the move of p_G, local − global; with a trusted server −learning rate × the
-        clipped sum, float64) and its new personal state.
+        clipped sum, or −1 × the clipped sum in grid units, float64) and its new personal state.
+
+    Raises:
+        ValueError: With integer arithmetic, if a client has 2**32 records or more.
     """
     prompts = _Prompts(
         own_global=global_prompt.expand(len(participants), -1, -1),
@@ -119,6 +125,9 @@ def cohort_update(
     expected = (training.sampling_rate * sizes.to(torch.float64))[:, None, None]
     trusts_server = plan is not None and plan.trusts_server
     clean_upload = torch.zeros_like(prompts.own_global, dtype=torch.float64) if trusts_server else None
+    exact = plan is not None and plan.arithmetic == "integer"
+    if exact:
+        check_exact(max(p.data.num_examples for p in participants))
     for step in range(training.local_steps):
         order, batches = pool.batches(step, training.sampling_rate)
         effective = prompts.own_global + prompts.personal if parts.personal else prompts.own_global
@@ -130,7 +139,8 @@ def cohort_update(
             clean = _clean_sums(features, batches, logit_scale, training, plan)
             clean = clean if inverse is None else [clean[i] for i in inverse.tolist()]
             if clean_upload is not None:
-                clean_upload -= training.global_learning_rate * torch.stack([c.value for c in clean])
+                factor = 1.0 if exact else training.global_learning_rate  # in integers the server applies it
+                clean_upload -= factor * torch.stack([c.value for c in clean])
                 if not parts.personal:
                     continue  # nothing local is released or moved
             noised = [_release(c, plan, p.random("noise", step)) for c, p in zip(clean, participants, strict=True)]
@@ -191,7 +201,9 @@ def _clean_sums(
     """Each client's clipped sum, in the order of ``batches``: of prompt gradients, or of class-feature gradients."""
     if training.noise_space == "feature":
         return [
-            clipped_feature_sum(classes, batches.features[own], batches.labels[own], logit_scale, plan.clip_norm)
+            clipped_feature_sum(
+                classes, batches.features[own], batches.labels[own], logit_scale, plan.clip_norm, plan.arithmetic
+            )
             for classes, own in zip(features.values, batches.rows(), strict=True)
         ]
     return clipped_sums(
@@ -201,13 +213,13 @@ def _clean_sums(
         plan.clip_norm,
         workspace_bytes=training.workspace_bytes,
         top_m=training.top_m,
+        arithmetic=plan.arithmetic,
     )
 
 
 def _release(clean: ClippedSum, plan: RecordLevelPlan, source: RandomSource) -> Tensor:
     """The clipped sum plus the client's noise: the one place where a record's influence leaves the private side."""
-    std = plan.local_noise_multiplier * clean.sensitivity
-    return clean.value + gaussian_noise(source, tuple(clean.value.shape), std).to(clean.value.device)
+    return release(clean, plan.local_noise_multiplier, source)
 
 
 def _move_personal(prompts: _Prompts, gradient: Tensor, parts: MethodParts, learning_rate: float) -> None:

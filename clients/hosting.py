@@ -19,7 +19,9 @@ from fl_dualpriv.memory import peak_bytes
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.peak_memory import report_peak
 from fl_dualpriv.plans import may_score, record_level_plan
+from fl_dualpriv.privacy.budget import Budget
 from fl_dualpriv.privacy.noise import random_sources
+from fl_dualpriv.privacy.plan import round_terms
 from fl_dualpriv.prompts.tower import PromptTower
 from fl_dualpriv.world import build_world
 
@@ -44,6 +46,9 @@ class Setting:
         self.parts = METHODS[config.method]
         self.plan = record_level_plan(config)
         self.sources = random_sources(config.privacy.randomness)
+        self.terms = round_terms(self.plan, config.train.sampling_rate, config.train.local_steps)
+        self.reproducible = config.privacy.randomness == "seeded"
+        self.prompt_shape = self.world.prompt_shape(config.prompt)
         self.may_score = may_score(config)
         self._counts: tuple[tuple[str, bytes], tuple[Tensor, Tensor]] | None = None
 
@@ -94,14 +99,27 @@ def chunks(partitions: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 class Failures(dict[int, str]):
-    """Partition → why it failed, in the words of the error; the traceback goes to the node's log, once per reason."""
+    """Partition → why it failed, for the server; the whole of it goes to the node's log, once per reason.
+
+    Args:
+        private: Whether the clients' data are protected by noise: then nothing else may speak of them, and only a
+            refusal, whose words are made of public numbers, travels in words. Of other errors only the type does.
+    """
+
+    def __init__(self, *, private: bool = False) -> None:
+        super().__init__()
+        self._private = private
+        self._logged: set[str] = set()
 
     def add(self, partitions: Iterable[int], error: Exception) -> None:
         """These clients failed together."""
         reason = f"{type(error).__name__}: {error}"
-        if reason not in self.values():
+        if reason not in self._logged:
+            self._logged.add(reason)
             ours = isinstance(error, ConfigError | PrivacyError)  # says all there is to say
             _log.warning("a client failed: %s", reason, exc_info=None if ours else error)
+        if self._private and not isinstance(error, PrivacyError):
+            reason = f"{type(error).__name__}; its words are in the log of the node"
         self |= dict.fromkeys(partitions, reason)
 
 
@@ -114,12 +132,14 @@ class Node:
         index: j.
         run_folder: Of the run, for clients without a folder that the node's owner chose.
         state_dir: The owner's folder of the one client of this node, if there is one.
+        budget: The owner's limits for each client here; None: the plan of the run is the only limit.
     """
 
     setting: Setting
     index: int
     run_folder: Path
     state_dir: Path | None
+    budget: Budget | None = None
 
     def __post_init__(self) -> None:
         nodes = self.setting.config.num_supernodes
@@ -167,9 +187,14 @@ class Node:
             PrivacyError: If those images are private here.
         """
         setting = self.setting
+        partitions = self.asked(task.partitions)
         if not setting.may_score:
             raise PrivacyError("the held-out images are private here: their scores would be an unaccounted release")
-        partitions = self.asked(task.partitions)
+        if self.budget is not None and not self.budget.scores:
+            reason = "the owner of this node lets no scores leave (budget.scores)"
+            for partition in partitions:
+                self.folder(partition).log_refusal(task.run_token, f"evaluate, round {task.server_round}", reason)
+            raise PrivacyError(reason)
         if task.prompt != "personal" or not setting.keeps_state:
             kind = "zero-shot" if task.prompt == "zero-shot" else "global"
             scores = split_counts(*setting.shared_counts(kind, task.global_prompt), setting.held[partitions])
@@ -177,7 +202,8 @@ class Node:
         return self._score_personal(task, partitions)
 
     def _score_personal(self, task: wire.EvaluateTask, partitions: list[int]) -> wire.Scores:
-        setting, failed = self.setting, Failures()
+        setting = self.setting
+        failed = Failures(private=setting.plan is not None)
         scores: dict[int, Score] = {}
         device = setting.world.backbone.device
         n_ctx, ctx_dim = task.global_prompt.shape

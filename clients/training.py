@@ -12,10 +12,12 @@ from clients.dpfpl_paper import PublishedTraining, nominal_sigma, published_upda
 from clients.dualpriv import LocalTraining, Participant, cohort_update
 from clients.hosting import Failures, Node, chunks, prompts_at_once
 from fl_dualpriv import wire
-from fl_dualpriv.client import PersonalState, check_noise, check_task, fresh_state
+from fl_dualpriv.client import PersonalState, check_round, check_single_run, fresh_state
 from fl_dualpriv.config import RunConfig
+from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey
+from fl_dualpriv.privacy.plan import check_terms
 
 _MOST_LOCKS = 256  # a lock is an open file, and a process may have about a thousand
 
@@ -24,8 +26,10 @@ class TrainRound:
     """One round of local steps for each client that a message asks for.
 
     Guarantee:
-        Under record-level DP a client's events of the round stand in its own ledger before its release is drawn, and
-        its ledger is held until its state is kept. An upload leaves only if the state was kept.
+        Under record-level DP a client's event of the round stands in its own ledger before its first release is drawn,
+        and its ledger is held until its state is kept. An upload leaves only if the state was kept. What the server
+        asks for, the plan, the owner's budget and the ledger are checked before that; a refused round touches no data,
+        and is noted in the client's folder.
 
     Args:
         node: Where the clients are.
@@ -36,7 +40,7 @@ class TrainRound:
         self._node, self._setting, self._task = node, node.setting, task
         self._prompt = task.global_prompt.to(self._setting.world.backbone.device)
         self._uploads: dict[int, Tensor] = {}
-        self._failed = Failures()
+        self._failed = Failures(private=self._setting.plan is not None)
 
     def run(self) -> wire.Uploads:
         """Train everybody; a client that fails takes nobody with it.
@@ -53,7 +57,7 @@ class TrainRound:
         values = list(self._uploads.values())
         return wire.Uploads(
             partitions=tuple(self._uploads),
-            values=torch.stack(values).cpu() if values else torch.zeros(0, *self._prompt.shape),
+            values=torch.stack(values).cpu() if values else torch.zeros(0, *setting.prompt_shape),
             failed=self._failed,
         )
 
@@ -64,6 +68,10 @@ class TrainRound:
             for partition in group:
                 try:
                     ready.append(self._prepare(partition, locks))
+                except PrivacyError as error:
+                    asked = f"train, round {self._task.server_round}"
+                    self._node.folder(partition).log_refusal(self._task.run_token, asked, str(error))
+                    self._failed.add([partition], error)
                 except Exception as error:
                     self._failed.add([partition], error)
             if not ready:
@@ -95,29 +103,35 @@ class TrainRound:
             PrivacyError: If the client refuses the round.
         """
         setting, task = self._setting, self._task
+        check_terms(setting.terms, task.terms)
+        if self._node.budget is not None:
+            self._node.budget.check_plan(setting.plan, reproducible=setting.reproducible)
+        if tuple(task.global_prompt.shape) != setting.prompt_shape:
+            raise PrivacyError(
+                f"a global prompt of shape {tuple(task.global_prompt.shape)}; this run's is {setting.prompt_shape}"
+            )
         data = setting.world.client_data(partition, task.server_round)
         random = functools.partial(_stream, setting.sources, setting.config.seed, partition, task.server_round)
         if setting.plan is None:
             return Participant(partition=partition, state=self._state(partition), data=data, random=random)
-        plan, steps = setting.plan, setting.config.train.local_steps
-        check_noise(plan, task.noise_multiplier)
         ledger = Ledger(self._node.folder(partition).ledger)
         locks.enter_context(ledger.exclusive())
         state = self._state(partition)
-        check_task(plan, ledger, state, task.server_round, steps)
-        ledger.record_all(
-            [
-                LedgerEvent(
-                    run=task.run_token,
-                    unit="record",
-                    server_round=task.server_round,
-                    step=step,
-                    sampling_rate=plan.sampling_rate,
-                    noise_multiplier=plan.noise_multiplier,
-                )
-                for step in range(steps)
-            ]
+        event = LedgerEvent(
+            run=task.run_token,
+            unit="record",
+            server_round=task.server_round,
+            releases=setting.terms.releases,
+            sampling_rate=setting.plan.sampling_rate,
+            noise_multiplier=setting.plan.noise_multiplier,
         )
+        made, budget = ledger.read(), self._node.budget
+        check_round(setting.plan, made, state, event)
+        if budget is None:
+            check_single_run(setting.plan, made, event)
+        else:
+            budget.check_events(made, [event])
+        ledger.record(event)
         return Participant(partition=partition, state=state, data=data, random=random)
 
     def _state(self, partition: int) -> PersonalState:
@@ -153,7 +167,7 @@ class TrainRound:
                 participants=ready,
                 tower=setting.tower,
                 logit_scale=setting.world.logit_scale,
-                training=functools.partial(_published_training, setting.config),
+                training=functools.partial(published_training, setting.config),
             )
         return cohort_update(
             global_prompt=self._prompt,
@@ -161,12 +175,12 @@ class TrainRound:
             tower=setting.tower,
             logit_scale=setting.world.logit_scale,
             parts=setting.parts,
-            training=_local_training(setting.config),
+            training=local_training(setting.config),
             plan=setting.plan,
         )
 
 
-def _published_training(config: RunConfig, participant: Participant) -> PublishedTraining:
+def published_training(config: RunConfig, participant: Participant) -> PublishedTraining:
     record, steps = config.privacy.record, config.rounds * config.train.local_steps
     return PublishedTraining(
         local_steps=config.train.local_steps,
@@ -177,7 +191,7 @@ def _published_training(config: RunConfig, participant: Participant) -> Publishe
     )
 
 
-def _local_training(config: RunConfig) -> LocalTraining:
+def local_training(config: RunConfig) -> LocalTraining:
     return LocalTraining(
         local_steps=config.train.local_steps,
         sampling_rate=config.train.sampling_rate,

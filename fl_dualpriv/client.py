@@ -1,6 +1,8 @@
 """What belongs to a client: its data as features, its personal prompt and its ledger, on its own disk."""
 
+import contextlib
 import functools
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,9 +10,12 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.errors import PrivacyError
-from fl_dualpriv.files import read_tensors, write_tensors
-from fl_dualpriv.privacy.ledger import Ledger
+from fl_dualpriv.files import append_json_line, read_tensors, write_tensors
+from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent
 from fl_dualpriv.privacy.plan import RecordLevelPlan
+
+_MOST_LETTERS = 200
+_MOST_REFUSED_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +69,24 @@ def _first_carrier(ctx_dim: int, rank: int) -> Tensor:
 
 
 class ClientFolder:
-    """A client's own state folder: ``prompt.safetensors`` and ``ledger.jsonl``, each replaced or appended whole."""
+    """A client's own folder: its prompt, its ledger and the refused attempts; each replaced or appended whole."""
 
     def __init__(self, path: Path) -> None:
         self._prompt = path / "prompt.safetensors"
+        self._refusals = path / "refusals.jsonl"
         self.ledger = path / "ledger.jsonl"
+
+    def log_refusal(self, run_token: str, what: str, reason: str) -> None:
+        """Note a refused attempt. A hostile server cannot fill the disk with them, and a full disk is no help to it."""
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "run": run_token[:_MOST_LETTERS],
+            "asked": what[:_MOST_LETTERS],
+            "reason": reason[: 10 * _MOST_LETTERS],
+        }
+        with contextlib.suppress(OSError):
+            if not self._refusals.exists() or self._refusals.stat().st_size < _MOST_REFUSED_BYTES:
+                append_json_line(self._refusals, line)
 
     def load(self, run_token: str, n_ctx: int, ctx_dim: int, rank: int) -> PersonalState:
         """The state this run left here, or a fresh one if another run wrote the file or nobody did.
@@ -102,37 +120,38 @@ class ClientFolder:
         )
 
 
-def check_task(plan: RecordLevelPlan, ledger: Ledger, state: PersonalState, server_round: int, steps: int) -> None:
+def check_round(plan: RecordLevelPlan, made: LedgerContent, state: PersonalState, event: LedgerEvent) -> None:
     """Refuse a round that was done before, and one that would exceed the releases this client's plan accounts for.
 
     Guarantee:
-        The ledger in this folder never holds more events than the plan composes, whatever rounds, run tokens or
-        repetitions a server asks for. It is checked before the first release of the round.
+        No run ever has more events in the ledger of this folder than its plan composes, and without an owner's budget
+        neither have all runs together, whatever rounds, run tokens or repetitions a server asks for. It is checked
+        before the first release of the round; an event of this round in the ledger, of a try that a crash ended, is a
+        round that was done.
 
     Raises:
         PrivacyError: If the round is refused.
     """
-    if server_round <= state.server_round:
-        raise PrivacyError(f"round {server_round} was done (last: {state.server_round}); a repetition is refused")
-    made = ledger.count()
-    if made + steps > plan.releases:
+    done = max(state.server_round, made.last_round(event.run))
+    if event.server_round <= done:
+        raise PrivacyError(f"round {event.server_round} was done (last: {done}); a repetition is refused")
+    releases = made.releases(event.run)
+    if releases + event.releases > plan.releases:
         raise PrivacyError(
-            f"{made} releases are in the ledger and the round makes {steps} more; the plan accounts for "
-            f"{plan.releases}: the round is refused"
+            f"{releases} releases of this run are in the ledger and the round makes {event.releases} more; the plan "
+            f"accounts for {plan.releases}: the round is refused"
         )
 
 
-def check_noise(plan: RecordLevelPlan, offered: float) -> None:
-    """Refuse a server that asks for less noise than this client's own configuration promises.
-
-    Guarantee:
-        After this check, the noise the client adds is at least what its plan accounts for.
+def check_single_run(plan: RecordLevelPlan, made: LedgerContent, event: LedgerEvent) -> None:
+    """Where no owner has set a budget, the plan of one run is all that may ever be spent in a folder.
 
     Raises:
-        PrivacyError: If ``offered`` is below the plan's multiplier.
+        PrivacyError: If the ledger, damaged lines included, holds too many releases of other runs.
     """
-    if not offered >= plan.noise_multiplier:
+    releases = made.releases()
+    if releases + event.releases > plan.releases:
         raise PrivacyError(
-            f"the server asks for noise multiplier {offered:g}, this client's plan needs {plan.noise_multiplier:g}; "
-            "the step is refused"
+            f"{releases} releases are in the ledger and the round makes {event.releases} more; the plan accounts for "
+            f"{plan.releases}, and the owner of this node has set no budget for more than one run: the round is refused"
         )

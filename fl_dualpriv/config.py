@@ -81,6 +81,7 @@ class ClientLevelConfig:
     calibrate_to: CalibrateTo
     epsilon: float
     noise_multiplier: float
+    max_epsilon: float
     delta: float
     clip_norm: float
     expected_cohort: float
@@ -88,9 +89,10 @@ class ClientLevelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyConfig:
-    """Both levels, and where the randomness comes from."""
+    """Both levels, where the randomness comes from, and the arithmetic of sums and noise."""
 
     randomness: Literal["os", "seeded"]
+    arithmetic: Literal["float", "integer"]
     record: RecordLevelConfig
     client: ClientLevelConfig
 

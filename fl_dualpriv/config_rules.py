@@ -87,6 +87,7 @@ RANGES: dict[str, Range] = {
     "privacy.record.clip-norm": _CLIP,
     "privacy.client.epsilon": _NOISE,
     "privacy.client.noise-multiplier": _NOISE,
+    "privacy.client.max-epsilon": Range(lambda x: x >= 0, ">= 0", "0 is what the run's own rounds spend"),
     "privacy.client.delta": _DELTA,
     "privacy.client.clip-norm": _CLIP,
     "privacy.client.expected-cohort": _positive("give the expected number of clients in a round"),
@@ -226,6 +227,18 @@ CROSS_RULES: tuple[CrossRule, ...] = (
         lambda v: not v[_TRUSTS] or v["method"] not in _WITHOUT_SHARED_PROMPT,
         "needs a method that shares a prompt",
         'set trusts-server = false, or choose a method that shares, for example "dpfpl"',
+    ),
+    CrossRule(
+        ("privacy.arithmetic", "method"),
+        lambda v: v["privacy.arithmetic"] == "float" or v["method"] != "dpfpl-paper",
+        'must be "float", as published',
+        'set it to "float", or set method = "dpfpl"',
+    ),
+    CrossRule(
+        ("privacy.arithmetic", _RECORD, _CLIENT),
+        lambda v: v["privacy.arithmetic"] == "float" or "gaussian" in (v[_RECORD], v[_CLIENT]),
+        'needs noise at one level: without it there is nothing for "integer" to protect',
+        'set it to "float", or a mechanism to "gaussian"',
     ),
     CrossRule(
         ("method", _CLIENT),

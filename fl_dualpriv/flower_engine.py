@@ -259,7 +259,7 @@ def _watch(
 ) -> None:
     """Return when the run has completed or its results are there; raise when it failed.
 
-    Asking Flower costs a second of CPU. The copy of the log ends with the run: while it goes on, a look is a safety net.
+    Asking Flower costs a second of CPU. The copy of the log ends with the run; while it goes on, looks are seldom.
     """
     look = time.monotonic() + _STATUS_SECONDS
     finish = None

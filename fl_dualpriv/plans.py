@@ -34,6 +34,7 @@ def record_level_plan(config: RunConfig) -> RecordLevelPlan | None:
         delta=record.delta,
         trusts_server=record.trusts_server,
         personal=parts.personal,
+        arithmetic=config.privacy.arithmetic,
     )
     return _bounded(plan, plan.releases, "privacy.record")
 
@@ -57,6 +58,7 @@ def client_level_plan(config: RunConfig) -> ClientLevelPlan | None:
         expected_cohort=client.expected_cohort,
         rounds=config.rounds,
         delta=client.delta,
+        arithmetic=config.privacy.arithmetic,
     )
     return _bounded(plan, plan.rounds, "privacy.client")
 

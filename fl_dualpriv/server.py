@@ -7,21 +7,24 @@ A strategy author owns as much of the proof as they override: `server_update` ru
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from flwr.supercore.privacy_accounting import PrivacyAccountant
 from torch import Tensor
 
 from fl_dualpriv import wire
 from fl_dualpriv.cohort import Asked, by_node, collect
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.evaluation import Accuracy, mean_accuracy
-from fl_dualpriv.privacy.clipping import clip_rows
-from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
-from fl_dualpriv.privacy.noise import RandomSources, StreamKey, gaussian_noise, poisson_sample
+from fl_dualpriv.privacy.clipping import ClippedSum, check_exact, clip_rows
+from fl_dualpriv.privacy.cohort_sum import client_sum, trusting_sum
+from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey, gaussian_noise, poisson_sample
+from fl_dualpriv.privacy.plan import RoundTerms
+from fl_dualpriv.privacy.release import release
+from fl_dualpriv.server_books import ServerBooks, ServerPrivacy
 
 _log = logging.getLogger("fl_dualpriv")
 
@@ -46,29 +49,6 @@ class Update:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerPrivacy:
-    """What the server adds to a round.
-
-    Attributes:
-        unit: ``client``: uploads are updates, clipped here to ``bound``, on a Poisson cohort; ``record``: uploads are
-            sums of clipped per-record terms, each of norm at most ``bound``, from every client (``trusts-server``);
-            ``nominal``: the published procedure, whose bound is only claimed.
-        bound: L2 norm that one unit can add to the sum of uploads.
-        noise_multiplier: Noise std / sensitivity.
-        sampling_rate: Of the unit: cohort rate for clients, batch rate for records (for the ledger).
-        ledger_multiplier: Effective multiplier of everything the round releases about one unit (for the ledger).
-        ledger: Where each round is written before it happens; None for the nominal procedure.
-    """
-
-    unit: Literal["client", "record", "nominal"]
-    bound: float
-    noise_multiplier: float
-    sampling_rate: float
-    ledger_multiplier: float
-    ledger: Ledger | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class RoundReport:
     """What a round tells the outside."""
 
@@ -84,8 +64,10 @@ class RoundStrategy(Strategy):
     Guarantee:
         With ``privacy`` set, the sum over the cohort moves by at most ``privacy.bound`` when one unit is added or
         removed, whatever clients send or fail to send: a missing, malformed or non-finite upload is zero, the noise
-        has std ``noise_multiplier * sensitivity()`` also for an empty cohort, and every divisor is public. The cohort
-        is drawn over clients, whichever nodes host them: how many nodes there are changes no result.
+        has std ``noise_multiplier * sensitivity()`` also for an empty cohort, and every divisor is public. In integer
+        arithmetic the sum is exact and is divided after the noise: a strategy that overrides `combine` or
+        `sensitivity` is refused. The cohort is drawn over clients, whichever nodes host them: how many nodes there are
+        changes no result.
 
     Args:
         cards: Partition → public card of each client, 0 … population − 1; all of them joined before round 1.
@@ -95,11 +77,12 @@ class RoundStrategy(Strategy):
         evaluate_every: Rounds between evaluations; 0 = never.
         prompt_kind: Which prompt clients score.
         run_token: Marks the run; clients drop state of other runs.
-        noise_multiplier: The record-level multiplier that clients are told (0 = none).
+        terms: What clients are asked to release in a round, for them to check.
         tolerates_failures: A failed client is zero (DP) or ends the run (without DP, where nothing hides it).
         privacy: Server-side noise, or None.
         sources: Random streams for cohort and noise.
         report: Called once a round.
+        accountant: One of Flower's protocol that is told of every noised round of clients too, and asked before.
     """
 
     cards: dict[int, wire.ClientCard]
@@ -109,14 +92,16 @@ class RoundStrategy(Strategy):
     evaluate_every: int
     prompt_kind: wire.PromptKind
     run_token: str
-    noise_multiplier: float
+    terms: RoundTerms
     tolerates_failures: bool
     privacy: ServerPrivacy | None
     sources: RandomSources
     seed: int
     report: Callable[[RoundReport], None]
+    accountant: PrivacyAccountant | None = None
     failures: int = field(default=0, init=False)
     deliveries: int = field(default=0, init=False)
+    rounds_done: int = field(default=0, init=False)
     last_failure: str | None = field(default=None, init=False)
     state: dict[str, Tensor] = field(default_factory=dict, init=False)
     num_examples: dict[int, int] = field(default_factory=dict, init=False)
@@ -126,14 +111,21 @@ class RoundStrategy(Strategy):
     _round_failures: int = field(default=0, init=False)
     _divisor: float | None = field(default=None, init=False)
     _weights: dict[int, float] = field(default_factory=dict, init=False)
+    _books: ServerBooks | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        if self.accountant is not None and (self.privacy is None or self.privacy.unit != "client"):
+            raise PrivacyError("an accountant of client-level releases, and the run makes none: leave it out")
         fixed = set(vars(RoundStrategy)) - set(_HOOKS) - _DATACLASS_NAMES
         changed = sorted(n for n in fixed if getattr(type(self), n, None) is not getattr(RoundStrategy, n))
         if self.privacy is not None and changed:
             raise PrivacyError(
                 f"{type(self).__name__} overrides {', '.join(changed)}, which clip, noise or account; under "
                 f"server-side privacy a strategy may change {', '.join(_HOOKS)} only"
+            )
+        if self.privacy is not None:
+            self._books = ServerBooks(
+                self.privacy, self.accountant, self.run_token, rounds=self.num_rounds, population=len(self.cards)
             )
         # Index i of a Poisson draw is client i; Flower's node ids are random, so their order must not matter.
         order = range(len(self.cards))
@@ -149,6 +141,8 @@ class RoundStrategy(Strategy):
                 f"{type(self).__name__} overrides combine() but not sensitivity(), so the server's noise cannot be "
                 'scaled. Override it, or set privacy.client.mechanism = "none" and privacy.record.trusts-server = false'
             )
+        if self.privacy is not None and self.privacy.arithmetic == "integer":
+            self._check_integer(self.privacy)
 
     # --- what a strategy may change ------------------------------------------------------------------------------
 
@@ -176,6 +170,11 @@ class RoundStrategy(Strategy):
         """Make the step; runs after the noise, so it owes nothing (post-processing)."""
         return prompt + diff
 
+    @property
+    def prompt(self) -> Tensor:
+        """The global prompt after the last finished round."""
+        return self._prompt
+
     # --- fixed ---------------------------------------------------------------------------------------------------
 
     def divisor(self) -> float:
@@ -198,8 +197,14 @@ class RoundStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Sample the cohort (Poisson under client-level DP, else everyone) and write one message per node of it."""
+        """Sample the cohort (Poisson under client-level DP, else everyone) and write one message per node of it.
+
+        Raises:
+            BudgetExhausted: If the round would exceed the budget at the server; nobody was sampled or asked then.
+        """
         self._prompt = wire.from_arrays(arrays)
+        if self._books is not None:
+            self._books.check(server_round)
         self._round_failures = 0
         source = self.sources(StreamKey(seed=self.seed, purpose="cohort", server_round=server_round))
         cohort = poisson_sample(source, len(self.cards), self._cohort_rate())
@@ -211,7 +216,7 @@ class RoundStrategy(Strategy):
                 global_prompt=self._prompt,
                 server_round=server_round,
                 run_token=self.run_token,
-                noise_multiplier=self.noise_multiplier,
+                terms=self.terms,
             )
             content = wire.train_content(task, arrays)
             messages.append(Message(content, node, MessageType.TRAIN, group_id=str(server_round)))
@@ -223,16 +228,27 @@ class RoundStrategy(Strategy):
         """Clip, combine, noise, step. The ledger is written before the noise is drawn."""
         partitions, diffs = self._read_uploads(server_round, replies)
         self.deliveries += len(partitions)
-        if self.privacy is not None:
-            diffs = self._clip(partitions, diffs, self.privacy)
-        diff = self.combine([Update(partition=p, diff=d) for p, d in zip(partitions, diffs.unbind(), strict=True)])
-        if self.privacy is not None:
-            self._write_ledger(server_round)
+        if self.privacy is None:
+            diff = self._combined(partitions, diffs)
+        else:
+            assert self._books is not None
+            self._books.write(server_round)
             source = self.sources(StreamKey(seed=self.seed, purpose="server-noise", server_round=server_round))
-            std = self.privacy.noise_multiplier * self.sensitivity()
-            diff = diff + gaussian_noise(source, tuple(diff.shape), std)
+            diff = self._noised(partitions, diffs, self.privacy, source)
         self._prompt = self.server_update(self._prompt, diff.to(self._prompt.dtype))
+        self.rounds_done = server_round
         return wire.to_arrays(self._prompt), None
+
+    def _combined(self, partitions: Sequence[int], diffs: Tensor) -> Tensor:
+        return self.combine([Update(partition=p, diff=d) for p, d in zip(partitions, diffs.unbind(), strict=True)])
+
+    def _noised(self, partitions: Sequence[int], diffs: Tensor, privacy: ServerPrivacy, source: RandomSource) -> Tensor:
+        """Clipped, combined and noised uploads: the one place where they leave the private side."""
+        if privacy.arithmetic == "integer":  # the plain combine(), with its division after the noise
+            clean = self._integer_sum(partitions, diffs, privacy)
+            return release(clean, privacy.noise_multiplier, source) / self.divisor()
+        diff = self._combined(partitions, self._clip(partitions, diffs, privacy))
+        return diff + gaussian_noise(source, tuple(diff.shape), privacy.noise_multiplier * self.sensitivity())
 
     def _clip(self, partitions: Sequence[int], diffs: Tensor, privacy: ServerPrivacy) -> Tensor:
         """Clip updates to S, or sums over records to what each client's (public) number of records can reach."""
@@ -246,17 +262,33 @@ class RoundStrategy(Strategy):
         units = torch.tensor(counts, dtype=torch.float64).reshape(-1, 1, 1)
         return clip_rows(diffs / units, bound)[0] * units
 
-    def _write_ledger(self, server_round: int) -> None:
-        if self.privacy is not None and self.privacy.ledger is not None:
-            self.privacy.ledger.record(
-                LedgerEvent(
-                    run=self.run_token,
-                    unit=self.privacy.unit,
-                    server_round=server_round,
-                    step=0,
-                    sampling_rate=self.privacy.sampling_rate,
-                    noise_multiplier=self.privacy.ledger_multiplier,
+    def _integer_sum(self, partitions: Sequence[int], diffs: Tensor, privacy: ServerPrivacy) -> ClippedSum:
+        """What `_clip` and `combine` make of the uploads, in integers."""
+        weights = torch.tensor([self._clamped_weight(partition) for partition in partitions], dtype=torch.float64)
+        if privacy.unit == "client":
+            return client_sum(diffs, weights, privacy.bound)
+        counts = torch.tensor([self.num_examples[partition] for partition in partitions], dtype=torch.float64)
+        # Each weight is 0 or 1, see `_check_integer`.
+        return trusting_sum(diffs * weights.reshape(-1, 1, 1), counts, privacy.bound)
+
+    def _check_integer(self, privacy: ServerPrivacy) -> None:
+        """Refuse what cannot be added up exactly."""
+        name = type(self).__name__
+        for hook in ("combine", "sensitivity"):
+            if getattr(type(self), hook) is not getattr(RoundStrategy, hook):
+                raise PrivacyError(
+                    f"{name} overrides {hook}(), and integer arithmetic is proved for the plain weighted sum alone; "
+                    'set privacy.arithmetic = "float"'
                 )
+        if privacy.unit == "client":
+            check_exact(len(self.cards))
+            return
+        check_exact(sum(self.num_examples.values()))
+        if any(self._clamped_weight(partition) not in (0.0, 1.0) for partition in self.cards):
+            raise PrivacyError(
+                f"{name} weighs clients, and a weighted sum of integers is none: with trusts-server and integer "
+                'arithmetic every weight is 0 or 1; set strategy.ref = "strategies.dpfpl:DPFPL", or '
+                'privacy.arithmetic = "float"'
             )
 
     def _read_uploads(self, server_round: int, replies: Iterable[Message]) -> tuple[list[int], Tensor]:

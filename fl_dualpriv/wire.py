@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from torch import Tensor
 
 from fl_dualpriv.evaluation import Score
+from fl_dualpriv.privacy.plan import RoundTerms
 
 PromptKind = Literal["zero-shot", "global", "personal"]
 _COUNTS = {name.replace("_", "-"): name for name in (f.name for f in fields(Score))}
@@ -28,7 +29,7 @@ class TrainTask:
     global_prompt: Tensor
     server_round: int
     run_token: str
-    noise_multiplier: float
+    terms: RoundTerms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,21 +103,40 @@ def train_content(task: TrainTask, arrays: ArrayRecord | None = None) -> RecordD
             "partitions": list(task.partitions),
             "server-round": task.server_round,
             "run-token": task.run_token,
-            "noise-multiplier": task.noise_multiplier,
+            "mechanism": task.terms.mechanism,
+            "trusts-server": task.terms.trusts_server,
+            "clip-norm": task.terms.clip_norm,
+            "noise-multiplier": task.terms.noise_multiplier,
+            "sampling-rate": task.terms.sampling_rate,
+            "local-steps": task.terms.releases,
         }
     )
     return RecordDict({"arrays": to_arrays(task.global_prompt) if arrays is None else arrays, "config": config})
 
 
 def read_train(message: Message) -> TrainTask:
-    """Undo `train_content`."""
+    """Undo `train_content`.
+
+    Raises:
+        ValueError, KeyError: If anything is missing or of another type: no default is as good as what was meant.
+    """
     config = message.content.config_records["config"]
+    mechanism, trusts_server = config["mechanism"], config["trusts-server"]
+    if mechanism not in ("none", "gaussian") or not isinstance(trusts_server, bool):
+        raise ValueError(f"mechanism = {mechanism!r:.40}, trusts-server = {trusts_server!r:.40} in a train message")
     return TrainTask(
         partitions=_ids(config["partitions"]),
         global_prompt=from_arrays(message.content.array_records["arrays"]),
-        server_round=int(config["server-round"]),  # type: ignore[arg-type]
+        server_round=_whole(config["server-round"]),
         run_token=str(config["run-token"]),
-        noise_multiplier=float(config["noise-multiplier"]),  # type: ignore[arg-type]
+        terms=RoundTerms(
+            mechanism=mechanism,
+            trusts_server=trusts_server,
+            clip_norm=_number(config["clip-norm"]),
+            noise_multiplier=_number(config["noise-multiplier"]),
+            sampling_rate=_number(config["sampling-rate"]),
+            releases=_whole(config["local-steps"]),
+        ),
     )
 
 
@@ -142,7 +162,7 @@ def read_evaluate(message: Message) -> EvaluateTask:
     return EvaluateTask(
         partitions=_ids(config["partitions"]),
         global_prompt=from_arrays(message.content.array_records["arrays"]),
-        server_round=int(config["server-round"]),  # type: ignore[arg-type]
+        server_round=_whole(config["server-round"]),
         run_token=str(config["run-token"]),
         prompt=kind,
     )
@@ -227,6 +247,18 @@ def _ids(value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or any(type(number) is not int for number in value):
         raise ValueError(f"{value!r:.80} in a message; expected a list of whole numbers")
     return tuple(value)
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{value!r:.80} in a message; expected a whole number")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f"{value!r:.80} in a message; expected a number")
+    return float(value)
 
 
 def failure_reason(reply: Message) -> str:

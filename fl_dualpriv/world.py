@@ -63,6 +63,12 @@ class World:
         """The low-rank head over the zero-shot features; its prompts need no text tower."""
         return LowRankHead(self.text.zero_shot_features())
 
+    def prompt_shape(self, prompt: PromptConfig) -> tuple[int, int]:
+        """Of a prompt: (n_ctx, ctx_dim), or that of the head's factors."""
+        if prompt.learner == "head":
+            return self.head.shape(prompt.rank)
+        return prompt.n_ctx, self.backbone.ctx_dim
+
     def num_examples(self, partition_id: int) -> int:
         """n_i, public metadata; reads no image."""
         return len(self.partitions[partition_id])

@@ -4,6 +4,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -28,9 +29,11 @@ from fl_dualpriv.privacy.plan import (
     client_level_releases,
     nominal_releases,
     record_level_releases,
+    round_terms,
 )
 from fl_dualpriv.results import RunRecorder, build_summary
-from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy, ServerPrivacy
+from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy
+from fl_dualpriv.server_books import BudgetExhausted, ServerPrivacy
 from fl_dualpriv.world import build_world, initial_prompt, run_folder
 
 app = ServerApp()
@@ -73,13 +76,20 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
 
     strategy = build_strategy(strategy_class, config, record, client, cards, hosts, recorder, report, options)
     prompt = initial_prompt(config, world)
-    zero_shot = final = None
+    zero_shot = final = stopped = None
     if strategy.evaluate_every:
         zero_shot = final = score_now(strategy, grid, prompt, "zero-shot", config.reply_timeout)
         report(RoundReport(server_round=0, accuracy=zero_shot, failures=strategy.failures))
     if METHODS[config.method].trains:
-        result = strategy.start(grid, wire.to_arrays(prompt), config.rounds, config.reply_timeout)
-        prompt = wire.from_arrays(result.arrays)
+        try:
+            result = strategy.start(grid, wire.to_arrays(prompt), config.rounds, config.reply_timeout)
+            prompt = wire.from_arrays(result.arrays)
+        except BudgetExhausted as exhausted:
+            if strategy.rounds_done == 0:
+                raise
+            # What was released is paid for: it is kept, and the tables speak of these rounds alone.
+            stopped, prompt = str(exhausted), strategy.prompt
+            client = replace(client, rounds=strategy.rounds_done) if client else None
         if strategy.deliveries == 0 and strategy.failures > 0:
             raise ClientFailure(
                 f"all {strategy.failures} calls of clients failed; the prompts are noise at best. "
@@ -87,6 +97,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
             )
         final = last_accuracy(recorder)
     found = notes(config, record, client, scored=strategy.evaluate_every > 0)
+    found += [f"ended early: {stopped}"] if stopped else []
     recorder.write_prompt(
         prompt,
         {"method": config.method, "backbone": config.backbone.name, "randomness": config.privacy.randomness},
@@ -97,7 +108,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
             method=config.method,
             engine=engine_name(grid),
             seed=config.seed,
-            rounds=config.rounds,
+            rounds=strategy.rounds_done if stopped else config.rounds,
             population=config.population,
             failures=strategy.failures,
             seconds=time.monotonic() - start,
@@ -185,7 +196,7 @@ def build_strategy(
         evaluate_every=config.evaluation.every if may_score(config) else 0,
         prompt_kind="personal" if personal else "global",
         run_token=secrets.token_hex(8),
-        noise_multiplier=record.noise_multiplier if record else 0.0,
+        terms=round_terms(record, rate, config.train.local_steps),
         tolerates_failures=private,
         privacy=server_privacy(config, record, client, cards, Ledger(recorder.folder / "ledger.jsonl")),
         sources=random_sources(config.privacy.randomness),
@@ -211,10 +222,14 @@ def server_privacy(
             sampling_rate=client.sampling_rate,
             ledger_multiplier=client.noise_multiplier,
             ledger=ledger,
+            max_epsilon=config.privacy.client.max_epsilon or client.epsilon(),
+            delta=client.delta,
+            arithmetic=client.arithmetic,
         )
     rate = config.train.global_learning_rate
     if record is not None and record.trusts_server:
-        # Clients upload −η · (clipped sum), so one record moves the sum by at most η·C.
+        # Clients upload −η · (clipped sum), so one record moves the sum by at most η·C; in integers they upload minus
+        # the sum in grid units, and η comes in with the size of a unit.
         views = [record.server_noise_multiplier] + ([record.local_noise_multiplier] if record.personal else [])
         return ServerPrivacy(
             unit="record",
@@ -223,6 +238,9 @@ def server_privacy(
             sampling_rate=record.sampling_rate,
             ledger_multiplier=joint_noise_multiplier(*views),
             ledger=ledger,
+            max_epsilon=record.epsilon(),
+            delta=record.delta,
+            arithmetic=record.arithmetic,
         )
     nominal = config.privacy.record
     if METHODS[config.method].published_procedure and nominal.mechanism == "gaussian":
@@ -295,6 +313,8 @@ def notes(
         found.append(f"top-m = {config.train.top_m}: each record back-propagates its largest residuals only, a bias")
     if record and config.privacy.record.noise_space == "feature":
         found.append("noise-space = feature: gradients of the class features are clipped and noised, not the prompt's")
+    if (record or client) and config.privacy.arithmetic == "integer":
+        found.append("arithmetic = integer: exact sums, integer noise; low-order bits tell nothing about the data")
     if not scored:
         found.append(
             "no scores: the held-out images are private (evaluation.held-out-data); give a test/ folder, or declare "

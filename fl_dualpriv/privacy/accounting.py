@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import dp_accounting
 from dp_accounting import pld
@@ -27,11 +28,23 @@ def sampled_gaussian(sampling_rate: float, noise_multiplier: float, releases: in
     return dp_accounting.SelfComposedDpEvent(dp_accounting.PoissonSampledDpEvent(sampling_rate, gaussian), releases)
 
 
+class SampledGaussians(NamedTuple):
+    """Some Gaussian releases, each on its own Poisson sample.
+
+    Attributes:
+        sampling_rate: q in (0, 1].
+        noise_multiplier: Noise std divided by the sensitivity of what it is added to.
+        releases: How many.
+    """
+
+    sampling_rate: float
+    noise_multiplier: float
+    releases: int
+
+
 @functools.lru_cache(maxsize=4096)
-def epsilon(
-    sampling_rate: float, noise_multiplier: float, releases: int, delta: float, grid: float = FINE_GRID
-) -> float:
-    """Return ε at ``delta`` of ``releases`` Poisson-sampled Gaussian releases under adaptive composition.
+def composed_epsilon(charges: tuple[SampledGaussians, ...], delta: float, grid: float = FINE_GRID) -> float:
+    """Return ε at ``delta`` of Poisson-sampled Gaussian releases under adaptive composition, in any order.
 
     Guarantee:
         An upper bound (pessimistic discretisation) for add-or-remove-one neighbours, unit = whatever is sampled.
@@ -39,13 +52,32 @@ def epsilon(
     Reference:
         dp-accounting's PLDAccountant; Koskela et al. 2020, arXiv:1906.03049.
     """
-    if releases == 0:
+    if not any(charge.releases for charge in charges):
         return 0.0
+    return float(_accountant(charges, grid).get_epsilon(delta))
+
+
+def composed_delta(charges: tuple[SampledGaussians, ...], epsilon: float, grid: float = FINE_GRID) -> float:
+    """Return δ at ``epsilon``; otherwise as `composed_epsilon`."""
+    if not any(charge.releases for charge in charges):
+        return 0.0
+    return float(_accountant(charges, grid).get_delta(epsilon))
+
+
+def _accountant(charges: tuple[SampledGaussians, ...], grid: float) -> pld.PLDAccountant:
     accountant = pld.PLDAccountant(
         neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=grid
     )
-    accountant.compose(sampled_gaussian(sampling_rate, noise_multiplier, releases))
-    return float(accountant.get_epsilon(delta))
+    for charge in charges:
+        accountant.compose(sampled_gaussian(*charge))
+    return accountant
+
+
+def epsilon(
+    sampling_rate: float, noise_multiplier: float, releases: int, delta: float, grid: float = FINE_GRID
+) -> float:
+    """`composed_epsilon` of releases that are all alike."""
+    return composed_epsilon((SampledGaussians(sampling_rate, noise_multiplier, releases),), delta, grid)
 
 
 @functools.lru_cache(maxsize=256)

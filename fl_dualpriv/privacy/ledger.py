@@ -3,60 +3,151 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from fl_dualpriv.privacy.accounting import FINE_GRID, SampledGaussians, composed_epsilon
 
 _LOCK_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerEvent:
-    """One Gaussian release on a Poisson sample.
+    """Some Gaussian releases of one round, each on its own Poisson sample.
 
     Attributes:
-        run: Token of the run the release belongs to.
+        run: Token of the run the releases belong to.
         unit: ``record`` or ``client``.
         server_round: Round, from 1.
-        step: Local step within the round, from 0.
-        sampling_rate: q.
-        noise_multiplier: Effective multiplier of everything released in this event.
+        releases: How many; a client's round makes one per local step.
+        sampling_rate: q, in (0, 1].
+        noise_multiplier: Effective multiplier of everything released at once, > 0.
     """
 
     run: str
     unit: str
     server_round: int
-    step: int
+    releases: int
     sampling_rate: float
     noise_multiplier: float
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether the accountant can make a number of it; a line from a damaged disk may say anything."""
+        return (
+            isinstance(self.run, str)
+            and _is_count(self.server_round)
+            and _is_count(self.releases)
+            and self.unit in ("record", "client")
+            and _is_number(self.sampling_rate)
+            and 0 < self.sampling_rate <= 1
+            and _is_number(self.noise_multiplier)
+            and 0 < self.noise_multiplier < math.inf
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerContent:
+    """What a ledger says.
+
+    Attributes:
+        events: All whole events, in the order written.
+        damaged: Lines that are no event. A torn one is a write that a crash cut off, before its releases were made;
+            since nobody can tell it from a line that a disk damaged later, it is charged all the same.
+    """
+
+    events: tuple[LedgerEvent, ...]
+    damaged: int
+
+    def releases(self, run: str | None = None) -> int:
+        """Releases of one run, or of all with the damaged lines, each of which counts as the largest round here."""
+        if run is not None:
+            return sum(event.releases for event in self.events if event.run == run)
+        largest = max((event.releases for event in self.events), default=1)
+        return sum(event.releases for event in self.events) + self.damaged * largest
+
+    def last_round(self, run: str) -> int:
+        """The last round of a run that stands here; 0 if none does."""
+        return max((event.server_round for event in self.events if event.run == run), default=0)
+
+    def epsilon(self, delta: float, further: Iterable[LedgerEvent] = (), grid: float = FINE_GRID) -> float:
+        """ε at ``delta`` of everything in the ledger and of ``further`` events together, whatever runs they are of.
+
+        Guarantee:
+            An upper bound for adaptive composition under add-or-remove-one, for one unit: every event is charged as if
+            the same record (client) had been there in all of them. A damaged line is charged as a round of the most
+            releases, the highest rate and the least noise that appear anywhere in the composition. Infinite if there
+            are damaged lines alone.
+        """
+        further = tuple(further)
+        if self.damaged and not (self.events or further):
+            return math.inf
+        return composed_epsilon(self.charges(further), delta, grid)
+
+    def charges(self, further: Iterable[LedgerEvent] = ()) -> tuple[SampledGaussians, ...]:
+        """What `epsilon` composes, equal releases together."""
+        events = [*self.events, *further]
+        if self.damaged and not events:
+            raise ValueError(f"the ledger holds {self.damaged} damaged lines and no event: nothing bounds it")
+        if self.damaged:
+            worst = replace(
+                events[0],
+                releases=max(event.releases for event in events),
+                sampling_rate=max(event.sampling_rate for event in events),
+                noise_multiplier=min(event.noise_multiplier for event in events),
+            )
+            events += [worst] * self.damaged
+        counts = Counter[tuple[float, float]]()
+        for event in events:
+            counts[event.sampling_rate, event.noise_multiplier] += event.releases
+        return tuple(SampledGaussians(q, z, releases) for (q, z), releases in sorted(counts.items()))
+
 
 class Ledger:
-    """A JSON-lines file of `LedgerEvent`s."""
+    """A JSON-lines file of `LedgerEvent`s, one line each with the time of writing.
+
+    Args:
+        path: The file; its folder is made with the first event.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def record(self, event: LedgerEvent) -> None:
-        """Append one event; see `record_all`."""
-        self.record_all([event])
+        """Append an event and sync it to disk, before its releases.
 
-    def record_all(self, events: Sequence[LedgerEvent]) -> None:
-        """Append events and sync them to disk, before their releases: a crash may over-count, never under-count."""
+        Guarantee:
+            When this returns, the line is on disk, in a file whose name is on disk: a crash at any later moment finds
+            it. A crash before can leave less than a line, and then nothing was released: too much may be counted, never
+            too little.
+
+        Raises:
+            ValueError: If the event is one that no accountant can charge.
+            OSError: If the disk takes it not; then nothing may be released.
+        """
+        if not event.is_sound:
+            raise ValueError(f"{event}: not a release that can be accounted for")
+        new = not self.path.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **asdict(event)}
         with self.path.open("a+b") as file:
             # A crash can leave half a line; it stays, as a line of its own that still counts.
             torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
-            lines = "".join(json.dumps(asdict(event)) + "\n" for event in events)
-            file.write((b"\n" if torn else b"") + lines.encode())
+            file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+        if new:
+            _sync_names(self.path.parent)
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold this ledger alone, across processes: between looking at its count and adding to it nobody else may.
+        """Hold this ledger alone, across processes: between looking at its content and adding to it nobody else may.
 
         Raises:
             TimeoutError: If another process holds it for seconds; the clients beside this one must not wait for it.
@@ -74,21 +165,48 @@ class Ledger:
                     time.sleep(0.05)
             yield
 
-    def count(self) -> int:
-        """Number of events of all runs; a half-written line counts: its release may have been made."""
-        return len(self._lines())
-
-    def events(self, run: str) -> list[LedgerEvent]:
-        """All whole events of one run, in the order written."""
-        found = []
+    def read(self) -> LedgerContent:
+        """All that is written; an absent file is an empty ledger."""
+        events, damaged = [], 0
         for line in self._lines():
-            try:
-                found.append(LedgerEvent(**json.loads(line)))
-            except (ValueError, TypeError):
-                continue
-        return [event for event in found if event.run == run]
+            event = _parsed(line)
+            if event is None:
+                damaged += 1
+            else:
+                events.append(event)
+        return LedgerContent(events=tuple(events), damaged=damaged)
 
     def _lines(self) -> list[str]:
         if not self.path.exists():
             return []
         return [line for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+
+
+def _parsed(line: str) -> LedgerEvent | None:
+    try:
+        fields: dict[str, Any] = json.loads(line)
+        fields.pop("time", None)
+        if fields.pop("step", None) is not None:  # version 0.1 wrote one line per release
+            fields["releases"] = 1
+        event = LedgerEvent(**fields)
+    except (ValueError, TypeError, AttributeError):
+        return None
+    return event if event.is_sound else None
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _sync_names(folder: Path) -> None:
+    """A new file is on disk only with the entry of its folder, and a new folder with that of its own."""
+    for path in (folder, folder.parent):
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

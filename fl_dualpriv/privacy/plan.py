@@ -4,7 +4,9 @@ The mechanism is closed on purpose: a new one is a reviewed change here, with a 
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
+from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.accounting import (
     COARSE_GRID,
     FINE_GRID,
@@ -12,6 +14,69 @@ from fl_dualpriv.privacy.accounting import (
     calibrate_noise_multiplier,
     epsilon,
 )
+from fl_dualpriv.privacy.clipping import Arithmetic
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundTerms:
+    """What a server asks a client to release in one round, in the words of `RecordLevelPlan`.
+
+    Attributes:
+        mechanism: ``none``: the update as it is.
+        trusts_server: The clean clipped sum.
+        clip_norm: C; 0 without a mechanism.
+        noise_multiplier: z; 0 without a mechanism.
+        sampling_rate: q of a local step.
+        releases: Local steps of the round.
+    """
+
+    mechanism: Literal["none", "gaussian"]
+    trusts_server: bool
+    clip_norm: float
+    noise_multiplier: float
+    sampling_rate: float
+    releases: int
+
+
+def round_terms(plan: "RecordLevelPlan | None", sampling_rate: float, releases: int) -> RoundTerms:
+    """The terms of a round under a plan, or without record-level privacy."""
+    return RoundTerms(
+        mechanism="none" if plan is None else "gaussian",
+        trusts_server=plan is not None and plan.trusts_server,
+        clip_norm=plan.clip_norm if plan else 0.0,
+        noise_multiplier=plan.noise_multiplier if plan else 0.0,
+        sampling_rate=sampling_rate,
+        releases=releases,
+    )
+
+
+def check_terms(own: RoundTerms, offered: RoundTerms) -> None:
+    """Refuse a server that asks for more than this client's own configuration promises to release.
+
+    Guarantee:
+        What the client then does follows ``own``, whatever was offered; so a round that passes is one that both sides
+        account for at least as strictly as they promised.
+
+    Raises:
+        PrivacyError: With everything that is wrong.
+    """
+    problems = []
+    if offered.mechanism != own.mechanism:
+        problems.append(f"mechanism {offered.mechanism!r:.40}, here {own.mechanism!r}")
+    if offered.trusts_server and not own.trusts_server:
+        problems.append("an upload without noise (trusts-server), here never")
+    if not offered.clip_norm <= own.clip_norm:
+        problems.append(f"clip norm {offered.clip_norm:g}, here at most {own.clip_norm:g}")
+    if not offered.noise_multiplier >= own.noise_multiplier:
+        problems.append(f"noise multiplier {offered.noise_multiplier:g}, here at least {own.noise_multiplier:g}")
+    if not offered.sampling_rate <= own.sampling_rate:
+        problems.append(f"sampling rate {offered.sampling_rate:g}, here at most {own.sampling_rate:g}")
+    if not offered.releases <= own.releases:
+        problems.append(f"{offered.releases} local steps, here at most {own.releases}")
+    if problems:
+        raise PrivacyError(
+            "the server asks for more than this client's plan allows: " + "; ".join(problems) + "; the round is refused"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +91,7 @@ class RecordLevelPlan:
         delta: δ at which ε is stated.
         trusts_server: The server sees the clean clipped sum and noises the global prompt itself.
         personal: The client also moves a personal prompt, from its own noised copy of the same sum.
+        arithmetic: Of clipped sums and noise; the ε is the same (see `rounded_gaussian`).
     """
 
     clip_norm: float
@@ -35,6 +101,7 @@ class RecordLevelPlan:
     delta: float
     trusts_server: bool
     personal: bool
+    arithmetic: Arithmetic = "float"
 
     @property
     def local_noise_multiplier(self) -> float:
@@ -76,6 +143,7 @@ class ClientLevelPlan:
         expected_cohort: q·population, public; the divisor, whoever really takes part.
         rounds: Releases over the whole run.
         delta: δ at which ε is stated.
+        arithmetic: Of the sum over the cohort and its noise; the ε is the same (see `rounded_gaussian`).
     """
 
     clip_norm: float
@@ -84,6 +152,7 @@ class ClientLevelPlan:
     expected_cohort: float
     rounds: int
     delta: float
+    arithmetic: Arithmetic = "float"
 
     @property
     def sampling_rate(self) -> float:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,20 @@ from fl_dualpriv.files import read_tensors, write_tensors
 from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.privacy import ledger as ledger_module
 from fl_dualpriv.privacy.ledger import Ledger
+from fl_dualpriv.privacy.plan import RoundTerms
 
 DEFAULTS = app_defaults(Path(__file__).parents[2])
 PROMPT = torch.zeros(4, 32)
 KINDS: tuple[wire.PromptKind, ...] = ("zero-shot", "global", "personal")
 
 Nodes = Callable[..., LocalGrid]
+# What the run configuration below promises, and what its honest server asks for.
+OFFERED = RoundTerms(
+    mechanism="gaussian", trusts_server=False, clip_norm=1.0, noise_multiplier=1.5, sampling_rate=0.15, releases=1
+)
+NO_PRIVACY = RoundTerms(
+    mechanism="none", trusts_server=False, clip_norm=0.0, noise_multiplier=0.0, sampling_rate=0.15, releases=1
+)
 
 
 @pytest.fixture
@@ -69,13 +78,13 @@ def ask(grid: LocalGrid, content: RecordDict, kind: str) -> Message:
 def train(
     grid: LocalGrid,
     server_round: int = 1,
-    noise: float = 1.5,
+    terms: RoundTerms = OFFERED,
     token: str = "t",
     partitions: tuple[int, ...] = (0,),
     prompt: Tensor = PROMPT,
 ) -> Message:
     task = wire.TrainTask(
-        partitions=partitions, global_prompt=prompt, server_round=server_round, run_token=token, noise_multiplier=noise
+        partitions=partitions, global_prompt=prompt, server_round=server_round, run_token=token, terms=terms
     )
     return ask(grid, wire.train_content(task), MessageType.TRAIN)
 
@@ -124,13 +133,49 @@ def test_a_node_chooses_its_own_state_folder(nodes: Nodes, tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("noise", [0.0, 1.0, float("nan")])
-def test_a_server_that_asks_for_less_noise_gets_nothing(nodes: Nodes, tmp_path: Path, noise: float):
-    found = uploads(train(nodes(), noise=noise))
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"noise_multiplier": 1.0}, "noise multiplier 1, here at least 1.5"),
+        ({"noise_multiplier": 0.0}, "noise multiplier 0"),
+        ({"noise_multiplier": float("nan")}, "noise multiplier nan"),
+        ({"clip_norm": 1.5}, "clip norm 1.5, here at most 1"),
+        ({"clip_norm": float("nan")}, "clip norm nan"),
+        ({"sampling_rate": 0.2}, "sampling rate 0.2, here at most 0.15"),
+        ({"releases": 2}, "2 local steps, here at most 1"),
+        ({"mechanism": "none"}, "mechanism 'none', here 'gaussian'"),
+        ({"trusts_server": True}, "an upload without noise"),
+    ],
+)
+def test_a_server_that_asks_for_more_gets_nothing(nodes: Nodes, tmp_path: Path, changes: dict[str, Any], words: str):
+    found = uploads(train(nodes(), terms=replace(OFFERED, **changes)))
     assert found.partitions == ()
-    assert "the step is refused" in found.failed[0]
+    assert words in found.failed[0]
     assert ledger_lines(tmp_path) == 0
     assert not list(tmp_path.glob("out/**/prompt.safetensors"))
+    (line,) = (tmp_path / "out" / "clients" / "client-000" / "refusals.jsonl").read_text().splitlines()
+    assert words in json.loads(line)["reason"]
+    assert json.loads(line)["asked"] == "train, round 1"
+
+
+def test_a_server_that_asks_for_less_is_served_on_our_terms(nodes: Nodes):
+    cautious = replace(OFFERED, noise_multiplier=9.0, clip_norm=0.1, sampling_rate=0.01)
+    assert uploads(train(nodes(), terms=cautious)).partitions == (0,)
+
+
+def test_a_prompt_of_another_shape_is_refused(nodes: Nodes, tmp_path: Path):
+    """(1, 32) would broadcast to every place of the client's own prompt."""
+    found = uploads(train(nodes(), prompt=torch.zeros(1, 32)))
+    assert "of shape (1, 32); this run's is (4, 32)" in found.failed[0]
+    assert ledger_lines(tmp_path) == 0
+
+
+def test_a_round_that_a_crash_cut_off_after_its_event_is_not_repeated(nodes: Nodes, tmp_path: Path):
+    grid = nodes()
+    train(grid)
+    (tmp_path / "out" / "clients" / "client-000" / "prompt.safetensors").unlink()  # the state was not kept
+    assert "round 1 was done" in uploads(train(grid)).failed[0]
+    assert ledger_lines(tmp_path) == 1
 
 
 def test_a_server_that_sends_nan_gets_noise_alone(nodes: Nodes):
@@ -300,7 +345,8 @@ def test_an_error_of_every_step_fails_everybody_and_the_events_stay(
 
     monkeypatch.setattr(clients.training, "cohort_update", boom)
     found = uploads(train(nodes({"population": 4}), partitions=(0, 2)))
-    assert (found.partitions, found.failed) == ((), dict.fromkeys((0, 2), "RuntimeError: boom"))
+    assert found.partitions == ()
+    assert found.failed == dict.fromkeys((0, 2), "RuntimeError; its words are in the log of the node")  # not "boom"
     assert found.values.shape == (0, 4, 32)
     assert [ledger_lines(tmp_path, p) for p in (0, 2)] == [1, 1]
 
@@ -324,9 +370,9 @@ def test_ledgers_are_held_until_the_states_are_kept(nodes: Nodes, tmp_path: Path
 @pytest.mark.parametrize("method", ["promptfl", "dpfpl"])
 def test_without_anything_to_keep_no_file_is_written(nodes: Nodes, tmp_path: Path, method: str):
     grid = nodes({"population": 4, "method": method, "privacy.record.mechanism": "none"})
-    assert uploads(train(grid, noise=0.0, partitions=(0, 2))).partitions == (0, 2)
+    assert uploads(train(grid, terms=NO_PRIVACY, partitions=(0, 2))).partitions == (0, 2)
     assert (tmp_path / "out" / "clients").exists() is (method == "dpfpl")
-    train(grid, noise=0.0, partitions=(0, 2))  # without DP a repetition costs nothing
+    train(grid, terms=NO_PRIVACY, partitions=(0, 2))  # without DP a repetition costs nothing
 
 
 @pytest.mark.parametrize("kind", KINDS)

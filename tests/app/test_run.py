@@ -18,7 +18,9 @@ from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.local_engine import LocalGrid, run_local
 from fl_dualpriv.methods import METHODS
+from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.server import ClientFailure
+from fl_dualpriv.server_books import BudgetExhausted
 from strategies.dpfpl import DPFPL
 
 APP_DIR = Path(__file__).parents[2]
@@ -121,11 +123,9 @@ def test_every_method_runs(run: Run, method: str, level: str):
     names = [r["release"] for r in found["privacy"]]
     assert ("published personal prompt" in names) == (private and parts.personal)
     if private and not parts.published_procedure:
-        # three clients, two rounds, two steps; every step of every client stands in its own ledger
+        # three clients, two rounds, two steps; every round of every client stands in its own ledger
         ledgers = [ledger(path) for path in sorted((out / "clients").glob("*/ledger.jsonl"))]
-        assert [[(e["server_round"], e["step"]) for e in events] for events in ledgers] == [
-            [(1, 0), (1, 1), (2, 0), (2, 1)]
-        ] * 3
+        assert [[(e["server_round"], e["releases"]) for e in events] for events in ledgers] == [[(1, 2), (2, 2)]] * 3
         assert all(r["releases"] == 4 for r in found["privacy"])
         # the rounds count up to the ε of the table; they use a coarser grid, which may only be larger
         spent = [line["epsilon"]["record_level"] for line in rounds(out)]
@@ -271,7 +271,7 @@ def test_all_clients_failing_is_a_failure_at_the_end(run: Run, tmp_path: Path, m
         raise RuntimeError("boom")
 
     monkeypatch.setattr(clients.training, "cohort_update", boom)
-    with pytest.raises(ClientFailure, match=r"all 6 calls of clients failed.*boom"):
+    with pytest.raises(ClientFailure, match=r"all 6 calls of clients failed.*RuntimeError; its words are in the log"):
         run()
     assert (tmp_path / "out" / "error.json").exists()
     assert not (tmp_path / "out" / "summary.json").exists()
@@ -362,3 +362,23 @@ def test_what_the_server_writes_holds_no_personal_prompt(run: Run):
     assert set(read_tensors(out / "prompts" / "global.safetensors")[0]) == {"global"}
     server_side = {p.name for p in out.iterdir()} - {"clients"}
     assert server_side == {"summary.json", "rounds.jsonl", "prompts", "curve.png", "actors"}
+
+
+def test_a_run_stops_before_the_round_that_would_exceed_the_budget_and_keeps_what_is_paid(run: Run):
+    """Five rounds at q = 2/3, z = 1; the limit is set between the ε of two and of three rounds."""
+    limit = (epsilon(2 / 3, 1.0, 2, 1e-3) + epsilon(2 / 3, 1.0, 3, 1e-3)) / 2
+    changes = CLIENT_LEVEL | {"rounds": 5, "privacy.client.max-epsilon": limit}
+    out = run(changes)
+    found = summary(out)
+    assert found["rounds"] == 2
+    assert [line["round"] for line in rounds(out)] == [1, 2]
+    assert any(note.startswith("ended early: round 3 would bring client-level ε") for note in found["notes"])
+    assert {(row["releases"], row["epsilon"]) for row in found["privacy"]} == {(2, epsilon(2 / 3, 1.0, 2, 1e-3))}
+    assert len(ledger(out / "ledger.jsonl")) == 2
+    assert global_prompt(out).isfinite().all()
+
+
+def test_a_budget_for_no_round_at_all_is_an_error_before_anybody_trains(run: Run, asked: Counter[str]):
+    with pytest.raises(BudgetExhausted, match="round 1 would bring"):
+        run(CLIENT_LEVEL | {"privacy.client.max-epsilon": 0.01})
+    assert asked["train"] == 0

@@ -58,7 +58,7 @@ def noise_std(strategy: RoundStrategy) -> float:
 def test_record_level_without_trust_adds_nothing_at_the_server(tmp_path: Path):
     _, strategy = strategy_for({}, tmp_path)
     assert strategy.privacy is None
-    assert (strategy.noise_multiplier, strategy.divisor()) == (2.0, 2.0)
+    assert (strategy.terms.noise_multiplier, strategy.divisor()) == (2.0, 2.0)
     assert strategy.tolerates_failures
 
 
@@ -84,7 +84,7 @@ def test_client_level_noise(tmp_path: Path):
     _, strategy = strategy_for(CLIENT, tmp_path)
     assert strategy.divisor() == pytest.approx(1.0)  # the expected cohort
     assert noise_std(strategy) == pytest.approx(3.0 * 0.4)
-    assert strategy.noise_multiplier == 0.0
+    assert (strategy.terms.mechanism, strategy.terms.noise_multiplier) == ("none", 0.0)
     assert strategy.privacy is not None
     assert (strategy.privacy.unit, strategy.privacy.sampling_rate) == ("client", 0.5)
     assert strategy.privacy.ledger is not None

@@ -1,14 +1,18 @@
 """A client's own state, and what it refuses."""
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from fl_dualpriv.client import ClientData, ClientFolder, PersonalState, check_noise, fresh_state
+from fl_dualpriv import client
+from fl_dualpriv.client import ClientData, ClientFolder, PersonalState, check_round, check_single_run, fresh_state
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.files import read_tensors, write_tensors
+from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 
 PLAN = RecordLevelPlan(
@@ -80,15 +84,62 @@ def test_a_state_moves_between_devices_whole():
     assert moved.server_round == 3
 
 
-@pytest.mark.parametrize("offered", [1.5, 1.5000001, 1e6, math.inf])
-def test_enough_noise_is_accepted(offered: float):
-    check_noise(PLAN, offered)
+def event(run: str, server_round: int, releases: int = 1) -> LedgerEvent:
+    return LedgerEvent(
+        run=run,
+        unit="record",
+        server_round=server_round,
+        releases=releases,
+        sampling_rate=PLAN.sampling_rate,
+        noise_multiplier=PLAN.noise_multiplier,
+    )
 
 
-@pytest.mark.parametrize("offered", [0.0, -1.5, 1.4999999, math.nan, -math.inf])
-def test_less_noise_is_refused(offered: float):
-    with pytest.raises(PrivacyError, match=r"this client's plan needs 1\.5; the step is refused"):
-        check_noise(PLAN, offered)
+def content(*events: LedgerEvent, damaged: int = 0) -> LedgerContent:
+    return LedgerContent(events=events, damaged=damaged)
+
+
+FRESH = fresh_state(4, 6, 2)
+
+
+def test_the_plans_releases_and_no_more():
+    check_round(PLAN, content(event("a", 1, 2)), FRESH, event("a", 2, 2))  # 4 of 4
+    with pytest.raises(PrivacyError, match="2 releases of this run are in the ledger and the round makes 3 more"):
+        check_round(PLAN, content(event("a", 1, 2)), FRESH, event("a", 2, 3))
+    check_round(PLAN, content(event("b", 1, 4)), FRESH, event("a", 1, 4))  # other runs are the budget's matter
+
+
+@pytest.mark.parametrize("server_round", [1, 2])
+def test_a_round_that_the_ledger_or_the_state_knows_is_a_repetition(server_round: int):
+    with pytest.raises(PrivacyError, match=r"was done \(last: 2\)"):
+        check_round(PLAN, content(event("a", 1), event("a", 2)), FRESH, event("a", server_round))
+    with pytest.raises(PrivacyError, match=r"was done \(last: 2\)"):
+        check_round(PLAN, content(), replace(FRESH, server_round=2), event("a", server_round))
+
+
+def test_without_a_budget_one_plan_is_all_a_folder_ever_spends():
+    check_single_run(PLAN, content(event("a", 1, 2)), event("b", 1, 2))
+    for made in (content(event("a", 1, 3)), content(event("a", 1, 1), damaged=2)):
+        with pytest.raises(PrivacyError, match="no budget for more than one run"):
+            check_single_run(PLAN, made, event("b", 1, 2))
+
+
+def test_refusals_are_noted_up_to_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(client, "_MOST_REFUSED_BYTES", 1000)
+    folder = ClientFolder(tmp_path)
+    for _ in range(50):
+        folder.log_refusal("t" * 10_000, "train, round 1", "no" * 10_000)
+    text = (tmp_path / "refusals.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    # each line is cut, and none is begun once the file has its size: at most 1000 bytes and one line of 2.3 kB
+    assert len(text) < 1000 + 2500
+    assert lines[0]["reason"].startswith("nono")
+    assert lines[0]["asked"] == "train, round 1"
+
+
+def test_a_full_disk_does_not_turn_a_refusal_into_another_error(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    ClientFolder(tmp_path / "file").log_refusal("t", "train", "no")  # no folder can be made there
 
 
 def test_bad_records_stay_counted():

@@ -14,6 +14,7 @@ from fl_dualpriv import wire
 from fl_dualpriv.cohort import by_node, collect
 from fl_dualpriv.evaluation import Accuracy, Score
 from fl_dualpriv.privacy.noise import KeyedRandom
+from fl_dualpriv.privacy.plan import round_terms
 from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy, ServerPrivacy
 from strategies.dpfpl import DPFPL
 from strategies.fedavg import FedAvg
@@ -43,7 +44,7 @@ def make(nodes: int, privacy: ServerPrivacy | None, cls: type[RoundStrategy] = D
         "evaluate_every": 1,
         "prompt_kind": "personal",
         "run_token": "token",
-        "noise_multiplier": 1.25,
+        "terms": round_terms(None, 0.1, 1),
         "tolerates_failures": True,
         "privacy": privacy,
         "sources": KeyedRandom,

@@ -15,6 +15,7 @@ from torch import Tensor
 from fl_dualpriv import wire
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
+from fl_dualpriv.privacy.plan import round_terms
 from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy, ServerPrivacy
 from strategies.dpfpl import DPFPL
 from strategies.fedavg import FedAvg
@@ -76,7 +77,7 @@ def make(
         evaluate_every=2,
         prompt_kind="global",
         run_token="token",
-        noise_multiplier=0.0,
+        terms=round_terms(None, 0.1, 1),
         tolerates_failures=tolerates,
         privacy=privacy,
         sources=sources,

@@ -18,6 +18,7 @@ from fl_dualpriv import wire
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.evaluation import Accuracy, Score
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
+from fl_dualpriv.privacy.plan import RoundTerms
 from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy, ServerPrivacy, Update
 from strategies.dpfpl import DPFPL
 from strategies.fedavg import FedAvg
@@ -47,6 +48,11 @@ def client_level(noise: float = 1.0, rate: float = 1.0, bound: float = 1.0) -> S
     )
 
 
+TERMS = RoundTerms(
+    mechanism="gaussian", trusts_server=False, clip_norm=0.5, noise_multiplier=1.25, sampling_rate=0.1, releases=2
+)
+
+
 def make(
     cls: type[RoundStrategy] = DPFPL,
     privacy: ServerPrivacy | None = None,
@@ -66,7 +72,7 @@ def make(
         evaluate_every=2,
         prompt_kind="personal",
         run_token="token",
-        noise_multiplier=1.25,
+        terms=TERMS,
         tolerates_failures=tolerates,
         privacy=privacy,
         sources=sources,
@@ -100,7 +106,7 @@ def test_without_client_level_everybody_is_asked_with_the_whole_task():
     assert [m.metadata.dst_node_id for m in asked] == list(NODES)  # by partition
     task = wire.read_train(asked[2])
     assert [wire.read_train(m).partitions for m in asked] == [(0,), (1,), (2,), (3,)]
-    assert (task.server_round, task.run_token, task.noise_multiplier) == (4, "token", 1.25)
+    assert (task.server_round, task.run_token, task.terms) == (4, "token", TERMS)
     assert torch.equal(task.global_prompt, torch.zeros(SHAPE))
     assert {m.metadata.message_type for m in asked} == {MessageType.TRAIN}
 

@@ -1,6 +1,7 @@
 """What is put into a Flower message comes out again, and nothing unexpected passes."""
 
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fl_dualpriv import wire
 from fl_dualpriv.evaluation import Score
+from fl_dualpriv.privacy.plan import RoundTerms
 
 PROMPT = torch.arange(6, dtype=torch.float32).reshape(2, 3) / 7
 TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 1, 0  # messages cannot be made outside a task
@@ -32,23 +34,58 @@ def test_the_prompt_survives_bitwise_and_is_a_copy():
     assert torch.equal(wire.from_arrays(arrays), PROMPT)
 
 
-TRAIN = wire.TrainTask(partitions=(0, 4), global_prompt=PROMPT, server_round=7, run_token="abc", noise_multiplier=1.1)
+TERMS = RoundTerms(
+    mechanism="gaussian", trusts_server=False, clip_norm=0.5, noise_multiplier=1.1, sampling_rate=0.2, releases=3
+)
+TRAIN = wire.TrainTask(partitions=(0, 4), global_prompt=PROMPT, server_round=7, run_token="abc", terms=TERMS)
 
 
 @pytest.mark.parametrize("arrays", [None, wire.to_arrays(PROMPT)], ids=["packed here", "packed before"])
 def test_train_task_survives(arrays: ArrayRecord | None):
     back = wire.read_train(message(wire.train_content(TRAIN, arrays)))
     assert torch.equal(back.global_prompt, PROMPT)
-    assert [getattr(back, f.name) for f in fields(back) if f.name != "global_prompt"] == [(0, 4), 7, "abc", 1.1]
+    assert [getattr(back, f.name) for f in fields(back) if f.name != "global_prompt"] == [(0, 4), 7, "abc", TERMS]
 
 
-def test_the_server_sends_one_tensor_and_says_who_when_and_how_much_noise():
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mechanism", "laplace"),
+        ("trusts-server", 0),
+        ("clip-norm", "0.5"),
+        ("noise-multiplier", True),
+        ("sampling-rate", [0.2]),
+        ("local-steps", 3.0),
+        ("server-round", "7"),
+    ],
+)
+def test_a_task_of_another_type_is_no_task(key: str, value: Any):
+    content = wire.train_content(TRAIN)
+    content.config_records["config"][key] = value
+    with pytest.raises(ValueError, match="in a"):
+        wire.read_train(message(content))
+
+
+@pytest.mark.parametrize("key", ["mechanism", "trusts-server", "clip-norm", "noise-multiplier", "local-steps"])
+def test_a_task_without_terms_is_no_task(key: str):
+    content = wire.train_content(TRAIN)
+    del content.config_records["config"][key]
+    with pytest.raises(KeyError):
+        wire.read_train(message(content))
+
+
+def test_the_server_sends_one_tensor_and_says_who_when_and_on_what_terms():
     assert keys(wire.train_content(TRAIN)) == {
         "arrays/global-prompt",
         "config/partitions",
         "config/server-round",
         "config/run-token",
+        "config/mechanism",
+        "config/trusts-server",
+        "config/clip-norm",
         "config/noise-multiplier",
+        "config/sampling-rate",
+        "config/local-steps",
     }
 
 

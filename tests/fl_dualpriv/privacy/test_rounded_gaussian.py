@@ -155,3 +155,11 @@ def test_no_std_is_no_noise_and_takes_nothing() -> None:
 def test_a_scale_out_of_range_is_refused(std: float) -> None:
     with pytest.raises(ValueError, match="std"):
         rounded_gaussian(OsRandom(), (1,), std)
+
+
+def test_without_the_wider_interval_some_draws_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    # At the largest scale ndtri's own error is some hundredths of a unit.
+    right = rounded_gaussian(keyed("wider"), (2000,), LARGEST_STD)
+    monkeypatch.setattr(module, "_WIDER", 0.0)
+    wrong = rounded_gaussian(keyed("wider"), (2000,), LARGEST_STD) != right
+    assert 0 < int(wrong.sum()) < 200

@@ -1,0 +1,134 @@
+"""``fl-dualpriv budget DIR``: what the ledgers in a folder say was spent, in ε, for each client and at the server."""
+
+import json
+import math
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+_DELTA = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """One ledger, read.
+
+    Attributes:
+        who: ``server``, or the client's folder.
+        unit: ``record`` or ``client``; both if the file is mixed.
+        releases: Gaussian releases, damaged lines charged.
+        runs: Different runs.
+        damaged: Lines that are no event.
+        refused: Attempts that the client refused.
+        epsilon: ε at ``delta`` of all of it.
+        delta: δ.
+    """
+
+    who: str
+    unit: str
+    releases: int
+    runs: int
+    damaged: int
+    refused: int
+    epsilon: float
+    delta: float
+
+
+def budget(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder, or a node's state folder.")],
+    delta: Annotated[
+        float | None, typer.Option(help="δ of ε; without it that of the run's summary.json, else 1e-5.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Print what was spent: ε of each client's ledger (max, median, all of them) and of the server's."""
+    errors = Console(stderr=True)
+    if delta is not None and not 0 < delta < 1:
+        _refuse(errors, f"--delta {delta:g}: it must be between 0 and 1, both excluded")
+    server, clients = _ledgers(folder)
+    if not server and not clients:
+        _refuse(errors, f"{folder} holds no ledger.jsonl: give a run's folder or a node's state folder")
+    deltas = {} if delta is not None else _deltas_of_run(folder)
+    found = [_read(path, "server", delta, deltas) for path in server]
+    own = [_read(path, path.parent.name, delta, deltas) for path in clients]
+    if as_json:
+        content = {"server": [_jsonable(s) for s in found], "clients": [_jsonable(s) for s in own]}
+        typer.echo(json.dumps(content | _statistics(own)))
+        return
+    console = Console()
+    for title, some in (("server", found), ("clients", own)):
+        if some:
+            console.print(_table(title, some))
+    if own:
+        numbers = _statistics(own)
+        console.print(
+            f"ε of {len(own)} clients: max {numbers['epsilon-max']:.4g}, median {numbers['epsilon-median']:.4g}",
+            highlight=False,
+        )
+
+
+def _ledgers(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The server's ledger of a run, and the clients'; a node's own folder holds one client's."""
+    own, clients = folder / "ledger.jsonl", sorted((folder / "clients").glob("*/ledger.jsonl"))
+    if not own.exists():
+        return [], clients
+    is_node = not clients and not (folder / "summary.json").exists() and not (folder / "rounds.jsonl").exists()
+    return ([], [own]) if is_node else ([own], clients)
+
+
+def _deltas_of_run(folder: Path) -> dict[str, float]:
+    """Unit → δ, of the run's own table."""
+    try:
+        rows = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["privacy"]
+        return {str(row["unit"]): float(row["delta"]) for row in rows}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _read(path: Path, who: str, delta: float | None, deltas: dict[str, float]) -> Spent:
+    from fl_dualpriv.privacy.ledger import Ledger  # late: the accountant takes a second to load
+
+    content = Ledger(path).read()
+    units = sorted({event.unit for event in content.events})
+    at = delta if delta is not None else min((deltas[u] for u in units if u in deltas), default=_DELTA)
+    refusals = path.parent / "refusals.jsonl"
+    return Spent(
+        who=who,
+        unit=" and ".join(units) or "-",
+        releases=content.releases(),
+        runs=len({event.run for event in content.events}),
+        damaged=content.damaged,
+        refused=len(refusals.read_text(encoding="utf-8").splitlines()) if refusals.exists() else 0,
+        epsilon=content.epsilon(at),
+        delta=at,
+    )
+
+
+def _statistics(spent: list[Spent]) -> dict[str, float]:
+    values = [s.epsilon for s in spent]
+    return {"epsilon-max": max(values), "epsilon-median": statistics.median(values)} if values else {}
+
+
+def _jsonable(spent: Spent) -> dict[str, Any]:
+    """JSON has no infinity."""
+    return asdict(spent) | {"epsilon": spent.epsilon if math.isfinite(spent.epsilon) else None}
+
+
+def _table(title: str, spent: list[Spent]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in ("ledger", "unit", "runs", "releases", "damaged lines", "refused attempts", "ε", "δ"):
+        table.add_column(name, justify="left" if name in ("ledger", "unit") else "right")
+    for s in spent:
+        numbers = (s.runs, s.releases, s.damaged, s.refused)
+        table.add_row(s.who, s.unit, *map(str, numbers), f"{s.epsilon:.4g}", f"{s.delta:g}")
+    return table
+
+
+def _refuse(errors: Console, message: str) -> None:
+    errors.print(f"[bold red]error:[/bold red] {message}", soft_wrap=True, highlight=False)
+    raise typer.Exit(2)

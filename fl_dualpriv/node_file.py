@@ -1,0 +1,157 @@
+"""The file in which the owner of a node says what may happen with the data on it. TOML; nothing in it travels.
+
+    state-dir = "/var/lib/fl-dualpriv"   # the client's prompt and ledger; must survive restarts and new apps
+
+    [budget]                             # of one record of this node's data, over all runs and servers
+    epsilon = 8.0
+    delta = 1e-5
+    max-sampling-rate = 0.2
+    min-noise-multiplier = 0.5
+    max-clip-norm = 1.0
+    trusts-server = false                # true: clean clipped sums may go to the server
+    scores = false                       # true: the held-out images are public, so accuracies may leave
+    seeded-noise = false                 # true: tests only
+
+    [app]
+    allowed = ["…"]                      # SHA-256 of each app bundle that may run here
+
+Standard library only, but for our own budget class.
+"""
+
+import math
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.privacy.budget import Budget
+
+ENVIRONMENT = "FL_DUALPRIV_NODE"
+"""Names the file where no node configuration can: in a simulation, whose nodes are made by Flower."""
+
+_HEX = frozenset("0123456789abcdef")
+_REQUIRED = ("epsilon", "delta", "max-sampling-rate", "min-noise-multiplier", "max-clip-norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeFile:
+    """What the owner says.
+
+    Attributes:
+        state_dir: Absolute folder of the client's prompt and ledger; None: in the run's folder (simulations).
+        budget: Limits at the record level; None: the run's own plan is the only limit.
+        apps: SHA-256 digests, lower-case hex, of the app bundles that may run here.
+    """
+
+    state_dir: Path | None
+    budget: Budget | None
+    apps: tuple[str, ...]
+
+
+def find_node_file(named: str | None) -> NodeFile | None:
+    """The owner's file: named in the node's configuration, else in the environment, else none.
+
+    Raises:
+        ConfigError: If it cannot be used: then nothing may run, for the owner meant to set limits.
+    """
+    path = named or os.environ.get(ENVIRONMENT, "")
+    return read_node_file(Path(path)) if path else None
+
+
+def read_node_file(path: Path) -> NodeFile:
+    """Read and check the owner's file.
+
+    Raises:
+        ConfigError: With every problem found.
+    """
+    if not path.is_absolute():
+        raise ConfigError(f"node file {path}: give an absolute path")
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"node file {path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"node file {path} is not valid TOML: {error}") from error
+    problems: list[str] = []
+    app = content.get("app", {})
+    unknown = sorted(set(content) - {"state-dir", "budget", "app"})
+    if not isinstance(app, dict):
+        problems, app = ["app must be a table"], {}
+    unknown += [f"app.{key}" for key in sorted(set(app) - {"allowed"})]
+    problems += [f"unknown key {key}" for key in unknown]
+    found = NodeFile(
+        state_dir=_state_dir(content.get("state-dir"), problems),
+        budget=_budget(content["budget"], problems) if "budget" in content else None,
+        apps=_apps(app.get("allowed", []), problems),
+    )
+    if problems:
+        raise ConfigError("\n  ".join([f"node file {path}:", *problems]))
+    return found
+
+
+def _state_dir(value: Any, problems: list[str]) -> Path | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not Path(value).is_absolute():
+        problems.append(f"state-dir = {value!r}; give an absolute path in quotes")
+        return None
+    return Path(value)
+
+
+def _apps(value: Any, problems: list[str]) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        problems.append(f"app.allowed = {value!r}; give a list of SHA-256 digests in quotes")
+        return ()
+    for digest in value:
+        if not (isinstance(digest, str) and len(digest) == 64 and set(digest) <= _HEX):
+            problems.append(f"app.allowed names {digest!r}; a SHA-256 digest has 64 digits of 0-9 and a-f")
+    return tuple(digest for digest in value if isinstance(digest, str))
+
+
+def _budget(table: Any, problems: list[str]) -> Budget | None:
+    """The limits. A missing number is a problem: no default is the owner's decision. Permissions default to no."""
+    if not isinstance(table, Mapping):
+        problems.append("budget must be a table")
+        return None
+    before = len(problems)
+    keys = {field.name.replace("_", "-"): field for field in fields(Budget)}
+    problems += [f"unknown key budget.{key}" for key in sorted(set(table) - set(keys))]
+    values: dict[str, Any] = {}
+    for key in keys:
+        name, value = key.replace("-", "_"), table.get(key)
+        if key in _REQUIRED:
+            if value is None:
+                problems.append(f"budget.{key} is missing")
+            elif isinstance(value, bool) or not isinstance(value, int | float) or not _allowed(key, float(value)):
+                problems.append(f"budget.{key} = {value!r}; it must be {_RANGES[key]}")
+            else:
+                values[name] = float(value)
+        elif not isinstance(value := table.get(key, False), bool):
+            problems.append(f"budget.{key} = {value!r}; it must be true or false")
+        else:
+            values[name] = value
+    return Budget(**values) if len(problems) == before else None
+
+
+_RANGES = {
+    "epsilon": "a finite number > 0",
+    "delta": "between 0 and 1, both excluded",
+    "max-sampling-rate": "in (0, 1]",
+    "min-noise-multiplier": "a finite number >= 0",
+    "max-clip-norm": "a finite number > 0",
+}
+
+
+def _allowed(key: str, value: float) -> bool:
+    if not math.isfinite(value):
+        return False
+    return {
+        "epsilon": value > 0,
+        "delta": 0 < value < 1,
+        "max-sampling-rate": 0 < value <= 1,
+        "min-noise-multiplier": value >= 0,
+        "max-clip-norm": value > 0,
+    }[key]

@@ -1,0 +1,126 @@
+"""The server's books: a noised round is checked against the budget before it starts, and written before its noise.
+
+Flower has a protocol for accountants (`PrivacyAccountant`); one of those can keep books beside ours.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from flwr.supercore.privacy_accounting import GaussianPrivacyEvent, PrivacyAccountant
+
+from fl_dualpriv.errors import PrivacyError
+from fl_dualpriv.privacy.clipping import Arithmetic
+from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
+
+
+class BudgetExhausted(PrivacyError):
+    """One more round would spend more than may be spent; nothing of it has started."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerPrivacy:
+    """What the server adds to a round.
+
+    Attributes:
+        unit: ``client``: uploads are updates, clipped here to ``bound``, on a Poisson cohort; ``record``: uploads are
+            sums of clipped per-record terms, each of norm at most ``bound``, from every client (``trusts-server``);
+            ``nominal``: the published procedure, whose bound is only claimed.
+        bound: L2 norm that one unit can add to the sum of uploads.
+        noise_multiplier: Noise std / sensitivity.
+        sampling_rate: Of the unit: cohort rate for clients, batch rate for records (for the ledger).
+        ledger_multiplier: Effective multiplier of everything the round releases about one unit (for the ledger).
+        ledger: Where each round is written before it happens; None for the nominal procedure.
+        max_epsilon: A round that would bring the ledger above it does not start; None: no ledger, no limit.
+        delta: δ at which that is stated.
+        arithmetic: Of the sum over clients and its noise. With ``integer`` and ``record`` uploads are whole numbers,
+            minus the clipped sums in units of ``bound / GRID_STEPS``.
+    """
+
+    unit: Literal["client", "record", "nominal"]
+    bound: float
+    noise_multiplier: float
+    sampling_rate: float
+    ledger_multiplier: float
+    ledger: Ledger | None
+    max_epsilon: float | None = None
+    delta: float = 0.0
+    arithmetic: Arithmetic = "float"
+
+
+class ServerBooks:
+    """Checks and writes rounds.
+
+    Args:
+        privacy: What a round releases, and the ledger.
+        accountant: Flower's, for client-level rounds; or None.
+        run_token: Marks the run in the ledger.
+        rounds: How many the run has.
+        population: Number of clients.
+    """
+
+    def __init__(
+        self,
+        privacy: ServerPrivacy,
+        accountant: PrivacyAccountant | None,
+        run_token: str,
+        *,
+        rounds: int,
+        population: int,
+    ) -> None:
+        if accountant is not None and privacy.unit != "client":
+            raise PrivacyError("an accountant of client-level releases, and the run makes none: leave it out")
+        self._privacy, self._accountant, self._run_token = privacy, accountant, run_token
+        self._rounds, self._population = rounds, population
+        self._affordable = 0
+
+    def check(self, server_round: int) -> None:
+        """Refuse a round whose event would bring the ledger, whatever is in it already, above the limit.
+
+        Guarantee:
+            If this returns, ε of the ledger with the round is at most ``max_epsilon``. Nobody was sampled or asked yet.
+            The ε of a whole run costs as much CPU as many rounds of a small prompt: it is computed once for all rounds
+            that are left, and round by round only if those do not fit together.
+
+        Raises:
+            BudgetExhausted: If it would exceed it, by our ledger or by the accountant.
+        """
+        privacy = self._privacy
+        if privacy.ledger is not None and privacy.max_epsilon is not None:
+            made, left = privacy.ledger.read(), max(1, self._rounds - server_round + 1)
+            if made.releases() >= self._affordable:
+                event = self._event(server_round)
+                if made.epsilon(privacy.delta, [event] * left) <= privacy.max_epsilon:
+                    self._affordable = made.releases() + left
+                elif not (after := made.epsilon(privacy.delta, [event])) <= privacy.max_epsilon:
+                    raise BudgetExhausted(
+                        f"round {server_round} would bring {privacy.unit}-level ε to {after:.4g} at δ = "
+                        f"{privacy.delta:g}; the budget is {privacy.max_epsilon:.4g}: it was not started"
+                    )
+        if self._accountant is not None and self._accountant.would_exceed(self._flower_event()):
+            raise BudgetExhausted(f"round {server_round} would exceed the accountant's budget: it was not started")
+
+    def write(self, server_round: int) -> None:
+        """Write the round, synced to disk, before its noise is drawn; see `Ledger.record`."""
+        if self._privacy.ledger is not None:
+            self._privacy.ledger.record(self._event(server_round))
+        if self._accountant is not None:
+            self._accountant.compose(self._flower_event())
+
+    def _event(self, server_round: int) -> LedgerEvent:
+        return LedgerEvent(
+            run=self._run_token,
+            unit=self._privacy.unit,
+            server_round=server_round,
+            releases=1,
+            sampling_rate=self._privacy.sampling_rate,
+            noise_multiplier=self._privacy.ledger_multiplier,
+        )
+
+    def _flower_event(self) -> GaussianPrivacyEvent:
+        """The round in Flower's words: counts of clients, rounded up, so that its sampling rate is not below ours."""
+        return GaussianPrivacyEvent(
+            noise_multiplier=self._privacy.noise_multiplier,
+            sample_size=min(self._population, math.ceil(self._privacy.sampling_rate * self._population)),
+            population_size=self._population,
+        )

@@ -1,0 +1,77 @@
+"""`fl-dualpriv budget DIR` prints what the ledgers say, of a run's folder and of a node's."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from fl_dualpriv import cli
+from fl_dualpriv.privacy.accounting import epsilon
+from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, ["budget", *arguments], env={"COLUMNS": "200"})
+
+
+def write(path: Path, releases: int, unit: str = "record", run: str = "a") -> None:
+    Ledger(path).record(
+        LedgerEvent(run=run, unit=unit, server_round=1, releases=releases, sampling_rate=0.1, noise_multiplier=1.5)
+    )
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """Three clients that took part in 1, 2 and 5 rounds, and a server of 5."""
+    write(tmp_path / "ledger.jsonl", 5, "client")
+    for number, releases in enumerate((1, 2, 5)):
+        write(tmp_path / "clients" / f"client-{number:03d}" / "ledger.jsonl", releases)
+    rows = [{"unit": "record", "delta": 1e-4}, {"unit": "client", "delta": 1e-3}]
+    (tmp_path / "summary.json").write_text(json.dumps({"privacy": rows}))
+    return tmp_path
+
+
+def test_max_median_and_all_of_them(run_folder: Path) -> None:
+    found = json.loads(call(str(run_folder), "--json").stdout)
+    expected = [epsilon(0.1, 1.5, n, 1e-4) for n in (1, 2, 5)]  # δ of the run's own table
+    assert [c["epsilon"] for c in found["clients"]] == expected
+    assert (found["epsilon-max"], found["epsilon-median"]) == (max(expected), statistics.median(expected))
+    assert found["server"][0]["epsilon"] == epsilon(0.1, 1.5, 5, 1e-3)
+    shown = call(str(run_folder)).stdout
+    assert f"ε of 3 clients: max {max(expected):.4g}, median {expected[1]:.4g}" in shown
+    assert all(f"client-{number:03d}" in shown for number in range(3))
+
+
+def test_another_delta(run_folder: Path) -> None:
+    found = json.loads(call(str(run_folder), "--delta", "1e-6", "--json").stdout)
+    assert found["clients"][2]["epsilon"] == epsilon(0.1, 1.5, 5, 1e-6)
+    refused = call(str(run_folder), "--delta", "2")
+    assert refused.exit_code == 2
+
+
+def test_a_nodes_own_folder_is_one_client_with_its_refusals(tmp_path: Path) -> None:
+    write(tmp_path / "ledger.jsonl", 2)
+    write(tmp_path / "ledger.jsonl", 2, run="b")
+    (tmp_path / "refusals.jsonl").write_text("{}\n{}\n")
+    with (tmp_path / "ledger.jsonl").open("a") as file:
+        file.write('{"run": "torn')
+    (client,) = json.loads(call(str(tmp_path), "--json").stdout)["clients"]
+    assert (client["releases"], client["runs"], client["damaged"], client["refused"]) == (6, 2, 1, 2)
+    assert client["epsilon"] == epsilon(0.1, 1.5, 6, 1e-5)
+
+
+def test_damage_alone_is_infinite(tmp_path: Path) -> None:
+    (tmp_path / "ledger.jsonl").write_text("junk\n")
+    assert json.loads(call(str(tmp_path), "--json").stdout)["clients"][0]["epsilon"] is None
+    assert "inf" in call(str(tmp_path)).stdout
+    assert math.isinf(Ledger(tmp_path / "ledger.jsonl").read().epsilon(1e-5))
+
+
+def test_a_folder_without_ledgers_is_an_error(tmp_path: Path) -> None:
+    result = call(str(tmp_path))
+    assert result.exit_code == 2
+    assert "holds no ledger.jsonl" in result.stderr

@@ -1,0 +1,103 @@
+"""The owner's file says all that is wrong with it, and nothing in it has a default that its owner did not choose."""
+
+from pathlib import Path
+
+import pytest
+
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.node_file import ENVIRONMENT, NodeFile, find_node_file, read_node_file
+from fl_dualpriv.privacy.budget import Budget
+
+WHOLE = f"""
+state-dir = "/var/lib/fl-dualpriv"
+[budget]
+epsilon = 8
+delta = 1e-5
+max-sampling-rate = 0.2
+min-noise-multiplier = 0.5
+max-clip-norm = 1.0
+scores = true
+[app]
+allowed = ["{"0a" * 32}"]
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "node.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_whole_file(tmp_path: Path) -> None:
+    assert read_node_file(write(tmp_path, WHOLE)) == NodeFile(
+        state_dir=Path("/var/lib/fl-dualpriv"),
+        budget=Budget(
+            epsilon=8.0,
+            delta=1e-5,
+            max_sampling_rate=0.2,
+            min_noise_multiplier=0.5,
+            max_clip_norm=1.0,
+            trusts_server=False,
+            scores=True,
+            seeded_noise=False,
+        ),
+        apps=("0a" * 32,),
+    )
+
+
+def test_an_empty_file_sets_no_limits(tmp_path: Path) -> None:
+    assert read_node_file(write(tmp_path, "")) == NodeFile(state_dir=None, budget=None, apps=())
+
+
+def test_permissions_default_to_no(tmp_path: Path) -> None:
+    budget = read_node_file(write(tmp_path, WHOLE.replace("scores = true", ""))).budget
+    assert budget is not None
+    assert (budget.scores, budget.trusts_server, budget.seeded_noise) == (False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("epsilon = 8", "", "budget.epsilon is missing"),
+        ("epsilon = 8", "epsilon = -1", "budget.epsilon = -1; it must be a finite number > 0"),
+        ("epsilon = 8", "epsilon = inf", "budget.epsilon = inf"),
+        ("epsilon = 8", "epsilon = true", "budget.epsilon = True"),
+        ("delta = 1e-5", "delta = 1", "budget.delta = 1; it must be between 0 and 1"),
+        ("max-sampling-rate = 0.2", "max-sampling-rate = 0", "budget.max-sampling-rate = 0"),
+        ("min-noise-multiplier = 0.5", "min-noise-multiplier = nan", "budget.min-noise-multiplier = nan"),
+        ("scores = true", "scores = 1", "budget.scores = 1; it must be true or false"),
+        ("scores = true", "score = true", "unknown key budget.score"),
+        ('state-dir = "/var/lib/fl-dualpriv"', 'state-dir = "mine"', "state-dir = 'mine'; give an absolute path"),
+        ('state-dir = "/var/lib/fl-dualpriv"', 'statedir = "/x"', "unknown key statedir"),
+        ("0a", "0A", "has 64 digits"),
+        ("allowed =", "allow =", "unknown key app.allow"),
+        ("[budget]", "[budget", "not valid TOML"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, old: str, new: str, words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        read_node_file(write(tmp_path, WHOLE.replace(old, new)))
+    assert words in str(error.value)
+
+
+def test_all_problems_come_in_one_message(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)budget.epsilon is missing.*budget.delta = 2"):
+        read_node_file(write(tmp_path, WHOLE.replace("epsilon = 8", "").replace("1e-5", "2")))
+
+
+def test_the_nodes_own_word_comes_before_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    assert find_node_file(None) is None
+    monkeypatch.setenv(ENVIRONMENT, str(write(tmp_path, WHOLE)))
+    found = find_node_file(None)
+    assert found is not None
+    assert found.apps
+    named = tmp_path / "other.toml"
+    named.write_text("")
+    assert find_node_file(str(named)) == NodeFile(state_dir=None, budget=None, apps=())
+
+
+@pytest.mark.parametrize("path", ["node.toml", "/does/not/exist.toml"])
+def test_a_file_that_cannot_be_used_stops_everything(path: str) -> None:
+    with pytest.raises(ConfigError, match="node file"):
+        find_node_file(path)
