@@ -32,6 +32,7 @@ SITES = {
         "simulations/benchmarks/growth.py",  # asks it directly, to compare with what a run reports
     },
     "matplotlib": {"fl_dualpriv/results.py"},
+    "mpmath": {"fl_dualpriv/privacy/rounded_gaussian.py"},
     "ray": set(),  # Flower drives it
     "typer": {"fl_dualpriv/cli.py"},
 }
