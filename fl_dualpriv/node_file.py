@@ -55,10 +55,14 @@ def find_node_file(named: str | None) -> NodeFile | None:
     """The owner's file: named in the node's configuration, else in the environment, else none.
 
     Raises:
-        ConfigError: If it cannot be used: then nothing may run, for the owner meant to set limits.
+        ConfigError: If it cannot be used: then nothing may run, for the owner meant to set limits. So if a node's own
+            configuration names a file with a budget and no folder: a ledger in a run's folder is gone with the run.
     """
     path = named or os.environ.get(ENVIRONMENT, "")
-    return read_node_file(Path(path)) if path else None
+    found = read_node_file(Path(path)) if path else None
+    if named and found is not None and found.budget is not None and found.state_dir is None:
+        raise ConfigError(f"node file {path}: a budget needs a ledger that lasts; give state-dir, an absolute path")
+    return found
 
 
 def read_node_file(path: Path) -> NodeFile:

@@ -97,6 +97,16 @@ def test_the_nodes_own_word_comes_before_the_environment(tmp_path: Path, monkeyp
     assert find_node_file(str(named)) == NodeFile(state_dir=None, budget=None, apps=())
 
 
+def test_a_nodes_budget_needs_a_folder_that_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, WHOLE.replace('state-dir = "/var/lib/fl-dualpriv"', ""))
+    with pytest.raises(ConfigError, match="give state-dir"):
+        find_node_file(str(path))
+    monkeypatch.setenv(ENVIRONMENT, str(path))  # a simulation: every run's clients are new
+    found = find_node_file(None)
+    assert found is not None
+    assert found.budget is not None
+
+
 @pytest.mark.parametrize("path", ["node.toml", "/does/not/exist.toml"])
 def test_a_file_that_cannot_be_used_stops_everything(path: str) -> None:
     with pytest.raises(ConfigError, match="node file"):
