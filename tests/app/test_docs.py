@@ -1,0 +1,38 @@
+"""What the documents point at exists: files that they link, and the tests that their claims name."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+_LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+_TEST = re.compile(r"`((?:app|clients|fl_dualpriv|guarantees|simulations)/[\w/]*test_\w+\.py)(?:::(\w+))?`")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_linked_files_exist(document: Path) -> None:
+    links = [link for link in _LINK.findall(document.read_text(encoding="utf-8")) if "://" not in link]
+    missing = [link for link in links if not (document.parent / link).exists()]
+    assert not missing
+
+
+def test_every_test_that_a_claim_names_exists() -> None:
+    text = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8")
+    named = set(_TEST.findall(text))
+    assert len(named) > 40
+    missing = []
+    for file, name in sorted(named):
+        path = ROOT / "tests" / file
+        source = path.read_text(encoding="utf-8") if path.exists() else None
+        if source is None or (name and f"def {name}(" not in source):
+            missing.append(f"{file}::{name}")
+    assert not missing
+
+
+def test_every_pitfall_names_a_test() -> None:
+    text = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8")
+    rows = text.split("## 8. Pitfalls")[1].split("\n| ")[3:]
+    assert len(rows) > 20
+    assert all(_TEST.search(row) for row in rows)
