@@ -59,7 +59,6 @@ def test_a_row_never_exceeds_the_bound_not_even_by_rounding(table: list[list[flo
     rows = torch.tensor(table, dtype=torch.float64)
     cut = integer_rows(rows, clip_norm)
     assert all(squared_norm(row) <= GRID_STEPS**2 for row in cut)
-    assert not torch.signbit(cut[cut == 0]).any()
 
 
 @settings(max_examples=150, deadline=None)
