@@ -7,10 +7,13 @@ it lies beside the data, and no message or run configuration can change it.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fl_dualpriv.errors import PrivacyError
-from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent
-from fl_dualpriv.privacy.plan import RecordLevelPlan
+
+if TYPE_CHECKING:  # a SuperNode reads a budget and needs neither torch nor an accountant
+    from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent
+    from fl_dualpriv.privacy.plan import RecordLevelPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,7 @@ class Budget:
     scores: bool
     seeded_noise: bool
 
-    def check_plan(self, plan: RecordLevelPlan | None, *, reproducible: bool) -> None:
+    def check_plan(self, plan: "RecordLevelPlan | None", *, reproducible: bool) -> None:
         """Refuse a run whose steps are not on the owner's terms.
 
         Args:
@@ -68,7 +71,7 @@ class Budget:
                 "the run is outside of what the owner of this node allows: " + "; ".join(problems) + "; it is refused"
             )
 
-    def check_events(self, made: LedgerContent, further: Iterable[LedgerEvent]) -> None:
+    def check_events(self, made: "LedgerContent", further: "Iterable[LedgerEvent]") -> None:
         """Refuse releases that would bring everything ever released above the owner's ε; before they are made.
 
         Guarantee:

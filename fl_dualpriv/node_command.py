@@ -1,0 +1,112 @@
+"""``fl-dualpriv node``: start a node for the owner of some data, and print the digest of an app that may run on it.
+
+Light on import: Flower and torch come with the node.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fl_dualpriv.app_bundle import load_bundle, read_bundle
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.node_pin import PinUnavailable
+
+app = typer.Typer(no_args_is_help=True, help="Run a node for the owner of some data, with limits of their own.")
+
+
+@app.command()
+def start(
+    node_file: Annotated[Path, typer.Argument(metavar="NODE.toml", help="The owner's file: folder, budget, apps.")],
+    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="The server.")],
+    insecure: Annotated[bool, typer.Option("--insecure", help="Without TLS: for a server on this machine.")] = False,
+    root_certificates: Annotated[
+        Path | None, typer.Option(help="PEM file to check the server's certificate with; without it the system's.")
+    ] = None,
+    auth_private_key: Annotated[
+        Path | None,
+        typer.Option("--auth-supernode-private-key", help="SSH key by which the server knows this node."),
+    ] = None,
+    trusted_entities: Annotated[
+        Path | None, typer.Option(help="Flower's YAML file of publishers, one of whom must also have signed the app.")
+    ] = None,
+    partition_id: Annotated[int, typer.Option(min=0, help="Which client of the run this node is.")] = 0,
+    host: Annotated[str, typer.Option(help="Address of --port.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port for the processes of this node's apps.")] = 9094,
+    max_retries: Annotated[
+        int | None, typer.Option(min=0, help="Attempts to reach the server again; without it for ever.")
+    ] = None,
+    any_app: Annotated[
+        bool, typer.Option("--any-app", help="Run whatever code the server sends: then no budget holds against it.")
+    ] = False,
+) -> None:
+    """Start Flower's SuperNode with the owner's limits; an app that NODE.toml does not allow is refused unseen.
+
+    Exit status: 2 if it was not started, else Flower's.
+    """
+    from fl_dualpriv import node_start
+
+    options = node_start.NodeOptions(
+        node_file=node_file.absolute(),
+        superlink=superlink,
+        insecure=insecure,
+        root_certificates=root_certificates,
+        auth_private_key=auth_private_key,
+        trusted_entities=trusted_entities,
+        partition_id=partition_id,
+        host=host,
+        port=port,
+        max_retries=max_retries,
+        any_app=any_app,
+    )
+    console = Console(stderr=True)
+    try:
+        node = node_start.check_options(options)
+        if any_app:
+            console.print(f"[bold yellow]warning:[/bold yellow] {node_start.ANY_APP}", soft_wrap=True, highlight=False)
+        if node.budget is None:
+            console.print(
+                f"[bold yellow]warning:[/bold yellow] {escape(str(node_file))} has no \\[budget]: the configuration of "
+                "each run alone limits what leaves",
+                soft_wrap=True,
+                highlight=False,
+            )
+        node_start.start(options, node)
+    except (ConfigError, PinUnavailable) as error:
+        _exit(console, str(error))
+
+
+@app.command("hash")
+def hash_app(
+    source: Annotated[Path, typer.Argument(metavar="APP_DIR_OR_FAB", help="An app's folder, or a .fab file.")],
+) -> None:
+    """Print the digest to put into NODE.toml: SHA-256 of the app's bundle, built here if a folder is given.
+
+    It is Flower's fab-hash of the run. Look at the app before you allow it: the digest says that it is this one, not
+    that it is harmless.
+    """
+    notes = Console(stderr=True)
+    try:
+        content = load_bundle(source)
+        bundle = read_bundle(content)
+    except ConfigError as error:
+        _exit(notes, str(error))
+    sys.stdout.write(bundle.digest + "\n")
+    sys.stdout.flush()
+    notes.print(
+        f"{bundle.app_id} {bundle.version}: {len(bundle.files)} files, {len(content)} bytes. The digest is SHA-256 of "
+        "the bundle, the same as Flower's fab-hash, whose first eight digits are in the names of files and folders. In "
+        "NODE.toml:",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
+    notes.print(f'[app]\nallowed = ["{bundle.digest}"]', markup=False, highlight=False, soft_wrap=True)
+
+
+def _exit(console: Console, message: str) -> NoReturn:
+    console.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True, highlight=False)
+    raise typer.Exit(2)

@@ -1,0 +1,215 @@
+"""The pin: which app bundles may run on a node. Checked in the SuperNode, before any code of an app is imported.
+
+Flower hands a node whatever app its server names, and a node that runs whatever code it is sent has no budget at all:
+that code can read the data and answer what it likes. Flower's own ``--trusted-entities`` needs signatures of its hub; a
+list of digests needs nobody. The one place where a bundle reaches a SuperNode is ``_pull_and_store_message``, no public
+name of Flower: so `install` replaces it only after the replacement has refused a bundle on trial, in the very Flower
+that is installed, and else nothing is started.
+"""
+
+import importlib
+import logging
+from collections.abc import Callable, Collection
+from typing import Any
+
+from fl_dualpriv.app_bundle import digest_of, read_bundle
+from fl_dualpriv.errors import ConfigError
+
+_INVALID_FAB = 7  # Flower's ErrorCode.INVALID_FAB
+_log = logging.getLogger("flwr")  # so that a refusal stands in the SuperNode's own log
+
+
+class AppRefused(Exception):
+    """The app of a message may not run here; the text is for the server and the log."""
+
+
+class PinUnavailable(RuntimeError):
+    """The installed Flower is not one in which the pin is known to hold; nothing may be started."""
+
+
+def check_app(allowed: Collection[str], run: Any, bundle: Any) -> None:
+    """Refuse a run whose app the owner did not allow.
+
+    Guarantee:
+        After this check the bundle's bytes have one of the digests in ``allowed``, and the run speaks of that bundle
+        by its own name and version: a node looks for the unpacked app under a path made of them, so that other names
+        could lead it to other code on its disk.
+
+    Args:
+        allowed: SHA-256 digests, lower-case hex.
+        run: Flower's ``Run``, as the server describes it.
+        bundle: Flower's ``Fab``, as the server sent it. Its ``hash_str`` is the server's word and is not believed.
+
+    Raises:
+        AppRefused: If the run is refused.
+    """
+    digest = digest_of(bundle.content)
+    if digest not in allowed:
+        raise AppRefused(
+            f"this node runs only apps that its owner allowed, and the bundle with SHA-256 {digest} "
+            f"({len(bundle.content)} bytes) is not one of them"
+        )
+    try:
+        own = read_bundle(bundle.content)
+    except ConfigError as error:
+        raise AppRefused(str(error)) from error
+    claimed = (run.fab_id, run.fab_version, run.fab_hash, bundle.hash_str or digest)
+    if claimed != (own.app_id, own.version, digest, digest):
+        raise AppRefused(
+            f"the run names its app {run.fab_id!r:.80} {run.fab_version!r:.40} {run.fab_hash!r:.80}, but the bundle is "
+            f"{own.app_id!r} {own.version!r} {digest}"
+        )
+
+
+def pinned(
+    pull: Callable[..., int | None], insert: Callable[..., None], allowed: Collection[str]
+) -> Callable[..., int | None]:
+    """Flower's ``_pull_and_store_message``, refusing messages of apps that are not allowed.
+
+    Guarantee:
+        A bundle reaches the node's state, from where the processes of apps take their code, only through `check_app`.
+        A refused message is answered with an error that says why, and nothing of its run is kept: each of its messages
+        is checked anew. The parameters are Flower's, by name: if a later one calls it otherwise, that is an error, and
+        no message is taken.
+
+    Args:
+        pull: Flower's function.
+        insert: Flower's ``_insert_message``, which queues a reply.
+        allowed: SHA-256 digests.
+    """
+    from flwr.app import Error, Message
+
+    def pull_and_store(
+        *,
+        state: Any,
+        object_store: Any,
+        node_config: Any,
+        receive: Callable[[], Any],
+        get_run: Callable[[int], Any],
+        get_fab: Callable[[str, int], Any],
+        pull_object: Callable[[int, str], bytes],
+        confirm_message_received: Callable[[int, str], None],
+        trusted_entities: dict[str, str] | None,
+    ) -> int | None:
+        received: list[Any] = []
+        runs: dict[int, Any] = {}
+
+        def receive_and_note() -> Any:
+            found = receive()
+            if found is not None:
+                received.append(found[0])
+            return found
+
+        def get_run_and_note(run_id: int) -> Any:
+            runs[run_id] = get_run(run_id)
+            return runs[run_id]
+
+        def get_checked(fab_hash: str, run_id: int) -> Any:
+            bundle = get_fab(fab_hash, run_id)
+            check_app(allowed, runs[run_id], bundle)
+            return bundle
+
+        try:
+            return pull(
+                state=state,
+                object_store=object_store,
+                node_config=node_config,
+                receive=receive_and_note,
+                get_run=get_run_and_note,
+                get_fab=get_checked,
+                pull_object=pull_object,
+                confirm_message_received=confirm_message_received,
+                trusted_entities=trusted_entities,
+            )
+        except AppRefused as refusal:
+            (message,) = received
+            _log.error("[RUN %s] app refused: %s", message.metadata.run_id, refusal)
+            insert(Message(Error(_INVALID_FAB, f"AppRefused: {refusal}"), reply_to=message), state, object_store)
+            return message.metadata.run_id
+
+    return pull_and_store
+
+
+def install(allowed: Collection[str]) -> None:
+    """Pin the SuperNode of this process to some apps, for good.
+
+    Guarantee:
+        When this returns, the SuperNode that this process may start takes bundles through `pinned` alone. Shown on the
+        installed Flower, not assumed: the loop that it runs looks the function up under the replaced name, and the
+        replacement refused a bundle on trial, which left no run, no code and no task behind, and one error as a reply.
+
+    Raises:
+        PinUnavailable: If any of that is not so. Start nothing then.
+    """
+    try:
+        loop: Any = importlib.import_module("flwr.supernode.start_client_internal")
+        # By name: the package has a function of the module's name.
+        program = importlib.import_module("flwr.supernode.cli.flower_supernode")
+        pull, insert = loop._pull_and_store_message, loop._insert_message
+        if program.start_client_internal is not loop.start_client_internal:
+            raise PinUnavailable("flower-supernode runs another loop")
+        if "_pull_and_store_message" not in loop.start_client_internal.__code__.co_names:
+            raise PinUnavailable("its loop does not call _pull_and_store_message")
+        _try_out(pinned(pull, insert, frozenset()))
+        loop._pull_and_store_message = pinned(pull, insert, frozenset(allowed))
+    except Exception as error:  # whatever it is, Flower is not what this was written for
+        import flwr
+
+        raise PinUnavailable(
+            f"Flower {flwr.__version__} does not take apps the way this pin knows ({type(error).__name__}: {error}); "
+            "the node is not started. Install a Flower that pyproject.toml names"
+        ) from error
+
+
+def _try_out(pull: Callable[..., int | None]) -> None:
+    """Let ``pull``, which allows no app, meet a message with a bundle, in a node state of its own.
+
+    Raises:
+        PinUnavailable: If anything of it got in.
+    """
+    from flwr.app import Metadata, RecordDict
+    from flwr.app.message import make_message
+    from flwr.supercore.fab import Fab
+    from flwr.supercore.object_store import ObjectStoreFactory
+    from flwr.supercore.run import Run
+    from flwr.supernode.nodestate import NodeStateFactory
+
+    stores = ObjectStoreFactory()
+    state, content = NodeStateFactory(objectstore_factory=stores).state(), b"the bundle of no app"
+    state.set_node_id(1)
+    run = Run.create_empty(run_id=1)
+    run.fab_hash = digest_of(content)
+    asked = make_message(
+        metadata=Metadata(
+            run_id=1,
+            message_id="trial",
+            src_node_id=0,
+            dst_node_id=1,
+            reply_to_message_id="",
+            group_id="",
+            created_at=0.0,
+            ttl=1e12,
+            message_type="query",
+        ),
+        content=RecordDict(),
+    )
+    was_disabled, _log.disabled = _log.disabled, True  # no refusal that an owner should read about
+    try:
+        answered = pull(
+            state=state,
+            object_store=stores.store(),
+            node_config={},
+            receive=lambda: (asked, None),
+            get_run=lambda _run_id: run,
+            get_fab=lambda _hash, _run_id: Fab(run.fab_hash, content, {}),
+            pull_object=lambda _run_id, _object_id: b"",
+            confirm_message_received=lambda _run_id, _message_id: None,
+            trusted_entities=None,
+        )
+    finally:
+        _log.disabled = was_disabled
+    if state.get_run(1) is not None or state.get_fab(run.fab_hash) is not None or state.get_tasks():
+        raise PinUnavailable("a bundle that nobody allowed got into the node on trial")
+    replies = state.get_messages_legacy(is_reply=True)
+    if answered != 1 or [reply.has_error() and reply.error.code for reply in replies] != [_INVALID_FAB]:
+        raise PinUnavailable("a bundle that nobody allowed was not answered with an error on trial")

@@ -1,0 +1,149 @@
+"""Start Flower's SuperNode for the owner of some data: their node file, and no app but those that it allows.
+
+The SuperNode runs in this process, since the pin (`node_pin`) must stand where apps arrive. Flower unpacks an app into
+its home and later loads it from there by name, without a second look; so a node gets a home of its own, empty at the
+start and closed to other users: only bundles that passed the pin are ever unpacked in it.
+"""
+
+import os
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from fl_dualpriv import node_pin
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.flower_engine import to_toml
+from fl_dualpriv.node_file import ENVIRONMENT, NodeFile, read_node_file
+
+ANY_APP = (
+    "--any-app: this node runs whatever code its server sends, and against a hostile server it then has no budget at "
+    "all: such code can read the data and send it away"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeOptions:
+    """What an owner says at the start; the rest stands in the node file.
+
+    Attributes:
+        node_file: The owner's file.
+        superlink: ``HOST:PORT`` of the server.
+        insecure: Without TLS; for a SuperLink on this machine.
+        root_certificates: PEM file that the server's certificate is checked with; None: the system's.
+        auth_private_key: SSH key (NIST curve) by which the server knows this node; None: anonymous.
+        trusted_entities: Flower's YAML file of publishers; a bundle must then also be signed by one of them.
+        partition_id: Which client of the run this node is, from 0.
+        host: Address of the port below; other machines have no business there.
+        port: TCP port between this node and the processes of its apps; each node of a machine needs its own.
+        max_retries: Attempts to reach the server again; None: for ever.
+        any_app: Start without a pin.
+    """
+
+    node_file: Path
+    superlink: str
+    insecure: bool
+    root_certificates: Path | None
+    auth_private_key: Path | None
+    trusted_entities: Path | None
+    partition_id: int
+    host: str
+    port: int
+    max_retries: int | None
+    any_app: bool
+
+
+def check_options(options: NodeOptions) -> NodeFile:
+    """Read the owner's file and refuse what would start a node without the protection that its owner expects.
+
+    Raises:
+        ConfigError: If the file cannot be used, or options and file do not fit.
+    """
+    file = options.node_file
+    node = read_node_file(file)
+    if node.apps and options.any_app:
+        raise ConfigError(f"{file} allows {len(node.apps)} app(s), and --any-app allows all: choose one")
+    if not node.apps and not options.any_app:
+        raise ConfigError(
+            f'{file} allows no app: put `allowed = ["DIGEST"]` under [app], with what `fl-dualpriv node hash APP` '
+            "prints, or give --any-app to run whatever the server sends, without any budget against it"
+        )
+    if node.budget is not None and node.state_dir is None:
+        raise ConfigError(
+            f"{file} has a [budget] but no state-dir: ledgers would lie in the folder of each run, and every run would "
+            "start with the whole budget; give an absolute folder that stays"
+        )
+    if options.insecure and options.root_certificates is not None:
+        raise ConfigError("--insecure is without TLS and --root-certificates is for TLS: choose one")
+    return node
+
+
+def command_line(options: NodeOptions, node_config: Path) -> list[str]:
+    """The words with which Flower's SuperNode is started."""
+    words = ["flower-supernode", "--superlink", options.superlink, "--node-config", str(node_config)]
+    words += ["--host", options.host, "--port", str(options.port)]
+    if options.insecure:
+        words.append("--insecure")
+    for name, value in (
+        ("--root-certificates", options.root_certificates),
+        ("--auth-supernode-private-key", options.auth_private_key),
+        ("--trusted-entities", options.trusted_entities),
+        ("--max-retries", options.max_retries),
+    ):
+        if value is not None:
+            words += [name, str(value)]
+    return words
+
+
+def node_config_text(options: NodeOptions) -> str:
+    """The node configuration that apps get, as TOML: which client this is, and where its owner's file lies."""
+    # A file, because the words of --node-config take no path with quotes.
+    return to_toml({"partition-id": options.partition_id, "node-file": str(options.node_file)})
+
+
+def start(options: NodeOptions, node: NodeFile) -> None:
+    """Run the SuperNode in this process until it ends.
+
+    Guarantee:
+        Unless ``any_app`` is set, an app whose bundle is not in the owner's list is refused before any of its code is
+        imported (`node_pin.install`), and what Flower loads lies in a folder into which this node alone has unpacked,
+        and only such bundles. What remains: whoever may write there all the same, that is other programs of this user
+        and the administrator; and other users of this machine, who can reach ``port`` and, since Flower asks them for
+        nothing, take a message meant for the app and answer it in its place, but see neither data nor ledger.
+
+    Args:
+        options: What the owner says at the start.
+        node: What `check_options` read.
+
+    Raises:
+        PinUnavailable: If the installed Flower is not one in which the pin holds.
+        SystemExit: With Flower's own status, at the end.
+    """
+    folder = Path.home() / ".fl-dualpriv" / "nodes"
+    folder.mkdir(parents=True, exist_ok=True)
+    # Not in /tmp, which systems clean by age. Readable by nobody else (mkdtemp).
+    with tempfile.TemporaryDirectory(prefix="node-", dir=folder, ignore_cleanup_errors=True) as home:
+        os.environ |= environment(Path(home))
+        os.environ.pop(ENVIRONMENT, None)  # the file of this node is named in its configuration
+        if not options.any_app:
+            node_pin.install(node.apps)
+        config = Path(home) / "node-config.toml"
+        config.write_text(node_config_text(options), encoding="utf-8")
+
+        from flwr.supernode.cli.flower_supernode import flower_supernode
+
+        sys.argv = command_line(options, config)
+        flower_supernode()
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Variables for the SuperNode and the processes of its apps, which inherit them."""
+    # Flower starts its own programs by bare name: those of this environment, whatever else is on the path.
+    scripts = sysconfig.get_path("scripts")
+    return {
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")]),
+    }
