@@ -49,7 +49,12 @@ class TrainRound:
             PrivacyError: If the message speaks of clients that are not here.
         """
         setting = self._setting
-        partitions = self._node.asked(self._task.partitions)
+        try:
+            partitions = self._node.asked(self._task.partitions)
+        except PrivacyError as error:
+            if self._node.state_dir is not None:  # else there is no folder of somebody whom it concerns
+                self._node.folder(self._node.index).log_refusal(self._task.run_token, "train", str(error))
+            raise
         # Half of the workspace for prompts on their way through the tower, half for rows on their way back.
         size = prompts_at_once(setting.tower, setting.config.resources.workspace_mib * 2**19, self._prompt.device)
         for group in chunks(partitions, min(size, _MOST_LOCKS) if setting.plan is not None else size):
