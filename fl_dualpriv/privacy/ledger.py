@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import math
 import os
@@ -133,17 +134,16 @@ class Ledger:
         """
         if not event.is_sound:
             raise ValueError(f"{event}: not a release that can be accounted for")
-        new = not self.path.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **asdict(event)}
         with self.path.open("a+b") as file:
+            if file.tell() == 0:  # first its name: no line is ever in a file that a power cut can take away whole
+                _sync_names(self.path.parent.resolve())
             # A crash can leave half a line; it stays, as a line of its own that still counts.
             torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
             file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        if new:
-            _sync_names(self.path.parent)
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -203,10 +203,25 @@ def _is_number(value: object) -> bool:
 
 
 def _sync_names(folder: Path) -> None:
-    """A new file is on disk only with the entry of its folder, and a new folder with that of its own."""
-    for path in (folder, folder.parent):
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    """A new file is on disk only with the entry of its folder, and that with the entries of all folders above it."""
+    _sync_folder(folder)
+    _sync_folder(folder.parent)
+    _sync_above(folder.parent, folder.parent.stat().st_ino)
+
+
+@functools.lru_cache(maxsize=64)  # the clients of a run share these folders
+def _sync_above(folder: Path, inode: int) -> None:
+    """Sync the folders above, whoever made them, but for those that this process could not have made anything in."""
+    device = folder.stat().st_dev
+    for above in folder.parents:
+        if above.stat().st_dev != device or not os.access(above, os.R_OK | os.W_OK):
+            break
+        _sync_folder(above)
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -10,6 +10,7 @@ import dp_accounting
 import pytest
 from dp_accounting import pld
 
+from fl_dualpriv.privacy import ledger as ledger_module
 from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.privacy.ledger import Ledger, LedgerContent, LedgerEvent
 
@@ -60,14 +61,29 @@ def test_the_line_is_synced_whole_and_so_is_the_name_of_a_new_file(
 
     sizes: list[int] = []
     monkeypatch.setattr(os, "fsync", noting)
-    ledger = Ledger(tmp_path / "new" / "ledger.jsonl")
+    ledger = Ledger(tmp_path / "new" / "deep" / "ledger.jsonl")
     ledger.record(event("a", 1))
-    assert sizes[0] == ledger.path.stat().st_size  # everything was in the file when it was synced
-    assert len(synced) == 3  # the file, its folder, and the folder of that
+    assert sizes[-1] == ledger.path.stat().st_size  # everything was in the file when it was synced
+    before = len(synced)
     ledger.record(event("a", 2))
-    assert len(synced) == 4
+    assert len(synced) == before + 1
     if synced[0]:
-        assert synced[:3] == [str(ledger.path), str(tmp_path / "new"), str(tmp_path)]
+        # Its name and those of all folders that may be new, before there is a line in it.
+        folders = [tmp_path / "new" / "deep", tmp_path / "new", tmp_path, tmp_path.parent]
+        assert synced[:4] == [str(folder) for folder in folders]
+        assert synced[before - 1 :] == [str(ledger.path)] * 2
+
+
+def test_a_file_that_a_crash_left_empty_has_its_name_synced_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.path.touch()
+    seen = []
+    monkeypatch.setattr(ledger_module, "_sync_names", lambda folder: seen.append((folder, ledger.path.stat().st_size)))
+    ledger.record(event("a", 1))
+    ledger.record(event("a", 2))
+    assert seen == [(tmp_path.resolve(), 0)]
 
 
 def test_a_torn_line_stays_and_is_charged_as_the_largest_round(tmp_path: Path) -> None:
