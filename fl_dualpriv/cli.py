@@ -24,7 +24,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fl_dualpriv import flower_env
+from fl_dualpriv import flower_env, node_command
+from fl_dualpriv.budget_command import budget
 from fl_dualpriv.config import RunConfig, app_defaults, merge, parse_assignment, read_toml
 from fl_dualpriv.config_rules import ConfigValue
 from fl_dualpriv.errors import ConfigError, PrivacyError
@@ -33,6 +34,8 @@ from fl_dualpriv.progress import shown
 from fl_dualpriv.tables import headline, privacy_table, results_table
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(node_command.app, name="node")
+app.command()(budget)
 
 # All that a run leaves in its folder. --overwrite removes these and nothing else.
 RESULT_FILES = ("summary.json", "rounds.jsonl", "error.json", "error.log", "curve.png", "flower.log", "ledger.jsonl")

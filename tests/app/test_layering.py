@@ -34,7 +34,7 @@ SITES = {
     "matplotlib": {"fl_dualpriv/results.py"},
     "mpmath": {"fl_dualpriv/privacy/rounded_gaussian.py"},
     "ray": set(),  # Flower drives it
-    "typer": {"fl_dualpriv/cli.py"},
+    "typer": {"fl_dualpriv/cli.py", "fl_dualpriv/budget_command.py", "fl_dualpriv/node_command.py"},
 }
 """Where each heavy library may be imported; PIL, whole folders, is checked below."""
 
