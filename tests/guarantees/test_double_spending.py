@@ -1,0 +1,224 @@
+"""Two processes over one client's folder, a second server, an app installed anew: one budget, spent once."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clients.hosting import Setting
+from fl_dualpriv.files import read_tensors
+from fl_dualpriv.privacy.accounting import epsilon
+from fl_dualpriv.privacy.budget import Budget
+from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
+
+STEPS = 2
+"""Releases of a round."""
+
+Train = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def setting(make_setting: Callable[..., Setting]) -> Setting:
+    return make_setting({"method": "full", "prompt.learner": "head"})
+
+
+def budget_of(setting: Setting, rounds: int) -> Budget:
+    """Room for that many rounds, whoever asks."""
+    plan = setting.plan
+    assert plan is not None
+    return Budget(
+        epsilon=epsilon(plan.sampling_rate, plan.noise_multiplier, rounds * STEPS, plan.delta),
+        delta=plan.delta,
+        max_sampling_rate=1.0,
+        min_noise_multiplier=0.0,
+        max_clip_norm=10.0,
+        trusts_server=False,
+        scores=False,
+        seeded_noise=False,
+    )
+
+
+def side_by_side(asks: list[Callable[[], list[tuple[str, int]]]]) -> list[tuple[str, int]]:
+    """Run each in a process of its own, all let go at once; what they say was released."""
+    start_read, start_write = os.pipe()
+    children = []
+    for ask in asks:
+        said_read, said_write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.close(start_write)
+                os.read(start_read, 1)  # returns when the parent closes its end
+                os.write(said_write, json.dumps(ask()).encode())
+                os._exit(0)
+            finally:
+                os._exit(1)
+        os.close(said_write)
+        children.append((child, said_read))
+    os.close(start_read)
+    os.close(start_write)
+    released: list[tuple[str, int]] = []
+    for child, said in children:
+        with os.fdopen(said) as file:
+            released += [(token, server_round) for token, server_round in json.load(file)]
+        assert os.waitpid(child, 0)[1] == 0
+    return released
+
+
+def asking(node: Any, tokens: list[str], rounds: range) -> Callable[[], list[tuple[str, int]]]:
+    def ask() -> list[tuple[str, int]]:
+        return [(t, r) for r in rounds for t in tokens if node.train(r, t).partitions]
+
+    return ask
+
+
+def race(tiny_node: Train, setting: Setting, folder: Path, budget: Budget | None, tokens: list[list[str]]) -> None:
+    """Let processes ask for rounds at once until nobody gets any; every release has its event, and they fit."""
+    plan = setting.plan
+    assert plan is not None
+    node = tiny_node(setting=setting, folder=folder, budget=budget)
+    released = side_by_side([asking(node, mine, range(1, 4)) for mine in tokens])
+    content = Ledger(folder / "ledger.jsonl").read()
+    assert content.damaged == 0
+    paid = [(event.run, event.server_round) for event in content.events]
+    assert len(set(released)) == len(released), "a round was released twice"
+    assert sorted(paid) == sorted(released), "events and releases differ"
+    if budget is not None:
+        assert content.epsilon(budget.delta) <= budget.epsilon, "the owner's budget is spent twice"
+    else:
+        assert content.releases() <= plan.releases, "the plan is spent twice"
+
+
+@contextlib.contextmanager
+def slow_pen(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Between looking and writing some time goes by: what a lock must stand, and what a race without one needs."""
+    record = Ledger.record
+
+    def slowly(self: Ledger, event: LedgerEvent) -> None:
+        time.sleep(0.02)
+        record(self, event)
+
+    patch.setattr(Ledger, "record", slowly)
+    yield
+
+
+SERVERS = [[["a"], ["b"]], [["same"], ["same"]]]
+LIMITS = pytest.mark.parametrize("rounds", [None, 1], ids=["plan of three rounds", "budget of one round"])
+
+
+def warm(tiny_node: Train, setting: Setting, folder: Path, budget: Budget | None) -> None:
+    """The accountant's numbers are kept by this process, for those it forks."""
+    node = tiny_node(setting=setting, folder=folder, budget=budget)
+    for token in ("a", "b"):
+        for server_round in (1, 2, 3):
+            node.train(server_round, token)
+
+
+@LIMITS
+@pytest.mark.parametrize("tokens", SERVERS, ids=["two servers", "one server twice"])
+def test_two_processes_cannot_spend_a_budget_twice(
+    tiny_node: Train,
+    setting: Setting,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rounds: int | None,
+    tokens: list[list[str]],
+) -> None:
+    budget = None if rounds is None else budget_of(setting, rounds)
+    warm(tiny_node, setting, tmp_path / "warm", budget)
+    for attempt in range(4):
+        race(tiny_node, setting, tmp_path / str(attempt), budget, tokens)
+    with slow_pen(monkeypatch):
+        race(tiny_node, setting, tmp_path / "slow", budget, tokens)
+
+
+@LIMITS
+@pytest.mark.parametrize("tokens", SERVERS, ids=["two servers", "one server twice"])
+def test_without_the_lock_it_is_spent_twice(
+    tiny_node: Train,
+    setting: Setting,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rounds: int | None,
+    tokens: list[list[str]],
+) -> None:
+    """Broken on purpose: the property above notices."""
+    budget = None if rounds is None else budget_of(setting, rounds)
+    warm(tiny_node, setting, tmp_path / "warm", budget)
+    monkeypatch.setattr(Ledger, "exclusive", lambda self: contextlib.nullcontext())
+
+    def races() -> None:
+        for attempt in range(20):
+            race(tiny_node, setting, tmp_path / str(attempt), budget, tokens)
+
+    with slow_pen(monkeypatch), pytest.raises(AssertionError, match=r"twice|differ"):
+        races()
+
+
+def test_eight_processes_write_each_line_whole(tmp_path: Path) -> None:
+    """Also who asks for no lock, as the server of a run, tears no line of another."""
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+
+    def write(who: str) -> list[tuple[str, int]]:
+        for server_round in range(1, 26):
+            ledger.record(
+                LedgerEvent(
+                    run=who * 300,
+                    unit="client",
+                    server_round=server_round,
+                    releases=1,
+                    sampling_rate=0.5,
+                    noise_multiplier=1.0,
+                )
+            )
+        return []
+
+    side_by_side([lambda who=who: write(who) for who in "abcdefgh"])
+    content = ledger.read()
+    assert content.damaged == 0
+    for who in "abcdefgh":
+        assert [event.server_round for event in content.events if event.run == who * 300] == list(range(1, 26))
+
+
+# --- one after the other ----------------------------------------------------------------------------------------------
+
+
+@LIMITS
+@pytest.mark.parametrize("trick", ["second server", "app installed anew", "both", "restart"])
+def test_nothing_a_server_can_do_resets_the_budget(
+    tiny_node: Train, setting: Setting, tmp_path: Path, rounds: int | None, trick: str
+) -> None:
+    """Only who can write to the owner's disk could: the ledger is a file there."""
+    budget = None if rounds is None else budget_of(setting, rounds)
+    folder, left = tmp_path / "state", rounds or 3
+    for server_round in range(1, left + 1):
+        node = tiny_node(setting=setting, folder=folder, budget=budget)  # each a process that knows nothing
+        assert node.train(server_round).partitions == (0,)
+    before = Ledger(folder / "ledger.jsonl").path.read_bytes()
+    if trick in ("app installed anew", "both"):
+        (folder / "prompt.safetensors").unlink()
+        (folder / "ledger.lock").unlink()
+    token = "another" if trick in ("second server", "both") else "t"
+    for server_round in range(1, 5):
+        found = tiny_node(setting=setting, folder=folder, budget=budget).train(server_round, token)
+        assert found.partitions == ()
+        assert "refused" in found.failed[0]
+    assert Ledger(folder / "ledger.jsonl").path.read_bytes() == before
+    refusals = [json.loads(line) for line in (folder / "refusals.jsonl").read_text().splitlines()]
+    assert [line["asked"] for line in refusals] == [f"train, round {r}" for r in (1, 2, 3, 4)]
+    assert {line["run"] for line in refusals} == {token}
+
+
+def test_a_new_run_gets_a_new_prompt_and_what_is_left_of_the_old_budget(
+    tiny_node: Train, setting: Setting, tmp_path: Path
+) -> None:
+    budget = budget_of(setting, 3)
+    node = tiny_node(setting=setting, folder=tmp_path, budget=budget)
+    done = [(token, r) for token in ("first", "second") for r in (1, 2) if node.train(r, token).partitions]
+    assert done == [("first", 1), ("first", 2), ("second", 1)]
+    assert read_tensors(tmp_path / "prompt.safetensors")[1] == {"run-token": "second", "server-round": "1"}
