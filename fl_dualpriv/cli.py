@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fl_dualpriv import flower_env, node_command
+from fl_dualpriv.audit_command import audit
 from fl_dualpriv.budget_command import budget
 from fl_dualpriv.config import RunConfig, app_defaults, merge, parse_assignment, read_toml
 from fl_dualpriv.config_rules import ConfigValue
@@ -36,6 +37,7 @@ from fl_dualpriv.tables import headline, privacy_table, results_table
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(node_command.app, name="node")
 app.command()(budget)
+app.command()(audit)
 
 # All that a run leaves in its folder. --overwrite removes these and nothing else.
 RESULT_FILES = ("summary.json", "rounds.jsonl", "error.json", "error.log", "curve.png", "flower.log", "ledger.jsonl")
@@ -90,7 +92,7 @@ def run(
     try:
         job = prepare(config, assignments or [], out, app_dir, overwrite=overwrite)
     except ConfigError as error:
-        _exit(errors, str(error), 2)
+        fail(errors, str(error), 2)
     signal.signal(signal.SIGTERM, _terminated)  # so that the engine cleans up
     nodes = job.config.num_supernodes
     hosts = f" on {nodes} nodes" if nodes < job.config.population else ""
@@ -101,12 +103,12 @@ def run(
         with shown(console, job.out / "rounds.jsonl", job.config.rounds):
             run_engine(engine, job)
     except KeyboardInterrupt:
-        _exit(errors, f"stopped by Ctrl-C; what there is lies in {job.out}", 130)
+        fail(errors, f"stopped by Ctrl-C; what there is lies in {job.out}", 130)
     except Exception as error:
-        _exit(errors, _message(error, job.out), 1)
+        fail(errors, describe(error, job.out), 1)
     summary_file = job.out / "summary.json"
     if not summary_file.exists():
-        _exit(errors, f"the run ended without results: {summary_file} was not written", 1)
+        fail(errors, f"the run ended without results: {summary_file} was not written", 1)
     summary = json.loads(summary_file.read_text(encoding="utf-8"))
     console.print(headline(summary), soft_wrap=True, highlight=False)
     console.print(results_table(summary))
@@ -243,7 +245,7 @@ def run_engine(engine: Engine, job: Job) -> None:
         )
 
 
-def _message(error: Exception, out: Path) -> str:
+def describe(error: Exception, out: Path) -> str:
     """One message for the user; where the error is not one of ours, the traceback goes to a file."""
     if isinstance(error, ValueError | RuntimeError) and type(error).__module__.startswith("fl_dualpriv"):
         return str(error)
@@ -256,7 +258,8 @@ def _terminated(number: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def _exit(errors: Console, message: str, status: int) -> NoReturn:
+def fail(errors: Console, message: str, status: int) -> NoReturn:
+    """End the command with one message and this exit status."""
     errors.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True, highlight=False)
     raise typer.Exit(status)
 

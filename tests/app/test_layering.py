@@ -31,10 +31,15 @@ SITES = {
         "fl_dualpriv/privacy/accounting.py",
         "simulations/benchmarks/growth.py",  # asks it directly, to compare with what a run reports
     },
-    "matplotlib": {"fl_dualpriv/results.py"},
+    "matplotlib": {"fl_dualpriv/results.py", "simulations/attacks/report.py"},
     "mpmath": {"fl_dualpriv/privacy/rounded_gaussian.py"},
     "ray": set(),  # Flower drives it
-    "typer": {"fl_dualpriv/cli.py", "fl_dualpriv/budget_command.py", "fl_dualpriv/node_command.py"},
+    "typer": {
+        "fl_dualpriv/cli.py",
+        "fl_dualpriv/audit_command.py",
+        "fl_dualpriv/budget_command.py",
+        "fl_dualpriv/node_command.py",
+    },
 }
 """Where each heavy library may be imported; PIL, whole folders, is checked below."""
 

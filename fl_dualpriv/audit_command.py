@@ -1,0 +1,105 @@
+"""``fl-dualpriv audit``: attack what a configuration would release, and set what was found beside what is claimed.
+
+Light on import, as the front is. The attacks belong to the app: they are loaded from its folder, and the library knows
+them by name alone.
+"""
+
+import importlib
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fl_dualpriv.errors import ConfigError, PrivacyError
+
+_MODULE = "simulations.attacks.report"
+
+
+class Attack(StrEnum):
+    """Which attack."""
+
+    EPSILON = "epsilon"
+    MEMBERSHIP = "membership"
+    INVERSION = "inversion"
+    ALL = "all"
+
+
+def audit(
+    config: Annotated[Path, typer.Argument(help="TOML file with the keys that differ from the app's pyproject.toml.")],
+    attack: Annotated[
+        Attack,
+        typer.Option(
+            help="epsilon: planted canaries, a lower bound on ε with 95 % confidence; membership: of published "
+            "prompts; inversion: of an upload; all."
+        ),
+    ] = Attack.EPSILON,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of everything; without it the configuration's.")] = None,
+    canaries: Annotated[
+        int | None, typer.Option(min=128, help="Canaries of epsilon: m of them prove at most about ln(m / 6).")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key; may be repeated.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; without it runs/CONFIG-TIME.")] = None,
+    app_dir: Annotated[
+        Path | None, typer.Option("--app", help="Folder of the Flower app; without it the one around CONFIG.")
+    ] = None,
+) -> None:
+    """Attack a configuration with the code that a run uses; print bound or score beside the claimed ε.
+
+    The last line is one JSON object. It and a plot are left in the results' folder, as audit.json and audit.png. Exit
+    status: 0, 1 if the audit failed or refuted the claim, 2 if it was not started.
+    """
+    from fl_dualpriv import cli  # late: it knows this file
+
+    errors = Console(stderr=True)
+    changes = [*(assignments or []), *([] if seed is None else [f"seed={seed}"])]
+    try:
+        job = cli.prepare(config, changes, out, app_dir, overwrite=False)
+        if (job.out / "audit.json").exists():
+            raise ConfigError(f"{job.out} holds an earlier audit (audit.json): give another --out")
+    except ConfigError as error:
+        cli.fail(errors, str(error), 2)
+    # Before torch is loaded: many small products run fastest on one thread.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        attacks = load_attacks(job.app_dir)
+        wanted = [a.value for a in Attack if attack in (a, Attack.ALL) and a is not Attack.ALL]
+        options = {} if canaries is None else {"canaries": canaries}
+        found = attacks.run_attacks(job.config, wanted, typer.echo, **options)
+        attacks.write_report(found, job.config, job.out)
+    except KeyboardInterrupt:
+        cli.fail(errors, "stopped by Ctrl-C", 130)
+    except (ConfigError, PrivacyError) as error:
+        cli.fail(errors, str(error), 2)
+    except Exception as error:
+        cli.fail(errors, cli.describe(error, job.out), 1)
+    typer.echo(f"results: {job.out}")
+    typer.echo(json.dumps(found.summary(), allow_nan=False))
+    if found.refuted:
+        levels = " and ".join(f"{a.level} level" for a in found.refuted)
+        cli.fail(errors, f"the audit refutes the claimed ε ({levels}): what is released does not keep its promise", 1)
+
+
+def load_attacks(app_dir: Path) -> ModuleType:
+    """Import the app's attacks.
+
+    Raises:
+        ConfigError: If the app has none: the bundle that Flower sends to nodes leaves them out.
+    """
+    if str(app_dir) not in sys.path:
+        sys.path.insert(0, str(app_dir))
+    try:
+        return importlib.import_module(_MODULE)
+    except ModuleNotFoundError as error:
+        if not (error.name and _MODULE.startswith(error.name)):
+            raise
+        raise ConfigError(
+            f"{app_dir} has no {_MODULE.replace('.', '/')}.py: give the folder of a whole checkout with --app"
+        ) from error
