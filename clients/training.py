@@ -115,6 +115,8 @@ class TrainRound:
             raise PrivacyError(
                 f"a global prompt of shape {tuple(task.global_prompt.shape)}; this run's is {setting.prompt_shape}"
             )
+        if task.global_prompt.dtype != torch.float32:  # before the event: a step in another type would fail after it
+            raise PrivacyError(f"a global prompt of type {task.global_prompt.dtype}; it must be torch.float32")
         data = setting.world.client_data(partition, task.server_round)
         random = functools.partial(_stream, setting.sources, setting.config.seed, partition, task.server_round)
         if setting.plan is None:
