@@ -2,106 +2,38 @@
 
 import fcntl
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from flwr.app import Message, MessageType, RecordDict
-from PIL import Image
-from torch import Tensor
 
 import clients.hosting
 import clients.training
-from clients.app import app
 from fl_dualpriv import wire
-from fl_dualpriv.config import app_defaults
 from fl_dualpriv.files import read_tensors, write_tensors
-from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.privacy import ledger as ledger_module
 from fl_dualpriv.privacy.ledger import Ledger
-from fl_dualpriv.privacy.plan import RoundTerms
-
-DEFAULTS = app_defaults(Path(__file__).parents[2])
-PROMPT = torch.zeros(4, 32)
-KINDS: tuple[wire.PromptKind, ...] = ("zero-shot", "global", "personal")
-
-Nodes = Callable[..., LocalGrid]
-# What the run configuration below promises, and what its honest server asks for.
-OFFERED = RoundTerms(
-    mechanism="gaussian", trusts_server=False, clip_norm=1.0, noise_multiplier=1.5, sampling_rate=0.15, releases=1
-)
-NO_PRIVACY = RoundTerms(
-    mechanism="none", trusts_server=False, clip_norm=0.0, noise_multiplier=0.0, sampling_rate=0.15, releases=1
+from tests.app.client_node import (
+    KINDS,
+    NO_PRIVACY,
+    OFFERED,
+    Nodes,
+    ask,
+    evaluate,
+    ledger_lines,
+    tiny_nodes,
+    train,
+    uploads,
 )
 
 
 @pytest.fixture
 def nodes(tiny_clip_dir: Path, tmp_path: Path) -> Nodes:
-    rng = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for i in range(8):
-            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
-
-    def start(changes: dict[str, Any] | None = None, num_supernodes: int = 2) -> LocalGrid:
-        base: dict[str, Any] = {
-            "population": 2,
-            "supernodes": num_supernodes,
-            "rounds": 2,
-            "train.local-steps": 1,
-            "privacy.record.calibrate-to": "noise-multiplier",
-            "privacy.record.noise-multiplier": 1.5,
-            "privacy.record.delta": 1e-3,
-            "evaluation.held-out-data": "public",
-            "data.ref": "folder",
-            "data.path": str(tmp_path / "images"),
-            "backbone.name": f"local-dir:{tiny_clip_dir}",
-            "resources.device": "cpu",
-            "output.dir": str(tmp_path / "out"),
-        }
-        return LocalGrid(app, num_supernodes, DEFAULTS | base | (changes or {}))
-
-    return start
-
-
-def ask(grid: LocalGrid, content: RecordDict, kind: str) -> Message:
-    (reply,) = grid.send_and_receive([Message(content, 1, kind)])
-    return reply
-
-
-def train(
-    grid: LocalGrid,
-    server_round: int = 1,
-    terms: RoundTerms = OFFERED,
-    token: str = "t",
-    partitions: tuple[int, ...] = (0,),
-    prompt: Tensor = PROMPT,
-) -> Message:
-    task = wire.TrainTask(
-        partitions=partitions, global_prompt=prompt, server_round=server_round, run_token=token, terms=terms
-    )
-    return ask(grid, wire.train_content(task), MessageType.TRAIN)
-
-
-def uploads(reply: Message) -> wire.Uploads:
-    assert not reply.has_error(), reply.error.reason
-    return wire.read_uploads(reply, (4, 32))
-
-
-def evaluate(grid: LocalGrid, prompt: wire.PromptKind = "personal", partitions: tuple[int, ...] = (0,)) -> Message:
-    task = wire.EvaluateTask(partitions=partitions, global_prompt=PROMPT, server_round=1, run_token="t", prompt=prompt)
-    return ask(grid, wire.evaluate_content(task), MessageType.EVALUATE)
-
-
-def ledger_lines(tmp_path: Path, partition: int = 0) -> int:
-    path = tmp_path / "out" / "clients" / f"client-{partition:03d}" / "ledger.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
+    return tiny_nodes(tiny_clip_dir, tmp_path)
 
 
 def test_a_query_says_who_and_how_many(nodes: Nodes):
@@ -373,59 +305,3 @@ def test_without_anything_to_keep_no_file_is_written(nodes: Nodes, tmp_path: Pat
     assert uploads(train(grid, terms=NO_PRIVACY, partitions=(0, 2))).partitions == (0, 2)
     assert (tmp_path / "out" / "clients").exists() is (method == "dpfpl")
     train(grid, terms=NO_PRIVACY, partitions=(0, 2))  # without DP a repetition costs nothing
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_scores_of_many_clients_at_once_are_those_of_each_alone(nodes: Nodes, kind: wire.PromptKind):
-    grid = nodes({"population": 4, "data.partition": "iid"}, num_supernodes=1)
-    train(grid, partitions=(0, 1, 3))  # client 2 has no personal prompt yet
-    together = wire.read_scores(evaluate(grid, kind, (0, 1, 2, 3)))
-    alone = [wire.read_scores(evaluate(grid, kind, (p,))).values[0] for p in range(4)]
-    assert together.partitions == (0, 1, 2, 3)
-    assert together.values == alone
-
-
-def test_the_workspace_splits_the_work_and_changes_no_result(
-    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    everyone, found = (0, 1, 2, 3), []
-    for at_once in (4, 3):
-        for module in (clients.training, clients.hosting):
-            monkeypatch.setattr(module, "prompts_at_once", lambda *_, n=at_once: n)
-        changes = {"population": 4, "privacy.randomness": "seeded", "output.dir": str(tmp_path / f"out-{at_once}")}
-        grid = nodes(changes, num_supernodes=1)
-        done = uploads(train(grid, partitions=everyone))
-        assert done.partitions == everyone
-        found.append((done.values, wire.read_scores(evaluate(grid, partitions=everyone)).values))
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-6)
-    assert found[0][1] == found[1][1]
-
-
-@pytest.mark.parametrize(("at_once", "prompts"), [(0, 1), (1, 1), (10, 1), (19, 1), (20, 2), (205, 20)])
-def test_at_least_one_prompt_goes_through_the_tower(at_once: int, prompts: int):
-    class Tower:
-        bytes_per_prompt = 10
-
-    assert clients.hosting.prompts_at_once(Tower(), at_once, torch.device("cpu")) == prompts  # type: ignore[arg-type]
-
-
-def test_no_more_prompts_than_the_caches_hold_go_together_on_a_cpu():
-    class Tower:
-        def __init__(self, size: int) -> None:
-            self.bytes_per_prompt = size
-
-    def at_once(size: int, device: str = "cpu") -> int:
-        return clients.hosting.prompts_at_once(Tower(size), 2**30, torch.device(device))  # type: ignore[arg-type]
-
-    assert at_once(2**14) == 512  # 8 MiB
-    assert at_once(2**24) == 8  # a text tower's products want eight
-    assert at_once(2**24, "cuda") == 64  # the workspace alone
-    assert at_once(2**29) == 2
-
-
-def test_memory_is_noted_beside_the_results_and_never_sent(nodes: Nodes, tmp_path: Path):
-    reply = train(nodes())
-    (file,) = (tmp_path / "out" / "actors").iterdir()
-    assert file.name == f"actor-{os.getpid()}.json"
-    assert json.loads(file.read_text())["peak-mib"] > 50
-    assert list(reply.content) == ["arrays", "clients"]

@@ -1,0 +1,74 @@
+"""Many clients of one node at once: the same numbers, within the memory that a node was given."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import clients.hosting
+import clients.training
+from fl_dualpriv import wire
+from tests.app.client_node import KINDS, Nodes, evaluate, tiny_nodes, train, uploads
+
+
+@pytest.fixture
+def nodes(tiny_clip_dir: Path, tmp_path: Path) -> Nodes:
+    return tiny_nodes(tiny_clip_dir, tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_of_many_clients_at_once_are_those_of_each_alone(nodes: Nodes, kind: wire.PromptKind):
+    grid = nodes({"population": 4, "data.partition": "iid"}, num_supernodes=1)
+    train(grid, partitions=(0, 1, 3))  # client 2 has no personal prompt yet
+    together = wire.read_scores(evaluate(grid, kind, (0, 1, 2, 3)))
+    alone = [wire.read_scores(evaluate(grid, kind, (p,))).values[0] for p in range(4)]
+    assert together.partitions == (0, 1, 2, 3)
+    assert together.values == alone
+
+
+def test_the_workspace_splits_the_work_and_changes_no_result(
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    everyone, found = (0, 1, 2, 3), []
+    for at_once in (4, 3):
+        for module in (clients.training, clients.hosting):
+            monkeypatch.setattr(module, "prompts_at_once", lambda *_, n=at_once: n)
+        changes = {"population": 4, "privacy.randomness": "seeded", "output.dir": str(tmp_path / f"out-{at_once}")}
+        grid = nodes(changes, num_supernodes=1)
+        done = uploads(train(grid, partitions=everyone))
+        assert done.partitions == everyone
+        found.append((done.values, wire.read_scores(evaluate(grid, partitions=everyone)).values))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-6)
+    assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize(("at_once", "prompts"), [(0, 1), (1, 1), (10, 1), (19, 1), (20, 2), (205, 20)])
+def test_at_least_one_prompt_goes_through_the_tower(at_once: int, prompts: int):
+    class Tower:
+        bytes_per_prompt = 10
+
+    assert clients.hosting.prompts_at_once(Tower(), at_once, torch.device("cpu")) == prompts  # type: ignore[arg-type]
+
+
+def test_no_more_prompts_than_the_caches_hold_go_together_on_a_cpu():
+    class Tower:
+        def __init__(self, size: int) -> None:
+            self.bytes_per_prompt = size
+
+    def at_once(size: int, device: str = "cpu") -> int:
+        return clients.hosting.prompts_at_once(Tower(size), 2**30, torch.device(device))  # type: ignore[arg-type]
+
+    assert at_once(2**14) == 512  # 8 MiB
+    assert at_once(2**24) == 8  # a text tower's products want eight
+    assert at_once(2**24, "cuda") == 64  # the workspace alone
+    assert at_once(2**29) == 2
+
+
+def test_memory_is_noted_beside_the_results_and_never_sent(nodes: Nodes, tmp_path: Path):
+    reply = train(nodes())
+    (file,) = (tmp_path / "out" / "actors").iterdir()
+    assert file.name == f"actor-{os.getpid()}.json"
+    assert json.loads(file.read_text())["peak-mib"] > 50
+    assert list(reply.content) == ["arrays", "clients"]
