@@ -1,5 +1,7 @@
 """ε equals dp-accounting's, against closed forms and published values; calibration never overshoots."""
 
+from pathlib import Path
+
 import dp_accounting
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ from fl_dualpriv.privacy.accounting import (
     epsilon,
     joint_noise_multiplier,
 )
-from fl_dualpriv.privacy.plan import ClientLevelPlan, RecordLevelPlan
+from fl_dualpriv.privacy.plan import ClientLevelPlan
+from tests.guarantees import accounting_checks
+from tests.guarantees.accounting_checks import record_plan
 
 
 def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
@@ -39,13 +43,7 @@ def test_many_releases_without_sampling_are_one_with_less_noise() -> None:
 
 
 def test_sampled_value_is_dp_accountings_and_the_reference_table_s() -> None:
-    accountant = pld.PLDAccountant()
-    event = dp_accounting.PoissonSampledDpEvent(0.01, dp_accounting.GaussianDpEvent(1.0))
-    accountant.compose(dp_accounting.SelfComposedDpEvent(event, 1000))
-    ours = epsilon(0.01, 1.0, 1000, 1e-5)
-    assert ours == pytest.approx(accountant.get_epsilon(1e-5), abs=1e-6)
-    # Two other accountants: PRV's error interval holds 1.8284, RDP's looser bound is 2.1014.
-    assert 1.8282 <= ours <= 1.8293
+    accounting_checks.epsilon_is_dp_accountings_and_the_reference_table_s()
 
 
 def test_the_coarse_grid_only_ever_overstates() -> None:
@@ -83,29 +81,15 @@ def test_two_views_of_one_sum_leak_like_one_with_the_joint_multiplier() -> None:
     )
 
 
-def record_plan(*, trusts_server: bool, personal: bool) -> RecordLevelPlan:
-    return RecordLevelPlan(
-        clip_norm=1.0,
-        noise_multiplier=1.3,
-        sampling_rate=0.15,
-        releases=20,
-        delta=1e-4,
-        trusts_server=trusts_server,
-        personal=personal,
-    )
-
-
 def test_what_a_trusting_plan_adds_in_both_places_composes_to_what_it_claims() -> None:
-    plan = record_plan(trusts_server=True, personal=True)
-    joint = joint_noise_multiplier(plan.local_noise_multiplier, plan.server_noise_multiplier)
-    assert joint == pytest.approx(plan.noise_multiplier)
-    alone = record_plan(trusts_server=True, personal=False)
-    assert alone.server_noise_multiplier == alone.noise_multiplier
-    assert record_plan(trusts_server=False, personal=True).local_noise_multiplier == 1.3
-    assert record_plan(trusts_server=False, personal=True).server_noise_multiplier == 0.0
+    accounting_checks.two_views_of_a_trusting_plan_compose_to_what_it_claims()
 
 
-def test_plans_state_dp_accountings_epsilon() -> None:
+def test_plans_and_ledgers_state_dp_accountings_epsilon(tmp_path: Path) -> None:
+    accounting_checks.plans_and_ledgers_state_dp_accountings_epsilon(tmp_path)
+
+
+def test_plans_state_what_the_accountant_says() -> None:
     assert record_plan(trusts_server=False, personal=True).epsilon() == epsilon(0.15, 1.3, 20, 1e-4)
     client = ClientLevelPlan(
         clip_norm=0.5, noise_multiplier=0.9, population=100, expected_cohort=10.0, rounds=15, delta=1e-3

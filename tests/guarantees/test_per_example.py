@@ -19,6 +19,7 @@ from fl_dualpriv.privacy.per_example import (
 from fl_dualpriv.prompts.head import LowRankHead
 from fl_dualpriv.prompts.learner import PromptedText
 from fl_dualpriv.prompts.plain_tower import FunctionTower
+from tests.guarantees.step_checks import rows_do_not_mix
 
 NAMES = ("cat", "red fire truck", "dog", "the great wall of china", "tree")
 SCALE = 20.0
@@ -129,13 +130,7 @@ def test_changing_one_example_leaves_the_other_rows_bitwise_alone(
     text: PromptedText, batch: Records, top_m: int
 ) -> None:
     x, y = batch
-    rows = rows_of(text, near(text, 1), x, y, top_m=top_m)
-    changed_x, changed_y = x.clone(), y.clone()
-    changed_x[3], changed_y[3] = -x[3], (y[3] + 1) % len(NAMES)
-    changed = rows_of(text, near(text, 1), changed_x, changed_y, top_m=top_m)
-    others = [i for i in range(len(y)) if i != 3]
-    assert torch.equal(rows[others], changed[others])
-    assert not torch.allclose(rows[3], changed[3])
+    rows_do_not_mix(text.tower, near(text, 1), x, y, top_m)
 
 
 def test_removing_one_example_does_not_move_the_others(text: PromptedText) -> None:

@@ -1,0 +1,209 @@
+"""Bugs in the books, in what a client refuses and in what is stated, each planted in the running code."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from scipy.stats import norm
+from torch import Tensor
+
+import clients.hosting
+import clients.training
+import simulations.server_app
+from clients.training import TrainRound
+from fl_dualpriv.errors import PrivacyError
+from fl_dualpriv.privacy import accounting, ledger
+from fl_dualpriv.privacy.accounting import SampledGaussians
+from fl_dualpriv.privacy.budget import Budget
+from fl_dualpriv.privacy.ledger import Ledger, LedgerContent, LedgerEvent
+from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource
+from fl_dualpriv.server import RoundStrategy
+from fl_dualpriv.server_books import BudgetExhausted, ServerBooks, ServerPrivacy
+from fl_dualpriv.tables import SEEDED_NOTE
+from tests.guarantees import accounting_checks, run_checks, server_checks
+from tests.guarantees.mutation import Mutation, Patch
+
+# --- books ------------------------------------------------------------------------------------------------------------
+
+
+def a_client_writes_its_ledger_afterwards(patch: Patch) -> None:
+    waiting: list[tuple[Ledger, LedgerEvent]] = []
+    record, step = Ledger.record, TrainRound._step
+    patch.setattr(Ledger, "record", lambda self, event: waiting.append((self, event)))
+
+    def then_written(self: TrainRound, ready: list[Any]) -> None:
+        step(self, ready)
+        while waiting:
+            record(*waiting.pop())
+
+    patch.setattr(TrainRound, "_step", then_written)
+
+
+def the_server_writes_its_ledger_afterwards(patch: Patch) -> None:
+    waiting: list[tuple[ServerBooks, int]] = []
+    write, noised = ServerBooks.write, RoundStrategy._noised
+    patch.setattr(ServerBooks, "write", lambda self, server_round: waiting.append((self, server_round)))
+
+    def then_written(
+        self: RoundStrategy, partitions: Sequence[int], diffs: Tensor, privacy: ServerPrivacy, source: RandomSource
+    ) -> Tensor:
+        # The stream of the noise is made before this is called: the check looks when it is.
+        found = noised(self, partitions, diffs, privacy, source)
+        while waiting:
+            write(*waiting.pop())
+        return found
+
+    patch.setattr(RoundStrategy, "_noised", then_written)
+
+
+def an_event_counts_one_release(patch: Patch) -> None:
+    def short(**fields: Any) -> LedgerEvent:
+        return replace(LedgerEvent(**fields), releases=1)
+
+    patch.setattr(clients.training, "LedgerEvent", short)
+
+
+def the_server_checks_its_budget_afterwards(patch: Patch) -> None:
+    """What was spent is looked at, and not what the round would add: too late by one."""
+
+    def too_late(self: ServerBooks, server_round: int) -> None:
+        privacy = self._privacy
+        assert privacy.ledger is not None
+        assert privacy.max_epsilon is not None
+        if privacy.ledger.read().epsilon(privacy.delta) > privacy.max_epsilon:
+            raise BudgetExhausted("the budget is spent")
+
+    patch.setattr(ServerBooks, "check", too_late)
+
+
+def a_client_checks_its_budget_afterwards(patch: Patch) -> None:
+    def too_late(self: Budget, made: LedgerContent, further: Iterable[LedgerEvent]) -> None:
+        if made.epsilon(self.delta) > self.epsilon:
+            raise PrivacyError("the budget is spent")
+
+    patch.setattr(Budget, "check_events", too_late)
+
+
+def a_new_token_is_a_new_budget(patch: Patch) -> None:
+    patch.setattr(clients.training, "check_single_run", lambda plan, made, event: None)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def terms_are_not_checked(patch: Patch) -> None:
+    patch.setattr(clients.training, "check_terms", lambda own, offered: None)
+
+
+def a_repetition_is_answered(patch: Patch) -> None:
+    patch.setattr(clients.training, "check_round", lambda plan, made, state, event: None)
+
+
+# --- what is stated ---------------------------------------------------------------------------------------------------
+
+
+def the_accountant_is_a_central_limit(patch: Patch) -> None:
+    """Opacus' "gdp": Gaussian DP by a central limit theorem (Bu et al. 2020, arXiv:1911.11607, Corollary 5.4)."""
+
+    def approximate(charges: tuple[SampledGaussians, ...], delta: float, grid: float = 1.0) -> float:
+        squared = sum(c.sampling_rate**2 * c.releases * math.expm1(c.noise_multiplier**-2) for c in charges)
+        mu = math.sqrt(squared)
+        low, high = 0.0, 100.0
+        while high - low > 1e-9:
+            middle = (low + high) / 2
+            spent = norm.cdf(mu / 2 - middle / mu) - math.exp(middle) * norm.cdf(-mu / 2 - middle / mu)
+            low, high = (middle, high) if spent > delta else (low, middle)
+        return high
+
+    patch.setattr(accounting, "composed_epsilon", approximate)
+    patch.setattr(ledger, "composed_epsilon", approximate)
+
+
+def seeded_noise_for_the_kernels(patch: Patch) -> None:
+    patch.setattr(clients.hosting, "random_sources", lambda randomness: KeyedRandom)
+
+
+def seeded_noise_without_its_mark(patch: Patch) -> None:
+    make = simulations.server_app.notes
+
+    def silent(*plans: Any, scored: bool) -> list[str]:
+        return [note for note in make(*plans, scored=scored) if not note.startswith(SEEDED_NOTE)]
+
+    patch.setattr(simulations.server_app, "notes", silent)
+
+
+BOOK_MUTATIONS = (
+    Mutation(
+        name="a client's ledger is written after the release",
+        where="clients.training.TrainRound._step",
+        plant=a_client_writes_its_ledger_afterwards,
+        caught_by=(
+            run_checks.a_client_writes_its_ledger_before_its_noise,
+            run_checks.the_ledger_covers_every_release,
+        ),
+    ),
+    Mutation(
+        name="the server's ledger is written after the release",
+        where="ServerBooks.write",
+        plant=the_server_writes_its_ledger_afterwards,
+        caught_by=(server_checks.a_round_is_in_the_ledger_before_its_noise,),
+    ),
+    Mutation(
+        name="the event of a round counts one release, and the round makes two",
+        where="clients.training.LedgerEvent",
+        plant=an_event_counts_one_release,
+        caught_by=(run_checks.the_ledger_covers_every_release,),
+    ),
+    Mutation(
+        name="the server checks its budget after the release",
+        where="ServerBooks.check",
+        plant=the_server_checks_its_budget_afterwards,
+        caught_by=(server_checks.no_round_starts_above_the_servers_budget,),
+    ),
+    Mutation(
+        name="a client checks its owner's budget after the release",
+        where="Budget.check_events",
+        plant=a_client_checks_its_budget_afterwards,
+        caught_by=(run_checks.no_round_exceeds_the_owners_budget,),
+    ),
+    Mutation(
+        name="a new run token opens a new budget",
+        where="clients.training.check_single_run",
+        plant=a_new_token_is_a_new_budget,
+        caught_by=(run_checks.no_run_starts_on_what_another_spent,),
+    ),
+    Mutation(
+        name="a client accepts weaker terms than its own",
+        where="clients.training.check_terms",
+        plant=terms_are_not_checked,
+        caught_by=(run_checks.weaker_terms_are_refused,),
+    ),
+    Mutation(
+        name="a repeated message is answered again",
+        where="clients.training.check_round",
+        plant=a_repetition_is_answered,
+        caught_by=(run_checks.a_round_is_done_once,),
+    ),
+    Mutation(
+        name="the accountant is a central limit (GDP)",
+        where="fl_dualpriv.privacy.accounting.composed_epsilon",
+        plant=the_accountant_is_a_central_limit,
+        caught_by=(
+            accounting_checks.epsilon_is_dp_accountings_and_the_reference_table_s,
+            accounting_checks.plans_and_ledgers_state_dp_accountings_epsilon,
+        ),
+    ),
+    Mutation(
+        name="noise from a seed is reported as the kernel's",
+        where="clients.hosting.random_sources",
+        plant=seeded_noise_for_the_kernels,
+        caught_by=(run_checks.randomness_of_the_kernel_does_not_repeat,),
+    ),
+    Mutation(
+        name="a seeded run is reported without its mark",
+        where="simulations.server_app.notes",
+        plant=seeded_noise_without_its_mark,
+        caught_by=(run_checks.seeded_noise_is_marked,),
+    ),
+)

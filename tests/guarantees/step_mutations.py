@@ -1,0 +1,251 @@
+"""Bugs in what a client clips, samples, divides by and lets see its data, each planted in the running code."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import clients.dualpriv
+from clients.dualpriv import LocalTraining
+from fl_dualpriv.methods import MethodParts
+from fl_dualpriv.privacy import per_example
+from fl_dualpriv.privacy import release as release_module
+from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, clip_rows
+from fl_dualpriv.privacy.noise import (
+    KeyedRandom,
+    RandomSource,
+    StreamKey,
+)
+from fl_dualpriv.privacy.per_example import Batches, per_example_gradients
+from fl_dualpriv.privacy.plan import RecordLevelPlan
+from fl_dualpriv.prompts.lowrank import carriers
+from fl_dualpriv.prompts.tower import ClassFeatures
+from tests.guarantees import audit_checks, run_checks, step_checks
+from tests.guarantees.mutation import Mutation, Patch
+
+# --- clipping ---------------------------------------------------------------------------------------------------------
+
+
+def clip_the_batch_mean(patch: Patch) -> None:
+    def batch_clipped(
+        features: ClassFeatures,
+        batches: Batches,
+        logit_scale: float,
+        clip_norm: float,
+        *,
+        workspace_bytes: int,
+        top_m: int = 0,
+        arithmetic: Arithmetic = "float",
+    ) -> list[ClippedSum]:
+        rows = per_example_gradients(features, batches, logit_scale, workspace_bytes=workspace_bytes, top_m=top_m)
+        found = []
+        for own, count in zip(rows.double(), batches.counts, strict=True):
+            mean = own[:count].sum(dim=0) / max(1, count)
+            found.append(ClippedSum(value=clip_rows(mean[None], clip_norm)[0][0] * count, sensitivity=clip_norm))
+        return found
+
+    patch.setattr(clients.dualpriv, "clipped_sums", batch_clipped)
+
+
+def clip_per_class(patch: Patch) -> None:
+    def class_clipped(
+        classes: Tensor, x: Tensor, y: Tensor, logit_scale: float, clip_norm: float, arithmetic: Arithmetic = "float"
+    ) -> ClippedSum:
+        residual = per_example.residuals(classes[None], x[None], y[None], logit_scale)[0].double()
+        outer = logit_scale * residual[:, :, None] * x.double()[:, None, :]
+        rows = clip_rows(outer.flatten(0, 1), clip_norm)[0].unflatten(0, outer.shape[:2])
+        return ClippedSum(value=rows.sum(dim=0), sensitivity=clip_norm)
+
+    patch.setattr(clients.dualpriv, "clipped_feature_sum", class_clipped)
+
+
+@dataclass
+class Kept:
+    """What a careless author would keep at hand: each client's clean sum of the step, and the public divisor."""
+
+    sums: Tensor
+    expected: float
+
+
+def keep_clean_sums(patch: Patch) -> Kept:
+    kept = Kept(sums=torch.zeros(0), expected=1.0)
+    orders: list[Tensor | None] = []
+    batches_of, make = clients.dualpriv._Pool.batches, clients.dualpriv._clean_sums
+
+    def ordered(self: clients.dualpriv._Pool, step: int, rate: float) -> tuple[Tensor | None, Batches]:
+        order, batches = batches_of(self, step, rate)
+        orders[:] = [order]
+        return order, batches
+
+    def keeping(
+        features: ClassFeatures, batches: Batches, logit_scale: float, training: LocalTraining, plan: RecordLevelPlan
+    ) -> list[ClippedSum]:
+        found = make(features, batches, logit_scale, training, plan)
+        (order,) = orders
+        sums = torch.stack([clean.value for clean in found]).float()
+        kept.sums = sums if order is None else sums[torch.argsort(order)]
+        kept.expected = training.sampling_rate * len(batches.features) / len(batches.counts)
+        return found
+
+    patch.setattr(clients.dualpriv._Pool, "batches", ordered)
+    patch.setattr(clients.dualpriv, "_clean_sums", keeping)
+    return kept
+
+
+def clip_factors_apart_and_account_once(patch: Patch) -> None:
+    """The global prompt moves by the release, u and v by releases of their own."""
+    kept = keep_clean_sums(patch)
+
+    def view(clean: Tensor, own: int) -> Tensor:
+        # A stream of its own, the same whatever the data: a leak must not be mistaken for noise.
+        source = KeyedRandom(StreamKey(seed=own, purpose="factor"))
+        rows = clip_rows(clean, step_checks.CLIP)[0]
+        noised = [
+            release_module.release(ClippedSum(value=row, sensitivity=step_checks.CLIP), step_checks.MULTIPLIER, source)
+            for row in rows
+        ]
+        return torch.stack(noised).float()
+
+    def move(prompts: clients.dualpriv._Prompts, gradient: Tensor, parts: MethodParts, learning_rate: float) -> None:
+        u, v = carriers(gradient, prompts.carrier)
+        of_u, of_v = view(kept.sums @ v.mT, 1), view(u.mT @ kept.sums, 2)
+        prompts.personal = prompts.personal - learning_rate / kept.expected * (of_u @ v + u @ of_v)
+
+    patch.setattr(clients.dualpriv, "_move_personal", move)
+
+
+# --- sampling and divisor ---------------------------------------------------------------------------------------------
+
+
+def batches_of_fixed_size(patch: Patch) -> None:
+    def without_replacement(source: RandomSource, population: int, rate: float) -> np.ndarray:
+        return np.sort(np.argsort(source.uniforms(population))[: round(rate * population)])
+
+    patch.setattr(clients.dualpriv, "poisson_sample", without_replacement)
+
+
+def divide_by_the_realised_batch(patch: Patch) -> None:
+    make = clients.dualpriv._clean_sums
+
+    def realised(
+        features: ClassFeatures, batches: Batches, logit_scale: float, training: LocalTraining, plan: RecordLevelPlan
+    ) -> list[ClippedSum]:
+        expected = training.sampling_rate * len(batches.features) / len(batches.counts)
+        found = make(features, batches, logit_scale, training, plan)
+        # The noise is scaled by the sensitivity: so the sum and its noise are both divided by another number.
+        factors = [expected / max(1, count) for count in batches.counts]
+        return [
+            replace(clean, value=clean.value * factor, sensitivity=clean.sensitivity * factor)
+            for clean, factor in zip(found, factors, strict=True)
+        ]
+
+    patch.setattr(clients.dualpriv, "_clean_sums", realised)
+
+
+# --- what sees the clean gradients, or other records ------------------------------------------------------------------
+
+
+def clean_upload(patch: Patch) -> None:
+    """p_G moves by the clean sum, and only what stays at the client by the release: DP-FPL as published."""
+    kept, noised = keep_clean_sums(patch), []
+    prune, move = clients.dualpriv.prune_update, clients.dualpriv._move_personal
+
+    def for_the_upload(gradient: Tensor, keep_ratio: float) -> Tensor:
+        noised[:] = [prune(gradient, keep_ratio)]
+        return kept.sums / kept.expected
+
+    def with_the_release(
+        prompts: clients.dualpriv._Prompts, gradient: Tensor, parts: MethodParts, learning_rate: float
+    ) -> None:
+        move(prompts, noised[0], parts, learning_rate)
+
+    patch.setattr(clients.dualpriv, "prune_update", for_the_upload)
+    patch.setattr(clients.dualpriv, "_move_personal", with_the_release)
+
+
+def mask_from_clean_gradients(patch: Patch) -> None:
+    kept, prune = keep_clean_sums(patch), clients.dualpriv.prune_update
+
+    def by_clean(gradient: Tensor, keep_ratio: float) -> Tensor:
+        return gradient * prune(kept.sums, keep_ratio).any(dim=-1, keepdim=True)
+
+    patch.setattr(clients.dualpriv, "prune_update", by_clean)
+
+
+def features_normalised_by_batch(patch: Patch) -> None:
+    make = per_example.residuals
+
+    def mixed(classes: Tensor, x: Tensor, y: Tensor, logit_scale: float) -> Tensor:
+        return make(classes, (x - x.mean(dim=-2, keepdim=True)) / (x.std(dim=-2, keepdim=True) + 1e-5), y, logit_scale)
+
+    patch.setattr(per_example, "residuals", mixed)
+
+
+def top_m_chosen_by_the_batch(patch: Patch) -> None:
+    def together(residual: Tensor, top_m: int) -> tuple[Tensor, Tensor]:
+        by_batch = residual.abs().mean(dim=-2, keepdim=True).expand_as(residual)
+        classes = by_batch.topk(top_m, dim=-1).indices
+        return residual.gather(-1, classes), classes
+
+    patch.setattr(per_example, "largest", together)
+
+
+STEP_MUTATIONS = (
+    Mutation(
+        name="the batch mean is clipped",
+        where="clients.dualpriv.clipped_sums",
+        plant=clip_the_batch_mean,
+        caught_by=(step_checks.one_record_moves_a_release_by_at_most_c,),
+        audited_by=audit_checks.the_claim_about_records_stands,
+    ),
+    Mutation(
+        name="each class of a record's gradient is clipped by itself",
+        where="clients.dualpriv.clipped_feature_sum",
+        plant=clip_per_class,
+        caught_by=(step_checks.one_record_moves_a_feature_release_by_at_most_c,),
+    ),
+    Mutation(
+        name="u, v and p_G are clipped and noised apart, and accounted once",
+        where="clients.dualpriv._move_personal",
+        plant=clip_factors_apart_and_account_once,
+        caught_by=(step_checks.masks_and_factors_see_the_release_alone, run_checks.the_ledger_covers_every_release),
+    ),
+    Mutation(
+        name="batches of fixed size, without replacement, are accounted as Poisson's",
+        where="clients.dualpriv.poisson_sample",
+        plant=batches_of_fixed_size,
+        caught_by=(step_checks.batches_are_independent_coins,),
+    ),
+    Mutation(
+        name="the sum is divided by the realised batch",
+        where="clients.dualpriv._clean_sums",
+        plant=divide_by_the_realised_batch,
+        caught_by=(step_checks.the_divisor_is_the_public_expected_batch,),
+    ),
+    Mutation(
+        name="the upload of p_G has no noise",
+        where="clients.dualpriv.prune_update",
+        plant=clean_upload,
+        caught_by=(step_checks.noise_has_std_z_times_c, step_checks.masks_and_factors_see_the_release_alone),
+        audited_by=audit_checks.the_claim_about_records_stands,
+    ),
+    Mutation(
+        name="the mask of pruned updates is taken from clean gradients",
+        where="clients.dualpriv.prune_update",
+        plant=mask_from_clean_gradients,
+        caught_by=(step_checks.masks_and_factors_see_the_release_alone,),
+    ),
+    Mutation(
+        name="a batch's features are normalised together",
+        where="fl_dualpriv.privacy.per_example.residuals",
+        plant=features_normalised_by_batch,
+        caught_by=(step_checks.exact_rows_do_not_mix, step_checks.top_m_rows_do_not_mix),
+    ),
+    Mutation(
+        name="top-m classes are chosen by the batch",
+        where="fl_dualpriv.privacy.per_example.largest",
+        plant=top_m_chosen_by_the_batch,
+        caught_by=(step_checks.top_m_rows_do_not_mix,),
+    ),
+)
