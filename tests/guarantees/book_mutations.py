@@ -100,6 +100,10 @@ def a_repetition_is_answered(patch: Patch) -> None:
     patch.setattr(clients.training, "check_round", lambda plan, made, state, event: None)
 
 
+def private_images_are_scored(patch: Patch) -> None:
+    patch.setattr(clients.hosting, "may_score", lambda config: True)
+
+
 # --- what is stated ---------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +182,12 @@ BOOK_MUTATIONS = (
         where="clients.training.check_terms",
         plant=terms_are_not_checked,
         caught_by=(run_checks.weaker_terms_are_refused,),
+    ),
+    Mutation(
+        name="scores on private images leave",
+        where="clients.hosting.may_score",
+        plant=private_images_are_scored,
+        caught_by=(run_checks.private_scores_stay,),
     ),
     Mutation(
         name="a repeated message is answered again",

@@ -22,6 +22,7 @@ class Mutation:
         where: What is changed in the running code.
         plant: Changes it.
         caught_by: Each of these must fail on the changed code, and hold on ours.
+        refused: The code notices by itself and does not start: the checks end in a PrivacyError.
         audited_by: The audit that must refute the claim of the changed code, and not of ours; None: no canary shows it.
     """
 
@@ -29,4 +30,5 @@ class Mutation:
     where: str
     plant: Callable[[Patch], None]
     caught_by: tuple[Check, ...]
+    refused: bool = False
     audited_by: Callable[[], None] | None = None

@@ -175,6 +175,15 @@ def weaker_terms_are_refused(federation: Federation) -> None:
     assert upload_of(train(grid, 1)) is not None  # the honest ones
 
 
+def private_scores_stay(federation: Federation) -> None:
+    """Held-out images that were cut out of a client's own folder are private: their scores are no release."""
+    grid = federation.nodes()
+    task = wire.EvaluateTask(partitions=(0,), global_prompt=PROMPT, server_round=1, run_token="t", prompt="global")
+    (reply,) = grid.send_and_receive([Message(wire.evaluate_content(task), 1, MessageType.EVALUATE)])
+    assert reply.has_error(), "scores on private images left"
+    assert "unaccounted release" in (reply.error.reason or "")
+
+
 def a_round_is_done_once(federation: Federation) -> None:
     grid = federation.nodes()
     assert upload_of(train(grid, 1)) is not None

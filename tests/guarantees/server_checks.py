@@ -86,7 +86,7 @@ def ask(strategy: RoundStrategy, server_round: int, shape: tuple[int, ...] = SHA
     return list(strategy.configure_train(server_round, start, ConfigRecord(), grid=None))  # type: ignore[arg-type]
 
 
-def one_round(strategy: RoundStrategy, uploads: Mapping[int, Tensor], server_round: int = 1) -> Tensor:
+def one_round(strategy: RoundStrategy, uploads: Mapping[int, Tensor], server_round: int = 1, copies: int = 1) -> Tensor:
     """Ask everybody, let those answer whose upload is given and the others fail; how the prompt moved."""
     shape = tuple(next(iter(uploads.values())).shape) if uploads else SHAPE
     replies = []
@@ -94,7 +94,7 @@ def one_round(strategy: RoundStrategy, uploads: Mapping[int, Tensor], server_rou
         (p,) = wire.read_train(message).partitions
         if p in uploads:
             content = wire.uploads_content(wire.Uploads(partitions=(p,), values=uploads[p][None]))
-            replies.append(Message(content, reply_to=message))
+            replies += [Message(content, reply_to=message)] * copies
         else:
             replies.append(Message(Error(0, "failed"), reply_to=message))
     arrays, _ = strategy.aggregate_train(server_round, replies)
@@ -148,6 +148,14 @@ def a_failed_client_is_zero_and_the_divisor_is_public() -> None:
         assert torch.allclose(moved, expected, rtol=0, atol=1e-12), (
             f"with {len(failed)} failed, the others weigh more or less"
         )
+
+
+def a_reply_counts_once() -> None:
+    once, twice = (
+        one_round(make(client_level(0.75), everybody_and_no_noise), orthogonal(BOUND), copies=copies)
+        for copies in (1, 2)
+    )
+    assert torch.equal(once, twice), "replies that come twice move the prompt twice"
 
 
 def cohorts_are_independent_coins() -> None:

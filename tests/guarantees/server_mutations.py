@@ -1,6 +1,6 @@
 """Bugs in what the server clips, weighs, noises, samples and divides by, each planted in the running code."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,8 @@ from torch import Tensor
 
 import strategies.dpfpl
 import strategies.fedavg
-from fl_dualpriv import server
+from fl_dualpriv import server, wire
+from fl_dualpriv.cohort import Asked, Collected
 from fl_dualpriv.privacy.noise import RandomSource, gaussian_noise
 from fl_dualpriv.server import RoundStrategy, Update
 from fl_dualpriv.server_books import ServerPrivacy
@@ -32,6 +33,19 @@ def failed_clients_leave_the_divisor(patch: Patch) -> None:
         return partitions, diffs
 
     patch.setattr(RoundStrategy, "_read_uploads", shrinking)
+
+
+def duplicates_count(patch: Patch) -> None:
+    """Replies are taken as they come: a second copy is a second client."""
+    collect = server.collect
+
+    def careless(
+        asked: Asked, replies: Iterable[Message], read: Callable[[Message], wire.Uploads], what: str
+    ) -> Collected[wire.Uploads]:
+        one_by_one = [collect(asked, [reply], read, what) for reply in replies]
+        return Collected(answers=[answer for found in one_by_one for answer in found.answers], failed={})
+
+    patch.setattr(server, "collect", careless)
 
 
 def server_noise_scaled_by_nine_tenths(patch: Patch) -> None:
@@ -103,6 +117,12 @@ SERVER_MUTATIONS = (
         caught_by=(server_checks.a_failed_client_is_zero_and_the_divisor_is_public,),
     ),
     Mutation(
+        name="a reply that comes twice counts twice",
+        where="fl_dualpriv.server.collect",
+        plant=duplicates_count,
+        caught_by=(server_checks.a_reply_counts_once,),
+    ),
+    Mutation(
         name="the server's noise is a tenth too small",
         where="fl_dualpriv.server.gaussian_noise",
         plant=server_noise_scaled_by_nine_tenths,
@@ -132,12 +152,14 @@ SERVER_MUTATIONS = (
         where="strategies.dpfpl.DPFPL",
         plant=combine_without_its_sensitivity,
         caught_by=(server_checks.one_client_moves_a_round_by_at_most_its_sensitivity,),
+        refused=True,
     ),
     Mutation(
         name="a strategy overrides the clip",
         where="strategies.dpfpl.DPFPL",
         plant=a_strategy_that_skips_the_clip,
         caught_by=(server_checks.one_client_moves_a_round_by_at_most_its_sensitivity,),
+        refused=True,
     ),
     Mutation(
         name="the server trusts clients to clip",

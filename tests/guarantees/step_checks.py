@@ -168,6 +168,21 @@ def one_record_moves_a_feature_release_by_at_most_c() -> None:
     moves_by_at_most_c(records(1), range(0, 40, 3), "feature", IDENTITY, start)
 
 
+def a_bad_record_is_a_zero() -> None:
+    """A record that is not finite adds nothing and spoils nothing."""
+    data = records(1)
+    uploads = []
+    for bad in (0.0, math.nan, math.inf, -math.inf):
+        features = data.features.clone()
+        features[3] = bad  # a zero feature has a zero gradient
+        ((upload, _),) = local_round([replace(data, features=features)], without_noise(as_a_client_draws()))
+        uploads.append(upload)
+    expected, *found = uploads
+    assert all(torch.isfinite(upload).all() for upload in found), "one bad record spoils the release"
+    # float32 steps of a prompt near 1
+    assert all(torch.allclose(upload, expected, rtol=0, atol=1e-6) for upload in found), "a bad record is not a zero"
+
+
 def rows_do_not_mix(tower: PromptTower, prompt: Tensor, x: Tensor, y: Tensor, top_m: int) -> None:
     """Change one record: every other row of the gradients is the same, bit by bit, and its own is not."""
 

@@ -60,6 +60,17 @@ def clip_per_class(patch: Patch) -> None:
     patch.setattr(clients.dualpriv, "clipped_feature_sum", class_clipped)
 
 
+def clip_without_looking_for_nan(patch: Patch) -> None:
+    """C / norm is NaN for a NaN, and so is everything that is added to it."""
+
+    def careless(rows: Tensor, clip_norm: float, arithmetic: Arithmetic) -> Tensor:
+        flat = rows.flatten(1).double()
+        norms = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
+        return (flat * torch.clamp(clip_norm / (norms + 1e-12), max=1.0)).reshape(rows.shape)
+
+    patch.setattr(per_example, "bounded_rows", careless)
+
+
 @dataclass
 class Kept:
     """What a careless author would keep at hand: each client's clean sum of the step, and the public divisor."""
@@ -204,6 +215,12 @@ STEP_MUTATIONS = (
         where="clients.dualpriv.clipped_feature_sum",
         plant=clip_per_class,
         caught_by=(step_checks.one_record_moves_a_feature_release_by_at_most_c,),
+    ),
+    Mutation(
+        name="a row that is not finite passes the clip",
+        where="fl_dualpriv.privacy.per_example.bounded_rows",
+        plant=clip_without_looking_for_nan,
+        caught_by=(step_checks.a_bad_record_is_a_zero,),
     ),
     Mutation(
         name="u, v and p_G are clipped and noised apart, and accounted once",

@@ -30,6 +30,10 @@ def test_weaker_terms_are_refused(federation: Federation) -> None:
     run_checks.weaker_terms_are_refused(federation)
 
 
+def test_private_scores_stay(federation: Federation) -> None:
+    run_checks.private_scores_stay(federation)
+
+
 def test_a_round_is_done_once(federation: Federation) -> None:
     run_checks.a_round_is_done_once(federation)
 

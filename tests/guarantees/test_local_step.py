@@ -11,6 +11,10 @@ def test_one_record_moves_a_feature_release_by_at_most_c() -> None:
     step_checks.one_record_moves_a_feature_release_by_at_most_c()
 
 
+def test_a_bad_record_is_a_zero() -> None:
+    step_checks.a_bad_record_is_a_zero()
+
+
 def test_noise_has_std_z_times_c() -> None:
     step_checks.noise_has_std_z_times_c()
 

@@ -13,6 +13,10 @@ def test_a_failed_client_is_zero_and_the_divisor_is_public() -> None:
     server_checks.a_failed_client_is_zero_and_the_divisor_is_public()
 
 
+def test_a_reply_counts_once() -> None:
+    server_checks.a_reply_counts_once()
+
+
 def test_cohorts_are_independent_coins() -> None:
     server_checks.cohorts_are_independent_coins()
 
