@@ -25,8 +25,9 @@ $(STAMP): pyproject.toml constraints.txt fl_dualpriv/flower_env.py fl_dualpriv/f
 demo: setup  ## ten clients, DP-FPL with Dual-Priv pruning, epsilon 4, on Flower's simulation
 	$(BIN)/fl-dualpriv run simulations/configs/demo.toml --engine ray --out runs/demo --overwrite
 
+# A process per core, and one file's tests in one process: they share what they set up.
 test: setup  ## the default tests: no network, no Ray
-	$(ONE_THREAD) $(BIN)/python -m pytest
+	$(ONE_THREAD) $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: setup  ## tests with the real Flower programs and Ray
 	$(ONE_THREAD) $(BIN)/python -m pytest -m slow

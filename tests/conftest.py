@@ -1,4 +1,4 @@
-"""One thread, and tiny CLIP models with random weights saved as a user would save his own."""
+"""One thread, tiny CLIP models with random weights saved as users save theirs, and the list of planted bugs."""
 
 import json
 import os
@@ -20,6 +20,27 @@ TINY = {
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
 """16 patches; open_clip's whole vocabulary, so that its own tokenizer fits."""
+
+PLANTED = "planted bug"
+"""Property of a test's report: (what was planted, what caught it)."""
+_WIDTH = 160
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests/guarantees/test_mutations.py planted, and what caught each, whichever process ran it."""
+    caught: dict[str, list[str]] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", ()):
+                if name == PLANTED and report.when == "call":
+                    caught.setdefault(value[0], []).append(value[1])
+    if caught:
+        terminalreporter.section("planted bugs, and what caught each")
+        for bug, lines in sorted(caught.items()):
+            terminalreporter.write_line(bug)
+            for line in lines:
+                terminalreporter.write_line(f"    caught by {line}"[:_WIDTH])
+        terminalreporter.write_line(f"{len(caught)} planted bugs were caught")
 
 
 def _merge(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

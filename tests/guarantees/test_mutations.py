@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fl_dualpriv.errors import PrivacyError
+from tests.conftest import PLANTED
 from tests.guarantees import run_checks
 from tests.guarantees.book_mutations import BOOK_MUTATIONS
 from tests.guarantees.mutation import Check, Mutation
@@ -22,35 +23,14 @@ from tests.guarantees.server_mutations import SERVER_MUTATIONS
 from tests.guarantees.step_mutations import STEP_MUTATIONS
 
 MUTATIONS = (*STEP_MUTATIONS, *NOISE_MUTATIONS, *SERVER_MUTATIONS, *BOOK_MUTATIONS)
-
-
-_WIDTH = 160
-
-
-class Caught:
-    """What was planted and what caught it, printed at the end of the session."""
-
-    def __init__(self) -> None:
-        self.rows: dict[str, list[str]] = {}
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        terminalreporter.section("planted bugs, and what caught each")
-        for name, checks in self.rows.items():
-            terminalreporter.write_line(name)
-            for line in checks or ["NOTHING"]:
-                terminalreporter.write_line(f"    caught by {line}"[:_WIDTH])
-        caught = sum(bool(checks) for checks in self.rows.values())
-        terminalreporter.write_line(f"{caught} of {len(self.rows)} planted bugs were caught")
-
-
-@pytest.fixture(scope="module")
-def caught(pytestconfig: pytest.Config) -> Caught:
-    table = Caught()
-    pytestconfig.pluginmanager.register(table)
-    return table
-
-
 Call = Callable[[Check], None]
+Noting = Callable[[str, str], None]
+
+
+@pytest.fixture
+def planted(record_property: Callable[[str, object], None]) -> Noting:
+    """Note what caught a bug in the test's report, from where ``tests/conftest.py`` prints it."""
+    return lambda bug, line: record_property(PLANTED, (bug, line))
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +75,10 @@ def what_notices(mutation: Mutation, check: Check, call: Call) -> str:
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.plant.__name__)
-def test_a_planted_bug_is_caught(mutation: Mutation, holds: Call, call: Call, caught: Caught) -> None:
-    noticed = caught.rows.setdefault(mutation.name, [])
+def test_a_planted_bug_is_caught(mutation: Mutation, holds: Call, call: Call, planted: Noting) -> None:
     for check in mutation.caught_by:
         holds(check)
-        noticed.append(what_notices(mutation, check, call))
+        planted(mutation.name, what_notices(mutation, check, call))
 
 
 def test_there_are_as_many_bugs_as_we_say() -> None:
@@ -112,9 +91,8 @@ def test_there_are_as_many_bugs_as_we_say() -> None:
 @pytest.mark.parametrize(
     "mutation", [m for m in MUTATIONS if m.audited_by], ids=lambda mutation: mutation.plant.__name__
 )
-def test_a_planted_bug_is_caught_by_the_audit(mutation: Mutation, holds: Call, call: Call, caught: Caught) -> None:
+def test_a_planted_bug_is_caught_by_the_audit(mutation: Mutation, holds: Call, call: Call, planted: Noting) -> None:
     """A lower bound above the claim."""
-    noticed = caught.rows.setdefault(mutation.name, [])
     assert mutation.audited_by is not None
     holds(mutation.audited_by)
-    noticed.append(what_notices(mutation, mutation.audited_by, call))
+    planted(mutation.name, what_notices(mutation, mutation.audited_by, call))
