@@ -102,7 +102,7 @@ def make_setting(tiny_clip_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
         "rounds": 3,
         "train.local-steps": 2,
         "privacy.record.calibrate-to": "noise-multiplier",
-        "privacy.record.noise-multiplier": 1.5,
+        "privacy.record.noise-multiplier": 4.0,
         "privacy.record.delta": 1e-3,
         "data.ref": "folder",
         "data.path": str(images),

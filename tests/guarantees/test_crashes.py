@@ -123,11 +123,15 @@ def some(points: int, count: int) -> list[int]:
 MANY = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-@pytest.mark.parametrize("arithmetic", ["float", pytest.param("integer", marks=MANY)])
-def test_a_client_killed_at_any_change_of_the_disk_and_any_draw(client: Client) -> None:
+@pytest.mark.parametrize(
+    ("arithmetic", "step"),
+    [("float", 3), pytest.param("float", 1, marks=MANY), pytest.param("integer", 1, marks=MANY)],
+)
+def test_a_client_killed_at_any_change_of_the_disk_and_any_draw(client: Client, step: int) -> None:
     points = client.points()
     assert points >= 40
-    for k in range(1, points + 1):
+    # The second round repeats the first, in files that are there.
+    for k in [*range(1, points // 2 + 1), *range(points // 2 + 1, points + 1, step)]:
         client.judge(client.crash(k))
 
 
@@ -173,7 +177,7 @@ def test_crashes_do_not_stretch_the_owners_budget(client: Client) -> None:
     for token in ("t", "second server"):  # the accountant's numbers are kept by this process, for those it forks
         client.node.train(1, token)
     client.node.train(2)
-    for pair in zip(some(client.points(), 10), reversed(some(client.points() // 4, 10)), strict=True):
+    for pair in zip(some(client.points(), 6), reversed(some(client.points() // 4, 6)), strict=True):
         client.judge(client.crash(*pair))
 
 

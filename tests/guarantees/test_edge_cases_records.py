@@ -258,11 +258,11 @@ def test_noise_has_full_scale_over_many_draws(
     draws = torch.stack(
         [
             released(monkeypatch, data, arithmetic, rate=rate, random=functools.partial(keyed, seed=seed))[1]
-            for seed in range(200)
+            for seed in range(100)
         ]
     )
-    # 200 · 24 draws: the standard error of the deviation is 1/sqrt(9600) = 1 %, 5 of them
-    assert float(draws.std()) == pytest.approx(MULTIPLIER * CLIP, rel=0.05)
+    # 100 · 24 draws: the standard error of the deviation is 1/sqrt(4800) = 1.44 %, 5 of them
+    assert float(draws.std()) == pytest.approx(MULTIPLIER * CLIP, rel=0.072)
 
 
 # --- a node with real images ------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ class Server:
         arithmetic: Of its sums.
     """
 
-    RATE, MULTIPLIER, DELTA = 0.5, 1.5, 1e-3
+    RATE, MULTIPLIER, DELTA = 0.5, 4.0, 1e-3
 
     def __init__(self, root: Path, unit: Any, arithmetic: Any) -> None:
         root.mkdir()
