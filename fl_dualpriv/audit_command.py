@@ -41,7 +41,7 @@ def audit(
     ] = Attack.EPSILON,
     seed: Annotated[int | None, typer.Option(min=0, help="Of everything; without it the configuration's.")] = None,
     canaries: Annotated[
-        int | None, typer.Option(min=128, help="Canaries of epsilon: m of them prove at most about ln(m / 6).")
+        int | None, typer.Option(min=128, help="Canaries of epsilon: m of them prove at most about ln(m / 7).")
     ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key; may be repeated.")

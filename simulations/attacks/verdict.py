@@ -11,7 +11,7 @@ from fl_dualpriv.privacy.noise import RandomSource, StreamKey
 
 CONFIDENCE = 0.95
 CANARIES = 24_576
-"""At 95 % the largest bound is then 8.4: enough to refute ε = 8 where nothing protects."""
+"""At 95 % the largest bound is then 8.2: enough to refute ε = 8 where nothing protects."""
 
 Level = Literal["record", "client"]
 

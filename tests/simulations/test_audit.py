@@ -283,6 +283,7 @@ def test_an_app_without_attacks_is_one_message(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_all_attacks_end_in_one_line_of_json(tmp_path: Path):
     result = command("audit-record.toml", tmp_path / "out", "--canaries", "768", "--attack", "all", "--set", "rounds=2")
     assert result.exit_code == 0, result.output
