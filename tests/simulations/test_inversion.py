@@ -73,18 +73,20 @@ def test_the_prior_gives_back_its_images():
         pytest.param(NO_DP | HEAD, 0.9, id="head"),
         pytest.param({"method": "dpfpl-paper"}, 0.9, id="as published: the server sees clean gradients"),
         pytest.param(TRUSTING | HEAD, 0.8, id="trusted server: clipped, not noised"),
-        pytest.param(NO_DP | {"pruning.update-keep-ratio": 0.75}, 0.4, id="a pruned update"),
+        pytest.param(NO_DP | {"pruning.update-keep-ratio": 0.75}, 0.4, id="a pruned update", marks=pytest.mark.slow),
     ],
 )
 def test_a_clean_upload_gives_the_image_away(base: dict[str, Any], changes: dict[str, Any], least: float):
-    found = audit_inversion(RunConfig.from_run_config(base | changes), 0, uploads=4)
+    found = audit_inversion(RunConfig.from_run_config(base | changes), 0, uploads=2)
     assert found.recovered > least
     assert min(found.score_by_upload) > 0.99
-    assert found.label_accuracy >= 0.75
-    assert (found.records, found.uploads, found.label_chance) == (1, 4, 0.25)
+    assert found.label_accuracy == 1.0
+    assert (found.records, found.uploads, found.label_chance) == (1, 2, 0.25)
 
 
-@pytest.mark.parametrize("learner", [{}, HEAD], ids=["context", "head"])
+@pytest.mark.parametrize(
+    "learner", [pytest.param({}, id="context", marks=pytest.mark.slow), pytest.param(HEAD, id="head")]
+)
 def test_a_noised_upload_gives_the_average_image(base: dict[str, Any], learner: dict[str, Any]):
     # 50 releases at q = 0.15 with z = 4 are of ε < 1 at δ = 1e-3.
     config = RunConfig.from_run_config(base | learner | {"privacy.record.noise-multiplier": 4.0})
@@ -94,10 +96,11 @@ def test_a_noised_upload_gives_the_average_image(base: dict[str, Any], learner: 
     assert found.recovered < 0.1
 
 
+@pytest.mark.slow
 def test_two_records_are_matched(base: dict[str, Any]):
-    found = audit_inversion(RunConfig.from_run_config(base | HEAD | NO_DP), 0, records=2, uploads=3)
+    found = audit_inversion(RunConfig.from_run_config(base | HEAD | NO_DP), 0, records=2, uploads=2)
     assert found.recovered > 0.3
-    assert len(found.score_by_upload) == 3
+    assert len(found.score_by_upload) == 2
 
 
 @pytest.mark.parametrize(

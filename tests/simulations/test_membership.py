@@ -28,7 +28,7 @@ MEMORISING: dict[str, Any] = {
     "train.local-learning-rate": 2.0,
     "train.global-learning-rate": 0.1,
     "rounds": 4,
-    "train.local-steps": 50,
+    "train.local-steps": 25,
 }
 FEW: dict[str, int] = {"trainings": 8, "records": 16}
 NO_DP: dict[str, Any] = {"privacy.record.mechanism": "none"}
@@ -198,19 +198,20 @@ def test_an_overfitted_prompt_leaks_and_a_private_one_does_not(base: dict[str, A
     leaking = audit_membership(config, 0, **FEW)
     assert (leaking.epsilon_claimed, leaking.auc_ceiling) == ("none", 1.0)
     assert leaking.stronger.auc_low > 0.65
-    assert leaking.lira.auc_low > 0.6
+    assert leaking.lira.auc_low > 0.55
     assert leaking.tpr_at_1_fpr > 0.02
     assert leaking.mia_auc == max(leaking.loss_threshold.auc, leaking.lira.auc)
     assert len(leaking.auc_by_training) == leaking.trainings == 8
     assert leaking.loss_threshold.members + leaking.loss_threshold.non_members == 8 * 2 * 16
-    # 200 releases of all records with z = 40: a Gaussian of μ = √200/40 = 0.354, of ε = 0.9 at δ = 1e-3.
+    # 100 releases of all records with z = 28: a Gaussian of μ = √100/28 = 0.357, of ε = 0.9 at δ = 1e-3.
     private = audit_membership(
-        RunConfig.from_run_config(base | MEMORISING | {"privacy.record.noise-multiplier": 40.0}), 0, **FEW
+        RunConfig.from_run_config(base | MEMORISING | {"privacy.record.noise-multiplier": 28.0}), 0, **FEW
     )
     assert isinstance(private.epsilon_claimed, float)
     assert 0.8 < private.epsilon_claimed < 1.0
-    assert private.stronger.auc_low < 0.5 < private.auc_ceiling < 0.74
-    assert private.mia_auc < private.auc_ceiling
+    # No test tells N(0, 1) from N(μ, 1) better than Φ(μ/√2) = 0.600; the ceiling of (ε, δ) alone is looser.
+    assert private.stronger.auc_low < 0.600 < private.auc_ceiling < 0.74
+    assert private.mia_auc < leaking.stronger.auc_low
 
 
 def test_shuffled_coins_give_a_half(base: dict[str, Any]):
