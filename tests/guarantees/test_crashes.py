@@ -9,6 +9,7 @@ import functools
 import os
 import random
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.privacy.budget import Budget
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to learn what was synced")
 STEPS = 2
 """Releases of a client's round."""
 

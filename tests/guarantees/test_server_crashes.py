@@ -1,6 +1,7 @@
 """kill -9, or a power cut, at any line of a server's round: its event is on disk before its noise is drawn."""
 
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fl_dualpriv.privacy.plan import round_terms
 from fl_dualpriv.server_books import BudgetExhausted, ServerPrivacy
 from strategies.dpfpl import DPFPL
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to learn what was synced")
 Notes = list[dict[str, Any]]
 
 
