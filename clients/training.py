@@ -188,6 +188,7 @@ class TrainRound:
 
 
 def published_training(config: RunConfig, participant: Participant) -> PublishedTraining:
+    """Numbers of the published procedure, from the configuration and a client's public number of records."""
     record, steps = config.privacy.record, config.rounds * config.train.local_steps
     return PublishedTraining(
         local_steps=config.train.local_steps,
@@ -199,6 +200,7 @@ def published_training(config: RunConfig, participant: Participant) -> Published
 
 
 def local_training(config: RunConfig) -> LocalTraining:
+    """Numbers of a local step, from the configuration."""
     return LocalTraining(
         local_steps=config.train.local_steps,
         sampling_rate=config.train.sampling_rate,

@@ -149,7 +149,7 @@ def check_single_run(plan: RecordLevelPlan, made: LedgerContent, event: LedgerEv
     Raises:
         PrivacyError: If the ledger, damaged lines included, holds too many releases of other runs.
     """
-    releases = made.releases()
+    releases = made.releases(damaged_as=event.releases)
     if releases + event.releases > plan.releases:
         raise PrivacyError(
             f"{releases} releases are in the ledger and the round makes {event.releases} more; the plan accounts for "

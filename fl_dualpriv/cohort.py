@@ -35,28 +35,29 @@ class Collected(Generic[Answer]):
 
 
 def collect(
-    asked: Asked, replies: Iterable[Message], read: Callable[[Message], Answer], what: str
+    asked: Asked, replies: Iterable[Message], read: Callable[[Message], Answer], what: str, group: str
 ) -> Collected[Answer]:
     """Sort replies into answers that count and failures.
 
     Guarantee:
-        A client counts at most once, and only by the first reply of the node that hosts it and was asked about it. A
-        reply that names any other client, or one twice, or that cannot be read, counts for nobody. Every client that
-        was asked is in exactly one of the answers or among the failed.
+        A client counts at most once, and only by the first reply of this round of the node that hosts it and was asked
+        about it. A reply that names any other client, or one twice, or that cannot be read, counts for nobody. Every
+        client that was asked is in exactly one of the answers or among the failed.
 
     Args:
         asked: What each node was asked about.
         replies: From outside: anything may be in them.
         read: Unpacks a reply; may raise.
         what: Name of an answer, for messages.
+        group: The round, as the messages that asked bear it; a reply bears that of its message.
     """
     answers: list[Answer] = []
     failed: dict[int, str] = {}
     answered: set[int] = set()
     for reply in replies:
         node = reply.metadata.src_node_id
-        if node not in asked or node in answered:
-            continue  # nobody asked, or asked once: a second copy must not count twice
+        if node not in asked or node in answered or reply.metadata.group_id != group:
+            continue  # nobody asked, or asked once: neither a second copy nor an earlier round's may count
         answered.add(node)
         members = asked[node]
         if reply.has_error():

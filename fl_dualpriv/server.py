@@ -294,7 +294,9 @@ class RoundStrategy(Strategy):
     def _read_uploads(self, server_round: int, replies: Iterable[Message]) -> tuple[list[int], Tensor]:
         """Good uploads, ordered by partition so that float sums repeat; the rest are failures."""
         shape = tuple(self._prompt.shape)
-        found = collect(self._asked, replies, lambda reply: wire.read_uploads(reply, shape), "upload")
+        found = collect(
+            self._asked, replies, lambda reply: wire.read_uploads(reply, shape), "upload", str(server_round)
+        )
         self._fail(server_round, found.failed)
         partitions = [partition for answer in found.answers for partition in answer.partitions]
         if not partitions:
@@ -357,7 +359,7 @@ class RoundStrategy(Strategy):
 
     def read_scores(self, server_round: int, replies: Iterable[Message]) -> Accuracy | None:
         """Mean accuracy of the clients that answered; None if none did."""
-        found = collect(self._asked, replies, wire.read_scores, "score")
+        found = collect(self._asked, replies, wire.read_scores, "score", str(server_round))
         self._fail(server_round, {p: f"evaluation: {reason}" for p, reason in found.failed.items()})
         scores = {p: s for answer in found.answers for p, s in zip(answer.partitions, answer.values, strict=True)}
         return mean_accuracy([scores[p] for p in sorted(scores)]) if scores else None

@@ -66,11 +66,15 @@ class LedgerContent:
     events: tuple[LedgerEvent, ...]
     damaged: int
 
-    def releases(self, run: str | None = None) -> int:
-        """Releases of one run, or of all with the damaged lines, each of which counts as the largest round here."""
+    def releases(self, run: str | None = None, *, damaged_as: int = 1) -> int:
+        """Releases of one run, or of all with the damaged lines.
+
+        A damaged line counts as the largest round here, and as ``damaged_as`` at least.
+        """
         if run is not None:
             return sum(event.releases for event in self.events if event.run == run)
         largest = max((event.releases for event in self.events), default=1)
+        largest = max(largest, damaged_as)
         return sum(event.releases for event in self.events) + self.damaged * largest
 
     def last_round(self, run: str) -> int:

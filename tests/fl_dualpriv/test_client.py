@@ -119,7 +119,7 @@ def test_a_round_that_the_ledger_or_the_state_knows_is_a_repetition(server_round
 
 def test_without_a_budget_one_plan_is_all_a_folder_ever_spends():
     check_single_run(PLAN, content(event("a", 1, 2)), event("b", 1, 2))
-    for made in (content(event("a", 1, 3)), content(event("a", 1, 1), damaged=2)):
+    for made in (content(event("a", 1, 3)), content(event("a", 1, 1), damaged=2), content(damaged=2)):
         with pytest.raises(PrivacyError, match="no budget for more than one run"):
             check_single_run(PLAN, made, event("b", 1, 2))
 

@@ -244,7 +244,8 @@ def test_without_dp_the_client_is_named(how: str):
 def test_every_client_ends_up_in_one_place():
     _, asked = everyone()
     replies = [reply(asked[12], (5,), {3: "boom"})]
-    found = collect({71: (0, 2, 4, 6), 12: (1, 3, 5)}, replies, lambda m: wire.read_uploads(m, SHAPE), "upload")
+    group = asked[12].metadata.group_id
+    found = collect({71: (0, 2, 4, 6), 12: (1, 3, 5)}, replies, lambda m: wire.read_uploads(m, SHAPE), "upload", group)
     answered = [p for answer in found.answers for p in answer.partitions]
     assert sorted([*answered, *found.failed]) == list(range(CLIENTS))
     assert list(found.failed) == [0, 1, 2, 3, 4, 6]

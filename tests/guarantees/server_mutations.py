@@ -40,9 +40,9 @@ def duplicates_count(patch: Patch) -> None:
     collect = server.collect
 
     def careless(
-        asked: Asked, replies: Iterable[Message], read: Callable[[Message], wire.Uploads], what: str
+        asked: Asked, replies: Iterable[Message], read: Callable[[Message], wire.Uploads], what: str, group: str
     ) -> Collected[wire.Uploads]:
-        one_by_one = [collect(asked, [reply], read, what) for reply in replies]
+        one_by_one = [collect(asked, [reply], read, what, group) for reply in replies]
         return Collected(answers=[answer for found in one_by_one for answer in found.answers], failed={})
 
     patch.setattr(server, "collect", careless)
