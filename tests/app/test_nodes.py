@@ -82,7 +82,9 @@ def ledgers(out: Path) -> dict[str, list[dict[str, Any]]]:
     found = {}
     for path in sorted(out.rglob("ledger.jsonl")):
         events = [json.loads(line) for line in path.read_text().splitlines()]
-        found[str(path.relative_to(out))] = [{k: v for k, v in event.items() if k != "run"} for event in events]
+        found[str(path.relative_to(out))] = [
+            {k: v for k, v in event.items() if k not in ("run", "time")} for event in events
+        ]
     return found
 
 

@@ -241,6 +241,14 @@ def test_without_dp_the_client_is_named(how: str):
         strategy.aggregate_train(3, [reply(one), bad])
 
 
+def test_a_late_reply_of_an_earlier_round_never_counts_even_if_it_comes_first():
+    strategy, asked = everyone()
+    late = reply(asked[71], (2, 4, 6), {0: "RuntimeError: boom"})
+    again = {m.metadata.dst_node_id: m for m in ask(strategy, 2)}
+    step(strategy, [late, reply(again[71]), reply(again[12])], 2)
+    assert (strategy.deliveries, strategy.failures) == (CLIENTS, 0)
+
+
 def test_every_client_ends_up_in_one_place():
     _, asked = everyone()
     replies = [reply(asked[12], (5,), {3: "boom"})]
