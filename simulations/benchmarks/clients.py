@@ -168,14 +168,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--self-check", action="store_true", help="a small cohort without Ray; the ratios mean nothing")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tower-on-ray", action="store_true", help="plain Flower on the tower too: three minutes more")
+    parser.add_argument(
+        "--more", action="store_true", help="our cohort on Ray, and plain Flower on the tower: six minutes more"
+    )
     options = parser.parse_args(arguments)
     toy = options.self_check
     clients = 4 if toy else CLIENTS
     costs: dict[str, Costs] = {}
     differences: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="fdp-bench-") as name:
-        head = Race("head", Path(name), Rounds(fast=6, slow=6) if toy else Rounds(fast=60, slow=40), clients)
+        head = Race("head", Path(name), Rounds(fast=6, slow=6) if toy else Rounds(fast=60, slow=32), clients)
         tower = Race("tower", Path(name), Rounds(fast=6, slow=6) if toy else Rounds(fast=8, slow=6), clients)
         contestants: dict[str, Callable[[], Cost]] = {
             "head: ours, cohort": head.ours("ours, cohort", "local", 1),
@@ -184,13 +186,15 @@ def main(arguments: list[str] | None = None) -> None:
         if not toy:
             contestants |= {
                 "head: pfl": head.pfl(),
-                "head: ours, cohort on Ray": head.ours("ours, cohort on Ray", "ray", 2),
                 "head: ours, a SuperNode each": head.ours("ours, a SuperNode each", "ray", 0),
                 "head: plain Flower": head.plain_flower(),
                 "tower: pfl": tower.pfl(),
             }
-        if not toy and options.tower_on_ray:
-            contestants["tower: plain Flower"] = tower.plain_flower()
+        if not toy and options.more:
+            contestants |= {
+                "head: ours, cohort on Ray": head.ours("ours, cohort on Ray", "ray", 2),
+                "tower: plain Flower": tower.plain_flower(),
+            }
         costs = interleaved(contestants, options.repeats)
         for race, kind in ((head, "head"), (tower, "tower")):
             differences |= {f"{kind}: {who}": value for who, value in race.differences.items()}

@@ -82,13 +82,15 @@ NOT_REACHED = """\
 - `dpfpl_round` compares like with like: the published procedure, whose epsilon is nominal, on both sides, with equal
   results. A round with *exact record-level DP* is not 25 times cheaper than the published one with a batch of 8:
   `warm_ratio_exact_dp` says by how much. (At the published batch of 32 the image tower costs four times more there.)
-- `per_client_vs_flower` ≤ 1.1: 1.18 by the best of three, 1.20 by the medians. One
-  client alone pays for some forty small tensor operations a step that a cohort shares.
-- Other work ran on the machine beside these measurements, and `clients` took a quarter of an hour, not ten minutes.
+- `per_client_vs_flower` is 1.06 by the best of three and 1.11 by the medians: single runs spread by a quarter, so it
+  is at its bound of 1.1 rather than safely below. What is left of it: a client's round has nine values to read and
+  check where plain Flower has one, and as many small tensor operations.
+- Other work ran on the machine beside most of these measurements (not beside `clients`, which took twelve minutes with
+  our cohort on Ray among the contestants; without it, as it runs by default now, it should take nine).
 - A cold cache saves little in its first round: the images have to be encoded once either way.
 - Nothing here was measured on a GPU: none was at hand. `python -m simulations.benchmarks.gpu` and the tests
   marked `gpu` wait for one.
-- Plain Flower on the demo's text tower is not in the default run (`--tower-on-ray`); pfl on that tower is.
+- Plain Flower on the demo's text tower is not in the default run (`--more`); pfl on that tower is.
 """
 """Kept by hand."""
 
