@@ -6,7 +6,7 @@ STAMP := $(VENV)/.set-up
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench clean
+.PHONY: help setup demo test test-programs test-slow lint bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -29,7 +29,10 @@ demo: setup  ## ten clients, DP-FPL with Dual-Priv pruning, epsilon 4, on Flower
 test: setup  ## the default tests: no network, no Ray
 	$(ONE_THREAD) $(BIN)/python -m pytest -n auto --dist loadfile
 
-test-slow: setup  ## tests with the real Flower programs and Ray
+test-programs: setup  ## the slow tests of the front and the app: the real Flower programs and Ray
+	$(ONE_THREAD) $(BIN)/python -m pytest -m slow tests/app/test_flwr_run.py tests/app/test_real_app.py
+
+test-slow: setup  ## all slow tests: also deployed nodes with a rogue server, audits of many seeds, crashes at every line
 	$(ONE_THREAD) $(BIN)/python -m pytest -m slow
 
 lint: setup  ## ruff and pyright

@@ -1,43 +1,57 @@
 """The ClientApp: query (whom a node hosts), train (one round of local steps), evaluate (score a prompt)."""
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 if TYPE_CHECKING:
     from clients.hosting import Node, Setting
+    from fl_dualpriv.node_file import NodeFile
 
 # torch and open_clip are imported inside the handlers: Flower's driver imports this file too and needs neither.
 app = ClientApp()
 
 
+_log = logging.getLogger("fl_dualpriv")
 _settings: "dict[int, Setting]" = {}
 
 
-def _setting(context: Context) -> "Setting":
-    """The parsed configuration and the shared objects of this process, made once a run: it never changes in one."""
+def _setting(context: Context, owner: "NodeFile | None") -> "Setting":
+    """The parsed configuration and the shared objects of this process, made once a run: it never changes in one.
+
+    Raises:
+        PrivacyError: If the run is outside of what the owner of the node allows: then no image is read for it.
+    """
     from clients.hosting import Setting
     from fl_dualpriv.config import RunConfig
+    from fl_dualpriv.plans import record_level_plan
 
     found = _settings.get(context.run_id)
     if found is None:
-        found = Setting(RunConfig.from_run_config(context.run_config))
+        flat = dict(context.run_config)
+        if owner is not None and owner.data_path is not None:
+            flat["data.path"] = str(owner.data_path)  # whatever the server names
+        config = RunConfig.from_run_config(flat)
+        if owner is not None and owner.budget is not None:
+            reproducible = config.privacy.randomness == "seeded"
+            owner.budget.check_plan(record_level_plan(config), reproducible=reproducible)
+        found = Setting(config)
         _settings.clear()  # one run at a time: the memory is for its features
         _settings[context.run_id] = found
     return found
 
 
-def _node(context: Context) -> "Node":
+def _node(context: Context, owner: "NodeFile | None") -> "Node":
     """This node, and where it keeps what belongs to its clients."""
     from clients.hosting import Node
-    from fl_dualpriv.node_file import find_node_file
     from fl_dualpriv.world import run_folder
 
-    named, chosen = context.node_config.get("node-file"), context.node_config.get("state-dir")
-    owner = find_node_file(None if named is None else str(named))  # first: without it nothing may be read
-    setting = _setting(context)
+    chosen = context.node_config.get("state-dir")
+    setting = _setting(context, owner)
     state_dir = None if chosen is None else Path(str(chosen))
     return Node(
         setting=setting,
@@ -48,12 +62,44 @@ def _node(context: Context) -> "Node":
     )
 
 
+def _reply(message: Message, context: Context, answer: "Callable[[Node], RecordDict]") -> Message:
+    """Answer; on a node whose owner holds a budget no error but a refusal leaves in words: they may quote data."""
+    from fl_dualpriv.client import ClientFolder
+    from fl_dualpriv.errors import PrivacyError
+    from fl_dualpriv.node_file import find_node_file
+
+    named = context.node_config.get("node-file")
+    owner = find_node_file(None if named is None else str(named))  # first: without it nothing may be read
+    if owner is None or owner.budget is None:
+        return Message(answer(_node(context, owner)), reply_to=message)
+    try:
+        node = _node(context, owner)
+    except PrivacyError as error:
+        if owner.state_dir is not None:
+            asked = f"{message.metadata.message_type}, a whole run"
+            ClientFolder(owner.state_dir).log_refusal(f"Flower's run {context.run_id}", asked, str(error))
+        raise
+    except Exception as error:
+        raise _wordless(error) from None
+    try:
+        return Message(answer(node), reply_to=message)
+    except PrivacyError:
+        raise
+    except Exception as error:
+        raise _wordless(error) from None
+
+
+def _wordless(error: Exception) -> Exception:
+    _log.warning("a message failed: %s", error, exc_info=error)
+    return RuntimeError(f"{type(error).__name__}; its words are in the log of the node")
+
+
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Say which clients are here and how many records each holds (public metadata), after checking data and model."""
     from fl_dualpriv import wire
 
-    return Message(wire.cards_content(_node(context).cards()), reply_to=message)
+    return _reply(message, context, lambda node: wire.cards_content(node.cards()))
 
 
 @app.train()
@@ -62,10 +108,12 @@ def train(message: Message, context: Context) -> Message:
     from clients.training import TrainRound
     from fl_dualpriv import wire
 
-    node = _node(context)
-    uploads = TrainRound(node, wire.read_train(message)).run()
-    node.report_memory()
-    return Message(wire.uploads_content(uploads), reply_to=message)
+    def answer(node: "Node") -> RecordDict:
+        uploads = TrainRound(node, wire.read_train(message)).run()
+        node.report_memory()
+        return wire.uploads_content(uploads)
+
+    return _reply(message, context, answer)
 
 
 @app.evaluate()
@@ -73,4 +121,4 @@ def evaluate(message: Message, context: Context) -> Message:
     """Score the zero-shot, the global or the personal prompts on held-out images."""
     from fl_dualpriv import wire
 
-    return Message(wire.scores_content(_node(context).score(wire.read_evaluate(message))), reply_to=message)
+    return _reply(message, context, lambda node: wire.scores_content(node.score(wire.read_evaluate(message))))

@@ -18,7 +18,7 @@ from fl_dualpriv.evaluation import Score, count_by_class, split_counts
 from fl_dualpriv.memory import peak_bytes
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.peak_memory import report_peak
-from fl_dualpriv.plans import may_score, record_level_plan
+from fl_dualpriv.plans import held_out_is_given, may_score, record_level_plan
 from fl_dualpriv.privacy.budget import Budget
 from fl_dualpriv.privacy.noise import random_sources
 from fl_dualpriv.privacy.plan import round_terms
@@ -50,6 +50,7 @@ class Setting:
         self.reproducible = config.privacy.randomness == "seeded"
         self.prompt_shape = self.world.prompt_shape(config.prompt)
         self.may_score = may_score(config)
+        self.held_out_is_given = held_out_is_given(config.data, config.evaluation)
         self._counts: tuple[tuple[str, bytes], tuple[Tensor, Tensor]] | None = None
 
     @property
@@ -190,8 +191,8 @@ class Node:
         partitions = self.asked(task.partitions)
         if not setting.may_score:
             raise PrivacyError("the held-out images are private here: their scores would be an unaccounted release")
-        if self.budget is not None and not self.budget.scores:
-            reason = "the owner of this node lets no scores leave (budget.scores)"
+        if self.budget is not None and not (self.budget.scores and setting.held_out_is_given):
+            reason = "the owner of this node lets scores leave of public test/ or val/ folders alone, if at all"
             for partition in partitions:
                 self.folder(partition).log_refusal(task.run_token, f"evaluate, round {task.server_round}", reason)
             raise PrivacyError(reason)

@@ -117,9 +117,9 @@ class TrainRound:
             )
         if task.global_prompt.dtype != torch.float32:  # before the event: a step in another type would fail after it
             raise PrivacyError(f"a global prompt of type {task.global_prompt.dtype}; it must be torch.float32")
-        data = setting.world.client_data(partition, task.server_round)
         random = functools.partial(_stream, setting.sources, setting.config.seed, partition, task.server_round)
         if setting.plan is None:
+            data = setting.world.client_data(partition, task.server_round)
             return Participant(partition=partition, state=self._state(partition), data=data, random=random)
         ledger = Ledger(self._node.folder(partition).ledger)
         locks.enter_context(ledger.exclusive())
@@ -139,6 +139,7 @@ class TrainRound:
         else:
             budget.check_events(made, [event])
         ledger.record(event)
+        data = setting.world.client_data(partition, task.server_round)  # not before: even reading is paid for
         return Participant(partition=partition, state=state, data=data, random=random)
 
     def _state(self, partition: int) -> PersonalState:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fl_dualpriv.backbones.backbone import Backbone
+from fl_dualpriv.backbones.backbone import Backbone, input_shape
 from fl_dualpriv.data.datasets import ImageDataset
 from fl_dualpriv.data.feature_cache import SHARD, FeatureTable, cache_key
 
@@ -150,6 +150,8 @@ def _read(backbone: Backbone, images: ImageDataset, index: int) -> tuple[torch.T
         # Resizing the shorter side of an extreme shape would need gigabytes.
         if max(image.size) <= _MAX_ASPECT * min(image.size) and image.width * image.height <= _MAX_PIXELS:
             tensor = backbone.preprocess(image)
+            if tensor.shape != input_shape(backbone):
+                tensor = None  # a batch has one shape: another one is this record's zero, not the client's failure
     except Exception as error:  # whatever a record makes a decoder raise is its zero, not the client's failure
         final = final and not any(isinstance(cause, MemoryError) for cause in _causes(error))
         failure = _error_number(error)

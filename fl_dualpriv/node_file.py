@@ -1,6 +1,7 @@
 """The file in which the owner of a node says what may happen with the data on it. TOML; nothing in it travels.
 
     state-dir = "/var/lib/fl-dualpriv"   # the client's prompt and ledger; must survive restarts and new apps
+    data-path = "/srv/images"            # the only images that a run may read, whatever its data.path says
 
     [budget]                             # of one record of this node's data, over all runs and servers
     epsilon = 8.0
@@ -9,7 +10,7 @@
     min-noise-multiplier = 0.5
     max-clip-norm = 1.0
     trusts-server = false                # true: clean clipped sums may go to the server
-    scores = false                       # true: the held-out images are public, so accuracies may leave
+    scores = false                       # true: test/ and val/ in data-path are public, so accuracies on them may leave
     seeded-noise = false                 # true: tests only
 
     [app]
@@ -42,11 +43,13 @@ class NodeFile:
 
     Attributes:
         state_dir: Absolute folder of the client's prompt and ledger; None: in the run's folder (simulations).
+        data_path: Absolute folder of the images, in place of the run's ``data.path``; None: what the run names.
         budget: Limits at the record level; None: the run's own plan is the only limit.
         apps: SHA-256 digests, lower-case hex, of the app bundles that may run here.
     """
 
     state_dir: Path | None
+    data_path: Path | None
     budget: Budget | None
     apps: tuple[str, ...]
 
@@ -56,13 +59,25 @@ def find_node_file(named: str | None) -> NodeFile | None:
 
     Raises:
         ConfigError: If it cannot be used: then nothing may run, for the owner meant to set limits. So if a node's own
-            configuration names a file with a budget and no folder: a ledger in a run's folder is gone with the run.
+            configuration names a file with a budget and without folders: a ledger in a run's folder is gone with the
+            run, and a server that names the images could name others.
     """
     path = named or os.environ.get(ENVIRONMENT, "")
     found = read_node_file(Path(path)) if path else None
-    if named and found is not None and found.budget is not None and found.state_dir is None:
-        raise ConfigError(f"node file {path}: a budget needs a ledger that lasts; give state-dir, an absolute path")
+    if named and found is not None and (missing := missing_folders(found)):
+        raise ConfigError(f"node file {path}: {missing}")
     return found
+
+
+def missing_folders(node: NodeFile) -> str | None:
+    """What a deployed node with a budget lacks, in words; None if nothing."""
+    if node.budget is None:
+        return None
+    if node.state_dir is None:
+        return "a [budget] but no state-dir: every run would start with the whole budget; give an absolute folder"
+    if node.data_path is None:
+        return "a [budget] but no data-path: the server would say which images it is for; give an absolute folder"
+    return None
 
 
 def read_node_file(path: Path) -> NodeFile:
@@ -81,13 +96,14 @@ def read_node_file(path: Path) -> NodeFile:
         raise ConfigError(f"node file {path} is not valid TOML: {error}") from error
     problems: list[str] = []
     app = content.get("app", {})
-    unknown = sorted(set(content) - {"state-dir", "budget", "app"})
+    unknown = sorted(set(content) - {"state-dir", "data-path", "budget", "app"})
     if not isinstance(app, dict):
         problems, app = ["app must be a table"], {}
     unknown += [f"app.{key}" for key in sorted(set(app) - {"allowed"})]
     problems += [f"unknown key {key}" for key in unknown]
     found = NodeFile(
-        state_dir=_state_dir(content.get("state-dir"), problems),
+        state_dir=_folder("state-dir", content.get("state-dir"), problems),
+        data_path=_folder("data-path", content.get("data-path"), problems),
         budget=_budget(content["budget"], problems) if "budget" in content else None,
         apps=_apps(app.get("allowed", []), problems),
     )
@@ -96,11 +112,11 @@ def read_node_file(path: Path) -> NodeFile:
     return found
 
 
-def _state_dir(value: Any, problems: list[str]) -> Path | None:
+def _folder(key: str, value: Any, problems: list[str]) -> Path | None:
     if value is None:
         return None
     if not isinstance(value, str) or not Path(value).is_absolute():
-        problems.append(f"state-dir = {value!r}; give an absolute path in quotes")
+        problems.append(f"{key} = {value!r}; give an absolute path in quotes")
         return None
     return Path(value)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from fl_dualpriv import node_pin
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower_engine import to_toml
-from fl_dualpriv.node_file import ENVIRONMENT, NodeFile, read_node_file
+from fl_dualpriv.node_file import ENVIRONMENT, NodeFile, missing_folders, read_node_file
 
 ANY_APP = (
     "--any-app: this node runs whatever code its server sends, and against a hostile server it then has no budget at "
@@ -69,11 +69,8 @@ def check_options(options: NodeOptions) -> NodeFile:
             f'{file} allows no app: put `allowed = ["DIGEST"]` under [app], with what `fl-dualpriv node hash APP` '
             "prints, or give --any-app to run whatever the server sends, without any budget against it"
         )
-    if node.budget is not None and node.state_dir is None:
-        raise ConfigError(
-            f"{file} has a [budget] but no state-dir: ledgers would lie in the folder of each run, and every run would "
-            "start with the whole budget; give an absolute folder that stays"
-        )
+    if missing := missing_folders(node):
+        raise ConfigError(f"{file} has {missing}")
     if options.insecure and options.root_certificates is not None:
         raise ConfigError("--insecure is without TLS and --root-certificates is for TLS: choose one")
     return node

@@ -89,5 +89,10 @@ def held_out_is_public(data: DataConfig, evaluation: EvaluationConfig) -> bool:
     Held-out images that are cut out of somebody's training folder are private like the rest of it.
     """
     if evaluation.held_out_data == "auto":
-        return data.source == "demo" or evaluation.split in given_splits(Path(data.path).expanduser())
+        return held_out_is_given(data, evaluation)
     return evaluation.held_out_data == "public"
+
+
+def held_out_is_given(data: DataConfig, evaluation: EvaluationConfig) -> bool:
+    """Whether the scored split is the demo's or a folder of its own, and not a cut out of training images."""
+    return data.source == "demo" or evaluation.split in given_splits(Path(data.path).expanduser())

@@ -141,6 +141,9 @@ class RoundStrategy(Strategy):
                 f"{type(self).__name__} overrides combine() but not sensitivity(), so the server's noise cannot be "
                 'scaled. Override it, or set privacy.client.mechanism = "none" and privacy.record.trusts-server = false'
             )
+        if self.privacy is not None and self.privacy.unit == "record":
+            # In floats too: uploads reach as far as their records, and giants round away the sum that the noise hides.
+            check_exact(sum(self.num_examples.values()))
         if self.privacy is not None and self.privacy.arithmetic == "integer":
             self._check_integer(self.privacy)
 
@@ -283,7 +286,6 @@ class RoundStrategy(Strategy):
         if privacy.unit == "client":
             check_exact(len(self.cards))
             return
-        check_exact(sum(self.num_examples.values()))
         if any(self._clamped_weight(partition) not in (0.0, 1.0) for partition in self.cards):
             raise PrivacyError(
                 f"{name} weighs clients, and a weighted sum of integers is none: with trusts-server and integer "

@@ -3,11 +3,12 @@
 No heavy library is imported here: open_clip and transformers come in when a model of theirs is asked for.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import PIL.Image
-from torch import Tensor, device
+from torch import Size, Tensor, device
 
 from fl_dualpriv.backbones.rows import TokenRows
 from fl_dualpriv.prompts.text_stack import TextStack
@@ -146,3 +147,9 @@ def load_backbone(
     else:
         from fl_dualpriv.backbones.open_clip import load_backbone as load
     return load(name, pretrained, device, visual_keep_ratio, visual_layer, precision)
+
+
+@functools.lru_cache(maxsize=4)
+def input_shape(backbone: Backbone) -> Size:
+    """What the model's preparation makes of an image: (3, height, width), from one that is nobody's."""
+    return backbone.preprocess(PIL.Image.new("RGB", (48, 40))).shape

@@ -17,6 +17,7 @@ Arithmetic = Literal["float", "integer"]
 GRID_STEPS = 2**20  # units in a clip norm: an entry loses less than a millionth of it
 MOST_ROWS = 2**32  # rows of norm 2**20 add up to less than 2**52: exact in float64, with as much room for noise
 _SHRINK = 1 - 2.0**-20  # a row over the bound by rounding is under it after this
+_FEATURE_ROWS = 256
 _BLOCK_ENTRIES = 2**16  # of outer products at a time: half a MiB stays in a cache
 
 
@@ -99,7 +100,7 @@ def check_exact(rows: int) -> None:
         ValueError: If there are 2**32 or more.
     """
     if rows >= MOST_ROWS:
-        raise ValueError(f'{rows} rows in a sum; privacy.arithmetic = "integer" adds up fewer than 2**32 exactly')
+        raise ValueError(f"{rows} rows in a sum; fewer than 2**32 add up without rounding one of them away")
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,17 @@ def clipped_feature_sum(
     """
     if not (math.isfinite(clip_norm) and clip_norm > 0):
         raise ValueError(f"clip_norm = {clip_norm}; it must be finite and > 0")
+    total = torch.zeros(classes.shape, dtype=torch.float64, device=classes.device)
+    for start in range(0, len(x), _FEATURE_ROWS):  # what is held must not grow with a batch, whose size is private
+        here = slice(start, start + _FEATURE_ROWS)
+        total += _feature_terms(classes, x[here], y[here], logit_scale, clip_norm, arithmetic)
+    return as_clipped_sum(total, clip_norm, arithmetic)
+
+
+def _feature_terms(
+    classes: Tensor, x: Tensor, y: Tensor, logit_scale: float, clip_norm: float, arithmetic: Arithmetic
+) -> Tensor:
+    """The sum of some examples' terms, in real or in grid units."""
     x = x.to(torch.float64)
     residual = torch.softmax(logit_scale * x @ classes.to(torch.float64).T, dim=1)
     residual = residual.scatter_add(1, y[:, None], torch.full_like(residual[:, :1], -1.0))
@@ -179,11 +191,11 @@ def clipped_feature_sum(
     scale = torch.where(finite, scale, torch.zeros_like(scale))
     left = logit_scale * scale[:, None] * residual
     if arithmetic == "float":
-        return as_clipped_sum(left.T @ x, clip_norm, arithmetic)
+        return left.T @ x
     total = torch.zeros(classes.shape, dtype=torch.float64, device=classes.device)
     for rows in _outer_products(left / clip_norm * GRID_STEPS, x):
         total += _cut(rows.flatten(1)).sum(dim=0).reshape(total.shape)
-    return as_clipped_sum(total, clip_norm, arithmetic)
+    return total
 
 
 def _outer_products(left: Tensor, right: Tensor) -> Iterator[Tensor]:

@@ -123,7 +123,7 @@ def test_the_drivers_view_of_the_client_app_is_light():
     tree = ast.parse((ROOT / "clients/app.py").read_text(encoding="utf-8"))
     at_import = {n.module for n in tree.body if isinstance(n, ast.ImportFrom)}
     at_import |= {alias.name for n in tree.body if isinstance(n, ast.Import) for alias in n.names}
-    assert at_import == {"pathlib", "typing", "flwr.app", "flwr.clientapp"}
+    assert at_import == {"logging", "collections.abc", "pathlib", "typing", "flwr.app", "flwr.clientapp"}
 
 
 @pytest.mark.parametrize("file", FILES)

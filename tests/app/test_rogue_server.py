@@ -130,7 +130,8 @@ def play_locally(config: dict[str, Any], scratch: Path) -> Outcome:
     grid = LocalGrid(client_app, config["population"], config)
     for node, context in grid.contexts.items():
         file = scratch / f"node-{node}.toml"
-        file.write_text(f'state-dir = "{scratch / f"state-{node}"}"\n{BUDGET}')
+        folders = f'state-dir = "{scratch / f"state-{node}"}"\ndata-path = "{config["data.path"]}"\n'
+        file.write_text(folders + BUDGET)
         context.node_config["node-file"] = str(file)
     context = Context(run_id=grid.run_id, node_id=0, node_config={}, state=RecordDict(), run_config=config)
     rogue_app()(grid, context)
@@ -206,7 +207,7 @@ def test_a_run_that_is_weaker_than_the_owners_budget_gets_nothing(
     images: Path, tiny_clip_dir: Path, tmp_path: Path, weaker: str
 ) -> None:
     changes, reason = WEAKER[weaker]
-    config = run_config(images, tiny_clip_dir, tmp_path / "out", [["round 1"]], **changes)
+    config = run_config(images, tiny_clip_dir, tmp_path / "out", [["round 1"]], population=1, **changes)
     outcome = play_locally(config, tmp_path)
     answer = outcome.answers["round 1"]
     assert answer["numbers"] == 0
@@ -249,12 +250,13 @@ DEPLOYED_ACTS = [["round 1"], ["all of these", "a replayed message"]]
 
 
 @pytest.fixture(scope="module")
-def site(deployment: Any, tmp_path_factory: pytest.TempPathFactory) -> Site:
+def site(deployment: Any, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
     scratch = tmp_path_factory.mktemp("site")
     app, rogue = write_app(scratch / "app", rogue=False), write_app(scratch / "rogue", rogue=True)
     node_file = scratch / "node.toml"
     allowed = digest_of(build_bundle(app))
-    node_file.write_text(f'state-dir = "{scratch / "state"}"\n{BUDGET}\n[app]\nallowed = ["{allowed}"]\n')
+    folders = f'state-dir = "{scratch / "state"}"\ndata-path = "{images}"\n'
+    node_file.write_text(f'{folders}{BUDGET}\n[app]\nallowed = ["{allowed}"]\n')
     superlink = deployment.superlink("superlink")
     return Site(
         deployment=deployment,

@@ -59,7 +59,7 @@ def call(*arguments: str) -> Result:
 
 
 def test_an_owners_file_that_says_all(tmp_path: Path):
-    text = f'state-dir = "{tmp_path}"\n{BUDGET}\n{APP}'
+    text = f'state-dir = "{tmp_path}"\ndata-path = "{tmp_path}"\n{BUDGET}\n{APP}'
     found = check_options(options(tmp_path, text))
     assert isinstance(found, NodeFile)
     assert (found.apps, found.state_dir) == ((DIGEST,), tmp_path)
@@ -72,10 +72,11 @@ def test_an_owners_file_that_says_all(tmp_path: Path):
         ("[app]\nallowed = []\n", {}, "allows no app: put"),
         (APP, {"any_app": True}, "--any-app allows all: choose one"),
         (BUDGET + APP, {}, r"has a \[budget\] but no state-dir"),
+        ('state-dir = "/mine"\n' + BUDGET + APP, {}, r"has a \[budget\] but no data-path"),
         (APP, {"root_certificates": Path("ca.crt")}, "--insecure is without TLS"),
         ("[app]\nallowed = ['short']\n", {}, "a SHA-256 digest has 64 digits"),
     ],
-    ids=["no table", "empty", "both", "no folder", "TLS or not", "no digest"],
+    ids=["no table", "empty", "both", "no folder", "no images", "TLS or not", "no digest"],
 )
 def test_what_would_start_without_the_protection_its_owner_expects_is_refused(
     tmp_path: Path, text: str, changes: dict[str, Any], message: str

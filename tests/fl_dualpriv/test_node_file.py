@@ -10,6 +10,7 @@ from fl_dualpriv.privacy.budget import Budget
 
 WHOLE = f"""
 state-dir = "/var/lib/fl-dualpriv"
+data-path = "/srv/images"
 [budget]
 epsilon = 8
 delta = 1e-5
@@ -31,6 +32,7 @@ def write(tmp_path: Path, text: str) -> Path:
 def test_a_whole_file(tmp_path: Path) -> None:
     assert read_node_file(write(tmp_path, WHOLE)) == NodeFile(
         state_dir=Path("/var/lib/fl-dualpriv"),
+        data_path=Path("/srv/images"),
         budget=Budget(
             epsilon=8.0,
             delta=1e-5,
@@ -46,7 +48,7 @@ def test_a_whole_file(tmp_path: Path) -> None:
 
 
 def test_an_empty_file_sets_no_limits(tmp_path: Path) -> None:
-    assert read_node_file(write(tmp_path, "")) == NodeFile(state_dir=None, budget=None, apps=())
+    assert read_node_file(write(tmp_path, "")) == NodeFile(state_dir=None, data_path=None, budget=None, apps=())
 
 
 def test_permissions_default_to_no(tmp_path: Path) -> None:
@@ -69,6 +71,7 @@ def test_permissions_default_to_no(tmp_path: Path) -> None:
         ("scores = true", "score = true", "unknown key budget.score"),
         ('state-dir = "/var/lib/fl-dualpriv"', 'state-dir = "mine"', "state-dir = 'mine'; give an absolute path"),
         ('state-dir = "/var/lib/fl-dualpriv"', 'statedir = "/x"', "unknown key statedir"),
+        ('data-path = "/srv/images"', "data-path = 3", "data-path = 3; give an absolute path"),
         ("0a", "0A", "has 64 digits"),
         ("allowed =", "allow =", "unknown key app.allow"),
         ("[budget]", "[budget", "not valid TOML"),
@@ -94,13 +97,17 @@ def test_the_nodes_own_word_comes_before_the_environment(tmp_path: Path, monkeyp
     assert found.apps
     named = tmp_path / "other.toml"
     named.write_text("")
-    assert find_node_file(str(named)) == NodeFile(state_dir=None, budget=None, apps=())
+    assert find_node_file(str(named)) == NodeFile(state_dir=None, data_path=None, budget=None, apps=())
 
 
 def test_a_nodes_budget_needs_a_folder_that_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, WHOLE.replace('state-dir = "/var/lib/fl-dualpriv"', ""))
-    with pytest.raises(ConfigError, match="give state-dir"):
+    with pytest.raises(ConfigError, match="but no state-dir"):
         find_node_file(str(path))
+    unnamed = write(tmp_path, WHOLE.replace('data-path = "/srv/images"', ""))
+    with pytest.raises(ConfigError, match="but no data-path"):
+        find_node_file(str(unnamed))
+    path = write(tmp_path, WHOLE.replace('state-dir = "/var/lib/fl-dualpriv"', ""))
     monkeypatch.setenv(ENVIRONMENT, str(path))  # a simulation: every run's clients are new
     found = find_node_file(None)
     assert found is not None

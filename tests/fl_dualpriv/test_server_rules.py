@@ -205,6 +205,16 @@ class DoubleOfHalf(Half):
         return 8 * super().combine(updates)
 
 
+def test_counts_that_round_sums_away_are_refused():
+    """Two clients of 2**53 - 1 declared records could add and take away what rounds the sum of one between them."""
+    trusting = ServerPrivacy(
+        unit="record", bound=1.0, noise_multiplier=2.0, sampling_rate=0.1, ledger_multiplier=2.0, ledger=None
+    )
+    with pytest.raises(ValueError, match="without rounding"):
+        make(privacy=trusting, sizes=(2**53 - 1, 20, 30, 2**53 - 1))
+    make(privacy=trusting, sizes=(10**9, 20, 30, 10**9))
+
+
 def test_combine_without_sensitivity_is_refused_under_dp_alone():
     with pytest.raises(PrivacyError, match=r"Median overrides combine\(\) but not sensitivity\(\)"):
         make(Median, client_level())

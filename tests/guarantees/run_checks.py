@@ -204,7 +204,8 @@ def no_round_exceeds_the_owners_budget(federation: Federation) -> None:
     """A budget of two rounds: two are answered, whatever run asks, and the third is refused."""
     most = epsilon(TERMS.sampling_rate, TERMS.noise_multiplier, 2 * STEPS, DELTA) + 1e-6
     grid = federation.nodes(
-        f'state-dir = "{federation.folder / "clients" / "client-000"}"\n[budget]\nepsilon = {most}\ndelta = {DELTA}\n'
+        f'state-dir = "{federation.folder / "clients" / "client-000"}"\ndata-path = "{federation.images}"\n'
+        f"[budget]\nepsilon = {most}\ndelta = {DELTA}\n"
         "max-sampling-rate = 0.15\nmin-noise-multiplier = 1.5\nmax-clip-norm = 1.0\n"
     )
     answered = [upload_of(train(grid, r, token=token)) is not None for r, token in ((1, "a"), (1, "b"), (2, "b"))]

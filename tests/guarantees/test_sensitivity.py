@@ -1,13 +1,15 @@
 """Adding or removing one unit moves a clipped sum by at most what the sum itself reports."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fl_dualpriv.privacy.clipping import clip_rows, clipped_feature_sum, clipped_sum
+from fl_dualpriv.privacy.clipping import Arithmetic, clip_rows, clipped_feature_sum, clipped_sum
 
 SPECIAL = [0.0, -0.0, 1e-45, 1e-38, 1.0, -3.5, 1e19, 3e38, float("inf"), float("-inf"), float("nan")]
 
@@ -108,3 +110,31 @@ def test_one_record_moves_the_feature_sum_by_at_most_the_sensitivity(cells: list
 def test_no_records_give_a_zero_feature_sum() -> None:
     empty = clipped_feature_sum(CLASSES, torch.zeros(0, 6), torch.zeros(0, dtype=torch.long), 30.0, 1.0)
     assert torch.equal(empty.value, torch.zeros(4, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("arithmetic", ["float", "integer"])
+def test_feature_sums_hold_no_more_for_larger_batches(arithmetic: Arithmetic) -> None:
+    """The size of a batch is private, and memory that runs out would show it."""
+
+    class Largest(TorchDispatchMode):
+        entries = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in given:
+                self.entries = max(self.entries, made.numel())
+            return made
+
+    g = torch.Generator().manual_seed(0)
+    classes = torch.nn.functional.normalize(torch.randn(5, 8, generator=g), dim=1)
+    x = torch.nn.functional.normalize(torch.randn(5000, 8, generator=g), dim=1)
+    y = torch.randint(0, 5, (5000,), generator=g)
+    most, given = [], {t.untyped_storage().data_ptr() for t in (x, y)}
+    for size in (600, 5000):
+        with Largest() as largest:
+            clipped_feature_sum(classes, x[:size], y[:size], 20.0, 0.5, arithmetic)
+        most.append(largest.entries)
+    assert most[0] == most[1] > 0
+    whole = clipped_feature_sum(classes, x, y, 20.0, 0.5, arithmetic).value
+    parts = [clipped_feature_sum(classes, x[i : i + 1], y[i : i + 1], 20.0, 0.5, arithmetic).value for i in range(5000)]
+    torch.testing.assert_close(whole, torch.stack(parts).sum(0), rtol=1e-9, atol=1e-9)
