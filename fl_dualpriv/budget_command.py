@@ -122,7 +122,7 @@ def _jsonable(spent: Spent) -> dict[str, Any]:
 def _table(title: str, spent: list[Spent]) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("ledger", "unit", "runs", "releases", "damaged lines", "refused attempts", "ε", "δ"):
-        table.add_column(name, justify="left" if name in ("ledger", "unit") else "right")
+        table.add_column(name, justify="left" if name in ("ledger", "unit") else "right", no_wrap=name == "ledger")
     for s in spent:
         numbers = (s.runs, s.releases, s.damaged, s.refused)
         table.add_row(s.who, s.unit, *map(str, numbers), f"{s.epsilon:.4g}", f"{s.delta:g}")
