@@ -65,7 +65,7 @@ def _node(context: Context, owner: "NodeFile | None") -> "Node":
 def _reply(message: Message, context: Context, answer: "Callable[[Node], RecordDict]") -> Message:
     """Answer; on a node whose owner holds a budget no error but a refusal leaves in words: they may quote data."""
     from fl_dualpriv.client import ClientFolder
-    from fl_dualpriv.errors import PrivacyError
+    from fl_dualpriv.errors import PrivacyError, type_alone
     from fl_dualpriv.node_file import find_node_file
 
     named = context.node_config.get("node-file")
@@ -73,25 +73,19 @@ def _reply(message: Message, context: Context, answer: "Callable[[Node], RecordD
     if owner is None or owner.budget is None:
         return Message(answer(_node(context, owner)), reply_to=message)
     try:
-        node = _node(context, owner)
-    except PrivacyError as error:
-        if owner.state_dir is not None:
-            asked = f"{message.metadata.message_type}, a whole run"
-            ClientFolder(owner.state_dir).log_refusal(f"Flower's run {context.run_id}", asked, str(error))
-        raise
-    except Exception as error:
-        raise _wordless(error) from None
-    try:
+        try:
+            node = _node(context, owner)
+        except PrivacyError as error:  # what `answer` refuses, it notes itself
+            if owner.state_dir is not None:
+                asked = f"{message.metadata.message_type}, a whole run"
+                ClientFolder(owner.state_dir).log_refusal(f"Flower's run {context.run_id}", asked, str(error))
+            raise
         return Message(answer(node), reply_to=message)
     except PrivacyError:
         raise
     except Exception as error:
-        raise _wordless(error) from None
-
-
-def _wordless(error: Exception) -> Exception:
-    _log.warning("a message failed: %s", error, exc_info=error)
-    return RuntimeError(f"{type(error).__name__}; its words are in the log of the node")
+        _log.warning("a message failed: %s", error, exc_info=error)
+        raise RuntimeError(type_alone(error)) from None
 
 
 @app.query()

@@ -13,7 +13,7 @@ from torch import Tensor
 from fl_dualpriv import wire
 from fl_dualpriv.client import ClientFolder
 from fl_dualpriv.config import RunConfig
-from fl_dualpriv.errors import ConfigError, PrivacyError
+from fl_dualpriv.errors import ConfigError, PrivacyError, type_alone
 from fl_dualpriv.evaluation import Score, count_by_class, split_counts
 from fl_dualpriv.memory import peak_bytes
 from fl_dualpriv.methods import METHODS
@@ -120,7 +120,7 @@ class Failures(dict[int, str]):
             ours = isinstance(error, ConfigError | PrivacyError)  # says all there is to say
             _log.warning("a client failed: %s", reason, exc_info=None if ours else error)
         if self._private and not isinstance(error, PrivacyError):
-            reason = f"{type(error).__name__}; its words are in the log of the node"
+            reason = type_alone(error)
         self |= dict.fromkeys(partitions, reason)
 
 
