@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.files import append_json_line, read_tensors, write_tensors
-from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent
+from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent, utc_now
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 
 _MOST_LETTERS = 200
@@ -79,7 +78,7 @@ class ClientFolder:
     def log_refusal(self, run_token: str, what: str, reason: str) -> None:
         """Note a refused attempt. A hostile server cannot fill the disk with them, and a full disk is no help to it."""
         line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "time": utc_now(),
             "run": run_token[:_MOST_LETTERS],
             "asked": what[:_MOST_LETTERS],
             "reason": reason[: 10 * _MOST_LETTERS],

@@ -24,7 +24,7 @@ from fl_dualpriv.privacy.cohort_sum import client_sum, trusting_sum
 from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey, gaussian_noise, poisson_sample
 from fl_dualpriv.privacy.plan import RoundTerms
 from fl_dualpriv.privacy.release import release
-from fl_dualpriv.server_books import ServerBooks, ServerPrivacy
+from fl_dualpriv.server_books import ServerBooks, ServerPrivacy, check_accountant
 
 _log = logging.getLogger("fl_dualpriv")
 
@@ -114,8 +114,7 @@ class RoundStrategy(Strategy):
     _books: ServerBooks | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if self.accountant is not None and (self.privacy is None or self.privacy.unit != "client"):
-            raise PrivacyError("an accountant of client-level releases, and the run makes none: leave it out")
+        check_accountant(self.privacy, self.accountant)
         fixed = set(vars(RoundStrategy)) - set(_HOOKS) - _DATACLASS_NAMES
         changed = sorted(n for n in fixed if getattr(type(self), n, None) is not getattr(RoundStrategy, n))
         if self.privacy is not None and changed:

@@ -48,6 +48,16 @@ class ServerPrivacy:
     arithmetic: Arithmetic = "float"
 
 
+def check_accountant(privacy: ServerPrivacy | None, accountant: PrivacyAccountant | None) -> None:
+    """Refuse an accountant, whose protocol knows clients alone, in a run that releases nothing at their level.
+
+    Raises:
+        PrivacyError: If there is such a one.
+    """
+    if accountant is not None and (privacy is None or privacy.unit != "client"):
+        raise PrivacyError("an accountant of client-level releases, and the run makes none: leave it out")
+
+
 class ServerBooks:
     """Checks and writes rounds.
 
@@ -68,8 +78,7 @@ class ServerBooks:
         rounds: int,
         population: int,
     ) -> None:
-        if accountant is not None and privacy.unit != "client":
-            raise PrivacyError("an accountant of client-level releases, and the run makes none: leave it out")
+        check_accountant(privacy, accountant)
         self._privacy, self._accountant, self._run_token = privacy, accountant, run_token
         self._rounds, self._population = rounds, population
         self._affordable = 0

@@ -139,7 +139,7 @@ class Ledger:
         if not event.is_sound:
             raise ValueError(f"{event}: not a release that can be accounted for")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **asdict(event)}
+        line = {"time": utc_now(), **asdict(event)}
         with self.path.open("a+b") as file:
             if file.tell() == 0:  # first its name: no line is ever in a file that a power cut can take away whole
                 _sync_names(self.path.parent.resolve())
@@ -184,6 +184,11 @@ class Ledger:
         if not self.path.exists():
             return []
         return [line for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+
+
+def utc_now() -> str:
+    """The time of a line in the files that a client keeps, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _parsed(line: str) -> LedgerEvent | None:
