@@ -1,0 +1,112 @@
+"""Directions from released gradients: momentum and Adam as post-processing, aware of blocks that were pruned.
+
+A client's gradient is noised before it comes here, and what an optimizer remembers was noised too: no ε is owed.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fl_dualpriv.history import History, HistoryShapes, noise_left, unbiased
+
+Name = Literal["sgd", "momentum", "adam", "adam-corrected"]
+
+_FIRST, _SECOND, _NOISE, _COUNT = "optimizer.first", "optimizer.second", "optimizer.noise", "optimizer.count"
+_SECOND_DECAY = 0.999
+_TINY = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """How a noised gradient becomes a direction; the caller's learning rates scale it.
+
+    Guarantee:
+        A function of noised releases and of public numbers alone, hence post-processing.
+
+    Attributes:
+        name: ``sgd``: the gradient itself, bit by bit. ``momentum``: heavy ball, m ← μ m + g, direction m. ``adam``:
+            Kingma and Ba's, both averages unbiased, second decay 0.999. ``adam-corrected``: Adam whose second moment
+            is freed of the noise's share Φ, which is known: m̂ / √max(v̂ − Φ, γ). Under it Adam divides all
+            coordinates by about the noise's own scale and is SGD with another step size.
+        momentum: μ, or Adam's first decay; in [0, 1). Not read by ``sgd``.
+
+    Raises:
+        ValueError: If ``momentum`` is out of range.
+
+    Reference:
+        Tang, Shpilevskiy and Lécuyer 2024 (DP-AdamBC), arXiv:2312.14334. Their γ is a hyper-parameter; here it is one
+        standard deviation of the noise in v̂ itself, below which v̂ − Φ cannot be told from nothing.
+    """
+
+    name: Name
+    momentum: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum = {self.momentum}; it must be in [0, 1)")
+
+    def history_shapes(self, rows: int, cols: int) -> HistoryShapes:
+        """What a client remembers for it."""
+        names = {
+            "sgd": (),
+            "momentum": (_FIRST,),
+            "adam": (_FIRST, _SECOND),
+            "adam-corrected": (_FIRST, _SECOND, _NOISE),
+        }[self.name]
+        shape = (rows, cols)
+        counted = {_COUNT: (shape, torch.int64)} if self.name.startswith("adam") else {}
+        return dict.fromkeys(names, (shape, torch.float32)) | counted
+
+    def direction(
+        self, gradient: Tensor, history: History, noise_std: Tensor, *, closed: Tensor | None = None
+    ) -> tuple[Tensor, History]:
+        """One step.
+
+        Args:
+            gradient: Noised and pruned, (client, rows, cols).
+            history: Stacked, as `history_shapes`; other names pass.
+            noise_std: Std of the noise in each coordinate of ``gradient``, (client, rows, cols); read by
+                ``adam-corrected``.
+            closed: Coordinates that must not move: their direction is zero and what is remembered of them stays as it
+                is, so that they go on where they stopped. None: none; a pruned block then has a zero gradient, which
+                the averages take as a value, and momentum still moves it.
+
+        Returns:
+            The direction to go against, and the new history.
+        """
+        if self.name == "sgd":
+            return gradient, history
+        moved = self._advance(gradient, history, noise_std)
+        direction = self._read(moved)
+        if closed is not None:
+            direction = torch.where(closed, 0.0, direction)
+            moved = {name: torch.where(closed, history[name], value) for name, value in moved.items()}
+        return direction, {**history, **moved}
+
+    def _advance(self, gradient: Tensor, history: History, noise_std: Tensor) -> dict[str, Tensor]:
+        if self.name == "momentum":
+            return {_FIRST: self.momentum * history[_FIRST] + gradient}
+        moved = {
+            _FIRST: torch.lerp(gradient, history[_FIRST], self.momentum),
+            _SECOND: torch.lerp(gradient.square(), history[_SECOND], _SECOND_DECAY),
+            _COUNT: history[_COUNT] + 1,
+        }
+        if self.name == "adam-corrected":
+            variance = noise_std.to(gradient.dtype).square()
+            moved[_NOISE] = torch.lerp(variance, history[_NOISE], _SECOND_DECAY)
+        return moved
+
+    def _read(self, moved: History) -> Tensor:
+        if self.name == "momentum":
+            return moved[_FIRST]
+        count = moved[_COUNT]
+        first = unbiased(moved[_FIRST], self.momentum, count)
+        second = unbiased(moved[_SECOND], _SECOND_DECAY, count)
+        if self.name == "adam":
+            return first / (second.sqrt() + _TINY)
+        noise = unbiased(moved[_NOISE], _SECOND_DECAY, count)
+        # The square of a normal variable has variance 2 s⁴; averaging leaves `noise_left` of it.
+        least = noise * (2 * noise_left(_SECOND_DECAY, count)).sqrt().to(noise.dtype)
+        return first / torch.maximum(second - noise, least).clamp_min(_TINY**2).sqrt()
