@@ -22,6 +22,7 @@ from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey, gaussian_noise
 from fl_dualpriv.prompts.head import LowRankHead
 from fl_dualpriv.prompts.learner import PromptedText
 from fl_dualpriv.prompts.tower import PromptTower
+from fl_dualpriv.pruning.visual_tokens import TokenPruner, VisualTokenPruner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +146,9 @@ def build_world(config: RunConfig) -> World:
     world = _build_world(
         config.data,
         config.backbone,
-        config.pruning.visual_keep_ratio,
-        config.pruning.visual_layer,
+        None
+        if config.pruning.visual_keep_ratio == 1
+        else VisualTokenPruner(keep_ratio=config.pruning.visual_keep_ratio, layer=config.pruning.visual_layer),
         config.population,
         config.seed,
         config.resources.device,
@@ -188,8 +190,7 @@ def _check_prompt(prompt: PromptConfig, world: World) -> None:
 def _build_world(
     data: DataConfig,
     model: BackboneConfig,
-    keep_ratio: float,
-    layer: int,
+    pruner: TokenPruner | None,
     population: int,
     seed: int,
     device: str,
@@ -200,7 +201,7 @@ def _build_world(
         torch.set_num_threads(1)  # threads of many clients on few cores only wait for each other
     images = load_data(data.source, data.path, data.classes, data.val_fraction, data.test_fraction, seed, on_bad_image)
     parts = partition(images.train.labels, data.partition, population, data.dirichlet_alpha, seed)
-    backbone = load_backbone(model.name, model.pretrained, device, keep_ratio, layer, model.precision)
+    backbone = load_backbone(model.name, model.pretrained, device, pruner, model.precision)
     return World(
         backbone=backbone,
         text=PromptedText(backbone, images.class_names, images.template),

@@ -329,7 +329,7 @@ def to_json(content: dict[str, Any]) -> bytes:
 
 def report_model(folder: Path, data: Sketches) -> None:
     """Load what was written, as the library does, and print zero-shot accuracy and the context's spectrum."""
-    backbone = load_backbone(f"local-dir:{folder}", "", "cpu", 1.0, 0)
+    backbone = load_backbone(f"local-dir:{folder}", "", "cpu")
     print("zero-shot val", zero_shot(backbone, data, 1), "test", zero_shot(backbone, data, 2))
     shares = spectrum(backbone, data.names[:N_PRIVATE])
     directions = ", ".join(f"{int((shares < s).sum()) + 1} for {s:.0%}" for s in (0.5, 0.9, 0.99))

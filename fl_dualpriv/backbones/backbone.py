@@ -123,8 +123,7 @@ def load_backbone(
     name: str,
     pretrained: str,
     device: str,
-    visual_keep_ratio: float,
-    visual_layer: int,
+    pruner: TokenPruner | None = None,
     precision: Precision = "fp32",
 ) -> Backbone:
     """Load and freeze a backbone; the weights are read once per process and never random.
@@ -135,8 +134,7 @@ def load_backbone(
             transformers model (CLIP or SigLIP) with its tokenizer and image processor.
         pretrained: For an open_clip model name, a tag or a .safetensors, .pt or .pth file; else empty.
         device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-        visual_keep_ratio: Share of patch tokens kept in the image tower, in (0, 1]; 1 switches pruning off.
-        visual_layer: Prune after this many blocks.
+        pruner: Prunes visual tokens inside the image tower; None: off.
         precision: Of the matrix products of the image tower and of the shared-prefix text tower.
 
     Raises:
@@ -146,7 +144,7 @@ def load_backbone(
         from fl_dualpriv.backbones.transformers import load_backbone as load
     else:
         from fl_dualpriv.backbones.open_clip import load_backbone as load
-    return load(name, pretrained, device, visual_keep_ratio, visual_layer, precision)
+    return load(name, pretrained, device, pruner, precision)
 
 
 @functools.lru_cache(maxsize=4)

@@ -24,7 +24,8 @@ from fl_dualpriv.backbones.open_clip_text import OpenClipText
 from fl_dualpriv.backbones.rows import PROBE, TokenRows, read_rows
 from fl_dualpriv.backbones.tokenizer import TrimmedTokenizer
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.pruning.visual_tokens import ClsAttentionPruner, TokenPruner, check_prunable, encode_pruned
+from fl_dualpriv.pruning.in_tower import check_prunable, encode_pruned, open_clip_tower
+from fl_dualpriv.pruning.visual_tokens import TokenPruner
 
 torchvision_shim.install()  # open_clip imports torchvision, which CPU torch cannot import by itself
 
@@ -49,9 +50,11 @@ class OpenClipBackbone(FrozenModel):
         precision: Precision,
         model_config: Mapping[str, Any],
     ) -> None:
-        if pruner is not None:
-            check_prunable(model.get_submodule("visual"), pruner)
         clip: Any = model
+        self._tower = None
+        if pruner is not None:
+            self._tower = open_clip_tower(clip.visual)
+            check_prunable(self._tower, pruner)
         self._text = OpenClipText(model)
         self.name, self.device, self.pruner, self._precision = name, device, pruner, precision
         stack, self.plain_reason = self._text.stack, self._text.plain_reason
@@ -126,9 +129,9 @@ class OpenClipBackbone(FrozenModel):
         return encode_images(self._encode_images, images, self.embed_dim, self.device, self._precision)
 
     def _encode_images(self, images: Tensor) -> Tensor:
-        if self.pruner is None:
+        if self.pruner is None or self._tower is None:
             return self._model.encode_image(images)
-        return encode_pruned(self._model.visual, images, self.pruner)
+        return encode_pruned(self._tower, images, self.pruner)
 
     def _described(self) -> list[Any]:
         return [
@@ -158,8 +161,7 @@ def load_backbone(
     name: str,
     pretrained: str,
     device: str,
-    visual_keep_ratio: float,
-    visual_layer: int,
+    pruner: TokenPruner | None = None,
     precision: Precision = "fp32",
 ) -> OpenClipBackbone:
     """Load and freeze an open_clip model; arguments as in `backbone.load_backbone`.
@@ -169,7 +171,6 @@ def load_backbone(
     Raises:
         ConfigError: If the model cannot be used exactly as asked for.
     """
-    pruner = ClsAttentionPruner(keep_ratio=visual_keep_ratio, layer=visual_layer) if visual_keep_ratio != 1 else None
     resolved = checkpoints.resolve_device(device)
     model, tokenizer, model_config = _load_model(name, pretrained, str(resolved))
     return OpenClipBackbone(name, model, tokenizer, resolved, pruner, precision, model_config)

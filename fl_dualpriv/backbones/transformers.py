@@ -21,6 +21,7 @@ from fl_dualpriv.backbones.frozen import FrozenModel, encode_images, read_linear
 from fl_dualpriv.backbones.rows import PROBE, TokenRows, read_rows
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.prompts.text_stack import Activation, Linear, TextBlock, TextStack
+from fl_dualpriv.pruning.in_tower import check_prunable, encode_pruned, transformers_tower
 from fl_dualpriv.pruning.visual_tokens import TokenPruner
 
 torchvision_shim.install()  # transformers' image models import torchvision, which CPU torch cannot import by itself
@@ -50,11 +51,11 @@ class TransformersBackbone(FrozenModel):
         tokenizer: Of transformers.
         image_processor: Of transformers, on PIL images.
         device: Where the model is.
+        pruner: Visual token pruner, or None.
         precision: Of the matrix products.
     """
 
     visual_prompts = False
-    pruner: TokenPruner | None = None
 
     def __init__(
         self,
@@ -63,10 +64,15 @@ class TransformersBackbone(FrozenModel):
         tokenizer: Any,
         image_processor: Any,
         device: torch.device,
+        pruner: TokenPruner | None,
         precision: Precision,
     ) -> None:
-        self.name, self.device, self._precision = name, device, precision
+        self.name, self.device, self.pruner, self._precision = name, device, pruner, precision
         self._model: Any = model
+        self._tower = None
+        if pruner is not None:
+            self._tower = transformers_tower(model)
+            check_prunable(self._tower, pruner)
         self._tokenizer, self._image_processor = tokenizer, image_processor
         self._text: Any = self._model.text_model
         self._causal = isinstance(model, transformers.CLIPModel)
@@ -124,12 +130,22 @@ class TransformersBackbone(FrozenModel):
 
     def image_features(self, images: Tensor) -> Tensor:
         """Unit-norm image features, float32 (n, embed_dim); see `Backbone`."""
-        encode: Callable[[Tensor], Tensor] = lambda x: self._model.get_image_features(pixel_values=x).pooler_output  # noqa: E731
-        return encode_images(encode, images, self.embed_dim, self.device, self._precision)
+        return encode_images(self._encode_images, images, self.embed_dim, self.device, self._precision)
+
+    def _encode_images(self, images: Tensor) -> Tensor:
+        if self.pruner is None or self._tower is None:
+            return self._model.get_image_features(pixel_values=images).pooler_output
+        return encode_pruned(self._tower, images, self.pruner)
 
     def _described(self) -> list[Any]:
         vision = self._model.config.vision_config.to_diff_dict()
-        return [type(self._model).__name__, vision, self._image_processor.to_dict(), self._precision]
+        return [
+            type(self._model).__name__,
+            vision,
+            self._image_processor.to_dict(),
+            repr(self.pruner),
+            self._precision,
+        ]
 
     def _words(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -196,8 +212,7 @@ def load_backbone(
     name: str,
     pretrained: str,
     device: str,
-    visual_keep_ratio: float,
-    visual_layer: int,
+    pruner: TokenPruner | None = None,
     precision: Precision = "fp32",
 ) -> TransformersBackbone:
     """Load and freeze a model of transformers; arguments as in `backbone.load_backbone`.
@@ -205,18 +220,13 @@ def load_backbone(
     Raises:
         ConfigError: If the model cannot be used exactly as asked for.
     """
-    if visual_keep_ratio != 1:
-        raise ConfigError(
-            f"pruning.visual-keep-ratio = {visual_keep_ratio:g}: visual token pruning needs open_clip's default ViT, "
-            f"and {name!r} is a model of transformers; set pruning.visual-keep-ratio = 1"
-        )
     if pretrained:
         raise ConfigError(
             f"backbone.pretrained = {pretrained!r} has no effect for backbone.name = {name!r}, which holds its own "
             'weights; set backbone.pretrained = ""'
         )
     resolved = checkpoints.resolve_device(device)
-    backbone = TransformersBackbone(name, *_load_parts(name, str(resolved)), resolved, precision)
+    backbone = TransformersBackbone(name, *_load_parts(name, str(resolved)), resolved, pruner, precision)
     _try_an_image(backbone)
     return backbone
 

@@ -31,7 +31,7 @@ PLANS: dict[str, dict[str, Any] | None] = {
 @pytest.fixture(scope="module")
 def text(tiny_clip_dir: Path) -> PromptedText:
     return PromptedText(
-        load_backbone(f"local-dir:{tiny_clip_dir}", "", "cpu", 1.0, 2, "fp32"), NAMES, "a photo of a {}"
+        load_backbone(f"local-dir:{tiny_clip_dir}", "", "cpu", None, "fp32"), NAMES, "a photo of a {}"
     )
 
 

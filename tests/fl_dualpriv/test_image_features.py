@@ -19,6 +19,7 @@ from fl_dualpriv.backbones.backbone import Backbone, load_backbone
 from fl_dualpriv.data.feature_cache import SHARD
 from fl_dualpriv.data.folder import FolderSplit, load_folder
 from fl_dualpriv.image_features import BATCH, ImageFeatures, feature_cache_key
+from fl_dualpriv.pruning.visual_tokens import VisualTokenPruner
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Drawn:
 
 @pytest.fixture(scope="module")
 def backbone(tiny_clip_dir: Path) -> Backbone:
-    return load_backbone(f"local-dir:{tiny_clip_dir}", "", "cpu", 1.0, 2, "fp32")
+    return load_backbone(f"local-dir:{tiny_clip_dir}", "", "cpu", None, "fp32")
 
 
 SIZE = SHARD + 40
@@ -337,10 +338,10 @@ def test_the_key_changes_with_all_that_changes_a_feature(
     name = f"local-dir:{tiny_clip_dir}"
     backbones = [
         backbone,
-        load_backbone(name, "", "cpu", 0.5, 2, "fp32"),
-        load_backbone(name, "", "cpu", 0.5, 1, "fp32"),
-        load_backbone(name, "", "cpu", 1.0, 2, "bf16"),
-        load_backbone(f"local-dir:{other_weights}", "", "cpu", 1.0, 2, "fp32"),
+        load_backbone(name, "", "cpu", VisualTokenPruner(keep_ratio=0.5, layer=2), "fp32"),
+        load_backbone(name, "", "cpu", VisualTokenPruner(keep_ratio=0.5, layer=1), "fp32"),
+        load_backbone(name, "", "cpu", None, "bf16"),
+        load_backbone(f"local-dir:{other_weights}", "", "cpu", None, "fp32"),
     ]
     keys = [feature_cache_key(model, Drawn(5)) for model in backbones]
     keys.append(feature_cache_key(backbone, Drawn(6)))

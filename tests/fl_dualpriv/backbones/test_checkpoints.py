@@ -16,7 +16,7 @@ from fl_dualpriv.errors import ConfigError
 
 
 def load(folder: Path) -> OpenClipBackbone:
-    return load_backbone(f"local-dir:{folder}", "", "cpu", 1.0, 1)
+    return load_backbone(f"local-dir:{folder}", "", "cpu")
 
 
 def test_offline_tag_ends_in_one_error_without_waiting(tmp_path, monkeypatch):
@@ -26,7 +26,7 @@ def test_offline_tag_ends_in_one_error_without_waiting(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     before = huggingface_hub.constants.HF_HUB_OFFLINE
     with pytest.raises(ConfigError, match=r"'openai': the weights of ViT-B-32 are not on this machine.*local file"):
-        load_backbone("ViT-B-32", "openai", "cpu", 1.0, 1)
+        load_backbone("ViT-B-32", "openai", "cpu")
     assert waits == []  # the hub's client retries for most of a minute, if it is let
     assert before == huggingface_hub.constants.HF_HUB_OFFLINE
 
@@ -34,15 +34,15 @@ def test_offline_tag_ends_in_one_error_without_waiting(tmp_path, monkeypatch):
 def test_unknown_and_incomplete_names(tiny_clip_name, tmp_path, monkeypatch):
     fails = functools.partial(pytest.raises, ConfigError)
     with fails(match=r"backbone.name = 'vit-b32' is not demo.*did you mean.*ViT-B-32"):
-        load_backbone("vit-b32", "openai", "cpu", 1.0, 1)
+        load_backbone("vit-b32", "openai", "cpu")
     with fails(match=r"pretrained is empty.*tags of ViT-B-32: openai, .*or a .safetensors"):
-        load_backbone("ViT-B-32", "", "cpu", 1.0, 1)
+        load_backbone("ViT-B-32", "", "cpu")
     with fails(match=r"'opnai' is neither a tag nor a checkpoint file; did you mean openai\? tags of ViT-B-32"):
-        load_backbone("ViT-B-32", "opnai", "cpu", 1.0, 1)
+        load_backbone("ViT-B-32", "opnai", "cpu")
     with fails(match=r"'weights/none.pt': there is no such file"):
-        load_backbone(tiny_clip_name, "weights/none.pt", "cpu", 1.0, 1)
+        load_backbone(tiny_clip_name, "weights/none.pt", "cpu")
     with fails(match=r"pretrained = 'openai' has no effect for backbone.name = 'local-dir:x'"):
-        load_backbone("local-dir:x", "openai", "cpu", 1.0, 1)
+        load_backbone("local-dir:x", "openai", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -54,12 +54,12 @@ def test_bad_device(tiny_clip_dir, monkeypatch, device: str, message: str):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0 if device == "cuda" else 1)
     message = message.replace("1 CUDA", "0 CUDA") if device == "cuda" else message
     with pytest.raises(ConfigError, match=rf"resources.device = '{device}': {message}"):
-        load_backbone(f"local-dir:{tiny_clip_dir}", "", device, 1.0, 1)
+        load_backbone(f"local-dir:{tiny_clip_dir}", "", device)
 
 
 def test_auto_device(tiny_clip_dir, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert load_backbone(f"local-dir:{tiny_clip_dir}", "", "auto", 1.0, 1).device.type == "cpu"
+    assert load_backbone(f"local-dir:{tiny_clip_dir}", "", "auto").device.type == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_checkpoint_of_another_architecture(
     if suffix == ".pt":
         torch.save(load_file(path), path := tmp_path / "weights.pt")
     with pytest.raises(ConfigError, match=rf"is a checkpoint of another architecture than 'Tiny-Test-8': .*{quoted}"):
-        load_backbone(tiny_clip_name, str(path), "cpu", 1.0, 1)
+        load_backbone(tiny_clip_name, str(path), "cpu")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "no tensors", "nan"])
@@ -132,7 +132,7 @@ def test_corrupt_checkpoint(tiny_clip_dir, tiny_clip_name, tmp_path, damage: str
     path.write_bytes({"truncated": whole[: len(whole) // 2], "garbage": b"x" * 999, "empty": b""}.get(damage, whole))
     message = {"nan": "not finite", "no tensors": "holds no tensors"}.get(damage, "cannot be read as a checkpoint")
     with pytest.raises(ConfigError, match=message):
-        load_backbone(tiny_clip_name, str(path), "cpu", 1.0, 1)
+        load_backbone(tiny_clip_name, str(path), "cpu")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from fl_dualpriv.backbones.open_clip import OpenClipBackbone, load_backbone, ope
 from fl_dualpriv.backbones.open_clip_text import OpenClipText
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.prompts.learner import PromptedText
+from fl_dualpriv.pruning.visual_tokens import VisualTokenPruner
 
 TEXTS = ["a photo of a cat", "a very small red sketch of an old house", ""]
 ROUNDING = 1e-6  # float32 sums in another order, relative to the largest value (at least 1)
@@ -33,7 +34,8 @@ TEXT_TOWERS = {
 
 
 def load(folder: Path, keep_ratio: float = 1.0, layer: int = 1) -> OpenClipBackbone:
-    return load_backbone(f"local-dir:{folder}", "", "cpu", keep_ratio, layer)
+    pruner = None if keep_ratio == 1 else VisualTokenPruner(keep_ratio=keep_ratio, layer=layer)
+    return load_backbone(f"local-dir:{folder}", "", "cpu", pruner)
 
 
 def plain(folder: Path):
@@ -165,8 +167,8 @@ def test_a_model_with_a_tokenizer_of_transformers(make_clip_dir, hf_siglip_dir):
 
 
 def test_bf16(tiny_clip_dir):
-    exact, rough = load(tiny_clip_dir), load_backbone(f"local-dir:{tiny_clip_dir}", "", "cpu", 1.0, 1, "bf16")
-    pruned = load_backbone(f"local-dir:{tiny_clip_dir}", "", "cpu", 0.5, 1, "bf16")
+    exact, rough = load(tiny_clip_dir), load_backbone(f"local-dir:{tiny_clip_dir}", "", "cpu", None, "bf16")
+    pruned = load_backbone(f"local-dir:{tiny_clip_dir}", "", "cpu", VisualTokenPruner(keep_ratio=0.5, layer=1), "bf16")
     assert rough._model is exact._model
     for one, other in ((rough, exact), (pruned, load(tiny_clip_dir, 0.5, 1))):
         features = one.image_features(images())
@@ -256,7 +258,7 @@ def test_named_model_with_a_local_checkpoint(tiny_clip_dir, tiny_clip_name, tmp_
         save_file(weights, path)
     else:
         torch.save(weights, path)
-    backbone = load_backbone(tiny_clip_name, str(path), "cpu", 1.0, 1)
+    backbone = load_backbone(tiny_clip_name, str(path), "cpu")
     assert backbone.fingerprint == load(tiny_clip_dir).fingerprint
     assert torch.equal(backbone.image_features(images()), load(tiny_clip_dir).image_features(images()))
 
@@ -269,7 +271,7 @@ def test_a_tag_brings_its_own_activation_and_transform(tiny_clip_dir, tiny_clip_
         open_clip, "download_pretrained", lambda cfg: str(tiny_clip_dir / "open_clip_model.safetensors")
     )
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    backbone = load_backbone(tiny_clip_name, "mytag", "cpu", 1.0, 1)
+    backbone = load_backbone(tiny_clip_name, "mytag", "cpu")
     assert "QuickGELU" in str(backbone._model.visual)
     black = backbone.preprocess(PIL.Image.new("RGB", (32, 32)))[:, 0, 0]
     # open_clip's default standard deviation; (0 - mean) / std.
@@ -322,6 +324,7 @@ def test_bad_vocabulary(trimmed_dir, tmp_path, vocabulary: str | None, message: 
 
 
 def test_demo():
-    backbone = load_backbone("demo", "", "cpu", 1.0, 1)
+    backbone = load_backbone("demo", "", "cpu")
     assert backbone.text_stack is not None
-    assert load_backbone("demo", "", "cpu", 0.5, 1).feature_key != backbone.feature_key
+    pruned = load_backbone("demo", "", "cpu", VisualTokenPruner(keep_ratio=0.5, layer=1))
+    assert pruned.feature_key != backbone.feature_key

@@ -23,7 +23,7 @@ NAMES = ("cat", "red fire truck", "dog", "the great wall of china", "tree")
 
 
 def load(folder: Path, precision: str = "fp32") -> TransformersBackbone:
-    backbone = load_backbone(f"hf:{folder}", "", "cpu", 1.0, 1, precision)  # type: ignore[arg-type]
+    backbone = load_backbone(f"hf:{folder}", "", "cpu", None, precision)  # type: ignore[arg-type]
     assert isinstance(backbone, TransformersBackbone)
     return backbone
 
@@ -218,12 +218,10 @@ def test_damaged_folders(hf_clip_dir, tmp_path: Path, damage: str, message: str)
 
 def test_options_that_do_not_apply(hf_clip_dir):
     name = f"hf:{hf_clip_dir}"
-    with pytest.raises(ConfigError, match=r"visual-keep-ratio = 0.5: .*needs open_clip's default ViT.*set .* = 1"):
-        load_backbone(name, "", "cpu", 0.5, 1)
     with pytest.raises(ConfigError, match="pretrained = 'openai' has no effect"):
-        load_backbone(name, "openai", "cpu", 1.0, 1)
+        load_backbone(name, "openai", "cpu")
     with pytest.raises(ConfigError, match="'hf:': name a folder or a model on the hub"):
-        load_backbone("hf:", "", "cpu", 1.0, 1)
+        load_backbone("hf:", "", "cpu")
 
 
 def test_a_hub_name_offline_ends_in_one_error_without_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -232,7 +230,7 @@ def test_a_hub_name_offline_ends_in_one_error_without_waiting(tmp_path: Path, mo
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # refuses at once
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ConfigError, match=r"'hf:nobody/nothing': its configuration cannot be loaded"):
-        load_backbone("hf:nobody/nothing", "", "cpu", 1.0, 1)
+        load_backbone("hf:nobody/nothing", "", "cpu")
     assert waits == []
 
 

@@ -31,7 +31,7 @@ SHAPES = {
 
 
 def load(folder: Path, precision: str = "fp32") -> OpenClipBackbone:
-    return load_backbone(f"local-dir:{folder}", "", "cpu", 1.0, 2, precision)  # type: ignore[arg-type]
+    return load_backbone(f"local-dir:{folder}", "", "cpu", None, precision)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)

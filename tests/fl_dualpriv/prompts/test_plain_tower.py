@@ -19,7 +19,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def plain(tiny_clip_dir: Path) -> PlainTower:
     return PromptedText(
-        load_backbone(f"local-dir:{tiny_clip_dir}", "", "cpu", 1.0, 2), NAMES, "a photo of a {}"
+        load_backbone(f"local-dir:{tiny_clip_dir}", "", "cpu"), NAMES, "a photo of a {}"
     ).plain_tower
 
 

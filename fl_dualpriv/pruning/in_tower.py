@@ -1,0 +1,109 @@
+"""Prune patches between two blocks of the image tower of a classifier, which reads what is left.
+
+The paper prunes behind the tower, for a language model. There a CLIP classifier would not notice: it reads one token of
+the last hidden state. This is the form of EViT (Liang et al. 2022, arXiv:2202.07800), not the paper's own.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.pruning.attention import read_attention
+from fl_dualpriv.pruning.towers import ImageTower, vision_tower
+from fl_dualpriv.pruning.visual_tokens import OFF, TokenPruner, depth_of
+
+
+def open_clip_tower(visual: nn.Module) -> ImageTower:
+    """Take the image tower of an open_clip model apart: its default ViT, or timm's ``VisionTransformer``.
+
+    Where CLS is what the model reads, it scores the patches; with average or attention pooling all tokens do.
+
+    Raises:
+        ConfigError: If the tower is of another kind.
+    """
+    vit: Any = visual
+    if type(visual).__name__ == "TimmModel" and type(vit.trunk).__name__ == "VisionTransformer":
+        return _timm_tower(vit)
+    if not (hasattr(visual, "_embeds") and hasattr(visual, "_pool")):
+        kind = type(getattr(visual, "trunk", visual)).__name__
+        raise ConfigError(
+            f"visual token pruning needs open_clip's default ViT or timm's VisionTransformer; this image tower is a "
+            f"{kind}; {OFF}"
+        )
+
+    def finish(tokens: Tensor) -> Tensor:
+        pooled, _ = vit._pool(tokens)
+        return pooled if vit.proj is None else pooled @ vit.proj
+
+    return ImageTower(
+        embed=vit._embeds,
+        blocks=tuple(vit.transformer.resblocks),
+        step=lambda block, x: block(x),
+        finish=finish,
+        n_prefix=1,
+        n_patches=math.prod(vit.grid_size),
+        reads_cls=vit.attn_pool is None and vit.pool_type == "tok",
+    )
+
+
+def _timm_tower(visual: Any) -> ImageTower:
+    trunk = visual.trunk
+    return ImageTower(
+        embed=lambda x: trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(x)))),
+        blocks=tuple(trunk.blocks),
+        step=lambda block, x: block(x),
+        finish=lambda x: visual.head(trunk.forward_head(trunk.norm(x))),
+        n_prefix=trunk.num_prefix_tokens,
+        n_patches=trunk.patch_embed.num_patches,
+        reads_cls=trunk.global_pool == "token",
+    )
+
+
+def transformers_tower(model: nn.Module) -> ImageTower:
+    """Take the image side of a ``CLIPModel`` or ``SiglipModel`` of transformers apart.
+
+    Raises:
+        ConfigError: If it is of another kind.
+    """
+    clip: Any = model
+    tower = vision_tower(clip.vision_model)
+    if not hasattr(clip, "visual_projection"):
+        return tower
+    return replace(tower, finish=lambda x: clip.visual_projection(tower.finish(x)))
+
+
+def check_prunable(tower: ImageTower, pruner: TokenPruner) -> None:
+    """Raise ConfigError unless the tower is deep enough for ``pruner``, has enough patches, and can be read there."""
+    depth = depth_of(pruner.layer, len(tower.blocks), behind=1)
+    read_attention(tower.blocks[depth - 1])
+    pruner.n_tokens(tower.n_patches)
+
+
+def encode_pruned(tower: ImageTower, images: Tensor, pruner: TokenPruner) -> Tensor:
+    """Image features with ``pruner`` between two blocks.
+
+    Guarantee:
+        Per image: the values of one image never enter the result of another, if the pruner keeps its promise. With a
+        pruner that keeps every patch this is the model's own arithmetic, step by step.
+
+    Args:
+        tower: Of the model.
+        images: (n, 3, height, width).
+        pruner: Where and what to prune.
+
+    Returns:
+        Features (n, embed_dim), not normalised. Tokens carry a gradient; the choice and the weights do not.
+
+    Raises:
+        ConfigError: If the tower is not deep enough, or cannot be read.
+    """
+    depth = depth_of(pruner.layer, len(tower.blocks), behind=1)
+    if pruner.keeps_all(tower.n_patches):
+        return tower.finish(tower.hidden(images, len(tower.blocks)))
+    tokens = tower.pruned(images, depth, pruner)
+    for block in tower.blocks[depth:]:
+        tokens = tower.step(block, tokens)
+    return tower.finish(tokens)

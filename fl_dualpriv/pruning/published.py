@@ -1,0 +1,53 @@
+"""Visual tokens as the paper prunes them: behind the image tower of a LLaVA-type model, in front of its projector."""
+
+import torch
+from torch import Tensor, nn
+
+from fl_dualpriv.pruning.towers import ImageTower, vision_tower
+from fl_dualpriv.pruning.visual_tokens import TokenPruner, depth_of
+
+
+def n_visual_tokens(vision_model: nn.Module, pruner: TokenPruner) -> int:
+    """Tokens of an image that `pruned_hidden` leaves.
+
+    Raises:
+        ConfigError: If the tower cannot be read, lacks the layer, or has too few patches for the pruner.
+    """
+    return pruner.n_tokens(_read(vision_model, pruner)[0].n_patches)
+
+
+@torch.no_grad()
+def pruned_hidden(vision_model: nn.Module, pixel_values: Tensor, pruner: TokenPruner) -> Tensor:
+    """Patches of a hidden state, pruned and fused; no block behind that state runs.
+
+    A LLaVA-type model reads the hidden state that it was trained on (``vision_feature_layer``): ``pruner.layer`` should
+    be that one. Of CLIP, patches are scored by what CLS pays them; of SigLIP, by the mean of what all patches pay.
+
+    Guarantee:
+        Per image: no value of one image enters another's tokens, if the pruner keeps its promise. A map of single
+        records from public weights, so it costs no privacy and gives none: fusion noise, if the pruner adds it, has NO
+        ε. If nothing is pruned the result is exactly ``hidden_states[layer]`` of the model without CLS.
+
+    Args:
+        vision_model: ``CLIPVisionModel`` or ``SiglipVisionModel`` of transformers, in any precision.
+        pixel_values: (n, 3, height, width).
+        pruner: Where and what to prune.
+
+    Returns:
+        (n, K + k, width) in the tower's type; no gradient.
+
+    Raises:
+        ConfigError: If the tower cannot be read, lacks the layer, or has too few patches for the pruner.
+
+    Reference:
+        Dual-Priv (arXiv:2506.07077), Mechanism 1, steps 1-8; the paper's V' starts with v_cls, which LLaVA drops.
+    """
+    tower, depth = _read(vision_model, pruner)
+    if pruner.keeps_all(tower.n_patches):
+        return tower.hidden(pixel_values, depth)[:, tower.n_prefix :]
+    return tower.pruned(pixel_values, depth, pruner)[:, tower.n_prefix :]
+
+
+def _read(vision_model: nn.Module, pruner: TokenPruner) -> tuple[ImageTower, int]:
+    tower = vision_tower(vision_model)
+    return tower, depth_of(pruner.layer, len(tower.blocks), behind=0)
