@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clients.dualpriv import Participant
-from fl_dualpriv.client import PersonalState
+from fl_dualpriv.client import ClientData, PersonalState
 from fl_dualpriv.privacy.noise import gaussian_noise
 from fl_dualpriv.privacy.per_example import Batches, summed_gradient
 from fl_dualpriv.prompts.lowrank import carriers
@@ -75,6 +75,7 @@ class _Client:
 
     def __init__(self, participant: Participant, training: PublishedTraining, global_prompt: Tensor) -> None:
         self.training, self.state, self.upload = training, participant.state, torch.zeros_like(global_prompt)
+        assert isinstance(participant.data, ClientData)  # published for image classification alone
         self._data, self._random = participant.data, participant.random
         self._order = np.argsort(self._random("shuffle", 0).uniforms(self._data.num_examples))
         self._size = min(training.batch_size, self._data.num_examples)

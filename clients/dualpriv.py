@@ -6,24 +6,22 @@ residual are all post-processing. Clients of a cohort step together through one 
 theirs: batches, clipped sums, noise and prompts never mix.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.client import ClientData, PersonalState
+from fl_dualpriv.client import PersonalState
 from fl_dualpriv.methods import MethodParts
-from fl_dualpriv.privacy.clipping import ClippedSum, check_exact, clipped_feature_sum
+from fl_dualpriv.objective import Objective, Records, StepGradients
+from fl_dualpriv.privacy.clipping import ClippedSum, check_exact
 from fl_dualpriv.privacy.noise import RandomSource, poisson_sample
-from fl_dualpriv.privacy.per_example import Batches, clipped_sums, summed_gradient
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.privacy.release import release
 from fl_dualpriv.prompts.lowrank import carriers, cut_to_rank, tangent_projection
-from fl_dualpriv.prompts.tower import ClassFeatures, PromptTower
 from fl_dualpriv.pruning.updates import prune_update
 
 
@@ -37,9 +35,6 @@ class LocalTraining:
         global_learning_rate: For p_G.
         local_learning_rate: For p_L.
         update_keep_ratio: Share of context tokens whose update is kept.
-        top_m: Residuals that each example back-propagates; 0 = all, exact.
-        noise_space: Where to clip and noise: gradients of the prompt, or of the class features.
-        workspace_bytes: Bound on the activations of one backward pass.
     """
 
     local_steps: int
@@ -47,9 +42,6 @@ class LocalTraining:
     global_learning_rate: float
     local_learning_rate: float
     update_keep_ratio: float
-    top_m: int
-    noise_space: Literal["prompt", "feature"]
-    workspace_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +57,7 @@ class Participant:
 
     partition: int
     state: PersonalState
-    data: ClientData
+    data: Records
     random: Callable[[str, int], RandomSource]
 
 
@@ -82,8 +74,7 @@ def cohort_update(
     *,
     global_prompt: Tensor,
     participants: Sequence[Participant],
-    tower: PromptTower,
-    logit_scale: float,
+    objective: Objective[Any],
     parts: MethodParts,
     training: LocalTraining,
     plan: RecordLevelPlan | None,
@@ -102,8 +93,7 @@ def cohort_update(
     Args:
         global_prompt: p_G of this round, (n_ctx, ctx_dim).
         participants: The clients; their numbers of records may differ.
-        tower: Prompts → class features.
-        logit_scale: CLIP's inverse temperature.
+        objective: Loss of their records under prompts.
         parts: Which prompts exist and move.
         training: Step sizes and counts.
         plan: Record-level DP, or None for the non-private method.
@@ -120,7 +110,7 @@ def cohort_update(
         personal=torch.stack([p.state.personal for p in participants]),
         carrier=torch.stack([p.state.carrier for p in participants]),
     )
-    pool = _Pool(participants)
+    pooled = objective.over([p.data for p in participants])
     sizes = torch.tensor([p.data.num_examples for p in participants], device=global_prompt.device)
     expected = (training.sampling_rate * sizes.to(torch.float64))[:, None, None]
     trusts_server = plan is not None and plan.trusts_server
@@ -128,26 +118,23 @@ def cohort_update(
     exact = plan is not None and plan.arithmetic == "integer"
     if exact:
         check_exact(max(p.data.num_examples for p in participants))
+    picked: list[np.ndarray] = []
     for step in range(training.local_steps):
-        order, batches = pool.batches(step, training.sampling_rate)
+        if not picked or training.sampling_rate < 1:
+            picked = _batches(participants, step, training.sampling_rate)
         effective = prompts.own_global + prompts.personal if parts.personal else prompts.own_global
-        features = tower(effective if order is None else effective[order])
-        inverse = None if order is None else torch.argsort(order)
+        gradients = pooled.at(effective, picked)
         if plan is None:
-            summed = _reordered(summed_gradient(features, batches, logit_scale), inverse)
+            summed = gradients.sums()
         else:
-            clean = _clean_sums(features, batches, logit_scale, training, plan)
-            clean = clean if inverse is None else [clean[i] for i in inverse.tolist()]
+            clean = _clean_sums(gradients, plan)
             if clean_upload is not None:
                 factor = 1.0 if exact else training.global_learning_rate  # in integers the server applies it
                 clean_upload -= factor * torch.stack([c.value for c in clean])
                 if not parts.personal:
                     continue  # nothing local is released or moved
             noised = [_release(c, plan, p.random("noise", step)) for c, p in zip(clean, participants, strict=True)]
-            summed = torch.stack(noised)
-            if training.noise_space == "feature":
-                noised_features = _reordered(summed.to(global_prompt.dtype), order)
-                summed = _reordered(features.vjp(noised_features[:, None])[:, 0], inverse)
+            summed = gradients.to_prompts(torch.stack(noised))
         mean = summed.div_(expected.to(summed.dtype)).to(global_prompt.dtype)
         gradient = prune_update(mean, training.update_keep_ratio)
         if parts.shared and not trusts_server:
@@ -161,60 +148,16 @@ def cohort_update(
     ]
 
 
-class _Pool:
-    """The cohort's records in one table, so that a step's batches are one look-up."""
-
-    def __init__(self, participants: Sequence[Participant]) -> None:
-        self._participants = participants
-        self._features = torch.cat([p.data.features for p in participants])
-        self._labels = torch.cat([p.data.labels for p in participants])
-        ends = np.cumsum([p.data.num_examples for p in participants])
-        self._starts = [0, *ends[:-1].tolist()]
-
-    def batches(self, step: int, rate: float) -> tuple[Tensor | None, Batches]:
-        """Every client's Poisson batch, largest first; and which client stands where (None: as they are)."""
-        if rate == 1:  # every coin is certain: no need to draw, nor to look up twice
-            return self._everything
-        return self._gather(
-            [poisson_sample(p.random("batch", step), p.data.num_examples, rate) for p in self._participants]
-        )
-
-    @functools.cached_property
-    def _everything(self) -> tuple[Tensor | None, Batches]:
-        return self._gather([np.arange(p.data.num_examples) for p in self._participants])
-
-    def _gather(self, picked: list[np.ndarray]) -> tuple[Tensor | None, Batches]:
-        """Look up each client's records, which are counted from its own first one."""
-        order = sorted(range(len(picked)), key=lambda i: -len(picked[i]))
-        batches = Batches.gather(self._features, self._labels, [picked[i] + self._starts[i] for i in order])
-        as_they_are = order == list(range(len(order)))
-        return None if as_they_are else torch.tensor(order, device=self._features.device), batches
+def _batches(participants: Sequence[Participant], step: int, rate: float) -> list[np.ndarray]:
+    """Every client's own Poisson batch; at rate 1 every coin is certain and none is drawn."""
+    if rate == 1:
+        return [np.arange(p.data.num_examples) for p in participants]
+    return [poisson_sample(p.random("batch", step), p.data.num_examples, rate) for p in participants]
 
 
-def _reordered(rows: Tensor, order: Tensor | None) -> Tensor:
-    return rows if order is None else rows[order]
-
-
-def _clean_sums(
-    features: ClassFeatures, batches: Batches, logit_scale: float, training: LocalTraining, plan: RecordLevelPlan
-) -> list[ClippedSum]:
-    """Each client's clipped sum, in the order of ``batches``: of prompt gradients, or of class-feature gradients."""
-    if training.noise_space == "feature":
-        return [
-            clipped_feature_sum(
-                classes, batches.features[own], batches.labels[own], logit_scale, plan.clip_norm, plan.arithmetic
-            )
-            for classes, own in zip(features.values, batches.rows(), strict=True)
-        ]
-    return clipped_sums(
-        features,
-        batches,
-        logit_scale,
-        plan.clip_norm,
-        workspace_bytes=training.workspace_bytes,
-        top_m=training.top_m,
-        arithmetic=plan.arithmetic,
-    )
+def _clean_sums(gradients: StepGradients, plan: RecordLevelPlan) -> list[ClippedSum]:
+    """Each client's clipped sum: what the noise is about to be added to."""
+    return gradients.clipped_sums(plan.clip_norm, plan.arithmetic)
 
 
 def _release(clean: ClippedSum, plan: RecordLevelPlan, source: RandomSource) -> Tensor:

@@ -5,8 +5,8 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from fl_dualpriv import wire
 from fl_dualpriv.client import ClientFolder
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import ConfigError, PrivacyError, type_alone
-from fl_dualpriv.evaluation import Score, count_by_class, split_counts
+from fl_dualpriv.evaluation import Score, split_counts
 from fl_dualpriv.memory import peak_bytes
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.peak_memory import report_peak
@@ -22,8 +22,7 @@ from fl_dualpriv.plans import held_out_is_given, may_score, record_level_plan
 from fl_dualpriv.privacy.budget import Budget
 from fl_dualpriv.privacy.noise import random_sources
 from fl_dualpriv.privacy.plan import round_terms
-from fl_dualpriv.prompts.tower import PromptTower
-from fl_dualpriv.world import build_world
+from fl_dualpriv.world import Counts, build_world, held_groups
 
 _log = logging.getLogger("fl_dualpriv")
 
@@ -42,7 +41,7 @@ class Setting:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.world = build_world(config)
-        self.tower = self.world.tower(config.prompt)
+        self.objective = self.world.objective(config)
         self.parts = METHODS[config.method]
         self.plan = record_level_plan(config)
         self.sources = random_sources(config.privacy.randomness)
@@ -51,7 +50,7 @@ class Setting:
         self.prompt_shape = self.world.prompt_shape(config.prompt)
         self.may_score = may_score(config)
         self.held_out_is_given = held_out_is_given(config.data, config.evaluation)
-        self._counts: tuple[tuple[str, bytes], tuple[Tensor, Tensor]] | None = None
+        self._counts: tuple[tuple[str, bytes], Counts] | None = None
 
     @property
     def keeps_state(self) -> bool:
@@ -60,37 +59,36 @@ class Setting:
 
     @functools.cached_property
     def held(self) -> Tensor:
-        """Whether a client holds a class, (population, n_cls) bool; public metadata."""
-        labels = self.world.data.train.labels
-        table = np.zeros((len(self.world.partitions), len(self.world.data.train.class_names)), dtype=bool)
-        for partition, indices in enumerate(self.world.partitions):
-            table[partition, labels[indices]] = True
-        return torch.from_numpy(table)
+        """Whether a client holds a group, (population, group) bool; public metadata."""
+        return held_groups(self.world)
 
-    def shared_counts(self, kind: wire.PromptKind, prompt: Tensor) -> tuple[Tensor, Tensor]:
-        """Correct and all held-out images per class for a prompt that all clients share; the last one is kept."""
+    def shared_counts(self, kind: wire.PromptKind, prompt: Tensor) -> Counts:
+        """Right and all held-out records per group for a prompt that all clients share; the last one is kept."""
         key = (kind, b"" if kind == "zero-shot" else prompt.numpy().tobytes())
         if self._counts is None or self._counts[0] != key:
-            with torch.no_grad():
-                if kind == "zero-shot":
-                    classes = self.world.text.zero_shot_features()
-                else:
-                    classes = self.tower(prompt[None].to(self.world.backbone.device)).values[0]
-            self._counts = key, self.count(classes)
+            if kind == "zero-shot":
+                counts = self.world.zero_shot_counts(self.config)
+            else:
+                (counts,) = self.world.counts(prompt[None], self.config)
+            self._counts = key, counts
         return self._counts[1]
 
-    def count(self, class_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Correct and all held-out images per class for these class features."""
-        images = self.world.held_out(self.config.evaluation.split)
-        return count_by_class(class_features, images.features, images.labels, self.held.shape[1])
+
+class Sized(Protocol):
+    """A tower or an objective: what says how much one more prompt takes."""
+
+    @property
+    def bytes_per_prompt(self) -> int:
+        """Memory of one prompt on its way, roughly."""
+        ...
 
 
-def prompts_at_once(tower: PromptTower, workspace_bytes: int, device: torch.device) -> int:
-    """How many prompts may go through the tower together; at least one. Splits the work, never changes a result."""
-    fitting = max(1, workspace_bytes // max(1, tower.bytes_per_prompt))
+def prompts_at_once(sized: Sized, workspace_bytes: int, device: torch.device) -> int:
+    """How many prompts may run together; at least one. Splits the work, never changes a result."""
+    fitting = max(1, workspace_bytes // max(1, sized.bytes_per_prompt))
     if device.type == "cuda":
         return fitting
-    return min(fitting, max(_CPU_PROMPTS, _CPU_CACHE_BYTES // max(1, tower.bytes_per_prompt)))
+    return min(fitting, max(_CPU_PROMPTS, _CPU_CACHE_BYTES // max(1, sized.bytes_per_prompt)))
 
 
 def chunks(partitions: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -208,7 +206,7 @@ class Node:
         scores: dict[int, Score] = {}
         device = setting.world.backbone.device
         n_ctx, ctx_dim = task.global_prompt.shape
-        size = prompts_at_once(setting.tower, setting.config.resources.workspace_mib * 2**20, device)
+        size = prompts_at_once(setting.objective, setting.config.resources.workspace_mib * 2**20, device)
         for group in chunks(partitions, size):
             prompts: dict[int, Tensor] = {}
             for p in group:
@@ -219,10 +217,9 @@ class Node:
                     failed.add([p], error)
             if not prompts:
                 continue
-            with torch.no_grad():
-                classes = setting.tower(torch.stack(list(prompts.values())).to(device)).values
-            for p, features in zip(prompts, classes, strict=True):
-                (scores[p],) = split_counts(*setting.count(features), setting.held[p : p + 1])
+            counts = setting.world.counts(torch.stack(list(prompts.values())), setting.config)
+            for p, counted in zip(prompts, counts, strict=True):
+                (scores[p],) = split_counts(*counted, setting.held[p : p + 1])
         return wire.Scores(partitions=tuple(scores), values=list(scores.values()), failed=failed)
 
     def report_memory(self) -> None:

@@ -18,6 +18,7 @@ from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey
 from fl_dualpriv.privacy.plan import check_terms
+from fl_dualpriv.prompts.classification import Classification
 
 _MOST_LOCKS = 256  # a lock is an open file, and a process may have about a thousand
 
@@ -56,7 +57,7 @@ class TrainRound:
                 self._node.folder(self._node.index).log_refusal(self._task.run_token, "train", str(error))
             raise
         # Half of the workspace for prompts on their way through the tower, half for rows on their way back.
-        size = prompts_at_once(setting.tower, setting.config.resources.workspace_mib * 2**19, self._prompt.device)
+        size = prompts_at_once(setting.objective, setting.config.resources.workspace_mib * 2**19, self._prompt.device)
         for group in chunks(partitions, min(size, _MOST_LOCKS) if setting.plan is not None else size):
             self._train(group)
         values = list(self._uploads.values())
@@ -170,18 +171,18 @@ class TrainRound:
         """The round of some clients: ours, or DP-FPL's as published."""
         setting = self._setting
         if setting.parts.published_procedure:
+            assert isinstance(setting.objective, Classification)  # the configuration allows no other
             return published_updates(
                 global_prompt=self._prompt,
                 participants=ready,
-                tower=setting.tower,
-                logit_scale=setting.world.logit_scale,
+                tower=setting.objective.tower,
+                logit_scale=setting.objective.logit_scale,
                 training=functools.partial(published_training, setting.config),
             )
         return cohort_update(
             global_prompt=self._prompt,
             participants=ready,
-            tower=setting.tower,
-            logit_scale=setting.world.logit_scale,
+            objective=setting.objective,
             parts=setting.parts,
             training=local_training(setting.config),
             plan=setting.plan,
@@ -208,9 +209,6 @@ def local_training(config: RunConfig) -> LocalTraining:
         global_learning_rate=config.train.global_learning_rate,
         local_learning_rate=config.train.local_learning_rate,
         update_keep_ratio=config.pruning.update_keep_ratio,
-        top_m=config.train.top_m,
-        noise_space=config.privacy.record.noise_space,
-        workspace_bytes=config.resources.workspace_mib * 2**20,
     )
 
 

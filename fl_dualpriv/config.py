@@ -38,13 +38,15 @@ class TrainConfig:
     global_learning_rate: float
     local_learning_rate: float
     top_m: int
+    optimizer: Literal["sgd", "momentum", "adam"]
+    momentum: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig:
     """Kind, shape and start of the prompt; ``rank <= ctx_dim`` is checked once the backbone is known."""
 
-    learner: Literal["context", "head"]
+    learner: Literal["context", "head", "lora"]
     n_ctx: int
     rank: int
     init: Literal["template", "random"]
@@ -52,11 +54,25 @@ class PromptConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PruningConfig:
-    """Dual-Priv pruning of visual tokens and of updates; a keep ratio of 1 switches it off."""
+    """Dual-Priv pruning of visual tokens and of updates; a keep ratio of 1 switches it off.
+
+    ``visual_fused`` is k, the number of tokens into which the pruned ones are fused; ``visual_fusion_noise`` says what
+    the published text may mean by its scale, and never has an ε. ``update_warm_up`` counts local steps.
+    """
 
     visual_keep_ratio: float
     visual_layer: int
+    visual_score: Literal["attention", "random"]
+    visual_fused: int
+    visual_merge: Literal["attention", "average", "sum"]
+    visual_fusion_noise: Literal["off", "sum", "mean", "absolute"]
+    visual_fusion_std: float
     update_keep_ratio: float
+    update_rule: Literal["noised", "random", "past", "random-past", "shrink"]
+    update_block: Literal["token", "component", "coordinate"]
+    update_warm_up: int
+    update_exploration: float
+    update_frozen: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,23 +115,29 @@ class PrivacyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images, and how they are divided among clients."""
+    """Which images or questions about images, and how they are divided among clients; ``max_tokens`` is public."""
 
-    ref: Literal["auto", "demo", "folder"]
+    ref: Literal["auto", "demo", "folder", "demo-vqa", "questions"]
     path: str
     classes: str
     augmentation: Literal["none", "flip"]
-    partition: Literal["iid", "by-class", "dirichlet"]
+    max_tokens: int
+    partition: Literal["iid", "by-class", "by-image", "dirichlet"]
     dirichlet_alpha: float
     val_fraction: float
     test_fraction: float
 
     @property
-    def source(self) -> Literal["demo", "folder"]:
+    def source(self) -> Literal["demo", "folder", "demo-vqa", "questions"]:
         """What ``ref`` means: ``auto`` is a folder if there is a path."""
         if self.ref == "auto":
             return "folder" if self.path.strip() else "demo"
         return self.ref
+
+    @property
+    def asks_questions(self) -> bool:
+        """Whether records are questions about images, for a multimodal language model."""
+        return self.source in ("demo-vqa", "questions")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,6 @@
-"""What a flat run config must satisfy: types, choices, ranges, and rules between keys. Nothing here raises.
+"""What a flat run config must satisfy: types, choices and ranges; then the rules of ``config_cross_rules.py``.
+
+Nothing here raises.
 
 Every message is one line: key, value, what is allowed, what to do. All problems are collected; a rule is skipped when
 a key that it reads has a problem of its own.
@@ -12,12 +14,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
+from fl_dualpriv.config_cross_rules import CROSS_RULES, CrossRule, Values
+
 ConfigValue = bool | int | float | str
-Values = Mapping[str, Any]
 
 _IGNORED_PREFIX = "plugin."
 _PATH_KEYS = ("data.path", "data.classes", "output.dir", "resources.feature-cache")
-_WITHOUT_SHARED_PROMPT = ("local-only", "zero-shot")
 
 
 class Range(NamedTuple):
@@ -25,15 +27,6 @@ class Range(NamedTuple):
 
     accepts: Callable[[Any], bool]
     allowed: str
-    advice: str
-
-
-class CrossRule(NamedTuple):
-    """What several keys must satisfy together; ``holds`` reads ``keys`` alone, and the first is to blame."""
-
-    keys: tuple[str, ...]
-    holds: Callable[[Values], bool]
-    need: str
     advice: str
 
 
@@ -79,8 +72,16 @@ RANGES: dict[str, Range] = {
     "prompt.n-ctx": _at_least_one("4 is usual"),
     "prompt.rank": _at_least_one('for no factorisation set method = "full"'),
     "pruning.visual-keep-ratio": _KEEP,
-    "pruning.visual-layer": _at_least_one("it counts the blocks before pruning"),
+    "pruning.visual-layer": Range(
+        lambda x: x >= 1 or x <= -2, "a whole number >= 1 or <= -2", "-2 is after all blocks but the last"
+    ),
+    "pruning.visual-fused": Range(lambda x: x >= 0, "a whole number >= 0", "0 drops the pruned tokens"),
+    "pruning.visual-fusion-std": Range(lambda x: x >= 0, ">= 0", "it is not privacy: 1 is what the paper's text says"),
     "pruning.update-keep-ratio": _KEEP,
+    "pruning.update-warm-up": Range(lambda x: x >= 1, "a whole number >= 1", "a mask needs an earlier release"),
+    "pruning.update-exploration": Range(lambda x: 0 <= x <= 1, "in [0, 1]", "0 never looks at a pruned block again"),
+    "train.momentum": Range(lambda x: 0 <= x < 1, "in [0, 1)", "0.9 is usual"),
+    "data.max-tokens": Range(lambda x: x >= 2, "a whole number >= 2", "give what the longest question needs"),
     "privacy.record.epsilon": _NOISE,
     "privacy.record.noise-multiplier": _NOISE,
     "privacy.record.delta": _DELTA,
@@ -115,150 +116,6 @@ RANGES: dict[str, Range] = {
         lambda x: x == "" or Path(x).is_absolute(), "empty or an absolute path", "write the path from the root"
     ),
 }
-
-_RECORD, _CLIENT, _TRUSTS = "privacy.record.mechanism", "privacy.client.mechanism", "privacy.record.trusts-server"
-_PATH_NEEDED = 'must be the directory of the images when data.ref = "folder"'
-
-CROSS_RULES: tuple[CrossRule, ...] = (
-    CrossRule(
-        ("prompt.rank", "prompt.n-ctx", "prompt.learner"),
-        lambda v: v["prompt.rank"] <= v["prompt.n-ctx"] or v["prompt.learner"] == "head",
-        "must be at most prompt.n-ctx",
-        "lower the rank or add context tokens",
-    ),
-    CrossRule(
-        ("supernodes", "population"),
-        lambda v: v["supernodes"] <= v["population"],
-        "must be at most population",
-        "0 gives every client a node of its own",
-    ),
-    CrossRule(
-        ("prompt.learner", "method"),
-        lambda v: v["prompt.learner"] == "context" or v["method"] in ("promptfl", "full", "zero-shot"),
-        'must be "context" for this method: the head\'s own parameters are low-rank factors already',
-        'set it to "context", or method = "promptfl", "full" or "zero-shot"',
-    ),
-    CrossRule(
-        ("train.top-m", _RECORD),
-        lambda v: v["train.top-m"] == 0 or v[_RECORD] == "gaussian",
-        'needs privacy.record.mechanism = "gaussian": without per-example gradients it saves nothing',
-        "set it to 0",
-    ),
-    CrossRule(
-        ("train.top-m", "method"),
-        lambda v: v["train.top-m"] == 0 or v["method"] != "dpfpl-paper",
-        "must be 0, as published",
-        'set it to 0, or set method = "dpfpl"',
-    ),
-    CrossRule(
-        ("privacy.record.noise-space", "train.top-m"),
-        lambda v: v["privacy.record.noise-space"] == "prompt" or v["train.top-m"] == 0,
-        'as "feature" has one backward pass for the whole batch, so top-m must be 0',
-        "set train.top-m = 0",
-    ),
-    CrossRule(
-        ("privacy.record.noise-space", "method"),
-        lambda v: v["privacy.record.noise-space"] == "prompt" or v["method"] != "dpfpl-paper",
-        'must be "prompt", as published',
-        'set it to "prompt", or set method = "dpfpl"',
-    ),
-    CrossRule(
-        ("privacy.record.noise-space", _TRUSTS),
-        lambda v: v["privacy.record.noise-space"] == "prompt" or not v[_TRUSTS],
-        'must be "prompt" when the server adds the noise: it goes on sums of prompt gradients',
-        "set trusts-server = false",
-    ),
-    CrossRule(
-        ("data.path", "data.ref"),
-        lambda v: v["data.ref"] != "folder" or v["data.path"].strip() != "",
-        _PATH_NEEDED,
-        'set data.path, or data.ref = "demo"',
-    ),
-    CrossRule(
-        ("data.path", "data.ref"),
-        lambda v: v["data.ref"] != "demo" or v["data.path"] == "",
-        'must be empty when data.ref = "demo"',
-        'did you mean data.ref = "folder"?',
-    ),
-    CrossRule(
-        ("data.classes", "data.ref", "data.path"),
-        lambda v: v["data.classes"] == "" or v["data.ref"] == "folder" or (v["data.ref"] == "auto" and v["data.path"]),
-        "must be empty for the demo's images",
-        'did you mean data.ref = "folder"?',
-    ),
-    CrossRule(
-        ("data.test-fraction", "data.val-fraction"),
-        lambda v: v["data.test-fraction"] + v["data.val-fraction"] < 1,
-        "must be less than 1 together with data.val-fraction",
-        "leave a share for training",
-    ),
-    CrossRule(
-        ("privacy.client.expected-cohort", "population", _CLIENT),
-        lambda v: v[_CLIENT] == "none" or v["privacy.client.expected-cohort"] <= v["population"],
-        "must be at most population",
-        "lower it, or raise population",
-    ),
-    CrossRule(
-        (_CLIENT, "method"),
-        lambda v: v[_CLIENT] == "none" or v["method"] not in _WITHOUT_SHARED_PROMPT,
-        'must be "none" for a method that shares no prompt',
-        'set it to "none", or choose a method that shares, for example "dpfpl"',
-    ),
-    CrossRule(
-        (_TRUSTS, _RECORD),
-        lambda v: not v[_TRUSTS] or v[_RECORD] == "gaussian",
-        'needs privacy.record.mechanism = "gaussian"',
-        "set the mechanism, or trusts-server = false",
-    ),
-    CrossRule(
-        (_TRUSTS, "train.local-steps"),
-        lambda v: not v[_TRUSTS] or v["train.local-steps"] == 1,
-        "needs train.local-steps = 1, since a client uploads one clipped sum per round",
-        "set train.local-steps = 1, or trusts-server = false",
-    ),
-    CrossRule(
-        (_TRUSTS, _CLIENT),
-        lambda v: not v[_TRUSTS] or v[_CLIENT] == "none",
-        'needs privacy.client.mechanism = "none"',
-        "choose one of the two placements of the server's noise",
-    ),
-    CrossRule(
-        (_TRUSTS, "method"),
-        lambda v: not v[_TRUSTS] or v["method"] not in _WITHOUT_SHARED_PROMPT,
-        "needs a method that shares a prompt",
-        'set trusts-server = false, or choose a method that shares, for example "dpfpl"',
-    ),
-    CrossRule(
-        ("privacy.arithmetic", "method"),
-        lambda v: v["privacy.arithmetic"] == "float" or v["method"] != "dpfpl-paper",
-        'must be "float", as published',
-        'set it to "float", or set method = "dpfpl"',
-    ),
-    CrossRule(
-        ("privacy.arithmetic", _RECORD, _CLIENT),
-        lambda v: v["privacy.arithmetic"] == "float" or "gaussian" in (v[_RECORD], v[_CLIENT]),
-        'needs noise at one level: without it there is nothing for "integer" to protect',
-        'set it to "float", or a mechanism to "gaussian"',
-    ),
-    CrossRule(
-        ("method", _CLIENT),
-        lambda v: v["method"] != "dpfpl-paper" or v[_CLIENT] == "none",
-        'needs privacy.client.mechanism = "none", as published',
-        'switch it off, or set method = "dpfpl"',
-    ),
-    CrossRule(
-        ("method", _TRUSTS),
-        lambda v: v["method"] != "dpfpl-paper" or not v[_TRUSTS],
-        "needs privacy.record.trusts-server = false: it has its own placement of noise",
-        'switch it off, or set method = "dpfpl"',
-    ),
-    CrossRule(
-        ("method", "pruning.update-keep-ratio"),
-        lambda v: v["method"] != "dpfpl-paper" or v["pruning.update-keep-ratio"] == 1,
-        "needs pruning.update-keep-ratio = 1, as published",
-        'set it to 1, or set method = "dpfpl"',
-    ),
-)
 
 
 def check(types: Mapping[str, Any], flat: Mapping[str, ConfigValue]) -> tuple[dict[str, ConfigValue], list[str]]:

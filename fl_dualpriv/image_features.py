@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fl_dualpriv.backbones.backbone import Backbone, input_shape
+from fl_dualpriv.backbones.backbone import ImageEncoder, input_shape
 from fl_dualpriv.data.datasets import ImageDataset
 from fl_dualpriv.data.feature_cache import SHARD, FeatureTable, cache_key
 
@@ -31,7 +31,7 @@ _LIBRARIES = (
 
 
 class ImageFeatures:
-    """Unit-norm features of the images of one split.
+    """Features of the images of one split.
 
     Guarantee:
         Row i depends on image i and its place in the split, not on who asked or what else was asked for: features that
@@ -43,7 +43,7 @@ class ImageFeatures:
         root: Where features are kept; None: in memory only.
     """
 
-    def __init__(self, backbone: Backbone, images: ImageDataset, root: Path | None) -> None:
+    def __init__(self, backbone: ImageEncoder, images: ImageDataset, root: Path | None) -> None:
         self._backbone, self._images, self._root = backbone, images, root
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
@@ -74,7 +74,7 @@ class ImageFeatures:
         )
 
 
-def feature_cache_key(backbone: Backbone, images: ImageDataset) -> str:
+def feature_cache_key(backbone: ImageEncoder, images: ImageDataset) -> str:
     """Changes whenever a feature may change by one bit: images, model, libraries, hardware and shape of batches."""
     if backbone.device.type == "cuda":
         hardware = torch.cuda.get_device_name(backbone.device)
@@ -92,7 +92,7 @@ def _version(library: str) -> str:
 
 
 def encode_images(
-    backbone: Backbone, images: ImageDataset, indices: np.ndarray, mirrored: np.ndarray | None, *, pad: bool = False
+    backbone: ImageEncoder, images: ImageDataset, indices: np.ndarray, mirrored: np.ndarray | None, *, pad: bool = False
 ) -> tuple[np.ndarray, bool]:
     """Read some images and run them through the tower, `BATCH` at a time.
 
@@ -141,7 +141,7 @@ def _stack(tensors: Sequence[torch.Tensor | None], size: int) -> torch.Tensor | 
     return torch.stack([*(zero if tensor is None else tensor for tensor in tensors), *(size - len(tensors)) * [zero]])
 
 
-def _read(backbone: Backbone, images: ImageDataset, index: int) -> tuple[torch.Tensor | None, bool]:
+def _read(backbone: ImageEncoder, images: ImageDataset, index: int) -> tuple[torch.Tensor | None, bool]:
     """One image, preprocessed, None if it cannot be used; and whether that is final."""
     # Before and after, or a file that is replaced while it is decoded would pass for the one that was hashed.
     final, tensor, failure = images.unchanged(index), None, None

@@ -43,18 +43,17 @@ def actor_bytes(world: World, config: RunConfig) -> int:
 
 def _feature_bytes(world: World) -> int:
     """Features that stay in memory: all of one held-out split, and of the training images what is not on disk."""
-    data, row = world.data, 4 * world.backbone.embed_dim
-    training = row * len(data.train)
-    return (training if world.cache_root is None else min(training, IN_MEMORY)) + row * max(
-        len(data.val), len(data.test)
-    )
+    row = 4 * world.backbone.embed_dim
+    training, *held_out = (row * len(world.images(split)) for split in ("train", "val", "test"))
+    return (training if world.cache_root is None else min(training, IN_MEMORY)) + max(held_out)
 
 
 def _image_pixels(world: World) -> int:
     """Height times width of what the image tower reads, from the first image that can be read."""
-    for index in range(len(world.data.test)):
+    images = world.images("test")
+    for index in range(len(images)):
         try:
-            return math.prod(world.backbone.preprocess(world.data.test.image(index)).shape[-2:])
+            return math.prod(world.backbone.preprocess(images.image(index)).shape[-2:])
         except Exception:  # a bad record; the next one will do
             continue
     return _PIXELS

@@ -34,7 +34,7 @@ from fl_dualpriv.privacy.plan import (
 from fl_dualpriv.results import RunRecorder, build_summary
 from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy
 from fl_dualpriv.server_books import BudgetExhausted, ServerPrivacy
-from fl_dualpriv.world import build_world, initial_prompt, run_folder
+from fl_dualpriv.world import build_world, run_folder
 
 app = ServerApp()
 
@@ -75,7 +75,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
         )
 
     strategy = build_strategy(strategy_class, config, record, client, cards, hosts, recorder, report, options)
-    prompt = initial_prompt(config, world)
+    prompt = world.initial_prompt(config)
     zero_shot = final = stopped = None
     if strategy.evaluate_every:
         zero_shot = final = score_now(strategy, grid, prompt, "zero-shot", config.reply_timeout)

@@ -18,41 +18,70 @@ Precision = Literal["fp32", "bf16"]
 HUGGING_FACE = "hf:"
 
 
-class Backbone(Protocol):
-    """A frozen image tower and text tower with a joint feature space; evaluation mode, no parameter has a gradient.
+class ImageEncoder(Protocol):
+    """The frozen image side of a model, as far as data need it.
 
     Attributes:
         name: As configured.
-        ctx_dim: Width of a token embedding.
-        embed_dim: Width of the joint feature space.
-        context_length: Longest text, in tokens.
-        logit_scale: Factor on the cosine similarity (the exponential of the model's parameter). A bias of the logits,
-            as SigLIP has one, is the same for every class and cancels in a softmax.
+        embed_dim: Numbers in the features of an image.
         device: Where the model is.
-        pruner: Visual token pruner, or None.
-        rows: How a row of tokens is built around the words of a text.
-        fills_rows: Whether rows must have ``context_length`` tokens, because what stands after the end is seen.
-        text_stack: The text tower's weights where a prompt's prefix can be shared, else None.
-        plain_reason: Why ``text_stack`` is None; empty otherwise.
         visual_prompts: Whether the image tower reads trainable prompts, which rules out cached features.
     """
 
     name: str
-    ctx_dim: int
     embed_dim: int
-    context_length: int
-    logit_scale: float
     device: device
-    pruner: TokenPruner | None
-    rows: TokenRows
-    fills_rows: bool
-    text_stack: TextStack | None
-    plain_reason: str
     visual_prompts: bool
 
     def preprocess(self, image: PIL.Image.Image) -> Tensor:
         """The model's inference transform: float32 (3, height, width)."""
         ...
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Features of preprocessed images, (n, 3, height, width) → float32 (n, embed_dim); n may be 0.
+
+        Guarantee:
+            Per image: no value of one image enters another's features. A NaN image gives a NaN row of its own. The size
+            of the batch can change a feature by float rounding, since it changes the order of summation.
+        """
+        ...
+
+    @property
+    def feature_key(self) -> str:
+        """Changes whenever `image_features` of a file may change."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights, with a text tower's copies in other layouts and precisions."""
+        ...
+
+
+class Backbone(ImageEncoder, Protocol):
+    """A frozen image tower and text tower with a joint feature space; evaluation mode, no parameter has a gradient.
+
+    Image features have unit norm, and pass through the pruner if there is one.
+
+    Attributes:
+        ctx_dim: Width of a token embedding.
+        context_length: Longest text, in tokens.
+        logit_scale: Factor on the cosine similarity (the exponential of the model's parameter). A bias of the logits,
+            as SigLIP has one, is the same for every class and cancels in a softmax.
+        pruner: Visual token pruner, or None.
+        rows: How a row of tokens is built around the words of a text.
+        fills_rows: Whether rows must have ``context_length`` tokens, because what stands after the end is seen.
+        text_stack: The text tower's weights where a prompt's prefix can be shared, else None.
+        plain_reason: Why ``text_stack`` is None; empty otherwise.
+    """
+
+    ctx_dim: int
+    context_length: int
+    logit_scale: float
+    pruner: TokenPruner | None
+    rows: TokenRows
+    fills_rows: bool
+    text_stack: TextStack | None
+    plain_reason: str
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Token ids of whole rows, int64 (n, context_length), on the CPU."""
@@ -88,34 +117,9 @@ class Backbone(Protocol):
         """
         ...
 
-    def image_features(self, images: Tensor) -> Tensor:
-        """Unit-norm image features, through the pruner if there is one.
-
-        Guarantee:
-            Per image: no value of one image enters another's features. A NaN image gives a NaN row of its own. The size
-            of the batch can change a feature by float rounding, since it changes the order of summation.
-
-        Args:
-            images: Preprocessed, (n, 3, height, width); n may be 0.
-
-        Returns:
-            float32 (n, embed_dim).
-        """
-        ...
-
     @property
     def fingerprint(self) -> str:
         """First 16 hex digits of a SHA-256 over names, types, shapes and bytes of the weights."""
-        ...
-
-    @property
-    def feature_key(self) -> str:
-        """Changes whenever `image_features` of a file may change."""
-        ...
-
-    @property
-    def weight_bytes(self) -> int:
-        """Memory of the weights, with the text tower's copies in other layouts and precisions."""
         ...
 
 
@@ -148,6 +152,6 @@ def load_backbone(
 
 
 @functools.lru_cache(maxsize=4)
-def input_shape(backbone: Backbone) -> Size:
+def input_shape(backbone: ImageEncoder) -> Size:
     """What the model's preparation makes of an image: (3, height, width), from one that is nobody's."""
     return backbone.preprocess(PIL.Image.new("RGB", (48, 40))).shape

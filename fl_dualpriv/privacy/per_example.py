@@ -181,19 +181,24 @@ def clipped_sums(
     workspace_bytes: int,
     top_m: int = 0,
     arithmetic: Arithmetic = "float",
+    masks: Tensor | None = None,
 ) -> list[ClippedSum]:
     """Each client's sum of clipped per-example gradients, in the order of ``batches``; arguments as `gradient_blocks`.
+
+    ``masks``, (prompt, n_ctx, ctx_dim) of 0 and 1, multiply each gradient before it is clipped.
 
     Guarantee:
         As `clipped_sum` of that client's rows: adding or removing one of its records moves its value by at most
         ``clip_norm`` and no other client's. Float64. An empty batch gives zero. In integers the move is exactly that
         record's own integer row, as far as the rows of the others are the same bit by bit without it
-        (tests/guarantees/test_per_example.py).
+        (tests/guarantees/test_per_example.py). A mask is the same for all records of a client, so each term stays a
+        function of its own record, as long as the mask is made of public numbers.
     """
     totals = features.values.new_zeros(len(batches.counts), *features.prompt_shape, dtype=torch.float64)
     for prompts, _, rows in gradient_blocks(
         features, batches, logit_scale, workspace_bytes=workspace_bytes, top_m=top_m
     ):
+        rows = rows if masks is None else rows * masks[prompts, None]
         terms = bounded_rows(rows.flatten(0, 1), clip_norm, arithmetic)
         totals[prompts] += terms.unflatten(0, rows.shape[:2]).sum(dim=1)
     return [as_clipped_sum(total, clip_norm, arithmetic) for total in totals]

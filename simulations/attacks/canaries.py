@@ -30,12 +30,12 @@ from clients.training import local_training
 from fl_dualpriv.client import ClientData, PersonalState, fresh_state
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.image_world import ImageWorld, image_world
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.plans import record_level_plan
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, RandomSources, StreamKey, random_sources
 from fl_dualpriv.privacy.per_example import Batches, per_example_gradients
 from fl_dualpriv.privacy.plan import RecordLevelPlan
-from fl_dualpriv.world import World, build_world, initial_prompt
 from simulations.attacks.verdict import CANARIES, AuditResult, coins, judge, silenced
 
 _MOST_PER_CLIENT = 96
@@ -58,7 +58,7 @@ def audit_record_level(config: RunConfig, seed: int, *, canaries: int = CANARIES
         ConfigError: If there is no record-level ε to audit, or none that uploads show.
     """
     plan = _plan(config)
-    world = build_world(config)
+    world = image_world(config)
     return _Audit(config, plan, world, seed, canaries, noisy=noisy).run()
 
 
@@ -81,11 +81,11 @@ class _Audit:
     """One audit: clients, canaries and coins."""
 
     def __init__(
-        self, config: RunConfig, plan: RecordLevelPlan, world: World, seed: int, canaries: int, *, noisy: bool
+        self, config: RunConfig, plan: RecordLevelPlan, world: ImageWorld, seed: int, canaries: int, *, noisy: bool
     ) -> None:
         self._config, self._plan, self._world, self._seed, self._noisy = config, plan, world, seed, noisy
         self._parts, self._tower = METHODS[config.method], world.tower(config.prompt)
-        self._prompt = initial_prompt(config, world).to(world.backbone.device)
+        self._prompt = world.initial_prompt(config).to(world.backbone.device)
         self._features, self._labels = self._craft()
         per_client = len(self._labels)
         self._clients = -(-canaries // per_client)
@@ -143,8 +143,7 @@ class _Audit:
             results = cohort_update(
                 global_prompt=self._prompt,
                 participants=[self._participant(k, states[k], sources, server_round) for k in group],
-                tower=self._tower,
-                logit_scale=self._world.logit_scale,
+                objective=self._world.objective(self._config),
                 parts=self._parts,
                 training=local_training(self._config),
                 plan=self._plan,

@@ -28,6 +28,7 @@ from torch import Tensor
 from fl_dualpriv import wire
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.image_world import image_world
 from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.plans import client_level_plan, record_level_plan
 from fl_dualpriv.plugins import load_class, plugin_options
@@ -35,7 +36,6 @@ from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 from fl_dualpriv.privacy.plan import ClientLevelPlan
 from fl_dualpriv.results import RunRecorder
 from fl_dualpriv.server import RoundReport, RoundStrategy
-from fl_dualpriv.world import build_world, initial_prompt
 from simulations.attacks.verdict import CANARIES, AuditResult, coins, judge, silenced
 from simulations.server_app import build_strategy
 
@@ -62,7 +62,7 @@ def audit_client_level(config: RunConfig, seed: int, *, canaries: int = CANARIES
         )
     # One node that hosts everybody: how many nodes there are changes no result.
     config = replace(config, supernodes=1)
-    start = initial_prompt(config, build_world(config))
+    start = image_world(config).initial_prompt(config)
     # As many canaries as there are orthogonal directions; the other clients of a larger population send zeros.
     planted = min(config.population, start.numel())
     directions = _directions(planted, start.numel(), seed)

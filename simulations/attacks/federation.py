@@ -19,6 +19,7 @@ from fl_dualpriv import wire
 from fl_dualpriv.client import ClientData, PersonalState, fresh_state
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.image_world import image_world
 from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.plans import client_level_plan, record_level_plan
@@ -26,7 +27,6 @@ from fl_dualpriv.plugins import load_class, plugin_options
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from fl_dualpriv.results import RunRecorder
 from fl_dualpriv.server import RoundReport, RoundStrategy
-from fl_dualpriv.world import build_world, initial_prompt
 from simulations.server_app import build_strategy
 
 
@@ -58,10 +58,11 @@ class Federation:
             )
         # One node that hosts everybody: how many nodes there are changes no result.
         self.config = replace(config, supernodes=1, privacy=replace(config.privacy, randomness="seeded"))
-        self.world = build_world(self.config)
+        self.world = image_world(self.config)
         self.tower = self.world.tower(config.prompt)
+        self.objective = self.world.objective(config)
         self.plan, self.client_plan = record_level_plan(config), client_level_plan(config)
-        self.start = initial_prompt(config, self.world)
+        self.start = self.world.initial_prompt(config)
 
     @property
     def device(self) -> torch.device:
@@ -176,8 +177,7 @@ def client_updates(
     return cohort_update(
         global_prompt=prompt,
         participants=participants,
-        tower=federation.tower,
-        logit_scale=federation.world.logit_scale,
+        objective=federation.objective,
         parts=federation.parts,
         training=local_training(federation.config),
         plan=federation.plan,

@@ -156,8 +156,7 @@ def _upload(federation: Federation, prompt: Tensor, batch: ClientData, seed: int
         results = cohort_update(
             global_prompt=prompt,
             participants=[participant],
-            tower=federation.tower,
-            logit_scale=federation.world.logit_scale,
+            objective=federation.objective,
             parts=federation.parts,
             training=replace(local_training(config), local_steps=1, sampling_rate=1.0),
             plan=federation.plan,

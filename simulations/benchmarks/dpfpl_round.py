@@ -27,6 +27,7 @@ from fl_dualpriv.client import ClientData, PersonalState, fresh_state  # noqa: E
 from fl_dualpriv.methods import METHODS  # noqa: E402
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, gaussian_noise  # noqa: E402
 from fl_dualpriv.privacy.plan import RecordLevelPlan  # noqa: E402
+from fl_dualpriv.prompts.classification import Classification  # noqa: E402
 from fl_dualpriv.prompts.lowrank import carriers  # noqa: E402
 from simulations.benchmarks.harness import assert_equal, emit, interleaved, relative_difference, timed  # noqa: E402
 from simulations.benchmarks.towers import TOY, VIT_B_16, Setting, make_model, make_setting  # noqa: E402
@@ -171,8 +172,13 @@ def our_round(
     return cohort_update(
         global_prompt=task.setting.prompts[0],
         participants=participants(task, features),
-        tower=task.setting.ours,
-        logit_scale=task.setting.scale,
+        objective=Classification(
+            tower=task.setting.ours,
+            logit_scale=task.setting.scale,
+            top_m=0,
+            noise_space=noise_space,
+            workspace_bytes=512 * 2**20,
+        ),
         parts=METHODS["dpfpl"],
         training=LocalTraining(
             local_steps=steps,
@@ -180,9 +186,6 @@ def our_round(
             global_learning_rate=LEARNING_RATE,
             local_learning_rate=LEARNING_RATE,
             update_keep_ratio=1.0,
-            top_m=0,
-            noise_space=noise_space,
-            workspace_bytes=512 * 2**20,
         ),
         plan=plan if private else None,
     )

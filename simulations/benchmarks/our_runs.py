@@ -93,14 +93,14 @@ def export_task(kind: Kind, changes: Mapping[str, ConfigValue]) -> PeerTask:
     Raises:
         ValueError: If the clients do not hold equally many records; the peers here take the plain mean.
     """
-    from fl_dualpriv.world import build_world, initial_prompt
+    from fl_dualpriv.image_world import image_world
 
     config = full_config(changes)
-    world = build_world(config)
+    world = image_world(config)
     clients = [world.client_data(partition, 1) for partition in range(config.population)]
     if len({client.num_examples for client in clients}) != 1:
         raise ValueError("the clients hold unequally many records")
-    backbone, start = world.backbone, initial_prompt(config, world)
+    backbone, start = world.backbone, world.initial_prompt(config)
     if kind == "head":
         frozen = {"zero-shot": world.text.zero_shot_features()}
     else:

@@ -17,10 +17,10 @@ import torch  # noqa: E402
 from opacus.grad_sample import GradSampleModule  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from fl_dualpriv.image_world import image_world  # noqa: E402
 from fl_dualpriv.privacy.clipping import clipped_feature_sum, clipped_sum  # noqa: E402
 from fl_dualpriv.privacy.per_example import clipped_sums, per_example_gradients, residuals  # noqa: E402
 from fl_dualpriv.prompts.shared_prefix import SharedPrefixTower  # noqa: E402
-from fl_dualpriv.world import build_world, initial_prompt  # noqa: E402
 from simulations.benchmarks.harness import BENCH_DIR, assert_equal, emit, interleaved, relative_difference, timed  # noqa: E402
 from simulations.benchmarks.our_runs import full_config  # noqa: E402
 from simulations.benchmarks.towers import (  # noqa: E402
@@ -119,14 +119,14 @@ def top_m_bias(setting: Setting) -> dict[int, float]:
 def on_the_demo(setting: Setting) -> Setting:
     """The embedded demo: its tower, all 100 names, one client's real records. Random features say little about bias."""
     config = full_config({"resources.device": "cpu", "resources.feature-cache": str(BENCH_DIR / "features")})
-    world = build_world(config)
+    world = image_world(config)
     data = world.client_data(0, 1)
     tower = world.text.tower
     assert isinstance(tower, SharedPrefixTower)
     return replace(
         setting,
         ours=tower,
-        prompts=initial_prompt(config, world)[None],
+        prompts=world.initial_prompt(config)[None],
         images=data.features[None],
         labels=data.labels[None],
         scale=world.backbone.logit_scale,

@@ -12,8 +12,8 @@ from PIL import Image
 
 from fl_dualpriv import wire
 from fl_dualpriv.backbones.open_clip import OpenClipBackbone
+from fl_dualpriv.image_world import ImageWorld
 from fl_dualpriv.local_engine import LocalGrid
-from fl_dualpriv.world import World
 from tests.app.client_node import OFFERED, Nodes, ask, evaluate, tiny_nodes, train
 
 BUDGET = """
@@ -136,7 +136,7 @@ def test_no_image_is_read_for_a_refused_round(owned: Start, monkeypatch: pytest.
     def never(*arguments: object) -> None:
         raise AssertionError("read")
 
-    monkeypatch.setattr(World, "client_data", never)
+    monkeypatch.setattr(ImageWorld, "client_data", never)
     terms = replace(OFFERED, clip_norm=2.0) if why == "other terms" else OFFERED
     reply = train(grid, 3 if why == "over the plan" else 1, terms=terms)
     (reason,) = wire.read_uploads(reply, (4, 32)).failed.values()

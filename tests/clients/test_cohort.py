@@ -13,6 +13,7 @@ from fl_dualpriv.client import ClientData, PersonalState, fresh_state
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from fl_dualpriv.privacy.plan import RecordLevelPlan
+from fl_dualpriv.prompts.classification import Classification
 from fl_dualpriv.prompts.head import LowRankHead
 from fl_dualpriv.prompts.learner import PromptedText
 from fl_dualpriv.prompts.tower import PromptTower
@@ -79,8 +80,13 @@ def update(
     results = cohort_update(
         global_prompt=start,
         participants=[participant(p, start) for p in members],
-        tower=tower,
-        logit_scale=20.0,
+        objective=Classification(
+            tower=tower,
+            logit_scale=20.0,
+            top_m=top_m,
+            noise_space="feature" if level == "feature" else "prompt",
+            workspace_bytes=workspace,
+        ),
         parts=METHODS[method],
         training=LocalTraining(
             local_steps=steps,
@@ -88,9 +94,6 @@ def update(
             global_learning_rate=0.7,
             local_learning_rate=0.9,
             update_keep_ratio=0.5,
-            top_m=top_m,
-            noise_space="feature" if level == "feature" else "prompt",
-            workspace_bytes=workspace,
         ),
         plan=plan,
     )

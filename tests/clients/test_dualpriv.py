@@ -18,6 +18,7 @@ from fl_dualpriv.privacy.clipping import clipped_sum
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, poisson_sample
 from fl_dualpriv.privacy.per_example import Batches, per_example_gradients
 from fl_dualpriv.privacy.plan import RecordLevelPlan
+from fl_dualpriv.prompts.classification import Classification
 from fl_dualpriv.prompts.lowrank import tangent_projection
 from fl_dualpriv.prompts.plain_tower import FunctionTower
 
@@ -37,9 +38,6 @@ TRAINING = LocalTraining(
     global_learning_rate=0.5,
     local_learning_rate=0.25,
     update_keep_ratio=1.0,
-    top_m=0,
-    noise_space="prompt",
-    workspace_bytes=7 * ROW_BYTES,
 )
 PLAN = RecordLevelPlan(
     clip_norm=0.8, noise_multiplier=1.3, sampling_rate=0.3, releases=3, delta=1e-5, trusts_server=False, personal=True
@@ -52,6 +50,7 @@ def features_of(prompt: Tensor) -> Tensor:
 
 
 TOWER = FunctionTower(features_of, bytes_per_row=ROW_BYTES)
+OBJECTIVE = Classification(tower=TOWER, logit_scale=SCALE, top_m=0, noise_space="prompt", workspace_bytes=7 * ROW_BYTES)
 
 
 class Half:
@@ -95,8 +94,7 @@ def run(method: str = "dpfpl", plan: RecordLevelPlan | None = PLAN, **changes: A
     arguments: dict[str, Any] = {
         "global_prompt": START,
         "participants": [participant],
-        "tower": TOWER,
-        "logit_scale": SCALE,
+        "objective": OBJECTIVE,
         "parts": METHODS[method],
         "training": TRAINING,
         "plan": plan,
@@ -203,7 +201,7 @@ def test_a_nan_record_does_not_poison_the_prompts_without_a_record_level_plan():
 @pytest.mark.parametrize("rows", [1, 3, 100])
 def test_microbatches_change_nothing(rows: int):
     expected, _ = run(random=silent)
-    upload, _ = run(random=silent, training=replace(TRAINING, workspace_bytes=rows * ROW_BYTES))
+    upload, _ = run(random=silent, objective=replace(OBJECTIVE, workspace_bytes=rows * ROW_BYTES))
     torch.testing.assert_close(upload, expected, atol=1e-6, rtol=1e-5)
 
 

@@ -11,7 +11,10 @@ APP_DIR = Path(__file__).parents[2]
 DEFAULTS = app_defaults(APP_DIR)
 OWN = {key: value for key, value in DEFAULTS.items() if not key.startswith("plugin.")}
 FLOAT_KEYS = [key for key, value in OWN.items() if isinstance(value, float)]
-OTHER_COUNTS = ("seed", "supernodes", "train.top-m", "resources.workspace-mib")
+OTHER_COUNTS = (
+    *("seed", "supernodes", "train.top-m", "resources.workspace-mib"),
+    *("pruning.visual-layer", "pruning.visual-fused", "data.max-tokens"),
+)
 COUNT_KEYS = [key for key, value in DEFAULTS.items() if type(value) is int and key not in OTHER_COUNTS]
 
 

@@ -66,6 +66,9 @@ class FakeWorld:
     data: FakeData
     cache_root: Path | None
 
+    def images(self, split: str) -> Any:
+        return getattr(self.data, split)
+
 
 def world(device: torch.device, cache_root: Path | None = Path("/somewhere"), train: int = 1_000_000) -> Any:
     return FakeWorld(Model(device), FakeData(Sized(train), Sized(10), Sized(1024)), cache_root)

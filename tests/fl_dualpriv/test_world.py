@@ -14,14 +14,13 @@ from PIL import Image
 
 from fl_dualpriv.config import ConfigValue, RunConfig, app_defaults
 from fl_dualpriv.errors import ConfigError, PrivacyError
+from fl_dualpriv.image_world import ImageWorld
 from fl_dualpriv.plans import may_score
 from fl_dualpriv.privacy.clipping import clipped_sum
 from fl_dualpriv.privacy.per_example import Batches, per_example_gradients
 from fl_dualpriv.world import (
-    World,
     build_world,
     client_level_plan,
-    initial_prompt,
     record_level_plan,
     run_folder,
 )
@@ -176,7 +175,7 @@ def test_without_dp_an_unreadable_image_is_one_error_that_names_it(configure: Co
         build_world(configure({"privacy.record.mechanism": "none"}, damaged))
 
 
-def clean_sum(world: World, partition_id: int, keep: torch.Tensor | None = None) -> torch.Tensor:
+def clean_sum(world: ImageWorld, partition_id: int, keep: torch.Tensor | None = None) -> torch.Tensor:
     data = world.client_data(partition_id)
     x, y = data.features, data.labels
     if keep is not None:
@@ -259,7 +258,7 @@ def test_scores_leave_under_dp_only_from_public_images(
 # --- what is kept, and what is made anew ------------------------------------------------------------------------------
 
 
-def features(world: World) -> torch.Tensor:
+def features(world: ImageWorld) -> torch.Tensor:
     return torch.cat([world.client_data(i).features for i in range(3)])
 
 
@@ -366,9 +365,9 @@ def test_the_client_level_plan_samples_the_expected_cohort(configure: Configure)
 def test_the_initial_prompt_is_the_template_or_small_noise(configure: Configure):
     template = configure()
     world = build_world(template)
-    assert torch.equal(initial_prompt(template, world), world.text.template_context(4))
+    assert torch.equal(world.initial_prompt(template), world.text.template_context(4))
     changes: dict[str, ConfigValue] = {"prompt.init": "random", "prompt.n-ctx": 16}
-    draws = [initial_prompt(configure(changes | {"seed": seed}), world) for seed in (0, 0, 1)]
+    draws = [world.initial_prompt(configure(changes | {"seed": seed})) for seed in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     assert draws[0].dtype == torch.float32
@@ -384,9 +383,9 @@ def test_the_learner_decides_the_tower_and_the_start(configure: Configure):
     world = build_world(head)
     assert world.tower(context.prompt) is world.text.tower
     assert world.tower(head.prompt) is world.tower(head.prompt) is not world.text.tower
-    start = initial_prompt(head, world)
+    start = world.initial_prompt(head)
     assert start.shape == (5, 4 + world.backbone.embed_dim)
-    assert torch.equal(start, initial_prompt(head, world))
+    assert torch.equal(start, world.initial_prompt(head))
     torch.testing.assert_close(world.tower(head.prompt)(start[None]).values[0], world.text.zero_shot_features())
 
 

@@ -25,6 +25,7 @@ from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from fl_dualpriv.privacy.per_example import Batches, per_example_gradients
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.privacy.release import release
+from fl_dualpriv.prompts.classification import Classification
 from fl_dualpriv.prompts.plain_tower import FunctionTower
 from fl_dualpriv.prompts.tower import PromptTower
 
@@ -98,9 +99,6 @@ def local_round(
         global_learning_rate=1.0,
         local_learning_rate=1.0,
         update_keep_ratio=keep_ratio,
-        top_m=0,
-        noise_space=noise_space,
-        workspace_bytes=2**20,
     )
     plan = RecordLevelPlan(
         clip_norm=CLIP,
@@ -124,8 +122,9 @@ def local_round(
     return clients.dualpriv.cohort_update(
         global_prompt=start,
         participants=[participant(partition, own) for partition, own in enumerate(data)],
-        tower=tower,
-        logit_scale=SCALE,
+        objective=Classification(
+            tower=tower, logit_scale=SCALE, top_m=0, noise_space=noise_space, workspace_bytes=2**20
+        ),
         parts=METHODS[method],
         training=training,
         plan=plan,

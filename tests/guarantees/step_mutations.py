@@ -1,5 +1,6 @@
 """Bugs in what a client clips, samples, divides by and lets see its data, each planted in the running code."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -7,8 +8,9 @@ import torch
 from torch import Tensor
 
 import clients.dualpriv
-from clients.dualpriv import LocalTraining
+from clients.dualpriv import Participant
 from fl_dualpriv.methods import MethodParts
+from fl_dualpriv.objective import StepGradients
 from fl_dualpriv.privacy import per_example
 from fl_dualpriv.privacy import release as release_module
 from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, clip_rows
@@ -19,6 +21,7 @@ from fl_dualpriv.privacy.noise import (
 )
 from fl_dualpriv.privacy.per_example import Batches, per_example_gradients
 from fl_dualpriv.privacy.plan import RecordLevelPlan
+from fl_dualpriv.prompts import classification
 from fl_dualpriv.prompts.lowrank import carriers
 from fl_dualpriv.prompts.tower import ClassFeatures
 from tests.guarantees import audit_checks, run_checks, step_checks
@@ -37,6 +40,7 @@ def clip_the_batch_mean(patch: Patch) -> None:
         workspace_bytes: int,
         top_m: int = 0,
         arithmetic: Arithmetic = "float",
+        masks: Tensor | None = None,
     ) -> list[ClippedSum]:
         rows = per_example_gradients(features, batches, logit_scale, workspace_bytes=workspace_bytes, top_m=top_m)
         found = []
@@ -45,7 +49,7 @@ def clip_the_batch_mean(patch: Patch) -> None:
             found.append(ClippedSum(value=clip_rows(mean[None], clip_norm)[0][0] * count, sensitivity=clip_norm))
         return found
 
-    patch.setattr(clients.dualpriv, "clipped_sums", batch_clipped)
+    patch.setattr(classification, "clipped_sums", batch_clipped)
 
 
 def clip_per_class(patch: Patch) -> None:
@@ -57,7 +61,7 @@ def clip_per_class(patch: Patch) -> None:
         rows = clip_rows(outer.flatten(0, 1), clip_norm)[0].unflatten(0, outer.shape[:2])
         return ClippedSum(value=rows.sum(dim=0), sensitivity=clip_norm)
 
-    patch.setattr(clients.dualpriv, "clipped_feature_sum", class_clipped)
+    patch.setattr(classification, "clipped_feature_sum", class_clipped)
 
 
 def clip_without_looking_for_nan(patch: Patch) -> None:
@@ -77,29 +81,25 @@ class Kept:
 
     sums: Tensor
     expected: float
+    counts: list[int]
 
 
 def keep_clean_sums(patch: Patch) -> Kept:
-    kept = Kept(sums=torch.zeros(0), expected=1.0)
-    orders: list[Tensor | None] = []
-    batches_of, make = clients.dualpriv._Pool.batches, clients.dualpriv._clean_sums
+    kept = Kept(sums=torch.zeros(0), expected=1.0, counts=[])
+    draw, make = clients.dualpriv._batches, clients.dualpriv._clean_sums
 
-    def ordered(self: clients.dualpriv._Pool, step: int, rate: float) -> tuple[Tensor | None, Batches]:
-        order, batches = batches_of(self, step, rate)
-        orders[:] = [order]
-        return order, batches
+    def drawing(participants: Sequence[Participant], step: int, rate: float) -> list[np.ndarray]:
+        picked = draw(participants, step, rate)
+        kept.counts = [len(own) for own in picked]
+        kept.expected = rate * sum(p.data.num_examples for p in participants) / len(participants)
+        return picked
 
-    def keeping(
-        features: ClassFeatures, batches: Batches, logit_scale: float, training: LocalTraining, plan: RecordLevelPlan
-    ) -> list[ClippedSum]:
-        found = make(features, batches, logit_scale, training, plan)
-        (order,) = orders
-        sums = torch.stack([clean.value for clean in found]).float()
-        kept.sums = sums if order is None else sums[torch.argsort(order)]
-        kept.expected = training.sampling_rate * len(batches.features) / len(batches.counts)
+    def keeping(gradients: StepGradients, plan: RecordLevelPlan) -> list[ClippedSum]:
+        found = make(gradients, plan)
+        kept.sums = torch.stack([clean.value for clean in found]).float()
         return found
 
-    patch.setattr(clients.dualpriv._Pool, "batches", ordered)
+    patch.setattr(clients.dualpriv, "_batches", drawing)
     patch.setattr(clients.dualpriv, "_clean_sums", keeping)
     return kept
 
@@ -137,15 +137,13 @@ def batches_of_fixed_size(patch: Patch) -> None:
 
 
 def divide_by_the_realised_batch(patch: Patch) -> None:
+    kept = keep_clean_sums(patch)
     make = clients.dualpriv._clean_sums
 
-    def realised(
-        features: ClassFeatures, batches: Batches, logit_scale: float, training: LocalTraining, plan: RecordLevelPlan
-    ) -> list[ClippedSum]:
-        expected = training.sampling_rate * len(batches.features) / len(batches.counts)
-        found = make(features, batches, logit_scale, training, plan)
+    def realised(gradients: StepGradients, plan: RecordLevelPlan) -> list[ClippedSum]:
+        found = make(gradients, plan)
         # The noise is scaled by the sensitivity: so the sum and its noise are both divided by another number.
-        factors = [expected / max(1, count) for count in batches.counts]
+        factors = [kept.expected / max(1, count) for count in kept.counts]
         return [
             replace(clean, value=clean.value * factor, sensitivity=clean.sensitivity * factor)
             for clean, factor in zip(found, factors, strict=True)
@@ -205,14 +203,14 @@ def top_m_chosen_by_the_batch(patch: Patch) -> None:
 STEP_MUTATIONS = (
     Mutation(
         name="the batch mean is clipped",
-        where="clients.dualpriv.clipped_sums",
+        where="fl_dualpriv.prompts.classification.clipped_sums",
         plant=clip_the_batch_mean,
         caught_by=(step_checks.one_record_moves_a_release_by_at_most_c,),
         audited_by=audit_checks.the_claim_about_records_stands,
     ),
     Mutation(
         name="each class of a record's gradient is clipped by itself",
-        where="clients.dualpriv.clipped_feature_sum",
+        where="fl_dualpriv.prompts.classification.clipped_feature_sum",
         plant=clip_per_class,
         caught_by=(step_checks.one_record_moves_a_feature_release_by_at_most_c,),
     ),

@@ -26,6 +26,7 @@ from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, gaussian_noise
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.privacy.rounded_gaussian import rounded_gaussian
+from fl_dualpriv.prompts.classification import Classification
 from fl_dualpriv.prompts.plain_tower import FunctionTower
 
 N_CTX, CTX_DIM, N_CLS, EMBED, RECORDS = 4, 6, 3, 5, 11
@@ -92,17 +93,15 @@ def released(
         global_learning_rate=1.0,
         local_learning_rate=1.0,
         update_keep_ratio=1.0,
-        top_m=0,
-        noise_space=space,
-        workspace_bytes=2**20,
     )
     with monkeypatch.context() as patch:
         patch.setattr(clients.dualpriv, "release", looking)
         ((upload, state),) = cohort_update(
             global_prompt=start,
             participants=[Participant(partition=0, state=fresh_state(N_CTX, CTX_DIM, 2), data=data, random=random)],
-            tower=FunctionTower(features_of),
-            logit_scale=SCALE,
+            objective=Classification(
+                tower=FunctionTower(features_of), logit_scale=SCALE, top_m=0, noise_space=space, workspace_bytes=2**20
+            ),
             parts=METHODS["full"],
             training=training,
             plan=plan,

@@ -27,6 +27,7 @@ from fl_dualpriv.privacy.clipping import Arithmetic
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from fl_dualpriv.privacy.plan import RecordLevelPlan, round_terms
+from fl_dualpriv.prompts.classification import Classification
 from fl_dualpriv.prompts.plain_tower import FunctionTower
 from fl_dualpriv.server_books import ServerPrivacy
 from strategies.dpfpl import DPFPL
@@ -57,9 +58,6 @@ def local_round(
         global_learning_rate=1.0,
         local_learning_rate=1.0,
         update_keep_ratio=1.0,
-        top_m=0,
-        noise_space="feature" if space == "feature" else "prompt",
-        workspace_bytes=2**20,
     )
     plan = RecordLevelPlan(
         clip_norm=CLIP,
@@ -83,8 +81,13 @@ def local_round(
     return cohort_update(
         global_prompt=torch.zeros(N_CTX, CTX_DIM),
         participants=participants,
-        tower=TOWER,
-        logit_scale=10.0,
+        objective=Classification(
+            tower=TOWER,
+            logit_scale=10.0,
+            top_m=0,
+            noise_space="feature" if space == "feature" else "prompt",
+            workspace_bytes=2**20,
+        ),
         parts=METHODS[method],
         training=training,
         plan=plan,

@@ -17,7 +17,6 @@ from click.testing import Result
 from torch import Tensor
 from typer.testing import CliRunner
 
-import clients.dualpriv
 import fl_dualpriv.privacy.release
 import fl_dualpriv.server
 from fl_dualpriv import audit_command, cli
@@ -26,6 +25,7 @@ from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.privacy.clipping import ClippedSum
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, gaussian_noise
 from fl_dualpriv.privacy.per_example import Batches, per_example_gradients
+from fl_dualpriv.prompts import classification
 from fl_dualpriv.prompts.tower import ClassFeatures
 from simulations.attacks import canaries as record_audit
 from simulations.attacks.canaries import audit_record_level
@@ -186,7 +186,7 @@ def streams(forget: str) -> Callable[..., RandomSource]:
         (fl_dualpriv.privacy.release, "gaussian_noise", same_noise),
         (record_audit, "_stream", streams("client")),
         (record_audit, "_stream", streams("round")),
-        (clients.dualpriv, "clipped_sums", batch_clip),
+        (classification, "clipped_sums", batch_clip),
     ],
     ids=["no noise", "noise / n", "one noise", "one noise for all clients", "one noise for all rounds", "batch clip"],
 )

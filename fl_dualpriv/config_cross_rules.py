@@ -1,0 +1,270 @@
+"""What several keys of a run config must satisfy together. Each rule is skipped when a key of it is wrong by itself."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+Values = Mapping[str, Any]
+
+_WITHOUT_SHARED_PROMPT = ("local-only", "zero-shot")
+
+
+class CrossRule(NamedTuple):
+    """What several keys must satisfy together; ``holds`` reads ``keys`` alone, and the first is to blame."""
+
+    keys: tuple[str, ...]
+    holds: Callable[[Values], bool]
+    need: str
+    advice: str
+
+
+_QUESTIONS = ("demo-vqa", "questions")
+_RECORD, _CLIENT, _TRUSTS = "privacy.record.mechanism", "privacy.client.mechanism", "privacy.record.trusts-server"
+_PATH_NEEDED = 'must be the directory of the images when data.ref = "folder"'
+
+CROSS_RULES: tuple[CrossRule, ...] = (
+    CrossRule(
+        ("prompt.rank", "prompt.n-ctx", "prompt.learner"),
+        lambda v: v["prompt.rank"] <= v["prompt.n-ctx"] or v["prompt.learner"] == "head",
+        "must be at most prompt.n-ctx",
+        "lower the rank or add context tokens",
+    ),
+    CrossRule(
+        ("supernodes", "population"),
+        lambda v: v["supernodes"] <= v["population"],
+        "must be at most population",
+        "0 gives every client a node of its own",
+    ),
+    CrossRule(
+        ("prompt.learner", "method"),
+        lambda v: v["prompt.learner"] == "context" or v["method"] in ("promptfl", "full", "zero-shot"),
+        'must be "context" for this method: the head\'s own parameters are low-rank factors already',
+        'set it to "context", or method = "promptfl", "full" or "zero-shot"',
+    ),
+    CrossRule(
+        ("prompt.learner", "data.ref"),
+        lambda v: v["prompt.learner"] != "lora" or v["data.ref"] in _QUESTIONS,
+        'must not be "lora" for image classification: it adapts a language model',
+        'set it to "context" or "head", or data.ref = "questions"',
+    ),
+    CrossRule(
+        ("prompt.learner", "data.ref"),
+        lambda v: v["prompt.learner"] != "head" or v["data.ref"] not in _QUESTIONS,
+        'must not be "head" for questions: there are no class features',
+        'set it to "context" or "lora"',
+    ),
+    CrossRule(
+        ("method", "data.ref"),
+        lambda v: v["method"] != "dpfpl-paper" or v["data.ref"] not in _QUESTIONS,
+        "is published for image classification alone",
+        'set method = "dpfpl"',
+    ),
+    CrossRule(
+        ("train.top-m", "data.ref"),
+        lambda v: v["train.top-m"] == 0 or v["data.ref"] not in _QUESTIONS,
+        "must be 0 for questions: there are no class features to choose from",
+        "set it to 0",
+    ),
+    CrossRule(
+        ("privacy.record.noise-space", "data.ref"),
+        lambda v: v["privacy.record.noise-space"] == "prompt" or v["data.ref"] not in _QUESTIONS,
+        'must be "prompt" for questions: there are no class features',
+        'set it to "prompt"',
+    ),
+    CrossRule(
+        ("data.augmentation", "data.ref"),
+        lambda v: v["data.augmentation"] == "none" or v["data.ref"] not in _QUESTIONS,
+        'must be "none" for questions: a mirrored image can have another answer',
+        'set it to "none"',
+    ),
+    CrossRule(
+        ("data.partition", "data.ref"),
+        lambda v: v["data.partition"] != "by-image" or v["data.ref"] in _QUESTIONS,
+        'must be "iid", "by-class" or "dirichlet" for image classification',
+        'set it to "iid": each image is one record',
+    ),
+    CrossRule(
+        ("data.path", "data.ref"),
+        lambda v: v["data.ref"] != "questions" or v["data.path"].strip() != "",
+        'must name the questions when data.ref = "questions"',
+        'set data.path, or data.ref = "demo-vqa"',
+    ),
+    CrossRule(
+        ("backbone.name", "data.ref"),
+        lambda v: (
+            (v["backbone.name"] != "demo-vqa")
+            if v["data.ref"] not in _QUESTIONS
+            else v["backbone.name"] == "demo-vqa" or v["backbone.name"].startswith("hf:")
+        ),
+        "does not fit the data: questions need demo-vqa or hf:NAME of a LLaVA-type model, images a CLIP-type one",
+        'set backbone.name, for example to "demo-vqa" with data.ref = "demo-vqa"',
+    ),
+    CrossRule(
+        ("pruning.visual-merge", "pruning.visual-fused"),
+        lambda v: v["pruning.visual-merge"] != "attention" or v["pruning.visual-fused"] <= 1,
+        "is one weighted mean, so pruning.visual-fused must be 0 or 1",
+        'set it to "average", or visual-fused = 1',
+    ),
+    CrossRule(
+        ("pruning.visual-fusion-noise", "pruning.visual-keep-ratio", "pruning.visual-fused"),
+        lambda v: (
+            v["pruning.visual-fusion-noise"] == "off"
+            or (v["pruning.visual-keep-ratio"] < 1 and v["pruning.visual-fused"] > 0)
+        ),
+        "has nothing to go on: no token is fused",
+        'set it to "off", or fuse tokens with visual-keep-ratio < 1 and visual-fused >= 1',
+    ),
+    CrossRule(
+        ("pruning.visual-fusion-noise", _RECORD),
+        lambda v: v["pruning.visual-fusion-noise"] in ("off", "absolute") or v[_RECORD] == "gaussian",
+        "is scaled by the noise of the gradients, and there is none",
+        'set it to "off" or "absolute"',
+    ),
+    CrossRule(
+        ("pruning.update-rule", "method"),
+        lambda v: v["pruning.update-rule"] == "noised" or v["method"] != "dpfpl-paper",
+        'must be "noised" for the published procedure',
+        'set it to "noised", or set method = "dpfpl"',
+    ),
+    CrossRule(
+        ("train.optimizer", "method"),
+        lambda v: v["train.optimizer"] == "sgd" or v["method"] != "dpfpl-paper",
+        'must be "sgd", as published',
+        'set it to "sgd", or set method = "dpfpl"',
+    ),
+    CrossRule(
+        ("train.optimizer", _TRUSTS),
+        lambda v: v["train.optimizer"] == "sgd" or not v[_TRUSTS],
+        'must be "sgd" when the server adds the noise: one clipped sum leaves the client',
+        'set it to "sgd", or trusts-server = false',
+    ),
+    CrossRule(
+        ("pruning.update-rule", "privacy.record.noise-space", "pruning.update-keep-ratio"),
+        lambda v: (
+            v["pruning.update-rule"] not in ("past", "random-past")
+            or v["privacy.record.noise-space"] == "prompt"
+            or v["pruning.update-keep-ratio"] == 1
+        ),
+        'masks gradients of the prompt before they are clipped, so noise-space must be "prompt"',
+        'set noise-space = "prompt", or another update-rule',
+    ),
+    CrossRule(
+        ("train.top-m", _RECORD),
+        lambda v: v["train.top-m"] == 0 or v[_RECORD] == "gaussian",
+        'needs privacy.record.mechanism = "gaussian": without per-example gradients it saves nothing',
+        "set it to 0",
+    ),
+    CrossRule(
+        ("train.top-m", "method"),
+        lambda v: v["train.top-m"] == 0 or v["method"] != "dpfpl-paper",
+        "must be 0, as published",
+        'set it to 0, or set method = "dpfpl"',
+    ),
+    CrossRule(
+        ("privacy.record.noise-space", "train.top-m"),
+        lambda v: v["privacy.record.noise-space"] == "prompt" or v["train.top-m"] == 0,
+        'as "feature" has one backward pass for the whole batch, so top-m must be 0',
+        "set train.top-m = 0",
+    ),
+    CrossRule(
+        ("privacy.record.noise-space", "method"),
+        lambda v: v["privacy.record.noise-space"] == "prompt" or v["method"] != "dpfpl-paper",
+        'must be "prompt", as published',
+        'set it to "prompt", or set method = "dpfpl"',
+    ),
+    CrossRule(
+        ("privacy.record.noise-space", _TRUSTS),
+        lambda v: v["privacy.record.noise-space"] == "prompt" or not v[_TRUSTS],
+        'must be "prompt" when the server adds the noise: it goes on sums of prompt gradients',
+        "set trusts-server = false",
+    ),
+    CrossRule(
+        ("data.path", "data.ref"),
+        lambda v: v["data.ref"] != "folder" or v["data.path"].strip() != "",
+        _PATH_NEEDED,
+        'set data.path, or data.ref = "demo"',
+    ),
+    CrossRule(
+        ("data.path", "data.ref"),
+        lambda v: v["data.ref"] != "demo" or v["data.path"] == "",
+        'must be empty when data.ref = "demo"',
+        'did you mean data.ref = "folder"?',
+    ),
+    CrossRule(
+        ("data.classes", "data.ref", "data.path"),
+        lambda v: v["data.classes"] == "" or v["data.ref"] == "folder" or (v["data.ref"] == "auto" and v["data.path"]),
+        "must be empty for the demo's images",
+        'did you mean data.ref = "folder"?',
+    ),
+    CrossRule(
+        ("data.test-fraction", "data.val-fraction"),
+        lambda v: v["data.test-fraction"] + v["data.val-fraction"] < 1,
+        "must be less than 1 together with data.val-fraction",
+        "leave a share for training",
+    ),
+    CrossRule(
+        ("privacy.client.expected-cohort", "population", _CLIENT),
+        lambda v: v[_CLIENT] == "none" or v["privacy.client.expected-cohort"] <= v["population"],
+        "must be at most population",
+        "lower it, or raise population",
+    ),
+    CrossRule(
+        (_CLIENT, "method"),
+        lambda v: v[_CLIENT] == "none" or v["method"] not in _WITHOUT_SHARED_PROMPT,
+        'must be "none" for a method that shares no prompt',
+        'set it to "none", or choose a method that shares, for example "dpfpl"',
+    ),
+    CrossRule(
+        (_TRUSTS, _RECORD),
+        lambda v: not v[_TRUSTS] or v[_RECORD] == "gaussian",
+        'needs privacy.record.mechanism = "gaussian"',
+        "set the mechanism, or trusts-server = false",
+    ),
+    CrossRule(
+        (_TRUSTS, "train.local-steps"),
+        lambda v: not v[_TRUSTS] or v["train.local-steps"] == 1,
+        "needs train.local-steps = 1, since a client uploads one clipped sum per round",
+        "set train.local-steps = 1, or trusts-server = false",
+    ),
+    CrossRule(
+        (_TRUSTS, _CLIENT),
+        lambda v: not v[_TRUSTS] or v[_CLIENT] == "none",
+        'needs privacy.client.mechanism = "none"',
+        "choose one of the two placements of the server's noise",
+    ),
+    CrossRule(
+        (_TRUSTS, "method"),
+        lambda v: not v[_TRUSTS] or v["method"] not in _WITHOUT_SHARED_PROMPT,
+        "needs a method that shares a prompt",
+        'set trusts-server = false, or choose a method that shares, for example "dpfpl"',
+    ),
+    CrossRule(
+        ("privacy.arithmetic", "method"),
+        lambda v: v["privacy.arithmetic"] == "float" or v["method"] != "dpfpl-paper",
+        'must be "float", as published',
+        'set it to "float", or set method = "dpfpl"',
+    ),
+    CrossRule(
+        ("privacy.arithmetic", _RECORD, _CLIENT),
+        lambda v: v["privacy.arithmetic"] == "float" or "gaussian" in (v[_RECORD], v[_CLIENT]),
+        'needs noise at one level: without it there is nothing for "integer" to protect',
+        'set it to "float", or a mechanism to "gaussian"',
+    ),
+    CrossRule(
+        ("method", _CLIENT),
+        lambda v: v["method"] != "dpfpl-paper" or v[_CLIENT] == "none",
+        'needs privacy.client.mechanism = "none", as published',
+        'switch it off, or set method = "dpfpl"',
+    ),
+    CrossRule(
+        ("method", _TRUSTS),
+        lambda v: v["method"] != "dpfpl-paper" or not v[_TRUSTS],
+        "needs privacy.record.trusts-server = false: it has its own placement of noise",
+        'switch it off, or set method = "dpfpl"',
+    ),
+    CrossRule(
+        ("method", "pruning.update-keep-ratio"),
+        lambda v: v["method"] != "dpfpl-paper" or v["pruning.update-keep-ratio"] == 1,
+        "needs pruning.update-keep-ratio = 1, as published",
+        'set it to 1, or set method = "dpfpl"',
+    ),
+)

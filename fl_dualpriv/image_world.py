@@ -1,0 +1,271 @@
+"""`World` of image classification with a CLIP-type model: class names are texts, and a prompt stands before them."""
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fl_dualpriv.backbones.backbone import Backbone, load_backbone
+from fl_dualpriv.client import ClientData
+from fl_dualpriv.config import BackboneConfig, DataConfig, PromptConfig, RunConfig
+from fl_dualpriv.data.datasets import DataSplits, ImageDataset, load_data
+from fl_dualpriv.data.feature_cache import cache_root
+from fl_dualpriv.data.partition import held_classes, partition
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.evaluation import count_by_class
+from fl_dualpriv.image_features import ImageFeatures
+from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
+from fl_dualpriv.prompts.classification import Classification
+from fl_dualpriv.prompts.head import LowRankHead
+from fl_dualpriv.prompts.learner import PromptedText
+from fl_dualpriv.prompts.tower import PromptTower
+from fl_dualpriv.pruners import token_pruner
+from fl_dualpriv.pruning.visual_tokens import TokenPruner
+from fl_dualpriv.world import Counts, build_world, one_thread, random_prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageWorld:
+    """See `World`; groups are classes.
+
+    Attributes:
+        backbone: One frozen copy.
+        text: Class features from prompts.
+        data: Train, val and test images.
+        partitions: Record indices per client.
+        refuses_bad_records: Without DP a record that cannot be used stops the run; under DP it must not.
+        cache_root: Where image features are kept, see `cache_root`; None: in memory only.
+        augmentation: ``flip``: each training image is mirrored with chance 1/2, anew each round.
+        seed: Of the coins of the augmentation.
+    """
+
+    backbone: Backbone
+    text: PromptedText
+    data: DataSplits
+    partitions: list[np.ndarray]
+    refuses_bad_records: bool
+    cache_root: Path | None
+    augmentation: Literal["none", "flip"]
+    seed: int
+    _held_out: dict[str, ClientData] = field(default_factory=dict)
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor on the cosine similarity."""
+        return self.backbone.logit_scale
+
+    def tower(self, prompt: PromptConfig) -> PromptTower:
+        """What maps prompts to class features: the text tower, or a low-rank head on its zero-shot features."""
+        return self.head if prompt.learner == "head" else self.text.tower
+
+    @functools.cached_property
+    def head(self) -> LowRankHead:
+        """The low-rank head over the zero-shot features; its prompts need no text tower."""
+        return LowRankHead(self.text.zero_shot_features())
+
+    def prompt_shape(self, prompt: PromptConfig) -> tuple[int, int]:
+        """Of a prompt: (n_ctx, ctx_dim), or that of the head's factors."""
+        if prompt.learner == "head":
+            return self.head.shape(prompt.rank)
+        return prompt.n_ctx, self.backbone.ctx_dim
+
+    def objective(self, config: RunConfig) -> Classification:
+        """Cross-entropy over all classes."""
+        return Classification(
+            tower=self.tower(config.prompt),
+            logit_scale=self.logit_scale,
+            top_m=config.train.top_m,
+            noise_space=config.privacy.record.noise_space,
+            workspace_bytes=config.resources.workspace_mib * 2**20,
+        )
+
+    @property
+    def groups(self) -> np.ndarray:
+        """Class of each training image."""
+        return self.data.train.labels
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """Of the classes."""
+        return self.data.class_names
+
+    def images(self, split: str) -> ImageDataset:
+        """The images of ``train``, ``val`` or ``test``."""
+        return {"train": self.data.train, "val": self.data.val, "test": self.data.test}[split]
+
+    @torch.no_grad()
+    def counts(self, prompts: Tensor, config: RunConfig) -> list[Counts]:
+        """See `World`."""
+        classes = self.tower(config.prompt)(prompts.to(self.backbone.device)).values
+        return [self._count(features, config) for features in classes]
+
+    def zero_shot_counts(self, config: RunConfig) -> Counts:
+        """See `World`: the filled-in template."""
+        return self._count(self.text.zero_shot_features(), config)
+
+    def _count(self, class_features: Tensor, config: RunConfig) -> Counts:
+        images = self.held_out(config.evaluation.split)
+        return count_by_class(class_features, images.features, images.labels, len(self.data.class_names))
+
+    def initial_prompt(self, config: RunConfig) -> Tensor:
+        """See `World`: the template's words, or N(0, 0.02²); of a head its own."""
+        if config.prompt.learner == "head":
+            return self.head.initial(config.prompt.rank, config.seed).cpu()
+        if config.prompt.init == "template":
+            return self.text.template_context(config.prompt.n_ctx).cpu()
+        return random_prompt(config.prompt.n_ctx, self.backbone.ctx_dim, config.seed)
+
+    def num_examples(self, partition_id: int) -> int:
+        """n_i, public metadata; reads no image."""
+        return len(self.partitions[partition_id])
+
+    def held_classes(self, partition_id: int) -> Tensor:
+        """Sorted class ids of a client, public metadata; reads no image."""
+        return torch.from_numpy(held_classes(self.data.train.labels, self.partitions[partition_id])).to(
+            self.backbone.device
+        )
+
+    def client_data(self, partition_id: int, server_round: int = 0) -> ClientData:
+        """A client's records as features, gathered anew at each call.
+
+        Guarantee:
+            Under augmentation each record has a coin of its own, drawn from (seed, client, round, place of the record)
+            and from no data, so that its features are a function of that record and its coin: a map of single records,
+            which leaves sensitivity and sampling, and with them the DP guarantee, as they are. Mirroring changes no
+            held-out image.
+
+        Args:
+            partition_id: Which client.
+            server_round: Read by the augmentation alone.
+
+        Raises:
+            ConfigError: Without DP, if a record cannot be used; it names the first.
+        """
+        images, indices = self.data.train, self.partitions[partition_id]
+        if self.augmentation == "none":
+            rows = self._train_features.rows(indices)
+        else:
+            key = StreamKey(seed=self.seed, purpose="augment", partition=partition_id, server_round=server_round)
+            rows = self._train_features.mirrored_rows(indices, KeyedRandom(key).uniforms(len(indices)) < 0.5)
+        return self._client_data(images, indices, rows)
+
+    def held_out(self, split: str) -> ClientData:
+        """The ``val`` or ``test`` images as features; computed once a process.
+
+        Raises:
+            ConfigError: Without DP, if a record cannot be used; it names the first.
+        """
+        if split not in self._held_out:
+            images = self.data.val if split == "val" else self.data.test
+            indices = np.arange(len(images))
+            rows = ImageFeatures(self.backbone, images, self.cache_root).rows(indices)
+            self._held_out[split] = self._client_data(images, indices, rows)
+        return self._held_out[split]
+
+    @functools.cached_property
+    def _train_features(self) -> ImageFeatures:
+        return ImageFeatures(self.backbone, self.data.train, self.cache_root)
+
+    def _client_data(self, images: ImageDataset, indices: np.ndarray, rows: np.ndarray) -> ClientData:
+        # One column tells: a row that cannot be used is NaN as a whole.
+        if self.refuses_bad_records and (bad := indices[np.isnan(rows[:, 0])]).size:
+            raise ConfigError(
+                f"{len(bad)} images cannot be used: unreadable, out of proportion or not finite (the first: "
+                f"number {bad[0]} of class {images.class_names[images.labels[bad[0]]]!r}); remove or repair them"
+            )
+        device = self.backbone.device
+        return ClientData(
+            features=torch.from_numpy(rows).to(device),
+            labels=torch.from_numpy(images.labels[indices]).to(device),
+        )
+
+
+def build_image_world(config: RunConfig, on_bad_image: Literal["keep", "raise"]) -> ImageWorld:
+    """See `build_world`.
+
+    Args:
+        config: The run.
+        on_bad_image: Without DP a record that cannot be used stops the run; under DP it must not.
+
+    Raises:
+        ConfigError: Data, model, prompt or partition do not work as configured; see the message.
+    """
+    data, source = config.data, config.data.source
+    assert source in ("demo", "folder")
+    images = load_data(
+        source, data.path, data.classes, data.val_fraction, data.test_fraction, config.seed, on_bad_image
+    )
+    world = _build_world(
+        images,
+        data,
+        config.backbone,
+        token_pruner(config, len(images.train)),
+        config.population,
+        config.seed,
+        config.resources.device,
+        config.resources.feature_cache,
+        on_bad_image,
+    )
+    _check_prompt(config.prompt, world)
+    return world
+
+
+def _check_prompt(prompt: PromptConfig, world: ImageWorld) -> None:
+    if prompt.learner == "head":
+        return  # it has no context: any rank has a meaning, and no sequence can be too long
+    largest = min(prompt.n_ctx, world.backbone.ctx_dim)
+    if prompt.rank > largest:
+        raise ConfigError(
+            f"prompt.rank = {prompt.rank}; a prompt of {prompt.n_ctx} x {world.backbone.ctx_dim} has rank at most "
+            f"{largest}"
+        )
+    world.text.check_length(prompt.n_ctx)
+    if prompt.init == "template":
+        world.text.template_context(prompt.n_ctx)  # raises if the template has another length
+
+
+@functools.lru_cache(maxsize=2)
+def _build_world(
+    images: DataSplits,
+    data: DataConfig,
+    model: BackboneConfig,
+    pruner: TokenPruner | None,
+    population: int,
+    seed: int,
+    device: str,
+    feature_cache: str,
+    on_bad_image: Literal["keep", "raise"],
+) -> ImageWorld:
+    one_thread(device)
+    assert data.partition != "by-image"  # the configuration allows it for questions alone
+    parts = partition(images.train.labels, data.partition, population, data.dirichlet_alpha, seed)
+    backbone = load_backbone(model.name, model.pretrained, device, pruner, model.precision)
+    return ImageWorld(
+        backbone=backbone,
+        text=PromptedText(backbone, images.class_names, images.template),
+        data=images,
+        partitions=parts,
+        refuses_bad_records=on_bad_image == "raise",
+        cache_root=cache_root(feature_cache),
+        augmentation=data.augmentation,
+        seed=seed,
+    )
+
+
+def image_world(config: RunConfig) -> ImageWorld:
+    """`build_world` for what knows image classification alone, such as the attacks.
+
+    Raises:
+        ConfigError: If the run answers questions, or as `build_world`.
+    """
+    world = build_world(config)
+    if not isinstance(world, ImageWorld):
+        raise ConfigError(
+            f"data.ref = {config.data.ref!r}: this needs a run of image classification, on a folder of images or on "
+            'the demo (data.ref = "demo")'
+        )
+    return world

@@ -1,0 +1,123 @@
+"""`Objective` of a CLIP classifier: cross-entropy of cached image features against the class features of a prompt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fl_dualpriv.client import ClientData
+from fl_dualpriv.objective import Picked
+from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, clipped_feature_sum
+from fl_dualpriv.privacy.per_example import Batches, clipped_sums, summed_gradient
+from fl_dualpriv.prompts.tower import ClassFeatures, PromptTower
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification:
+    """Softmax cross-entropy over all classes, for the prompts of many clients at once.
+
+    Attributes:
+        tower: Prompts → class features.
+        logit_scale: CLIP's inverse temperature.
+        top_m: Residuals that each example back-propagates; 0 = all, exact.
+        noise_space: Where to clip and noise: gradients of the prompt, or of the class features.
+        workspace_bytes: Bound on the activations of one backward pass.
+    """
+
+    tower: PromptTower
+    logit_scale: float
+    top_m: int
+    noise_space: Literal["prompt", "feature"]
+    workspace_bytes: int
+
+    @property
+    def bytes_per_prompt(self) -> int:
+        """See `Objective`: what a forward pass keeps."""
+        return self.tower.bytes_per_prompt
+
+    def over(self, data: Sequence[ClientData]) -> "PooledClassification":
+        """See `Objective`."""
+        return PooledClassification(self, data)
+
+
+class PooledClassification:
+    """`PooledObjective`: the clients' records in one table, so that a step's batches are one look-up."""
+
+    def __init__(self, objective: Classification, data: Sequence[ClientData]) -> None:
+        self._objective = objective
+        self._features = torch.cat([d.features for d in data])
+        self._labels = torch.cat([d.labels for d in data])
+        self._starts = [0, *np.cumsum([d.num_examples for d in data])[:-1].tolist()]
+        self._last: tuple[Picked, Batches, Tensor | None] | None = None
+
+    def at(self, prompts: Tensor, picked: Picked) -> "ClassificationGradients":
+        """See `PooledObjective`; clients go through the tower in the order of their batches, largest first."""
+        if self._last is None or self._last[0] is not picked:  # with every record in each batch nothing changes
+            self._last = (picked, *self._gather(picked))
+        _, batches, order = self._last
+        features = self._objective.tower(prompts if order is None else prompts[order])
+        return ClassificationGradients(self._objective, features, batches, order)
+
+    def _gather(self, picked: Picked) -> tuple[Batches, Tensor | None]:
+        """The batches, largest first; and which client stands where (None: as they are)."""
+        order = sorted(range(len(picked)), key=lambda i: -len(picked[i]))
+        batches = Batches.gather(self._features, self._labels, [picked[i] + self._starts[i] for i in order])
+        as_they_are = order == list(range(len(order)))
+        return batches, None if as_they_are else torch.tensor(order, device=self._features.device)
+
+
+class ClassificationGradients:
+    """`StepGradients` from one forward pass; inside, clients stand in the order of their batches."""
+
+    def __init__(
+        self, objective: Classification, features: ClassFeatures, batches: Batches, order: Tensor | None
+    ) -> None:
+        self._objective, self._features, self._batches, self._order = objective, features, batches, order
+        self._inverse = None if order is None else torch.argsort(order)
+
+    def clipped_sums(self, clip_norm: float, arithmetic: Arithmetic, masks: Tensor | None = None) -> list[ClippedSum]:
+        """See `StepGradients`: of prompt gradients, or of class-feature gradients, which have no mask.
+
+        Raises:
+            ValueError: If there are masks and the noise is to go on the class features.
+        """
+        objective, batches = self._objective, self._batches
+        if objective.noise_space == "feature":
+            if masks is not None:
+                raise ValueError("masks are of the prompt; gradients of the class features have none")
+            found = [
+                clipped_feature_sum(
+                    classes, batches.features[own], batches.labels[own], objective.logit_scale, clip_norm, arithmetic
+                )
+                for classes, own in zip(self._features.values, batches.rows(), strict=True)
+            ]
+        else:
+            found = clipped_sums(
+                self._features,
+                batches,
+                objective.logit_scale,
+                clip_norm,
+                workspace_bytes=objective.workspace_bytes,
+                top_m=objective.top_m,
+                arithmetic=arithmetic,
+                masks=None if masks is None else _reordered(masks, self._order),
+            )
+        return found if self._inverse is None else [found[i] for i in self._inverse.tolist()]
+
+    def to_prompts(self, noised: Tensor) -> Tensor:
+        """See `StepGradients`: one backward pass of noised class-feature gradients, or nothing to do."""
+        if self._objective.noise_space == "prompt":
+            return noised
+        cotangents = _reordered(noised.to(self._features.values.dtype), self._order)
+        return _reordered(self._features.vjp(cotangents[:, None])[:, 0], self._inverse)
+
+    def sums(self) -> Tensor:
+        """See `StepGradients`."""
+        return _reordered(summed_gradient(self._features, self._batches, self._objective.logit_scale), self._inverse)
+
+
+def _reordered(rows: Tensor, order: Tensor | None) -> Tensor:
+    return rows if order is None else rows[order]

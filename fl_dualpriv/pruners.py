@@ -1,0 +1,40 @@
+"""From a configuration to its visual token pruner."""
+
+from fl_dualpriv.config import RunConfig
+from fl_dualpriv.plans import record_level_plan
+from fl_dualpriv.pruning.visual_tokens import VisualTokenPruner
+
+
+def token_pruner(config: RunConfig, records: int) -> VisualTokenPruner | None:
+    """The pruner that a run asks for, or None if every patch stays.
+
+    Args:
+        config: The run.
+        records: Training records of all clients together; public. The expected batch of an average client scales the
+            fusion noise if it is to match the noise on the *mean* gradient.
+    """
+    pruning = config.pruning
+    if pruning.visual_keep_ratio == 1:
+        return None
+    return VisualTokenPruner(
+        layer=pruning.visual_layer,
+        keep_ratio=pruning.visual_keep_ratio,
+        contextual=pruning.visual_fused,
+        merge=pruning.visual_merge,
+        score=pruning.visual_score,
+        fusion_noise_std=_fusion_noise_std(config, records),
+        seed=config.seed,
+    )
+
+
+def _fusion_noise_std(config: RunConfig, records: int) -> float:
+    """What "the variance of the DP noise in Mechanism 2" (arXiv:2506.07077) may mean; no reading of it has an ε."""
+    pruning, plan = config.pruning, record_level_plan(config)
+    if pruning.visual_fusion_noise == "off":
+        return 0.0
+    if pruning.visual_fusion_noise == "absolute" or plan is None:
+        return pruning.visual_fusion_std
+    on_the_sum = pruning.visual_fusion_std * plan.noise_multiplier * plan.clip_norm
+    if pruning.visual_fusion_noise == "sum":
+        return on_the_sum
+    return on_the_sum / (config.train.sampling_rate * records / config.population)
