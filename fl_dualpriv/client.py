@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.files import append_json_line, read_tensors, write_tensors
+from fl_dualpriv.history import History, HistoryShapes
 from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent, utc_now
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 
@@ -43,15 +45,22 @@ class PersonalState:
         personal: p_L, (n_ctx, ctx_dim); zeros before the first step.
         carrier: The last v, (k, ctx_dim), start of the next power iteration.
         server_round: The last round that moved it.
+        history: What update pruning and the optimizer remember of the client's noised releases; empty before the first.
     """
 
     personal: Tensor
     carrier: Tensor
     server_round: int
+    history: History = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "PersonalState":
         """The same state on another device."""
-        return replace(self, personal=self.personal.to(device), carrier=self.carrier.to(device))
+        return replace(
+            self,
+            personal=self.personal.to(device),
+            carrier=self.carrier.to(device),
+            history={name: tensor.to(device) for name, tensor in self.history.items()},
+        )
 
 
 def fresh_state(n_ctx: int, ctx_dim: int, rank: int) -> PersonalState:
@@ -87,8 +96,18 @@ class ClientFolder:
             if not self._refusals.exists() or self._refusals.stat().st_size < _MOST_REFUSED_BYTES:
                 append_json_line(self._refusals, line)
 
-    def load(self, run_token: str, n_ctx: int, ctx_dim: int, rank: int) -> PersonalState:
+    def load(
+        self, run_token: str, n_ctx: int, ctx_dim: int, rank: int, history: HistoryShapes | None = None
+    ) -> PersonalState:
         """The state this run left here, or a fresh one if another run wrote the file or nobody did.
+
+        Args:
+            run_token: Of this run.
+            n_ctx: Of the prompt.
+            ctx_dim: Of the prompt.
+            rank: k.
+            history: What the run remembers of releases, which must be there, no more and no less; None: it is not
+                looked at, as for scores.
 
         Raises:
             ValueError: If the file is of this run but does not hold such a state: it was damaged or exchanged.
@@ -96,25 +115,38 @@ class ClientFolder:
         if self._prompt.exists():
             tensors, metadata = read_tensors(self._prompt)
             if metadata.get("run-token") == run_token:
-                for name, shape in (("personal", (n_ctx, ctx_dim)), ("carrier", (rank, ctx_dim))):
-                    found = tensors[name]
-                    if tuple(found.shape) != shape or found.dtype != torch.float32:
+                shapes = {"personal": (n_ctx, ctx_dim), "carrier": (rank, ctx_dim)}
+                self._check(tensors, {name: (shape, torch.float32) for name, shape in shapes.items()})
+                if history is not None:
+                    self._check(tensors, history)
+                    unknown = tensors.keys() - shapes.keys() - history.keys() - {"global"}
+                    if unknown:
                         raise ValueError(
-                            f"{self._prompt.name} holds {name} {tuple(found.shape)}, {found.dtype}; expected {shape}, "
-                            "torch.float32"
+                            f"{self._prompt.name} holds {', '.join(sorted(unknown))}; no such thing is kept"
                         )
                 return PersonalState(
                     personal=tensors["personal"],
                     carrier=tensors["carrier"],
                     server_round=int(metadata["server-round"]),
+                    history={name: tensors[name] for name in history or {}},
                 )
         return fresh_state(n_ctx, ctx_dim, rank)
+
+    def _check(self, tensors: Mapping[str, Tensor], shapes: HistoryShapes) -> None:
+        for name, (shape, dtype) in shapes.items():
+            if name not in tensors:
+                raise ValueError(f"{self._prompt.name} holds no {name}; expected {shape}, {dtype}")
+            found = tensors[name]
+            if tuple(found.shape) != shape or found.dtype != dtype:
+                raise ValueError(
+                    f"{self._prompt.name} holds {name} {tuple(found.shape)}, {found.dtype}; expected {shape}, {dtype}"
+                )
 
     def save(self, state: PersonalState, global_prompt: Tensor, run_token: str) -> None:
         """Keep the personal prompt beside the global prompt it was trained on: together they are the client's model."""
         write_tensors(
             self._prompt,
-            {"personal": state.personal, "carrier": state.carrier, "global": global_prompt},
+            {**state.history, "personal": state.personal, "carrier": state.carrier, "global": global_prompt},
             {"run-token": run_token, "server-round": str(state.server_round)},
         )
 

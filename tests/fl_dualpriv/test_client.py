@@ -12,6 +12,7 @@ from fl_dualpriv import client
 from fl_dualpriv.client import ClientData, ClientFolder, PersonalState, check_round, check_single_run, fresh_state
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.files import read_tensors, write_tensors
+from fl_dualpriv.history import HistoryShapes
 from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 
@@ -82,6 +83,43 @@ def test_a_state_moves_between_devices_whole():
     moved = some_state().to(torch.device("meta"))
     assert moved.personal.device == moved.carrier.device == torch.device("meta")
     assert moved.server_round == 3
+
+
+HISTORY: HistoryShapes = {"past.average": ((4, 6), torch.float32), "past.seen": ((4,), torch.int64)}
+REMEMBERED = {"past.average": torch.rand(4, 6), "past.seen": torch.arange(4)}
+
+
+def test_what_is_remembered_of_releases_survives_with_the_state(tmp_path: Path):
+    folder = ClientFolder(tmp_path)
+    folder.save(replace(some_state(), history=REMEMBERED), torch.ones(4, 6), "mine")
+    back = folder.load("mine", 4, 6, 2, HISTORY)
+    assert back.history.keys() == REMEMBERED.keys()
+    assert all(torch.equal(back.history[name], tensor) for name, tensor in REMEMBERED.items())
+    assert back.to(torch.device("meta")).history["past.seen"].device == torch.device("meta")
+    assert folder.load("mine", 4, 6, 2).history == {}  # who scores does not look
+    assert folder.load("other", 4, 6, 2, HISTORY).history == {}  # a fresh run remembers nothing
+
+
+@pytest.mark.parametrize(
+    ("kept", "expected"),
+    [
+        ({}, "holds no past.average"),
+        (REMEMBERED | {"past.seen": torch.arange(3)}, r"past.seen \(3,\), torch.int64; expected \(4,\)"),
+        (REMEMBERED | {"past.seen": torch.rand(4)}, "torch.float32; expected .* torch.int64"),
+        (REMEMBERED | {"optimizer.first": torch.rand(4, 6)}, "holds optimizer.first; no such thing is kept"),
+    ],
+    ids=["missing", "shape", "type", "unknown"],
+)
+def test_a_damaged_history_is_an_error(tmp_path: Path, kept: dict[str, torch.Tensor], expected: str):
+    folder = ClientFolder(tmp_path)
+    folder.save(replace(some_state(), history=kept), torch.ones(4, 6), "mine")
+    with pytest.raises(ValueError, match=expected):
+        folder.load("mine", 4, 6, 2, HISTORY)
+
+
+def test_a_state_without_history_writes_what_it_always_did(tmp_path: Path):
+    ClientFolder(tmp_path).save(some_state(), torch.ones(4, 6), "mine")
+    assert read_tensors(tmp_path / "prompt.safetensors")[0].keys() == {"personal", "carrier", "global"}
 
 
 def event(run: str, server_round: int, releases: int = 1) -> LedgerEvent:
