@@ -92,3 +92,21 @@ def tiny_clip_name(tiny_clip_dir: Path, tmp_path_factory: pytest.TempPathFactory
     path.write_text(json.dumps(json.loads((tiny_clip_dir / "open_clip_config.json").read_text())["model_cfg"]))
     open_clip.add_model_config(path)
     return path.stem
+
+
+@pytest.fixture(scope="session")
+def make_llava_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Folder of a tiny LLaVA with random weights: ``make_llava_dir(vision="siglip", language="mistral", ...)``."""
+
+    def make(**changes: Any) -> Path:
+        from tests.tiny_llava import save_tiny_llava  # late: its library takes seconds
+
+        return save_tiny_llava(tmp_path_factory.mktemp("llava"), **changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llava_dir(make_llava_dir: Callable[..., Path]) -> Path:
+    """Folder of the tiny LLaVA of CLIP and Llama, for ``load_answering_model(f"hf:{llava_dir}", ...)``."""
+    return make_llava_dir()

@@ -250,27 +250,31 @@ def _try_an_image(backbone: TransformersBackbone) -> None:
 @functools.lru_cache
 def _load_parts(name: str, device: str) -> tuple[nn.Module, Any, Any]:
     """The frozen model, its tokenizer and its image processor, shared by backbones that differ in precision alone."""
-    source = name.removeprefix(HUGGING_FACE)
-    if not source.strip():  # it would be the working directory
-        raise ConfigError(f"backbone.name = {name!r}: name a folder or a model on the hub after {HUGGING_FACE!r}")
-    folder = Path(source).expanduser()
-    local = folder.is_dir()
-    place = str(folder) if local else source
+    place, local = find_place(name, name.removeprefix(HUGGING_FACE))
     with checkpoints.no_retries_when_offline():
-        config = _load(name, "configuration", transformers.AutoConfig.from_pretrained, place, local)
+        config = load_part(name, "configuration", transformers.AutoConfig.from_pretrained, place, local)
         if config.model_type not in _MODELS:
             raise ConfigError(
                 f"backbone.name = {name!r} is a model of type {config.model_type!r}; supported are "
                 f"{' and '.join(_MODELS)} (SigLIP 2 with images of a fixed size is of type siglip)"
             )
-        model = _load_model(name, _MODELS[config.model_type], place, local)
-        tokenizer = _load(name, "tokenizer", transformers.AutoTokenizer.from_pretrained, place, local)
+        model = load_weights(name, _MODELS[config.model_type], place, local, torch.float32)
+        tokenizer = load_part(name, "tokenizer", transformers.AutoTokenizer.from_pretrained, place, local)
         images = functools.partial(transformers.AutoImageProcessor.from_pretrained, backend="pil")
-        image_processor = _load(name, "image processor", images, place, local)
+        image_processor = load_part(name, "image processor", images, place, local)
     return model.eval().requires_grad_(False).to(device), tokenizer, image_processor
 
 
-def _load(name: str, part: str, load: Callable[..., Any], place: str, local: bool) -> Any:
+def find_place(name: str, source: str) -> tuple[str, bool]:
+    """What transformers is to read: a folder, or a name on the hub; and whether it is a folder."""
+    if not source.strip():  # it would be the working directory
+        raise ConfigError(f"backbone.name = {name!r}: name a folder or a model on the hub after {HUGGING_FACE!r}")
+    folder = Path(source).expanduser()
+    return (str(folder), True) if folder.is_dir() else (source, False)
+
+
+def load_part(name: str, part: str, load: Callable[..., Any], place: str, local: bool) -> Any:
+    """What a function of transformers reads from a folder or the hub; ConfigError if that fails."""
     try:
         return load(place, local_files_only=local)
     except Exception as error:  # transformers, tokenizers, the hub and JSON each raise their own kinds
@@ -281,10 +285,14 @@ def _load(name: str, part: str, load: Callable[..., Any], place: str, local: boo
         ) from error
 
 
-def _load_model(name: str, kind: Any, place: str, local: bool) -> nn.Module:
-    # float32 by name: transformers takes the checkpoint's own type otherwise.
-    load = functools.partial(kind.from_pretrained, dtype=torch.float32, output_loading_info=True)
-    model, loaded = _load(name, "model", load, place, local)
+def load_weights(name: str, kind: Any, place: str, local: bool, dtype: torch.dtype) -> nn.Module:
+    """A model of a kind in a precision: transformers would take the checkpoint's own, and fill gaps at random.
+
+    Raises:
+        ConfigError: If the weights cannot be read, do not fill the model or are not finite.
+    """
+    load = functools.partial(kind.from_pretrained, dtype=dtype, output_loading_info=True)
+    model, loaded = load_part(name, "model", load, place, local)
     problems = [f"{key} is missing" for key in sorted(loaded["missing_keys"])]
     problems += [f"{key} has another shape" for key, *_ in loaded["mismatched_keys"]]
     problems += [str(message) for message in loaded.get("error_msgs", [])]

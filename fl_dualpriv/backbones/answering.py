@@ -1,0 +1,163 @@
+"""What a frozen multimodal language model offers: image and question in, words out; and the function that loads one.
+
+A sequence is ``[before][visual tokens][prompt][after: the question …][answer, end]``. The language model is causal, so
+the keys and values of what stands before the prompt do not depend on it: a `Prefix` is computed without gradients and
+can be kept for as long as the image is the same. No heavy library is imported here.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from fl_dualpriv.backbones.backbone import HUGGING_FACE, ImageEncoder, Precision
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.pruning.visual_tokens import TokenPruner
+
+DEMO = "demo-vqa"
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Keys and values of ``[before][visual tokens]`` of some images.
+
+    Attributes:
+        layers: Of each block of the language model: keys, values, both (image, head, token, dim).
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory."""
+        return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers[0][0])
+
+    def take(self, rows: Tensor) -> "Prefix":
+        """Of some of the images."""
+        return Prefix(tuple((keys[rows], values[rows]) for keys, values in self.layers))
+
+    def room(self, images: int) -> "Prefix":
+        """Zeros for so many images, of the same shape and kind."""
+        return Prefix(
+            tuple((k.new_zeros(images, *k.shape[1:]), v.new_zeros(images, *v.shape[1:])) for k, v in self.layers)
+        )
+
+    def put(self, rows: Tensor, other: "Prefix") -> None:
+        """Write the first of another's images to these rows, as many as there are rows."""
+        for (keys, values), (new_keys, new_values) in zip(self.layers, other.layers, strict=True):
+            keys[rows], values[rows] = new_keys[: len(rows)], new_values[: len(rows)]
+
+
+class AnsweringModel(ImageEncoder, Protocol):
+    """A frozen vision tower, projector and language model; evaluation mode, no parameter has a gradient.
+
+    The features of an image are its projected visual tokens, through the pruner if there is one: ``embed_dim`` is
+    ``n_visual * ctx_dim``. An image with a number that is not finite has a row of NaN.
+
+    Attributes:
+        ctx_dim: Width of a token embedding.
+        n_visual: Visual tokens of an image that the language model reads, after pruning.
+        context_length: Longest sequence, in tokens.
+        pruner: Visual token pruner, or None.
+        end: Id that ends an answer.
+    """
+
+    ctx_dim: int
+    n_visual: int
+    context_length: int
+    pruner: TokenPruner | None
+    end: int
+
+    def words(self, text: str) -> list[int]:
+        """Token ids of a text alone.
+
+        Raises:
+            ConfigError: If the text has words that the model does not know, or its special tokens.
+        """
+        ...
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Ids (..., token) → embeddings float32 (..., token, ctx_dim), without positions."""
+        ...
+
+    def question_tokens(self, question: str) -> list[int]:
+        """Ids of everything between the prompt and the answer.
+
+        Raises:
+            ConfigError: As `words`.
+        """
+        ...
+
+    def answer_tokens(self, answer: str) -> list[int]:
+        """Ids of an answer, with the end.
+
+        Raises:
+            ConfigError: As `words`, or if the answer is empty.
+        """
+        ...
+
+    def check_length(self, n_ctx: int, max_tokens: int) -> None:
+        """Raise ConfigError if an image, a prompt and ``max_tokens`` of question and answer exceed the context."""
+        ...
+
+    def prefix(self, visual: Tensor) -> Prefix:
+        """Keys and values in front of a prompt, without gradients: visual tokens (image, embed_dim) → `Prefix`.
+
+        Guarantee:
+            Per image, as `image_features`.
+        """
+        ...
+
+    def logits(self, prefix: Prefix, embeddings: Tensor, first: int, *, checkpointing: bool = False) -> Tensor:
+        """Scores of the token behind each position; differentiable in the embeddings.
+
+        Guarantee:
+            Row i is a function of row i of the prefix and of the embeddings alone, and position t of those up to t.
+
+        Args:
+            prefix: Of n images.
+            embeddings: What stands behind it, (n, token, ctx_dim), without positions.
+            first: Position in ``embeddings`` of the first score wanted.
+            checkpointing: Keep each block's input only, and run the block again in the backward pass: same gradients.
+
+        Returns:
+            float32 (n, token - first, vocabulary).
+        """
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """First 16 hex digits of a SHA-256 over names, types, shapes and bytes of the weights."""
+        ...
+
+
+def load_answering_model(
+    name: str, device: str, pruner: TokenPruner | None, precision: Precision = "fp32"
+) -> AnsweringModel:
+    """Load and freeze a model; the weights are read once per process and never random.
+
+    Args:
+        name: ``demo-vqa`` (the embedded demo), or ``hf:NAME``, a folder or hub name of a transformers model of type
+            llava with its processor.
+        device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        pruner: Prunes the visual tokens of each image; None keeps all.
+        precision: Of the weights and the products.
+
+    Raises:
+        ConfigError: If the model cannot be used exactly as asked for.
+    """
+    from fl_dualpriv.backbones.llava import load_llava
+
+    if name == DEMO:
+        from fl_dualpriv.data.vqa_demo import VQA_DEMO_FOLDER
+
+        return load_llava(name, str(VQA_DEMO_FOLDER), device, pruner, precision)
+    if not name.startswith(HUGGING_FACE):
+        raise ConfigError(
+            f"backbone.name = {name!r} answers no questions; name {DEMO} or {HUGGING_FACE}NAME, a folder or hub name "
+            "of a LLaVA model"
+        )
+    return load_llava(name, name.removeprefix(HUGGING_FACE), device, pruner, precision)

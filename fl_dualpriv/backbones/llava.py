@@ -1,0 +1,264 @@
+"""Frozen LLaVA models of transformers: vision tower, projector and a causal language model that reads visual tokens.
+
+The language model is the library's own, run in two parts: what stands before a prompt without gradients, into keys and
+values that are kept, and the rest behind them.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import PIL.Image
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fl_dualpriv.backbones import checkpoints
+from fl_dualpriv.backbones.answering import Prefix
+from fl_dualpriv.backbones.backbone import Precision
+from fl_dualpriv.backbones.chat_layout import ChatLayout
+from fl_dualpriv.backbones.frozen import FrozenModel
+from fl_dualpriv.backbones.transformers import find_place, load_part, load_weights, transformers
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.pruning.published import n_visual_tokens, pruned_hidden
+from fl_dualpriv.pruning.visual_tokens import OFF, TokenPruner
+
+_VISION = ("clip_vision_model", "siglip_vision_model")
+_LANGUAGE = ("llama", "mistral", "qwen2")
+_TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_TRIAL_SIZE = (48, 40)
+# transformers 5.24 renamed the argument, and warns of the old name.
+_CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values"
+
+
+class LlavaBackbone(FrozenModel):
+    """A frozen LLaVA of transformers; see `AnsweringModel`.
+
+    Args:
+        name: As configured.
+        model: `transformers.LlavaForConditionalGeneration`.
+        processor: Of transformers, with a tokenizer and an image processor on PIL images.
+        device: Where the model is.
+        pruner: Prunes the visual tokens of each image; None keeps all.
+        precision: Of the weights.
+
+    Raises:
+        ConfigError: If the parts do not fit.
+    """
+
+    visual_prompts = False
+    fills_rows = False
+    text_stack = None
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        processor: Any,
+        device: torch.device,
+        pruner: TokenPruner | None,
+        precision: Precision,
+    ) -> None:
+        self.name, self.device, self.pruner, self._precision = name, device, pruner, precision
+        self._model: Any = model
+        self._language: Any = self._model.model.language_model
+        self._image_processor = processor.image_processor
+        config = self._model.config
+        self.ctx_dim: int = config.text_config.hidden_size
+        self.context_length: int = config.text_config.max_position_embeddings
+        table = self._language.embed_tokens.weight
+        self._type = table.dtype
+        self._layout = ChatLayout(name, processor, config.image_token_id, len(table))
+        self.end = self._layout.end
+        self._before = self.embed_tokens(torch.tensor(self._layout.before, dtype=torch.long))
+        if pruner is not None:
+            self._check_prunable(config, pruner)
+        self.n_visual = self._count_visual()
+        self.embed_dim = self.n_visual * self.ctx_dim
+
+    def preprocess(self, image: PIL.Image.Image) -> Tensor:
+        """The image processor's transform: float32 (3, height, width)."""
+        return self._image_processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+
+    @torch.no_grad()  # not inference_mode: its tensors may not enter a later backward pass
+    def image_features(self, images: Tensor) -> Tensor:
+        """Projected visual tokens, float32 (n, n_visual * ctx_dim); see `AnsweringModel`."""
+        if images.shape[0] == 0:
+            return torch.zeros(0, self.embed_dim, device=self.device)
+        images = images.to(self.device, torch.float32)
+        finite = torch.isfinite(images).flatten(1).all(dim=1)
+        clean = torch.where(finite[:, None, None, None], images, 0.0)
+        tokens = self._visual_tokens(clean.to(self._type)).float().flatten(1)
+        return torch.where(finite[:, None], tokens, float("nan"))
+
+    def words(self, text: str) -> list[int]:
+        """Token ids of a text alone; see `AnsweringModel`."""
+        return self._layout.words(text)
+
+    @torch.no_grad()
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Ids (..., token) → embeddings float32 (..., token, ctx_dim)."""
+        return self._language.embed_tokens(tokens.to(self.device)).float()
+
+    def question_tokens(self, question: str) -> list[int]:
+        """Ids between the prompt and the answer; see `AnsweringModel`."""
+        return self._layout.question(question)
+
+    def answer_tokens(self, answer: str) -> list[int]:
+        """Ids of an answer and the end; see `AnsweringModel`."""
+        return self._layout.answer(answer)
+
+    def check_length(self, n_ctx: int, max_tokens: int) -> None:
+        """Raise ConfigError if image, prompt, question and answer exceed the context; see `AnsweringModel`."""
+        before = len(self._layout.before)
+        needed = before + self.n_visual + n_ctx + max_tokens
+        if needed > self.context_length:
+            raise ConfigError(
+                f"prompt.n-ctx = {n_ctx} and data.max-tokens = {max_tokens} make sequences of {needed} tokens with "
+                f"{before + self.n_visual} before the prompt; {self.name!r} reads {self.context_length}: set data."
+                f"max-tokens <= {max_tokens - needed + self.context_length}, or keep fewer visual tokens"
+            )
+
+    @torch.no_grad()
+    def prefix(self, visual: Tensor) -> Prefix:
+        """Keys and values in front of a prompt; see `AnsweringModel`."""
+        tokens = visual.to(self.device, self._type).unflatten(1, (self.n_visual, self.ctx_dim))
+        start = self._before.to(self._type).expand(len(tokens), -1, -1)
+        cache: Any = transformers.DynamicCache()  # without a configuration: layers that keep every token
+        self._run(torch.cat([start, tokens], dim=1), cache, 0)
+        return Prefix(tuple((layer.keys, layer.values) for layer in cache.layers))
+
+    def logits(self, prefix: Prefix, embeddings: Tensor, first: int, *, checkpointing: bool = False) -> Tensor:
+        """Scores of the token behind each position; see `AnsweringModel`."""
+        cache: Any = transformers.DynamicCache()
+        cache.layers = [_KeptLayer(keys, values) for keys, values in prefix.layers]
+        past = prefix.layers[0][0].shape[2]
+        with _checkpointed(self._language.layers) if checkpointing else contextlib.nullcontext():
+            hidden = self._run(embeddings.to(self._type), cache, past)
+        return self._model.lm_head(hidden[:, first:]).float()
+
+    def _run(self, embeddings: Tensor, cache: Any, past: int) -> Tensor:
+        positions = torch.arange(past, past + embeddings.shape[1], device=self.device)[None]
+        arguments = {_CACHE: cache, "position_ids": positions, "inputs_embeds": embeddings, "use_cache": True}
+        return self._language(**arguments).last_hidden_state
+
+    def _visual_tokens(self, pixels: Tensor) -> Tensor:
+        """(n, 3, height, width) → (n, n_visual, ctx_dim)."""
+        if self.pruner is not None:
+            hidden = pruned_hidden(self._model.model.vision_tower, pixels, self.pruner)
+            return self._model.model.multi_modal_projector(hidden)
+        return torch.stack(list(self._model.get_image_features(pixel_values=pixels).pooler_output))
+
+    def _check_prunable(self, config: Any, pruner: TokenPruner) -> None:
+        """Refuse a pruner that would make other tokens than the language model was trained on."""
+        tower = self._model.model.vision_tower
+        n_visual_tokens(tower, pruner)
+        layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+        wanted = "default" if config.vision_config.model_type == _VISION[0] else "full"
+        states = config.vision_config.num_hidden_layers + 1
+        if not isinstance(layer, int) or layer % states != pruner.layer % states:
+            raise ConfigError(
+                f"pruning.visual-layer = {pruner.layer}: {self.name!r} reads hidden state {layer} of its vision tower "
+                f"(vision_feature_layer), which must be one, and the one that is pruned; {OFF}, or prune that one"
+            )
+        if strategy != wanted:
+            raise ConfigError(
+                f"backbone.name = {self.name!r}: tokens of its vision tower can be pruned if the language model reads "
+                f"patches alone (vision_feature_select_strategy = {wanted!r}); it is {strategy!r}; {OFF}"
+            )
+
+    def _count_visual(self) -> int:
+        """Visual tokens of an image; refuses an image processor that does not fit."""
+        try:
+            pixels = self.preprocess(PIL.Image.new("L", _TRIAL_SIZE))[None].to(self.device, self._type)
+            with torch.no_grad():
+                return self._visual_tokens(pixels).shape[1]
+        except Exception as error:  # whatever the pair raises
+            reason = f"{type(error).__name__}: {str(error).strip()}"
+            raise ConfigError(
+                f"backbone.name = {self.name!r} cannot read what its image processor makes: {reason}"
+            ) from error
+
+    def _described(self) -> list[Any]:
+        config = self._model.config
+        vision = (config.vision_config.to_diff_dict(), config.vision_feature_layer)
+        projector = (config.vision_feature_select_strategy, config.projector_hidden_act)
+        return ["llava", vision, projector, self._image_processor.to_dict(), repr(self.pruner), self._precision]
+
+
+class _KeptLayer(transformers.cache_utils.DynamicLayer):
+    """Keys and values of one block that are read and never grow, so that a block can run twice (checkpointing)."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys: Tensor = keys
+        self.values: Tensor = values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The kept ones and the new ones behind them."""
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
+@contextlib.contextmanager
+def _checkpointed(layers: nn.ModuleList) -> Iterator[None]:
+    """Inside, blocks keep their input alone and run again in the backward pass.
+
+    The library's own checkpointing would drop the keys and values in front of the prompt.
+    """
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@functools.lru_cache
+def load_llava(
+    name: str, source: str, device: str, pruner: TokenPruner | None, precision: Precision = "fp32"
+) -> LlavaBackbone:
+    """Load and freeze a LLaVA; arguments as in `answering.load_answering_model`, ``source`` a folder or hub name.
+
+    Raises:
+        ConfigError: If the model cannot be used exactly as asked for.
+    """
+    resolved = checkpoints.resolve_device(device)
+    return LlavaBackbone(name, *_load_parts(name, source, str(resolved), precision), resolved, pruner, precision)
+
+
+@functools.lru_cache
+def _load_parts(name: str, source: str, device: str, precision: Precision) -> tuple[nn.Module, Any]:
+    """The frozen model and its processor, shared by backbones that differ in pruning alone."""
+    place, local = find_place(name, source)
+    with contextlib.nullcontext() if local else checkpoints.no_retries_when_offline():
+        config = load_part(name, "configuration", transformers.AutoConfig.from_pretrained, place, local)
+        _check_types(name, config)
+        model = load_weights(name, transformers.AutoModelForImageTextToText, place, local, _TYPES[precision])
+        read = functools.partial(transformers.AutoProcessor.from_pretrained, backend="pil")
+        processor = load_part(name, "processor", read, place, local)
+    for part in ("tokenizer", "image_processor"):
+        if not hasattr(processor, part):  # transformers takes a tokenizer for a processor where that is all there is
+            raise ConfigError(
+                f"backbone.name = {name!r}: its processor has no {part}; add the files that its save_pretrained writes"
+            )
+    return model.eval().requires_grad_(False).to(device), processor
+
+
+def _check_types(name: str, config: Any) -> None:
+    found = config.model_type
+    if found == "llava":
+        for part, supported in ((config.vision_config, _VISION), (config.text_config, _LANGUAGE)):
+            if part.model_type not in supported:
+                raise ConfigError(
+                    f"backbone.name = {name!r} is a LLaVA with a part of type {part.model_type!r}; supported are "
+                    f"{', '.join(supported)}"
+                )
+    else:
+        raise ConfigError(
+            f"backbone.name = {name!r} is a model of type {found!r}; supported for questions is llava, with a vision "
+            f"tower of type {' or '.join(_VISION)} and a language model of type {', '.join(_LANGUAGE)}"
+        )
