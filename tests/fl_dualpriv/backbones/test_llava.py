@@ -170,7 +170,7 @@ def test_pruned_tokens_are_projected(make_llava_dir, vision: str):
         ({}, VisualTokenPruner(layer=-1, keep_ratio=0.5), "visual-layer = -1: .* reads hidden state -2"),
         ({}, VisualTokenPruner(layer=7, keep_ratio=0.5), "visual-layer = 7"),
         ({}, VisualTokenPruner(layer=-2, dominant=16, contextual=0), ""),
-        ({"vision_changes": {"image_size": 16}}, PRUNER, "cannot read what its image processor makes: ValueError.*32"),
+        ({"vision_changes": {"image_size": 16}}, PRUNER, "cannot read what its image processor makes: .*32"),
     ],
 )
 def test_pruners_that_do_not_fit(make_llava_dir, changes: dict, pruner: TokenPruner, message: str):
