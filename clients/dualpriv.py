@@ -15,14 +15,17 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.client import PersonalState
+from fl_dualpriv.directions import Directions
+from fl_dualpriv.history import HistoryShapes
 from fl_dualpriv.methods import MethodParts
 from fl_dualpriv.objective import Objective, Records, StepGradients
+from fl_dualpriv.optimizers import SGD, Optimizer
 from fl_dualpriv.privacy.clipping import ClippedSum, check_exact
 from fl_dualpriv.privacy.noise import RandomSource, poisson_sample
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.privacy.release import release
 from fl_dualpriv.prompts.lowrank import carriers, cut_to_rank, tangent_projection
-from fl_dualpriv.pruning.updates import prune_update
+from fl_dualpriv.pruning.updates import KEEP_ALL, UpdatePruning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +37,20 @@ class LocalTraining:
         sampling_rate: q.
         global_learning_rate: For p_G.
         local_learning_rate: For p_L.
-        update_keep_ratio: Share of context tokens whose update is kept.
+        pruning: Which blocks of an update are followed.
+        optimizer: What becomes of the noised gradients.
     """
 
     local_steps: int
     sampling_rate: float
     global_learning_rate: float
     local_learning_rate: float
-    update_keep_ratio: float
+    pruning: UpdatePruning = KEEP_ALL
+    optimizer: Optimizer = SGD
+
+    def history_shapes(self, n_ctx: int, ctx_dim: int) -> HistoryShapes:
+        """What a client remembers of its releases from step to step and round to round."""
+        return {**self.pruning.history_shapes(n_ctx, ctx_dim), **self.optimizer.history_shapes(n_ctx, ctx_dim)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +95,10 @@ def cohort_update(
         N(0, z²C²) from its own source; the noise is there for an empty batch too, and the divisor q·n_i is public. With
         a trusted server the upload is the clipped sum itself, for the server to noise, and the personal prompt still
         moves by a noised copy. With integer arithmetic that sum is uploaded as the integers it is made of, so that it
-        stays exact until the server has added its noise. No client's numbers depend on who steps beside it, but for
-        float rounding: the size of a matrix product can change the order of its sums. The caller has written the
-        ledger events of these releases.
+        stays exact until the server has added its noise. Masks before the clip come from earlier releases and coins;
+        what is pruned, averaged or projected after is post-processing (see `UpdatePruning`): the noise is as without.
+        No client's numbers depend on who steps beside it, but for float rounding: the size of a matrix product can
+        change the order of its sums. The caller has written the ledger events of these releases.
 
     Args:
         global_prompt: p_G of this round, (n_ctx, ctx_dim).
@@ -118,16 +128,25 @@ def cohort_update(
     exact = plan is not None and plan.arithmetic == "integer"
     if exact:
         check_exact(max(p.data.num_examples for p in participants))
+    directions = Directions(
+        pruning=training.pruning,
+        optimizer=training.optimizer,
+        histories=[p.state.history for p in participants],
+        streams=[p.random for p in participants],
+        noise_std=_noise_of_a_mean(plan, expected[:, 0, 0]),
+        like=global_prompt,
+    )
     picked: list[np.ndarray] = []
     for step in range(training.local_steps):
+        masks = directions.masks(step)
         if not picked or training.sampling_rate < 1:
             picked = _batches(participants, step, training.sampling_rate)
         effective = prompts.own_global + prompts.personal if parts.personal else prompts.own_global
         gradients = pooled.at(effective, picked)
         if plan is None:
-            summed = gradients.sums()
+            summed = gradients.sums() if masks is None else gradients.sums() * masks
         else:
-            clean = _clean_sums(gradients, plan)
+            clean = _clean_sums(gradients, plan, masks)
             if clean_upload is not None:
                 factor = 1.0 if exact else training.global_learning_rate  # in integers the server applies it
                 clean_upload -= factor * torch.stack([c.value for c in clean])
@@ -136,16 +155,16 @@ def cohort_update(
             noised = [_release(c, plan, p.random("noise", step)) for c, p in zip(clean, participants, strict=True)]
             summed = gradients.to_prompts(torch.stack(noised))
         mean = summed.div_(expected.to(summed.dtype)).to(global_prompt.dtype)
-        gradient = prune_update(mean, training.update_keep_ratio)
+        factors = _carriers(prompts, mean) if directions.cuts_components else None
+        direction = directions.direction(mean, factors)
         if parts.shared and not trusts_server:
-            prompts.own_global = torch.sub(prompts.own_global, gradient, alpha=training.global_learning_rate)
+            prompts.own_global = torch.sub(prompts.own_global, direction, alpha=training.global_learning_rate)
         if parts.personal:
-            _move_personal(prompts, gradient, parts, training.local_learning_rate)
+            _move_personal(prompts, direction, parts, training.local_learning_rate, directions.closed)
     uploads = prompts.own_global - global_prompt if clean_upload is None else clean_upload
-    return [
-        (uploads[i], replace(participant.state, personal=prompts.personal[i], carrier=prompts.carrier[i]))
-        for i, participant in enumerate(participants)
-    ]
+    kept = zip(participants, prompts.personal, prompts.carrier, directions.histories(), strict=True)
+    states = [replace(p.state, personal=own, carrier=v, history=history) for p, own, v, history in kept]
+    return list(zip(uploads, states, strict=True))
 
 
 def _batches(participants: Sequence[Participant], step: int, rate: float) -> list[np.ndarray]:
@@ -155,9 +174,15 @@ def _batches(participants: Sequence[Participant], step: int, rate: float) -> lis
     return [poisson_sample(p.random("batch", step), p.data.num_examples, rate) for p in participants]
 
 
-def _clean_sums(gradients: StepGradients, plan: RecordLevelPlan) -> list[ClippedSum]:
+def _noise_of_a_mean(plan: RecordLevelPlan | None, expected: Tensor) -> Tensor:
+    """Std of the noise on each coordinate of a client's mean gradient, (client,): public. z·C over q·n_i."""
+    std = 0.0 if plan is None else plan.local_noise_multiplier * plan.clip_norm
+    return std / expected
+
+
+def _clean_sums(gradients: StepGradients, plan: RecordLevelPlan, masks: Tensor | None) -> list[ClippedSum]:
     """Each client's clipped sum: what the noise is about to be added to."""
-    return gradients.clipped_sums(plan.clip_norm, plan.arithmetic)
+    return gradients.clipped_sums(plan.clip_norm, plan.arithmetic, masks)
 
 
 def _release(clean: ClippedSum, plan: RecordLevelPlan, source: RandomSource) -> Tensor:
@@ -165,15 +190,31 @@ def _release(clean: ClippedSum, plan: RecordLevelPlan, source: RandomSource) -> 
     return release(clean, plan.local_noise_multiplier, source)
 
 
-def _move_personal(prompts: _Prompts, gradient: Tensor, parts: MethodParts, learning_rate: float) -> None:
-    """p_L ← p_L − η · Π(G̃), then cut to rank k if there is no residual. Post-processing of G̃."""
-    if not parts.factorised:
-        prompts.personal = prompts.personal - learning_rate * gradient
-        return
-    # While p_L is zero it has no subspaces: the first noised gradient lends its own.
+def _carriers(prompts: _Prompts, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Subspaces of p_L, (client, n_ctx, k) and (client, k, ctx_dim).
+
+    While p_L is zero it has none: the first noised gradient lends its own.
+    """
     moved = prompts.personal.flatten(1).any(dim=1)[:, None, None]
-    u, v = carriers(torch.where(moved, prompts.personal, gradient), prompts.carrier)
-    personal = prompts.personal - learning_rate * tangent_projection(gradient, u, v)
+    return carriers(torch.where(moved, prompts.personal, gradient), prompts.carrier)
+
+
+def _move_personal(
+    prompts: _Prompts, direction: Tensor, parts: MethodParts, learning_rate: float, closed: Tensor | None
+) -> None:
+    """p_L ← p_L − η · Π(G̃), then cut to rank k if there is no residual. Post-processing of G̃.
+
+    The projection spreads a row over others: it is masked once more where coordinates must not move. Cutting to rank k
+    spreads as well, and there nothing can be held still.
+    """
+    if not parts.factorised:
+        prompts.personal = prompts.personal - learning_rate * direction
+        return
+    u, v = _carriers(prompts, direction)
+    move = tangent_projection(direction, u, v)
+    if closed is not None:
+        move = torch.where(closed, 0.0, move)
+    personal = prompts.personal - learning_rate * move
     if not parts.residual:
         u, v = carriers(personal, v)
         personal = cut_to_rank(personal, u)

@@ -15,10 +15,12 @@ from fl_dualpriv import wire
 from fl_dualpriv.client import PersonalState, check_round, check_single_run, fresh_state
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import PrivacyError
+from fl_dualpriv.optimizers import Optimizer
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey
 from fl_dualpriv.privacy.plan import check_terms
 from fl_dualpriv.prompts.classification import Classification
+from fl_dualpriv.pruning.updates import UpdatePruning
 
 _MOST_LOCKS = 256  # a lock is an open file, and a process may have about a thousand
 
@@ -40,6 +42,7 @@ class TrainRound:
     def __init__(self, node: Node, task: wire.TrainTask) -> None:
         self._node, self._setting, self._task = node, node.setting, task
         self._prompt = task.global_prompt.to(self._setting.world.backbone.device)
+        self._training = local_training(self._setting.config)
         self._uploads: dict[int, Tensor] = {}
         self._failed = Failures(private=self._setting.plan is not None)
 
@@ -144,11 +147,17 @@ class TrainRound:
         return Participant(partition=partition, state=state, data=data, random=random)
 
     def _state(self, partition: int) -> PersonalState:
-        if not self._setting.keeps_state:
+        if not self._keeps_state:
             return self._nothing
         n_ctx, ctx_dim = self._prompt.shape
         folder, rank = self._node.folder(partition), self._setting.config.prompt.rank
-        return folder.load(self._task.run_token, n_ctx, ctx_dim, rank).to(self._prompt.device)
+        state = folder.load(self._task.run_token, n_ctx, ctx_dim, rank, self._training.history_shapes(n_ctx, ctx_dim))
+        return state.to(self._prompt.device)
+
+    @property
+    def _keeps_state(self) -> bool:
+        """Also without a personal prompt or a plan, if something is remembered from round to round."""
+        return self._setting.keeps_state or bool(self._training.history_shapes(*self._prompt.shape))
 
     @functools.cached_property
     def _nothing(self) -> PersonalState:
@@ -158,7 +167,7 @@ class TrainRound:
 
     def _finish(self, partition: int, upload: Tensor, state: PersonalState) -> None:
         """Keep the state, then let the upload go: a round whose state is lost must not be answered."""
-        if self._setting.keeps_state:
+        if self._keeps_state:
             try:
                 kept = replace(state, server_round=self._task.server_round)
                 self._node.folder(partition).save(kept, self._prompt, self._task.run_token)
@@ -184,7 +193,7 @@ class TrainRound:
             participants=ready,
             objective=setting.objective,
             parts=setting.parts,
-            training=local_training(setting.config),
+            training=self._training,
             plan=setting.plan,
         )
 
@@ -203,12 +212,21 @@ def published_training(config: RunConfig, participant: Participant) -> Published
 
 def local_training(config: RunConfig) -> LocalTraining:
     """Numbers of a local step, from the configuration."""
+    pruning = config.pruning
     return LocalTraining(
         local_steps=config.train.local_steps,
         sampling_rate=config.train.sampling_rate,
         global_learning_rate=config.train.global_learning_rate,
         local_learning_rate=config.train.local_learning_rate,
-        update_keep_ratio=config.pruning.update_keep_ratio,
+        pruning=UpdatePruning(
+            rule=pruning.update_rule,
+            keep_ratio=pruning.update_keep_ratio,
+            block=pruning.update_block,
+            frozen=pruning.update_frozen,
+            warm_up=pruning.update_warm_up,
+            exploration=pruning.update_exploration,
+        ),
+        optimizer=Optimizer(name=config.train.optimizer, momentum=config.train.momentum),
     )
 
 

@@ -51,6 +51,11 @@ class Directions:
         self._step, self._opened, self._closed = 0, None, None
 
     @property
+    def cuts_components(self) -> bool:
+        """Whether `direction` needs the carriers of the step."""
+        return self._blocks is None and self._pruning.is_on
+
+    @property
     def closed(self) -> Tensor | None:
         """Coordinates that must not move in this step, (client, rows, cols); None: all may."""
         return self._closed
@@ -71,13 +76,12 @@ class Directions:
             release: Of this step, from gradients multiplied by `masks`.
             carriers: u and v of the step, where blocks are components.
         """
-        blocks = self._blocks
-        if blocks is None:
-            assert carriers is not None
-            blocks = ComponentBlocks(*carriers)
-        elif self._opened is not None:
-            self._history = self._pruning.remember(self._history, release, self._opened, blocks)
-        gradient, weights = self._pruning.prune(release, self._opened, self._noise_std, self._draw, blocks)
+        if self._opened is not None and self._blocks is not None:
+            self._history = self._pruning.remember(self._history, release, self._opened, self._blocks)
+        gradient, weights = release, None
+        blocks = self._blocks if carriers is None else ComponentBlocks(*carriers)
+        if blocks is not None:
+            gradient, weights = self._pruning.prune(release, self._opened, self._noise_std, self._draw, blocks)
         noise_std = self._noise_std[:, None, None] * (1.0 if weights is None else weights)
         self._closed = weights == 0 if weights is not None and self._pruning.frozen else None
         direction, self._history = self._optimizer.direction(gradient, self._history, noise_std, closed=self._closed)

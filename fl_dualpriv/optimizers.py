@@ -110,3 +110,6 @@ class Optimizer:
         # The square of a normal variable has variance 2 s⁴; averaging leaves `noise_left` of it.
         least = noise * (2 * noise_left(_SECOND_DECAY, count)).sqrt().to(noise.dtype)
         return first / torch.maximum(second - noise, least).clamp_min(_TINY**2).sqrt()
+
+
+SGD = Optimizer(name="sgd", momentum=0.0)

@@ -214,30 +214,10 @@ class UpdatePruning:
         return max(1, math.ceil(round(self.keep_ratio * count, 9)))
 
 
+KEEP_ALL = UpdatePruning(rule="noised", keep_ratio=1.0, block="token", frozen=False, warm_up=0, exploration=0.0)
+
+
 def _first(values: Tensor, count: int) -> Tensor:
     """1 at each row's ``count`` smallest values, else 0; of equal ones the earlier counts. (client, block), float32."""
     places = values.argsort(dim=1, stable=True)[:, :count]
     return torch.zeros(values.shape, device=values.device).scatter_(1, places, 1.0)
-
-
-def prune_update(noised_gradient: Tensor, keep_ratio: float) -> Tensor:
-    """Zero all context tokens but the ``ceil(keep_ratio * n_ctx)`` with the largest gradient norm.
-
-    Guarantee:
-        A function of the noised gradient alone, hence post-processing: ε with pruning is ε without.
-
-    Args:
-        noised_gradient: (…, n_ctx, ctx_dim), after clipping and noise.
-        keep_ratio: In (0, 1]; 1 keeps everything.
-
-    Raises:
-        ValueError: If ``keep_ratio`` is outside (0, 1].
-    """
-    if not 0 < keep_ratio <= 1:
-        raise ValueError(f"keep_ratio = {keep_ratio}; it must be in (0, 1]")
-    if keep_ratio == 1:
-        return noised_gradient
-    kept = math.ceil(keep_ratio * noised_gradient.shape[-2])
-    scores = torch.linalg.vector_norm(noised_gradient, dim=-1)
-    mask = torch.zeros_like(scores).scatter_(-1, torch.topk(scores, kept).indices, 1.0)
-    return noised_gradient * mask[..., None]

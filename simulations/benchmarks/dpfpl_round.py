@@ -185,7 +185,6 @@ def our_round(
             sampling_rate=1.0,
             global_learning_rate=LEARNING_RATE,
             local_learning_rate=LEARNING_RATE,
-            update_keep_ratio=1.0,
         ),
         plan=plan if private else None,
     )

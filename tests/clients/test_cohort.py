@@ -1,5 +1,6 @@
 """Clients that step together get the numbers that each gets alone, whoever steps beside it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fl_dualpriv.prompts.classification import Classification
 from fl_dualpriv.prompts.head import LowRankHead
 from fl_dualpriv.prompts.learner import PromptedText
 from fl_dualpriv.prompts.tower import PromptTower
+from fl_dualpriv.pruning.updates import KEEP_ALL
 
 NAMES = ("cat", "red fire truck", "dog", "the great wall of china", "tree")
 SIZES = (17, 3, 40, 1, 24)
@@ -31,9 +33,7 @@ PLANS: dict[str, dict[str, Any] | None] = {
 
 @pytest.fixture(scope="module")
 def text(tiny_clip_dir: Path) -> PromptedText:
-    return PromptedText(
-        load_backbone(f"local-dir:{tiny_clip_dir}", "", "cpu", None, "fp32"), NAMES, "a photo of a {}"
-    )
+    return PromptedText(load_backbone(f"local-dir:{tiny_clip_dir}", "", "cpu", None, "fp32"), NAMES, "a photo of a {}")
 
 
 def participant(partition: int, start: Tensor) -> Participant:
@@ -93,7 +93,7 @@ def update(
             sampling_rate=0.3,
             global_learning_rate=0.7,
             local_learning_rate=0.9,
-            update_keep_ratio=0.5,
+            pruning=replace(KEEP_ALL, keep_ratio=0.5),
         ),
         plan=plan,
     )

@@ -21,6 +21,7 @@ from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.prompts.classification import Classification
 from fl_dualpriv.prompts.lowrank import tangent_projection
 from fl_dualpriv.prompts.plain_tower import FunctionTower
+from fl_dualpriv.pruning.updates import KEEP_ALL
 
 N_CTX, CTX_DIM, RANK, N_CLS, EMBED, RECORDS = 5, 6, 2, 3, 4, 40
 SCALE = 10.0
@@ -37,7 +38,6 @@ TRAINING = LocalTraining(
     sampling_rate=0.3,
     global_learning_rate=0.5,
     local_learning_rate=0.25,
-    update_keep_ratio=1.0,
 )
 PLAN = RecordLevelPlan(
     clip_norm=0.8, noise_multiplier=1.3, sampling_rate=0.3, releases=3, delta=1e-5, trusts_server=False, personal=True
@@ -306,7 +306,7 @@ def test_the_gradient_is_taken_at_the_effective_prompt():
 
 @pytest.mark.parametrize(("ratio", "kept"), [(1.0, 5), (0.9, 5), (0.5, 3), (0.41, 3), (0.4, 2), (0.2, 1), (0.01, 1)])
 def test_update_pruning_moves_exactly_the_kept_rows(ratio: float, kept: int):
-    upload, state = run("full", training=replace(ONE_STEP, update_keep_ratio=ratio))
+    upload, state = run("full", training=replace(ONE_STEP, pruning=replace(KEEP_ALL, keep_ratio=ratio)))
     assert int(upload.any(dim=1).sum()) == kept  # ceil(ratio * 5)
     assert torch.equal(upload.any(dim=1), state.personal.any(dim=1))
 

@@ -19,6 +19,7 @@ import clients.dualpriv
 import clients.training
 from fl_dualpriv.client import ClientData, PersonalState, fresh_state
 from fl_dualpriv.methods import METHODS
+from fl_dualpriv.optimizers import SGD, Optimizer
 from fl_dualpriv.privacy import noise
 from fl_dualpriv.privacy.clipping import Arithmetic, clipped_sum
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
@@ -28,6 +29,7 @@ from fl_dualpriv.privacy.release import release
 from fl_dualpriv.prompts.classification import Classification
 from fl_dualpriv.prompts.plain_tower import FunctionTower
 from fl_dualpriv.prompts.tower import PromptTower
+from fl_dualpriv.pruning.updates import KEEP_ALL, UpdatePruning
 
 N_CTX, CTX_DIM, N_CLS, EMBED = 4, 64, 5, 8
 CLIP, MULTIPLIER, SCALE = 0.5, 1.4, 20.0
@@ -88,17 +90,20 @@ def local_round(
     tower: PromptTower = TOWER,
     start: Tensor = START,
     noise_space: NoiseSpace = "prompt",
-    keep_ratio: float = 1.0,
+    pruning: UpdatePruning = KEEP_ALL,
+    optimizer: Optimizer = SGD,
     trusts_server: bool = False,
     arithmetic: Arithmetic = "float",
+    states: Sequence[PersonalState] | None = None,
 ) -> list[tuple[Tensor, PersonalState]]:
-    """One round of clients that step together, with step size 1."""
+    """One round of clients that step together, with step size 1; from fresh states if none are given."""
     training = clients.dualpriv.LocalTraining(
         local_steps=steps,
         sampling_rate=rate,
         global_learning_rate=1.0,
         local_learning_rate=1.0,
-        update_keep_ratio=keep_ratio,
+        pruning=pruning,
+        optimizer=optimizer,
     )
     plan = RecordLevelPlan(
         clip_norm=CLIP,
@@ -116,7 +121,7 @@ def local_round(
             return source(partition, purpose, step)
 
         n_ctx, ctx_dim = start.shape
-        state = fresh_state(n_ctx, ctx_dim, 2)
+        state = fresh_state(n_ctx, ctx_dim, 2) if states is None else states[partition]
         return clients.dualpriv.Participant(partition=partition, state=state, data=own, random=random)
 
     return clients.dualpriv.cohort_update(
@@ -135,13 +140,23 @@ def local_round(
 
 
 def moves_by_at_most_c(
-    data: ClientData, gone: Sequence[int], noise_space: NoiseSpace, tower: PromptTower, start: Tensor
+    data: ClientData,
+    gone: Sequence[int],
+    noise_space: NoiseSpace,
+    tower: PromptTower,
+    start: Tensor,
+    pruning: UpdatePruning = KEEP_ALL,
 ) -> None:
     """What leaves without its noise, times the public divisor, moves by C at most when a record is taken out."""
 
     def released(own: ClientData) -> Tensor:
         ((upload, _),) = local_round(
-            [own], without_noise(as_a_client_draws()), tower=tower, start=start, noise_space=noise_space
+            [own],
+            without_noise(as_a_client_draws()),
+            tower=tower,
+            start=start,
+            noise_space=noise_space,
+            pruning=pruning,
         )
         return upload.double() * own.num_examples
 
@@ -332,8 +347,10 @@ def the_divisor_is_the_public_expected_batch() -> None:
 # --- nothing but the release ------------------------------------------------------------------------------------------
 
 
-def data_enter_through_the_release_alone(method: str, keep_ratio: float, noise_space: NoiseSpace) -> None:
-    """Fix what is released: then two unrelated data sets leave the same upload, personal prompt and carrier."""
+def data_enter_through_the_release_alone(
+    method: str, pruning: UpdatePruning, noise_space: NoiseSpace, optimizer: Optimizer = SGD
+) -> None:
+    """Fix what is released: then two unrelated data sets leave the same upload, personal prompt, carrier, history."""
 
     def run(seed: int) -> list[Tensor]:
         shape = (4, N_CTX, CTX_DIM) if noise_space == "prompt" else (4, N_CLS, EMBED)
@@ -347,9 +364,10 @@ def data_enter_through_the_release_alone(method: str, keep_ratio: float, noise_s
                 rate=0.3,
                 steps=4,
                 noise_space=noise_space,
-                keep_ratio=keep_ratio,
+                pruning=pruning,
+                optimizer=optimizer,
             )
-        return [upload, state.personal, state.carrier]
+        return [upload, state.personal, state.carrier, *state.history.values()]
 
     first, second = run(1), run(2)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "data pass by the release"
@@ -358,4 +376,4 @@ def data_enter_through_the_release_alone(method: str, keep_ratio: float, noise_s
 
 def masks_and_factors_see_the_release_alone() -> None:
     for keep_ratio in (0.5, 1.0):
-        data_enter_through_the_release_alone("dpfpl", keep_ratio, "prompt")
+        data_enter_through_the_release_alone("dpfpl", replace(KEEP_ALL, keep_ratio=keep_ratio), "prompt")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import clients.dualpriv
 from clients.dualpriv import Participant
+from fl_dualpriv.directions import Directions
 from fl_dualpriv.methods import MethodParts
 from fl_dualpriv.objective import StepGradients
 from fl_dualpriv.privacy import per_example
@@ -94,8 +95,8 @@ def keep_clean_sums(patch: Patch) -> Kept:
         kept.expected = rate * sum(p.data.num_examples for p in participants) / len(participants)
         return picked
 
-    def keeping(gradients: StepGradients, plan: RecordLevelPlan) -> list[ClippedSum]:
-        found = make(gradients, plan)
+    def keeping(gradients: StepGradients, plan: RecordLevelPlan, masks: Tensor | None) -> list[ClippedSum]:
+        found = make(gradients, plan, masks)
         kept.sums = torch.stack([clean.value for clean in found]).float()
         return found
 
@@ -118,7 +119,13 @@ def clip_factors_apart_and_account_once(patch: Patch) -> None:
         ]
         return torch.stack(noised).float()
 
-    def move(prompts: clients.dualpriv._Prompts, gradient: Tensor, parts: MethodParts, learning_rate: float) -> None:
+    def move(
+        prompts: clients.dualpriv._Prompts,
+        gradient: Tensor,
+        parts: MethodParts,
+        learning_rate: float,
+        closed: Tensor | None,
+    ) -> None:
         u, v = carriers(gradient, prompts.carrier)
         of_u, of_v = view(kept.sums @ v.mT, 1), view(u.mT @ kept.sums, 2)
         prompts.personal = prompts.personal - learning_rate / kept.expected * (of_u @ v + u @ of_v)
@@ -140,8 +147,8 @@ def divide_by_the_realised_batch(patch: Patch) -> None:
     kept = keep_clean_sums(patch)
     make = clients.dualpriv._clean_sums
 
-    def realised(gradients: StepGradients, plan: RecordLevelPlan) -> list[ClippedSum]:
-        found = make(gradients, plan)
+    def realised(gradients: StepGradients, plan: RecordLevelPlan, masks: Tensor | None) -> list[ClippedSum]:
+        found = make(gradients, plan, masks)
         # The noise is scaled by the sensitivity: so the sum and its noise are both divided by another number.
         factors = [kept.expected / max(1, count) for count in kept.counts]
         return [
@@ -158,28 +165,23 @@ def divide_by_the_realised_batch(patch: Patch) -> None:
 def clean_upload(patch: Patch) -> None:
     """p_G moves by the clean sum, and only what stays at the client by the release: DP-FPL as published."""
     kept, noised = keep_clean_sums(patch), []
-    prune, move = clients.dualpriv.prune_update, clients.dualpriv._move_personal
+    direct, move = Directions.direction, clients.dualpriv._move_personal
 
-    def for_the_upload(gradient: Tensor, keep_ratio: float) -> Tensor:
-        noised[:] = [prune(gradient, keep_ratio)]
+    def for_the_upload(self: Directions, release: Tensor, carriers: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        noised[:] = [direct(self, release, carriers)]
         return kept.sums / kept.expected
 
     def with_the_release(
-        prompts: clients.dualpriv._Prompts, gradient: Tensor, parts: MethodParts, learning_rate: float
+        prompts: clients.dualpriv._Prompts,
+        direction: Tensor,
+        parts: MethodParts,
+        learning_rate: float,
+        closed: Tensor | None,
     ) -> None:
-        move(prompts, noised[0], parts, learning_rate)
+        move(prompts, noised[0], parts, learning_rate, closed)
 
-    patch.setattr(clients.dualpriv, "prune_update", for_the_upload)
+    patch.setattr(Directions, "direction", for_the_upload)
     patch.setattr(clients.dualpriv, "_move_personal", with_the_release)
-
-
-def mask_from_clean_gradients(patch: Patch) -> None:
-    kept, prune = keep_clean_sums(patch), clients.dualpriv.prune_update
-
-    def by_clean(gradient: Tensor, keep_ratio: float) -> Tensor:
-        return gradient * prune(kept.sums, keep_ratio).any(dim=-1, keepdim=True)
-
-    patch.setattr(clients.dualpriv, "prune_update", by_clean)
 
 
 def features_normalised_by_batch(patch: Patch) -> None:
@@ -240,16 +242,10 @@ STEP_MUTATIONS = (
     ),
     Mutation(
         name="the upload of p_G has no noise",
-        where="clients.dualpriv.prune_update",
+        where="fl_dualpriv.directions.Directions.direction",
         plant=clean_upload,
         caught_by=(step_checks.noise_has_std_z_times_c, step_checks.masks_and_factors_see_the_release_alone),
         audited_by=audit_checks.the_claim_about_records_stands,
-    ),
-    Mutation(
-        name="the mask of pruned updates is taken from clean gradients",
-        where="clients.dualpriv.prune_update",
-        plant=mask_from_clean_gradients,
-        caught_by=(step_checks.masks_and_factors_see_the_release_alone,),
     ),
     Mutation(
         name="a batch's features are normalised together",

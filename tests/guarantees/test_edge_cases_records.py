@@ -92,7 +92,6 @@ def released(
         sampling_rate=rate,
         global_learning_rate=1.0,
         local_learning_rate=1.0,
-        update_keep_ratio=1.0,
     )
     with monkeypatch.context() as patch:
         patch.setattr(clients.dualpriv, "release", looking)

@@ -57,7 +57,6 @@ def local_round(
         sampling_rate=RATE,
         global_learning_rate=1.0,
         local_learning_rate=1.0,
-        update_keep_ratio=1.0,
     )
     plan = RecordLevelPlan(
         clip_norm=CLIP,

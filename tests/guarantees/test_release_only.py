@@ -4,11 +4,13 @@ This is the proof that masks, carriers, factors and residual are post-processing
 sum (a mask ranked on it, carriers taken from it) makes two unrelated data sets give different results.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fl_dualpriv.pruning.updates import KEEP_ALL
 from tests.guarantees import run_checks, step_checks
 from tests.guarantees.run_checks import Federation
 
@@ -19,7 +21,7 @@ from tests.guarantees.run_checks import Federation
 def test_with_the_release_fixed_two_data_sets_cannot_be_told_apart(
     method: str, keep_ratio: float, noise_space: Any
 ) -> None:
-    step_checks.data_enter_through_the_release_alone(method, keep_ratio, noise_space)
+    step_checks.data_enter_through_the_release_alone(method, replace(KEEP_ALL, keep_ratio=keep_ratio), noise_space)
 
 
 def test_a_run_never_asks_for_the_same_stream_twice(tmp_path: Path, tiny_clip_dir: Path) -> None:
