@@ -44,6 +44,7 @@ def open_clip_tower(visual: nn.Module) -> ImageTower:
         step=lambda block, x: block(x),
         finish=finish,
         n_prefix=1,
+        image_size=vit.image_size,
         n_patches=math.prod(vit.grid_size),
         reads_cls=vit.attn_pool is None and vit.pool_type == "tok",
     )
@@ -57,7 +58,8 @@ def _timm_tower(visual: Any) -> ImageTower:
         step=lambda block, x: block(x),
         finish=lambda x: visual.head(trunk.forward_head(trunk.norm(x))),
         n_prefix=trunk.num_prefix_tokens,
-        n_patches=trunk.patch_embed.num_patches,
+        image_size=visual.image_size,
+        n_patches=math.prod(trunk.patch_embed.dynamic_feat_size(visual.image_size)),
         reads_cls=trunk.global_pool == "token",
     )
 

@@ -22,7 +22,8 @@ class ImageTower:
         step: Runs one of them.
         finish: (n, prefix + any number, dim) after the last block → what the model returns.
         n_prefix: Tokens in front that are no patches: CLS first, if there is one, registers, prompts.
-        n_patches: Of an image of the size that the model reads.
+        image_size: What the model reads, (height, width).
+        n_patches: Of such an image.
         reads_cls: Whether ``finish`` reads CLS alone; see `importance`.
     """
 
@@ -31,11 +32,21 @@ class ImageTower:
     step: Callable[[nn.Module, Tensor], Tensor]
     finish: Callable[[Tensor], Tensor]
     n_prefix: int
+    image_size: tuple[int, int]
     n_patches: int
     reads_cls: bool
 
     def hidden(self, images: Tensor, depth: int) -> Tensor:
-        """Tokens after ``depth`` blocks, (n, prefix + patch, dim)."""
+        """Tokens after ``depth`` blocks, (n, prefix + patch, dim).
+
+        Raises:
+            ConfigError: If the images have another size than the model reads.
+        """
+        if (found := tuple(images.shape[-2:])) != self.image_size:
+            raise ConfigError(
+                f"images of {found[0]} x {found[1]} pixels; this image tower reads {self.image_size[0]} x "
+                f"{self.image_size[1]}: its image processor must make that size"
+            )
         tokens = self.embed(images)
         for block in self.blocks[:depth]:
             tokens = self.step(block, tokens)
@@ -75,6 +86,7 @@ def vision_tower(vision_model: nn.Module) -> ImageTower:
         step=lambda layer, x: layer(x, None),
         finish=finish,
         n_prefix=int(clip),
+        image_size=(vision.embeddings.image_size,) * 2,
         n_patches=vision.embeddings.num_patches,
         reads_cls=clip,
     )

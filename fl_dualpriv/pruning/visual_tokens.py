@@ -205,4 +205,5 @@ def depth_of(layer: int, n_blocks: int, *, behind: int) -> int:
         return depth
     needs = ", and at least one must follow" if behind else ""
     choose = f"choose 1 to {largest} (or -{n_blocks} to -{1 + behind}), or {OFF}" if largest >= 1 else OFF
-    raise ConfigError(f"pruning.visual-layer = {layer}: this image tower has {n_blocks} blocks{needs}; {choose}")
+    blocks = f"{n_blocks} block{'s' * (n_blocks > 1)}"
+    raise ConfigError(f"pruning.visual-layer = {layer}: this image tower has {blocks}{needs}; {choose}")

@@ -1,0 +1,97 @@
+"""Small image towers with random weights, of every kind that can be pruned, beside the model's own forward pass."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fl_dualpriv.backbones import open_clip as site
+from fl_dualpriv.backbones.transformers import transformers
+from fl_dualpriv.pruning.in_tower import open_clip_tower, transformers_tower
+from fl_dualpriv.pruning.towers import ImageTower
+
+open_clip: Any = site.open_clip
+SIZE = {"image_size": 32, "patch_size": 8, "num_attention_heads": 2, "num_hidden_layers": 3}  # 16 patches
+VISION = SIZE | {"hidden_size": 32, "intermediate_size": 64}
+TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9,
+        "bos_token_id": 7, "eos_token_id": 8, "pad_token_id": 1}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SmallTower:
+    """A model's image side.
+
+    Attributes:
+        module: The whole model, or its image side.
+        tower: What the library makes of it.
+        encode: The model's own forward pass.
+    """
+
+    module: Any
+    tower: ImageTower
+    encode: Callable[[Tensor], Tensor]
+
+
+def images(n: int = 3, side: int = 32, seed: int = 1) -> Tensor:
+    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def _fill(module: nn.Module) -> nn.Module:
+    """Weights of ordinary size: libraries start some at zero, at one or at 1e-5, which would hide a wrong use."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            start = 1.0 if parameter.ndim < 2 else 0.0
+            scale = 0.2 if parameter.ndim < 2 else max(0.1, parameter.shape[-1] ** -0.5)
+            parameter.copy_(start + scale * torch.randn(parameter.shape, generator=generator))
+    return module.eval()
+
+
+def _open_clip(**settings: Any) -> SmallTower:
+    given = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "heads": 2, "mlp_ratio": 2, "output_dim": 24}
+    visual = _fill(open_clip.transformer.VisionTransformer(**(given | settings)))
+    return SmallTower(visual, open_clip_tower(visual), visual)
+
+
+def _timm(name: str, pool: str, image_size: int = 64) -> SmallTower:
+    visual = _fill(open_clip.timm_model.TimmModel(name, embed_dim=24, image_size=image_size, pool=pool))
+    return SmallTower(visual, open_clip_tower(visual), visual)
+
+
+def _transformers(kind: str) -> SmallTower:
+    config = getattr(transformers, f"{kind}Config")(text_config=TEXT, vision_config=VISION)
+    model: Any = _fill(getattr(transformers, f"{kind}Model")(config))
+    encode = lambda x: model.get_image_features(pixel_values=x).pooler_output  # noqa: E731
+    return SmallTower(model, transformers_tower(model), encode)
+
+
+def vision_model(kind: str, attention: str = "sdpa") -> Any:
+    """A ``CLIPVisionModel`` or ``SiglipVisionModel``, the same weights for each attention implementation."""
+    config = getattr(transformers, f"{kind}VisionConfig")(**VISION, attn_implementation=attention)
+    return _fill(getattr(transformers, f"{kind}VisionModel")(config))
+
+
+MAKE: dict[str, Callable[[], SmallTower]] = {
+    "open_clip": _open_clip,
+    "open_clip, average": functools.partial(_open_clip, pool_type="avg"),
+    "open_clip, attention pool": functools.partial(_open_clip, attentional_pool=True, attn_pooler_heads=2),
+    "timm, CLS": functools.partial(_timm, "test_vit", "token"),
+    "timm, register and average": functools.partial(_timm, "test_vit2", "avg"),
+    "timm, register and attention pool": functools.partial(_timm, "test_vit3", "map", 160),  # it reads no other size
+    "transformers CLIP": functools.partial(_transformers, "CLIP"),
+    "transformers SigLIP": functools.partial(_transformers, "Siglip"),
+}
+KINDS = sorted(MAKE)
+
+
+@functools.cache
+def small(kind: str) -> SmallTower:
+    """The tower of a kind; made once."""
+    return MAKE[kind]()
+
+
+def images_for(kind: str, n: int = 3, seed: int = 1) -> Tensor:
+    return images(n, small(kind).tower.image_size[0], seed)
