@@ -38,7 +38,7 @@ class TrainConfig:
     global_learning_rate: float
     local_learning_rate: float
     top_m: int
-    optimizer: Literal["sgd", "momentum", "adam"]
+    optimizer: Literal["sgd", "momentum", "adam", "adam-corrected"]
     momentum: float
 
 

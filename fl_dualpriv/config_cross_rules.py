@@ -19,6 +19,7 @@ class CrossRule(NamedTuple):
 
 _QUESTIONS = ("demo-vqa", "questions")
 _RECORD, _CLIENT, _TRUSTS = "privacy.record.mechanism", "privacy.client.mechanism", "privacy.record.trusts-server"
+_RULE, _BLOCK, _KEPT = "pruning.update-rule", "pruning.update-block", "pruning.update-keep-ratio"
 _PATH_NEEDED = 'must be the directory of the images when data.ref = "folder"'
 
 CROSS_RULES: tuple[CrossRule, ...] = (
@@ -138,14 +139,48 @@ CROSS_RULES: tuple[CrossRule, ...] = (
         'set it to "sgd", or trusts-server = false',
     ),
     CrossRule(
-        ("pruning.update-rule", "privacy.record.noise-space", "pruning.update-keep-ratio"),
+        (_RULE, "privacy.record.noise-space", _KEPT),
+        lambda v: v[_KEPT] == 1 or v[_RULE] in ("noised", "random") or v["privacy.record.noise-space"] == "prompt",
+        'needs gradients and noise of the prompt itself, so noise-space must be "prompt"',
+        'set noise-space = "prompt", or update-rule = "noised" or "random"',
+    ),
+    CrossRule(
+        (_RULE, "method", _TRUSTS, _KEPT),
+        lambda v: v[_KEPT] == 1 or v[_RULE] != "past" or not v[_TRUSTS] or v["method"] != "promptfl",
+        "learns from noised gradients, and with a trusted server a client of this method never has one",
+        'set trusts-server = false, another method, or update-rule = "random-past"',
+    ),
+    CrossRule(
+        (_BLOCK, _RULE, _KEPT),
+        lambda v: v[_KEPT] == 1 or v[_BLOCK] != "component" or v[_RULE] not in ("past", "random-past"),
+        'must be "token" or "coordinate" for masks before the clip: components turn with every step',
+        'set it to "token", or update-rule = "noised", "random" or "shrink"',
+    ),
+    CrossRule(
+        (_BLOCK, "method", _KEPT),
+        lambda v: v[_KEPT] == 1 or v[_BLOCK] != "component" or v["method"] in ("dpfpl", "lowrank", "local-only"),
+        'as "component" needs a method with low-rank factors',
+        'set it to "token", or method = "dpfpl", "lowrank" or "local-only"',
+    ),
+    CrossRule(
+        (_BLOCK, "pruning.update-frozen", "train.optimizer", _KEPT),
         lambda v: (
-            v["pruning.update-rule"] not in ("past", "random-past")
-            or v["privacy.record.noise-space"] == "prompt"
-            or v["pruning.update-keep-ratio"] == 1
+            v[_KEPT] == 1 or v[_BLOCK] != "component" or not v["pruning.update-frozen"] or v["train.optimizer"] == "sgd"
         ),
-        'masks gradients of the prompt before they are clipped, so noise-space must be "prompt"',
-        'set noise-space = "prompt", or another update-rule',
+        'as "component" cannot be frozen under an optimizer that remembers: it has no coordinates of its own',
+        'set update-frozen = false, or train.optimizer = "sgd"',
+    ),
+    CrossRule(
+        (_BLOCK, _RULE, _KEPT),
+        lambda v: v[_KEPT] == 1 or v[_BLOCK] != "coordinate" or v[_RULE] != "shrink",
+        "as single coordinates cannot be shrunk: that takes blocks of three or more",
+        'set it to "token" or "component"',
+    ),
+    CrossRule(
+        ("train.optimizer", "privacy.record.noise-space"),
+        lambda v: v["train.optimizer"] != "adam-corrected" or v["privacy.record.noise-space"] == "prompt",
+        'needs to know the noise on each coordinate of the prompt, so noise-space must be "prompt"',
+        'set noise-space = "prompt", or optimizer = "adam"',
     ),
     CrossRule(
         ("train.top-m", _RECORD),
@@ -185,9 +220,9 @@ CROSS_RULES: tuple[CrossRule, ...] = (
     ),
     CrossRule(
         ("data.path", "data.ref"),
-        lambda v: v["data.ref"] != "demo" or v["data.path"] == "",
-        'must be empty when data.ref = "demo"',
-        'did you mean data.ref = "folder"?',
+        lambda v: v["data.ref"] not in ("demo", "demo-vqa") or v["data.path"] == "",
+        "must be empty for a demo's own data",
+        'did you mean data.ref = "folder" or "questions"?',
     ),
     CrossRule(
         ("data.classes", "data.ref", "data.path"),

@@ -188,6 +188,8 @@ def test_ranges(key, bad, good):
 TRUSTS = {"privacy.record.trusts-server": True, "train.local-steps": 1}
 CLIENT = {"privacy.client.mechanism": "gaussian"}
 FEATURE = {"privacy.record.noise-space": "feature"}
+PRUNED = {"pruning.update-keep-ratio": 0.5}
+COMPONENT = {"pruning.update-block": "component"}
 
 
 @pytest.mark.parametrize(
@@ -217,6 +219,26 @@ FEATURE = {"privacy.record.noise-space": "feature"}
         ({**CLIENT, "method": "dpfpl-paper"}, "method", "needs privacy.client.mechanism"),
         ({**TRUSTS, "method": "dpfpl-paper"}, "method", "needs privacy.record.trusts-server = false"),
         ({"pruning.update-keep-ratio": 0.5, "method": "dpfpl-paper"}, "method", "needs pruning.update-keep-ratio = 1"),
+        ({**PRUNED, **FEATURE, "pruning.update-rule": "past"}, "pruning.update-rule", 'noise-space must be "prompt"'),
+        ({**PRUNED, **FEATURE, "pruning.update-rule": "shrink"}, "pruning.update-rule", 'noise-space must be "prompt"'),
+        ({**FEATURE, "train.optimizer": "adam-corrected"}, "train.optimizer", 'noise-space must be "prompt"'),
+        (
+            {**PRUNED, **TRUSTS, "method": "promptfl", "pruning.update-rule": "past"},
+            "pruning.update-rule",
+            "never has one",
+        ),
+        ({**PRUNED, **COMPONENT, "pruning.update-rule": "past"}, "pruning.update-block", "masks before the clip"),
+        ({**PRUNED, **COMPONENT, "method": "full"}, "pruning.update-block", "needs a method with low-rank factors"),
+        (
+            {**PRUNED, **COMPONENT, "train.optimizer": "momentum"},
+            "pruning.update-block",
+            "cannot be frozen under an optimizer",
+        ),
+        (
+            {**PRUNED, "pruning.update-block": "coordinate", "pruning.update-rule": "shrink"},
+            "pruning.update-block",
+            "blocks of three or more",
+        ),
     ],
 )
 def test_cross_rules(overrides, blamed, reason):
@@ -240,6 +262,9 @@ def test_cross_rules(overrides, blamed, reason):
         {"method": "local-only"},
         {"method": "zero-shot", "rounds": 1},
         {"data.ref": "folder", "data.path": "/images", "data.classes": "/names.json"},
+        {**FEATURE, "pruning.update-rule": "past"},  # update-keep-ratio = 1: no rule is read
+        {**PRUNED, **TRUSTS, "pruning.update-rule": "past"},
+        {**PRUNED, **COMPONENT, "train.optimizer": "adam", "pruning.update-frozen": False},
     ],
     ids=str,
 )
