@@ -21,8 +21,7 @@ from fl_dualpriv.objective import Picked
 from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, as_clipped_sum, bounded_rows
 
 BLOCK = 8
-"""Records that run together, padded: what is held does not grow with a batch, whose size is private, and a record's
-numbers do not depend on how many there are."""
+"""Records that run together, padded, unless told otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,7 +115,7 @@ def answer_records(
 
 @dataclass(frozen=True, kw_only=True)
 class _Block:
-    """`BLOCK` records on the model's device; what cannot be used is an empty image with nothing to answer."""
+    """Some records on the model's device; what cannot be used is an empty image with nothing to answer."""
 
     prefix: Prefix
     tokens: Tensor
@@ -129,15 +128,25 @@ class SoftPromptObjective:
 
     Args:
         model: The frozen model.
+        block: Records that run together, padded; must be public, such as a function of the expected batch. What is held
+            does not grow with a batch, whose size is private, and a record's numbers do not depend on how many there
+            are.
         checkpointing: Keep each block's input only and run it twice: less memory, more time, same gradients.
         kept_bytes: Prefixes of images (see `Prefix`) are kept as long as their records live, if all of a client's fit
             into this much memory together with those that are there. They do not depend on a prompt, so nothing
             changes but the time.
     """
 
-    def __init__(self, model: AnsweringModel, *, checkpointing: bool = False, kept_bytes: int = 0) -> None:
-        self._model, self._checkpointing = model, checkpointing
+    def __init__(
+        self, model: AnsweringModel, *, block: int = BLOCK, checkpointing: bool = False, kept_bytes: int = 0
+    ) -> None:
+        self._model, self._checkpointing, self.block = model, checkpointing, block
         self._prefixes = _Prefixes(model, kept_bytes)
+
+    @property
+    def bytes_per_prompt(self) -> int:
+        """See `Objective`: the prefixes of one block."""
+        return self.block * self._prefixes.bytes_per_image
 
     def over(self, data: Sequence[AnswerRecords]) -> "PooledSoftPrompt":
         """See `Objective`."""
@@ -156,7 +165,7 @@ class SoftPromptObjective:
         Returns:
             bool (record,), on the CPU.
         """
-        prompts = prompt.to(self._model.device).expand(BLOCK, -1, -1)
+        prompts = prompt.to(self._model.device).expand(self.block, -1, -1)
         right = []
         for block, count in self.blocks(records, np.arange(records.num_examples)):
             top = self._logits(prompts, block).max(dim=-1)
@@ -180,12 +189,12 @@ class SoftPromptObjective:
 
     def blocks(self, records: AnswerRecords, picked: np.ndarray) -> Iterator[tuple[_Block, int]]:
         """The picked records in blocks of one size, and how many of each block are not padding."""
-        device = self._model.device
-        for start in range(0, len(picked), BLOCK):
-            here = torch.from_numpy(picked[start : start + BLOCK].astype(np.int64))
+        device, size = self._model.device, self.block
+        for start in range(0, len(picked), size):
+            here = torch.from_numpy(picked[start : start + size].astype(np.int64))
             count = len(here)
-            here = torch.nn.functional.pad(here, (0, BLOCK - count), value=int(here[0]))
-            usable = records.usable[here] & (torch.arange(BLOCK) < count)
+            here = torch.nn.functional.pad(here, (0, size - count), value=int(here[0]))
+            usable = records.usable[here] & (torch.arange(size) < count)
             position = torch.arange(records.tokens.shape[1])
             in_answer = (position >= records.answer_start[here, None]) & (position < records.length[here, None])
             block = _Block(
@@ -217,7 +226,7 @@ class SoftPromptGradients:
         self._objective, self._data, self._prompts, self._picked = objective, data, prompts, picked
 
     def rows(self, client: int) -> Iterator[Tensor]:
-        """Each record's own gradient, block by block, (BLOCK, n_ctx, ctx_dim), padded with zeros.
+        """Each record's own gradient, block by block, (block, n_ctx, ctx_dim), padded with zeros.
 
         Guarantee:
             A row is a function of the prompt and of its own record alone: its copy of the prompt reaches no other
@@ -225,7 +234,7 @@ class SoftPromptGradients:
         """
         prompt = self._prompts[client]
         for block, _ in self._objective.blocks(self._data[client], self._picked[client]):
-            copies = prompt.to(block.tokens.device).expand(BLOCK, -1, -1).clone().requires_grad_(True)
+            copies = prompt.to(block.tokens.device).expand(self._objective.block, -1, -1).clone().requires_grad_(True)
             with torch.enable_grad():
                 total = self._objective.losses(copies, block).sum()
             (rows,) = torch.autograd.grad(total, copies)
@@ -260,7 +269,7 @@ class SoftPromptGradients:
             for block, _ in self._objective.blocks(self._data[client], self._picked[client]):
                 shared = prompt.to(block.tokens.device).clone().requires_grad_(True)
                 with torch.enable_grad():
-                    total = self._objective.losses(shared.expand(BLOCK, -1, -1), block).sum()
+                    total = self._objective.losses(shared.expand(self._objective.block, -1, -1), block).sum()
                 totals[client] += torch.autograd.grad(total, shared)[0].to(totals.device)
         return totals
 
@@ -273,15 +282,20 @@ class _Prefixes:
         self._kept: weakref.WeakKeyDictionary[AnswerRecords, tuple[Prefix, Tensor] | None]
         self._kept = weakref.WeakKeyDictionary()
 
+    @property
+    def bytes_per_image(self) -> int:
+        """Memory of the prefix of one image."""
+        return self._one.nbytes
+
     def of(self, records: AnswerRecords, images: Tensor) -> Prefix:
-        """Prefixes of `BLOCK` images of some records."""
+        """Prefixes of a block of images of some records."""
         table = self._table(records)
         if table is None:
             return self._compute(records, images)
         prefixes, known = table
         missing = images[~known[images]].unique()
         if len(missing):
-            padded = torch.nn.functional.pad(missing, (0, BLOCK - len(missing)), value=int(missing[0]))
+            padded = torch.nn.functional.pad(missing, (0, len(images) - len(missing)), value=int(missing[0]))
             prefixes.put(missing.to(self._model.device), self._compute(records, padded))
             known[missing] = True
         return prefixes.take(images.to(self._model.device))

@@ -44,6 +44,12 @@ TARGETS: dict[str, dict[str, Target]] = {
         "over_nonprivate_topm": Target(what="the same with top-3 residuals, 100 classes", at_most=2),
         "vs_opacus": Target(what="Opacus on 77 tokens / exact step, batch 8", at_least=17),
     },
+    "soft_prompt": {
+        "over_nonprivate_b8": Target(
+            what="exact per-example step of a soft prompt / non-private, batch 8", at_most=1.05
+        ),
+        "over_nonprivate_b32": Target(what="the same, batch 32", at_most=1.05),
+    },
     "dpfpl_round": {
         "warm_ratio": Target(what="published round / the same procedure on our engine, warm cache", at_least=25),
     },
@@ -58,6 +64,10 @@ TARGETS: dict[str, dict[str, Target]] = {
 }
 
 BESIDE: dict[str, dict[str, str]] = {
+    "soft_prompt": {
+        "over_nonprivate_8x512_b8": "the same with 8 blocks of width 512, batch 8",
+        "over_nonprivate_8x512_b32": "the same, batch 32",
+    },
     "dpfpl_round": {
         "cold_ratio": "the same, image features computed in the round",
         "warm_ratio_exact_dp": "published round / our round with exact record-level DP, warm cache",

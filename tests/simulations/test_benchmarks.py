@@ -219,7 +219,7 @@ def test_the_page_states_figures_targets_and_what_was_not_reached(tmp_path: Path
     ) == 2
 
 
-@pytest.mark.parametrize("name", ["text_tower", "per_example", "dpfpl_round", "gpu"])
+@pytest.mark.parametrize("name", ["text_tower", "per_example", "soft_prompt", "dpfpl_round", "gpu"])
 def test_benchmarks_check_themselves(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     # Their modules keep every later import to one thread; so does this test session.
     module = importlib.import_module(f"simulations.benchmarks.{name}")

@@ -74,13 +74,14 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-@pytest.mark.parametrize("how", ["plain", "checkpointing", "kept", "pruned"])
+@pytest.mark.parametrize("how", ["plain", "one block", "checkpointing", "kept", "pruned"])
 def test_rows_equal_a_loop_through_the_models_own_forward(make_llava_dir, kind: str, how: str):
     pruner = VisualTokenPruner(layer=-2, keep_ratio=0.25) if how == "pruned" else None
     model = load(make_llava_dir(**KINDS[kind]), pruner=pruner)
     records, prompt = make_records(model), prompt_of(0)
     kept = 2**20 if how == "kept" else 0
-    objective = SoftPromptObjective(model, checkpointing=how == "checkpointing", kept_bytes=kept)
+    block = 16 if how == "one block" else BLOCK
+    objective = SoftPromptObjective(model, block=block, checkpointing=how == "checkpointing", kept_bytes=kept)
     expected, losses = [], []
     for row in range(records.num_examples):
         leaf = prompt.clone().requires_grad_(True)
@@ -91,9 +92,9 @@ def test_rows_equal_a_loop_through_the_models_own_forward(make_llava_dir, kind: 
     assert (rows - torch.stack(expected)).abs().max() <= 2e-5 * torch.stack(expected).abs().max()
     step = objective.over([records]).at(prompt[None], [np.arange(11)])
     torch.testing.assert_close(step.sums()[0], torch.stack(expected).sum(0), rtol=1e-4, atol=1e-5)
-    (block, count), *_ = objective.blocks(records, np.arange(11))
+    (some, count), *_ = objective.blocks(records, np.arange(11))
     with torch.no_grad():
-        found = objective.losses(prompt.expand(BLOCK, -1, -1), block)
+        found = objective.losses(prompt.expand(objective.block, -1, -1), some)
     torch.testing.assert_close(found[:count], torch.stack(losses)[:count].detach(), rtol=1e-5, atol=1e-5)
 
 

@@ -1,0 +1,123 @@
+"""LLaVA models of real shapes with random weights, and records of random words to ask them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+
+from fl_dualpriv.backbones.backbone import Precision
+from fl_dualpriv.backbones.llava import LlavaBackbone
+from fl_dualpriv.backbones.transformers import transformers
+from fl_dualpriv.prompts.soft_prompt import AnswerRecords, answer_records
+from fl_dualpriv.pruning.visual_tokens import TokenPruner
+
+_IMAGE_ID, _END_ID, _FIRST_WORD = 1, 2, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaShape:
+    """Sizes of a vision tower (CLIP) and a language model (Llama)."""
+
+    image: int
+    patch: int
+    vision: tuple[int, int, int]
+    """Blocks, width, heads."""
+    language: tuple[int, int, int]
+    """The same."""
+    hidden: int
+    """Width inside the language model's feed-forward layers."""
+    vocabulary: int
+
+    @property
+    def n_patches(self) -> int:
+        """Visual tokens of an image."""
+        return (self.image // self.patch) ** 2
+
+
+TOY = LlavaShape(image=32, patch=8, vision=(2, 32, 2), language=(2, 32, 2), hidden=64, vocabulary=64)
+DEMO = LlavaShape(image=64, patch=8, vision=(4, 128, 4), language=(4, 128, 4), hidden=344, vocabulary=256)
+LARGER = LlavaShape(image=64, patch=8, vision=(4, 256, 4), language=(8, 512, 8), hidden=1376, vocabulary=2048)
+LLAVA_7B = LlavaShape(
+    image=336, patch=14, vision=(24, 1024, 16), language=(32, 4096, 32), hidden=11008, vocabulary=32064
+)
+"""The demo's order of magnitude, a larger one that a CPU can still step, and LLaVA-1.5-7B."""
+
+
+def make_parts(shape: LlavaShape, precision: Precision, device: str) -> tuple[Any, Any]:
+    """A frozen model with seeded random weights, and a processor with numbered words."""
+    blocks, width, heads = shape.vision
+    vision = transformers.CLIPVisionConfig(
+        image_size=shape.image,
+        patch_size=shape.patch,
+        num_hidden_layers=blocks,
+        hidden_size=width,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+    )
+    blocks, width, heads = shape.language
+    language = transformers.LlamaConfig(
+        vocab_size=shape.vocabulary,
+        num_hidden_layers=blocks,
+        hidden_size=width,
+        num_attention_heads=heads,
+        intermediate_size=shape.hidden,
+        max_position_embeddings=4096,
+        eos_token_id=_END_ID,
+    )
+    config = transformers.LlavaConfig(vision_config=vision, text_config=language, image_token_index=_IMAGE_ID)
+    before = torch.get_default_dtype()
+    torch.manual_seed(0)
+    try:
+        torch.set_default_dtype(torch.bfloat16 if precision == "bf16" else torch.float32)
+        with torch.device(device):
+            model = transformers.LlavaForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
+    names = ["<unk>", "<image>", "</s>", *(f"w{i}" for i in range(shape.vocabulary - _FIRST_WORD))]
+    words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="</s>", unk_token="<unk>", additional_special_tokens=["<image>"]
+    )
+    size = {"height": shape.image, "width": shape.image}
+    images = transformers.CLIPImageProcessor(size=size, crop_size=size)
+    processor = transformers.LlavaProcessor(image_processor=images, tokenizer=tokenizer, patch_size=shape.patch)
+    return model.eval().requires_grad_(False), processor
+
+
+def make_backbone(
+    parts: tuple[Any, Any], pruner: TokenPruner | None, precision: Precision, device: str
+) -> LlavaBackbone:
+    """The library's form of it."""
+    return LlavaBackbone("random weights", *parts, torch.device(device), pruner, precision)
+
+
+def random_images(shape: LlavaShape, count: int) -> Tensor:
+    """Preprocessed images of noise."""
+    return torch.randn(count, 3, shape.image, shape.image, generator=torch.Generator().manual_seed(1))
+
+
+def make_records(
+    backbone: LlavaBackbone, shape: LlavaShape, count: int, words: tuple[int, int], max_tokens: int
+) -> AnswerRecords:
+    """Random questions, each about its own image, with answers of one word.
+
+    Args:
+        backbone: Whose tokens.
+        shape: Of the model.
+        count: Records.
+        words: Least and most words of a question.
+        max_tokens: As `answer_records`.
+    """
+    rng = np.random.default_rng(2)
+
+    def draw(size: int) -> str:
+        return " ".join(f"w{i}" for i in rng.integers(0, shape.vocabulary - _FIRST_WORD, size))
+
+    questions = [draw(int(rng.integers(words[0], words[1] + 1))) for _ in range(count)]
+    visual = backbone.image_features(random_images(shape, count))
+    which = np.arange(count), np.zeros(count)
+    return answer_records(backbone, questions, [draw(1) for _ in range(count)], *which, visual, max_tokens, "raise")
