@@ -196,7 +196,8 @@ class Node:
             raise PrivacyError(reason)
         if task.prompt != "personal" or not setting.keeps_state:
             kind = "zero-shot" if task.prompt == "zero-shot" else "global"
-            scores = split_counts(*setting.shared_counts(kind, task.global_prompt), setting.held[partitions])
+            counts, held = setting.shared_counts(kind, task.global_prompt), setting.held[partitions]
+            scores = split_counts(*counts, held, by_group=setting.config.data.asks_questions)
             return wire.Scores(partitions=tuple(partitions), values=scores)
         return self._score_personal(task, partitions)
 
@@ -219,7 +220,8 @@ class Node:
                 continue
             counts = setting.world.counts(torch.stack(list(prompts.values())), setting.config)
             for p, counted in zip(prompts, counts, strict=True):
-                (scores[p],) = split_counts(*counted, setting.held[p : p + 1])
+                held = setting.held[p : p + 1]
+                (scores[p],) = split_counts(*counted, held, by_group=setting.config.data.asks_questions)
         return wire.Scores(partitions=tuple(scores), values=list(scores.values()), failed=failed)
 
     def report_memory(self) -> None:

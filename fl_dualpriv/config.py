@@ -44,12 +44,16 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig:
-    """Kind, shape and start of the prompt; ``rank <= ctx_dim`` is checked once the backbone is known."""
+    """Kind, shape and start of the prompt; ``rank <= ctx_dim`` is checked once the backbone is known.
+
+    ``words`` are the template of questions: what the un-tuned model reads, and what a prompt can start from.
+    """
 
     learner: Literal["context", "head", "lora"]
     n_ctx: int
     rank: int
     init: Literal["template", "random"]
+    words: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,12 @@ CROSS_RULES: tuple[CrossRule, ...] = (
         'set it to "context" or "lora"',
     ),
     CrossRule(
+        ("prompt.words", "data.ref"),
+        lambda v: v["prompt.words"] == "" or v["data.ref"] in _QUESTIONS,
+        "must be empty for image classification, whose template comes with the classes",
+        "set data.classes",
+    ),
+    CrossRule(
         ("method", "data.ref"),
         lambda v: v["method"] != "dpfpl-paper" or v["data.ref"] not in _QUESTIONS,
         "is published for image classification alone",

@@ -16,12 +16,14 @@ class Score:
         local_total: Images of classes the client holds.
         neighbour_correct: Correct among all other images.
         neighbour_total: All other images.
+        by_group: Correct and all records of each group that the client holds, (0, 0) for the others; empty: not told.
     """
 
     local_correct: int
     local_total: int
     neighbour_correct: int
     neighbour_total: int
+    by_group: tuple[tuple[int, int], ...] = ()
 
 
 def score(class_features: Tensor, image_features: Tensor, labels: Tensor, held_classes: Tensor) -> Score:
@@ -61,26 +63,41 @@ def count_by_class(class_features: Tensor, image_features: Tensor, labels: Tenso
     return torch.bincount(right, minlength=n_cls).cpu(), torch.bincount(labels, minlength=n_cls).cpu()
 
 
-def split_counts(correct: Tensor, total: Tensor, held: Tensor) -> list[Score]:
-    """Scores of many clients from counts per class: for each, the same as `score`.
+def split_counts(correct: Tensor, total: Tensor, held: Tensor, *, by_group: bool = False) -> list[Score]:
+    """Scores of many clients from counts per class or other group: for each, the same as `score`.
 
     Args:
         correct: From `count_by_class`, (n_cls,).
         total: Likewise.
         held: Whether a client holds a class, (client, n_cls) bool.
+        by_group: Tell the counts of each group that is held, too.
     """
     counts = torch.stack([correct, total], dim=1)
     local = held.to(counts.dtype) @ counts
     rows = torch.cat([local, counts.sum(dim=0) - local], dim=1).tolist()
-    return [Score(local_correct=a, local_total=b, neighbour_correct=c, neighbour_total=d) for a, b, c, d in rows]
+    pairs: list[list[list[int]]] = (held[:, :, None] * counts).tolist() if by_group else [[] for _ in rows]
+    return [
+        Score(
+            local_correct=a,
+            local_total=b,
+            neighbour_correct=c,
+            neighbour_total=d,
+            by_group=tuple((right, of) for right, of in own),
+        )
+        for (a, b, c, d), own in zip(rows, pairs, strict=True)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Mean over clients of their accuracies; None where no client has such images."""
+    """Mean over clients of their accuracies; None where no client has such images.
+
+    ``by_group``: of each group, over the clients that hold it; empty if they do not tell.
+    """
 
     local: float | None
     neighbour: float | None
+    by_group: Sequence[float | None] = ()
 
 
 def mean_accuracy(scores: Sequence[Score]) -> Accuracy:
@@ -93,4 +110,5 @@ def mean_accuracy(scores: Sequence[Score]) -> Accuracy:
     return Accuracy(
         local=mean([(s.local_correct, s.local_total) for s in scores]),
         neighbour=mean([(s.neighbour_correct, s.neighbour_total) for s in scores]),
+        by_group=tuple(mean(list(pairs)) for pairs in zip(*(s.by_group for s in scores), strict=True)),
     )

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from fl_dualpriv.config import DataConfig, EvaluationConfig, RunConfig
 from fl_dualpriv.data.folder import given_splits
+from fl_dualpriv.data.questions import given_question_splits
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.privacy.plan import ClientLevelPlan, RecordLevelPlan, noise_multiplier_for
@@ -94,5 +95,9 @@ def held_out_is_public(data: DataConfig, evaluation: EvaluationConfig) -> bool:
 
 
 def held_out_is_given(data: DataConfig, evaluation: EvaluationConfig) -> bool:
-    """Whether the scored split is the demo's or a folder of its own, and not a cut out of training images."""
-    return data.source == "demo" or evaluation.split in given_splits(Path(data.path).expanduser())
+    """Whether the scored split is a demo's or has a folder or file of its own: no cut out of training data."""
+    if data.source in ("demo", "demo-vqa"):
+        return True
+    if data.source == "folder":
+        return evaluation.split in given_splits(Path(data.path).expanduser())
+    return evaluation.split in given_question_splits(data.path)

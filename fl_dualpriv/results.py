@@ -51,7 +51,7 @@ class RunRecorder:
         """Append a line to ``rounds.jsonl``: scores, ε spent per level, failures, seconds (round 0: zero-shot)."""
         line = {
             "round": server_round,
-            "accuracy": asdict(accuracy) if accuracy else None,
+            "accuracy": _entry(accuracy) if accuracy else None,
             "epsilon": {"record_level": record_epsilon, "client_level": client_epsilon},
             "failures": failures,
             "seconds": round(seconds, 3),
@@ -93,7 +93,7 @@ class RunRecorder:
                 left.plot(*zip(*points, strict=True), marker=".", label=f"{name} accuracy")
         left.set_xlabel("round")
         left.set_title(caption, fontsize=7, wrap=True)
-        left.set_ylabel("accuracy on held-out images [%]")
+        left.set_ylabel("accuracy on held-out data [%]")
         right = left.twinx()
         for level in ("record_level", "client_level"):
             spent = [
@@ -110,6 +110,11 @@ class RunRecorder:
         figure.savefig(buffer, format="png", dpi=120)
         pyplot.close(figure)
         write_bytes(self.folder / "curve.png", buffer.getvalue())
+
+
+def _entry(accuracy: Accuracy) -> dict[str, Any]:
+    """An accuracy in JSON; without groups where none are told."""
+    return {name: value for name, value in asdict(accuracy).items() if name != "by_group" or value}
 
 
 def versions() -> dict[str, str]:
@@ -136,6 +141,7 @@ def build_summary(
     zero_shot: Accuracy | None,
     final: Accuracy | None,
     split: str,
+    group_names: Sequence[str],
     releases: Sequence[Release],
     notes: Sequence[str],
     config: Mapping[str, Any],
@@ -152,7 +158,8 @@ def build_summary(
         "seconds": round(seconds, 3),
         "randomness": randomness,
         "evaluation_split": split,
-        "accuracy": {"zero_shot": asdict(zero_shot or nothing), "final": asdict(final or nothing)},
+        "groups": list(group_names) if final is not None and final.by_group else [],
+        "accuracy": {"zero_shot": _entry(zero_shot or nothing), "final": _entry(final or nothing)},
         "privacy": [asdict(release) for release in releases],
         "notes": list(notes),
         "versions": versions(),

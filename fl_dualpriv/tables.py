@@ -37,7 +37,10 @@ def headline(summary: Mapping[str, Any]) -> str:
 
 
 def results_table(summary: Mapping[str, Any]) -> Table:
-    """Accuracy before and after training, on clients' own (local) and on other clients' (neighbour) classes."""
+    """Accuracy before and after training, on clients' own (local) and on other clients' (neighbour) classes.
+
+    Of question types one line each, before → after, over the clients that hold the type.
+    """
     seeded = summary["randomness"] == "seeded"
     table = Table(caption=SEEDED_NOTE if seeded else None, box=box.SIMPLE_HEAD)
     table.add_column("accuracy")
@@ -47,6 +50,10 @@ def results_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("zero-shot", percent(before["local"]), percent(before["neighbour"]))
     table.add_row("final", percent(after["local"]), percent(after["neighbour"]))
     table.add_row("gain, points", *(_points(before[kind], after[kind]) for kind in ("local", "neighbour")))
+    for name, *pair in zip(
+        summary.get("groups", []), before.get("by_group", []), after.get("by_group", []), strict=True
+    ):
+        table.add_row(f"  {name or 'all'}", " → ".join(percent(value) for value in pair), _MISSING)
     return table
 
 

@@ -18,7 +18,8 @@ from fl_dualpriv.evaluation import Score
 from fl_dualpriv.privacy.plan import RoundTerms
 
 PromptKind = Literal["zero-shot", "global", "personal"]
-_COUNTS = {name.replace("_", "-"): name for name in (f.name for f in fields(Score))}
+_COUNTS = {name.replace("_", "-"): name for name in (f.name for f in fields(Score)) if name != "by_group"}
+_GROUPS = ("group-correct", "group-total")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +189,11 @@ def read_uploads(reply: Message, shape: tuple[int, ...]) -> Uploads:
 
 
 def scores_content(scores: Scores) -> RecordDict:
-    """Content of an evaluate reply: four counts for each client."""
+    """Content of an evaluate reply: four counts for each client, and two for each group where groups are told."""
     counts: dict[str, list[int]] = {key: [getattr(s, name) for s in scores.values] for key, name in _COUNTS.items()}
+    if any(s.by_group for s in scores.values):
+        pairs = [pair for s in scores.values for pair in s.by_group]
+        counts |= {key: list(column) for key, column in zip(_GROUPS, zip(*pairs, strict=True), strict=True)}
     return RecordDict({"score": MetricRecord({**counts}), "clients": _pack_clients(scores)})
 
 
@@ -201,16 +205,33 @@ def read_scores(reply: Message) -> Scores:
     """
     partitions, failed = _read_clients(reply)
     record = reply.content.metric_records["score"]
-    if set(record) != set(_COUNTS):
+    if set(record) - set(_GROUPS) != set(_COUNTS):
         raise ValueError(f"counts {sorted(record)} in a score; expected {sorted(_COUNTS)}")
     columns = [_ids(record[key]) for key in _COUNTS]
     if any(len(column) != len(partitions) for column in columns):
         raise ValueError(f"{[len(c) for c in columns]} counts for {len(partitions)} clients")
-    scores = [Score(**dict(zip(_COUNTS.values(), row, strict=True))) for row in zip(*columns, strict=True)]
+    details = _read_groups(record, len(partitions))
+    scores = [
+        Score(**dict(zip(_COUNTS.values(), row, strict=True)), by_group=pairs)
+        for row, pairs in zip(zip(*columns, strict=True), details, strict=True)
+    ]
     for s in scores:
-        if not (0 <= s.local_correct <= s.local_total and 0 <= s.neighbour_correct <= s.neighbour_total):
+        told = [(s.local_correct, s.local_total), (s.neighbour_correct, s.neighbour_total), *s.by_group]
+        if not all(0 <= correct <= total for correct, total in told):
             raise ValueError(f"impossible counts in {s}")
     return Scores(partitions=partitions, values=scores, failed=failed)
+
+
+def _read_groups(record: MetricRecord, clients: int) -> list[tuple[tuple[int, int], ...]]:
+    """Each client's counts by group; of nobody if the reply tells none."""
+    if not set(_GROUPS) & set(record):
+        return [()] * clients
+    correct, total = (_ids(record[key]) for key in _GROUPS)
+    groups, rest = divmod(len(correct), max(1, clients))
+    if rest or len(correct) != len(total):
+        raise ValueError(f"{len(correct)} and {len(total)} counts of groups for {clients} clients")
+    pairs = list(zip(correct, total, strict=True))
+    return [tuple(pairs[start : start + groups]) for start in range(0, clients * groups, groups)] if groups else []
 
 
 def cards_content(cards: Sequence[ClientCard]) -> RecordDict:

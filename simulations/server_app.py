@@ -116,6 +116,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
             zero_shot=zero_shot,
             final=final,
             split=config.evaluation.split,
+            group_names=world.group_names,
             releases=list_releases(config, record, client, scored=strategy.evaluate_every > 0),
             notes=found,
             config=context.run_config,

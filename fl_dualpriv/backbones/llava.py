@@ -115,10 +115,12 @@ class LlavaBackbone(FrozenModel):
         before = len(self._layout.before)
         needed = before + self.n_visual + n_ctx + max_tokens
         if needed > self.context_length:
+            fitting = max_tokens - needed + self.context_length
+            advice = f"set data.max-tokens <= {fitting}, or" if fitting > 1 else "set a shorter prompt, or"
             raise ConfigError(
                 f"prompt.n-ctx = {n_ctx} and data.max-tokens = {max_tokens} make sequences of {needed} tokens with "
-                f"{before + self.n_visual} before the prompt; {self.name!r} reads {self.context_length}: set data."
-                f"max-tokens <= {max_tokens - needed + self.context_length}, or keep fewer visual tokens"
+                f"{before + self.n_visual} before the prompt; {self.name!r} reads {self.context_length}: "
+                f"{advice} keep fewer visual tokens"
             )
 
     @torch.no_grad()

@@ -25,6 +25,8 @@ SITES = {
         "simulations/make_demo_assets.py",  # trains the demo model; no part of a run
     },
     "transformers": {"fl_dualpriv/backbones/transformers.py"},
+    "datasets": {"fl_dualpriv/data/hub_questions.py"},
+    "peft": {"fl_dualpriv/backbones/lora.py"},
     "torchvision": set(),  # only ever through open_clip and transformers, behind the shim
     "opacus": {"simulations/benchmarks/per_example.py"},  # its per-sample gradients are compared with ours
     "dp_accounting": {

@@ -205,8 +205,8 @@ COMPONENT = {"pruning.update-block": "component"}
         ({**FEATURE, **TRUSTS}, "privacy.record.noise-space", "when the server adds the noise"),
         ({"data.ref": "folder"}, "data.path", "must be the directory of the images"),
         ({"data.ref": "folder", "data.path": "  "}, "data.path", "must be the directory of the images"),
-        ({"data.ref": "demo", "data.path": "/images"}, "data.path", 'did you mean data.ref = "folder"?'),
-        ({"data.classes": "/names.json"}, "data.classes", 'did you mean data.ref = "folder"?'),
+        ({"data.ref": "demo", "data.path": "/images"}, "data.path", 'did you mean data.ref = "folder"'),
+        ({"data.classes": "/names.json"}, "data.classes", 'did you mean data.ref = "folder"'),
         ({"data.val-fraction": 0.5, "data.test-fraction": 0.5}, "data.test-fraction", "must be less than 1 together"),
         ({**CLIENT, "population": 9}, "privacy.client.expected-cohort", "at most population"),  # 10.0 expected
         ({**CLIENT, "method": "local-only"}, "privacy.client.mechanism", "shares no prompt"),

@@ -38,6 +38,7 @@ def summary(**changes: Any) -> dict[str, Any]:
         "randomness": "os",
         "zero_shot": Accuracy(local=0.5, neighbour=0.25),
         "final": Accuracy(local=0.75, neighbour=None),
+        "group_names": ("cat", "dog"),
         "split": "test",
         "releases": [RELEASE],
         "notes": ["a note"],

@@ -1,12 +1,12 @@
 """What is put into a Flower message comes out again, and nothing unexpected passes."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fl_dualpriv import wire
@@ -189,7 +189,29 @@ def test_scores_survive(scores: wire.Scores):
 
 def test_a_score_is_counts_of_held_out_images_and_nothing_about_training():
     content = wire.scores_content(SCORES)
-    assert keys(RecordDict({"score": content["score"]})) == {"score/" + f.name.replace("_", "-") for f in fields(Score)}
+    counts = {f.name.replace("_", "-") for f in fields(Score)} - {"by-group"}  # not told here
+    assert keys(RecordDict({"score": content["score"]})) == {f"score/{name}" for name in counts}
+
+
+def test_counts_by_group_go_and_come():
+    told = replace(SCORES, values=[replace(s, by_group=((i, 2), (0, 0), (1, 3))) for i, s in enumerate(SCORES.values)])
+    assert wire.read_scores(message(wire.scores_content(told))) == told
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "reason"),
+    [
+        ([3, 0], [2, 0], "impossible counts"),
+        ([1, 0, 0], [1, 0, 0], "3 and 3 counts of groups for 2 clients"),
+        ([1, 0], [1, 0, 0, 0], "2 and 4 counts of groups"),
+        ([1.0, 0.0], [1, 0], "whole numbers"),
+    ],
+)
+def test_counts_by_group_from_outside_are_checked(correct: list, total: list, reason: str):
+    content = wire.scores_content(SCORES)
+    content["score"] = MetricRecord({**content["score"], "group-correct": correct, "group-total": total})
+    with pytest.raises(ValueError, match=reason):
+        wire.read_scores(message(content))
 
 
 @pytest.mark.parametrize(

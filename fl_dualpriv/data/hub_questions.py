@@ -1,0 +1,175 @@
+"""Questions from a data set of the Hugging Face hub, or a folder that its library reads. Import site of datasets."""
+
+import functools
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from fl_dualpriv.data.folder import BadImageError
+from fl_dualpriv.data.questions import DEFAULT_TEMPLATE, QuestionSet, QuestionSplits, cut_by_image, subset
+from fl_dualpriv.errors import ConfigError
+
+_NAMES = {"train": ("train",), "val": ("validation", "val", "dev"), "test": ("test",)}
+_TYPES = ("type", "question_type", "answer_type")
+
+
+@dataclass(frozen=True, eq=False)
+class HubImages:
+    """`ImageDataset` over a column of images; ``rows``: the first row of each image."""
+
+    table: Any
+    rows: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """See `ImageDataset`; images have no class here."""
+        return np.zeros(len(self.rows), dtype=np.int64)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """See `ImageDataset`."""
+        return ("image",)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.rows)
+
+    def image(self, index: int) -> Image.Image:
+        """Decode one image to RGB.
+
+        Raises:
+            BadImageError: If it cannot be decoded, or is missing.
+        """
+        try:
+            found = self.table[int(self.rows[index])]["image"]
+            return found.convert("RGB")
+        except Exception as error:  # whatever a record makes a decoder raise
+            raise BadImageError(f"image {index}: {type(error).__name__}: {error}") from error
+
+    @property
+    def content_hash(self) -> str:
+        """See `ImageDataset.content_hash`: the library's fingerprint of the table, and which rows."""
+        return hashlib.sha256(self.table._fingerprint.encode() + self.rows.tobytes()).hexdigest()
+
+    def unchanged(self, index: int) -> bool:
+        """See `ImageDataset.unchanged`: the library's tables do not change."""
+        return True
+
+    def unreadable(self, index: int) -> int | None:
+        """See `ImageDataset.unreadable`."""
+        return None
+
+
+def given_hub_splits(name: str) -> frozenset[str]:
+    """Which of train, val and test a data set has."""
+    return frozenset(_splits(name))
+
+
+def load_hub_questions(
+    name: str, val_fraction: float, test_fraction: float, seed: int, on_bad: Literal["raise", "keep"]
+) -> QuestionSplits:
+    """Read a data set with the columns image, question, and answer or answers; see `load_questions`.
+
+    Of several answers the most frequent counts. The type of a question is in ``type``, ``question_type`` or
+    ``answer_type``, where there is one. ``NAME#CONFIGURATION`` picks a configuration of the hub.
+    """
+    tables = _splits(name)
+    if "train" not in tables:
+        raise ConfigError(f"data.path = datasets:{name}: it has no split called train; it has {', '.join(tables)}")
+    for split, table in tables.items():
+        lacking = [column for column in ("image", "question") if column not in table.column_names]
+        lacking += [] if {"answer", "answers"} & set(table.column_names) else ["answer"]
+        if lacking:
+            raise ConfigError(
+                f"data.path = datasets:{name}: split {split} has no column {', '.join(lacking)}; it has "
+                f"{', '.join(table.column_names)}"
+            )
+    kind = next((column for column in _TYPES if column in tables["train"].column_names), None)
+    types = tuple(sorted({str(t) for table in tables.values() for t in (table[kind] if kind else ("",))}))
+    sets = {split: _question_set(table, kind, types, on_bad, f"datasets:{name}") for split, table in tables.items()}
+    missing = {n: f for n, f in (("val", val_fraction), ("test", test_fraction)) if n not in sets}
+    if missing:
+        train = sets["train"]
+        assert isinstance(train.images, HubImages)
+        for split, images in cut_by_image(len(train.images), missing, seed).items():
+            sets[split] = subset(train, images, HubImages(train.images.table, train.images.rows[images]))
+    return QuestionSplits(sets["train"], sets["val"], sets["test"], types, DEFAULT_TEMPLATE)
+
+
+@functools.lru_cache(maxsize=2)
+def _splits(name: str) -> dict[str, Any]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            f"data.path = datasets:{name} needs the package datasets; install fl-dualpriv[datasets]"
+        ) from error
+    source, _, configuration = name.partition("#")
+    datasets.disable_progress_bars()
+    try:
+        if Path(source).expanduser().is_dir() and (Path(source).expanduser() / "dataset_dict.json").is_file():
+            found: Any = datasets.load_from_disk(str(Path(source).expanduser()))
+        else:
+            found = datasets.load_dataset(source, configuration or None)
+    except Exception as error:  # the library, the hub and the network each raise their own kinds
+        raise ConfigError(
+            f"data.path = datasets:{name} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+    names = {split: next((n for n in options if n in found), None) for split, options in _NAMES.items()}
+    return {split: found[n] for split, n in names.items() if n is not None}
+
+
+def _question_set(
+    table: Any, kind: str | None, types: tuple[str, ...], on_bad: Literal["raise", "keep"], where: str
+) -> QuestionSet:
+    questions = tuple(str(q or "").strip() for q in table["question"])
+    answers = tuple(_answer(a) for a in table["answer" if "answer" in table.column_names else "answers"])
+    if on_bad == "raise" and (
+        bad := [i for i, pair in enumerate(zip(questions, answers, strict=True)) if not all(pair)]
+    ):
+        raise ConfigError(f"data.path = {where}: {len(bad)} records without question or answer (the first: {bad[0]})")
+    number = {name: i for i, name in enumerate(types)}
+    labels = [number[str(t)] for t in table[kind]] if kind else [0] * len(questions)
+    rows, image_of = _distinct_images(table)
+    return QuestionSet(
+        images=HubImages(table, rows),
+        image_of=image_of,
+        questions=questions,
+        answers=answers,
+        labels=np.array(labels, dtype=np.int64),
+        class_names=types,
+    )
+
+
+def _distinct_images(table: Any) -> tuple[np.ndarray, np.ndarray]:
+    """First row of each image, and each record's image: those with the same bytes, or the same path, are one."""
+    import datasets
+
+    raw = table.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+    first: dict[bytes, int] = {}
+    image_of = np.zeros(len(raw), dtype=np.int64)
+    rows: list[int] = []
+    for row, record in enumerate(raw):
+        image = record["image"] or {}
+        content = image.get("bytes") or str(image.get("path") or row).encode()
+        key = hashlib.sha256(content).digest()
+        if key not in first:
+            first[key] = len(rows)
+            rows.append(row)
+        image_of[row] = first[key]
+    return np.array(rows, dtype=np.int64), image_of
+
+
+def _answer(found: Any) -> str:
+    """One answer: of several the most frequent, of dictionaries their ``answer``."""
+    if isinstance(found, list | tuple):
+        texts = [_answer(one) for one in found]
+        return Counter(texts).most_common(1)[0][0] if texts else ""
+    if isinstance(found, dict):
+        return _answer(found.get("answer", ""))
+    return " ".join(str(found or "").split())

@@ -1,0 +1,162 @@
+"""Questions in JSON lines or CSV files: image, question, answer and, where it is known, the question's type."""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fl_dualpriv.data.folder import FolderSplit
+from fl_dualpriv.data.questions import DEFAULT_TEMPLATE, QuestionSet, QuestionSplits, cut_by_image, subset
+from fl_dualpriv.errors import ConfigError
+
+KINDS = (".jsonl", ".csv")
+SPLITS = ("train", "val", "test")
+_NEEDED = ("image", "question", "answer")
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One record as it stands in a file; ``fault``: why it cannot be used, or empty."""
+
+    image: Path
+    question: str
+    answer: str
+    type: str
+    fault: str = ""
+
+
+def given_file_splits(path: Path) -> frozenset[str]:
+    """Which of train, val and test have a file of their own in a folder; empty for a single file."""
+    return frozenset(_files(path)) if path.is_dir() else frozenset()
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The file of each split, a JSON lines file before a CSV one."""
+    found = {}
+    for name in SPLITS:
+        there = [folder / f"{name}{kind}" for kind in KINDS if (folder / f"{name}{kind}").is_file()]
+        if there:
+            found[name] = there[0]
+    return found
+
+
+def load_question_files(
+    path: str, val_fraction: float, test_fraction: float, seed: int, on_bad: Literal["raise", "keep"]
+) -> QuestionSplits:
+    """Read a file, or the files of a folder; see `load_questions`. Images are named relative to their file.
+
+    Each line (JSON lines) or row under a header (CSV) has ``image``, ``question``, ``answer``, and may have ``type``.
+    """
+    source = Path(path).expanduser()
+    if source.is_dir():
+        files = _files(source)
+        if "train" not in files:
+            raise ConfigError(f"data.path = {path!r} is a folder without train.jsonl or train.csv; add one")
+    elif source.is_file() and source.suffix.lower() in KINDS:
+        files = {"train": source}
+    else:
+        raise ConfigError(
+            f"data.path = {path!r} is no file of questions: {source.absolute()} is missing, or neither .jsonl nor .csv"
+        )
+    rows = {name: list(_read(file)) for name, file in files.items()}
+    if empty := [files[name].name for name, found in rows.items() if not found]:
+        raise ConfigError(f"data.path = {path!r}: {', '.join(empty)} holds no question; add some")
+    if on_bad == "raise":
+        _refuse(path, rows)
+    types = tuple(sorted({row.type for found in rows.values() for row in found}))
+    sets = {name: _question_set(found, types) for name, found in rows.items()}
+    train = sets["train"]
+    missing = {n: f for n, f in (("val", val_fraction), ("test", test_fraction)) if n not in sets}
+    if missing:
+        cut = cut_by_image(len(train.images), missing, seed)
+        if not len(cut["train"]):
+            raise ConfigError(
+                f"data.path = {path!r}: {len(train.images)} images are too few to cut {' and '.join(missing)} from "
+                "them and train on the rest; add images, or files of their own"
+            )
+        sets |= {name: subset(train, images, _images(train, images)) for name, images in cut.items()}
+    return QuestionSplits(sets["train"], sets["val"], sets["test"], types, DEFAULT_TEMPLATE)
+
+
+def _images(questions: QuestionSet, numbers: np.ndarray) -> FolderSplit:
+    assert isinstance(questions.images, FolderSplit)
+    return _folder([questions.images.paths[i] for i in numbers])
+
+
+def _folder(paths: list[Path]) -> FolderSplit:
+    return FolderSplit(tuple(paths), np.zeros(len(paths), dtype=np.int64), ("image",))
+
+
+def _question_set(rows: list[_Row], types: tuple[str, ...]) -> QuestionSet:
+    paths = sorted({row.image for row in rows})
+    number, kind = ({value: i for i, value in enumerate(values)} for values in (paths, types))
+    return QuestionSet(
+        images=_folder(paths),
+        image_of=np.array([number[row.image] for row in rows], dtype=np.int64),
+        questions=tuple("" if row.fault else row.question for row in rows),
+        answers=tuple(row.answer for row in rows),
+        labels=np.array([kind[row.type] for row in rows], dtype=np.int64),
+        class_names=types,
+    )
+
+
+def _refuse(path: str, rows: Mapping[str, list[_Row]]) -> None:
+    faults = [row.fault for found in rows.values() for row in found if row.fault]
+    faults += [
+        f"{image} is missing: an image of {name}"
+        for name, found in rows.items()
+        for image in sorted({row.image for row in found if not row.fault})
+        if not image.is_file()
+    ]
+    if faults:
+        more = f"and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        lines = [f"the questions in {path} cannot be used:", *faults[:_SHOWN], *([more] if more else [])]
+        raise ConfigError("\n  ".join(lines))
+
+
+def _read(file: Path) -> Iterator[_Row]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read as UTF-8 text: {error}") from error
+    if file.suffix.lower() == ".csv":
+        reader = csv.DictReader(text.splitlines())
+        if lacking := [name for name in _NEEDED if name not in (reader.fieldnames or ())]:
+            raise ConfigError(f"{file}: its first line must name the columns; {', '.join(lacking)} is missing")
+        for number, record in enumerate(reader, start=2):
+            yield _row(file, number, record)
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            yield _row(file, number, record)
+
+
+def _row(file: Path, number: int, record: Any) -> _Row:
+    """A record of a file, with what is wrong about it: a bad one stays counted."""
+    where = f"{file.name}, line {number}"
+    if not isinstance(record, Mapping):
+        return _Row(file.parent, "", "", "", f"{where}: no JSON object")
+    values = {name: record.get(name) for name in _NEEDED}
+    if bad := [name for name, value in values.items() if not (isinstance(value, str) and value.strip())]:
+        fault = f"{where}: {', '.join(bad)} must be a non-empty text"
+        return _Row(file.parent, "", "", _type(record), fault)
+    return _Row(
+        file.parent / str(values["image"]),
+        " ".join(str(values["question"]).split()),
+        " ".join(str(values["answer"]).split()),
+        _type(record),
+    )
+
+
+def _type(record: Mapping[str, Any]) -> str:
+    kind = record.get("type")
+    return kind.strip() if isinstance(kind, str) else ""

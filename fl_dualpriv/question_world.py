@@ -1,0 +1,219 @@
+"""`World` of questions about images for a multimodal language model; groups are question types."""
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fl_dualpriv.backbones.answering import AnsweringModel, load_answering_model
+from fl_dualpriv.config import BackboneConfig, DataConfig, PromptConfig, RunConfig
+from fl_dualpriv.data.datasets import ImageDataset
+from fl_dualpriv.data.feature_cache import cache_root
+from fl_dualpriv.data.partition import partition
+from fl_dualpriv.data.questions import QuestionSet, QuestionSplits, load_questions
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.image_features import ImageFeatures
+from fl_dualpriv.prompts.soft_prompt import AnswerRecords, SoftPromptObjective, answer_records
+from fl_dualpriv.pruners import token_pruner
+from fl_dualpriv.pruning.visual_tokens import TokenPruner
+from fl_dualpriv.world import Counts, one_thread, random_prompt
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QuestionWorld:
+    """See `World`. A record is one question with its answer and its image.
+
+    Attributes:
+        backbone: One frozen copy; the features of an image are its visual tokens, pruned.
+        data: Train, val and test questions.
+        partitions: Record indices per client.
+        on_bad_record: Without DP a record that cannot be used stops the run; under DP it is kept, and adds zero.
+        cache_root: Where visual tokens are kept, see `cache_root`; None: in memory only.
+        max_tokens: Of a question and its answer; public, so that nobody's longest question shows.
+    """
+
+    backbone: AnsweringModel
+    data: QuestionSplits
+    partitions: list[np.ndarray]
+    on_bad_record: Literal["keep", "raise"]
+    cache_root: Path | None
+    max_tokens: int
+    _held_out: dict[str, AnswerRecords] = field(default_factory=dict)
+    _features: dict[str, ImageFeatures] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> np.ndarray:
+        """Type of each training question."""
+        return self.data.train.labels
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """Of the question types."""
+        return self.data.class_names
+
+    def images(self, split: str) -> ImageDataset:
+        """The images of ``train``, ``val`` or ``test``."""
+        return self._questions(split).images
+
+    def _questions(self, split: str) -> QuestionSet:
+        return {"train": self.data.train, "val": self.data.val, "test": self.data.test}[split]
+
+    def prompt_shape(self, prompt: PromptConfig) -> tuple[int, int]:
+        """(n_ctx, ctx_dim)."""
+        return prompt.n_ctx, self.backbone.ctx_dim
+
+    def initial_prompt(self, config: RunConfig) -> Tensor:
+        """See `World`: the template's words, or N(0, 0.02²)."""
+        if config.prompt.init == "template":
+            return self._template(config.prompt).cpu()
+        return random_prompt(config.prompt.n_ctx, self.backbone.ctx_dim, config.seed)
+
+    def words(self, prompt: PromptConfig) -> str:
+        """What the un-tuned model reads before a question."""
+        return prompt.words or self.data.template
+
+    def _template(self, prompt: PromptConfig) -> Tensor:
+        return _embedded(self.backbone, self.words(prompt))
+
+    def objective(self, config: RunConfig) -> SoftPromptObjective:
+        """Cross-entropy of the answer's tokens."""
+        return _objective(self.backbone, config.resources.workspace_mib * 2**20)
+
+    def num_examples(self, partition_id: int) -> int:
+        """n_i, public metadata; reads no image."""
+        return len(self.partitions[partition_id])
+
+    def client_data(self, partition_id: int, server_round: int = 0) -> AnswerRecords:
+        """A client's records, gathered anew at each call; its images are read when first asked for.
+
+        Raises:
+            ConfigError: Without DP, if a record cannot be used; it names the first.
+        """
+        return self._records("train", self.partitions[partition_id])
+
+    def held_out(self, split: str) -> AnswerRecords:
+        """The ``val`` or ``test`` questions; computed once a process."""
+        if split not in self._held_out:
+            self._held_out[split] = self._records(split, np.arange(len(self._questions(split))))
+        return self._held_out[split]
+
+    def _records(self, split: str, indices: np.ndarray) -> AnswerRecords:
+        questions = self._questions(split)
+        if split not in self._features:
+            self._features[split] = ImageFeatures(self.backbone, questions.images, self.cache_root)
+        images, image_of = np.unique(questions.image_of[indices], return_inverse=True)
+        visual = self._features[split].rows(images)
+        if self.on_bad_record == "raise" and (bad := images[np.isnan(visual[:, 0])]).size:
+            raise ConfigError(
+                f"{len(bad)} images cannot be used: unreadable, out of proportion or not finite (the first: number "
+                f"{bad[0]} of {split}); remove or repair them"
+            )
+        return answer_records(
+            self.backbone,
+            [questions.questions[i] for i in indices],
+            [questions.answers[i] for i in indices],
+            image_of,
+            questions.labels[indices],
+            torch.from_numpy(visual),
+            self.max_tokens,
+            self.on_bad_record,
+        )
+
+    def counts(self, prompts: Tensor, config: RunConfig) -> list[Counts]:
+        """See `World`: exact matches."""
+        records, objective = self.held_out(config.evaluation.split), self.objective(config)
+        return [self._count(objective.correct(prompt, records), records.labels) for prompt in prompts]
+
+    def zero_shot_counts(self, config: RunConfig) -> Counts:
+        """See `World`: the model with the template's words before the question."""
+        (counts,) = self.counts(self._template(config.prompt)[None], config)
+        return counts
+
+    def _count(self, right: Tensor, labels: Tensor) -> Counts:
+        types = len(self.group_names)
+        return torch.bincount(labels[right], minlength=types), torch.bincount(labels, minlength=types)
+
+
+@torch.no_grad()
+def _embedded(backbone: AnsweringModel, text: str) -> Tensor:
+    """(words, ctx_dim)."""
+    return backbone.embed_tokens(torch.tensor(backbone.words(text), device=backbone.device))
+
+
+@functools.lru_cache(maxsize=2)
+def _objective(backbone: AnsweringModel, kept_bytes: int) -> SoftPromptObjective:
+    """One a process: it keeps prefixes of images."""
+    return SoftPromptObjective(backbone, kept_bytes=kept_bytes)
+
+
+def build_question_world(config: RunConfig, on_bad_record: Literal["keep", "raise"]) -> QuestionWorld:
+    """See `build_world`.
+
+    Args:
+        config: The run.
+        on_bad_record: See `QuestionWorld`.
+
+    Raises:
+        ConfigError: Data, model, prompt or partition do not work as configured; see the message.
+    """
+    data, source = config.data, config.data.source
+    assert source in ("demo-vqa", "questions")
+    questions = load_questions(source, data.path, data.val_fraction, data.test_fraction, config.seed, on_bad_record)
+    world = _build_world(
+        questions,
+        data,
+        config.backbone,
+        token_pruner(config, len(questions.train)),
+        config.population,
+        config.seed,
+        config.resources.device,
+        config.resources.feature_cache,
+        on_bad_record,
+    )
+    _check_prompt(config, world)
+    return world
+
+
+def _check_prompt(config: RunConfig, world: QuestionWorld) -> None:
+    prompt, model = config.prompt, world.backbone
+    model.check_length(prompt.n_ctx, world.max_tokens)
+    words = len(model.words(world.words(prompt)))  # raises if they cannot be written
+    if prompt.init == "template" and words != prompt.n_ctx:
+        raise ConfigError(
+            f"prompt.n-ctx = {prompt.n_ctx}, but {world.words(prompt)!r}, what prompts start from, is {words} tokens "
+            f'long; set prompt.n-ctx = {words}, or prompt.init = "random"'
+        )
+    if prompt.rank > (largest := min(prompt.n_ctx, model.ctx_dim)):
+        raise ConfigError(
+            f"prompt.rank = {prompt.rank}; a prompt of {prompt.n_ctx} x {model.ctx_dim} has rank at most {largest}"
+        )
+
+
+@functools.lru_cache(maxsize=2)
+def _build_world(
+    questions: QuestionSplits,
+    data: DataConfig,
+    model: BackboneConfig,
+    pruner: TokenPruner | None,
+    population: int,
+    seed: int,
+    device: str,
+    feature_cache: str,
+    on_bad_record: Literal["keep", "raise"],
+) -> QuestionWorld:
+    one_thread(device)
+    by_image = data.partition == "by-image"
+    labels = questions.train.image_of if by_image else questions.train.labels
+    scheme = "by-class" if data.partition == "by-image" else data.partition
+    return QuestionWorld(
+        backbone=load_answering_model(model.name, device, pruner, model.precision),
+        data=questions,
+        partitions=partition(labels, scheme, population, data.dirichlet_alpha, seed),
+        on_bad_record=on_bad_record,
+        cache_root=cache_root(feature_cache),
+        max_tokens=data.max_tokens,
+    )
