@@ -177,6 +177,17 @@ def test_other_towers_of_timm_are_refused():
         open_clip_tower(tower)
 
 
+def test_a_model_of_open_clip_with_a_timm_tower_and_a_pruner(make_clip_dir):
+    vision = {"image_size": 64, "timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear"}
+    name = f"local-dir:{make_clip_dir({'vision_cfg': vision})}"
+    plain, pruned = load_backbone(name, "", "cpu"), load_backbone(name, "", "cpu", half())
+    whole = plain.image_features(images(side=64))
+    assert (pruned.image_features(images(side=64)) - whole).abs().max() > 1e-3
+    assert pruned.feature_key != plain.feature_key
+    every = load_backbone(name, "", "cpu", VisualTokenPruner(layer=-2, dominant=16, contextual=0))
+    assert torch.equal(every.image_features(images(side=64)), whole)
+
+
 @pytest.mark.parametrize("kind", ["transformers CLIP", "transformers SigLIP"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_model_of_transformers_with_a_pruner(kind: str, precision: Any, request: pytest.FixtureRequest):
