@@ -11,7 +11,9 @@ from fl_dualpriv.config import RunConfig, app_defaults, merge, read_toml
 
 APP_DIR = Path(__file__).parents[2]
 DEFAULTS = app_defaults(APP_DIR)
-CONFIGS = sorted((APP_DIR / "simulations" / "configs").glob("*.toml"))
+CONFIGS = sorted(
+    path for path in (APP_DIR / "simulations" / "configs").glob("*.toml") if not path.name.startswith("ablation-")
+)
 
 
 def leaf_types(cls: type, prefix: str = "") -> dict[str, object]:
