@@ -17,7 +17,8 @@ from fl_dualpriv.data.partition import partition
 from fl_dualpriv.data.questions import QuestionSet, QuestionSplits, load_questions
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.image_features import ImageFeatures
-from fl_dualpriv.prompts.soft_prompt import AnswerRecords, SoftPromptObjective, answer_records
+from fl_dualpriv.prompts.answers import AnswerRecords, answer_records
+from fl_dualpriv.prompts.soft_prompt import SoftPromptObjective
 from fl_dualpriv.pruners import token_pruner
 from fl_dualpriv.pruning.visual_tokens import TokenPruner
 from fl_dualpriv.world import Counts, one_thread, random_prompt

@@ -1,136 +1,25 @@
 """Private tuning of a soft prompt in front of the question of a multimodal language model.
 
-Loss of a record: the mean, over the tokens of its answer and the end, of the cross-entropy of each given those before.
 Each example gets its own copy of the prompt, so one backward pass of the summed losses gives every example's own
 gradient, exactly, at the price of one with a shared prompt: nothing but the copies differs.
 """
 
 import functools
 import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fl_dualpriv.backbones.answering import AnsweringModel, Prefix
-from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.objective import Picked
-from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, as_clipped_sum, bounded_rows
-
-BLOCK = 8
-"""Records that run together, padded, unless told otherwise."""
+from fl_dualpriv.prompts.answers import BLOCK, AnswerObjective, AnswerRecords, Block
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AnswerRecords:
-    """A client's questions with their answers, or a held-out split; on the CPU, ``visual`` on any device.
-
-    Attributes:
-        visual: Visual tokens of each image, (image, embed_dim) float32; a row that is not finite cannot be used.
-        image_of: Each record's image, (record,) int64.
-        tokens: What follows the prompt, (record, max_tokens) int64: question, answer, end, then padding.
-        answer_start: Where the answer starts, (record,) int64.
-        length: Tokens that count, (record,) int64. 0: the record cannot be used; it has no gradient and stays counted.
-        labels: Question type, (record,) int64.
-    """
-
-    visual: Tensor
-    image_of: Tensor
-    tokens: Tensor
-    answer_start: Tensor
-    length: Tensor
-    labels: Tensor
-
-    @property
-    def num_examples(self) -> int:
-        """n_i, public metadata: counts records that cannot be used, too."""
-        return len(self.length)
-
-    @functools.cached_property
-    def usable(self) -> Tensor:
-        """Which records can be used, bool (record,)."""
-        finite = torch.isfinite(self.visual).all(dim=1).cpu()
-        return finite[self.image_of] & (self.length > 0)
-
-
-def answer_records(
-    model: AnsweringModel,
-    questions: Sequence[str],
-    answers: Sequence[str],
-    image_of: np.ndarray | Tensor,
-    labels: np.ndarray | Tensor,
-    visual: Tensor,
-    max_tokens: int,
-    on_bad: Literal["raise", "keep"],
-) -> AnswerRecords:
-    """Write questions and answers in a model's tokens.
-
-    Guarantee:
-        Per record: a row depends on its own question, answer and image alone, its length on ``max_tokens``.
-
-    Args:
-        model: Whose tokens.
-        questions: One per record.
-        answers: One per record.
-        image_of: Row of ``visual`` of each record, (record,).
-        labels: Question type of each record, (record,).
-        visual: As `AnswerRecords`.
-        max_tokens: Of question and answer together with what the model's chat puts around them; public.
-        on_bad: What to do with a record that is too long or cannot be written in the model's tokens: ``raise``, or
-            ``keep`` it as one that cannot be used. Under DP it must be kept, or its presence would show.
-
-    Raises:
-        ConfigError: If a record cannot be used and ``on_bad`` says so.
-    """
-    tokens = torch.full((len(questions), max_tokens), model.end, dtype=torch.long)
-    start, length = torch.zeros(2, len(questions), dtype=torch.long)
-    ask = functools.lru_cache(maxsize=4096)(model.question_tokens)  # questions repeat, rendering costs
-    for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-        try:
-            before, behind = ask(question), model.answer_tokens(answer)
-            needed = len(before) + len(behind)
-            if needed > max_tokens:
-                raise ConfigError(
-                    f"its question and answer are {needed} tokens long, data.max-tokens = {max_tokens}; raise it or "
-                    "shorten them"
-                )
-        except ConfigError as error:
-            if on_bad == "raise":
-                raise ConfigError(f"record {row} ({question!r}, {answer!r}): {error}") from error
-            continue
-        tokens[row, :needed] = torch.tensor([*before, *behind])
-        start[row], length[row] = len(before), needed
-    return AnswerRecords(
-        visual=visual,
-        image_of=torch.as_tensor(image_of, dtype=torch.long),
-        tokens=tokens,
-        answer_start=start,
-        length=length,
-        labels=torch.as_tensor(labels, dtype=torch.long),
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Block:
-    """Some records on the model's device; what cannot be used is an empty image with nothing to answer."""
-
-    prefix: Prefix
-    tokens: Tensor
-    in_answer: Tensor
-    usable: Tensor
-
-
-class SoftPromptObjective:
-    """`Objective` of answering questions, for the prompts of many clients.
+class SoftPromptObjective(AnswerObjective):
+    """`AnswerObjective` of prompts (n_ctx, ctx_dim) of many clients.
 
     Args:
         model: The frozen model.
-        block: Records that run together, padded; must be public, such as a function of the expected batch. What is held
-            does not grow with a batch, whose size is private, and a record's numbers do not depend on how many there
-            are.
+        block: See `AnswerObjective`.
         checkpointing: Keep each block's input only and run it twice: less memory, more time, same gradients.
         kept_bytes: Prefixes of images (see `Prefix`) are kept as long as their records live, if all of a client's fit
             into this much memory together with those that are there. They do not depend on a prompt, so nothing
@@ -140,7 +29,8 @@ class SoftPromptObjective:
     def __init__(
         self, model: AnsweringModel, *, block: int = BLOCK, checkpointing: bool = False, kept_bytes: int = 0
     ) -> None:
-        self._model, self._checkpointing, self.block = model, checkpointing, block
+        super().__init__(model, block)
+        self._checkpointing = checkpointing
         self._prefixes = _Prefixes(model, kept_bytes)
 
     @property
@@ -148,130 +38,20 @@ class SoftPromptObjective:
         """See `Objective`: the prefixes of one block."""
         return self.block * self._prefixes.bytes_per_image
 
-    def over(self, data: Sequence[AnswerRecords]) -> "PooledSoftPrompt":
-        """See `Objective`."""
-        return PooledSoftPrompt(self, data)
-
-    @torch.no_grad()
-    def correct(self, prompt: Tensor, records: AnswerRecords) -> Tensor:
-        """Exact match: whether each token of the answer and the end is the likeliest one given those before.
-
-        That is whether greedy decoding gives this answer. A record that cannot be used is wrong.
-
-        Args:
-            prompt: (n_ctx, ctx_dim).
-            records: What is asked.
-
-        Returns:
-            bool (record,), on the CPU.
-        """
-        prompts = prompt.to(self._model.device).expand(self.block, -1, -1)
-        right = []
-        for block, count in self.blocks(records, np.arange(records.num_examples)):
-            top = self._logits(prompts, block).max(dim=-1)
-            same = (top.indices == block.tokens) & torch.isfinite(top.values)
-            right.append(((same | ~block.in_answer).all(dim=1) & block.usable)[:count].cpu())
-        return torch.cat([torch.zeros(0, dtype=torch.bool), *right])
-
-    def losses(self, prompts: Tensor, block: _Block) -> Tensor:
-        """Loss of each record of a block at its own prompt, (row, n_ctx, ctx_dim) → (row,); 0 if it cannot be used."""
-        logits = self._logits(prompts, block)
-        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), block.tokens, reduction="none")
-        total = torch.where(block.in_answer, each, 0.0).sum(dim=1)
-        return total / block.in_answer.sum(dim=1).clamp(min=1)
-
-    def _logits(self, prompts: Tensor, block: _Block) -> Tensor:
-        """Scores of each token of ``block.tokens``, (row, token, vocabulary)."""
+    def logits(self, prompt: Tensor, block: Block) -> Tensor:
+        """See `AnswerObjective`; one prompt for all rows, or one for each, (row, n_ctx, ctx_dim)."""
+        prefix = self._prefixes.of(block.records, block.images)
         text = self._model.embed_tokens(block.tokens[:, :-1])  # nothing follows the last one
-        embeddings = torch.cat([prompts.to(text.dtype), text], dim=1)
-        first = prompts.shape[1] - 1
-        return self._model.logits(block.prefix, embeddings, first, checkpointing=self._checkpointing)
+        prompts = prompt.to(text.dtype).expand(self.block, -1, -1)
+        embeddings = torch.cat([prompts, text], dim=1)
+        return self._model.logits(prefix, embeddings, prompts.shape[1] - 1, checkpointing=self._checkpointing)
 
-    def blocks(self, records: AnswerRecords, picked: np.ndarray) -> Iterator[tuple[_Block, int]]:
-        """The picked records in blocks of one size, and how many of each block are not padding."""
-        device, size = self._model.device, self.block
-        for start in range(0, len(picked), size):
-            here = torch.from_numpy(picked[start : start + size].astype(np.int64))
-            count = len(here)
-            here = torch.nn.functional.pad(here, (0, size - count), value=int(here[0]))
-            usable = records.usable[here] & (torch.arange(size) < count)
-            position = torch.arange(records.tokens.shape[1])
-            in_answer = (position >= records.answer_start[here, None]) & (position < records.length[here, None])
-            block = _Block(
-                prefix=self._prefixes.of(records, records.image_of[here]),
-                tokens=records.tokens[here].to(device),
-                in_answer=(in_answer & usable[:, None]).to(device),
-                usable=usable.to(device),
-            )
-            yield block, count
-
-
-class PooledSoftPrompt:
-    """`PooledObjective` of the records of some clients."""
-
-    def __init__(self, objective: SoftPromptObjective, data: Sequence[AnswerRecords]) -> None:
-        self._objective, self._data = objective, data
-
-    def at(self, prompts: Tensor, picked: Picked) -> "SoftPromptGradients":
-        """See `PooledObjective`."""
-        return SoftPromptGradients(self._objective, self._data, prompts.detach(), picked)
-
-
-class SoftPromptGradients:
-    """`StepGradients`; a pass through the model each time that one is asked for."""
-
-    def __init__(
-        self, objective: SoftPromptObjective, data: Sequence[AnswerRecords], prompts: Tensor, picked: Picked
-    ) -> None:
-        self._objective, self._data, self._prompts, self._picked = objective, data, prompts, picked
-
-    def rows(self, client: int) -> Iterator[Tensor]:
-        """Each record's own gradient, block by block, (block, n_ctx, ctx_dim), padded with zeros.
-
-        Guarantee:
-            A row is a function of the prompt and of its own record alone: its copy of the prompt reaches no other
-            record's loss, and it runs in a block of one size whatever the batch. A record that cannot be used is zero.
-        """
-        prompt = self._prompts[client]
-        for block, _ in self._objective.blocks(self._data[client], self._picked[client]):
-            copies = prompt.to(block.tokens.device).expand(self._objective.block, -1, -1).clone().requires_grad_(True)
-            with torch.enable_grad():
-                total = self._objective.losses(copies, block).sum()
-            (rows,) = torch.autograd.grad(total, copies)
-            yield torch.where(block.usable[:, None, None], rows, 0.0)
-
-    def clipped_sums(self, clip_norm: float, arithmetic: Arithmetic, masks: Tensor | None = None) -> list[ClippedSum]:
-        """See `StepGradients`.
-
-        Guarantee:
-            Adding or removing one record moves its client's value by at most ``clip_norm`` and no other client's
-            (tests/guarantees/test_soft_prompt_rows.py): each row is masked, then clipped, then added, in float64. In
-            integers the move is exactly that record's own integer row, as far as the rows of the others are the same
-            bit by bit without it. An empty batch gives zero.
-        """
-        found = []
-        for client, prompt in enumerate(self._prompts):
-            total = torch.zeros_like(prompt, dtype=torch.float64)
-            for rows in self.rows(client):
-                masked = rows if masks is None else rows * masks[client].to(rows)
-                total += bounded_rows(masked, clip_norm, arithmetic).sum(dim=0).to(total.device)
-            found.append(as_clipped_sum(total, clip_norm, arithmetic))
-        return found
-
-    def to_prompts(self, noised: Tensor) -> Tensor:
-        """See `StepGradients`: noise is on gradients of the prompts, so nothing is to do."""
-        return noised
-
-    def sums(self) -> Tensor:
-        """See `StepGradients`: one prompt for all records of a block."""
-        totals = torch.zeros_like(self._prompts)
-        for client, prompt in enumerate(self._prompts):
-            for block, _ in self._objective.blocks(self._data[client], self._picked[client]):
-                shared = prompt.to(block.tokens.device).clone().requires_grad_(True)
-                with torch.enable_grad():
-                    total = self._objective.losses(shared.expand(self._objective.block, -1, -1), block).sum()
-                totals[client] += torch.autograd.grad(total, shared)[0].to(totals.device)
-        return totals
+    def rows(self, prompt: Tensor, block: Block) -> Tensor:
+        """See `AnswerObjective`: a record's copy of the prompt reaches no other record's loss."""
+        copies = prompt.expand(self.block, -1, -1).clone().requires_grad_(True)
+        with torch.enable_grad():
+            total = self.losses(copies, block).sum()
+        return torch.autograd.grad(total, copies)[0]
 
 
 class _Prefixes:
@@ -301,9 +81,7 @@ class _Prefixes:
         return prefixes.take(images.to(self._model.device))
 
     def _compute(self, records: AnswerRecords, images: Tensor) -> Prefix:
-        visual = records.visual[images.to(records.visual.device)].to(self._model.device)
-        finite = torch.isfinite(visual).all(dim=1)  # else it would be NaN times zero
-        return self._model.prefix(torch.where(finite[:, None], visual, 0.0))
+        return self._model.prefix(records.clean_visual(images, self._model.device))
 
     def _table(self, records: AnswerRecords) -> tuple[Prefix, Tensor] | None:
         if records not in self._kept:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fl_dualpriv.backbones.backbone import Precision
 from fl_dualpriv.backbones.llava import LlavaBackbone
 from fl_dualpriv.backbones.transformers import transformers
-from fl_dualpriv.prompts.soft_prompt import AnswerRecords, answer_records
+from fl_dualpriv.prompts.answers import AnswerRecords, answer_records
 from fl_dualpriv.pruning.visual_tokens import TokenPruner
 
 _IMAGE_ID, _END_ID, _FIRST_WORD = 1, 2, 3

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fl_dualpriv.backbones.answering import AnsweringModel, load_answering_model
 from fl_dualpriv.privacy.clipping import GRID_STEPS, Arithmetic, clip_rows, integer_rows
-from fl_dualpriv.prompts import soft_prompt
-from fl_dualpriv.prompts.soft_prompt import BLOCK, AnswerRecords, SoftPromptObjective, answer_records
+from fl_dualpriv.prompts import answers, soft_prompt
+from fl_dualpriv.prompts.answers import BLOCK, AnswerRecords, answer_records
+from fl_dualpriv.prompts.soft_prompt import SoftPromptObjective
 from tests.tiny_llava import ANSWERS, QUESTIONS
 
 N_CTX, CLIP = 3, 0.05
@@ -153,7 +154,7 @@ def share_one_prompt(patch: pytest.MonkeyPatch) -> None:
     """One prompt for the block: the gradient of the sum, shared out evenly."""
     losses = SoftPromptObjective.losses
 
-    def shared(self: SoftPromptObjective, prompts: Tensor, block: soft_prompt._Block) -> Tensor:
+    def shared(self: SoftPromptObjective, prompts: Tensor, block: answers.Block) -> Tensor:
         return losses(self, prompts.mean(dim=0, keepdim=True).expand_as(prompts), block)
 
     patch.setattr(SoftPromptObjective, "losses", shared)
@@ -170,30 +171,30 @@ def normalise_images_together(patch: pytest.MonkeyPatch) -> None:
 
 
 def clip_before_the_mask(patch: pytest.MonkeyPatch) -> None:
-    bounded = soft_prompt.bounded_rows
-    true_rows = soft_prompt.SoftPromptGradients.rows
+    bounded = answers.bounded_rows
+    true_rows = answers.AnswerGradients.rows
 
-    def clipped(self: soft_prompt.SoftPromptGradients, client: int):
+    def clipped(self: answers.AnswerGradients, client: int):
         for some in true_rows(self, client):
             yield bounded(some, CLIP, "float").float()
 
-    patch.setattr(soft_prompt.SoftPromptGradients, "rows", clipped)
-    patch.setattr(soft_prompt, "bounded_rows", lambda some, clip_norm, arithmetic: some.double())
+    patch.setattr(answers.AnswerGradients, "rows", clipped)
+    patch.setattr(answers, "bounded_rows", lambda some, clip_norm, arithmetic: some.double())
 
 
 def clip_the_block(patch: pytest.MonkeyPatch) -> None:
-    bounded = soft_prompt.bounded_rows
+    bounded = answers.bounded_rows
 
     def together(some: Tensor, clip_norm: float, arithmetic: Arithmetic) -> Tensor:
         mean = bounded(some.mean(dim=0, keepdim=True), clip_norm, arithmetic)
         return mean.expand_as(some)
 
-    patch.setattr(soft_prompt, "bounded_rows", together)
+    patch.setattr(answers, "bounded_rows", together)
 
 
 def let_bad_records_in(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(AnswerRecords, "usable", property(lambda self: torch.ones(len(self.length), dtype=torch.bool)))
-    patch.setattr(soft_prompt, "bounded_rows", lambda some, clip_norm, arithmetic: some.double())
+    patch.setattr(answers, "bounded_rows", lambda some, clip_norm, arithmetic: some.double())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from torch import Tensor
 from fl_dualpriv.backbones.answering import load_answering_model
 from fl_dualpriv.backbones.llava import LlavaBackbone
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.prompts.soft_prompt import BLOCK, AnswerRecords, SoftPromptObjective, answer_records
+from fl_dualpriv.prompts.answers import BLOCK, AnswerRecords, answer_records
+from fl_dualpriv.prompts.soft_prompt import SoftPromptObjective
 from fl_dualpriv.pruning.visual_tokens import VisualTokenPruner
 from tests.tiny_llava import ANSWERS, END_ID, QUESTIONS
 
