@@ -11,6 +11,7 @@ import os
 import statistics
 import sys
 import tomllib
+import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -49,17 +50,9 @@ class Cell:
 
     @property
     def folder(self) -> str:
-        """Name of the run's folder: from what it is, so that an edited variant runs anew."""
-        kept = {k: v for k, v in self.settings.items() if k != "output.dir"}
-        digest = hex(hash_of(kept))[2:]
-        return f"{self.base}-{self.epsilon:g}-{self.seed}-{digest}"
-
-
-def hash_of(settings: Mapping[str, ConfigValue]) -> int:
-    """A number that changes with any setting."""
-    import zlib
-
-    return zlib.crc32(json.dumps(settings, sort_keys=True).encode())
+        """Name of the run's folder: from the settings that are no defaults, so that an edited variant runs anew."""
+        chosen = dict(sorted(self.settings.items() - app_defaults(ROOT).items()))
+        return f"{self.base}-{self.epsilon:g}-{self.seed}-{zlib.crc32(json.dumps(chosen).encode()):08x}"
 
 
 def cells_of(document: Mapping[str, Any]) -> list[Cell]:
@@ -167,6 +160,8 @@ def report(
         "bold where that leaves out zero. Noise on fused tokens has no ε.",
     ]
     for base, settings in document["bases"].items():
+        if base not in {cell.base for cell in cells}:
+            continue
         scores, zero_shot = {}, []
         for cell, summary in zip(cells, summaries, strict=True):
             if cell.base == base:
@@ -201,9 +196,7 @@ def main() -> None:
     document = tomllib.loads(args.ablation.read_text(encoding="utf-8"))
     if args.seeds:
         document["seeds"] = document["seeds"][: args.seeds]
-    if args.base:
-        document["bases"] = {args.base: document["bases"][args.base]}
-    cells = cells_of(document)
+    cells = [cell for cell in cells_of(document) if args.base in (None, cell.base)]
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers, which import torch anew
     with ProcessPoolExecutor(args.workers, get_context("spawn"), initializer=_one_thread) as pool:
         futures = [pool.submit(run, cell, args.runs) for cell in cells]
