@@ -50,6 +50,14 @@ TARGETS: dict[str, dict[str, Target]] = {
         ),
         "over_nonprivate_b32": Target(what="the same, batch 32", at_most=1.05),
     },
+    "mllm_memory": {
+        "vs_hooks": Target(what="peak memory, ours / DP-SGD with hooks, all visual tokens, worse batch", at_most=0.7),
+        "vs_hooks_pruned": Target(what="the same, both with pruned visual tokens", at_most=0.7),
+        "little_vs_hooks": Target(what="ours in blocks of 2 with checkpointing / hooks, all tokens", at_most=0.7),
+        "little_vs_hooks_pruned": Target(what="the same, both pruned", at_most=0.7),
+        "little_vs_zeroth": Target(what="the same / zeroth-order, all tokens", at_most=1.0),
+        "little_vs_zeroth_pruned": Target(what="the same, both pruned", at_most=1.0),
+    },
     "dpfpl_round": {
         "warm_ratio": Target(what="published round / the same procedure on our engine, warm cache", at_least=25),
     },
@@ -64,6 +72,13 @@ TARGETS: dict[str, dict[str, Target]] = {
 }
 
 BESIDE: dict[str, dict[str, str]] = {
+    "mllm_memory": {
+        "vs_hooks_as_published": "ours with pruned tokens / hooks with all; published: 0.857",
+        "time_vs_hooks": "time, ours / hooks, all tokens",
+        "time_vs_hooks_pruned": "the same, both pruned",
+        "little_time_vs_zeroth": "time, ours in blocks of 2 with checkpointing / zeroth-order, all tokens",
+        "little_time_vs_zeroth_pruned": "the same, both pruned",
+    },
     "soft_prompt": {
         "over_nonprivate_8x512_b8": "the same with 8 blocks of width 512, batch 8",
         "over_nonprivate_8x512_b32": "the same, batch 32",

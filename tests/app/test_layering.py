@@ -28,7 +28,10 @@ SITES = {
     "datasets": {"fl_dualpriv/data/hub_questions.py"},
     "peft": {"fl_dualpriv/backbones/lora.py"},
     "torchvision": set(),  # only ever through open_clip and transformers, behind the shim
-    "opacus": {"simulations/benchmarks/per_example.py"},  # its per-sample gradients are compared with ours
+    "opacus": {  # its per-sample gradients are compared with ours
+        "simulations/benchmarks/per_example.py",
+        "simulations/benchmarks/mllm_methods.py",
+    },
     "dp_accounting": {
         "fl_dualpriv/privacy/accounting.py",
         "simulations/benchmarks/growth.py",  # asks it directly, to compare with what a run reports

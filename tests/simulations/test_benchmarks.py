@@ -19,6 +19,7 @@ from simulations.benchmarks.harness import Cost, Costs, RoundsRun, assert_equal,
 from simulations.benchmarks.images import png
 from simulations.benchmarks.peer_task import PeerModel, PeerTask, load_task, local_steps, reference, save_task
 from simulations.benchmarks.process_tree import marked_environment, tree_use
+from simulations.benchmarks.tensor_memory import peak_bytes
 
 BURN = "import time\nwhile time.process_time() < {seconds}: pass\n"
 
@@ -219,7 +220,17 @@ def test_the_page_states_figures_targets_and_what_was_not_reached(tmp_path: Path
     ) == 2
 
 
-@pytest.mark.parametrize("name", ["text_tower", "per_example", "soft_prompt", "dpfpl_round", "gpu"])
+def test_peak_memory_of_tensors_is_counted():
+    def work() -> torch.Tensor:
+        x = torch.ones(1_000_000)
+        y = x * 2  # both: 8 MB
+        del x
+        return y + torch.ones(500_000).sum()  # 4 and 2 MB, then 4 and 4
+
+    assert 8_000_000 <= peak_bytes(work, torch.device("cpu")) < 8_010_000
+
+
+@pytest.mark.parametrize("name", ["text_tower", "per_example", "soft_prompt", "mllm_memory", "dpfpl_round", "gpu"])
 def test_benchmarks_check_themselves(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     # Their modules keep every later import to one thread; so does this test session.
     module = importlib.import_module(f"simulations.benchmarks.{name}")

@@ -1,0 +1,214 @@
+"""Memory and time of a private step of a multimodal language model: DP-SGD, zeroth-order and ours, by visual tokens.
+
+Every method steps on the same model with random weights and the same batch, with all visual tokens and with pruned
+ones. Peak memory is that of tensors, weights included, and is the same number in every run; the resident peak of a
+process that does nothing else stands beside it. Exact methods must agree on the clipped sum before a figure counts.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from simulations.benchmarks import machine
+
+machine.one_thread()
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from fl_dualpriv.backbones.backbone import Precision  # noqa: E402
+from fl_dualpriv.backbones.llava import LlavaBackbone  # noqa: E402
+from fl_dualpriv.peak_memory import resident_peak  # noqa: E402
+from fl_dualpriv.pruning.visual_tokens import VisualTokenPruner  # noqa: E402
+from simulations.benchmarks.harness import CHECKOUT, Costs, assert_equal, emit, interleaved, relative_difference, timed  # noqa: E402
+from simulations.benchmarks.llava_models import LLAVA_7B, TOY, LlavaShape, make_backbone, make_parts, make_records  # noqa: E402
+from simulations.benchmarks.mllm_methods import METHODS, Task, against_exact  # noqa: E402
+from simulations.benchmarks.tensor_memory import peak_bytes  # noqa: E402
+
+BATCHES = (8, 32)
+N_CTX = 8
+CPU_SHAPE = LlavaShape(image=128, patch=8, vision=(2, 128, 4), language=(8, 256, 8), hidden=688, vocabulary=2048)
+"""256 visual tokens: most of a sequence, as in LLaVA."""
+_PUBLISHED = {"Dual-Priv / DP-SGD": 1 - 0.1434, "Dual-Priv / zeroth-order": 1 + 0.0174}
+"""arXiv:2506.07077, LLaVA on an A100; baselines probably with all visual tokens."""
+_EXACT: dict[str, float] = {"fp32": 1e-5, "bf16": 5e-2}
+_QUOTIENTS: dict[str, float] = {"fp32": 0.05, "bf16": float("inf")}
+"""Allowed differences by precision. A loss in bfloat16 is too coarse for a difference quotient: nothing to compare."""
+_WORDS, _MAX_TOKENS = (6, 11), 16
+_MIB = 2**20
+_HOOKS, _ZEROTH, _LITTLE = "DP-SGD, hooks", "zeroth-order", "ours, little memory"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A model, and where and how it runs."""
+
+    shape: LlavaShape
+    precision: Precision
+    device: str
+
+    @property
+    def pruner(self) -> VisualTokenPruner:
+        """64 of 576 tokens, as the paper's method keeps; the same share of fewer."""
+        kept = max(2, round(self.shape.n_patches / 9))
+        fused = max(1, round(kept / 6.4))
+        return VisualTokenPruner(layer=-2, dominant=kept - fused, contextual=fused, merge="average")
+
+    def backbones(self) -> dict[str, LlavaBackbone]:
+        """The same weights with all visual tokens, and with pruned ones."""
+        parts = make_parts(self.shape, self.precision, self.device)
+        found = {"all tokens": None, "pruned": self.pruner}
+        return {name: make_backbone(parts, pruner, self.precision, self.device) for name, pruner in found.items()}
+
+    def task(self, backbone: LlavaBackbone, batch: int) -> Task:
+        """A batch of random records."""
+        records = make_records(backbone, self.shape, batch, _WORDS, _MAX_TOKENS)
+        prompt = 0.02 * torch.randn(N_CTX, backbone.ctx_dim, generator=torch.Generator().manual_seed(3))
+        return Task(backbone=backbone, records=records, prompt=prompt.to(self.device))
+
+
+PLACES = {
+    "cpu": Place(shape=CPU_SHAPE, precision="fp32", device="cpu"),
+    "gpu": Place(shape=LLAVA_7B, precision="bf16", device="cuda"),
+    "toy": Place(shape=TOY, precision="fp32", device="cpu"),
+}
+
+
+def check(task: Task, allowed: float) -> float:
+    """Exact methods give one clipped sum; the zeroth-order quotients are the exact gradients along the direction."""
+    sums = {name: make(task)().double() for name, make in METHODS.items() if not name.startswith(_ZEROTH)}
+    expected = sums[_HOOKS]
+    differences = [assert_equal(name, relative_difference(found, expected), allowed) for name, found in sums.items()]
+    quotients = relative_difference(*against_exact(task))
+    assert_equal("zeroth-order quotients", quotients, _QUOTIENTS[task.backbone._precision])
+    return max(differences)
+
+
+def alone(place: Place, method: str, which: str, batch: int) -> dict[str, float]:
+    """Resident size before and at the peak of two steps, in a process that does nothing else."""
+    step = METHODS[method](place.task(place.backbones()[which], batch))
+    before = resident_peak() / _MIB
+    for _ in range(2):
+        step()
+    return {"before": before, "peak": resident_peak() / _MIB}
+
+
+def resident(where: str, method: str, which: str, batch: int) -> float:
+    """The resident peak of `alone` in a process of its own, in MiB."""
+    command = [sys.executable, "-W", "ignore", "-m", "simulations.benchmarks.mllm_memory", "--alone", where, method]
+    done = subprocess.run([*command, which, str(batch)], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])["peak"]
+
+
+def table(peaks: dict[tuple[str, str, int], float], costs: dict[str, Costs]) -> str:
+    """For reading, with what the paper says."""
+    lines = [f"{'method':>30} {'tokens':>10} {'batch':>5} {'peak MiB':>9} {'CPU-s':>8}  over hooks, zeroth"]
+    for (method, which, batch), peak in peaks.items():
+        hooks, zeroth = (peak / peaks[name, which, batch] for name in (_HOOKS, _ZEROTH))
+        taken = costs[_name(method, which, batch)].best
+        lines.append(f"{method:>30} {which:>10} {batch:5} {peak:9.1f} {taken:8.3f}  {hooks:.2f}, {zeroth:.2f}")
+    return "\n".join([*lines, f"published: {_PUBLISHED}"])
+
+
+def _name(method: str, which: str, batch: int) -> str:
+    return f"{method}, {which}, B={batch}"
+
+
+def to_the_end(step: Callable[[], Tensor], device: torch.device) -> Callable[[], None]:
+    """The same, until the device has done it."""
+
+    def run() -> None:
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return run
+
+
+Found = tuple[dict[str, float], dict[str, Costs], dict[str, Any]]
+
+
+def measure(where: str, repeats: int, with_processes: bool) -> Found:
+    """Everything at one place: ratios, costs and details."""
+    place, batches = PLACES[where], BATCHES[:1] if where == "toy" else BATCHES
+    backbones, device = place.backbones(), torch.device(place.device)
+    weights = backbones["pruned"].weight_bytes
+    peaks: dict[tuple[str, str, int], float] = {}
+    costs: dict[str, Costs] = {}
+    largest = 0.0
+    for batch in batches:
+        for which, backbone in backbones.items():
+            task = place.task(backbone, batch)
+            largest = max(largest, check(task, _EXACT[place.precision]))
+            steps = {}
+            for method, make in METHODS.items():
+                steps[_name(method, which, batch)] = step = make(task)
+                step()  # what is made once is not a step's
+                peaks[method, which, batch] = (weights + peak_bytes(step, device)) / _MIB
+            costs |= interleaved({name: timed(to_the_end(step, device)) for name, step in steps.items()}, repeats)
+    print(table(peaks, costs))
+
+    def memory(method: str, other: str, which: str, against: str | None = None) -> float:
+        return max(peaks[method, which, batch] / peaks[other, against or which, batch] for batch in batches)
+
+    def time(method: str, other: str, which: str) -> float:
+        ours, theirs = (tuple(costs[_name(who, which, batch)].best for batch in batches) for who in (method, other))
+        return max(mine / one for mine, one in zip(ours, theirs, strict=True))
+
+    headline: dict[str, float] = {}
+    for which, end in (("all tokens", ""), ("pruned", "_pruned")):
+        headline |= {
+            f"vs_hooks{end}": memory("ours", _HOOKS, which),
+            f"little_vs_hooks{end}": memory(_LITTLE, _HOOKS, which),
+            f"little_vs_zeroth{end}": memory(_LITTLE, _ZEROTH, which),
+            f"time_vs_hooks{end}": time("ours", _HOOKS, which),
+            f"little_time_vs_zeroth{end}": time(_LITTLE, _ZEROTH, which),
+        }
+    headline["vs_hooks_as_published"] = memory("ours", _HOOKS, "pruned", "all tokens")
+    details: dict[str, Any] = {
+        "peak MiB of tensors, weights included": {_name(*key): round(value, 1) for key, value in peaks.items()},
+        "of it weights": round(weights / _MIB, 1),
+        "visual tokens": {which: backbone.n_visual for which, backbone in backbones.items()},
+        "largest difference of exact clipped sums": float(f"{largest:.1e}"),
+        "published": _PUBLISHED,
+    }
+    if with_processes:
+        batch = max(batches)
+        details[f"resident peak MiB of a process, B={batch}"] = {
+            f"{method}, {which}": round(resident(where, method, which, batch))
+            for method in METHODS
+            for which in backbones
+        }
+    return headline, costs, details
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Check, measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--self-check", action="store_true", help="toy sizes, a few seconds; the ratios mean nothing")
+    parser.add_argument("--gpu", action="store_true", help="LLaVA-1.5-7B's shape in bf16 on a CUDA device")
+    parser.add_argument("--alone", nargs=4, metavar=("WHERE", "METHOD", "TOKENS", "BATCH"), help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore", message=".*backward hook.*")
+    if options.alone:
+        where, method, which, batch = options.alone
+        print(json.dumps(alone(PLACES[where], method, which, int(batch))))
+        return
+    if options.gpu and not torch.cuda.is_available():
+        print("no CUDA device: nothing to measure")
+        return
+    where = "toy" if options.self_check else "gpu" if options.gpu else "cpu"
+    headline, costs, details = measure(where, options.repeats, with_processes=where == "cpu")
+    name = "mllm_memory_gpu" if options.gpu else "mllm_memory"
+    kind = "self-check" if options.self_check else "full"
+    emit(name, headline=headline, costs=costs, unit="step", details=details, kind=kind)
+
+
+if __name__ == "__main__":
+    main()

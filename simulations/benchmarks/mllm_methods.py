@@ -1,0 +1,177 @@
+"""One private step of a soft prompt by several methods, all on the same model and the same batch.
+
+Every method is given projected visual tokens. DP-SGD and the zeroth-order method run the whole sequence, as one would
+write them: a soft prompt in an embedding layer (the form that Opacus differentiates exactly), the batch in one pass.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
+from torch import Tensor, nn
+
+from fl_dualpriv.backbones.llava import LlavaBackbone
+from fl_dualpriv.prompts.answers import BLOCK, AnswerRecords
+from fl_dualpriv.prompts.soft_prompt import SoftPromptObjective
+
+CLIP = 1.0  # whole, for Opacus' sake
+_STEP = 1e-3
+"""Of the two-point estimate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What all methods are given."""
+
+    backbone: LlavaBackbone
+    records: AnswerRecords
+    prompt: Tensor
+
+    @property
+    def batch(self) -> int:
+        """Records."""
+        return self.records.num_examples
+
+
+class WholeSequence(nn.Module):
+    """Visual tokens and text → loss of each record, with the prompt as the only parameter."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.prompt = nn.Embedding.from_pretrained(task.prompt.clone(), freeze=False)
+        self._backbone = (task.backbone,)  # a tuple hides the frozen model from Opacus
+
+    def forward(self, visual: Tensor, tokens: Tensor, in_answer: Tensor) -> Tensor:
+        """(row, embed_dim), (row, token), (row, token) → (row,)."""
+        (backbone,) = self._backbone
+        n_ctx = self.prompt.num_embeddings
+        rows = torch.arange(n_ctx, device=tokens.device).repeat(len(tokens), 1)
+        logits = whole_logits(backbone, visual, self.prompt(rows), tokens)
+        each = nn.functional.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
+        return (each * in_answer).sum(dim=1) / in_answer.sum(dim=1)
+
+
+def whole_logits(backbone: LlavaBackbone, visual: Tensor, prompts: Tensor, tokens: Tensor) -> Tensor:
+    """Scores of each token, from one pass over the whole sequence; those of visual tokens are not computed."""
+    model = backbone._model
+    dtype = model.lm_head.weight.dtype
+    images = visual.unflatten(1, (backbone.n_visual, backbone.ctx_dim)).to(dtype)
+    before = backbone._before.expand(len(tokens), -1, -1).to(dtype)
+    text = model.model.language_model.embed_tokens(tokens[:, :-1])
+    sequence = torch.cat([before, images, prompts.to(dtype), text], dim=1)
+    hidden = model.model.language_model(inputs_embeds=sequence, use_cache=False).last_hidden_state
+    return model.lm_head(hidden[:, -tokens.shape[1] :]).float()
+
+
+def _given(task: Task) -> tuple[Tensor, Tensor, Tensor]:
+    records, device = task.records, task.prompt.device
+    position = torch.arange(records.tokens.shape[1])
+    in_answer = (position >= records.answer_start[:, None]) & (position < records.length[:, None])
+    return records.visual.to(device), records.tokens.to(device), in_answer.to(device)
+
+
+def dpsgd_hooks(task: Task) -> Callable[[], Tensor]:
+    """Opacus: hooks keep each example's gradient, its optimizer clips and sums."""
+    module = GradSampleModule(WholeSequence(task), loss_reduction="sum")
+    sgd = torch.optim.SGD(module.parameters(), lr=1.0)
+    optimizer = DPOptimizer(
+        sgd, noise_multiplier=0.0, max_grad_norm=CLIP, expected_batch_size=task.batch, loss_reduction="sum"
+    )
+    given = _given(task)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        module(*given).sum().backward()
+        optimizer.clip_and_accumulate()
+        (parameter,) = module.parameters()
+        return parameter.summed_grad.detach()  # type: ignore[union-attr] - Opacus puts it there
+
+    return step
+
+
+def dpsgd_ghost(task: Task) -> Callable[[], Tensor]:
+    """Opacus' ghost clipping: norms from a first backward pass, the weighted sum from a second."""
+    module = GradSampleModuleFastGradientClipping(WholeSequence(task), loss_reduction="sum", max_grad_norm=int(CLIP))
+    sgd = torch.optim.SGD(module.parameters(), lr=1.0)
+    optimizer = DPOptimizerFastGradientClipping(
+        sgd, noise_multiplier=0.0, max_grad_norm=CLIP, expected_batch_size=task.batch, loss_reduction="sum"
+    )
+    given = _given(task)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        DPTensorFastGradientClipping(module, optimizer, module(*given), "sum").backward()
+        (parameter,) = module.parameters()
+        assert parameter.grad is not None
+        return parameter.grad.detach()
+
+    return step
+
+
+def zeroth_order(task: Task, rows: int = 0) -> Callable[[], Tensor]:
+    """Two-point estimate along one random direction; each example's difference quotient is clipped, then summed.
+
+    Args:
+        task: What is given.
+        rows: Examples at a time; 0: all.
+
+    Reference:
+        MeZO (arXiv:2305.17333) for the estimate, DPZero (arXiv:2310.09639) for clipping the scalar of each example.
+    """
+    module, given = WholeSequence(task), _given(task)
+    generator = torch.Generator().manual_seed(0)
+
+    def step() -> Tensor:
+        direction = torch.randn(task.prompt.shape, generator=generator).to(task.prompt)
+        quotients = _along(module, task, given, direction, rows or task.batch)
+        return quotients.clamp(-CLIP, CLIP).sum() * direction
+
+    return step
+
+
+@torch.no_grad()
+def _along(module: WholeSequence, task: Task, given: tuple[Tensor, ...], direction: Tensor, rows: int) -> Tensor:
+    """Each example's change of loss along a direction, per unit of it."""
+    quotients = direction.new_zeros(task.batch)
+    for sign in (1.0, -1.0):
+        module.prompt.weight.copy_(task.prompt + sign * _STEP * direction)
+        for start in range(0, task.batch, rows):
+            here = slice(start, start + rows)
+            quotients[here] += sign * module(*(part[here] for part in given)) / (2 * _STEP)
+    return quotients
+
+
+def against_exact(task: Task) -> tuple[Tensor, Tensor]:
+    """Quotients along one direction, and the exact gradients' products with it: (row,) each."""
+    direction = torch.randn(task.prompt.shape, generator=torch.Generator().manual_seed(1)).to(task.prompt)
+    found = _along(WholeSequence(task), task, _given(task), direction, task.batch)
+    step = SoftPromptObjective(task.backbone).over([task.records]).at(task.prompt[None], [np.arange(task.batch)])
+    rows = torch.cat(list(step.rows(0)))[: task.batch]
+    return found, (rows * direction).sum(dim=(1, 2))
+
+
+def ours(task: Task, block: int, checkpointing: bool) -> Callable[[], Tensor]:
+    """What stands before the prompt without gradients, a copy of the prompt for each example behind it."""
+    objective = SoftPromptObjective(task.backbone, block=block, checkpointing=checkpointing)
+
+    def step() -> Tensor:
+        gradients = objective.over([task.records]).at(task.prompt[None], [np.arange(task.batch)])
+        return gradients.clipped_sums(CLIP, "float")[0].value
+
+    return step
+
+
+METHODS: dict[str, Callable[[Task], Callable[[], Tensor]]] = {
+    "DP-SGD, hooks": dpsgd_hooks,
+    "DP-SGD, ghost": dpsgd_ghost,
+    "zeroth-order": zeroth_order,
+    "zeroth-order, in blocks of 8": lambda task: zeroth_order(task, 8),
+    "ours": lambda task: ours(task, BLOCK, False),
+    "ours, checkpointing": lambda task: ours(task, BLOCK, True),
+    "ours, little memory": lambda task: ours(task, 2, True),
+}
+"""Name → what makes a step that returns the clean sum. Ours runs 8 records at a time, with little memory 2."""
