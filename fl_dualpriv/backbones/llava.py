@@ -7,7 +7,7 @@ values that are kept, and the rest behind them.
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import PIL.Image
@@ -78,6 +78,11 @@ class LlavaBackbone(FrozenModel):
         self.n_visual = self._count_visual()
         self.embed_dim = self.n_visual * self.ctx_dim
 
+    @property
+    def language_model(self) -> nn.Module:
+        """The language model without the layer of scores; frozen, and shared by every backbone of these weights."""
+        return self._language
+
     def preprocess(self, image: PIL.Image.Image) -> Tensor:
         """The image processor's transform: float32 (3, height, width)."""
         return self._image_processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
@@ -118,7 +123,7 @@ class LlavaBackbone(FrozenModel):
             fitting = max_tokens - needed + self.context_length
             advice = f"set data.max-tokens <= {fitting}, or" if fitting > 1 else "set a shorter prompt, or"
             raise ConfigError(
-                f"prompt.n-ctx = {n_ctx} and data.max-tokens = {max_tokens} make sequences of {needed} tokens with "
+                f"a prompt of {n_ctx} tokens and data.max-tokens = {max_tokens} make sequences of {needed} tokens with "
                 f"{before + self.n_visual} before the prompt; {self.name!r} reads {self.context_length}: "
                 f"{advice} keep fewer visual tokens"
             )
@@ -126,10 +131,8 @@ class LlavaBackbone(FrozenModel):
     @torch.no_grad()
     def prefix(self, visual: Tensor) -> Prefix:
         """Keys and values in front of a prompt; see `AnsweringModel`."""
-        tokens = visual.to(self.device, self._type).unflatten(1, (self.n_visual, self.ctx_dim))
-        start = self._before.to(self._type).expand(len(tokens), -1, -1)
         cache: Any = transformers.DynamicCache()  # without a configuration: layers that keep every token
-        self._run(torch.cat([start, tokens], dim=1), cache, 0)
+        self._run(self._in_front(visual), cache, 0)
         return Prefix(tuple((layer.keys, layer.values) for layer in cache.layers))
 
     def logits(self, prefix: Prefix, embeddings: Tensor, first: int, *, checkpointing: bool = False) -> Tensor:
@@ -140,6 +143,27 @@ class LlavaBackbone(FrozenModel):
         with _checkpointed(self._language.layers) if checkpointing else contextlib.nullcontext():
             hidden = self._run(embeddings.to(self._type), cache, past)
         return self._model.lm_head(hidden[:, first:]).float()
+
+    def whole_logits(self, language: Callable[..., Any], visual: Tensor, embeddings: Tensor, first: int) -> Tensor:
+        """The same of whole sequences through a variant of the language model, with gradients from the first token on.
+
+        Args:
+            language: As `language_model`, with what else it learns.
+            visual: Visual tokens of n images, (n, embed_dim).
+            embeddings: What stands behind them, (n, token, ctx_dim), without positions.
+            first: Position in ``embeddings`` of the first score wanted.
+
+        Returns:
+            float32 (n, token - first, vocabulary).
+        """
+        front = self._in_front(visual)
+        hidden = language(inputs_embeds=torch.cat([front, embeddings.to(self._type)], dim=1), use_cache=False)
+        return self._model.lm_head(hidden.last_hidden_state[:, front.shape[1] + first :]).float()
+
+    def _in_front(self, visual: Tensor) -> Tensor:
+        """Embeddings of ``[before][visual tokens]``, (n, token, ctx_dim)."""
+        tokens = visual.to(self.device, self._type).unflatten(1, (self.n_visual, self.ctx_dim))
+        return torch.cat([self._before.to(self._type).expand(len(tokens), -1, -1), tokens], dim=1)
 
     def _run(self, embeddings: Tensor, cache: Any, past: int) -> Tensor:
         positions = torch.arange(past, past + embeddings.shape[1], device=self.device)[None]

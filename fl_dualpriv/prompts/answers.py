@@ -196,10 +196,7 @@ class AnswerObjective(ABC):
 
     def losses(self, prompt: Tensor, block: Block) -> Tensor:
         """Loss of each record of a block, (row,); 0 if it cannot be used."""
-        return self.losses_of(self.logits(prompt, block), block)
-
-    def losses_of(self, logits: Tensor, block: Block) -> Tensor:
-        """The same from the scores."""
+        logits = self.logits(prompt, block)
         each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), block.tokens, reduction="none")
         total = torch.where(block.in_answer, each, 0.0).sum(dim=1)
         return total / block.in_answer.sum(dim=1).clamp(min=1)

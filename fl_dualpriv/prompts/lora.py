@@ -1,0 +1,43 @@
+"""Private tuning of LoRA factors of a multimodal language model, with the template's words before the question.
+
+Keys and values of everything in front of an answer depend on the factors, image included: whole sequences run with
+gradients, and no prefix can be kept.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fl_dualpriv.backbones.lora import LoraModel
+from fl_dualpriv.prompts.answers import BLOCK, AnswerObjective, Block
+
+
+class LoraObjective(AnswerObjective):
+    """`AnswerObjective` of matrices of factors (rank, cols), see `LoraModel`, of many clients.
+
+    Args:
+        lora: The frozen model with its adapted layers.
+        words: Embeddings of the template's words, where a soft prompt would stand, (token, ctx_dim).
+        block: See `AnswerObjective`.
+    """
+
+    def __init__(self, lora: LoraModel, words: Tensor, *, block: int = BLOCK) -> None:
+        super().__init__(lora.backbone, block)
+        self._lora, self._words = lora, words
+
+    @property
+    def bytes_per_prompt(self) -> int:
+        """See `Objective`: one block's rows, in float32 and float64."""
+        return 12 * self.block * math.prod(self._lora.shape)
+
+    def logits(self, prompt: Tensor, block: Block) -> Tensor:
+        """See `AnswerObjective`."""
+        text = self._model.embed_tokens(block.tokens[:, :-1])  # nothing follows the last one
+        embeddings = torch.cat([self._words.expand(len(text), -1, -1), text], dim=1)
+        visual = block.records.clean_visual(block.images, self._model.device)
+        return self._lora.logits(prompt, visual, embeddings, len(self._words) - 1)
+
+    def rows(self, prompt: Tensor, block: Block) -> Tensor:
+        """See `AnswerObjective` and `LoraModel.rows`."""
+        return self._lora.rows(prompt, lambda matrix: self.losses(matrix, block))
