@@ -20,8 +20,8 @@ EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif"
 DEFAULT_TEMPLATE = "a photo of a {}"
 _SPLITS = ("train", "val", "test")
 _NAMED_FILES = 5
-_LASTING = frozenset({errno.ENOENT, errno.EACCES, errno.ELOOP})
-"""Errors that say something about the file: it is missing or closed to us. Any other may pass."""
+_LASTING = frozenset({errno.ENOENT, errno.EACCES, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG})
+"""Errors that say something about the file: it is missing, closed to us or none. Any other may pass."""
 
 Files = dict[str, list[Path]]  # images of each class folder, in the order of their names
 

@@ -1,7 +1,10 @@
 """Questions in JSON lines or CSV files: image, question, answer and, where it is known, the question's type."""
 
 import csv
+import io
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,8 @@ KINDS = (".jsonl", ".csv")
 SPLITS = ("train", "val", "test")
 _NEEDED = ("image", "question", "answer")
 _SHOWN = 5
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+"""JSON has half surrogates, and zeros, which no file name may have."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ def _refuse(path: str, rows: Mapping[str, list[_Row]]) -> None:
         f"{image} is missing: an image of {name}"
         for name, found in rows.items()
         for image in sorted({row.image for row in found if not row.fault})
-        if not image.is_file()
+        if not os.path.isfile(image)  # noqa: PTH113 - Path.is_file raises where a name is too long
     ]
     if faults:
         more = f"and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
@@ -120,43 +125,43 @@ def _refuse(path: str, rows: Mapping[str, list[_Row]]) -> None:
 
 
 def _read(file: Path) -> Iterator[_Row]:
+    """Every record of a file. What is odd about one is its own fault and nobody else's: under DP all must go on."""
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read as UTF-8 text: {error}") from error
+        # Bytes that are no UTF-8 become half surrogates, which `_is_text` refuses.
+        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror or error}") from error
+    lines = io.StringIO(text)  # not splitlines: U+2028 and others are letters within a line
     if file.suffix.lower() == ".csv":
-        reader = csv.DictReader(text.splitlines())
+        csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # else one long cell fails the whole file
+        reader = csv.DictReader(lines)
         if lacking := [name for name in _NEEDED if name not in (reader.fieldnames or ())]:
             raise ConfigError(f"{file}: its first line must name the columns; {', '.join(lacking)} is missing")
-        for number, record in enumerate(reader, start=2):
-            yield _row(file, number, record)
+        for record in reader:
+            yield _row(file, reader.line_num, record)
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
             yield _row(file, number, record)
 
 
 def _row(file: Path, number: int, record: Any) -> _Row:
-    """A record of a file, with what is wrong about it: a bad one stays counted."""
+    """A record of a file, with what is wrong about it: a bad one stays counted, where it can be with image and type."""
     where = f"{file.name}, line {number}"
     if not isinstance(record, Mapping):
         return _Row(file.parent, "", "", "", f"{where}: no JSON object")
-    values = {name: record.get(name) for name in _NEEDED}
-    if bad := [name for name, value in values.items() if not (isinstance(value, str) and value.strip())]:
-        fault = f"{where}: {', '.join(bad)} must be a non-empty text"
-        return _Row(file.parent, "", "", _type(record), fault)
-    return _Row(
-        file.parent / str(values["image"]),
-        " ".join(str(values["question"]).split()),
-        " ".join(str(values["answer"]).split()),
-        _type(record),
-    )
+    texts = {name: value for name in _NEEDED if _is_text(value := record.get(name))}
+    image = file.parent / texts.get("image", "")
+    kind = record["type"].strip() if _is_text(record.get("type")) else ""
+    if bad := [name for name in _NEEDED if name not in texts]:
+        return _Row(image, "", "", kind, f"{where}: {', '.join(bad)} must be a non-empty text in UTF-8")
+    return _Row(image, " ".join(texts["question"].split()), " ".join(texts["answer"].split()), kind)
 
 
-def _type(record: Mapping[str, Any]) -> str:
-    kind = record.get("type")
-    return kind.strip() if isinstance(kind, str) else ""
+def _is_text(value: Any) -> bool:
+    """Whether a value is words that can be written."""
+    return isinstance(value, str) and bool(value.strip()) and not _UNWRITABLE.search(value)
