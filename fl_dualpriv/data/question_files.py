@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 
@@ -162,6 +162,6 @@ def _row(file: Path, number: int, record: Any) -> _Row:
     return _Row(image, " ".join(texts["question"].split()), " ".join(texts["answer"].split()), kind)
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: Any) -> TypeGuard[str]:
     """Whether a value is words that can be written."""
     return isinstance(value, str) and bool(value.strip()) and not _UNWRITABLE.search(value)
