@@ -1,12 +1,13 @@
 """LLaVA models of real shapes with random weights, and records of random words to ask them."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
 
 from fl_dualpriv.backbones.backbone import Precision
 from fl_dualpriv.backbones.llava import LlavaBackbone
@@ -92,18 +93,16 @@ def make_backbone(
     parts: tuple[Any, Any], pruner: TokenPruner | None, precision: Precision, device: str
 ) -> LlavaBackbone:
     """The library's form of it."""
-    return LlavaBackbone("random weights", *parts, torch.device(device), pruner, precision)
-
-
-def random_images(shape: LlavaShape, count: int) -> Tensor:
-    """Preprocessed images of noise."""
-    return torch.randn(count, 3, shape.image, shape.image, generator=torch.Generator().manual_seed(1))
+    # The meta device, where tensors have no values, knows no autocast.
+    plain = mock.patch.object(torch, "autocast", return_value=nullcontext())
+    with plain if device == "meta" else nullcontext():
+        return LlavaBackbone("random weights", *parts, torch.device(device), pruner, precision)
 
 
 def make_records(
     backbone: LlavaBackbone, shape: LlavaShape, count: int, words: tuple[int, int], max_tokens: int
 ) -> AnswerRecords:
-    """Random questions, each about its own image, with answers of one word.
+    """Random questions, each about visual tokens of its own, with answers of one word.
 
     Args:
         backbone: Whose tokens.
@@ -118,6 +117,6 @@ def make_records(
         return " ".join(f"w{i}" for i in rng.integers(0, shape.vocabulary - _FIRST_WORD, size))
 
     questions = [draw(int(rng.integers(words[0], words[1] + 1))) for _ in range(count)]
-    visual = backbone.image_features(random_images(shape, count))
+    visual = 0.02 * torch.randn(count, backbone.embed_dim, generator=torch.Generator().manual_seed(1))
     which = np.arange(count), np.zeros(count)
     return answer_records(backbone, questions, [draw(1) for _ in range(count)], *which, visual, max_tokens, "raise")

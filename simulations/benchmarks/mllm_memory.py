@@ -3,6 +3,7 @@
 Every method steps on the same model with random weights and the same batch, with all visual tokens and with pruned
 ones. Peak memory is that of tensors, weights included, and is the same number in every run; the resident peak of a
 process that does nothing else stands beside it. Exact methods must agree on the clipped sum before a figure counts.
+LLaVA-1.5-7B itself, which needs a GPU, is counted on tensors without values.
 """
 
 import argparse
@@ -115,6 +116,30 @@ def table(peaks: dict[tuple[str, str, int], float], costs: dict[str, Costs]) -> 
     return "\n".join([*lines, f"published: {_PUBLISHED}"])
 
 
+def counted_7b() -> tuple[dict[str, float], dict[str, float]]:
+    """Ratios and GiB of LLaVA-1.5-7B in bfloat16, weights included, on tensors without values; ghost needs values."""
+    place, batch = Place(shape=LLAVA_7B, precision="bf16", device="meta"), BATCHES[0]
+    backbones = place.backbones()
+    held = _weights(backbones["pruned"])
+    peaks: dict[tuple[str, str], float] = {}
+    for which, backbone in backbones.items():
+        task = place.task(backbone, batch)
+        for method in METHODS:
+            if method != "DP-SGD, ghost":
+                peaks[method, which] = (held + peak_bytes(METHODS[method](task), torch.device("meta"))) / 2**30
+    ratios: dict[str, float] = {}
+    for which, end in (("all tokens", ""), ("pruned", "_pruned")):
+        ratios[f"7b_vs_hooks{end}"] = peaks["ours", which] / peaks[_HOOKS, which]
+        ratios[f"7b_little_vs_zeroth{end}"] = peaks[_LITTLE, which] / peaks[_ZEROTH, which]
+    ratios["7b_vs_hooks_as_published"] = peaks["ours", "pruned"] / peaks[_HOOKS, "all tokens"]
+    return ratios, {"weights": round(held / 2**30, 2)} | {", ".join(key): round(v, 2) for key, v in peaks.items()}
+
+
+def _weights(backbone: LlavaBackbone) -> int:
+    model = backbone._model  # not by storage: tensors without values share none
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
 def _name(method: str, which: str, batch: int) -> str:
     return f"{method}, {which}, B={batch}"
 
@@ -133,11 +158,11 @@ def to_the_end(step: Callable[[], Tensor], device: torch.device) -> Callable[[],
 Found = tuple[dict[str, float], dict[str, Costs], dict[str, Any]]
 
 
-def measure(where: str, repeats: int, with_processes: bool) -> Found:
-    """Everything at one place: ratios, costs and details."""
+def measure(where: str, repeats: int, more: bool) -> Found:
+    """Everything at one place: ratios, costs and details; and what takes minutes more."""
     place, batches = PLACES[where], BATCHES[:1] if where == "toy" else BATCHES
     backbones, device = place.backbones(), torch.device(place.device)
-    weights = backbones["pruned"].weight_bytes
+    weights = _weights(backbones["pruned"])
     peaks: dict[tuple[str, str, int], float] = {}
     costs: dict[str, Costs] = {}
     largest = 0.0
@@ -177,7 +202,9 @@ def measure(where: str, repeats: int, with_processes: bool) -> Found:
         "largest difference of exact clipped sums": float(f"{largest:.1e}"),
         "published": _PUBLISHED,
     }
-    if with_processes:
+    if more:
+        ratios, details[f"GiB of LLaVA-1.5-7B in bf16, counted, B={BATCHES[0]}"] = counted_7b()
+        headline |= ratios
         batch = max(batches)
         details[f"resident peak MiB of a process, B={batch}"] = {
             f"{method}, {which}": round(resident(where, method, which, batch))
@@ -204,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
         print("no CUDA device: nothing to measure")
         return
     where = "toy" if options.self_check else "gpu" if options.gpu else "cpu"
-    headline, costs, details = measure(where, options.repeats, with_processes=where == "cpu")
+    headline, costs, details = measure(where, options.repeats, more=where == "cpu")
     name = "mllm_memory_gpu" if options.gpu else "mllm_memory"
     kind = "self-check" if options.self_check else "full"
     emit(name, headline=headline, costs=costs, unit="step", details=details, kind=kind)

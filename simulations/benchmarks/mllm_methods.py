@@ -172,6 +172,7 @@ METHODS: dict[str, Callable[[Task], Callable[[], Tensor]]] = {
     "zeroth-order, in blocks of 8": lambda task: zeroth_order(task, 8),
     "ours": lambda task: ours(task, BLOCK, False),
     "ours, checkpointing": lambda task: ours(task, BLOCK, True),
-    "ours, little memory": lambda task: ours(task, 2, True),
+    "ours, little memory": lambda task: ours(task, 1, True),
 }
-"""Name → what makes a step that returns the clean sum. Ours runs 8 records at a time, with little memory 2."""
+"""Name → what makes a step that returns the clean sum. Ours runs 8 records at a time, with little memory one
+and with checkpointing."""

@@ -53,7 +53,7 @@ TARGETS: dict[str, dict[str, Target]] = {
     "mllm_memory": {
         "vs_hooks": Target(what="peak memory, ours / DP-SGD with hooks, all visual tokens, worse batch", at_most=0.7),
         "vs_hooks_pruned": Target(what="the same, both with pruned visual tokens", at_most=0.7),
-        "little_vs_hooks": Target(what="ours in blocks of 2 with checkpointing / hooks, all tokens", at_most=0.7),
+        "little_vs_hooks": Target(what="ours one by one with checkpointing / hooks, all tokens", at_most=0.7),
         "little_vs_hooks_pruned": Target(what="the same, both pruned", at_most=0.7),
         "little_vs_zeroth": Target(what="the same / zeroth-order, all tokens", at_most=1.0),
         "little_vs_zeroth_pruned": Target(what="the same, both pruned", at_most=1.0),
@@ -73,10 +73,15 @@ TARGETS: dict[str, dict[str, Target]] = {
 
 BESIDE: dict[str, dict[str, str]] = {
     "mllm_memory": {
-        "vs_hooks_as_published": "ours with pruned tokens / hooks with all; published: 0.857",
+        "7b_vs_hooks": "LLaVA-1.5-7B in bf16, batch 8, counted: ours / hooks, all tokens",
+        "7b_vs_hooks_pruned": "the same, both pruned",
+        "7b_little_vs_zeroth": "the same model, ours one by one with checkpointing / zeroth-order, all tokens",
+        "7b_little_vs_zeroth_pruned": "the same, both pruned",
+        "7b_vs_hooks_as_published": "the same model, ours with pruned tokens / hooks with all; published: 0.857",
+        "vs_hooks_as_published": "the small model, ours with pruned tokens / hooks with all; published: 0.857",
         "time_vs_hooks": "time, ours / hooks, all tokens",
         "time_vs_hooks_pruned": "the same, both pruned",
-        "little_time_vs_zeroth": "time, ours in blocks of 2 with checkpointing / zeroth-order, all tokens",
+        "little_time_vs_zeroth": "time, ours one by one with checkpointing / zeroth-order, all tokens",
         "little_time_vs_zeroth_pruned": "the same, both pruned",
     },
     "soft_prompt": {
