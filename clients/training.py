@@ -42,7 +42,8 @@ class TrainRound:
     def __init__(self, node: Node, task: wire.TrainTask) -> None:
         self._node, self._setting, self._task = node, node.setting, task
         self._prompt = task.global_prompt.to(self._setting.world.backbone.device)
-        self._training = local_training(self._setting.config)
+        config = self._setting.config
+        self._training = local_training(config, self._setting.world.prompt_segments(config.prompt))
         self._uploads: dict[int, Tensor] = {}
         self._failed = Failures(private=self._setting.plan is not None)
 
@@ -210,8 +211,8 @@ def published_training(config: RunConfig, participant: Participant) -> Published
     )
 
 
-def local_training(config: RunConfig) -> LocalTraining:
-    """Numbers of a local step, from the configuration."""
+def local_training(config: RunConfig, segments: tuple[int, ...] = ()) -> LocalTraining:
+    """Numbers of a local step, from the configuration; ``segments`` as `World.prompt_segments`."""
     pruning = config.pruning
     return LocalTraining(
         local_steps=config.train.local_steps,
@@ -225,6 +226,7 @@ def local_training(config: RunConfig) -> LocalTraining:
             frozen=pruning.update_frozen,
             warm_up=pruning.update_warm_up,
             exploration=pruning.update_exploration,
+            segments=segments,
         ),
         optimizer=Optimizer(name=config.train.optimizer, momentum=config.train.momentum),
     )

@@ -73,7 +73,7 @@ class PruningConfig:
     visual_fusion_std: float
     update_keep_ratio: float
     update_rule: Literal["noised", "random", "past", "random-past", "shrink"]
-    update_block: Literal["token", "component", "coordinate"]
+    update_block: Literal["token", "component", "coordinate", "matrix"]
     update_warm_up: int
     update_exploration: float
     update_frozen: bool

@@ -25,7 +25,7 @@ _PATH_NEEDED = 'must be the directory of the images when data.ref = "folder"'
 CROSS_RULES: tuple[CrossRule, ...] = (
     CrossRule(
         ("prompt.rank", "prompt.n-ctx", "prompt.learner"),
-        lambda v: v["prompt.rank"] <= v["prompt.n-ctx"] or v["prompt.learner"] == "head",
+        lambda v: v["prompt.rank"] <= v["prompt.n-ctx"] or v["prompt.learner"] != "context",
         "must be at most prompt.n-ctx",
         "lower the rank or add context tokens",
     ),
@@ -38,7 +38,7 @@ CROSS_RULES: tuple[CrossRule, ...] = (
     CrossRule(
         ("prompt.learner", "method"),
         lambda v: v["prompt.learner"] == "context" or v["method"] in ("promptfl", "full", "zero-shot"),
-        'must be "context" for this method: the head\'s own parameters are low-rank factors already',
+        'must be "context" for this method: its own parameters are low-rank factors already',
         'set it to "context", or method = "promptfl", "full" or "zero-shot"',
     ),
     CrossRule(
@@ -159,8 +159,14 @@ CROSS_RULES: tuple[CrossRule, ...] = (
     CrossRule(
         (_BLOCK, _RULE, _KEPT),
         lambda v: v[_KEPT] == 1 or v[_BLOCK] != "component" or v[_RULE] not in ("past", "random-past"),
-        'must be "token" or "coordinate" for masks before the clip: components turn with every step',
+        'must not be "component" for masks before the clip: components turn with every step',
         'set it to "token", or update-rule = "noised", "random" or "shrink"',
+    ),
+    CrossRule(
+        (_BLOCK, "prompt.learner", _KEPT),
+        lambda v: v[_KEPT] == 1 or v[_BLOCK] != "matrix" or v["prompt.learner"] == "lora",
+        'as "matrix" needs a prompt that is made of matrices',
+        'set it to "token", or prompt.learner = "lora"',
     ),
     CrossRule(
         (_BLOCK, "method", _KEPT),

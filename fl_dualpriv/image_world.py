@@ -73,6 +73,10 @@ class ImageWorld:
             return self.head.shape(prompt.rank)
         return prompt.n_ctx, self.backbone.ctx_dim
 
+    def prompt_segments(self, prompt: PromptConfig) -> tuple[int, ...]:
+        """See `World`: none."""
+        return ()
+
     def objective(self, config: RunConfig) -> Classification:
         """Cross-entropy over all classes."""
         return Classification(

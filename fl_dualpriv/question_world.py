@@ -3,7 +3,7 @@
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -17,11 +17,14 @@ from fl_dualpriv.data.partition import partition
 from fl_dualpriv.data.questions import QuestionSet, QuestionSplits, load_questions
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.image_features import ImageFeatures
-from fl_dualpriv.prompts.answers import AnswerRecords, answer_records
+from fl_dualpriv.prompts.answers import AnswerObjective, AnswerRecords, answer_records
 from fl_dualpriv.prompts.soft_prompt import SoftPromptObjective
 from fl_dualpriv.pruners import token_pruner
 from fl_dualpriv.pruning.visual_tokens import TokenPruner
 from fl_dualpriv.world import Counts, one_thread, random_prompt
+
+if TYPE_CHECKING:
+    from fl_dualpriv.backbones.lora import LoraModel
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,11 +67,29 @@ class QuestionWorld:
         return {"train": self.data.train, "val": self.data.val, "test": self.data.test}[split]
 
     def prompt_shape(self, prompt: PromptConfig) -> tuple[int, int]:
-        """(n_ctx, ctx_dim)."""
+        """(n_ctx, ctx_dim), or that of the LoRA factors."""
+        if prompt.learner == "lora":
+            return self.lora(prompt).shape
         return prompt.n_ctx, self.backbone.ctx_dim
 
+    def prompt_segments(self, prompt: PromptConfig) -> tuple[int, ...]:
+        """See `World`: the columns of each LoRA factor."""
+        return self.lora(prompt).segments if prompt.learner == "lora" else ()
+
+    def lora(self, prompt: PromptConfig) -> "LoraModel":
+        """The language model with LoRA layers.
+
+        Raises:
+            ConfigError: If peft is not there.
+        """
+        from fl_dualpriv.backbones.lora import load_lora  # late: peft is an extra
+
+        return load_lora(self.backbone, prompt.rank)
+
     def initial_prompt(self, config: RunConfig) -> Tensor:
-        """See `World`: the template's words, or N(0, 0.02²)."""
+        """See `World`: the template's words, or N(0, 0.02²); of LoRA the un-tuned model."""
+        if config.prompt.learner == "lora":
+            return self.lora(config.prompt).initial(config.seed)
         if config.prompt.init == "template":
             return self._template(config.prompt).cpu()
         return random_prompt(config.prompt.n_ctx, self.backbone.ctx_dim, config.seed)
@@ -80,8 +101,12 @@ class QuestionWorld:
     def _template(self, prompt: PromptConfig) -> Tensor:
         return _embedded(self.backbone, self.words(prompt))
 
-    def objective(self, config: RunConfig) -> SoftPromptObjective:
+    def objective(self, config: RunConfig) -> AnswerObjective:
         """Cross-entropy of the answer's tokens."""
+        if config.prompt.learner == "lora":
+            from fl_dualpriv.prompts.lora import LoraObjective
+
+            return LoraObjective(self.lora(config.prompt), self._template(config.prompt))
         return _objective(self.backbone, config.resources.workspace_mib * 2**20)
 
     def num_examples(self, partition_id: int) -> int:
@@ -131,7 +156,9 @@ class QuestionWorld:
 
     def zero_shot_counts(self, config: RunConfig) -> Counts:
         """See `World`: the model with the template's words before the question."""
-        (counts,) = self.counts(self._template(config.prompt)[None], config)
+        is_lora = config.prompt.learner == "lora"
+        nothing = torch.zeros(self.prompt_shape(config.prompt)) if is_lora else self._template(config.prompt)
+        (counts,) = self.counts(nothing[None], config)
         return counts
 
     def _count(self, right: Tensor, labels: Tensor) -> Counts:
@@ -181,8 +208,11 @@ def build_question_world(config: RunConfig, on_bad_record: Literal["keep", "rais
 
 def _check_prompt(config: RunConfig, world: QuestionWorld) -> None:
     prompt, model = config.prompt, world.backbone
-    model.check_length(prompt.n_ctx, world.max_tokens)
     words = len(model.words(world.words(prompt)))  # raises if they cannot be written
+    model.check_length(words if prompt.learner == "lora" else prompt.n_ctx, world.max_tokens)
+    if prompt.learner == "lora":
+        world.lora(prompt)  # raises if it cannot be made; neither n-ctx nor init is read
+        return
     if prompt.init == "template" and words != prompt.n_ctx:
         raise ConfigError(
             f"prompt.n-ctx = {prompt.n_ctx}, but {world.words(prompt)!r}, what prompts start from, is {words} tokens "

@@ -60,6 +60,10 @@ class World(Protocol):
         """Of a prompt."""
         ...
 
+    def prompt_segments(self, prompt: PromptConfig) -> tuple[int, ...]:
+        """Neighbouring columns of a prompt that are one matrix of the model each; empty: it has no such parts."""
+        ...
+
     def initial_prompt(self, config: RunConfig) -> Tensor:
         """p_G before round 1, float32 on the CPU."""
         ...

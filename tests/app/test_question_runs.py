@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fl_dualpriv.backbones.answering import load_answering_model
+from fl_dualpriv.backbones.lora import load_lora
 from fl_dualpriv.config import app_defaults
 from fl_dualpriv.data.questions import load_questions
 from fl_dualpriv.files import read_tensors
@@ -27,6 +29,11 @@ PRUNED = {
     "pruning.visual-merge": "average",
     "pruning.update-keep-ratio": 0.5,
 }
+LORA = {"prompt.learner": "lora", "prompt.rank": 3, "method": "promptfl"}
+FACTORS = (32, 32, 32, 16) * 2
+"""Of q and v of two layers: A of 32 inputs, B of 32 and 16 outputs."""
+BY_MATRIX = {"pruning.update-keep-ratio": 0.5, "pruning.update-block": "matrix"}
+PAST = {"pruning.update-rule": "past", "pruning.update-warm-up": 1}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +101,7 @@ def test_every_method_ends_with_scores_by_type(run: Run, method: str, changes: d
     assert all(bool(torch.isfinite(p).all()) for p in prompts(out))
 
 
-@pytest.mark.parametrize("changes", [{}, PRUNED, PRUNED | {"pruning.update-rule": "past", "pruning.update-warm-up": 1}])
+@pytest.mark.parametrize("changes", [{}, PRUNED, PRUNED | PAST, LORA | BY_MATRIX | PAST])
 def test_epsilon_and_ledgers_are_the_same_with_pruning_and_without(run: Run, changes: dict[str, Any]):
     out = run(changes)
     (release,) = [r for r in summary(out)["privacy"] if "personal" in r["release"]] or summary(out)["privacy"][:1]
@@ -103,6 +110,31 @@ def test_epsilon_and_ledgers_are_the_same_with_pruning_and_without(run: Run, cha
     for client in range(3):
         lines = [json.loads(line) for line in (out / "clients" / f"client-{client:03d}" / "ledger.jsonl").open()]
         assert [(line["server_round"], line["releases"]) for line in lines] == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("method", ["promptfl", "full", "zero-shot"])
+def test_lora_runs_as_a_prompt_does(run: Run, method: str):
+    out = run(LORA | {"method": method})
+    found = summary(out)
+    assert found["failures"] == 0
+    assert len(found["accuracy"]["final"]["by_group"]) == 3
+    learnt = prompts(out)
+    assert {tuple(p.shape[-2:]) for p in learnt} == {(3, sum(FACTORS))}
+    assert all(bool(torch.isfinite(p).all()) for p in learnt)
+    # B starts at zero, and the noise moves every factor.
+    moved = [bool(part.any()) for part in learnt[0].split(FACTORS, dim=1)[1::2]]
+    assert moved == [method != "zero-shot"] * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "moving"), [({}, 8), (BY_MATRIX, 4), (BY_MATRIX | {"pruning.update-rule": "random-past"}, 4)]
+)
+def test_factors_of_lora_are_pruned_as_a_whole(run: Run, llava_dir: Path, changes: dict[str, Any], moving: int):
+    """One step of one client: so many of the 8 matrices move, the others stay as they started."""
+    (found, *_) = prompts(run(LORA | {"rounds": 1, "population": 1, "train.local-steps": 1} | changes))
+    start = load_lora(load_answering_model(f"hf:{llava_dir}", "cpu", None), 3).initial(0)
+    pairs = zip(found.split(FACTORS, dim=1), start.split(FACTORS, dim=1), strict=True)
+    assert sum(not torch.equal(one, other) for one, other in pairs) == moving
 
 
 def test_client_level_and_integers_and_few_nodes(run: Run):

@@ -190,6 +190,15 @@ CLIENT = {"privacy.client.mechanism": "gaussian"}
 FEATURE = {"privacy.record.noise-space": "feature"}
 PRUNED = {"pruning.update-keep-ratio": 0.5}
 COMPONENT = {"pruning.update-block": "component"}
+MATRIX = {"pruning.update-block": "matrix"}
+LORA = {
+    "prompt.learner": "lora",
+    "prompt.rank": 8,  # more than prompt.n-ctx, which is not read
+    "method": "promptfl",
+    "data.ref": "questions",
+    "data.path": "/questions.jsonl",
+    "backbone.name": "hf:/llava",
+}
 
 
 @pytest.mark.parametrize(
@@ -230,10 +239,13 @@ COMPONENT = {"pruning.update-block": "component"}
         ({**PRUNED, **COMPONENT, "pruning.update-rule": "past"}, "pruning.update-block", "masks before the clip"),
         ({**PRUNED, **COMPONENT, "method": "full"}, "pruning.update-block", "needs a method with low-rank factors"),
         (
-            {**PRUNED, **COMPONENT, "train.optimizer": "momentum"},
+            {**PRUNED, **COMPONENT, "pruning.update-frozen": True, "train.optimizer": "momentum"},
             "pruning.update-block",
             "cannot be frozen under an optimizer",
         ),
+        ({**LORA, "method": "dpfpl"}, "prompt.learner", 'must be "context" for this method'),
+        ({"prompt.learner": "lora", "method": "full"}, "prompt.learner", "it adapts a language model"),
+        ({**PRUNED, **MATRIX}, "pruning.update-block", "needs a prompt that is made of matrices"),
         (
             {**PRUNED, "pruning.update-block": "coordinate", "pruning.update-rule": "shrink"},
             "pruning.update-block",
@@ -255,6 +267,10 @@ def test_cross_rules(overrides, blamed, reason):
         {**CLIENT, "population": 100, "method": "full"},
         {"supernodes": 10},
         {"prompt.learner": "head", "method": "promptfl"},
+        LORA,
+        {**LORA, **PRUNED, **MATRIX, "method": "full", "pruning.update-rule": "past"},
+        {**LORA, "method": "zero-shot", "rounds": 1},
+        MATRIX,  # update-keep-ratio = 1: no block is cut
         {"train.top-m": 3},
         FEATURE,
         {"population": 1},  # expected-cohort = 10 is not read while the mechanism is none

@@ -142,6 +142,28 @@ def test_unknown_words_are_an_error_without_dp_and_a_zero_under_dp(configure: Co
     assert sum(int((~data.usable).sum()) for data in counted) == 1
 
 
+def test_lora_starts_from_the_untuned_model(configure: Configure):
+    lora = {"prompt.learner": "lora", "prompt.rank": 3, "method": "full", "prompt.n-ctx": 60}  # n-ctx is not read
+    config, context = configure(**lora), configure(**{"prompt.init": "template"})
+    world = build(config)
+    # q and v of two layers: A of 32 inputs, B of 32 and 16 outputs.
+    assert world.prompt_segments(config.prompt) == (32, 32, 32, 16) * 2
+    assert world.prompt_shape(config.prompt) == (3, 224)
+    assert world.prompt_segments(context.prompt) == ()
+    start = world.initial_prompt(config)
+    ((right, total),) = world.counts(start[None], config)
+    assert torch.equal(right, world.zero_shot_counts(config)[0])
+    assert total.tolist() == [2] * 5
+    # The model that answers is the one that a soft prompt of the same words asks.
+    data = world.held_out("test")
+    objectives = world.objective(config), world.objective(context)
+    ((block, _), *_) = objectives[0].blocks(data, np.arange(8))
+    found, soft = (o.losses(world.initial_prompt(c), block) for o, c in zip(objectives, (config, context), strict=True))
+    torch.testing.assert_close(found, soft, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"a prompt of 4 tokens and data\.max-tokens = 60"):
+        build(configure(**lora, **{"data.max-tokens": 60}))
+
+
 def test_pruned_visual_tokens_reach_the_records(configure: Configure):
     plain = build(configure())
     pruned = build(
