@@ -60,9 +60,17 @@ class ChatLayout:
         return ids
 
     def question(self, text: str) -> list[int]:
-        """Ids of everything between image and answer; ConfigError as `words`."""
-        self.words(text)
-        return self._split(text.strip())[1]
+        """Ids of everything between image and answer; ConfigError as `words`, or if it is empty or cannot be laid out.
+
+        A tokenizer may join words of a question and what stands around it: then others stand before the image, or ids
+        that the model does not know behind it.
+        """
+        if not self.words(text):
+            raise ConfigError(f"backbone.name = {self._name!r}: a question must have words; {text!r} has none")
+        before, behind = self._split(text.strip())
+        if before != self.before or any(i == self._image_id or i >= self._vocabulary for i in behind):
+            raise ConfigError(f"backbone.name = {self._name!r}: {text!r} cannot stand in its chat template")
+        return behind
 
     def answer(self, text: str) -> list[int]:
         """Ids of an answer and the end; ConfigError as `words`, or if there is none."""
@@ -84,8 +92,20 @@ class ChatLayout:
     def _split(self, question: str) -> tuple[list[int], list[int]]:
         """Ids before and behind the image, of the whole text as the model would read it."""
         ids = self._ids(self._text.replace(_SLOT, question), self._adds_start)
+        if self._image_id not in ids:
+            raise ConfigError(
+                f"backbone.name = {self._name!r}: its tokenizer loses the image token before {question!r}"
+            )
         at = ids.index(self._image_id)
         return ids[:at], ids[at + 1 :]
 
     def _ids(self, text: str, special: bool) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=special)["input_ids"]
+        try:
+            return self._tokenizer(text, add_special_tokens=special)["input_ids"]
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic in Rust is no `Exception`, and must not tell whose text it was
+            reason = f"{type(error).__name__}: {error}"
+            raise ConfigError(
+                f"backbone.name = {self._name!r}: its tokenizer cannot read {text!r}: {reason}"
+            ) from error

@@ -274,9 +274,13 @@ def find_place(name: str, source: str) -> tuple[str, bool]:
 
 
 def load_part(name: str, part: str, load: Callable[..., Any], place: str, local: bool) -> Any:
-    """What a function of transformers reads from a folder or the hub; ConfigError if that fails."""
+    """What a function of transformers reads from a folder or the hub; ConfigError if that fails.
+
+    Guarantee:
+        No code that lies beside a model runs: a server names models, and transformers would ask at the terminal.
+    """
     try:
-        return load(place, local_files_only=local)
+        return load(place, local_files_only=local, trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers, the hub and JSON each raise their own kinds
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(
@@ -291,7 +295,8 @@ def load_weights(name: str, kind: Any, place: str, local: bool, dtype: torch.dty
     Raises:
         ConfigError: If the weights cannot be read, do not fill the model or are not finite.
     """
-    load = functools.partial(kind.from_pretrained, dtype=dtype, output_loading_info=True)
+    # Left to itself a configuration may name a repository of native code for its attention.
+    load = functools.partial(kind.from_pretrained, dtype=dtype, output_loading_info=True, attn_implementation="sdpa")
     model, loaded = load_part(name, "model", load, place, local)
     problems = [f"{key} is missing" for key in sorted(loaded["missing_keys"])]
     problems += [f"{key} has another shape" for key, *_ in loaded["mismatched_keys"]]
