@@ -92,7 +92,7 @@ def split_counts(correct: Tensor, total: Tensor, held: Tensor, *, by_group: bool
 class Accuracy:
     """Mean over clients of their accuracies; None where no client has such images.
 
-    ``by_group``: of each group, over the clients that hold it; empty if they do not tell.
+    ``by_group``: of each group, over the clients that hold it; empty if they do not tell, or not of as many groups.
     """
 
     local: float | None
@@ -107,8 +107,9 @@ def mean_accuracy(scores: Sequence[Score]) -> Accuracy:
         shares = [correct / total for correct, total in pairs if total > 0]
         return sum(shares) / len(shares) if shares else None
 
+    alike = len({len(s.by_group) for s in scores}) == 1
     return Accuracy(
         local=mean([(s.local_correct, s.local_total) for s in scores]),
         neighbour=mean([(s.neighbour_correct, s.neighbour_total) for s in scores]),
-        by_group=tuple(mean(list(pairs)) for pairs in zip(*(s.by_group for s in scores), strict=True)),
+        by_group=tuple(mean(list(pairs)) for pairs in zip(*(s.by_group for s in scores if alike), strict=True)),
     )

@@ -148,6 +148,9 @@ def build_summary(
 ) -> dict[str, Any]:
     """The content of ``summary.json``."""
     nothing = Accuracy(local=None, neighbour=None)
+    before, after = zero_shot or nothing, final or nothing
+    # A node may have other groups than ours: then nobody's are named.
+    is_told = len(before.by_group) == len(after.by_group) == len(group_names)
     return {
         "method": method,
         "engine": engine,
@@ -158,8 +161,8 @@ def build_summary(
         "seconds": round(seconds, 3),
         "randomness": randomness,
         "evaluation_split": split,
-        "groups": list(group_names) if final is not None and final.by_group else [],
-        "accuracy": {"zero_shot": _entry(zero_shot or nothing), "final": _entry(final or nothing)},
+        "groups": list(group_names) if is_told else [],
+        "accuracy": {"zero_shot": _entry(before), "final": _entry(after)},
         "privacy": [asdict(release) for release in releases],
         "notes": list(notes),
         "versions": versions(),

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 SEEDED_NOTE = "reproducible noise: do not publish"
@@ -50,10 +51,9 @@ def results_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("zero-shot", percent(before["local"]), percent(before["neighbour"]))
     table.add_row("final", percent(after["local"]), percent(after["neighbour"]))
     table.add_row("gain, points", *(_points(before[kind], after[kind]) for kind in ("local", "neighbour")))
-    for name, *pair in zip(
-        summary.get("groups", []), before.get("by_group", []), after.get("by_group", []), strict=True
-    ):
-        table.add_row(f"  {name or 'all'}", " → ".join(percent(value) for value in pair), _MISSING)
+    names: Sequence[str] = summary.get("groups", [])
+    for name, *pair in zip(names, before["by_group"], after["by_group"], strict=True) if names else ():
+        table.add_row(f"  {escape(name) or 'all'}", " → ".join(percent(value) for value in pair), _MISSING)
     return table
 
 

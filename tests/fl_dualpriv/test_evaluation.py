@@ -1,6 +1,7 @@
 """Scores by hand: three classes on the axes of the plane and its diagonal."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,6 +81,15 @@ def test_clients_weigh_the_same_whatever_their_size():
     ]
     # (1/2 + 1)/2 and (0 + 1/2)/2; pooled counts would give 101/102 and 1/10
     assert mean_accuracy(scores) == Accuracy(local=0.75, neighbour=0.25)
+
+
+def test_clients_of_other_groups_are_counted_without_them():
+    """A node whose questions have other types, or that sends what it likes, ends nobody's scores."""
+    one = Score(local_correct=1, local_total=2, neighbour_correct=0, neighbour_total=0, by_group=((1, 2), (0, 0)))
+    other = replace(one, by_group=((1, 2),))
+    assert mean_accuracy([one, one]) == Accuracy(local=0.5, neighbour=None, by_group=(0.5, None))
+    assert mean_accuracy([one, other]) == Accuracy(local=0.5, neighbour=None)
+    assert mean_accuracy([one, replace(one, by_group=())]) == Accuracy(local=0.5, neighbour=None)
 
 
 def test_a_client_without_such_images_is_left_out():

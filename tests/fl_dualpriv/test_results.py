@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fl_dualpriv.evaluation import Accuracy
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.privacy.plan import Release
 from fl_dualpriv.results import PACKAGES, RunRecorder, build_summary, versions
+from fl_dualpriv.tables import results_table
 
 RELEASE = Release(
     release="client upload",
@@ -45,6 +47,20 @@ def summary(**changes: Any) -> dict[str, Any]:
         "config": {"rounds": 2, "train.sampling-rate": 0.1},
     }
     return build_summary(**(given | changes))
+
+
+TOLD = Accuracy(local=0.5, neighbour=None, by_group=(0.5, None))
+
+
+@pytest.mark.parametrize(
+    ("zero_shot", "final", "named"),
+    [(TOLD, TOLD, 2), (TOLD, replace(TOLD, by_group=()), 0), (None, TOLD, 0), (TOLD, None, 0),
+     (replace(TOLD, by_group=(0.5,) * 3), TOLD, 0)],
+)  # fmt: skip
+def test_groups_are_named_if_all_scores_are_of_them(zero_shot: Accuracy, final: Accuracy, named: int):
+    found = summary(zero_shot=zero_shot, final=final, group_names=["color", "shape"])
+    assert len(found["groups"]) == named
+    results_table(found)
 
 
 def strict(text: str) -> Any:

@@ -57,6 +57,12 @@ def test_results_in_percent_and_points() -> None:
     assert headline(SUMMARY) == "dpfpl · engine local · seed 3 · 10 rounds · 10 clients · 2 failed · 61 s"
 
 
+def test_names_of_groups_are_no_markup() -> None:
+    told = {kind: {"local": 0.5, "neighbour": None, "by_group": [0.25]} for kind in ("zero_shot", "final")}
+    table = results_table(SUMMARY | {"groups": ["[/red] what"], "accuracy": told})
+    assert row(table, "[/red]") == ["[/red] what", "25.0 % → 25.0 %", "-"]
+
+
 @pytest.mark.parametrize(("randomness", "marked"), [("os", False), ("seeded", True)])
 def test_seeded_randomness_is_flagged(randomness: str, marked: bool) -> None:
     summary = SUMMARY | {"randomness": randomness}
