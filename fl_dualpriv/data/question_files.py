@@ -79,11 +79,6 @@ def load_question_files(
     missing = {n: f for n, f in (("val", val_fraction), ("test", test_fraction)) if n not in sets}
     if missing:
         cut = cut_by_image(len(train.images), missing, seed)
-        if not len(cut["train"]):
-            raise ConfigError(
-                f"data.path = {path!r}: {len(train.images)} images are too few to cut {' and '.join(missing)} from "
-                "them and train on the rest; add images, or files of their own"
-            )
         sets |= {name: subset(train, images, _images(train, images)) for name, images in cut.items()}
     return QuestionSplits(sets["train"], sets["val"], sets["test"], types, DEFAULT_TEMPLATE)
 

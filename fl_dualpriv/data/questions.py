@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from fl_dualpriv.data.datasets import ImageDataset
+from fl_dualpriv.errors import ConfigError
 
 DEFAULT_TEMPLATE = "Answer the question with a single word or phrase."
 """What a prompt starts from unless a data set says otherwise: LLaVA-1.5's own request for short answers."""
@@ -108,6 +109,9 @@ def cut_by_image(images: int, fractions: dict[str, float], seed: int) -> dict[st
 
     Returns:
         Sorted image numbers of ``train`` and of each missing set.
+
+    Raises:
+        ConfigError: If none is left to train on.
     """
     order, start = np.random.default_rng([seed, images]).permutation(images), 0
     cut: dict[str, np.ndarray] = {}
@@ -116,6 +120,11 @@ def cut_by_image(images: int, fractions: dict[str, float], seed: int) -> dict[st
         cut[name] = np.sort(order[start : start + size])
         start += size
     cut["train"] = np.sort(order[start:])
+    if not len(cut["train"]):
+        raise ConfigError(
+            f"data.path: {images} images are too few to cut {' and '.join(fractions)} from them and train on the rest; "
+            "add images, or sets of their own"
+        )
     return cut
 
 

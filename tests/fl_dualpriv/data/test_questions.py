@@ -156,6 +156,11 @@ _RGB = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255)}
 def test_data_sets_that_do_not_fit(tmp_path: Path):
     with pytest.raises(ConfigError, match="cannot be loaded"):
         load(f"datasets:{tmp_path / 'nothing'}")
+    two = [Image.new("RGB", (2, 2), (red, 0, 0)) for red in range(2)]
+    few = datasets.Dataset.from_dict({"image": two, "question": ["q", "q"], "answer": ["a", "a"]})
+    datasets.DatasetDict({"train": few.cast_column("image", datasets.Image())}).save_to_disk(str(tmp_path / "few"))
+    with pytest.raises(ConfigError, match="2 images are too few to cut val and test"):
+        load(f"datasets:{tmp_path / 'few'}")
     table = datasets.Dataset.from_dict({"text": ["a"]})
     datasets.DatasetDict({"train": table}).save_to_disk(str(tmp_path / "texts"))
     with pytest.raises(ConfigError, match="no column image, question, answer"):
