@@ -1,7 +1,7 @@
 """The file in which the owner of a node says what may happen with the data on it. TOML; nothing in it travels.
 
     state-dir = "/var/lib/fl-dualpriv"   # the client's prompt and ledger; must survive restarts and new apps
-    data-path = "/srv/images"            # the only images that a run may read, whatever its data.path says
+    data-path = "/srv/images"            # the only images or questions that a run may read, whatever its data.path says
 
     [budget]                             # of one record of this node's data, over all runs and servers
     epsilon = 8.0
@@ -10,7 +10,8 @@
     min-noise-multiplier = 0.5
     max-clip-norm = 1.0
     trusts-server = false                # true: clean clipped sums may go to the server
-    scores = false                       # true: test/ and val/ in data-path are public, so accuracies on them may leave
+    scores = false                       # true: test/ and val/ (of questions test.jsonl …) are public, so accuracies
+                                         # on them may leave
     seeded-noise = false                 # true: tests only
 
     [app]
@@ -43,7 +44,8 @@ class NodeFile:
 
     Attributes:
         state_dir: Absolute folder of the client's prompt and ledger; None: in the run's folder (simulations).
-        data_path: Absolute folder of the images, in place of the run's ``data.path``; None: what the run names.
+        data_path: Absolute folder of the images, or of the questions (whose files may name images elsewhere), in place
+            of the run's ``data.path``; None: what the run names.
         budget: Limits at the record level; None: the run's own plan is the only limit.
         apps: SHA-256 digests, lower-case hex, of the app bundles that may run here.
     """
