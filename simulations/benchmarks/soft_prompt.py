@@ -1,9 +1,9 @@
 """Exact per-example gradients of a soft prompt: what they cost over the non-private step of the same batch.
 
 LLaVA-type models with random weights, fp32, one thread. The non-private step is what one writes without privacy: one
-prompt for the whole batch, one pass, the mean loss. Both have the keys and values in front of the prompt at hand, which
-do not depend on it, and both run the batch as one block. A client's batches are drawn at random and go in blocks of a
-public size, padded: what that costs is printed beside.
+prompt for the whole batch, one pass, the mean loss. Both look up the keys and values in front of the prompt, which do
+not depend on it, in a table of images, and both run the batch as one block. A client's batches are drawn at random and
+go in blocks of a public size, padded: what that costs is printed beside.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     for (name, batch), setting in settings.items():
         end = f", {name}, B={batch}"
         contestants: dict[str, Callable[[], object]] = {
-            f"non-private{end}": lambda s=setting: nonprivate_step(s, s.prefix),
+            f"non-private{end}": lambda s=setting: nonprivate_step(s, s.prefix.take(s.records.image_of)),
             f"per-example{end}": lambda s=setting: private_step(s, s.keeping),
             f"non-private, prefix anew{end}": lambda s=setting: nonprivate_step(s, s.backbone.prefix(s.records.visual)),
             f"per-example, prefix anew{end}": lambda s=setting: private_step(s, s.computing),
