@@ -113,8 +113,8 @@ NOT_REACHED = """\
   the text behind the prompt, which both keep, and the weights. Checkpointing halves it (0.50) for more time. Of
   LLaVA-1.5-7B with pruned tokens and batch 8 the weights alone are 0.83 of what DP-SGD holds, so that no method gets
   30 % below it; ours takes 0.90 of it, one by one with checkpointing 0.83. One pass of 8 keeps the keys and values of
-  all blocks where zeroth-order keeps nothing: only one by one with checkpointing is ours at or below it (0.99 with
-  all tokens, 0.998 with pruned ones, weights included).
+  all blocks where zeroth-order keeps nothing: at batch 8 ours is at or below it only one by one with checkpointing (of
+  the 7B model 0.99 with all tokens, 0.998 with pruned ones, weights included).
 - `dpfpl_round` compares like with like: the published procedure, whose epsilon is nominal, on both sides, with equal
   results. A round with *exact record-level DP* is not 25 times cheaper than the published one with a batch of 8:
   `warm_ratio_exact_dp` says by how much. (At the published batch of 32 the image tower costs four times more there.)
