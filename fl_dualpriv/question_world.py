@@ -26,6 +26,9 @@ from fl_dualpriv.world import Counts, one_thread, random_prompt
 if TYPE_CHECKING:
     from fl_dualpriv.backbones.lora import LoraModel
 
+_RECENT = 8
+"""Clients whose records stay in memory from round to round."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QuestionWorld:
@@ -47,6 +50,7 @@ class QuestionWorld:
     cache_root: Path | None
     max_tokens: int
     _held_out: dict[str, AnswerRecords] = field(default_factory=dict)
+    _recent: dict[int, AnswerRecords] = field(default_factory=dict)
     _features: dict[str, ImageFeatures] = field(default_factory=dict)
 
     @property
@@ -114,12 +118,18 @@ class QuestionWorld:
         return len(self.partitions[partition_id])
 
     def client_data(self, partition_id: int, server_round: int = 0) -> AnswerRecords:
-        """A client's records, gathered anew at each call; its images are read when first asked for.
+        """A client's records. Those of the last few clients are kept, and with them the prefixes of their images.
 
         Raises:
             ConfigError: Without DP, if a record cannot be used; it names the first.
         """
-        return self._records("train", self.partitions[partition_id])
+        kept = self._recent.pop(partition_id, None)
+        if kept is None:
+            kept = self._records("train", self.partitions[partition_id])
+        self._recent[partition_id] = kept
+        while len(self._recent) > _RECENT:
+            del self._recent[next(iter(self._recent))]
+        return kept
 
     def held_out(self, split: str) -> AnswerRecords:
         """The ``val`` or ``test`` questions; computed once a process."""
