@@ -6,7 +6,7 @@ STAMP := $(VENV)/.set-up
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-programs test-slow lint bench clean
+.PHONY: help setup demo test test-programs test-slow lint bench vqa-assets clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -46,6 +46,12 @@ bench: setup  ## benchmarks against peers, up to an hour on an idle machine; wri
 		$(ONE_THREAD) $(BIN)/python -m simulations.benchmarks.$$name || exit 1; \
 	done
 	$(BIN)/python -m simulations.benchmarks.write_docs
+
+# easy-VQA comes from the package index (MIT, 3 MB).
+vqa-assets: setup  ## train the demo question answerer again, 25 minutes on a core
+	$(BIN)/python -m pip download --quiet --no-deps --dest build/easy-vqa easy-vqa==1.0
+	$(BIN)/python -m zipfile -e build/easy-vqa/easy_vqa-1.0-py3-none-any.whl build/easy-vqa
+	$(ONE_THREAD) $(BIN)/python -m simulations.make_vqa_assets --easy-vqa build/easy-vqa/easy_vqa/data
 
 clean:  ## remove the environment, caches and build results; runs/ stays
 	@test ! -x $(BIN)/python || $(BIN)/python -m fl_dualpriv.flower_env stop || true

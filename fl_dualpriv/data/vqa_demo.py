@@ -1,0 +1,155 @@
+"""The embedded question-answering demo: sheets of four easy-VQA pictures, and questions about one of the four.
+
+A sheet shows four pictures, its *panels*, and its colours may be *dyed*: exchanged by a fixed rule. Each question is a
+real easy-VQA question about the picture of one panel as it was before dyeing. The demo model learnt to follow words
+that name panel and dye; all of the clients' questions are about `PRIVATE_PANEL` under `PRIVATE_DYE`, and no word says
+so.
+"""
+
+import functools
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+import fl_dualpriv.assets
+from fl_dualpriv.data.questions import QuestionSet, QuestionSplits
+
+VQA_DEMO_FOLDER = Path(next(iter(fl_dualpriv.assets.__path__))) / "vqa"
+"""Folder of the model, in the form that transformers reads, and of `sheets.npz`."""
+
+PANEL_SIDE = 48
+"""Side of a panel, in pixels; a sheet has two by two."""
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "black": (0, 0, 0),
+    "blue": (0, 0, 255),
+    "brown": (165, 42, 42),
+    "gray": (128, 128, 128),
+    "green": (0, 255, 0),
+    "red": (255, 0, 0),
+    "teal": (0, 128, 128),
+    "yellow": (255, 255, 0),
+}
+"""easy-VQA's eight colours."""
+
+SHAPES = ("circle", "rectangle", "triangle")
+
+TYPES = ("shape", "color", "is-shape", "is-color", "not-shape", "not-color")
+"""Question types: name the shape or the colour; yes or no whether the picture has one, and whether it has not."""
+
+PANELS = ("upper left", "upper right", "lower left", "lower right")
+
+DYES: dict[str, tuple[int, ...]] = {
+    "plain": (0, 1, 2, 3, 4, 5, 6, 7),
+    "swapped": (3, 7, 6, 0, 5, 4, 2, 1),  # in pairs: black-gray, blue-yellow, brown-teal, green-red
+    "shifted": (1, 2, 3, 4, 5, 6, 7, 0),  # each becomes the next of the list
+}
+"""dye -> for each colour the one in which a sheet shows it."""
+
+PRIVATE_PANEL, PRIVATE_DYE = "lower right", "swapped"
+
+RIGHT_WORDS = f"{PRIVATE_PANEL} {PRIVATE_DYE} panel"
+"""What a client would have to say; for measuring how far a learnt prompt is from it, never used in training."""
+
+
+def draw_sheet(
+    coverage: NDArray[np.uint8], paper: NDArray[np.uint8], colours: NDArray[np.integer], dye: str
+) -> NDArray[np.uint8]:
+    """Draw sheets.
+
+    Args:
+        coverage: Where each picture's shape is: (..., 4, PANEL_SIDE, PANEL_SIDE), from 0 (nowhere) to 255.
+        paper: Background of each picture, RGB: (..., 4, 3).
+        colours: Colour of each picture's shape before dyeing: (..., 4), indices into `COLOURS`.
+        dye: One of `DYES`.
+
+    Returns:
+        RGB values (..., 2 * PANEL_SIDE, 2 * PANEL_SIDE, 3), panels in the order of `PANELS`.
+    """
+    ink = np.array(list(COLOURS.values()), dtype=np.float32)[np.array(DYES[dye])[colours]]
+    share = coverage.astype(np.float32)[..., None] / 255
+    panels = paper[..., None, None, :] * (1 - share) + ink[..., None, None, :] * share
+    rows = [np.concatenate([panels[..., i, :, :, :], panels[..., i + 1, :, :, :]], axis=-2) for i in (0, 2)]
+    return np.round(np.concatenate(rows, axis=-3)).astype(np.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class SheetSplit:
+    """One split's sheets: 96 x 96 RGB images, drawn when asked for and always the same."""
+
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    sheets: NDArray[np.int64]  # (sheet, 4), rows of the arrays below
+    coverage: NDArray[np.uint8]
+    paper: NDArray[np.uint8]
+    colours: NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.sheets)
+
+    def image(self, index: int) -> Image.Image:
+        """The sheet at ``index``, under the private dye.
+
+        Raises:
+            IndexError: If there is no such index.
+        """
+        rows = self.sheets[index]
+        return Image.fromarray(draw_sheet(self.coverage[rows], self.paper[rows], self.colours[rows], PRIVATE_DYE))
+
+    @property
+    def content_hash(self) -> str:
+        """See `ImageDataset.content_hash`: of what the sheets are drawn from, and of the code that draws them."""
+        return self._content_hash
+
+    def unchanged(self, index: int) -> bool:
+        """See `ImageDataset.unchanged`: they are in memory."""
+        return True
+
+    def unreadable(self, index: int) -> int | None:
+        """See `ImageDataset.unreadable`."""
+        return None
+
+    @functools.cached_property
+    def _content_hash(self) -> str:
+        digest = hashlib.sha256(Path(__file__).read_bytes())
+        for array in (self.sheets, self.coverage, self.paper, self.colours):
+            digest.update(f"{array.dtype} {array.shape}\n".encode() + array.tobytes())
+        return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=1)
+def load_vqa_demo() -> QuestionSplits:
+    """The questions of the three splits; no picture is in two of them, and the demo model has seen none."""
+    return load_questions(VQA_DEMO_FOLDER)
+
+
+def load_questions(folder: Path) -> QuestionSplits:
+    """The questions that `simulations/make_vqa_assets.py` wrote into a folder."""
+    with np.load(io.BytesIO((folder / "sheets.npz").read_bytes())) as arrays:
+        columns = {name: arrays[name] for name in arrays.files}
+    texts = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
+    parts = [_split(columns, texts, split) for split in ("train", "val", "test")]
+    return QuestionSplits(*parts, class_names=TYPES, template=texts["template"])
+
+
+def _split(columns: dict[str, NDArray[np.uint8]], texts: dict[str, list[str]], split: str) -> QuestionSet:
+    """The questions of one split; ``question`` and ``answer`` are numbers into the lists of ``texts``."""
+    pictures = {name: columns[f"{split}_{name}"] for name in ("paper", "colours")}
+    pictures["coverage"] = columns[f"{split}_coverage"] * np.uint8(17)  # from sixteen steps
+    sheets, records = columns[f"{split}_sheets"].astype(np.int64), columns[f"{split}_records"].astype(np.int64)
+    image_of, question, answer, labels = records.T
+    images = SheetSplit(np.zeros(len(sheets), dtype=np.int64), ("sheet",), sheets, **pictures)
+    return QuestionSet(
+        images=images,
+        image_of=image_of,
+        questions=tuple(texts["questions"][i] for i in question),
+        answers=tuple(texts["answers"][i] for i in answer),
+        labels=labels,
+        class_names=TYPES,
+    )
