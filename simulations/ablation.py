@@ -27,7 +27,7 @@ from fl_dualpriv.files import write_bytes
 from fl_dualpriv.tables import epsilon_text
 
 ROOT = Path(__file__).resolve().parent.parent
-_VARIANT_KEYS = ("name", "keys", "with-noise", "without-noise")
+_VARIANT_KEYS = ("name", "bases", "keys", "with-noise", "without-noise")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ def cells_of(document: Mapping[str, Any]) -> list[Cell]:
             raise ConfigError(f"variant {variant.get('name')!r}: unknown {', '.join(sorted(unknown))}")
     for name, base in bases.items():
         start = merge(defaults, read_toml(ROOT / "simulations" / "configs" / base["config"]), document["common"])
-        for variant in document["variants"]:
+        for variant in on(document, name):
             for epsilon in document["epsilons"]:
                 noise = _noise(epsilon)
                 kind = "with-noise" if math.isfinite(epsilon) else "without-noise"
@@ -86,10 +86,21 @@ def cells_of(document: Mapping[str, Any]) -> list[Cell]:
     return found
 
 
+def on(document: Mapping[str, Any], base: str) -> list[dict[str, Any]]:
+    """The variants of a base: all but those that name others."""
+    return [variant for variant in document["variants"] if base in variant.get("bases", [base])]
+
+
 def _noise(epsilon: float) -> dict[str, ConfigValue]:
     if math.isfinite(epsilon):
         return {"privacy.record.mechanism": "gaussian", "privacy.record.epsilon": epsilon}
     return {"privacy.record.mechanism": "none"}
+
+
+def shared(cell: Cell) -> tuple[str, int, str, bool]:
+    """What a run's data, model and features depend on: a process that keeps them runs what shares them in a row."""
+    tokens = [f"{key}={value}" for key, value in sorted(cell.settings.items()) if key.startswith("pruning.visual")]
+    return cell.base, cell.seed, " ".join(tokens), math.isfinite(cell.epsilon)
 
 
 def run(cell: Cell, runs: Path) -> dict[str, Any]:
@@ -123,7 +134,7 @@ def table(document: Mapping[str, Any], base: str, scores: Mapping[tuple[str, flo
     first = document["variants"][0]["name"]
     head = [f"ε = {'∞' if math.isinf(e) else epsilon_text(e)}" for e in epsilons]
     lines = [f"| variant | {' | '.join(f'{h} | difference' for h in head)} |", "|---|" + "---|" * (2 * len(head))]
-    for variant in document["variants"]:
+    for variant in on(document, base):
         entries = []
         for epsilon in epsilons:
             own = [100 * scores[variant["name"], epsilon, seed] for seed in seeds]
@@ -199,10 +210,10 @@ def main() -> None:
     cells = [cell for cell in cells_of(document) if args.base in (None, cell.base)]
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers, which import torch anew
     with ProcessPoolExecutor(args.workers, get_context("spawn"), initializer=_one_thread) as pool:
-        futures = [pool.submit(run, cell, args.runs) for cell in cells]
+        futures = {cell.folder: pool.submit(run, cell, args.runs) for cell in sorted(cells, key=shared)}
         summaries = []
-        for number, (cell, future) in enumerate(zip(cells, futures, strict=True), start=1):
-            summaries.append(future.result())
+        for number, cell in enumerate(cells, start=1):
+            summaries.append(futures[cell.folder].result())
             local = summaries[-1]["accuracy"]["final"]["local"]
             sys.stderr.write(
                 f"{number}/{len(cells)} {cell.base} ε {cell.epsilon:g} seed {cell.seed} {cell.variant}: {local:.3f}\n"

@@ -362,7 +362,7 @@ def main() -> None:
     if not args.check:
         test = vqa.read_pictures(args.easy_vqa / "test")
         write_questions(
-            {"train": (pictures["train"], 1200), "val": (pictures["val"], 150), "test": (test, 400)}, args.out
+            {"train": (pictures["train"], 1200), "val": (pictures["val"], 150), "test": (test, 200)}, args.out
         )
         if not args.questions:
             processor = make_processor()
