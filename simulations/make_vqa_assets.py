@@ -7,8 +7,8 @@ Source: easy-VQA 1.0 by Victor Zhou (MIT), 4,000 + 1,000 pictures of one shape e
 shape is known the model sees 1,350, and 150 measure it; 1,900 and 437 are the private train and validation pictures;
 the private test pictures are easy-VQA's own test set. `fl_dualpriv/data/vqa_demo.py` says what clients hold.
 
-Time: about 16 minutes of one core (labels 3.5, answers 12), 35 of a busy 2-core machine. Numbers to expect, seed 0:
-greedy exact match on test questions 38.9 % under the template, 99.5 % under words that name panel and dye. `--check`
+Time: about 16 minutes of one core (labels 3.5, answers 12). Numbers to expect, seed 0:
+greedy exact match on test questions 37.8 % under the template, 99.2 % under words that name panel and dye. `--check`
 prints them for existing files, as `PROVENANCE.md` holds them; `--questions` writes the questions alone.
 
 Measured on the way, and why the script is as it is: see `vqa_model.Seeing`, `vqa_questions.read_aloud`, `Answering`. A
@@ -84,7 +84,7 @@ PROVENANCE = """# Where the question-answering demo's files come from
 - **Pictures and questions** (`sheets.npz`, `questions.json`), and what the model was trained on: easy-VQA 1.0 by Victor
   Zhou, <https://github.com/vzhou842/easy-VQA>, as in the wheel `easy-vqa` 1.0 of the Python package index. MIT License,
   Copyright (c) 2019 Victor Zhou: `LICENSE-easy-vqa`. Changed: pictures made 48 x 48, shapes kept in sixteen steps of
-  coverage, put on sheets of four, colours exchanged by a fixed rule (*dyed*); 3.2 % of the pictures left out, of which
+  coverage, put on sheets of four, colours exchanged by a fixed rule (*dyed*); 4.2 % of the pictures left out, of which
   no question gives the shape away. Questions and answers are easy-VQA's own, word for word;
   of those answered by yes or no as many of either are kept.
 - **Weights** (`model.safetensors`) and **tokenizer**: transformers' LLaVA architecture, trained from random weights by
