@@ -57,7 +57,7 @@ def test_every_type_has_as_many_questions(name: str) -> None:
     assert data.class_names == load_vqa_demo().class_names == TYPES
     assert set(np.bincount(data.labels)) == {n // len(TYPES)}
     assert 0 <= data.image_of.min() <= data.image_of.max() < len(data.images)
-    assert n // len(TYPES) >= {"train": 1000, "val": 100, "test": 300}[name]
+    assert n // len(TYPES) >= {"train": 1000, "val": 100, "test": 200}[name]
 
 
 def test_splits_share_no_picture() -> None:
