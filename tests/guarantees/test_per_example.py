@@ -30,9 +30,7 @@ Records = tuple[Tensor, Tensor]
 
 @pytest.fixture(scope="module")
 def text(tiny_clip_dir: Path) -> PromptedText:
-    return PromptedText(
-        load_backbone(f"local-dir:{tiny_clip_dir}", "", "cpu", None, "fp32"), NAMES, "a photo of a {}"
-    )
+    return PromptedText(load_backbone(f"local-dir:{tiny_clip_dir}", "", "cpu", None, "fp32"), NAMES, "a photo of a {}")
 
 
 @pytest.fixture(scope="module")

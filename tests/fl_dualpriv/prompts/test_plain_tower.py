@@ -18,9 +18,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def plain(tiny_clip_dir: Path) -> PlainTower:
-    return PromptedText(
-        load_backbone(f"local-dir:{tiny_clip_dir}", "", "cpu"), NAMES, "a photo of a {}"
-    ).plain_tower
+    return PromptedText(load_backbone(f"local-dir:{tiny_clip_dir}", "", "cpu"), NAMES, "a photo of a {}").plain_tower
 
 
 @pytest.mark.filterwarnings("error::UserWarning")  # such as a batched backward that falls back to a loop
