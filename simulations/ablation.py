@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import statistics
 import sys
 import tomllib
@@ -113,8 +114,7 @@ def run(cell: Cell, runs: Path) -> dict[str, Any]:
     if not (out / "summary.json").exists():
         from fl_dualpriv.local_engine import run_local
 
-        for name in ("rounds.jsonl", "ledger.jsonl"):  # of a run that was cut off
-            (out / name).unlink(missing_ok=True)
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was cut off: its ledgers would refuse this one
         run_local(ROOT, {**cell.settings, "output.dir": str(out)})
     summary = json.loads((out / "summary.json").read_text())
     if summary["failures"]:
