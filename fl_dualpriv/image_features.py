@@ -1,7 +1,7 @@
 """Images of one split to features: read, transform, encode, and keep what does not change from round to round."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from fl_dualpriv.backbones.backbone import ImageEncoder, input_shape
 from fl_dualpriv.data.datasets import ImageDataset
 from fl_dualpriv.data.feature_cache import SHARD, FeatureTable, cache_key
+from fl_dualpriv.errors import ConfigError
 
 BATCH = 32
 """Images through the tower at once. Fixed, for another size rounds differently; small, for it bounds memory."""
@@ -71,6 +72,21 @@ class ImageFeatures:
             encode=lambda indices: encode_images(self._backbone, self._images, indices, None, pad=True),
             root=self._root,
             key=key,
+        )
+
+
+def refuse_unusable(rows: np.ndarray, indices: np.ndarray, which: Callable[[int], str]) -> None:
+    """Raise ConfigError if the features of some image are NaN; for runs without DP, where a bad record is an error.
+
+    Args:
+        rows: Features, (n, embed_dim); a row that cannot be used is NaN as a whole, so one column tells.
+        indices: Which images they are of, (n,).
+        which: Names an image, given its index.
+    """
+    if (bad := indices[np.isnan(rows[:, 0])]).size:
+        raise ConfigError(
+            f"{len(bad)} images cannot be used: unreadable, out of proportion or not finite (the first: "
+            f"{which(int(bad[0]))}); remove or repair them"
         )
 
 

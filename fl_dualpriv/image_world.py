@@ -17,7 +17,7 @@ from fl_dualpriv.data.feature_cache import cache_root
 from fl_dualpriv.data.partition import held_classes, partition
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.evaluation import count_by_class
-from fl_dualpriv.image_features import ImageFeatures
+from fl_dualpriv.image_features import ImageFeatures, refuse_unusable
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 from fl_dualpriv.prompts.classification import Classification
 from fl_dualpriv.prompts.head import LowRankHead
@@ -164,7 +164,7 @@ class ImageWorld:
             ConfigError: Without DP, if a record cannot be used; it names the first.
         """
         if split not in self._held_out:
-            images = self.data.val if split == "val" else self.data.test
+            images = self.images(split)
             indices = np.arange(len(images))
             rows = ImageFeatures(self.backbone, images, self.cache_root).rows(indices)
             self._held_out[split] = self._client_data(images, indices, rows)
@@ -175,12 +175,9 @@ class ImageWorld:
         return ImageFeatures(self.backbone, self.data.train, self.cache_root)
 
     def _client_data(self, images: ImageDataset, indices: np.ndarray, rows: np.ndarray) -> ClientData:
-        # One column tells: a row that cannot be used is NaN as a whole.
-        if self.refuses_bad_records and (bad := indices[np.isnan(rows[:, 0])]).size:
-            raise ConfigError(
-                f"{len(bad)} images cannot be used: unreadable, out of proportion or not finite (the first: "
-                f"number {bad[0]} of class {images.class_names[images.labels[bad[0]]]!r}); remove or repair them"
-            )
+        if self.refuses_bad_records:
+            names, labels = images.class_names, images.labels
+            refuse_unusable(rows, indices, lambda i: f"number {i} of class {names[labels[i]]!r}")
         device = self.backbone.device
         return ClientData(
             features=torch.from_numpy(rows).to(device),

@@ -16,7 +16,7 @@ from fl_dualpriv.data.feature_cache import cache_root
 from fl_dualpriv.data.partition import partition
 from fl_dualpriv.data.questions import QuestionSet, QuestionSplits, load_questions
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.image_features import ImageFeatures
+from fl_dualpriv.image_features import ImageFeatures, refuse_unusable
 from fl_dualpriv.prompts.answers import AnswerObjective, AnswerRecords, answer_records
 from fl_dualpriv.prompts.soft_prompt import SoftPromptObjective
 from fl_dualpriv.pruners import token_pruner
@@ -143,11 +143,8 @@ class QuestionWorld:
             self._features[split] = ImageFeatures(self.backbone, questions.images, self.cache_root)
         images, image_of = np.unique(questions.image_of[indices], return_inverse=True)
         visual = self._features[split].rows(images)
-        if self.on_bad_record == "raise" and (bad := images[np.isnan(visual[:, 0])]).size:
-            raise ConfigError(
-                f"{len(bad)} images cannot be used: unreadable, out of proportion or not finite (the first: number "
-                f"{bad[0]} of {split}); remove or repair them"
-            )
+        if self.on_bad_record == "raise":
+            refuse_unusable(visual, images, lambda i: f"number {i} of {split}")
         return answer_records(
             self.backbone,
             [questions.questions[i] for i in indices],

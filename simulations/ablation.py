@@ -26,8 +26,8 @@ from fl_dualpriv.config import ConfigValue, RunConfig, app_defaults, merge, read
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import write_bytes
 from fl_dualpriv.tables import epsilon_text
+from simulations.report import CONFIGS, ROOT, spread
 
-ROOT = Path(__file__).resolve().parent.parent
 _VARIANT_KEYS = ("name", "bases", "keys", "with-noise", "without-noise")
 
 
@@ -41,6 +41,7 @@ class Cell:
         epsilon: ∞: neither clip nor noise.
         seed: Of everything.
         settings: The whole run configuration, flat.
+        folder: Name of the run's folder: from the settings that are no defaults, so that an edited variant runs anew.
     """
 
     base: str
@@ -48,12 +49,7 @@ class Cell:
     epsilon: float
     seed: int
     settings: Mapping[str, ConfigValue]
-
-    @property
-    def folder(self) -> str:
-        """Name of the run's folder: from the settings that are no defaults, so that an edited variant runs anew."""
-        chosen = dict(sorted(self.settings.items() - app_defaults(ROOT).items()))
-        return f"{self.base}-{self.epsilon:g}-{self.seed}-{zlib.crc32(json.dumps(chosen).encode()):08x}"
+    folder: str
 
 
 def cells_of(document: Mapping[str, Any]) -> list[Cell]:
@@ -68,7 +64,7 @@ def cells_of(document: Mapping[str, Any]) -> list[Cell]:
         if unknown := set(variant) - set(_VARIANT_KEYS) - set(bases):
             raise ConfigError(f"variant {variant.get('name')!r}: unknown {', '.join(sorted(unknown))}")
     for name, base in bases.items():
-        start = merge(defaults, read_toml(ROOT / "simulations" / "configs" / base["config"]), document["common"])
+        start = merge(defaults, read_toml(CONFIGS / base["config"]), document["common"])
         for variant in on(document, name):
             for epsilon in document["epsilons"]:
                 noise = _noise(epsilon)
@@ -81,9 +77,16 @@ def cells_of(document: Mapping[str, Any]) -> list[Cell]:
                         RunConfig.from_run_config(settings)
                     except ConfigError as error:
                         raise ConfigError(f"variant {variant['name']!r} on {name}, ε = {epsilon:g}: {error}") from error
-                    found.append(
-                        Cell(base=name, variant=variant["name"], epsilon=epsilon, seed=seed, settings=settings)
+                    chosen = json.dumps(dict(sorted(settings.items() - defaults.items())))
+                    cell = Cell(
+                        base=name,
+                        variant=variant["name"],
+                        epsilon=epsilon,
+                        seed=seed,
+                        settings=settings,
+                        folder=f"{name}-{epsilon:g}-{seed}-{zlib.crc32(chosen.encode()):08x}",
                     )
+                    found.append(cell)
     return found
 
 
@@ -137,15 +140,11 @@ def table(document: Mapping[str, Any], base: str, scores: Mapping[tuple[str, flo
     for variant in on(document, base):
         entries = []
         for epsilon in epsilons:
-            own = [100 * scores[variant["name"], epsilon, seed] for seed in seeds]
-            other = [100 * scores[first, epsilon, seed] for seed in seeds]
-            entries += [_spread(own), "" if variant["name"] == first else difference(own, other)]
+            own, other = ([scores[name, epsilon, seed] for seed in seeds] for name in (variant["name"], first))
+            gap = difference([100 * x for x in own], [100 * x for x in other])
+            entries += [spread(own), "" if variant["name"] == first else gap]
         lines.append(f"| {variant['name']} | {' | '.join(entries)} |")
     return "\n".join(lines)
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def difference(own: Sequence[float], other: Sequence[float]) -> str:

@@ -4,9 +4,9 @@ Class ids run category by category, ten classes each: ten clients that split the
 """
 
 import functools
-import hashlib
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fl_dualpriv.data import rendering
+from fl_dualpriv.data.drawn import DrawnImages
 from fl_dualpriv.data.rendering import DOMAINS, render_private
 
 SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True, eq=False)
-class DemoSplit:
+class DemoSplit(DrawnImages):
     """One split: labelled 32 x 32 RGB images, rendered when asked for and always the same."""
 
     labels: NDArray[np.int64]
@@ -44,25 +45,8 @@ class DemoSplit:
         domain = DOMAINS[int(self.domains[index])]
         return Image.fromarray(render_private(self.sketches[index], domain, int(self.seeds[index])))
 
-    @property
-    def content_hash(self) -> str:
-        """See `ImageDataset.content_hash`: of what the images are drawn from, and of the code that draws them."""
-        return self._content_hash
-
-    def unchanged(self, index: int) -> bool:
-        """See `ImageDataset.unchanged`: they are in memory."""
-        return True
-
-    def unreadable(self, index: int) -> int | None:
-        """See `ImageDataset.unreadable`."""
-        return None
-
-    @functools.cached_property
-    def _content_hash(self) -> str:
-        digest = hashlib.sha256(Path(rendering.__file__).read_bytes())
-        for array in (self.sketches, self.domains, self.seeds):
-            digest.update(f"{array.dtype} {array.shape}\n".encode() + array.tobytes())
-        return digest.hexdigest()
+    def _drawn_from(self) -> tuple[Path, Sequence[NDArray]]:
+        return Path(rendering.__file__), (self.sketches, self.domains, self.seeds)
 
 
 def demo_folder() -> Traversable:

@@ -7,9 +7,9 @@ so.
 """
 
 import functools
-import hashlib
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import fl_dualpriv.assets
+from fl_dualpriv.data.drawn import DrawnImages
 from fl_dualpriv.data.questions import QuestionSet, QuestionSplits
 
 VQA_DEMO_FOLDER = Path(next(iter(fl_dualpriv.assets.__path__))) / "vqa"
@@ -80,7 +81,7 @@ def draw_sheet(
 
 
 @dataclass(frozen=True, eq=False)
-class SheetSplit:
+class SheetSplit(DrawnImages):
     """One split's sheets: 96 x 96 RGB images, drawn when asked for and always the same."""
 
     labels: NDArray[np.int64]
@@ -102,25 +103,8 @@ class SheetSplit:
         rows = self.sheets[index]
         return Image.fromarray(draw_sheet(self.coverage[rows], self.paper[rows], self.colours[rows], PRIVATE_DYE))
 
-    @property
-    def content_hash(self) -> str:
-        """See `ImageDataset.content_hash`: of what the sheets are drawn from, and of the code that draws them."""
-        return self._content_hash
-
-    def unchanged(self, index: int) -> bool:
-        """See `ImageDataset.unchanged`: they are in memory."""
-        return True
-
-    def unreadable(self, index: int) -> int | None:
-        """See `ImageDataset.unreadable`."""
-        return None
-
-    @functools.cached_property
-    def _content_hash(self) -> str:
-        digest = hashlib.sha256(Path(__file__).read_bytes())
-        for array in (self.sheets, self.coverage, self.paper, self.colours):
-            digest.update(f"{array.dtype} {array.shape}\n".encode() + array.tobytes())
-        return digest.hexdigest()
+    def _drawn_from(self) -> tuple[Path, Sequence[NDArray]]:
+        return Path(__file__), (self.sheets, self.coverage, self.paper, self.colours)
 
 
 @functools.lru_cache(maxsize=1)
