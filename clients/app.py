@@ -10,6 +10,7 @@ from flwr.clientapp import ClientApp
 
 if TYPE_CHECKING:
     from clients.hosting import Node, Setting
+    from fl_dualpriv.config_rules import ConfigValue
     from fl_dualpriv.node_file import NodeFile
 
 # torch and open_clip are imported inside the handlers: Flower's driver imports this file too and needs neither.
@@ -18,6 +19,24 @@ app = ClientApp()
 
 _log = logging.getLogger("fl_dualpriv")
 _settings: "dict[int, Setting]" = {}
+
+
+def _run_config(context: Context, owner: "NodeFile | None") -> "dict[str, ConfigValue]":
+    """The run's configuration with what the owner of this node decides in place of what the server names."""
+    from fl_dualpriv.node_device import usable_device
+
+    flat = dict(context.run_config)
+    if owner is None:
+        return flat
+    flat |= owner.overrides()
+    if "node-file" in context.node_config:  # a deployed node: this machine is its own, and so is the folder
+        if owner.data_path is not None:
+            flat["data.partition"] = "by-node"
+        chosen = str(context.node_config.get("device") or owner.device or "auto")
+        flat["resources.device"], note = usable_device(chosen)
+        if note:
+            _log.warning("%s", note)
+    return flat
 
 
 def _setting(context: Context, owner: "NodeFile | None") -> "Setting":
@@ -32,10 +51,7 @@ def _setting(context: Context, owner: "NodeFile | None") -> "Setting":
 
     found = _settings.get(context.run_id)
     if found is None:
-        flat = dict(context.run_config)
-        if owner is not None and owner.data_path is not None:
-            flat["data.path"] = str(owner.data_path)  # whatever the server names
-        config = RunConfig.from_run_config(flat)
+        config = RunConfig.from_run_config(_run_config(context, owner))
         if owner is not None and owner.budget is not None:
             reproducible = config.privacy.randomness == "seeded"
             owner.budget.check_plan(record_level_plan(config), reproducible=reproducible)

@@ -47,7 +47,7 @@ class Setting:
         self.sources = random_sources(config.privacy.randomness)
         self.terms = round_terms(self.plan, config.train.sampling_rate, config.train.local_steps)
         self.reproducible = config.privacy.randomness == "seeded"
-        self.prompt_shape = self.world.prompt_shape(config.prompt)
+        self.prompt_shape = self.world.prompt_shape(config)
         self.may_score = may_score(config)
         self.held_out_is_given = held_out_is_given(config.data, config.evaluation)
         self._counts: tuple[tuple[str, bytes], Counts] | None = None
@@ -146,6 +146,11 @@ class Node:
             raise ConfigError(
                 f"partition-id = {self.index} of this node, but the run has {nodes} nodes; give every node a "
                 "partition-id of its own, from 0"
+            )
+        if self.setting.config.data.partition == "by-node" and len(self.hosted) > 1:
+            raise ConfigError(  # they would be the same records, each counted once for every client
+                f'this node has all records of its folder (data.partition = "by-node") and the run would give it '
+                f"{len(self.hosted)} clients; set supernodes = 0"
             )
         if self.state_dir is not None and len(self.hosted) > 1:
             # One folder, one budget: a second layout of clients in it would start ledgers anew for the same records.

@@ -126,7 +126,7 @@ class DataConfig:
     classes: str
     augmentation: Literal["none", "flip"]
     max_tokens: int
-    partition: Literal["iid", "by-class", "by-image", "dirichlet"]
+    partition: Literal["iid", "by-class", "by-image", "dirichlet", "by-node"]
     dirichlet_alpha: float
     val_fraction: float
     test_fraction: float

@@ -21,7 +21,9 @@ app = typer.Typer(no_args_is_help=True, help="Run a node for the owner of some d
 @app.command()
 def start(
     node_file: Annotated[Path, typer.Argument(metavar="NODE.toml", help="The owner's file: folder, budget, apps.")],
-    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="The server.")],
+    superlink: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="The server; without it [server] of NODE.toml.")
+    ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Without TLS: for a server on this machine.")] = False,
     root_certificates: Annotated[
         Path | None, typer.Option(help="PEM file to check the server's certificate with; without it the system's.")
@@ -33,15 +35,23 @@ def start(
     trusted_entities: Annotated[
         Path | None, typer.Option(help="Flower's YAML file of publishers, one of whom must also have signed the app.")
     ] = None,
-    partition_id: Annotated[int, typer.Option(min=0, help="Which client of the run this node is.")] = 0,
+    partition_id: Annotated[
+        int | None, typer.Option(min=0, help="Which client of the run this node is; without it NODE.toml's, or 0.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address of --port.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port for the processes of this node's apps.")] = 9094,
+    port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="TCP port for this node's apps; without it NODE.toml's, or 9094."),
+    ] = None,
     max_retries: Annotated[
         int | None, typer.Option(min=0, help="Attempts to reach the server again; without it for ever.")
     ] = None,
     any_app: Annotated[
         bool, typer.Option("--any-app", help="Run whatever code the server sends: then no budget holds against it.")
     ] = False,
+    health_seconds: Annotated[
+        float, typer.Option(min=1.0, help="Between two looks at the node's health; it logs what changed.")
+    ] = 60.0,
 ) -> None:
     """Start Flower's SuperNode with the owner's limits; an app that NODE.toml does not allow is refused unseen.
 
@@ -61,6 +71,7 @@ def start(
         port=port,
         max_retries=max_retries,
         any_app=any_app,
+        health_seconds=health_seconds,
     )
     console = Console(stderr=True)
     try:

@@ -1,7 +1,20 @@
 """The file in which the owner of a node says what may happen with the data on it. TOML; nothing in it travels.
 
     state-dir = "/var/lib/fl-dualpriv"   # the client's prompt and ledger; must survive restarts and new apps
-    data-path = "/srv/images"            # the only images or questions that a run may read, whatever its data.path says
+    data-path = "/srv/images"            # the only images or questions that a run may read, whatever its data.path
+                                         # says; all of them are this node's client
+    classes = "/srv/classes.json"        # if the names of its folders are not those of the classes (as data.classes)
+    device = "cuda"                      # auto | cpu | cuda | cuda:N; without such a GPU it says so and takes the CPU
+
+    [model]                              # the only model that a run may use; without it the one that the run names
+    name = "local-dir:/srv/models/vit"   # as backbone.name, and pretrained as backbone.pretrained
+
+    [server]
+    address = "fl.example.org:8000"
+    root-certificates = "/etc/fl-dualpriv/ca.crt"
+    private-key = "/etc/fl-dualpriv/node.key"
+    partition-id = 0                     # which client this node is
+    port = 9094                          # on this machine alone; another one for each node of it
 
     [budget]                             # of one record of this node's data, over all runs and servers
     epsilon = 8.0
@@ -28,7 +41,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fl_dualpriv import node_tables
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.node_tables import NodeModel, NodeServer
 from fl_dualpriv.privacy.budget import Budget
 
 ENVIRONMENT = "FL_DUALPRIV_NODE"
@@ -48,12 +63,38 @@ class NodeFile:
             of the run's ``data.path``; None: what the run names.
         budget: Limits at the record level; None: the run's own plan is the only limit.
         apps: SHA-256 digests, lower-case hex, of the app bundles that may run here.
+        classes: Absolute path of the file of class names, in place of the run's ``data.classes``.
+        device: Where the model runs, in place of the run's ``resources.device``.
+        model: In place of the run's ``backbone.name`` and ``backbone.pretrained``.
+        server: How the node reaches its server; None: the options of its start say it.
     """
 
     state_dir: Path | None
     data_path: Path | None
     budget: Budget | None
     apps: tuple[str, ...]
+    classes: Path | None = None
+    device: str | None = None
+    model: NodeModel | None = None
+    server: NodeServer | None = None
+
+    def overrides(self) -> dict[str, str]:
+        """Configuration keys of every run on this node that its owner decides, whatever the server names.
+
+        Guarantee:
+            With a ``data_path`` no run names a file of this node's disk to be read as data, and with a ``state_dir``
+            none names a place to which features of the data are written.
+        """
+        keys: dict[str, str] = {}
+        if self.data_path is not None:
+            keys |= {"data.path": str(self.data_path), "data.classes": str(self.classes or "")}
+        if self.state_dir is not None:
+            keys["resources.feature-cache"] = str(self.state_dir / "features")
+        if self.device is not None:
+            keys["resources.device"] = self.device
+        if self.model is not None:
+            keys |= {"backbone.name": self.model.name, "backbone.pretrained": self.model.pretrained}
+        return keys
 
 
 def find_node_file(named: str | None) -> NodeFile | None:
@@ -98,29 +139,25 @@ def read_node_file(path: Path) -> NodeFile:
         raise ConfigError(f"node file {path} is not valid TOML: {error}") from error
     problems: list[str] = []
     app = content.get("app", {})
-    unknown = sorted(set(content) - {"state-dir", "data-path", "budget", "app"})
+    known = {"state-dir", "data-path", "classes", "device", "model", "server", "budget", "app"}
+    unknown = sorted(set(content) - known)
     if not isinstance(app, dict):
         problems, app = ["app must be a table"], {}
     unknown += [f"app.{key}" for key in sorted(set(app) - {"allowed"})]
     problems += [f"unknown key {key}" for key in unknown]
     found = NodeFile(
-        state_dir=_folder("state-dir", content.get("state-dir"), problems),
-        data_path=_folder("data-path", content.get("data-path"), problems),
+        state_dir=node_tables.folder("state-dir", content.get("state-dir"), problems),
+        data_path=node_tables.folder("data-path", content.get("data-path"), problems),
         budget=_budget(content["budget"], problems) if "budget" in content else None,
         apps=_apps(app.get("allowed", []), problems),
+        classes=node_tables.folder("classes", content.get("classes"), problems),
+        device=node_tables.device(content.get("device"), problems),
+        model=node_tables.model(content.get("model"), problems),
+        server=node_tables.server(content.get("server"), problems),
     )
     if problems:
         raise ConfigError("\n  ".join([f"node file {path}:", *problems]))
     return found
-
-
-def _folder(key: str, value: Any, problems: list[str]) -> Path | None:
-    if value is None:
-        return None
-    if not isinstance(value, str) or not Path(value).is_absolute():
-        problems.append(f"{key} = {value!r}; give an absolute path in quotes")
-        return None
-    return Path(value)
 
 
 def _apps(value: Any, problems: list[str]) -> tuple[str, ...]:

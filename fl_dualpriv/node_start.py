@@ -5,17 +5,20 @@ its home and later loads it from there by name, without a second look; so a node
 start and closed to other users: only bundles that passed the pin are ever unpacked in it.
 """
 
+import logging
 import os
 import sys
 import sysconfig
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fl_dualpriv import node_pin
+from fl_dualpriv import node_health, node_pin
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower_engine import to_toml
+from fl_dualpriv.node_device import probe
 from fl_dualpriv.node_file import ENVIRONMENT, NodeFile, missing_folders, read_node_file
+from fl_dualpriv.node_tables import NodeServer, split_address
 
 ANY_APP = (
     "--any-app: this node runs whatever code its server sends, and against a hostile server it then has no budget at "
@@ -25,7 +28,7 @@ ANY_APP = (
 
 @dataclass(frozen=True, kw_only=True)
 class NodeOptions:
-    """What an owner says at the start; the rest stands in the node file.
+    """What an owner says at the start; the rest stands in the node file, and None is what stands there too.
 
     Attributes:
         node_file: The owner's file.
@@ -39,19 +42,21 @@ class NodeOptions:
         port: TCP port between this node and the processes of its apps; each node of a machine needs its own.
         max_retries: Attempts to reach the server again; None: for ever.
         any_app: Start without a pin.
+        health_seconds: Between two looks at the node's health.
     """
 
     node_file: Path
-    superlink: str
+    superlink: str | None
     insecure: bool
     root_certificates: Path | None
     auth_private_key: Path | None
     trusted_entities: Path | None
-    partition_id: int
+    partition_id: int | None
     host: str
-    port: int
+    port: int | None
     max_retries: int | None
     any_app: bool
+    health_seconds: float = 60.0
 
 
 def check_options(options: NodeOptions) -> NodeFile:
@@ -73,18 +78,45 @@ def check_options(options: NodeOptions) -> NodeFile:
         raise ConfigError(f"{file} has {missing}")
     if options.insecure and options.root_certificates is not None:
         raise ConfigError("--insecure is without TLS and --root-certificates is for TLS: choose one")
+    if options.superlink is None and node.server is None:
+        raise ConfigError(
+            f"nothing says where the server is: give --superlink HOST:PORT, or [server] with an address in {file}"
+        )
+    try:
+        split_address(options.superlink or "host:1")
+    except ValueError as error:
+        raise ConfigError(f"--superlink {error}") from error
     return node
 
 
-def command_line(options: NodeOptions, node_config: Path) -> list[str]:
+def server_of(options: NodeOptions, node: NodeFile) -> NodeServer:
+    """How the node reaches its server: the options, and what they leave open as the file says it.
+
+    Raises:
+        ConfigError: If nothing says where the server is.
+    """
+    said = node.server or NodeServer(address=options.superlink or "")
+    if options.insecure:  # then nothing of the file's TLS
+        said = replace(said, insecure=True, root_certificates=None, private_key=None)
+    given = {
+        "address": options.superlink,
+        "root_certificates": options.root_certificates,
+        "private_key": options.auth_private_key,
+        "partition_id": options.partition_id,
+        "port": options.port,
+    }
+    return replace(said, **{name: value for name, value in given.items() if value is not None})
+
+
+def command_line(options: NodeOptions, server: NodeServer, node_config: Path) -> list[str]:
     """The words with which Flower's SuperNode is started."""
-    words = ["flower-supernode", "--superlink", options.superlink, "--node-config", str(node_config)]
-    words += ["--host", options.host, "--port", str(options.port)]
-    if options.insecure:
+    words = ["flower-supernode", "--superlink", server.address, "--node-config", str(node_config)]
+    words += ["--host", options.host, "--port", str(server.port)]
+    if server.insecure:
         words.append("--insecure")
     for name, value in (
-        ("--root-certificates", options.root_certificates),
-        ("--auth-supernode-private-key", options.auth_private_key),
+        ("--root-certificates", server.root_certificates),
+        ("--auth-supernode-private-key", server.private_key),
         ("--trusted-entities", options.trusted_entities),
         ("--max-retries", options.max_retries),
     ):
@@ -93,10 +125,11 @@ def command_line(options: NodeOptions, node_config: Path) -> list[str]:
     return words
 
 
-def node_config_text(options: NodeOptions) -> str:
-    """The node configuration that apps get, as TOML: which client this is, and where its owner's file lies."""
+def node_config_text(options: NodeOptions, server: NodeServer, device: str = "") -> str:
+    """The node configuration that apps get, as TOML: which client this is, its owner's file, and the usable device."""
     # A file, because the words of --node-config take no path with quotes.
-    return to_toml({"partition-id": options.partition_id, "node-file": str(options.node_file)})
+    chosen = {"device": device} if device else {}
+    return to_toml({"partition-id": server.partition_id, "node-file": str(options.node_file), **chosen})
 
 
 def start(options: NodeOptions, node: NodeFile) -> None:
@@ -125,13 +158,23 @@ def start(options: NodeOptions, node: NodeFile) -> None:
         os.environ.pop(ENVIRONMENT, None)  # the file of this node is named in its configuration
         if not options.any_app:
             node_pin.install(node.apps)
+        node_health.install(options.node_file, options.health_seconds)
+        server, device = server_of(options, node), chosen_device(node)
         config = Path(home) / "node-config.toml"
-        config.write_text(node_config_text(options), encoding="utf-8")
+        config.write_text(node_config_text(options, server, device), encoding="utf-8")
 
         from flwr.supernode.cli.flower_supernode import flower_supernode
 
-        sys.argv = command_line(options, config)
+        sys.argv = command_line(options, server, config)
         flower_supernode()
+
+
+def chosen_device(node: NodeFile) -> str:
+    """The owner's device, or the CPU after one line that says why; empty where the owner chose none."""
+    device, note = probe(node.device) if node.device else ("", "")
+    if note:
+        logging.getLogger("flwr").warning("%s", note)
+    return device
 
 
 def environment(home: Path) -> dict[str, str]:

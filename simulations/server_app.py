@@ -56,6 +56,11 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
     start = time.monotonic()
     strategy_class = load_class("strategy.ref", config.strategy.ref, RoundStrategy)
     options = plugin_options(strategy_class, RoundStrategy, context.run_config)
+    if config.data.partition == "by-node" and engine_name(grid) != "deployment":
+        raise ConfigError(
+            'data.partition = "by-node" is for deployed nodes, each with a folder of its own: here all clients would '
+            'have the same records; set it to "iid", "by-class" or "dirichlet"'
+        )
     recorder.claim()
     world = build_world(config)
     record, client = record_level_plan(config), client_level_plan(config)

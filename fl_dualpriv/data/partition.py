@@ -14,21 +14,23 @@ _HOPELESS = 50  # clients without a record in the best of a few draws: no later 
 
 def partition(
     labels: np.ndarray,
-    scheme: Literal["iid", "by-class", "dirichlet"],
+    scheme: Literal["iid", "by-class", "dirichlet", "by-node"],
     population: int,
     dirichlet_alpha: float,
     seed: int,
 ) -> list[np.ndarray]:
-    """Give every record to exactly one client.
+    """Give every record to exactly one client; or ``by-node`` all that lie here to the one client that lives here.
 
     Guarantee:
-        The parts are disjoint, cover all records, and none is empty. They depend on the arguments alone.
+        The parts are disjoint, cover all records, and none is empty. They depend on the arguments alone. ``by-node``
+        gives each client all records, so a process may act for one client alone: `clients.hosting.Node` refuses more.
 
     Args:
         labels: Class id of each record, shape (records,).
         scheme: ``iid``: shuffled, sizes differ by at most 1. ``by-class``: contiguous blocks of class ids, or, with
             more clients than classes, several clients on one class, whose records are divided among them.
             ``dirichlet``: each class divided by shares drawn from Dir(alpha), as in Hsu et al. 2019, arXiv:1909.06335.
+            ``by-node``: each client has a disk of its own, and this is one of them.
         population: Number of clients; at most the number of records.
         dirichlet_alpha: Concentration > 0, read by ``dirichlet`` alone; small is uneven.
         seed: >= 0.
@@ -44,6 +46,10 @@ def partition(
         raise ConfigError(f"labels have shape {labels.shape}; give one class id per record")
     if population < 1:
         raise ConfigError(f"population = {population}: must be >= 1")
+    if scheme == "by-node":
+        if len(labels) == 0:
+            raise ConfigError("there is no training image here; a node needs one at least")
+        return [np.arange(len(labels), dtype=np.int64)] * population
     if population > len(labels):
         raise ConfigError(
             f"population = {population}: there are only {len(labels)} training images, and every client needs one; "
@@ -58,7 +64,7 @@ def partition(
         case "dirichlet":
             parts = _dirichlet(labels, population, dirichlet_alpha, rng)
         case _:
-            raise ConfigError(f"data.partition = {scheme!r}: must be one of iid, by-class, dirichlet")
+            raise ConfigError(f"data.partition = {scheme!r}: must be one of iid, by-class, dirichlet, by-node")
     return [np.sort(part).astype(np.int64) for part in parts]
 
 

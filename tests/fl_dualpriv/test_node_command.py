@@ -18,7 +18,7 @@ from fl_dualpriv import cli, flower_env
 from fl_dualpriv.app_bundle import build_bundle, digest_of
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.node_file import NodeFile
-from fl_dualpriv.node_start import NodeOptions, check_options, command_line, node_config_text
+from fl_dualpriv.node_start import NodeOptions, check_options, command_line, node_config_text, server_of
 
 ROOT = Path(__file__).parents[2]
 LOOP = importlib.import_module("flwr.supernode.start_client_internal")
@@ -97,7 +97,7 @@ def test_flowers_own_parser_understands_the_command_line(tmp_path: Path, monkeyp
         port=9555,
         max_retries=3,
     )
-    words = command_line(given, Path("/tmp/node-config.toml"))
+    words = command_line(given, server_of(given, check_options(given)), Path("/tmp/node-config.toml"))
     parsed = vars(PROGRAM._parse_args_run_supernode().parse_args(words[1:]))
     expected = {
         "superlink": "example.org:9092",
@@ -113,16 +113,20 @@ def test_flowers_own_parser_understands_the_command_line(tmp_path: Path, monkeyp
         "runtime_dependency_install": False,
     }
     assert {name: parsed[name] for name in expected} == expected
-    plain = vars(PROGRAM._parse_args_run_supernode().parse_args(command_line(options(tmp_path, APP), Path("/x"))[1:]))
+    given = options(tmp_path, APP)
+    words = command_line(given, server_of(given, check_options(given)), Path("/x"))
+    plain = vars(PROGRAM._parse_args_run_supernode().parse_args(words[1:]))
     assert (plain["insecure"], plain["root_certificates"], plain["max_retries"]) == (True, None, None)
 
 
 @pytest.mark.parametrize("name", ["node.toml", "with blank.toml", "with 'both\" quotes.toml", "ä\\b.toml"])
 def test_an_app_is_told_where_its_owners_file_lies(tmp_path: Path, name: str):
     given = options(tmp_path, APP, node_file=tmp_path / name, partition_id=3)
-    file = tmp_path / "node-config.toml"
-    file.write_text(node_config_text(given))
-    assert parse_config_args([str(file)]) == {"partition-id": 3, "node-file": str(tmp_path / name)}
+    file = tmp_path / "config-of-node.toml"
+    given.node_file.write_text(APP)
+    file.write_text(node_config_text(given, server_of(given, check_options(given)), "cuda:1"))
+    expected = {"partition-id": 3, "node-file": str(tmp_path / name), "device": "cuda:1"}
+    assert parse_config_args([str(file)]) == expected
 
 
 def test_a_node_that_is_not_started_is_one_message_and_status_2(tmp_path: Path):

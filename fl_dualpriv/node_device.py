@@ -1,0 +1,61 @@
+"""The device that a node's owner chose, or the CPU with one line that says why: a node goes on without its GPU.
+
+A run's configuration is the researcher's and names a device that must exist; this one is the owner's, of a machine
+whose driver may be gone after an update. ``python -m fl_dualpriv.node_device cuda`` prints the device and the line, so
+that a SuperNode, which needs no torch, can ask without loading it.
+"""
+
+import subprocess
+import sys
+
+from fl_dualpriv.errors import ConfigError
+
+_PROBE_SECONDS = 120.0
+
+
+def usable_device(device: str) -> tuple[str, str]:
+    """What to run on.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Returns:
+        ``device`` and an empty text, or ``cpu`` and what the owner should know.
+    """
+    if device in ("auto", "cpu"):
+        return device, ""
+    import torch
+
+    from fl_dualpriv.backbones.checkpoints import resolve_device
+
+    try:
+        torch.zeros(1, device=resolve_device(device))
+    except (ConfigError, RuntimeError) as error:  # no such GPU; or there is one and its driver cannot use it
+        reason = f"torch sees {torch.cuda.device_count()} CUDA devices"
+        if not isinstance(error, ConfigError):
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return "cpu", f'device = "{device}" cannot be used ({reason}); going on with the CPU, which is slower'
+    return device, ""
+
+
+def probe(device: str) -> tuple[str, str]:
+    """`usable_device` in a process of its own, whose GPU memory and libraries are gone when it ends."""
+    if device in ("auto", "cpu"):
+        return device, ""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "fl_dualpriv.node_device", device],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            timeout=_PROBE_SECONDS,
+        )
+        found, _, note = done.stdout.strip().rpartition("\n")[2].partition("\t")
+    except (OSError, subprocess.SubprocessError) as error:
+        return "cpu", f'device = "{device}" cannot be used ({error}); going on with the CPU, which is slower'
+    return found, note
+
+
+if __name__ == "__main__":
+    sys.stdout.write("\t".join(usable_device(sys.argv[1])) + "\n")

@@ -1,0 +1,157 @@
+"""The health line of a running node: joined or not, what it was asked, how many rounds it answered, the budget left.
+
+A thread of the SuperNode's process looks once a minute and writes a line into its log when something changed, and once
+an hour in any case. What the ledger means in ε is computed in a process of its own (``python -m fl_dualpriv.node_health
+NODE.toml``): an accountant takes more memory than a SuperNode.
+"""
+
+import importlib
+import logging
+import math
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fl_dualpriv.node_file import NodeFile, read_node_file
+
+_log = logging.getLogger("flwr")  # the SuperNode's own log
+_SILENT_SECONDS = 30.0  # an idle node asks its server every three
+_HOUR = 3600.0
+_COUNT_SECONDS = 120.0
+
+
+@dataclass(kw_only=True)
+class Pulse:
+    """What is seen of the SuperNode's loop.
+
+    Attributes:
+        node_id: The number by which the server knows this node; 0 before it joined.
+        heard: When the server last answered, of ``clock``.
+        messages: Taken from the server since the start.
+        clock: Seconds.
+    """
+
+    node_id: int = 0
+    heard: float = 0.0
+    messages: int = 0
+    clock: Callable[[], float] = field(default=time.monotonic)
+
+    def watch(self, pull: Callable[..., int | None]) -> Callable[..., int | None]:
+        """Flower's ``_pull_and_store_message``, which a node that has joined calls every few seconds, noted here."""
+
+        def pull_and_note(**arguments: Any) -> int | None:
+            self.node_id, self.heard = arguments["state"].get_node_id(), self.clock()
+            run_id = pull(**arguments)
+            self.heard = self.clock()
+            self.messages += run_id is not None
+            return run_id
+
+        return pull_and_note
+
+    def state(self) -> str:
+        """In words."""
+        if not self.node_id:
+            return "not joined yet"
+        silent = self.clock() - self.heard
+        if silent > _SILENT_SECONDS:
+            return f"joined, but nothing from the server for {silent:.0f} s"
+        return f"joined as node {self.node_id}"
+
+
+def count(node: NodeFile) -> str:
+    """What the ledger says: rounds, and the budget that is left. Loads the accountant."""
+    if node.state_dir is None:
+        return "no state-dir, so no ledger of its own"
+    from fl_dualpriv.privacy.ledger import Ledger
+
+    content = Ledger(node.state_dir / "ledger.jsonl").read()
+    said = f"{len(content.events)} rounds answered" + (f", {content.damaged} damaged lines" if content.damaged else "")
+    if node.budget is None:
+        return f"{said}, no budget set"
+    spent = content.epsilon(node.budget.delta) if content.events or content.damaged else 0.0
+    left = max(0.0, node.budget.epsilon - spent) if math.isfinite(spent) else 0.0
+    return f"{said}, ε = {left:.3g} of {node.budget.epsilon:g} left at δ = {node.budget.delta:g}"
+
+
+class HealthLine:
+    """Writes the line.
+
+    Args:
+        node_file: The owner's file.
+        pulse: Of the loop.
+        seconds: Between two looks.
+        write: Takes a line.
+    """
+
+    def __init__(
+        self, node_file: Path, pulse: Pulse, seconds: float, write: Callable[[str], None] = lambda line: _log.info(line)
+    ) -> None:
+        self._file, self._pulse, self._seconds, self._write = node_file, pulse, seconds, write
+        self._node = read_node_file(node_file)
+        self._last: tuple[object, ...] | None = None
+        self._written = -math.inf
+        self._counted: tuple[object, str] = (None, "")
+
+    def start(self) -> None:
+        """Look from now on, in a thread that ends with the process."""
+        threading.Thread(target=self._run, name="health", daemon=True).start()
+
+    def look(self) -> None:
+        """Write a line if something changed, or if the last one is an hour old."""
+        joined, now = self._pulse.state(), self._pulse.clock()
+        seen = (joined.partition(" for ")[0], self._pulse.messages, self._ledger_stamp())
+        if seen != self._last or now - self._written >= _HOUR:
+            self._write(f"health: {joined}; {self._pulse.messages} messages since the start; {self._ledger()}")
+            self._last, self._written = seen, now
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self.look()
+            except Exception as error:  # a full disk, say: the node goes on, and so does the next look
+                _log.warning("health: %s: %s", type(error).__name__, error)
+            time.sleep(1.0 if not self._pulse.node_id else self._seconds)
+
+    def _ledger_stamp(self) -> tuple[int, int] | None:
+        try:
+            assert self._node.state_dir is not None
+            status = (self._node.state_dir / "ledger.jsonl").stat()
+        except (AssertionError, OSError):
+            return None
+        return status.st_size, status.st_mtime_ns
+
+    def _ledger(self) -> str:
+        stamp = self._ledger_stamp()
+        if self._counted[1] == "" or self._counted[0] != stamp:
+            done = subprocess.run(
+                [sys.executable, "-m", "fl_dualpriv.node_health", str(self._file)],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=_COUNT_SECONDS,
+            )
+            last = (done.stdout if done.returncode == 0 else done.stderr).strip().rpartition("\n")[2]
+            self._counted = stamp, last if done.returncode == 0 else f"the ledger cannot be counted ({last})"
+        return self._counted[1]
+
+
+def install(node_file: Path, seconds: float) -> None:
+    """Watch the SuperNode that this process is going to start; call it after the pin, whose refusals count as messages.
+
+    Health is no protection: on a Flower whose loop has another form the line says that the node has not joined.
+    """
+    loop: Any = importlib.import_module("flwr.supernode.start_client_internal")
+    pulse = Pulse()
+    if pull := getattr(loop, "_pull_and_store_message", None):
+        loop._pull_and_store_message = pulse.watch(pull)
+    HealthLine(node_file, pulse, seconds).start()
+
+
+if __name__ == "__main__":
+    sys.stdout.write(count(read_node_file(Path(sys.argv[1]))) + "\n")

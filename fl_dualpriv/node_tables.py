@@ -1,0 +1,151 @@
+"""The tables of a node's file that say how it works: which device, which model, which server. See `node_file`.
+
+Standard library only: a SuperNode reads them before anything else is loaded.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DEVICES = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
+_DEFAULT_PORT = 9094  # Flower's own
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeModel:
+    """The only model that a run may use here, whatever its ``backbone`` names.
+
+    Attributes:
+        name: As ``backbone.name``; a folder in place of ``local-dir:`` or ``hf:`` has an absolute path.
+        pretrained: As ``backbone.pretrained``.
+    """
+
+    name: str
+    pretrained: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeServer:
+    """How this node reaches its server; the options of ``fl-dualpriv node start`` come before it.
+
+    Attributes:
+        address: ``HOST:PORT``.
+        insecure: Without TLS; for a server on this machine.
+        root_certificates: PEM file that the server's certificate is checked with; None: the system's.
+        private_key: SSH key by which the server knows this node; None: anonymous.
+        partition_id: Which client of the run this node is, from 0.
+        port: TCP port on this machine, for the processes of this node's apps.
+    """
+
+    address: str
+    insecure: bool = False
+    root_certificates: Path | None = None
+    private_key: Path | None = None
+    partition_id: int = 0
+    port: int = _DEFAULT_PORT
+
+    @property
+    def host_and_port(self) -> tuple[str, int]:
+        """The two parts of the address."""
+        return split_address(self.address)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """``HOST:PORT`` in two; brackets of an IPv6 address are removed.
+
+    Raises:
+        ValueError: If it is not of that form.
+    """
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isdecimal() and 1 <= int(port) <= 65535) or "/" in host:
+        raise ValueError(f"{address!r}: give HOST:PORT, without https://")
+    return host.strip("[]"), int(port)
+
+
+def folder(key: str, value: Any, problems: list[str]) -> Path | None:
+    """An absolute path, or None and perhaps a problem."""
+    if value is None:
+        return None
+    if not isinstance(value, str) or not Path(value).is_absolute():
+        problems.append(f"{key} = {value!r}; give an absolute path in quotes")
+        return None
+    return Path(value)
+
+
+def device(value: Any, problems: list[str]) -> str | None:
+    """Where the model runs."""
+    if value is not None and not (isinstance(value, str) and DEVICES.fullmatch(value)):
+        problems.append(f"device = {value!r}; it must be auto, cpu, cuda or cuda:N")
+        return None
+    return value
+
+
+def model(table: Any, problems: list[str]) -> NodeModel | None:
+    """The table [model]."""
+    if table is None:
+        return None
+    name = _text(_table("model", table, {"name", "pretrained"}, problems), "model.name", problems, required=True)
+    pretrained = _text(table if isinstance(table, Mapping) else {}, "model.pretrained", problems)
+    return NodeModel(name=name, pretrained=pretrained) if name else None
+
+
+def server(table: Any, problems: list[str]) -> NodeServer | None:
+    """The table [server]."""
+    if table is None:
+        return None
+    keys = {"address", "insecure", "root-certificates", "private-key", "partition-id", "port"}
+    found = _table("server", table, keys, problems)
+    before = len(problems)
+    address = _text(found, "server.address", problems, required=True)
+    if address:
+        try:
+            split_address(address)
+        except ValueError as error:
+            problems.append(f"server.address = {error}")
+    insecure = found.get("insecure", False)
+    if not isinstance(insecure, bool):
+        problems.append(f"server.insecure = {insecure!r}; it must be true or false")
+    root = folder("server.root-certificates", found.get("root-certificates"), problems)
+    key = folder("server.private-key", found.get("private-key"), problems)
+    if insecure is True and (root or key):
+        problems.append("server.insecure is without TLS; root-certificates and private-key are for TLS: choose one")
+    index = _count(found, "server.partition-id", 0, 0, 2**31, problems)
+    port = _count(found, "server.port", _DEFAULT_PORT, 1, 65535, problems)
+    if len(problems) > before:
+        return None
+    return NodeServer(
+        address=address,
+        insecure=insecure,
+        root_certificates=root,
+        private_key=key,
+        partition_id=index,
+        port=port,
+    )
+
+
+def _table(name: str, table: Any, keys: set[str], problems: list[str]) -> Mapping[str, Any]:
+    if not isinstance(table, Mapping):
+        problems.append(f"{name} must be a table")
+        return {}
+    problems += [f"unknown key {name}.{key}" for key in sorted(set(table) - keys)]
+    return table
+
+
+def _text(table: Mapping[str, Any], key: str, problems: list[str], *, required: bool = False) -> str:
+    value = table.get(key.partition(".")[2], "")
+    if not isinstance(value, str):
+        problems.append(f"{key} = {value!r}; give a text in quotes")
+        return ""
+    if required and not value.strip():
+        problems.append(f"{key} is missing")
+    return value.strip()
+
+
+def _count(table: Mapping[str, Any], key: str, default: int, lowest: int, highest: int, problems: list[str]) -> int:
+    value = table.get(key.partition(".")[2], default)
+    if type(value) is not int or not lowest <= value <= highest:
+        problems.append(f"{key} = {value!r}; it must be a whole number from {lowest} to {highest}")
+        return default
+    return value
