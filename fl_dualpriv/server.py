@@ -1,15 +1,17 @@
 """The base of every strategy: cohort, clip, combine, noise, step, and what happens when a client fails.
 
 A strategy author owns as much of the proof as they override: `server_update` runs after the noise (nothing owed),
-`weight` is clamped to [0, 1] (nothing owed), `combine` must come with `sensitivity`.
+`weight` is clamped to [0, 1] (nothing owed), `combine` must come with `sensitivity`. `strategy_rules` holds them to it.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore.privacy_accounting import PrivacyAccountant
@@ -17,23 +19,18 @@ from torch import Tensor
 
 from fl_dualpriv import wire
 from fl_dualpriv.cohort import Asked, by_node, collect
-from fl_dualpriv.errors import PrivacyError
+from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.evaluation import Accuracy, mean_accuracy
 from fl_dualpriv.privacy.clipping import ClippedSum, check_exact, clip_rows
 from fl_dualpriv.privacy.cohort_sum import client_sum, trusting_sum
 from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey, gaussian_noise, poisson_sample
 from fl_dualpriv.privacy.plan import RoundTerms
 from fl_dualpriv.privacy.release import release
+from fl_dualpriv.round_messages import score_messages, train_messages
 from fl_dualpriv.server_books import ServerBooks, ServerPrivacy, check_accountant
+from fl_dualpriv.strategy_rules import ServerUnit, check_class
 
 _log = logging.getLogger("fl_dualpriv")
-
-# What a strategy may override under server-side privacy; everything else is part of the mechanism.
-_HOOKS = ("weight", "combine", "sensitivity", "server_update", "summary")
-_DATACLASS_NAMES = {
-    *("__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__abstractmethods__", "_abc_impl"),
-    *("__dataclass_fields__", "__dataclass_params__", "__match_args__", "__init__", "__repr__", "__eq__", "__hash__"),
-}
 
 
 class ClientFailure(RuntimeError):
@@ -85,6 +82,10 @@ class RoundStrategy(Strategy):
         accountant: One of Flower's protocol that is told of every noised round of clients too, and asked before.
     """
 
+    # What the author has proved: the units that noise scaled to sensitivity() protects, and why not the others.
+    proved_for: ClassVar[tuple[ServerUnit, ...]] = ("client", "record", "nominal")
+    unproved_because: ClassVar[str] = ""
+
     cards: dict[int, wire.ClientCard]
     hosts: dict[int, int]
     masses: dict[int, float]
@@ -115,36 +116,20 @@ class RoundStrategy(Strategy):
 
     def __post_init__(self) -> None:
         check_accountant(self.privacy, self.accountant)
-        fixed = set(vars(RoundStrategy)) - set(_HOOKS) - _DATACLASS_NAMES
-        changed = sorted(n for n in fixed if getattr(type(self), n, None) is not getattr(RoundStrategy, n))
-        if self.privacy is not None and changed:
-            raise PrivacyError(
-                f"{type(self).__name__} overrides {', '.join(changed)}, which clip, noise or account; under "
-                f"server-side privacy a strategy may change {', '.join(_HOOKS)} only"
-            )
-        if self.privacy is not None:
-            self._books = ServerBooks(
-                self.privacy, self.accountant, self.run_token, rounds=self.num_rounds, population=len(self.cards)
-            )
         # Index i of a Poisson draw is client i; Flower's node ids are random, so their order must not matter.
         order = range(len(self.cards))
         if list(self.cards) != list(order) or any(p not in self.hosts for p in order):
             raise ValueError(f"cards of {len(self.cards)} clients; expected one of each in order, each with a host")
         self.num_examples = {partition: card.num_examples for partition, card in self.cards.items()}
         self._everyone = by_node(order, self.hosts)
-        # A sensitivity() proves the combine() of its own class, not that of a subclass which overrides it again.
-        classes = type(self).__mro__
-        combine, proof = (next(i for i, c in enumerate(classes) if n in vars(c)) for n in ("combine", "sensitivity"))
-        if self.privacy is not None and combine < proof:
-            raise PrivacyError(
-                f"{type(self).__name__} overrides combine() but not sensitivity(), so the server's noise cannot be "
-                'scaled. Override it, or set privacy.client.mechanism = "none" and privacy.record.trusts-server = false'
+        if self.privacy is not None:
+            check_class(type(self), RoundStrategy, self.privacy.unit, self.privacy.arithmetic)
+            self._books = ServerBooks(
+                self.privacy, self.accountant, self.run_token, rounds=self.num_rounds, population=len(self.cards)
             )
-        if self.privacy is not None and self.privacy.unit == "record":
-            # In floats too: uploads reach as far as their records, and giants round away the sum that the noise hides.
-            check_exact(sum(self.num_examples.values()))
-        if self.privacy is not None and self.privacy.arithmetic == "integer":
-            self._check_integer(self.privacy)
+        self.check_options()
+        if self.privacy is not None:
+            self._check_sums(self.privacy)
 
     # --- what a strategy may change ------------------------------------------------------------------------------
 
@@ -163,14 +148,15 @@ class RoundStrategy(Strategy):
         return total / self.divisor()
 
     def sensitivity(self) -> float:
-        """How far `combine` can move in L2 norm when one unit is added or removed."""
-        if self.privacy is None:
-            raise PrivacyError("sensitivity() without server-side privacy: nothing bounds the uploads")
-        return self.privacy.bound / self.divisor()
+        """How far `combine` can move in L2 norm when one unit is added or removed; public."""
+        return self.bound() / self.divisor()
 
     def server_update(self, prompt: Tensor, diff: Tensor) -> Tensor:
         """Make the step; runs after the noise, so it owes nothing (post-processing)."""
         return prompt + diff
+
+    def check_options(self) -> None:
+        """Refuse bad values of a strategy's own fields, before any client is asked: raise `ConfigError`."""
 
     @property
     def prompt(self) -> Tensor:
@@ -179,10 +165,24 @@ class RoundStrategy(Strategy):
 
     # --- fixed ---------------------------------------------------------------------------------------------------
 
+    def bound(self) -> float:
+        """L2 norm that one unit can add to the sum of uploads; public.
+
+        Raises:
+            PrivacyError: Without server-side privacy: nothing bounds the uploads then.
+        """
+        if self.privacy is None:
+            raise PrivacyError("no bound without server-side privacy: nothing bounds the uploads")
+        return self.privacy.bound
+
     def divisor(self) -> float:
         """Public: cohort rate × Σ weight × mass over the whole population, whoever took part."""
         if self._divisor is None:  # once: combine() and sensitivity() must see the same number
             total = sum(self._clamped_weight(partition) * mass for partition, mass in self.masses.items())
+            if not total > 0:
+                raise ConfigError(
+                    f"the weights of {type(self).__name__} add up to {total}: one client at least must count"
+                )
             self._divisor = self._cohort_rate() * total
         return self._divisor
 
@@ -196,6 +196,11 @@ class RoundStrategy(Strategy):
         by_client = self.privacy is not None and self.privacy.unit == "client"
         return self.privacy.sampling_rate if self.privacy is not None and by_client else 1.0
 
+    def _cohort(self, server_round: int) -> list[int]:
+        """The clients of a round, by their own coins, in order."""
+        source = self.sources(StreamKey(seed=self.seed, purpose="cohort", server_round=server_round))
+        return poisson_sample(source, len(self.cards), self._cohort_rate()).tolist()
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
@@ -208,28 +213,25 @@ class RoundStrategy(Strategy):
         if self._books is not None:
             self._books.check(server_round)
         self._round_failures = 0
-        source = self.sources(StreamKey(seed=self.seed, purpose="cohort", server_round=server_round))
-        cohort = poisson_sample(source, len(self.cards), self._cohort_rate())
-        self._asked = by_node(cohort.tolist(), self.hosts)
-        messages = []
-        for node, partitions in self._asked.items():
-            task = wire.TrainTask(
-                partitions=partitions,
-                global_prompt=self._prompt,
-                server_round=server_round,
-                run_token=self.run_token,
-                terms=self.terms,
-            )
-            content = wire.train_content(task, arrays)
-            messages.append(Message(content, node, MessageType.TRAIN, group_id=str(server_round)))
-        return messages
+        self._asked = by_node(self._cohort(server_round), self.hosts)
+        return train_messages(self._asked, arrays, self._prompt, server_round, self.run_token, self.terms)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Clip, combine, noise, step. The ledger is written before the noise is drawn."""
+        """Clip, combine, noise, step."""
         partitions, diffs = self._read_uploads(server_round, replies)
         self.deliveries += len(partitions)
+        moved = self._step(server_round, partitions, diffs)
+        if moved.shape != self._prompt.shape:
+            expected = tuple(self._prompt.shape)
+            raise ValueError(f"{type(self).__name__} made a prompt of shape {tuple(moved.shape)}; expected {expected}")
+        self._prompt = moved.to(self._prompt.dtype)
+        self.rounds_done = server_round
+        return wire.to_arrays(self._prompt), None
+
+    def _step(self, server_round: int, partitions: Sequence[int], diffs: Tensor) -> Tensor:
+        """The prompt after the round. The ledger is written before the noise is drawn."""
         if self.privacy is None:
             diff = self._combined(partitions, diffs)
         else:
@@ -237,9 +239,7 @@ class RoundStrategy(Strategy):
             self._books.write(server_round)
             source = self.sources(StreamKey(seed=self.seed, purpose="server-noise", server_round=server_round))
             diff = self._noised(partitions, diffs, self.privacy, source)
-        self._prompt = self.server_update(self._prompt, diff.to(self._prompt.dtype))
-        self.rounds_done = server_round
-        return wire.to_arrays(self._prompt), None
+        return self.server_update(self._prompt, diff.to(self._prompt.dtype))
 
     def _combined(self, partitions: Sequence[int], diffs: Tensor) -> Tensor:
         return self.combine([Update(partition=p, diff=d) for p, d in zip(partitions, diffs.unbind(), strict=True)])
@@ -250,14 +250,16 @@ class RoundStrategy(Strategy):
             clean = self._integer_sum(partitions, diffs, privacy)
             return release(clean, privacy.noise_multiplier, source) / self.divisor()
         diff = self._combined(partitions, self._clip(partitions, diffs, privacy))
-        return diff + gaussian_noise(source, tuple(diff.shape), privacy.noise_multiplier * self.sensitivity())
+        # The prompt's shape, not the result's: noise of one number for all entries would hide nothing.
+        noise = gaussian_noise(source, tuple(self._prompt.shape), privacy.noise_multiplier * self.sensitivity())
+        return diff + noise
 
     def _clip(self, partitions: Sequence[int], diffs: Tensor, privacy: ServerPrivacy) -> Tensor:
         """Clip updates to S, or sums over records to what each client's (public) number of records can reach."""
         if privacy.unit == "nominal":
             return diffs
         # A learning rate of zero makes the bound, the upload and the noise zero.
-        bound = max(privacy.bound, torch.finfo(torch.float64).tiny)
+        bound = max(self.bound(), torch.finfo(torch.float64).tiny)
         if privacy.unit == "client":
             return clip_rows(diffs, bound)[0]
         counts = [max(1, self.num_examples[partition]) for partition in partitions]
@@ -268,29 +270,27 @@ class RoundStrategy(Strategy):
         """What `_clip` and `combine` make of the uploads, in integers."""
         weights = torch.tensor([self._clamped_weight(partition) for partition in partitions], dtype=torch.float64)
         if privacy.unit == "client":
-            return client_sum(diffs, weights, privacy.bound)
+            return client_sum(diffs, weights, self.bound())
         counts = torch.tensor([self.num_examples[partition] for partition in partitions], dtype=torch.float64)
         # Each weight is 0 or 1, see `_check_integer`.
-        return trusting_sum(diffs * weights.reshape(-1, 1, 1), counts, privacy.bound)
+        return trusting_sum(diffs * weights.reshape(-1, 1, 1), counts, self.bound())
 
-    def _check_integer(self, privacy: ServerPrivacy) -> None:
-        """Refuse what cannot be added up exactly."""
-        name = type(self).__name__
-        for hook in ("combine", "sensitivity"):
-            if getattr(type(self), hook) is not getattr(RoundStrategy, hook):
+    def _check_sums(self, privacy: ServerPrivacy) -> None:
+        """Refuse what cannot be added up, or scaled, soundly."""
+        name, integer = type(self).__name__, privacy.arithmetic == "integer"
+        if privacy.unit == "record":
+            # In floats too: uploads reach as far as their records, and giants round away the sum that the noise hides.
+            check_exact(sum(self.num_examples.values()))
+            if integer and any(self._clamped_weight(partition) not in (0.0, 1.0) for partition in self.cards):
                 raise PrivacyError(
-                    f"{name} overrides {hook}(), and integer arithmetic is proved for the plain weighted sum alone; "
-                    'set privacy.arithmetic = "float"'
+                    f"{name} weighs clients, and a weighted sum of integers is none: with trusts-server and integer "
+                    'arithmetic every weight is 0 or 1; set strategy.ref = "strategies.dpfpl:DPFPL", or '
+                    'privacy.arithmetic = "float"'
                 )
-        if privacy.unit == "client":
+        elif integer and privacy.unit == "client":
             check_exact(len(self.cards))
-            return
-        if any(self._clamped_weight(partition) not in (0.0, 1.0) for partition in self.cards):
-            raise PrivacyError(
-                f"{name} weighs clients, and a weighted sum of integers is none: with trusts-server and integer "
-                'arithmetic every weight is 0 or 1; set strategy.ref = "strategies.dpfpl:DPFPL", or '
-                'privacy.arithmetic = "float"'
-            )
+        if not (math.isfinite(scale := self.sensitivity()) and scale >= 0):
+            raise PrivacyError(f"{name}.sensitivity() = {scale}; it must be finite and >= 0 to scale the noise")
 
     def _read_uploads(self, server_round: int, replies: Iterable[Message]) -> tuple[list[int], Tensor]:
         """Good uploads, ordered by partition so that float sums repeat; the rest are failures."""
@@ -345,18 +345,7 @@ class RoundStrategy(Strategy):
     def evaluation_messages(self, server_round: int, prompt: Tensor, kind: wire.PromptKind) -> list[Message]:
         """Messages that make every client score ``prompt``."""
         self._asked = self._everyone
-        arrays, messages = wire.to_arrays(prompt), []
-        for node, partitions in self._asked.items():
-            task = wire.EvaluateTask(
-                partitions=partitions,
-                global_prompt=prompt,
-                server_round=server_round,
-                run_token=self.run_token,
-                prompt=kind,
-            )
-            content = wire.evaluate_content(task, arrays)
-            messages.append(Message(content, node, MessageType.EVALUATE, group_id=str(server_round)))
-        return messages
+        return score_messages(self._asked, prompt, server_round, self.run_token, kind)
 
     def read_scores(self, server_round: int, replies: Iterable[Message]) -> Accuracy | None:
         """Mean accuracy of the clients that answered; None if none did."""

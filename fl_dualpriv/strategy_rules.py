@@ -1,0 +1,73 @@
+"""What a strategy may change, and what it owes for it; refused before any client is asked.
+
+Under server-side privacy the mechanism (cohort, clip, noise, divisor, books) is fixed: a class that overrides a part of
+it, or whose `combine` has no proof, would make the run's ε untrue.
+"""
+
+from typing import ClassVar, Literal, Protocol
+
+from fl_dualpriv.errors import PrivacyError
+from fl_dualpriv.privacy.clipping import Arithmetic
+
+ServerUnit = Literal["client", "record", "nominal"]
+
+HOOKS = ("weight", "combine", "sensitivity", "server_update", "check_options", "summary")
+"""What a strategy may override under server-side privacy; everything else of the base is part of the mechanism."""
+_CLAIMS = ("proved_for", "unproved_because")
+_DATACLASS_NAMES = {
+    *("__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__abstractmethods__", "_abc_impl"),
+    *("__dataclass_fields__", "__dataclass_params__", "__match_args__", "__init__", "__repr__", "__eq__", "__hash__"),
+}
+_OFF = 'privacy.client.mechanism = "none" and privacy.record.trusts-server = false'
+
+
+class Claims(Protocol):
+    """What a strategy's class says of itself."""
+
+    proved_for: ClassVar[tuple[ServerUnit, ...]]
+    unproved_because: ClassVar[str]
+
+
+def check_class(cls: type[Claims], base: type[Claims], unit: ServerUnit, arithmetic: Arithmetic) -> None:
+    """Refuse a class whose rounds the server's noise would not cover.
+
+    Guarantee:
+        If this returns, everything but `HOOKS` is the base's own; the class says that it is proved for ``unit``; no
+        class below the one that gives `sensitivity` overrides `combine`; and integer sums are the base's.
+
+    Args:
+        cls: The strategy: a subclass of ``base``, or it.
+        base: `RoundStrategy`.
+        unit: What the server's noise protects.
+        arithmetic: Of its sums.
+
+    Raises:
+        PrivacyError: With what does not fit and what to do.
+    """
+    name = cls.__name__
+    if unit not in cls.proved_for:
+        where = f"at {unit} level" if unit != "nominal" else "as in the published procedure"
+        reason = cls.unproved_because or "its author proved it for " + (" and ".join(cls.proved_for) or "nothing")
+        raise PrivacyError(f"{name} cannot run with noise of the server {where}: {reason}; set {_OFF}")
+    fixed = set(vars(base)) - {*HOOKS, *_CLAIMS} - _DATACLASS_NAMES
+    if changed := sorted(n for n in fixed if getattr(cls, n, None) is not getattr(base, n)):
+        raise PrivacyError(
+            f"{name} overrides {', '.join(changed)}, which clip, noise or account; under "
+            f"server-side privacy a strategy may change {', '.join(HOOKS)} only"
+        )
+    # A sensitivity() proves the combine() of its own class, not that of a subclass which overrides it again.
+    combine, proof = (
+        next(i for i, c in enumerate(cls.__mro__) if method in vars(c)) for method in ("combine", "sensitivity")
+    )
+    if combine < proof:
+        raise PrivacyError(
+            f"{name} overrides combine() but not sensitivity(), so the server's noise cannot be "
+            f"scaled. Override it, or set {_OFF}"
+        )
+    if arithmetic == "integer":
+        for hook in ("combine", "sensitivity"):
+            if getattr(cls, hook) is not getattr(base, hook):
+                raise PrivacyError(
+                    f"{name} overrides {hook}(), and integer arithmetic is proved for the plain weighted sum alone; "
+                    'set privacy.arithmetic = "float"'
+                )
