@@ -2,6 +2,8 @@
 
 import functools
 import math
+from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import dp_accounting
@@ -68,9 +70,30 @@ def _accountant(charges: tuple[SampledGaussians, ...], grid: float) -> pld.PLDAc
     accountant = pld.PLDAccountant(
         neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=grid
     )
-    for charge in charges:
+    for charge in _merged(charges):
         accountant.compose(sampled_gaussian(*charge))
     return accountant
+
+
+def _merged(charges: tuple[SampledGaussians, ...]) -> tuple[SampledGaussians, ...]:
+    """Put unsampled releases of different multipliers together: exact, and correlated noise has one a round.
+
+    Gaussian releases of z₁, z₂, … of sampling rate 1 compose to one of (Σ z⁻²)^(−1/2): see `joint_noise_multiplier`.
+    """
+    whole = [charge for charge in charges if charge.sampling_rate == 1 and charge.releases]
+    if len(whole) < 2:
+        return charges
+    precision = sum(charge.releases * charge.noise_multiplier**-2 for charge in whole)
+    rest = tuple(charge for charge in charges if charge.sampling_rate != 1)
+    return (*rest, SampledGaussians(1.0, precision**-0.5, 1))
+
+
+def gathered(charges: Iterable[SampledGaussians]) -> tuple[SampledGaussians, ...]:
+    """Equal releases together, in one order: the same releases give the same ε to the last digit."""
+    counts = Counter[tuple[float, float]]()
+    for charge in charges:
+        counts[charge.sampling_rate, charge.noise_multiplier] += charge.releases
+    return tuple(SampledGaussians(q, z, releases) for (q, z), releases in sorted(counts.items()))
 
 
 def epsilon(

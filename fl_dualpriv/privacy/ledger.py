@@ -7,13 +7,12 @@ import json
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fl_dualpriv.privacy.accounting import FINE_GRID, SampledGaussians, composed_epsilon
+from fl_dualpriv.privacy.accounting import FINE_GRID, SampledGaussians, composed_epsilon, gathered
 
 _LOCK_SECONDS = 10.0
 
@@ -108,10 +107,7 @@ class LedgerContent:
                 noise_multiplier=min(event.noise_multiplier for event in events),
             )
             events += [worst] * self.damaged
-        counts = Counter[tuple[float, float]]()
-        for event in events:
-            counts[event.sampling_rate, event.noise_multiplier] += event.releases
-        return tuple(SampledGaussians(q, z, releases) for (q, z), releases in sorted(counts.items()))
+        return gathered(SampledGaussians(e.sampling_rate, e.noise_multiplier, e.releases) for e in events)
 
 
 class Ledger:

@@ -1,0 +1,100 @@
+"""Adaptive clipping: the clip norm of client updates follows a quantile of their norms that is released with noise."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fl_dualpriv.privacy.clipping import GRID_STEPS, Arithmetic, ClippedSum
+from fl_dualpriv.privacy.noise import RandomSource
+from fl_dualpriv.privacy.release import release
+
+_HALF = 0.5  # a bit b in {0, 1} counts as b - 1/2, which is half as sensitive
+_MOST_STEPS = 2.0**20  # how far the bound may walk from its start, either way: it stays a usable float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveClip:
+    """How the clip norm S of a round's updates follows the quantile of their norms.
+
+    Attributes:
+        start: S of round 1, public; finite, > 0.
+        target_quantile: γ in (0, 1): the share of updates that S is to leave whole.
+        learning_rate: η_C > 0 of the geometric step.
+        bit_noise: σ_b > 0, std of the noise on the sum of bits, in clients.
+        expected_cohort: Public divisor of that sum, whoever took part; > 0.
+
+    Reference:
+        Andrew et al. 2021, arXiv:1905.03871, Algorithm 1 and Theorem 1; their C is our S, their z is our total.
+    """
+
+    start: float
+    target_quantile: float
+    learning_rate: float
+    bit_noise: float
+    expected_cohort: float
+
+    @property
+    def bit_noise_multiplier(self) -> float:
+        """Noise of the bits over their sensitivity 1/2: 2 σ_b."""
+        return self.bit_noise / _HALF
+
+    def update_noise_multiplier(self, total: float) -> float:
+        """Multiplier z_Δ of the noise on the updates, for both views together to leak like one with ``total``.
+
+        Guarantee:
+            A client moves (updates / (z_Δ S), bits / σ_b) by a vector of squared norm at most z_Δ⁻² + (2 σ_b)⁻² =
+            total⁻², on one and the same cohort: the pair is one Gaussian release of multiplier ``total``, also under
+            Poisson sampling and whatever earlier rounds made of S.
+
+        Raises:
+            ValueError: If the bits alone would leak as much as that.
+        """
+        left = total**-2 - self.bit_noise_multiplier**-2
+        if not left > 0:
+            raise ValueError(
+                f"noise of {self.bit_noise:g} clients on the count of clipped updates leaks more than the noise "
+                f"multiplier {total:g} of the whole round allows; it must exceed {total / 2:.3g} clients"
+            )
+        return left**-0.5
+
+    def bits(self, updates: Tensor, bound: float, arithmetic: Arithmetic) -> ClippedSum:
+        """Σ (b_i - 1/2) with b_i = 1 where ‖update i‖ <= S; zero for an update of zeros or with non-finite entries.
+
+        Guarantee:
+            A client adds one term of absolute value at most 1/2, which depends on its own update and the public
+            ``bound`` alone. Who failed or sent nothing usable adds nothing, as if absent.
+
+        Args:
+            updates: (client, …), before the clip.
+            bound: S of this round.
+            arithmetic: In ``integer`` a half is GRID_STEPS units, and the sum is exact.
+
+        Returns:
+            A sum of shape (1,).
+        """
+        norms = torch.linalg.vector_norm(updates.flatten(1).to(torch.float64), dim=1)
+        signs = 2 * (norms <= bound).to(torch.float64) - 1
+        total = torch.where(torch.isfinite(norms) & (norms > 0), signs, 0.0).sum().reshape(1)
+        if arithmetic == "float":
+            return ClippedSum(value=total * _HALF, sensitivity=_HALF)
+        return ClippedSum(value=total * GRID_STEPS, sensitivity=float(GRID_STEPS), grid=_HALF / GRID_STEPS)
+
+    def released_share(self, updates: Tensor, bound: float, arithmetic: Arithmetic, source: RandomSource) -> float:
+        """The noised share of updates within the bound, b̃: about 1/2 + Σ (b_i - 1/2) / expected cohort; any real.
+
+        Guarantee:
+            The Gaussian mechanism with `bit_noise_multiplier`, also for no updates; the divisor is public.
+        """
+        noised = release(self.bits(updates, bound, arithmetic), self.bit_noise_multiplier, source)
+        return _HALF + float(noised) / self.expected_cohort
+
+    def moved(self, bound: float, share: float) -> float:
+        """S exp(-η_C (b̃ - γ)): smaller when more updates than wanted are within it. Post-processing.
+
+        It stays within a factor of 2**20 of the start, so that no run of noise makes it zero or infinite.
+        """
+        # The exponent is limited before exp(), which overflows.
+        step = max(-20.0, min(20.0, -self.learning_rate * (share - self.target_quantile)))
+        return min(max(bound * math.exp(step), self.start / _MOST_STEPS), self.start * _MOST_STEPS)
