@@ -47,7 +47,7 @@ class Setting:
         self.sources = random_sources(config.privacy.randomness)
         self.terms = round_terms(self.plan, config.train.sampling_rate, config.train.local_steps)
         self.reproducible = config.privacy.randomness == "seeded"
-        self.prompt_shape = self.world.prompt_shape(config.prompt)
+        self.prompt_shape = self.world.prompt_shape(config)
         self.may_score = may_score(config)
         self.held_out_is_given = held_out_is_given(config.data, config.evaluation)
         self._counts: tuple[tuple[str, bytes], Counts] | None = None

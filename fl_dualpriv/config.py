@@ -17,7 +17,17 @@ from fl_dualpriv.config_rules import ConfigValue, check
 from fl_dualpriv.errors import ConfigError
 
 T = TypeVar("T")
-Method = Literal["dpfpl", "promptfl", "local-only", "lowrank", "full", "zero-shot", "dpfpl-paper"]
+Method = Literal[
+    "dpfpl",
+    "promptfl",
+    "local-only",
+    "lowrank",
+    "full",
+    "zero-shot",
+    "dpfpl-paper",
+    "linear-probe",
+    "prototypes",
+]
 Mechanism = Literal["none", "gaussian"]
 CalibrateTo = Literal["epsilon", "noise-multiplier"]
 
@@ -52,7 +62,7 @@ class PromptConfig:
     learner: Literal["context", "head", "lora"]
     n_ctx: int
     rank: int
-    init: Literal["template", "random"]
+    init: Literal["template", "random", "zeros"]
     words: str
 
 

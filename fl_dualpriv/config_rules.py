@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from fl_dualpriv.config_cross_rules import CROSS_RULES, CrossRule, Values
+from fl_dualpriv.config_method_rules import METHOD_RULES
 
 ConfigValue = bool | int | float | str
 
@@ -145,7 +146,7 @@ def check(types: Mapping[str, Any], flat: Mapping[str, ConfigValue]) -> tuple[di
             problems.append(f"{key} = {_show(flat[key])}: {fault}")
     problems += [
         f"{rule.keys[0]} = {_show(values[rule.keys[0]])}: {rule.need}{_context(rule, values)}; {rule.advice}"
-        for rule in CROSS_RULES
+        for rule in (*CROSS_RULES, *METHOD_RULES)
         if all(key in values for key in rule.keys) and not rule.holds(values)
     ]
     return values, problems

@@ -49,7 +49,10 @@ def score(class_features: Tensor, image_features: Tensor, labels: Tensor, held_c
 
 
 def _correct(class_features: Tensor, image_features: Tensor, labels: Tensor) -> Tensor:
-    logits = image_features @ class_features.T
+    return _right(image_features @ class_features.T, labels)
+
+
+def _right(logits: Tensor, labels: Tensor) -> Tensor:
     # The argmax of NaN is class 0: an unreadable image or a diverged prompt would be right by accident.
     return (logits.argmax(dim=1) == labels) & torch.isfinite(logits).all(dim=1)
 
@@ -59,7 +62,12 @@ def count_by_class(class_features: Tensor, image_features: Tensor, labels: Tenso
 
     What is counted does not depend on who asks, so clients with the same prompt share one count: `split_counts`.
     """
-    right = labels[_correct(class_features, image_features, labels)]
+    return count_logits(image_features @ class_features.T, labels, n_cls)
+
+
+def count_logits(logits: Tensor, labels: Tensor, n_cls: int) -> tuple[Tensor, Tensor]:
+    """The same from logits (image, n_cls); an image with one that is not finite is wrong."""
+    right = labels[_right(logits, labels)]
     return torch.bincount(right, minlength=n_cls).cpu(), torch.bincount(labels, minlength=n_cls).cpu()
 
 

@@ -1,6 +1,7 @@
 """`World` of image classification with a CLIP-type model: class names are texts, and a prompt stands before them."""
 
 import functools
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,16 +17,18 @@ from fl_dualpriv.data.datasets import DataSplits, ImageDataset, load_data
 from fl_dualpriv.data.feature_cache import cache_root
 from fl_dualpriv.data.partition import held_classes, partition
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.evaluation import count_by_class
+from fl_dualpriv.evaluation import count_by_class, count_logits
 from fl_dualpriv.image_features import ImageFeatures, refuse_unusable
+from fl_dualpriv.image_learners import ImageLearner, image_learner
+from fl_dualpriv.methods import METHODS
+from fl_dualpriv.objective import Objective
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
-from fl_dualpriv.prompts.classification import Classification
 from fl_dualpriv.prompts.head import LowRankHead
 from fl_dualpriv.prompts.learner import PromptedText
 from fl_dualpriv.prompts.tower import PromptTower
 from fl_dualpriv.pruners import token_pruner
 from fl_dualpriv.pruning.visual_tokens import TokenPruner
-from fl_dualpriv.world import Counts, build_world, one_thread, random_prompt
+from fl_dualpriv.world import Counts, build_world, one_thread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,7 @@ class ImageWorld:
     augmentation: Literal["none", "flip"]
     seed: int
     _held_out: dict[str, ClientData] = field(default_factory=dict)
+    _learners: dict[Hashable, ImageLearner] = field(default_factory=dict)
 
     @property
     def logit_scale(self) -> float:
@@ -67,25 +71,27 @@ class ImageWorld:
         """The low-rank head over the zero-shot features; its prompts need no text tower."""
         return LowRankHead(self.text.zero_shot_features())
 
-    def prompt_shape(self, prompt: PromptConfig) -> tuple[int, int]:
-        """Of a prompt: (n_ctx, ctx_dim), or that of the head's factors."""
-        if prompt.learner == "head":
-            return self.head.shape(prompt.rank)
-        return prompt.n_ctx, self.backbone.ctx_dim
+    def learner(self, config: RunConfig) -> ImageLearner:
+        """What the run learns; kept, for each is asked for many times."""
+        key = (config.method, config.prompt, config.train.top_m, config.privacy.record.noise_space, config.seed)
+        workspace = config.resources.workspace_mib
+        found = self._learners.get((*key, workspace))
+        if found is None:
+            head = self.head if config.prompt.learner == "head" else None
+            found = self._learners[(*key, workspace)] = image_learner(config, self.backbone, self.text, head)
+        return found
+
+    def prompt_shape(self, config: RunConfig) -> tuple[int, int]:
+        """See `World`."""
+        return self.learner(config).shape
 
     def prompt_segments(self, prompt: PromptConfig) -> tuple[int, ...]:
         """See `World`: none."""
         return ()
 
-    def objective(self, config: RunConfig) -> Classification:
-        """Cross-entropy over all classes."""
-        return Classification(
-            tower=self.tower(config.prompt),
-            logit_scale=self.logit_scale,
-            top_m=config.train.top_m,
-            noise_space=config.privacy.record.noise_space,
-            workspace_bytes=config.resources.workspace_mib * 2**20,
-        )
+    def objective(self, config: RunConfig) -> Objective[ClientData]:
+        """See `World`."""
+        return self.learner(config).objective
 
     @property
     def groups(self) -> np.ndarray:
@@ -104,24 +110,18 @@ class ImageWorld:
     @torch.no_grad()
     def counts(self, prompts: Tensor, config: RunConfig) -> list[Counts]:
         """See `World`."""
-        classes = self.tower(config.prompt)(prompts.to(self.backbone.device)).values
-        return [self._count(features, config) for features in classes]
+        images, n_cls = self.held_out(config.evaluation.split), len(self.data.class_names)
+        logits = self.learner(config).logits(prompts.to(self.backbone.device), images)
+        return [count_logits(own, images.labels, n_cls) for own in logits]
 
     def zero_shot_counts(self, config: RunConfig) -> Counts:
         """See `World`: the filled-in template."""
-        return self._count(self.text.zero_shot_features(), config)
-
-    def _count(self, class_features: Tensor, config: RunConfig) -> Counts:
-        images = self.held_out(config.evaluation.split)
-        return count_by_class(class_features, images.features, images.labels, len(self.data.class_names))
+        images, features = self.held_out(config.evaluation.split), self.text.zero_shot_features()
+        return count_by_class(features, images.features, images.labels, len(self.data.class_names))
 
     def initial_prompt(self, config: RunConfig) -> Tensor:
         """See `World`: the template's words, or N(0, 0.02²); of a head its own."""
-        if config.prompt.learner == "head":
-            return self.head.initial(config.prompt.rank, config.seed).cpu()
-        if config.prompt.init == "template":
-            return self.text.template_context(config.prompt.n_ctx).cpu()
-        return random_prompt(config.prompt.n_ctx, self.backbone.ctx_dim, config.seed)
+        return self.learner(config).initial().cpu()
 
     def num_examples(self, partition_id: int) -> int:
         """n_i, public metadata; reads no image."""
@@ -211,13 +211,14 @@ def build_image_world(config: RunConfig, on_bad_image: Literal["keep", "raise"])
         config.resources.feature_cache,
         on_bad_image,
     )
-    _check_prompt(config.prompt, world)
+    _check_prompt(config, world)
     return world
 
 
-def _check_prompt(prompt: PromptConfig, world: ImageWorld) -> None:
-    if prompt.learner == "head":
-        return  # it has no context: any rank has a meaning, and no sequence can be too long
+def _check_prompt(config: RunConfig, world: ImageWorld) -> None:
+    prompt = config.prompt
+    if prompt.learner == "head" or METHODS[config.method].learns in ("linear-probe", "prototypes"):
+        return  # there is no context: any rank has a meaning, and no sequence can be too long
     largest = min(prompt.n_ctx, world.backbone.ctx_dim)
     if prompt.rank > largest:
         raise ConfigError(
@@ -258,11 +259,16 @@ def _build_world(
 
 
 def image_world(config: RunConfig) -> ImageWorld:
-    """`build_world` for what knows image classification alone, such as the attacks.
+    """`build_world` for what knows prompts of image classification alone, such as the attacks.
 
     Raises:
-        ConfigError: If the run answers questions, or as `build_world`.
+        ConfigError: If the run answers questions or learns no prompt, or as `build_world`.
     """
+    if METHODS[config.method].learns != "prompt":
+        raise ConfigError(
+            f"method = {config.method!r} learns no prompt, and this works on prompts alone; set it to "
+            '"promptfl" or "dpfpl", for example'
+        )
     world = build_world(config)
     if not isinstance(world, ImageWorld):
         raise ConfigError(

@@ -1,6 +1,9 @@
 """Which parts of DP-FPL a method has: every baseline is the same code with parts switched off."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+Learns = Literal["prompt", "linear-probe", "prototypes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +16,7 @@ class MethodParts:
         factorised: p_L moves in the tangent space of its rank-k part (DP-FPL Eq. 4); else freely.
         residual: r = p_L − u·v is kept; else p_L is cut to rank k after every step.
         published_procedure: the clients run DP-FPL as published, whose ε is nominal.
+        learns: What p_G is: what ``prompt.learner`` says, or what a baseline has in its place.
     """
 
     shared: bool
@@ -20,6 +24,7 @@ class MethodParts:
     factorised: bool = False
     residual: bool = True
     published_procedure: bool = False
+    learns: Learns = "prompt"
 
     @property
     def trains(self) -> bool:
@@ -35,4 +40,6 @@ METHODS = {
     "full": MethodParts(shared=True, personal=True),
     "dpfpl": MethodParts(shared=True, personal=True, factorised=True),
     "dpfpl-paper": MethodParts(shared=True, personal=True, factorised=True, published_procedure=True),
+    "linear-probe": MethodParts(shared=True, personal=False, learns="linear-probe"),
+    "prototypes": MethodParts(shared=True, personal=False, learns="prototypes"),
 }

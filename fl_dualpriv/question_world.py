@@ -70,8 +70,9 @@ class QuestionWorld:
     def _questions(self, split: str) -> QuestionSet:
         return {"train": self.data.train, "val": self.data.val, "test": self.data.test}[split]
 
-    def prompt_shape(self, prompt: PromptConfig) -> tuple[int, int]:
+    def prompt_shape(self, config: RunConfig) -> tuple[int, int]:
         """(n_ctx, ctx_dim), or that of the LoRA factors."""
+        prompt = config.prompt
         if prompt.learner == "lora":
             return self.lora(prompt).shape
         return prompt.n_ctx, self.backbone.ctx_dim
@@ -164,7 +165,7 @@ class QuestionWorld:
     def zero_shot_counts(self, config: RunConfig) -> Counts:
         """See `World`: the model with the template's words before the question."""
         is_lora = config.prompt.learner == "lora"
-        nothing = torch.zeros(self.prompt_shape(config.prompt)) if is_lora else self._template(config.prompt)
+        nothing = torch.zeros(self.prompt_shape(config)) if is_lora else self._template(config.prompt)
         (counts,) = self.counts(nothing[None], config)
         return counts
 

@@ -56,8 +56,8 @@ class World(Protocol):
         """The images of ``train``, ``val`` or ``test``."""
         ...
 
-    def prompt_shape(self, prompt: PromptConfig) -> tuple[int, int]:
-        """Of a prompt."""
+    def prompt_shape(self, config: RunConfig) -> tuple[int, int]:
+        """Of what travels: a prompt, or what the method learns in place of one."""
         ...
 
     def prompt_segments(self, prompt: PromptConfig) -> tuple[int, ...]:

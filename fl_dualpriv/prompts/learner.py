@@ -33,7 +33,7 @@ class PromptedText:
     """
 
     def __init__(self, backbone: Backbone, class_names: tuple[str, ...], template: str) -> None:
-        self._backbone, rows = backbone, backbone.rows
+        self._backbone, rows, self.n_cls = backbone, backbone.rows, len(class_names)
         self._texts = [template.format(name) for name in class_names]
         before, after = template.split("{}")
         self._template_context = _embed(backbone, backbone.words(before.strip()))

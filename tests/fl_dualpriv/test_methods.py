@@ -23,6 +23,8 @@ def test_methods_are_those_of_the_configuration():
         ("full", True, True),
         ("dpfpl", True, True),
         ("dpfpl-paper", True, True),
+        ("linear-probe", True, False),
+        ("prototypes", True, False),
     ],
 )
 def test_which_prompts_move(name: str, shared: bool, personal: bool):

@@ -148,7 +148,7 @@ def test_lora_starts_from_the_untuned_model(configure: Configure):
     world = build(config)
     # q and v of two layers: A of 32 inputs, B of 32 and 16 outputs.
     assert world.prompt_segments(config.prompt) == (32, 32, 32, 16) * 2
-    assert world.prompt_shape(config.prompt) == (3, 224)
+    assert world.prompt_shape(config) == (3, 224)
     assert world.prompt_segments(context.prompt) == ()
     start = world.initial_prompt(config)
     ((right, total),) = world.counts(start[None], config)

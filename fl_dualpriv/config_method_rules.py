@@ -1,0 +1,43 @@
+"""Rules of the baselines that have mathematics of their own: which keys speak of them, and which cannot."""
+
+from fl_dualpriv.config_cross_rules import CrossRule
+
+_HEADS = ("linear-probe", "prototypes")
+_IMAGES_ALONE = _HEADS
+
+
+def _must_be(key: str, value: object, methods: tuple[str, ...], reason: str) -> CrossRule:
+    """``key`` must have this value for these methods."""
+    shown = f'"{value}"' if isinstance(value, str) else str(value).lower()
+    return CrossRule(
+        (key, "method"),
+        lambda v: v[key] == value or v["method"] not in methods,
+        f"must be {shown} for this method: {reason}",
+        f"set it to {shown}, or choose another method",
+    )
+
+
+METHOD_RULES: tuple[CrossRule, ...] = (
+    CrossRule(
+        ("method", "data.ref"),
+        lambda v: v["method"] not in _IMAGES_ALONE or v["data.ref"] not in ("demo-vqa", "questions"),
+        "classifies images by class features, and questions have none",
+        'set method = "promptfl", or data.ref = "demo" or "folder"',
+    ),
+    CrossRule(
+        ("prompt.init", "method"),
+        lambda v: v["prompt.init"] != "zeros" or v["method"] in _HEADS,
+        'must not be "zeros" for a method that learns words: all of them would stay alike',
+        'set it to "template" or "random"',
+    ),
+    CrossRule(
+        ("prompt.init", "method"),
+        lambda v: v["prompt.init"] != "random" or v["method"] not in _HEADS,
+        'must not be "random" for a head: nothing is gained by it',
+        'set it to "template" (the zero-shot class features) or "zeros"',
+    ),
+    _must_be("train.optimizer", "sgd", ("prototypes",), "class sums are added up as they are"),
+    _must_be("train.top-m", 0, ("prototypes",), "a record speaks of its own class alone"),
+    _must_be("privacy.record.noise-space", "prompt", ("prototypes",), "what is learned are class features"),
+    _must_be("pruning.update-keep-ratio", 1.0, ("prototypes",), "it has no update to prune, but one sum"),
+)

@@ -1,0 +1,1 @@
+"""Classifiers on cached image features that need no text tower."""

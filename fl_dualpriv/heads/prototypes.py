@@ -1,0 +1,100 @@
+"""Prototypes: a class is the direction of the sum of its records' features (Snell et al. 2017, arXiv:1703.05175).
+
+That is their Eq. 1, the class mean, up to a factor that a cosine ignores. Σ x e_yᵀ over records is minus the gradient
+of Σ −⟨w_y, x⟩, which does not depend on W: one step at sampling rate 1 from W = 0 gives the class sums, and what is
+released is that sum with one Gaussian noise. Features have unit norm, so with clip norm 1 nothing is clipped and a
+record moves the sum by 1. Federated as in FedProto (Tan et al. 2022, arXiv:2105.00243): a client divides by its public
+number of records, and the server takes the mean, weighted or not. Further steps average more releases, no more.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fl_dualpriv.client import ClientData
+from fl_dualpriv.objective import Picked
+from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, as_clipped_sum, bounded_rows
+
+_ROWS = 1024
+
+
+def prototype_directions(prototypes: Tensor) -> Tensor:
+    """Class features for scoring: unit norm, (…, n_cls, embed_dim); a class that nobody holds stays zero."""
+    return torch.nn.functional.normalize(prototypes, dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrototypeObjective:
+    """`Objective` −⟨w_y, x⟩; ``shape`` is (n_cls, embed_dim)."""
+
+    shape: tuple[int, int]
+
+    @property
+    def bytes_per_prompt(self) -> int:
+        """A sum in float64, and as much again to work in."""
+        return 2 * 8 * self.shape[0] * self.shape[1]
+
+    def over(self, data: Sequence[ClientData]) -> "PooledPrototypes":
+        """See `Objective`."""
+        return PooledPrototypes(data)
+
+
+class PooledPrototypes:
+    """`PooledObjective`."""
+
+    def __init__(self, data: Sequence[ClientData]) -> None:
+        self._data = data
+
+    def at(self, prompts: Tensor, picked: Picked) -> "PrototypeGradients":
+        """See `PooledObjective`; the prompts do not matter."""
+        return PrototypeGradients(self._data, picked, (prompts.shape[1], prompts.shape[2]))
+
+
+class PrototypeGradients:
+    """`StepGradients`: minus the class sums."""
+
+    def __init__(self, data: Sequence[ClientData], picked: Picked, shape: tuple[int, int]) -> None:
+        self._data, self._picked, self._shape = data, picked, shape
+
+    def clipped_sums(self, clip_norm: float, arithmetic: Arithmetic, masks: Tensor | None = None) -> list[ClippedSum]:
+        """See `StepGradients`: a term is one record's feature in the row of its class, clipped by itself.
+
+        Guarantee:
+            Adding or removing a record moves a client's value by at most ``clip_norm``: its one row that is not zero
+            has that norm at most (tests/fl_dualpriv/heads/test_prototypes.py). A feature that is not finite is zero.
+        """
+        found = []
+        for client in range(len(self._data)):
+            total = self._empty(client, torch.float64)
+            for x, y in self._rows(client):
+                rows = x if masks is None else x * masks[client][y]
+                total.index_add_(0, y, bounded_rows(rows, clip_norm, arithmetic), alpha=-1)
+            found.append(as_clipped_sum(total, clip_norm, arithmetic))
+        return found
+
+    def to_prompts(self, noised: Tensor) -> Tensor:
+        """See `StepGradients`: nothing to do."""
+        return noised
+
+    def sums(self) -> Tensor:
+        """See `StepGradients`; a feature that is not finite is left out."""
+        found = []
+        for client in range(len(self._data)):
+            total = self._empty(client, torch.float32)
+            for x, y in self._rows(client):
+                usable = torch.isfinite(x).all(dim=1, keepdim=True)
+                total.index_add_(0, y, torch.where(usable, x, 0.0), alpha=-1)
+            found.append(total)
+        return torch.stack(found)
+
+    def _empty(self, client: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(self._shape, dtype=dtype, device=self._data[client].features.device)
+
+    def _rows(self, client: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features and classes of a batch, some at a time: what is held does not grow with a batch."""
+        data = self._data[client]
+        for start in range(0, len(self._picked[client]), _ROWS):
+            index = torch.from_numpy(self._picked[client][start : start + _ROWS]).to(data.features.device)
+            yield data.features[index], data.labels[index]

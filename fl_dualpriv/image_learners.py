@@ -1,0 +1,120 @@
+"""What a run of image classification learns: a prompt, or what its method has in place of one."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fl_dualpriv.backbones.backbone import Backbone
+from fl_dualpriv.client import ClientData
+from fl_dualpriv.config import RunConfig
+from fl_dualpriv.heads.linear_probe import LinearProbe, ProbeObjective, with_bias
+from fl_dualpriv.heads.prototypes import PrototypeObjective, prototype_directions
+from fl_dualpriv.methods import METHODS
+from fl_dualpriv.objective import Objective
+from fl_dualpriv.prompts.classification import Classification
+from fl_dualpriv.prompts.head import LowRankHead
+from fl_dualpriv.prompts.learner import PromptedText
+from fl_dualpriv.prompts.tower import PromptTower
+from fl_dualpriv.world import random_prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLearner:
+    """One kind of learned tensor.
+
+    Attributes:
+        shape: Of one, (rows, cols): what travels.
+        initial: Before round 1, float32; a function of public numbers.
+        objective: The loss of records.
+        logits: Of each (prompt, rows, cols) on all images, (image, n_cls), up to a factor.
+    """
+
+    shape: tuple[int, int]
+    initial: Callable[[], Tensor]
+    objective: Objective[ClientData]
+    logits: Callable[[Tensor, ClientData], Iterator[Tensor]]
+
+
+def image_learner(config: RunConfig, backbone: Backbone, text: PromptedText, head: LowRankHead | None) -> ImageLearner:
+    """The one that a run asks for.
+
+    Args:
+        config: The run.
+        backbone: The frozen model.
+        text: Its class features from prompts.
+        head: Where ``prompt.learner`` says so, what is learned in place of words.
+    """
+    learns = METHODS[config.method].learns
+    if learns == "linear-probe":
+        return _linear_probe(config, backbone, text)
+    if learns == "prototypes":
+        return _prototypes(config, text)
+    if head is not None:
+        factors = head
+        return ImageLearner(
+            shape=factors.shape(config.prompt.rank),
+            initial=lambda: factors.initial(config.prompt.rank, config.seed),
+            objective=_classification(config, backbone, factors),
+            logits=_cosines(factors),
+        )
+    return ImageLearner(
+        shape=(config.prompt.n_ctx, backbone.ctx_dim),
+        initial=lambda: _words(config, backbone, text),
+        objective=_classification(config, backbone, text.tower),
+        logits=_cosines(text.tower),
+    )
+
+
+def _words(config: RunConfig, backbone: Backbone, text: PromptedText) -> Tensor:
+    """The template's, or N(0, 0.02²)."""
+    if config.prompt.init == "template":
+        return text.template_context(config.prompt.n_ctx)
+    return random_prompt(config.prompt.n_ctx, backbone.ctx_dim, config.seed)
+
+
+def _classification(config: RunConfig, backbone: Backbone, tower: PromptTower) -> Classification:
+    kind = ProbeObjective if isinstance(tower, LinearProbe) else Classification
+    return kind(
+        tower=tower,
+        logit_scale=backbone.logit_scale,
+        top_m=config.train.top_m,
+        noise_space=config.privacy.record.noise_space,
+        workspace_bytes=config.resources.workspace_mib * 2**20,
+    )
+
+
+def _cosines(tower: PromptTower) -> Callable[[Tensor, ClientData], Iterator[Tensor]]:
+    def logits(prompts: Tensor, images: ClientData) -> Iterator[Tensor]:
+        return (images.features @ classes.T for classes in tower(prompts).values)
+
+    return logits
+
+
+def _linear_probe(config: RunConfig, backbone: Backbone, text: PromptedText) -> ImageLearner:
+    probe = LinearProbe(text.n_cls, backbone.embed_dim)
+    cosines = _cosines(probe)
+    return ImageLearner(
+        shape=probe.shape,
+        initial=lambda: torch.nn.functional.pad(_class_features(config, text), (0, 1)),
+        objective=_classification(config, backbone, probe),
+        logits=lambda prompts, images: cosines(prompts, with_bias(images)),
+    )
+
+
+def _prototypes(config: RunConfig, text: PromptedText) -> ImageLearner:
+    start = _class_features(config, text)
+    shape = (start.shape[0], start.shape[1])
+    return ImageLearner(
+        shape=shape,
+        initial=lambda: start,
+        objective=PrototypeObjective(shape=shape),
+        logits=lambda prompts, images: (images.features @ w.T for w in prototype_directions(prompts)),
+    )
+
+
+def _class_features(config: RunConfig, text: PromptedText) -> Tensor:
+    """Where a head starts: at the zero-shot class features, or at zero."""
+    features = text.zero_shot_features()
+    return features if config.prompt.init == "template" else torch.zeros_like(features)

@@ -1,0 +1,86 @@
+"""What must hold of the gradients of every objective, checked on the code that runs; called by tests of the methods."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fl_dualpriv.client import ClientData
+from fl_dualpriv.objective import Objective
+from fl_dualpriv.privacy.clipping import Arithmetic
+
+CLIP = 0.3
+
+
+def of(data: ClientData, rows: Tensor | list[int]) -> ClientData:
+    """Some records of a client."""
+    index = torch.as_tensor(rows)
+    return replace(data, **{name: value[index] for name, value in vars(data).items() if isinstance(value, Tensor)})
+
+
+def clipped_sum(
+    objective: Objective[Any], prompt: Tensor, data: ClientData, clip: float = CLIP, arithmetic: Arithmetic = "float"
+) -> Tensor:
+    """One client's clipped sum over all its records, in real units."""
+    gradients = objective.over([data]).at(prompt[None], [np.arange(data.num_examples)])
+    (found,) = gradients.clipped_sums(clip, arithmetic)
+    assert found.sensitivity * (found.grid or 1.0) == clip or found.grid is not None
+    return found.value * (found.grid or 1.0)
+
+
+def gradients_are_autograds(
+    objective: Objective[Any], prompt: Tensor, data: ClientData, loss: Callable[[Tensor, ClientData], Tensor]
+) -> None:
+    """Each record's gradient, unclipped, is that of its own loss; the plain sum is their sum."""
+    total = torch.zeros_like(prompt)
+    for i in range(data.num_examples):
+        leaf = prompt.clone().requires_grad_(True)
+        (expected,) = torch.autograd.grad(loss(leaf, of(data, [i])), leaf)
+        found = clipped_sum(objective, prompt, of(data, [i]), clip=1e6)
+        torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max() + 1))
+        total += expected
+    sums = objective.over([data]).at(prompt[None], [np.arange(data.num_examples)]).sums()[0]
+    torch.testing.assert_close(sums.float(), total, rtol=1e-4, atol=1e-5 * float(total.abs().max() + 1))
+
+
+def one_record_moves_the_sum_by_at_most_c(objective: Objective[Any], prompt: Tensor, data: ClientData) -> None:
+    """With gradients that are longer than C, in floats and in integers; and some records do reach C."""
+    for arithmetic in ("float", "integer"):
+        whole = clipped_sum(objective, prompt, data, arithmetic=arithmetic)
+        moves = []
+        for i in range(data.num_examples):
+            rest = of(data, [j for j in range(data.num_examples) if j != i])
+            moves.append(float((whole - clipped_sum(objective, prompt, rest, arithmetic=arithmetic)).norm()))
+        assert max(moves) <= CLIP * (1 + 1e-6), f"{arithmetic}: a record moves the sum by {max(moves):.3f}, C = {CLIP}"
+        assert max(moves) >= 0.99 * CLIP, f"{arithmetic}: nothing is clipped, so nothing is tested"
+
+
+def a_bad_record_is_a_zero(objective: Objective[Any], prompt: Tensor, data: ClientData, field: str) -> None:
+    """Not finite in ``field``: it adds nothing and spoils nobody, clipped or not; an empty batch gives zeros."""
+    kept = [j for j in range(data.num_examples) if j != 1]
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        values = getattr(data, field).clone()
+        values[1] = bad
+        spoilt = replace(data, **{field: values})
+        torch.testing.assert_close(
+            clipped_sum(objective, prompt, spoilt), clipped_sum(objective, prompt, of(data, kept)), rtol=0, atol=1e-6
+        )
+        everyone, others = np.arange(data.num_examples), np.array(kept)
+        sums = [
+            objective.over([own]).at(prompt[None], [rows]).sums()[0]
+            for own, rows in ((spoilt, everyone), (data, others))
+        ]
+        torch.testing.assert_close(*sums, rtol=1e-4, atol=1e-4)
+    nobody = objective.over([data]).at(prompt[None], [np.arange(0)])
+    assert not nobody.clipped_sums(CLIP, "float")[0].value.any()
+
+
+def clients_do_not_mix(objective: Objective[Any], prompts: Tensor, data: list[ClientData]) -> None:
+    """Clients that step together have the sums that they have alone, whatever the order of their sizes."""
+    picked = [np.arange(own.num_examples) for own in data]
+    together = objective.over(data).at(prompts, picked).clipped_sums(CLIP, "float")
+    for prompt, own, found in zip(prompts, data, together, strict=True):
+        torch.testing.assert_close(found.value, clipped_sum(objective, prompt, own), rtol=1e-5, atol=1e-6)
