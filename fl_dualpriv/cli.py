@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fl_dualpriv import flower_env, node_command
+from fl_dualpriv import flower_env, node_command, plugins
 from fl_dualpriv.audit_command import audit
 from fl_dualpriv.budget_command import budget
 from fl_dualpriv.config import RunConfig, app_defaults, merge, parse_assignment, read_toml
@@ -153,6 +153,8 @@ def prepare(config: Path, assignments: list[str], out: Path | None, app_dir: Pat
     out = Path(os.path.abspath(out.expanduser()))  # noqa: PTH100 - resolve() would also follow links
     flat = absolute_paths(flat | {"output.dir": str(out)}, Path.cwd())
     try:
+        flat = plugins.find_module(flat, app_dir, (Path.cwd(), config.absolute().parent))
+        flat = plugins.pack_options(flat, app_defaults(app_dir))
         checked = RunConfig.from_run_config(flat)
     except (ConfigError, PrivacyError) as error:
         raise ConfigError("\n".join([*problems, str(error)])) from error
@@ -186,7 +188,7 @@ def _table(file: Path) -> dict:
 def absolute_paths(flat: Mapping[str, ConfigValue], base: Path) -> dict[str, ConfigValue]:
     """Make file paths absolute: the engines run in other folders than the one the user types in."""
     result = dict(flat)
-    for key in ("data.path", "data.classes"):
+    for key in ("strategy.path", "data.path", "data.classes"):
         value = result.get(key)
         if isinstance(value, str) and value:
             result[key] = str(base / Path(value).expanduser())

@@ -34,9 +34,14 @@ CalibrateTo = Literal["epsilon", "noise-multiplier"]
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
-    """Which server strategy runs, as ``module:Class``."""
+    """Which server strategy runs, as ``module:Class``; ``path`` is a folder on the server that holds its module.
+
+    ``options`` is a JSON object of ``plugin.`` keys that the app's ``pyproject.toml`` does not list.
+    """
 
     ref: str
+    path: str
+    options: str
 
 
 @dataclass(frozen=True, kw_only=True)

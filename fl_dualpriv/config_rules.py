@@ -20,7 +20,7 @@ from fl_dualpriv.config_method_rules import METHOD_RULES
 ConfigValue = bool | int | float | str
 
 _IGNORED_PREFIX = "plugin."
-_PATH_KEYS = ("data.path", "data.classes", "output.dir", "resources.feature-cache")
+_PATH_KEYS = ("strategy.path", "data.path", "data.classes", "output.dir", "resources.feature-cache")
 
 
 class Range(NamedTuple):
@@ -34,6 +34,16 @@ class Range(NamedTuple):
 def _is_class_ref(text: str) -> bool:
     module, colon, name = text.partition(":")
     return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def _is_options(text: str) -> bool:
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        return False
+    return isinstance(found, dict) and all(
+        key.startswith(_IGNORED_PREFIX) and isinstance(value, bool | int | float | str) for key, value in found.items()
+    )
 
 
 def _at_least_one(advice: str) -> Range:
@@ -63,6 +73,12 @@ RANGES: dict[str, Range] = {
     "join-timeout": _positive("give seconds"),
     "reply-timeout": _positive("give seconds"),
     "strategy.ref": Range(_is_class_ref, "module:Class", 'for example "strategies.dpfpl:DPFPL"'),
+    "strategy.path": Range(
+        lambda x: x == "" or Path(x).is_absolute(), "empty or an absolute path", "give the folder of the module"
+    ),
+    "strategy.options": Range(
+        _is_options, 'a JSON object of "plugin.CLASS.FIELD" keys', "fl-dualpriv run writes it for you"
+    ),
     "train.local-steps": _at_least_one('for no training at all set method = "zero-shot"'),
     "train.sampling-rate": Range(lambda x: 0 < x <= 1, "in (0, 1]", "it is the chance of a record to join a batch"),
     "train.global-learning-rate": _RATE,

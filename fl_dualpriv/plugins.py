@@ -1,31 +1,45 @@
-"""Plug-ins are named by ``module:Class``; nothing registers itself."""
+"""Plug-ins are named by ``module:Class``; nothing registers itself.
 
+A module is one of the app, an installed one, or a file in a folder that is named. Options of a class are its own
+fields, under keys ``plugin.<class in lower case>.<field>``. Imports the standard library only, like the configuration.
+"""
+
+import difflib
 import importlib
-from collections.abc import Mapping
+import json
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
+from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 from fl_dualpriv.errors import ConfigError
 
 Base = TypeVar("Base")
+Value = bool | int | float | str
+
+_PREFIX = "plugin."
+FLOWER_TABLE = "plugin.flower."
+"""Options of one of Flower's own strategies, whichever is named: their names are those of strategies here, too."""
 
 
-def load_class(key: str, reference: str, base: type[Base]) -> type[Base]:
+def load_class(key: str, reference: str, base: type[Base], folder: str = "") -> type[Base]:
     """Import the class that a configuration key names.
 
     Args:
         key: The key, for messages, such as ``strategy.ref``.
         reference: ``module:Class``.
         base: What the class must derive from.
+        folder: Where the module lies if it is neither of the app nor installed; stays on the module path, at its end,
+            so that it hides nothing.
 
     Raises:
-        ConfigError: If it cannot be imported, is missing, or is no subclass of ``base``.
+        ConfigError: If it cannot be imported, is missing, or is no subclass of ``base``; or another module than the one
+            in ``folder`` bears its name.
     """
     module_name, _, class_name = reference.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"{key} = {reference!r}: cannot import {module_name!r} ({error})") from error
+    module = _import(f"{key} = {reference!r}", module_name, folder)
     found = getattr(module, class_name, None)
     if not (isinstance(found, type) and issubclass(found, base)):
         have = sorted(
@@ -38,9 +52,80 @@ def load_class(key: str, reference: str, base: type[Base]) -> type[Base]:
     return found
 
 
-def plugin_options(
-    plugin: type, base: type, flat: Mapping[str, bool | int | float | str]
-) -> dict[str, bool | int | float | str]:
+def _import(what: str, module_name: str, folder: str) -> ModuleType:
+    if folder and folder not in sys.path:
+        sys.path.append(folder)
+        importlib.invalidate_caches()
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        where = f"; it is not in strategy.path = {folder!r}" if folder and error.name == module_name else ""
+        raise ConfigError(f"{what}: cannot import {module_name!r} ({error}){where}") from error
+    except Exception as error:  # whatever an author's module raises
+        raise ConfigError(f"{what}: {module_name!r} fails when imported: {type(error).__name__}: {error}") from error
+    file = module.__file__ or ""
+    if folder and not Path(file).resolve().is_relative_to(Path(folder).resolve()):
+        raise ConfigError(
+            f"{what}: {file or 'another module'} has that name already, so the file in {folder} cannot be used: "
+            "rename it"
+        )
+    return module
+
+
+def find_module(flat: Mapping[str, Value], app_dir: Path, folders: Iterable[Path]) -> dict[str, Value]:
+    """Set ``strategy.path`` where it is empty and the module of ``strategy.ref`` is a file in one of ``folders``.
+
+    Args:
+        flat: The run's configuration.
+        app_dir: The app; a module of its own needs no path.
+        folders: Where to look, in order: those in which a user keeps one file.
+    """
+    reference = flat.get("strategy.ref")
+    parts = reference.partition(":")[0].split(".") if isinstance(reference, str) else [""]
+
+    def holds(folder: Path) -> bool:
+        place = folder.joinpath(*parts)
+        return place.with_name(f"{place.name}.py").is_file() or (place / "__init__.py").is_file()
+
+    if flat.get("strategy.path") or not all(part.isidentifier() for part in parts) or holds(app_dir):
+        return dict(flat)
+    found = next((folder for folder in folders if holds(folder)), None)
+    return {**flat, "strategy.path": str(found)} if found else dict(flat)
+
+
+def pack_options(flat: Mapping[str, Value], listed: Mapping[str, Value]) -> dict[str, Value]:
+    """Move ``plugin.`` keys that the app does not list into the one key ``strategy.options``.
+
+    Flower refuses a run with keys that the app's ``pyproject.toml`` does not have, and an author's class is new to it.
+
+    Args:
+        flat: The run's configuration.
+        listed: The app's keys.
+
+    Raises:
+        ConfigError: For options of a class that ``strategy.ref`` does not name: nobody would read them.
+    """
+    new = {key: value for key, value in flat.items() if key.startswith(_PREFIX) and key not in listed}
+    class_name = str(flat.get("strategy.ref", "")).partition(":")[2]
+    tables = (f"{_PREFIX}{class_name.lower()}.", FLOWER_TABLE)
+    for key in new:
+        if not key.startswith(tables):
+            near = difflib.get_close_matches(key, [*listed, tables[0] + key.rpartition(".")[2]], n=1)
+            guess = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{key}: strategy.ref names {class_name!r}, whose options begin with {tables[0]}{guess}")
+    if not new:
+        return dict(flat)
+    packed = json.loads(str(flat.get("strategy.options") or "{}")) | new
+    rest = {key: value for key, value in flat.items() if key not in new}
+    return {**rest, "strategy.options": json.dumps(packed, sort_keys=True)}
+
+
+def unpack_options(flat: Mapping[str, Value]) -> dict[str, Value]:
+    """Undo `pack_options`: a key that is written out goes before a packed one."""
+    return {**json.loads(str(flat.get("strategy.options") or "{}")), **flat}
+
+
+def plugin_options(plugin: type, base: type, flat: Mapping[str, Value]) -> dict[str, Value]:
     """Values for the fields that a plug-in class adds to its base, from keys ``plugin.<class in lower case>.<field>``.
 
     Args:
@@ -51,21 +136,38 @@ def plugin_options(
     Raises:
         ConfigError: For a key that is no such field, or a value of another type than the field's default.
     """
-    prefix = f"plugin.{plugin.__name__.lower()}."
     inherited = {field.name for field in fields(base)}
-    own = {
-        field.name.replace("_", "-"): field for field in fields(plugin) if field.name not in inherited and field.init
-    }
-    options = {}
+    own = {field.name: field.default for field in fields(plugin) if field.name not in inherited and field.init}
+    return read_table(f"{_PREFIX}{plugin.__name__.lower()}.", plugin.__name__, own, flat, none=MISSING)
+
+
+def read_table(
+    table: str, owner: str, own: Mapping[str, object], flat: Mapping[str, Value], *, none: object
+) -> dict[str, Value]:
+    """Values of the keys of one table, by the names of options.
+
+    Args:
+        table: What the keys begin with.
+        owner: Whose options they are, for messages.
+        own: Name → default of every option there is.
+        flat: Flat run configuration.
+        none: Stands in ``own`` for an option without a default.
+
+    Raises:
+        ConfigError: For a key that is no option, or a value of another type than its default.
+    """
+    names = {name.replace("_", "-"): name for name in own}
+    options: dict[str, Value] = {}
     for key, value in flat.items():
-        if not key.startswith(prefix):
+        if not key.startswith(table):
             continue
-        field = own.get(key.removeprefix(prefix))
-        if field is None:
-            raise ConfigError(f"{key}: {plugin.__name__} has no such option; it has {', '.join(own) or 'none'}")
-        if isinstance(field.default, float) and isinstance(value, int) and not isinstance(value, bool):
+        name = names.get(key.removeprefix(table))
+        if name is None:
+            raise ConfigError(f"{key}: {owner} has no such option; it has {', '.join(names) or 'none'}")
+        default = own[name]
+        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if field.default is not MISSING and type(value) is not type(field.default):
-            raise ConfigError(f"{key} = {value!r}: expected {type(field.default).__name__}, as {field.default!r}")
-        options[field.name] = value
+        if default is not none and type(value) is not type(default):
+            raise ConfigError(f"{key} = {value!r}: expected {type(default).__name__}, as {default!r}")
+        options[name] = value
     return options

@@ -18,7 +18,6 @@ from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.memory import check_memory
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.plans import claims_privacy, client_level_plan, may_score, record_level_plan
-from fl_dualpriv.plugins import load_class, plugin_options
 from fl_dualpriv.privacy.accounting import joint_noise_multiplier
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import random_sources
@@ -34,6 +33,8 @@ from fl_dualpriv.privacy.plan import (
 from fl_dualpriv.results import RunRecorder, build_summary
 from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy
 from fl_dualpriv.server_books import BudgetExhausted, ServerPrivacy
+from fl_dualpriv.strategy_ref import load_strategy
+from fl_dualpriv.strategy_rules import ServerUnit, check_class
 from fl_dualpriv.world import build_world, run_folder
 
 app = ServerApp()
@@ -54,16 +55,17 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
     """Check everything, wait for everybody, train, write results."""
     config = RunConfig.from_run_config(context.run_config)
     start = time.monotonic()
-    strategy_class = load_class("strategy.ref", config.strategy.ref, RoundStrategy)
-    options = plugin_options(strategy_class, RoundStrategy, context.run_config)
+    strategy_class, options = load_strategy(config.strategy, context.run_config)
     if config.data.partition == "by-node" and engine_name(grid) != "deployment":
         raise ConfigError(
             'data.partition = "by-node" is for deployed nodes, each with a folder of its own: here all clients would '
             'have the same records; set it to "iid", "by-class" or "dirichlet"'
         )
     recorder.claim()
-    world = build_world(config)
     record, client = record_level_plan(config), client_level_plan(config)
+    if unit := noised_unit(config, record, client):
+        check_class(strategy_class, RoundStrategy, unit, config.privacy.arithmetic)
+    world = build_world(config)
     if engine_name(grid) == "ray":  # actors are further processes on this machine
         check_memory(config, world)
     cards, hosts = join(grid, config)
@@ -187,7 +189,7 @@ def build_strategy(
     hosts: dict[int, int],
     recorder: RunRecorder,
     report: Callable[[RoundReport], None],
-    options: Mapping[str, bool | int | float | str],
+    options: Mapping[str, object],
 ) -> RoundStrategy:
     """Unpack the configuration into the strategy's arguments."""
     trusts_server = record is not None and record.trusts_server
@@ -210,6 +212,18 @@ def build_strategy(
         report=report,
         **options,  # type: ignore[arg-type] - checked against the class's fields
     )
+
+
+def noised_unit(
+    config: RunConfig, record: RecordLevelPlan | None, client: ClientLevelPlan | None
+) -> ServerUnit | None:
+    """Whose data the server's noise protects; None if it adds none."""
+    if client is not None:
+        return "client"
+    if record is not None and record.trusts_server:
+        return "record"
+    published = METHODS[config.method].published_procedure and config.privacy.record.mechanism == "gaussian"
+    return "nominal" if published else None
 
 
 def server_privacy(

@@ -1,0 +1,33 @@
+"""From ``strategy.ref`` to a class and its options: one of ours, a user's, or one of Flower's under an adapter."""
+
+from collections.abc import Mapping
+
+from flwr.serverapp.strategy import Strategy
+
+from fl_dualpriv.config import StrategyConfig
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.flower_strategy import adapt
+from fl_dualpriv.plugins import FLOWER_TABLE, Value, load_class, plugin_options, unpack_options
+from fl_dualpriv.server import RoundStrategy
+
+
+def load_strategy(config: StrategyConfig, flat: Mapping[str, Value]) -> tuple[type[RoundStrategy], dict[str, object]]:
+    """Import the strategy of a run and read its options; nothing is asked of a client yet.
+
+    Args:
+        config: Names the class, and perhaps the folder of its module.
+        flat: The run's configuration, for ``plugin.`` keys.
+
+    Returns:
+        The class, and the arguments that it takes beyond those of `RoundStrategy`.
+
+    Raises:
+        ConfigError: If it cannot be imported, is no strategy, or an option does not fit.
+    """
+    flat = unpack_options(flat)
+    found = load_class("strategy.ref", config.ref, Strategy, config.path)
+    if not issubclass(found, RoundStrategy):
+        return adapt(found, flat)
+    if stray := [key for key in flat if key.startswith(FLOWER_TABLE)]:
+        raise ConfigError(f"{stray[0]}: for strategies of Flower's; {config.ref} is none")
+    return found, dict(plugin_options(found, RoundStrategy, flat))
