@@ -30,6 +30,8 @@ from simulations.benchmarks.towers import (  # noqa: E402
 
 BATCH, N_CLS = 16, 10
 _MOST_CLIENTS = 4096
+_RISE = 1.02
+"""Less gain than this from twice the clients: the rate stopped rising."""
 _ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 
@@ -79,13 +81,15 @@ def sweep(model: Any, device: str, precision: torch.dtype, most: int, least: flo
         if best == 0 or rates[clients] > rates[best]:
             best, samples = clients, taken
             peak_mib = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0
+        if clients > 1 and rates[clients] < _RISE * rates[clients // 2]:
+            break
         clients *= 2
     step = shape.forward + shape.backward
     return {
         "samples": samples,
         "difference": difference,
         "clients": best,
-        "most clients that fit": clients // 2,
+        "most clients tried": max(rates),
         "rates": {n: round(rate, 1) for n, rate in rates.items()},
         "tflops": step * rates[best] / 1e12,
         "peak_mib": round(peak_mib),
