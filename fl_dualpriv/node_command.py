@@ -1,4 +1,4 @@
-"""``fl-dualpriv node``: start a node for the owner of some data, and print the digest of an app that may run on it.
+"""``fl-dualpriv node``: check and start a node for the owner of some data; print the digest of an app it may run.
 
 Light on import: Flower and torch come with the node.
 """
@@ -10,11 +10,13 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from fl_dualpriv.app_bundle import load_bundle, read_bundle
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.node_pin import PinUnavailable
 
+_PIPE_WIDTH = 160  # a log has no width of its own
 app = typer.Typer(no_args_is_help=True, help="Run a node for the owner of some data, with limits of their own.")
 
 
@@ -90,6 +92,36 @@ def start(
         _exit(console, str(error))
 
 
+@app.command()
+def check(
+    node_file: Annotated[Path, typer.Argument(metavar="NODE.toml", help="The owner's file, with a [server].")],
+    offline: Annotated[bool, typer.Option("--offline", help="Do not try to reach the server.")] = False,
+) -> None:
+    """Look at data, model, budget, certificate, clock and port before joining; nothing is sent and nothing joined.
+
+    Exit status: 0 if the node can start, else 1.
+    """
+    from fl_dualpriv import node_check
+    from fl_dualpriv.node_file import read_node_file
+
+    errors, console = Console(stderr=True), Console()
+    if not console.is_terminal:
+        console = Console(width=_PIPE_WIDTH)
+    try:
+        node = read_node_file(node_file.absolute())
+    except ConfigError as error:
+        _exit(errors, str(error), 1)
+    table = Table(show_header=False)
+    colours, bad = {"good": "green", "note": "yellow", "bad": "bold red"}, 0
+    for finding in node_check.check(node, node.server, offline=offline):
+        colour = colours[finding.verdict]
+        table.add_row(finding.what, f"[{colour}]{finding.verdict}[/{colour}]", escape(finding.says))
+        bad += finding.verdict == "bad"
+    console.print(table, highlight=False)
+    if bad:
+        _exit(errors, f"{bad} of the above must be put right before this node can join", 1)
+
+
 @app.command("hash")
 def hash_app(
     source: Annotated[Path, typer.Argument(metavar="APP_DIR_OR_FAB", help="An app's folder, or a .fab file.")],
@@ -118,6 +150,6 @@ def hash_app(
     notes.print(f'[app]\nallowed = ["{bundle.digest}"]', markup=False, highlight=False, soft_wrap=True)
 
 
-def _exit(console: Console, message: str) -> NoReturn:
+def _exit(console: Console, message: str, status: int = 2) -> NoReturn:
     console.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True, highlight=False)
-    raise typer.Exit(2)
+    raise typer.Exit(status)

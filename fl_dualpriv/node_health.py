@@ -20,7 +20,7 @@ from typing import Any
 from fl_dualpriv.node_file import NodeFile, read_node_file
 
 _log = logging.getLogger("flwr")  # the SuperNode's own log
-_SILENT_SECONDS = 30.0  # an idle node asks its server every three
+_SILENT_SECONDS = 90.0  # an idle node asks its server every three seconds; on a busy one an answer may take long
 _HOUR = 3600.0
 _COUNT_SECONDS = 120.0
 

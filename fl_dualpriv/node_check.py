@@ -1,0 +1,253 @@
+"""``fl-dualpriv node check``: everything that a node needs, looked at before it joins; nothing is sent, nothing joined.
+
+Each check is a function of the owner's file that says what it found. *Bad* means that the node would not work, or not
+protect; *note* is for the owner to judge.
+"""
+
+import contextlib
+import datetime
+import math
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.node_contact import Contact, contact, key_fingerprint, root_expiry
+from fl_dualpriv.node_device import probe
+from fl_dualpriv.node_file import NodeFile, missing_folders
+from fl_dualpriv.node_tables import NodeServer
+
+_AHEAD, _BEHIND = 4.0, 300.0
+"""Seconds by which this clock may differ: Flower's server refuses signed requests from 5 s ahead or 305 s behind."""
+_SOON = datetime.timedelta(days=14)
+_LOOKED_AT = 300  # images that are decoded
+_DISK_MIB = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One row of the table."""
+
+    what: str
+    verdict: Literal["good", "note", "bad"]
+    says: str
+
+
+def check(node: NodeFile, server: NodeServer | None, *, offline: bool = False) -> Iterator[Finding]:
+    """All findings, as they come.
+
+    Args:
+        node: The owner's file.
+        server: What the file or the options say of it.
+        offline: Do not try to reach the server.
+    """
+    yield _guarded("app", lambda: _app(node))
+    yield _guarded("state", lambda: _state(node))
+    yield _guarded("data", lambda: _data(node))
+    yield _guarded("device", lambda: _device(node))
+    yield _guarded("model", lambda: _model(node))
+    yield _guarded("budget", lambda: _budget(node))
+    if server is None:
+        yield _bad("server", "nothing says where it is: put a [server] with an address into the file")
+        return
+    yield _guarded("port", lambda: _port(server.port))
+    if not server.insecure:
+        yield _guarded("CA", lambda: _root(server))
+        yield _guarded("key", lambda: _key(server))
+    if offline:
+        yield _note("server", "not tried (--offline)")
+        yield _note("clock", "not compared with the server's (--offline)")
+        return
+    found = contact(server)
+    yield _guarded("server", lambda: _server(server, found))
+    yield _guarded("clock", lambda: _clock(found))
+
+
+def _good(what: str, says: str) -> Finding:
+    return Finding(what=what, verdict="good", says=says)
+
+
+def _note(what: str, says: str) -> Finding:
+    return Finding(what=what, verdict="note", says=says)
+
+
+def _bad(what: str, says: str) -> Finding:
+    return Finding(what=what, verdict="bad", says=says)
+
+
+def _guarded(what: str, look: Callable[[], Finding]) -> Finding:
+    """A check that cannot be made is a bad finding, and the others follow all the same."""
+    try:
+        return look()
+    except ConfigError as error:
+        return _bad(what, str(error))
+    except Exception as error:  # libraries of models and images raise anything
+        return _bad(what, f"{type(error).__name__}: {error}")
+
+
+def _app(node: NodeFile) -> Finding:
+    if not node.apps:
+        return _bad("app", "no app is allowed: put the digest that `fl-dualpriv node hash APP` prints under [app]")
+    return _good("app", f"{len(node.apps)} allowed: " + ", ".join(f"{digest[:12]}…" for digest in node.apps))
+
+
+def _state(node: NodeFile) -> Finding:
+    if missing := missing_folders(node):
+        return _bad("state", f"the file has {missing}")
+    folder = node.state_dir
+    if folder is None:
+        return _note("state", "no state-dir: prompt and ledger go with each run")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / f".check-{os.getpid()}"
+        with trial.open("wb") as file:
+            file.write(b"\0" * 4096)
+            os.fsync(file.fileno())
+        trial.unlink()
+    except OSError as error:
+        return _bad("state", f"{folder} cannot be written to: {error.strerror}")
+    free = shutil.disk_usage(folder).free // 2**20
+    if folder.stat().st_mode & 0o007:
+        return _note("state", f"{folder} may be read by every user of this machine: chmod o-rwx {folder}")
+    said = f"{folder} can be written to, {free} MiB free"
+    return _good("state", said) if free >= _DISK_MIB else _note("state", f"{said}: features of many images take more")
+
+
+def _data(node: NodeFile) -> Finding:
+    path = node.data_path
+    if path is None:
+        return _note("data", "no data-path: the run names it, and was not looked at")
+    if _asks(path):
+        return _questions(path)
+    from fl_dualpriv.data.datasets import load_data
+    from fl_dualpriv.data.folder import given_splits
+
+    data = load_data("folder", str(path), str(node.classes or ""), 0.1, 0.2, 0, "keep")
+    count = len(data.train)
+    looked = np.unique(np.linspace(0, count - 1, min(count, _LOOKED_AT)).astype(int))
+    unreadable = []
+    for index in looked:
+        try:
+            data.train.image(int(index))
+        except ValueError as error:
+            unreadable.append(str(error))
+    own = given_splits(path)
+    said = f"{count} training images of {len(data.class_names)} classes"
+    if unreadable:
+        few = f"{said}, but {len(unreadable)} of {len(looked)} that were looked at cannot be read: {unreadable[0]}"
+        return _bad("data", few) if len(unreadable) == len(looked) else _note("data", few)
+    held_out = "test/ of its own" if "test" in own else "test images cut out of them: their scores never leave"
+    return _good("data", f"{said}, {held_out}")
+
+
+def _asks(path: Path) -> bool:
+    """Whether the records are questions about images."""
+    return path.is_file() or any(path.glob("*.jsonl")) or any(path.glob("*.csv"))
+
+
+def _questions(path: Path) -> Finding:
+    from fl_dualpriv.data.questions import load_questions
+
+    data = load_questions("questions", str(path), 0.1, 0.2, 0, "keep")
+    usable = sum(bool(question) for question in data.train.questions)
+    said = f"{len(data.train)} training questions of {len(data.class_names)} types, {usable} usable"
+    return _good("data", said) if usable == len(data.train) else (_note if usable else _bad)("data", said)
+
+
+def _device(node: NodeFile) -> Finding:
+    found, note = probe(node.device or "auto")
+    if note:
+        return _note("device", note)
+    return _good("device", found if found != "auto" else "auto: a GPU if there is one, else the CPU")
+
+
+def _model(node: NodeFile) -> Finding:
+    if node.model is None:
+        return _note("model", "none named under [model]: the run names it, and it was not loaded")
+    if node.data_path is not None and _asks(node.data_path):
+        from fl_dualpriv.backbones.answering import load_answering_model
+
+        load_answering_model(node.model.name, "cpu", None)
+        return _good("model", f"{node.model.name} loads")
+    from fl_dualpriv.backbones.backbone import load_backbone
+
+    backbone = load_backbone(node.model.name, node.model.pretrained, "cpu")
+    said = f"{node.model.name} loads: {backbone.weight_bytes / 2**20:.0f} MiB of weights, prompts of {backbone.ctx_dim}"
+    return _good("model", said)
+
+
+def _budget(node: NodeFile) -> Finding:
+    budget = node.budget
+    if budget is None:
+        return _note("budget", "no [budget]: the configuration of each run alone limits what leaves")
+    assert node.state_dir is not None  # `_state` said so
+    from fl_dualpriv.privacy.ledger import Ledger
+
+    content = Ledger(node.state_dir / "ledger.jsonl").read()
+    spent = content.epsilon(budget.delta) if content.events or content.damaged else 0.0
+    said = f"ε = {spent:.3g} of {budget.epsilon:g} spent at δ = {budget.delta:g}, {len(content.events)} rounds"
+    if content.damaged:
+        said += f"; {content.damaged} damaged lines, each counted as the largest round"
+    if not (math.isfinite(spent) and spent < budget.epsilon):
+        return _bad("budget", f"{said}: nothing is left, every round will be refused")
+    if content.damaged or spent > 0.9 * budget.epsilon:
+        return _note("budget", said)
+    return _good("budget", said)
+
+
+def _port(port: int) -> Finding:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the node's own server does
+        try:
+            trial.bind(("127.0.0.1", port))
+        except OSError as error:
+            return _bad("port", f"{port} of this machine is taken ({error.strerror}): give another one, server.port")
+    return _good("port", f"{port} of this machine is free")
+
+
+def _root(server: NodeServer) -> Finding:
+    if server.root_certificates is None:
+        return _note("CA", "no root-certificates: the system's authorities are believed")
+    return _dated("CA", f"{server.root_certificates}", root_expiry(server.root_certificates))
+
+
+def _dated(what: str, of: str, expires: datetime.datetime) -> Finding:
+    left = expires - datetime.datetime.now(datetime.UTC)
+    if left <= datetime.timedelta():
+        return _bad(what, f"{of} expired on {expires:%Y-%m-%d}")
+    said = f"{of}, valid until {expires:%Y-%m-%d}"
+    return _good(what, said) if left > _SOON else _note(what, f"{said}: {left.days} days left")
+
+
+def _key(server: NodeServer) -> Finding:
+    if server.private_key is None:
+        return _note("key", "no private-key: a server that asks who its nodes are will refuse this one")
+    fingerprint = key_fingerprint(server.private_key)
+    return _good("key", f"{fingerprint}; for the server's operator to register: {server.private_key}.pub")
+
+
+def _server(server: NodeServer, found: Contact) -> Finding:
+    if found.problem:
+        return _bad("server", found.problem)
+    if server.insecure:
+        with contextlib.suppress(ValueError):
+            if socket.gethostbyname(server.host_and_port[0]).startswith("127."):
+                return _good("server", f"{server.address} answers, without TLS, on this machine")
+        return _note("server", f"{server.address} answers without TLS: whoever is on the way can read and change all")
+    assert found.expires is not None
+    return _dated("server", f"{server.address} answers, its certificate is of this CA", found.expires)
+
+
+def _clock(found: Contact) -> Finding:
+    if found.ahead is None:
+        return _note("clock", "not compared: the server did not say its time")
+    said = f"this clock is {abs(found.ahead):.0f} s {'ahead of' if found.ahead > 0 else 'behind'} the server's"
+    if not -_BEHIND < found.ahead < _AHEAD:
+        return _bad("clock", f"{said}; a server refuses what is {_AHEAD:g} s ahead or {_BEHIND:g} s behind: set it")
+    return _good("clock", said)
