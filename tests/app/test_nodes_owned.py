@@ -1,0 +1,82 @@
+"""On a deployed node its owner's file decides where data, features, model and device are, whatever a run names."""
+
+from pathlib import Path
+
+import pytest
+from flwr.app import Context, MessageType, RecordDict
+
+from fl_dualpriv import wire
+from fl_dualpriv.data.partition import partition
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.local_engine import LocalGrid
+from simulations.server_app import app as server_app
+from tests.app.client_node import Nodes, ask, tiny_nodes, train, uploads
+
+
+@pytest.fixture
+def nodes(tiny_clip_dir: Path, tmp_path: Path) -> Nodes:
+    return tiny_nodes(tiny_clip_dir, tmp_path)
+
+
+def own(grid: LocalGrid, tmp_path: Path, text: str) -> None:
+    """Give the first node a file of its owner."""
+    file = tmp_path / "node.toml"
+    file.write_text(f'state-dir = "{tmp_path / "state"}"\ndata-path = "{tmp_path / "images"}"\n{text}')
+    grid.contexts[1].node_config["node-file"] = str(file)
+
+
+def test_all_images_of_the_owners_folder_are_its_clients_own(nodes: Nodes, tmp_path: Path):
+    # 16 images; 2 of them cut out for validation and 4 for tests, 1 and 2 of each class (shares 0.1 and 0.2 of 8).
+    grid = nodes({"data.path": "/srv/of/the/server", "data.ref": "folder"})
+    own(grid, tmp_path, "")
+    (card,) = wire.read_cards(ask(grid, RecordDict(), MessageType.QUERY))
+    assert (card.partition, card.num_examples) == (0, 10)
+    simulated = nodes()
+    (half,) = wire.read_cards(ask(simulated, RecordDict(), MessageType.QUERY))
+    assert half.num_examples == 5  # one of two clients of one folder
+
+
+def test_features_of_the_data_are_kept_where_the_owner_says(nodes: Nodes, tmp_path: Path):
+    named = tmp_path / "named-by-the-server"
+    grid = nodes({"resources.feature-cache": str(named)})
+    own(grid, tmp_path, "")
+    uploads(train(grid))
+    assert list((tmp_path / "state" / "features").rglob("*.npy"))
+    assert (tmp_path / "state" / "ledger.jsonl").exists()
+    assert not named.exists()
+
+
+def test_the_owners_model_and_device_are_taken_and_a_missing_gpu_is_said_once(
+    nodes: Nodes, tiny_clip_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    grid = nodes({"backbone.name": "local-dir:/nowhere", "resources.device": "cuda:98"})
+    own(grid, tmp_path, f'device = "cuda:99"\n[model]\nname = "local-dir:{tiny_clip_dir}"\n')
+    uploads(train(grid))
+    uploads(train(grid, server_round=2))
+    said = [record.getMessage() for record in caplog.records if "going on with the CPU" in record.getMessage()]
+    assert len(said) == 1
+    assert 'device = "cuda:99" cannot be used' in said[0]
+
+
+def test_one_folder_is_one_client(nodes: Nodes, tmp_path: Path):
+    grid = nodes({"supernodes": 1}, num_supernodes=1)
+    own(grid, tmp_path, "")
+    reply = ask(grid, RecordDict(), MessageType.QUERY)
+    assert reply.has_error()
+    assert "the run would give it 2 clients; set supernodes = 0" in str(reply.error.reason)
+
+
+def test_a_simulation_has_one_folder_for_all_and_refuses_to_give_it_to_everybody(nodes: Nodes, tmp_path: Path):
+    grid = nodes({"data.partition": "by-node"})
+    context = Context(
+        run_id=grid.run_id, node_id=0, node_config={}, state=RecordDict(), run_config=grid.contexts[1].run_config
+    )
+    with pytest.raises(ConfigError, match=r"by-node. is for deployed nodes"):
+        server_app(grid, context)
+
+
+def test_by_node_gives_all_records_even_if_clients_outnumber_them():
+    parts = partition([0, 1, 1], "by-node", 5, 0.3, 0)  # type: ignore[arg-type]
+    assert [part.tolist() for part in parts] == [[0, 1, 2]] * 5
+    with pytest.raises(ConfigError, match="no training image"):
+        partition([], "by-node", 5, 0.3, 0)  # type: ignore[arg-type]
