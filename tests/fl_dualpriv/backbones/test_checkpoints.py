@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fl_dualpriv.backbones.checkpoints import resolve_device
 from fl_dualpriv.backbones.open_clip import OpenClipBackbone, load_backbone
 from fl_dualpriv.errors import ConfigError
 
@@ -55,6 +56,13 @@ def test_bad_device(tiny_clip_dir, monkeypatch, device: str, message: str):
     message = message.replace("1 CUDA", "0 CUDA") if device == "cuda" else message
     with pytest.raises(ConfigError, match=rf"resources.device = '{device}': {message}"):
         load_backbone(f"local-dir:{tiny_clip_dir}", "", device)
+
+
+def test_convolutions_keep_all_bits_on_a_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert resolve_device("cuda").type == "cuda"
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_auto_device(tiny_clip_dir, monkeypatch):
