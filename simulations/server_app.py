@@ -14,6 +14,7 @@ from fl_dualpriv import wire
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.evaluation import Accuracy
+from fl_dualpriv.expiring_grid import ExpiringGrid
 from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.memory import check_memory
 from fl_dualpriv.methods import METHODS
@@ -45,7 +46,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run the federation; on any failure leave ``error.json`` and raise."""
     recorder = RunRecorder(run_folder(str(context.run_config.get("output.dir", "")), context.run_id))
     try:
-        run(grid, context, recorder)
+        run(ExpiringGrid(grid) if engine_name(grid) == "deployment" else grid, context, recorder)
     except BaseException as error:
         recorder.write_error(error)
         raise

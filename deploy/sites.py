@@ -1,0 +1,406 @@
+"""The machines of a rehearsal, all of them this one: folders, certificates, network namespaces, and their programs."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import certificates
+
+from fl_dualpriv import flower_env, supervisor
+from fl_dualpriv.app_bundle import build_bundle, digest_of
+from fl_dualpriv.data.demo import demo_categories, demo_template, load_demo
+from fl_dualpriv.flower_engine import to_toml
+
+NODES = 3
+_CATEGORIES = ("animal", "vehicle")
+_SETTINGS: dict[str, Any] = {
+    "reply-timeout": 300.0,  # a node that is gone is known to be after a minute or two
+    "train.local-steps": 2,
+    "train.sampling-rate": 0.2,
+    "privacy.record.calibrate-to": "noise-multiplier",
+    "privacy.record.noise-multiplier": 1.0,
+    "privacy.record.delta": 1e-4,
+    "data.ref": "folder",
+    "data.partition": "by-node",
+    "backbone.name": "demo",
+    "evaluation.every": 1000,  # the last round
+}
+_BUDGET = """
+[budget]
+epsilon = 12.0
+delta = 1e-4
+max-sampling-rate = 0.2
+min-noise-multiplier = 1.0
+max-clip-norm = 1.0
+scores = true
+"""
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    """Look five times a second.
+
+    Raises:
+        TimeoutError: If it does not come true.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds:.0f} s for {what}")
+        time.sleep(0.2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A program under a supervisor, which ends all that it has started when its standard input closes."""
+
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+    def said(self, text: str) -> bool:
+        """Whether its log holds ``text``."""
+        return text in self.log.read_text(errors="replace")
+
+    def lines(self, text: str) -> list[str]:
+        """The lines of its log that hold ``text``, from there on."""
+        found = (line.partition(text) for line in self.log.read_text(errors="replace").splitlines())
+        return [text + rest for _, there, rest in found if there]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """Where the nodes are: each in a network namespace of its own, joined by a bridge; or all on 127.0.0.1."""
+
+    spaces: tuple[str, ...]
+    server: str
+
+    @staticmethod
+    @contextlib.contextmanager
+    def opened(*, wanted: bool) -> "Iterator[Network]":
+        """Namespaces if they are wanted and this user may make them; removed at the end."""
+        number = os.getpid() % 250 + 1
+        bridge, spaces = f"fdp{number}br", tuple(f"fdp{number}n{node}" for node in range(NODES + 1))
+        made = wanted and Network._make(bridge, spaces, f"10.213.{number}")
+        try:
+            yield (
+                Network(spaces=spaces, server=f"10.213.{number}.1") if made else Network(spaces=(), server="127.0.0.1")
+            )
+        finally:
+            if wanted:
+                for space in spaces:
+                    _ip(f"netns del {space}")
+                _ip(f"link del {bridge}")
+
+    @staticmethod
+    def _make(bridge: str, spaces: Sequence[str], net: str) -> bool:
+        done = _ip(f"link add {bridge} type bridge") and _ip(f"addr add {net}.1/24 dev {bridge}")
+        done = done and _ip(f"link set {bridge} up")
+        for node, space in enumerate(spaces):
+            outer, inner = f"{space}o", f"{space}i"
+            done = done and _ip(f"netns add {space}") and _ip(f"link add {outer} type veth peer name {inner}")
+            done = done and _ip(f"link set {outer} master {bridge} up") and _ip(f"link set {inner} netns {space}")
+            done = done and _ip(f"-n {space} addr add {net}.{node + 10}/24 dev {inner}")
+            done = done and _ip(f"-n {space} link set {inner} up") and _ip(f"-n {space} link set lo up")
+        return done
+
+    def inside(self, node: int) -> list[str]:
+        """Words before a command that is to run where a node is."""
+        return ["ip", "netns", "exec", self.spaces[node]] if self.spaces else []
+
+
+def _ip(words: str) -> bool:
+    try:
+        return subprocess.run(["ip", *words.split()], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+@dataclass(kw_only=True)
+class Sites:
+    """Everything that is on a disk or runs.
+
+    Attributes:
+        root: Of all folders: ``certs``, ``server`` and one for each node.
+        app: The app's folder.
+        network: Where nodes are.
+        port: Of the server.
+        digest: Of the app's bundle.
+        programs: All that were started.
+    """
+
+    root: Path
+    app: Path
+    network: Network
+    port: int
+    digest: str
+    programs: list[Program] = field(default_factory=list)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def prepared(root: Path, app: Path, namespaces: bool) -> "Iterator[Sites]":
+        """Folders, images, keys; all programs end and all namespaces go when this is left."""
+        root.mkdir(parents=True)
+        (port,) = flower_env.free_ports(1)
+        with Network.opened(wanted=namespaces) as network:
+            certificates.make(root / "certs", [network.server, "127.0.0.1", "localhost"], nodes=NODES + 1)
+            sites = Sites(root=root, app=app, network=network, port=port, digest=digest_of(build_bundle(app)))
+            sites.write_images()
+            try:
+                yield sites
+            finally:
+                for program in sites.programs:
+                    assert program.process.stdin is not None
+                    program.process.stdin.close()  # the supervisor's sign
+                for program in sites.programs:
+                    program.process.wait(timeout=60)
+
+    @property
+    def address(self) -> str:
+        """Of the server."""
+        return f"{self.network.server}:{self.port}"
+
+    def home(self, node: int) -> Path:
+        """A node's folder."""
+        return self.root / f"node-{node}"
+
+    def write_images(self) -> None:
+        """Deal the demo's images of some classes out to the nodes; the server gets a few that no node has."""
+        names = {name.replace(" ", "_"): name for c in _CATEGORIES for name in demo_categories()[c]}
+        for split, data in load_demo().items():
+            seen = dict.fromkeys(names, 0)
+            for index, label in enumerate(data.labels):
+                folder = data.class_names[label].replace(" ", "_")
+                if folder not in names or split == "val":
+                    continue
+                place = seen[folder] % (NODES + 1)
+                seen[folder] += 1
+                owner = self.root / "server" if place == NODES else self.home(place)
+                file = owner / "images" / split / folder / f"{index:05d}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                data.image(index).save(file)
+        classes = json.dumps({"template": demo_template(), "class-names": names})
+        for owner in (self.root / "server", *map(self.home, range(NODES))):
+            (owner / "classes.json").write_text(classes, encoding="utf-8")
+
+    def class_name(self, folder: str) -> str:
+        """What the prompt says for a class folder."""
+        return folder.replace("_", " ")
+
+    def other_ca(self) -> Path:
+        """Certificates of somebody else."""
+        folder = self.root / "other-certs"
+        certificates.make(folder, [self.network.server], nodes=1)
+        return folder
+
+    def node_file(self, node: int, certs: Path) -> Path:
+        """The owner's one file."""
+        home = self.home(min(node, NODES - 1))  # a stranger brings no images
+        (port,) = flower_env.free_ports(1)
+        text = f"""state-dir = "{self.home(node) / "state"}"
+data-path = "{home / "images"}"
+classes = "{home / "classes.json"}"
+device = "auto"
+{_BUDGET}
+[model]
+name = "demo"
+
+[server]
+address = "{self.address}"
+root-certificates = "{certs / "ca.crt"}"
+private-key = "{self.root / "certs" / f"node-{node}.key"}"
+partition-id = {node}
+port = {port}
+
+[app]
+allowed = ["{self.digest}"]
+"""
+        self.home(node).mkdir(exist_ok=True)
+        (self.home(node) / "state").mkdir(exist_ok=True, mode=0o700)
+        file = self.home(node) / f"{certs.name}.toml"
+        file.write_text(text, encoding="utf-8")
+        return file
+
+    def start_superlink(self) -> None:
+        """Over TLS, asking its nodes who they are; three of the keys are registered."""
+        home, certs = self.root / "server", self.root / "certs"
+        command = ["flower-superlink", "--host", self.network.server, "--port", str(self.port)]
+        command += ["--ssl-ca-certfile", str(certs / "ca.crt"), "--ssl-certfile", str(certs / "server.pem")]
+        command += ["--ssl-keyfile", str(certs / "server.key"), "--enable-supernode-auth"]
+        command += ["--database", str(home / "superlink.db")]
+        self._write_flower_config()
+        self._start("superlink", command, home)
+        wait_until(self._healthy, 90, "the SuperLink")
+        with ThreadPoolExecutor() as pool:
+            keys = [str(certs / f"node-{node}.key.pub") for node in range(NODES)]
+            list(pool.map(lambda key: self.flwr("supernode", "register", key, "rehearsal"), keys))
+
+    def _write_flower_config(self) -> None:
+        settings = {"address": self.address, "root-certificates": str(self.root / "certs" / "ca.crt")}
+        text = f'[superlink]\ndefault = "rehearsal"\n\n[superlink.rehearsal]\n{to_toml(settings)}'
+        (self.root / "server" / "flwr").mkdir()
+        (self.root / "server" / "flwr" / "config.toml").write_text(text, encoding="utf-8")
+
+    def _healthy(self) -> bool:
+        import ssl
+
+        context = ssl.create_default_context(cafile=str(self.root / "certs" / "ca.crt"))
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"https://{self.address}/health", timeout=2, context=context),
+        ):
+            return True
+        return False
+
+    def flwr(self, *words: str) -> dict[str, Any]:
+        """The operator's ``flwr``.
+
+        Raises:
+            RuntimeError: If it did not succeed.
+        """
+        home = self.root / "server"
+        done = self._call(["flwr", *words, "--format", "json"], home)
+        answer = json.loads(done.stdout[done.stdout.index("{") :]) if "{" in done.stdout else {}
+        if not answer.get("success"):
+            raise RuntimeError(f"flwr {' '.join(words)}: {done.stdout}{done.stderr}")
+        return answer
+
+    def check_node(self, node: int, certs: Path | None = None) -> "subprocess.CompletedProcess[str]":
+        """``fl-dualpriv node check`` where the node is."""
+        file = self.node_file(node, certs or self.root / "certs")
+        words = [*self.network.inside(node), _script("fl-dualpriv"), "node", "check", str(file)]
+        return self._call(words, self.home(node))
+
+    def start_node(
+        self,
+        node: int,
+        *,
+        name: str = "",
+        certificates: Path | None = None,
+        waits: bool = True,
+        retries: int | None = None,
+    ) -> Program:
+        """``fl-dualpriv node start`` where the node is; returns when the server knows it, if it waits."""
+        file = self.node_file(node, certificates or self.root / "certs")
+        command = [*self.network.inside(node), _script("fl-dualpriv"), "node", "start", str(file)]
+        command += ["--health-seconds", "5"] + ([] if retries is None else ["--max-retries", str(retries)])
+        program = self._start(name or f"node-{node}", command, self.home(node))
+        if waits:
+            self.wait_for(program)
+        return program
+
+    def wait_for(self, node: Program) -> None:
+        """Until the server knows a node.
+
+        Raises:
+            TimeoutError: If it ends, or it takes too long.
+        """
+        wait_until(lambda: node.said("SuperNode ID") or node.process.poll() is not None, 120, node.log.stem)
+        if node.process.poll() is not None:
+            raise TimeoutError(f"a node ended: {node.log.read_text(errors='replace')[-2000:]}")
+
+    def submit(self, rounds: int) -> None:
+        """``flwr run``."""
+        server = self.root / "server"
+        settings = _SETTINGS | {
+            "rounds": rounds,
+            "population": NODES,
+            "data.path": str(server / "images"),
+            "data.classes": str(server / "classes.json"),
+            "output.dir": str(self.root / "run"),
+        }
+        (server / "run.toml").write_text(to_toml(settings), encoding="utf-8")
+        self.flwr("run", str(self.app), "rehearsal", "--run-config", str(server / "run.toml"))
+
+    def ended(self) -> str | None:
+        """The file with which the run said that it is over."""
+        return next((name for name in ("summary.json", "error.json") if (self.root / "run" / name).exists()), None)
+
+    def read(self, name: str) -> str:
+        """A file of the run; empty if it is not there."""
+        file = self.root / "run" / name
+        return file.read_text(encoding="utf-8") if file.exists() else ""
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """What the run said of each round."""
+        return [json.loads(line) for line in self.read("rounds.jsonl").splitlines()]
+
+    def ledger(self, node: int) -> list[dict[str, Any]]:
+        """The events of a node."""
+        file = self.home(node) / "state" / "ledger.jsonl"
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+    def export(self, node: int) -> Path:
+        """``fl-dualpriv export`` of the prompt that lies on a node."""
+        prompt = self.home(node) / "prompt.safetensors"
+        words = ["fl-dualpriv", "export", str(self.home(node) / "state"), "--client", str(node), "--out", str(prompt)]
+        done = self._call(words, self.home(node))
+        if done.returncode != 0:
+            raise RuntimeError(f"export: {done.stdout}{done.stderr}")
+        return prompt
+
+    def predict(self, node: int, prompt: Path, images: Sequence[Path]) -> list[str]:
+        """``fl-dualpriv predict``: the most likely class of each image."""
+        done = self._call(["fl-dualpriv", "predict", str(prompt), *map(str, images), "--json"], self.home(node))
+        if done.returncode != 0:
+            raise RuntimeError(f"predict: {done.stdout}{done.stderr}")
+        return [json.loads(line)["classes"][0]["class"] for line in done.stdout.splitlines()]
+
+    def _call(self, words: Sequence[str], home: Path) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [_script(words[0]), *words[1:]],
+            cwd=home,
+            env=_environment(home),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=200,
+        )
+
+    def _start(self, name: str, command: Sequence[str], home: Path) -> Program:
+        log = self.root / f"{name}.log"
+        nothing = str(self.root / f"{name}-nothing")  # of what a supervisor would remove
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                [sys.executable, "-I", supervisor.__file__, nothing, _script(command[0]), *command[1:]],
+                stdin=subprocess.PIPE,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                cwd=home,
+                env=_environment(home),
+                start_new_session=True,
+            )
+        self.programs.append(Program(process=process, log=log))
+        return self.programs[-1]
+
+
+def _environment(home: Path) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FLWR_", "FL_DUALPRIV"))}
+    scripts = sysconfig.get_path("scripts") + os.pathsep + inherited.get("PATH", os.defpath)
+    return inherited | {
+        "HOME": str(home),
+        "PATH": scripts,
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "1",
+        "FLWR_HOME": str(home / "flwr"),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+    }
+
+
+def _script(name: str) -> str:
+    """A program of this environment, or one of the system."""
+    path = Path(sysconfig.get_path("scripts")) / name
+    return str(path) if path.exists() else name
