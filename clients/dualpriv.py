@@ -18,7 +18,7 @@ from fl_dualpriv.client import PersonalState
 from fl_dualpriv.directions import Directions
 from fl_dualpriv.history import HistoryShapes
 from fl_dualpriv.methods import MethodParts
-from fl_dualpriv.objective import Objective, Records, StepGradients
+from fl_dualpriv.objective import Objective, Records, Regulariser, StepGradients
 from fl_dualpriv.optimizers import SGD, Optimizer
 from fl_dualpriv.privacy.clipping import ClippedSum, check_exact
 from fl_dualpriv.privacy.noise import RandomSource, poisson_sample
@@ -26,6 +26,8 @@ from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.privacy.release import release
 from fl_dualpriv.prompts.lowrank import carriers, cut_to_rank, tangent_projection
 from fl_dualpriv.pruning.updates import KEEP_ALL, UpdatePruning
+
+_LEFT = "left-factor"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,7 @@ class LocalTraining:
         local_learning_rate: For p_L.
         pruning: Which blocks of an update are followed.
         optimizer: What becomes of the noised gradients.
+        factor_rank: k, if the method's factors take steps of their own: u is kept from round to round; 0: it is not.
     """
 
     local_steps: int
@@ -47,10 +50,12 @@ class LocalTraining:
     local_learning_rate: float
     pruning: UpdatePruning = KEEP_ALL
     optimizer: Optimizer = SGD
+    factor_rank: int = 0
 
     def history_shapes(self, n_ctx: int, ctx_dim: int) -> HistoryShapes:
         """What a client remembers of its releases from step to step and round to round."""
-        return {**self.pruning.history_shapes(n_ctx, ctx_dim), **self.optimizer.history_shapes(n_ctx, ctx_dim)}
+        shapes = {**self.pruning.history_shapes(n_ctx, ctx_dim), **self.optimizer.history_shapes(n_ctx, ctx_dim)}
+        return shapes if not self.factor_rank else {**shapes, _LEFT: ((n_ctx, self.factor_rank), torch.float32)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +77,15 @@ class Participant:
 
 @dataclass
 class _Prompts:
-    """The cohort's prompts, stacked: (client, n_ctx, ctx_dim); ``carrier`` is (client, rank, ctx_dim)."""
+    """The cohort's prompts, stacked: (client, n_ctx, ctx_dim); ``carrier`` is (client, rank, ctx_dim).
+
+    ``left``, (client, n_ctx, rank), is FedPGP's u; its v is the carrier.
+    """
 
     own_global: Tensor
     personal: Tensor
     carrier: Tensor
+    left: Tensor
 
 
 def cohort_update(
@@ -87,6 +96,7 @@ def cohort_update(
     parts: MethodParts,
     training: LocalTraining,
     plan: RecordLevelPlan | None,
+    regulariser: Regulariser | None = None,
 ) -> list[tuple[Tensor, PersonalState]]:
     """Run one round of local steps of some clients, together.
 
@@ -97,6 +107,7 @@ def cohort_update(
         moves by a noised copy. With integer arithmetic that sum is uploaded as the integers it is made of, so that it
         stays exact until the server has added its noise. Masks before the clip come from earlier releases and coins;
         what is pruned, averaged or projected after is post-processing (see `UpdatePruning`): the noise is as without.
+        So is the pull of a regulariser, which reads prompts alone.
         No client's numbers depend on who steps beside it, but for float rounding: the size of a matrix product can
         change the order of its sums. The caller has written the ledger events of these releases.
 
@@ -107,6 +118,7 @@ def cohort_update(
         parts: Which prompts exist and move.
         training: Step sizes and counts.
         plan: Record-level DP, or None for the non-private method.
+        regulariser: A term of the loss that no record enters.
 
     Returns:
         For each participant the upload (the move of p_G, local − global; with a trusted server −learning rate × the
@@ -119,6 +131,7 @@ def cohort_update(
         own_global=global_prompt.expand(len(participants), -1, -1),
         personal=torch.stack([p.state.personal for p in participants]),
         carrier=torch.stack([p.state.carrier for p in participants]),
+        left=torch.stack([_left(p.state) for p in participants]),
     )
     pooled = objective.over([p.data for p in participants])
     sizes = torch.tensor([p.data.num_examples for p in participants], device=global_prompt.device)
@@ -131,7 +144,7 @@ def cohort_update(
     directions = Directions(
         pruning=training.pruning,
         optimizer=training.optimizer,
-        histories=[p.state.history for p in participants],
+        histories=[{k: v for k, v in p.state.history.items() if k != _LEFT} for p in participants],
         streams=[p.random for p in participants],
         noise_std=_noise_of_a_mean(plan, expected[:, 0, 0]),
         like=global_prompt,
@@ -156,13 +169,22 @@ def cohort_update(
             summed = gradients.to_prompts(torch.stack(noised))
         mean = summed.div_(expected.to(summed.dtype)).to(global_prompt.dtype)
         factors = _carriers(prompts, mean) if directions.cuts_components else None
-        direction = directions.direction(mean, factors)
+        direction = of_global = directions.direction(mean, factors)
+        if regulariser is not None:
+            of_shared, of_effective = regulariser.gradients(prompts.own_global, effective)
+            direction = direction + of_effective
+            of_global = direction + of_shared
         if parts.shared and not trusts_server:
-            prompts.own_global = torch.sub(prompts.own_global, direction, alpha=training.global_learning_rate)
-        if parts.personal:
+            prompts.own_global = torch.sub(prompts.own_global, of_global, alpha=training.global_learning_rate)
+        if parts.personal and parts.factor_steps:
+            _move_factors(prompts, direction, training.local_learning_rate)
+        elif parts.personal:
             _move_personal(prompts, direction, parts, training.local_learning_rate, directions.closed)
     uploads = prompts.own_global - global_prompt if clean_upload is None else clean_upload
-    kept = zip(participants, prompts.personal, prompts.carrier, directions.histories(), strict=True)
+    histories = directions.histories()
+    if parts.factor_steps:
+        histories = [{**history, _LEFT: u} for history, u in zip(histories, prompts.left, strict=True)]
+    kept = zip(participants, prompts.personal, prompts.carrier, histories, strict=True)
     states = [replace(p.state, personal=own, carrier=v, history=history) for p, own, v, history in kept]
     return list(zip(uploads, states, strict=True))
 
@@ -197,6 +219,19 @@ def _carriers(prompts: _Prompts, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """
     moved = prompts.personal.flatten(1).any(dim=1)[:, None, None]
     return carriers(torch.where(moved, prompts.personal, gradient), prompts.carrier)
+
+
+def _left(state: PersonalState) -> Tensor:
+    """FedPGP's u of a client, (n_ctx, rank); zero before its first step, so that it starts at p_G."""
+    return state.history.get(_LEFT, state.personal.new_zeros(len(state.personal), len(state.carrier)))
+
+
+def _move_factors(prompts: _Prompts, direction: Tensor, learning_rate: float) -> None:
+    """Gradient steps of u and v (FedPGP): of P = p_G + u·v they are G̃ vᵀ and uᵀG̃. Post-processing of G̃."""
+    u, v = prompts.left, prompts.carrier
+    prompts.left = u - learning_rate * direction @ v.mT
+    prompts.carrier = v - learning_rate * u.mT @ direction
+    prompts.personal = prompts.left @ prompts.carrier
 
 
 def _move_personal(

@@ -41,7 +41,7 @@ class Setting:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.world = build_world(config)
-        self.objective = self.world.objective(config)
+        self.objective, self.regulariser = self.world.objective(config), self.world.regulariser(config)
         self.parts = METHODS[config.method]
         self.plan = record_level_plan(config)
         self.sources = random_sources(config.privacy.randomness)

@@ -15,6 +15,7 @@ from fl_dualpriv import wire
 from fl_dualpriv.client import PersonalState, check_round, check_single_run, fresh_state
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import PrivacyError
+from fl_dualpriv.methods import METHODS
 from fl_dualpriv.optimizers import Optimizer
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey
@@ -196,6 +197,7 @@ class TrainRound:
             parts=setting.parts,
             training=self._training,
             plan=setting.plan,
+            regulariser=setting.regulariser,
         )
 
 
@@ -229,6 +231,7 @@ def local_training(config: RunConfig, segments: tuple[int, ...] = ()) -> LocalTr
             segments=segments,
         ),
         optimizer=Optimizer(name=config.train.optimizer, momentum=config.train.momentum),
+        factor_rank=config.prompt.rank if METHODS[config.method].factor_steps else 0,
     )
 
 

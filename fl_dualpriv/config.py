@@ -13,21 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, cast, get_type_hints
 
+from fl_dualpriv.config_methods import FedPGPConfig, Method
 from fl_dualpriv.config_rules import ConfigValue, check
 from fl_dualpriv.errors import ConfigError
 
 T = TypeVar("T")
-Method = Literal[
-    "dpfpl",
-    "promptfl",
-    "local-only",
-    "lowrank",
-    "full",
-    "zero-shot",
-    "dpfpl-paper",
-    "linear-probe",
-    "prototypes",
-]
 Mechanism = Literal["none", "gaussian"]
 CalibrateTo = Literal["epsilon", "noise-multiplier"]
 
@@ -214,6 +204,7 @@ class RunConfig:
     train: TrainConfig
     prompt: PromptConfig
     pruning: PruningConfig
+    fedpgp: FedPGPConfig
     privacy: PrivacyConfig
     data: DataConfig
     backbone: BackboneConfig

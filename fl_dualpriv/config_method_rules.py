@@ -3,7 +3,7 @@
 from fl_dualpriv.config_cross_rules import CrossRule
 
 _HEADS = ("linear-probe", "prototypes")
-_IMAGES_ALONE = _HEADS
+_IMAGES_ALONE = (*_HEADS, "fedpgp", "dp-lora", "ffa-lora")
 
 
 def _must_be(key: str, value: object, methods: tuple[str, ...], reason: str) -> CrossRule:
@@ -40,4 +40,8 @@ METHOD_RULES: tuple[CrossRule, ...] = (
     _must_be("train.top-m", 0, ("prototypes",), "a record speaks of its own class alone"),
     _must_be("privacy.record.noise-space", "prompt", ("prototypes",), "what is learned are class features"),
     _must_be("pruning.update-keep-ratio", 1.0, ("prototypes",), "it has no update to prune, but one sum"),
+    _must_be("pruning.update-keep-ratio", 1.0, ("fedpgp",), "a step of u and v moves every entry of the prompt"),
+    _must_be(
+        "privacy.record.trusts-server", False, ("fedpgp",), "its upload is no sum over records, but has a term besides"
+    ),
 )

@@ -99,6 +99,8 @@ RANGES: dict[str, Range] = {
     "pruning.update-exploration": Range(lambda x: 0 <= x <= 1, "in [0, 1]", "0 never looks at a pruned block again"),
     "train.momentum": Range(lambda x: 0 <= x < 1, "in [0, 1)", "0.9 is usual"),
     "data.max-tokens": Range(lambda x: x >= 2, "a whole number >= 2", "give what the longest question needs"),
+    "fedpgp.contrastive-weight": Range(lambda x: x >= 0, ">= 0", "0 switches the contrastive term off"),
+    "fedpgp.contrastive-temperature": _positive("0.5 is usual"),
     "privacy.record.epsilon": _NOISE,
     "privacy.record.noise-multiplier": _NOISE,
     "privacy.record.delta": _DELTA,

@@ -14,6 +14,7 @@ from fl_dualpriv.heads.prototypes import PrototypeObjective, prototype_direction
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.objective import Objective
 from fl_dualpriv.prompts.classification import Classification
+from fl_dualpriv.prompts.factored import FactoredTower
 from fl_dualpriv.prompts.head import LowRankHead
 from fl_dualpriv.prompts.learner import PromptedText
 from fl_dualpriv.prompts.tower import PromptTower
@@ -51,6 +52,8 @@ def image_learner(config: RunConfig, backbone: Backbone, text: PromptedText, hea
         return _linear_probe(config, backbone, text)
     if learns == "prototypes":
         return _prototypes(config, text)
+    if learns in ("dp-lora", "ffa-lora"):
+        return _factored(config, backbone, text, fixed=learns == "ffa-lora")
     if head is not None:
         factors = head
         return ImageLearner(
@@ -90,6 +93,17 @@ def _cosines(tower: PromptTower) -> Callable[[Tensor, ClientData], Iterator[Tens
         return (images.features @ classes.T for classes in tower(prompts).values)
 
     return logits
+
+
+def _factored(config: RunConfig, backbone: Backbone, text: PromptedText, *, fixed: bool) -> ImageLearner:
+    base = _words(config, backbone, text).to(backbone.device)
+    tower = FactoredTower(text.tower, base, config.prompt.rank, config.seed, fixed=fixed)
+    return ImageLearner(
+        shape=tower.shape,
+        initial=tower.initial,
+        objective=_classification(config, backbone, tower),
+        logits=_cosines(tower),
+    )
 
 
 def _linear_probe(config: RunConfig, backbone: Backbone, text: PromptedText) -> ImageLearner:

@@ -23,6 +23,7 @@ from fl_dualpriv.image_learners import ImageLearner, image_learner
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.objective import Objective
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
+from fl_dualpriv.prompts.contrast import PromptContrast
 from fl_dualpriv.prompts.head import LowRankHead
 from fl_dualpriv.prompts.learner import PromptedText
 from fl_dualpriv.prompts.tower import PromptTower
@@ -92,6 +93,17 @@ class ImageWorld:
     def objective(self, config: RunConfig) -> Objective[ClientData]:
         """See `World`."""
         return self.learner(config).objective
+
+    def regulariser(self, config: RunConfig) -> PromptContrast | None:
+        """See `World`: FedPGP's contrastive term."""
+        if not METHODS[config.method].contrast or config.fedpgp.contrastive_weight == 0:
+            return None
+        return PromptContrast(
+            tower=self.text.tower,
+            words=self.text.zero_shot_features(),
+            weight=config.fedpgp.contrastive_weight,
+            temperature=config.fedpgp.contrastive_temperature,
+        )
 
     @property
     def groups(self) -> np.ndarray:
@@ -264,10 +276,10 @@ def image_world(config: RunConfig) -> ImageWorld:
     Raises:
         ConfigError: If the run answers questions or learns no prompt, or as `build_world`.
     """
-    if METHODS[config.method].learns != "prompt":
+    if METHODS[config.method].learns != "prompt" or METHODS[config.method].contrast:
         raise ConfigError(
-            f"method = {config.method!r} learns no prompt, and this works on prompts alone; set it to "
-            '"promptfl" or "dpfpl", for example'
+            f"method = {config.method!r} learns no prompt, or not from records alone, and this works on such prompts; "
+            'set it to "promptfl" or "dpfpl", for example'
         )
     world = build_world(config)
     if not isinstance(world, ImageWorld):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Learns = Literal["prompt", "linear-probe", "prototypes"]
+Learns = Literal["prompt", "linear-probe", "prototypes", "dp-lora", "ffa-lora"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +16,8 @@ class MethodParts:
         factorised: p_L moves in the tangent space of its rank-k part (DP-FPL Eq. 4); else freely.
         residual: r = p_L − u·v is kept; else p_L is cut to rank k after every step.
         published_procedure: the clients run DP-FPL as published, whose ε is nominal.
+        factor_steps: p_L = u·v, and u and v take gradient steps of their own (FedPGP).
+        contrast: FedPGP's contrastive term is part of the loss.
         learns: What p_G is: what ``prompt.learner`` says, or what a baseline has in its place.
     """
 
@@ -24,6 +26,8 @@ class MethodParts:
     factorised: bool = False
     residual: bool = True
     published_procedure: bool = False
+    factor_steps: bool = False
+    contrast: bool = False
     learns: Learns = "prompt"
 
     @property
@@ -42,4 +46,7 @@ METHODS = {
     "dpfpl-paper": MethodParts(shared=True, personal=True, factorised=True, published_procedure=True),
     "linear-probe": MethodParts(shared=True, personal=False, learns="linear-probe"),
     "prototypes": MethodParts(shared=True, personal=False, learns="prototypes"),
+    "fedpgp": MethodParts(shared=True, personal=True, residual=False, factor_steps=True, contrast=True),
+    "dp-lora": MethodParts(shared=True, personal=False, learns="dp-lora"),
+    "ffa-lora": MethodParts(shared=True, personal=False, learns="ffa-lora"),
 }

@@ -60,6 +60,18 @@ class PooledObjective(Protocol):
         ...
 
 
+class Regulariser(Protocol):
+    """A term of the loss that reads prompts alone: what it pulls is added after the noise and costs no ε.
+
+    Guarantee owed by an implementation:
+        It is a function of its arguments and of public numbers. Clients do not mix.
+    """
+
+    def gradients(self, shared: Tensor, effective: Tensor) -> tuple[Tensor, Tensor]:
+        """Its gradients at each client's p_G and at its effective prompt, both (client, rows, cols)."""
+        ...
+
+
 class Objective(Protocol[Data]):
     """Loss of records under prompts."""
 

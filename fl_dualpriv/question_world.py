@@ -114,6 +114,9 @@ class QuestionWorld:
             return LoraObjective(self.lora(config.prompt), self._template(config.prompt))
         return _objective(self.backbone, config.resources.workspace_mib * 2**20)
 
+    def regulariser(self, config: RunConfig) -> None:
+        """See `World`: none."""
+
     def num_examples(self, partition_id: int) -> int:
         """n_i, public metadata; reads no image."""
         return len(self.partitions[partition_id])

@@ -12,7 +12,7 @@ from fl_dualpriv.backbones.backbone import ImageEncoder
 from fl_dualpriv.config import PromptConfig, RunConfig
 from fl_dualpriv.data.datasets import ImageDataset
 from fl_dualpriv.errors import PrivacyError
-from fl_dualpriv.objective import Objective, Records
+from fl_dualpriv.objective import Objective, Records, Regulariser
 from fl_dualpriv.plans import client_level_plan, record_level_plan
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey, gaussian_noise
 
@@ -70,6 +70,10 @@ class World(Protocol):
 
     def objective(self, config: RunConfig) -> Objective[Any]:
         """The loss of records under prompts."""
+        ...
+
+    def regulariser(self, config: RunConfig) -> Regulariser | None:
+        """The part of the loss that reads prompts alone."""
         ...
 
     def num_examples(self, partition_id: int) -> int:

@@ -17,6 +17,13 @@ QUESTIONS = {"data.ref": "demo-vqa", "backbone.name": "demo-vqa"}
     [
         ("linear-probe", QUESTIONS, "method"),
         ("prototypes", QUESTIONS, "method"),
+        ("fedpgp", QUESTIONS, "method"),
+        ("dp-lora", QUESTIONS, "method"),
+        ("ffa-lora", QUESTIONS, "method"),
+        ("fedpgp", {"pruning.update-keep-ratio": 0.8}, "pruning.update-keep-ratio"),
+        ("fedpgp", {"privacy.record.trusts-server": True, "train.local-steps": 1}, "privacy.record.trusts-server"),
+        ("fedpgp", {"fedpgp.contrastive-weight": -1.0}, "fedpgp.contrastive-weight"),
+        ("fedpgp", {"fedpgp.contrastive-temperature": 0.0}, "fedpgp.contrastive-temperature"),
         ("promptfl", {"prompt.init": "zeros"}, "prompt.init"),
         ("linear-probe", {"prompt.init": "random"}, "prompt.init"),
         ("prototypes", {"train.optimizer": "adam"}, "train.optimizer"),
@@ -30,7 +37,7 @@ def test_what_a_method_cannot_read_is_refused(method: str, changes: dict[str, An
         RunConfig.from_run_config(DEFAULTS | {"method": method} | changes)
     problems = str(caught.value).splitlines()[1:]
     assert [line.split(" = ")[0].strip() for line in problems] == [key]
-    assert "set " in problems[0]
+    assert "; " in problems[0]  # what to do
 
 
 @pytest.mark.parametrize("method", ["linear-probe", "prototypes"])

@@ -25,6 +25,9 @@ def test_methods_are_those_of_the_configuration():
         ("dpfpl-paper", True, True),
         ("linear-probe", True, False),
         ("prototypes", True, False),
+        ("fedpgp", True, True),
+        ("dp-lora", True, False),
+        ("ffa-lora", True, False),
     ],
 )
 def test_which_prompts_move(name: str, shared: bool, personal: bool):
