@@ -1,5 +1,6 @@
 """A Flower node and the clients it hosts: who they are, where their state lies, how good their prompts are."""
 
+import contextlib
 import functools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +23,7 @@ from fl_dualpriv.plans import held_out_is_given, may_score, record_level_plan
 from fl_dualpriv.privacy.budget import Budget
 from fl_dualpriv.privacy.noise import random_sources
 from fl_dualpriv.privacy.plan import round_terms
+from fl_dualpriv.run_facts import keep_node_run, keep_scored
 from fl_dualpriv.world import Counts, build_world, held_groups
 
 _log = logging.getLogger("fl_dualpriv")
@@ -174,6 +176,12 @@ class Node:
         """A client's own folder."""
         return ClientFolder(self.state_dir or self.run_folder / "clients" / f"client-{partition:03d}")
 
+    def keep_run(self, partition: int, run_token: str) -> None:
+        """Write down on a deployed node what its prompt is for, so that its owner can publish it."""
+        if self.state_dir is not None:
+            setting = self.setting
+            keep_node_run(self.state_dir, setting.config, setting.world, run_token, partition, scored=setting.may_score)
+
     def asked(self, partitions: Sequence[int]) -> list[int]:
         """Check whom a message speaks of; in order.
 
@@ -227,6 +235,9 @@ class Node:
             for p, counted in zip(prompts, counts, strict=True):
                 held = setting.held[p : p + 1]
                 (scores[p],) = split_counts(*counted, held, by_group=setting.config.data.asks_questions)
+                if self.state_dir is not None:  # the last global prompt of a run comes with its last score
+                    with contextlib.suppress(OSError):
+                        keep_scored(self.state_dir, prompts[p], scores[p], task.run_token, task.server_round)
         return wire.Scores(partitions=tuple(scores), values=list(scores.values()), failed=failed)
 
     def report_memory(self) -> None:

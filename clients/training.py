@@ -171,6 +171,7 @@ class TrainRound:
         """Keep the state, then let the upload go: a round whose state is lost must not be answered."""
         if self._keeps_state:
             try:
+                self._node.keep_run(partition, self._task.run_token)
                 kept = replace(state, server_round=self._task.server_round)
                 self._node.folder(partition).save(kept, self._prompt, self._task.run_token)
             except Exception as error:

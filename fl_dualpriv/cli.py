@@ -30,7 +30,9 @@ from fl_dualpriv.budget_command import budget
 from fl_dualpriv.config import RunConfig, app_defaults, merge, parse_assignment, read_toml
 from fl_dualpriv.config_rules import ConfigValue
 from fl_dualpriv.errors import ConfigError, PrivacyError
+from fl_dualpriv.export_command import export
 from fl_dualpriv.peak_memory import describe_peaks
+from fl_dualpriv.predict_command import predict
 from fl_dualpriv.progress import shown
 from fl_dualpriv.tables import headline, privacy_table, results_table
 
@@ -38,6 +40,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 app.add_typer(node_command.app, name="node")
 app.command()(budget)
 app.command()(audit)
+app.command()(export)
+app.command()(predict)
 
 # All that a run leaves in its folder. --overwrite removes these and nothing else.
 RESULT_FILES = ("summary.json", "rounds.jsonl", "error.json", "error.log", "curve.png", "flower.log", "ledger.jsonl")

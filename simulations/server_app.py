@@ -32,6 +32,7 @@ from fl_dualpriv.privacy.plan import (
     round_terms,
 )
 from fl_dualpriv.results import RunRecorder, build_summary
+from fl_dualpriv.run_facts import metadata_of_global
 from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy
 from fl_dualpriv.server_books import BudgetExhausted, ServerPrivacy
 from fl_dualpriv.strategy_ref import load_strategy
@@ -106,10 +107,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
         final = last_accuracy(recorder)
     found = notes(config, record, client, scored=strategy.evaluate_every > 0)
     found += [f"ended early: {stopped}"] if stopped else []
-    recorder.write_prompt(
-        prompt,
-        {"method": config.method, "backbone": config.backbone.name, "randomness": config.privacy.randomness},
-    )
+    recorder.write_prompt(prompt, metadata_of_global(config, world, strategy.run_token))
     recorder.write_curve("; ".join(found))
     recorder.write_summary(
         build_summary(
@@ -215,9 +213,7 @@ def build_strategy(
     )
 
 
-def noised_unit(
-    config: RunConfig, record: RecordLevelPlan | None, client: ClientLevelPlan | None
-) -> ServerUnit | None:
+def noised_unit(config: RunConfig, record: RecordLevelPlan | None, client: ClientLevelPlan | None) -> ServerUnit | None:
     """Whose data the server's noise protects; None if it adds none."""
     if client is not None:
         return "client"

@@ -99,6 +99,10 @@ class AnsweringModel(ImageEncoder, Protocol):
         """
         ...
 
+    def text(self, ids: list[int]) -> str:
+        """What ids of words say: the other way round of `words`."""
+        ...
+
     def check_length(self, n_ctx: int, max_tokens: int) -> None:
         """Raise ConfigError if an image, a prompt and ``max_tokens`` of question and answer exceed the context."""
         ...

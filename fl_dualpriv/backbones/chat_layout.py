@@ -79,6 +79,10 @@ class ChatLayout:
             raise ConfigError(f"backbone.name = {self._name!r}: an answer must have words; {text!r} has none")
         return [*ids, self.end]
 
+    def text(self, ids: list[int]) -> str:
+        """What ids of words say; special tokens say nothing."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True).strip()
+
     def _render(self, processor: Any) -> str:
         content = [{"type": "image"}, {"type": "text", "text": _SLOT}]
         try:

@@ -115,6 +115,10 @@ class LlavaBackbone(FrozenModel):
         """Ids of an answer and the end; see `AnsweringModel`."""
         return self._layout.answer(answer)
 
+    def text(self, ids: list[int]) -> str:
+        """What ids of words say; see `AnsweringModel`."""
+        return self._layout.text(ids)
+
     def check_length(self, n_ctx: int, max_tokens: int) -> None:
         """Raise ConfigError if image, prompt, question and answer exceed the context; see `AnsweringModel`."""
         before = len(self._layout.before)

@@ -49,7 +49,9 @@ SITES = {
         "fl_dualpriv/cli.py",
         "fl_dualpriv/audit_command.py",
         "fl_dualpriv/budget_command.py",
+        "fl_dualpriv/export_command.py",
         "fl_dualpriv/node_command.py",
+        "fl_dualpriv/predict_command.py",
     },
 }
 """Where each heavy library may be imported; PIL, whole folders, is checked below."""

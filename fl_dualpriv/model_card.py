@@ -1,0 +1,95 @@
+"""The model card of a published prompt, in Markdown, from its facts alone: the same facts give the same card.
+
+Names of classes, templates and models come from folders and files of somebody: none of them can become a heading, a
+link or HTML. They stand in JSON inside code, with the letters escaped that could end it.
+"""
+
+import json
+from collections.abc import Sequence
+
+from fl_dualpriv.prompt_facts import PublishedFacts, ScoreFacts
+
+_ESCAPES = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&`|"}
+_KINDS = {
+    "context": "words before the class name in a text; the class token stands at the end",
+    "head": "low-rank factors over the zero-shot class features; no text tower is run",
+    "linear-probe": "weights and a bias for each class, on frozen image features",
+    "prototypes": "a direction for each class, on frozen image features",
+    "soft-prompt": "words of its own before a question about an image",
+    "lora": "LoRA factors beside the query and value layers of the language model",
+}
+
+
+def model_card(facts: PublishedFacts, file: str, shape: tuple[int, ...]) -> str:
+    """The card.
+
+    Args:
+        facts: What there is to say.
+        file: Name of the prompt's file.
+        shape: Of the prompt.
+    """
+    use, source, backbone = facts.use, facts.source, facts.use.backbone
+    question = ' --question "..."' if use.asks_questions else ""
+    lines = [
+        f"# {source.whose.capitalize()}, {source.method}",
+        "",
+        "## What it reveals",
+        "",
+        *(f"- {line}" for line in facts.lines),
+        *(f"- {_code(note)}" for note in facts.notes),
+        "",
+        "## How to use it",
+        "",
+        f"    fl-dualpriv predict {file.translate(_ESCAPES)} IMAGE...{question}",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| prompt | {' x '.join(map(str, shape))} numbers, float32: {_KINDS[use.kind]} |",
+        f"| backbone | {_code(backbone.name)} {_code(backbone.pretrained) if backbone.pretrained else ''} |",
+        f"| weights | fingerprint `{backbone.fingerprint}`, {backbone.precision} |",
+        f"| image side | `{backbone.image_side}`: weights, image tower, preparation of images, pruning |",
+        f"| visual tokens | {'all' if use.pruner is None else f'pruned, {_code(str(use.pruner))}'} |",
+        f"| {'words of the un-tuned model' if use.asks_questions else 'template'} | {_code(use.template)} |",
+        *([f"| tokens of a question and its answer | at most {use.max_tokens} |"] if use.asks_questions else []),
+        "",
+        "## Where it comes from",
+        "",
+        f"{source.rounds} rounds of {source.method} with {source.population} clients, fl-dualpriv "
+        f"{_code(source.version)}.",
+        *_scores(source.scores),
+    ]
+    if use.classes:
+        lines += ["", f"## Classes, in order ({len(use.classes)})", "", *_json_block(use.classes)]
+    return "\n".join(lines) + "\n"
+
+
+def _scores(scores: ScoreFacts | None) -> list[str]:
+    if scores is None:
+        return ["The run did not score this prompt."]
+    return [
+        "",
+        f"Accuracy of the run ({scores.of}, {scores.split} split):",
+        "",
+        "| | local | neighbour |",
+        "|---|---|---|",
+        f"| zero-shot | {_percent(scores.zero_shot_local)} | {_percent(scores.zero_shot_neighbour)} |",
+        f"| final | {_percent(scores.local)} | {_percent(scores.neighbour)} |",
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _code(text: str) -> str:
+    """A text as code that nothing in it can end."""
+    return f"`{_escaped(text)[1:-1]}`" if text else ""
+
+
+def _escaped(value: str) -> str:
+    text = json.dumps(value, ensure_ascii=False).translate(_ESCAPES)
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
+def _json_block(names: Sequence[str]) -> list[str]:
+    return ["```json", "[", *(f"  {_escaped(n)}{',' * (i < len(names) - 1)}" for i, n in enumerate(names)), "]", "```"]

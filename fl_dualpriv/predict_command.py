@@ -1,0 +1,86 @@
+"""``fl-dualpriv predict``: what a published prompt says of images, with the model that it was trained on.
+
+Light on import, as the front is.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fl_dualpriv.errors import ConfigError, PrivacyError
+
+if TYPE_CHECKING:
+    from fl_dualpriv.prediction import Prediction
+
+_TOP = 3
+
+
+def predict(
+    prompt: Annotated[Path, typer.Argument(metavar="PROMPT", help="A file that `fl-dualpriv export` wrote.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    question: Annotated[str | None, typer.Option(help="About every image; for prompts that answer questions.")] = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="How many classes of each image; without it 3, and in JSON all.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line for each image.")] = False,
+    backbone: Annotated[
+        str | None, typer.Option(help="The model, as backbone.name of a run; without it the one that PROMPT names.")
+    ] = None,
+    pretrained: Annotated[str, typer.Option(help="Weights of --backbone.")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Print the likeliest classes of each image, or the answer to a question about it.
+
+    Exit status: 0; 1 if some images cannot be used, which is said of each and stops no other; 2 if PROMPT is refused.
+    """
+    errors = Console(stderr=True)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: as in the run
+    from fl_dualpriv.prediction import load_prompt  # late: torch takes seconds
+
+    try:
+        loaded = load_prompt(prompt, backbone, pretrained, device)
+        for line in (*loaded.facts.lines, *loaded.facts.notes):
+            errors.print(f"note: {escape(shown(line))}", soft_wrap=True, highlight=False)
+        is_whole = True
+        for found in loaded.predictions(images, question):
+            is_whole = is_whole and not found.error
+            if as_json:
+                typer.echo(json.dumps(_entry(found, top)))
+            elif found.error:
+                _complain(errors, f"{found.image}: {found.error}")
+            else:
+                typer.echo(shown(f"{found.image}: {_words(found, top or _TOP)}"))
+    except (ConfigError, PrivacyError) as error:
+        _complain(errors, str(error))
+        raise typer.Exit(2) from None
+    if not is_whole:
+        raise typer.Exit(1)
+
+
+def _complain(errors: Console, message: str) -> None:
+    errors.print(f"[bold red]error:[/bold red] {escape(shown(message))}", soft_wrap=True, highlight=False)
+
+
+def _words(found: "Prediction", top: int) -> str:
+    if not found.probabilities:
+        return found.label
+    return ", ".join(f"{name} {100 * share:.1f} %" for name, share in list(found.probabilities.items())[:top])
+
+
+def _entry(found: "Prediction", top: int | None) -> dict[str, Any]:
+    if found.error:
+        return {"image": found.image, "error": found.error}
+    entry: dict[str, Any] = {"image": found.image, "label": found.label}
+    if found.probabilities:
+        entry["probabilities"] = dict(list(found.probabilities.items())[:top])
+    return entry
+
+
+def shown(text: str) -> str:
+    """A text whose letters cannot act on a terminal: names in a prompt's file are a stranger's."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in text)

@@ -1,0 +1,298 @@
+"""What is said about a published prompt: how to use it, where it comes from, what it reveals. No torch here.
+
+One JSON text of fixed form, the only metadata of the file. It is read as a stranger wrote it: every field is checked,
+nothing is guessed, and no name in it is used as a path.
+"""
+
+import dataclasses
+import json
+import re
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from fl_dualpriv.errors import ConfigError, PrivacyError
+from fl_dualpriv.tables import epsilon_text
+
+FORMAT = 1
+"""Of the file; a reader refuses another."""
+
+T = TypeVar("T")
+Kind = Literal["context", "head", "linear-probe", "prototypes", "soft-prompt", "lora"]
+
+_MOST_LETTERS = 1000
+_LARGEST = 1e300
+_HUB_NAME = re.compile(r"(?!.*\.\.)[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneFacts:
+    """Which frozen model a prompt is for.
+
+    Attributes:
+        name: As configured; of a folder its last part alone, for where it lies is nobody's business.
+        pretrained: open_clip's tag; of a file its name alone.
+        is_local: The weights lay in a folder or file: whoever uses the prompt says where theirs lie.
+        precision: Of the matrix products.
+        fingerprint: Of the weights, see `Backbone.fingerprint`.
+        image_side: Of weights, image tower, preparation of images and pruner, see `ImageEncoder.feature_key`.
+    """
+
+    name: str
+    pretrained: str
+    is_local: bool
+    precision: Literal["fp32", "bf16"]
+    fingerprint: str
+    image_side: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunerFacts:
+    """Fields of `VisualTokenPruner`."""
+
+    layer: int
+    keep_ratio: float
+    contextual: int
+    merge: Literal["average", "sum", "attention"]
+    score: Literal["attention", "random"]
+    fusion_noise_std: float
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class UseFacts:
+    """How a prompt is used.
+
+    Attributes:
+        kind: ``context``: words of the text, before each class name (the class token stands at the end); ``head``:
+            low-rank factors over the zero-shot features; ``linear-probe``: weights and a bias for each class;
+            ``prototypes``: a direction for each class; ``soft-prompt``: before a question; ``lora``: factors beside a
+            language model's layers.
+        classes: Names, in the order of the classifier; empty for questions.
+        template: With one ``{}`` for the class name; of questions the words of the un-tuned model.
+        max_tokens: Of a question and its answer; 0 for images.
+        backbone: The frozen model.
+        pruner: Of visual tokens, or None.
+    """
+
+    kind: Kind
+    classes: tuple[str, ...]
+    template: str
+    max_tokens: int
+    backbone: BackboneFacts
+    pruner: PrunerFacts | None
+
+    @property
+    def asks_questions(self) -> bool:
+        """Whether it answers questions about images, and does not name classes."""
+        return self.kind in ("soft-prompt", "lora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guarantee:
+    """What a published prompt reveals, at one level; fields as in `privacy.plan.Release`. ``note`` says over what."""
+
+    unit: Literal["record", "client"]
+    relation: str
+    sampling: str
+    releases: int
+    epsilon: float
+    delta: float
+    trusts: str
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreFacts:
+    """Accuracies as the run reports them, each in [0, 1] or None; ``of`` says of what."""
+
+    of: str
+    split: str
+    zero_shot_local: float | None
+    zero_shot_neighbour: float | None
+    local: float | None
+    neighbour: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFacts:
+    """Where a prompt comes from.
+
+    Attributes:
+        client: Whose personal prompt it is; None: the global one.
+        method: Of the run.
+        rounds: Of the run.
+        population: Of the run.
+        randomness: ``seeded``: whoever knows the seed can take the noise off.
+        version: Of fl-dualpriv.
+        scores: None: the run did not score this prompt.
+    """
+
+    client: int | None
+    method: str
+    rounds: int
+    population: int
+    randomness: Literal["os", "seeded"]
+    version: str
+    scores: ScoreFacts | None
+
+    @property
+    def whose(self) -> str:
+        """In words."""
+        return "global prompt" if self.client is None else f"personal prompt of client {self.client}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedFacts:
+    """All of it.
+
+    Attributes:
+        use: How it is used.
+        source: Where it comes from.
+        guarantees: One for each level; empty if and only if ``not_private``.
+        not_private: It was published without differential privacy, knowingly.
+        notes: What else a reader must know.
+    """
+
+    use: UseFacts
+    source: SourceFacts
+    guarantees: tuple[Guarantee, ...]
+    not_private: bool
+    notes: tuple[str, ...]
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The guarantee in words, one line a level; or that there is none."""
+        if self.not_private:
+            return ("no differential privacy: the prompt may reveal the data that it was trained on",)
+        return tuple(guarantee_line(guarantee) for guarantee in self.guarantees)
+
+    @property
+    def is_reproducible(self) -> bool:
+        """Whether its noise can be made again from a seed, so that its guarantee holds against nobody who knows it."""
+        return bool(self.guarantees) and self.source.randomness == "seeded"
+
+    def check(self) -> None:
+        """Refuse a prompt without its guarantee.
+
+        Raises:
+            PrivacyError: If what it reveals is not said.
+        """
+        if self.not_private == bool(self.guarantees):
+            raise PrivacyError(
+                "it holds no guarantee line: neither an ε with unit, relation, sampling and count, nor that it has no "
+                "differential privacy"
+                if not self.guarantees
+                else "it holds a guarantee and says that it has none"
+            )
+        for guarantee in self.guarantees:
+            if not (guarantee.epsilon > 0 and 0 < guarantee.delta < 1 and guarantee.releases > 0):
+                raise PrivacyError(
+                    f"its guarantee line says ε = {guarantee.epsilon:g} at δ = {guarantee.delta:g} for "
+                    f"{guarantee.releases} releases, which is none"
+                )
+
+    def to_json(self) -> str:
+        """The same facts give the same text; ASCII, so that no letter can act on a terminal."""
+        return json.dumps({"format": FORMAT} | asdict(self), sort_keys=True, allow_nan=False)
+
+
+def guarantee_line(guarantee: Guarantee) -> str:
+    """One line: never an ε without unit, relation, sampling and count."""
+    unit = {"record": "one record of a client", "client": "all data of a client"}[guarantee.unit]
+    count = f"{guarantee.releases} release{'s' * (guarantee.releases > 1)}"
+    return (
+        f"{guarantee.unit} level: ε = {epsilon_text(guarantee.epsilon)} at δ = {guarantee.delta:g} for {unit} "
+        f"({guarantee.relation}; {guarantee.sampling}; {count}; trusts {guarantee.trusts}; {guarantee.note})"
+    )
+
+
+def parse_facts(text: str) -> PublishedFacts:
+    """Read what `to_json` wrote.
+
+    Raises:
+        ConfigError: If it is not of that form.
+        PrivacyError: If the guarantee is missing.
+    """
+    try:
+        content: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"its description is not JSON: {type(error).__name__}") from error
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise ConfigError(f"its description is not of format {FORMAT}, the one that this version reads")
+    # First: whoever cuts the guarantee out is to be told so, not that a field is missing.
+    if not content.get("guarantees") and content.get("not_private") is not True:
+        raise PrivacyError("it holds no guarantee line: nothing says what it reveals about the data behind it")
+    facts = _parse(PublishedFacts, content, "")
+    facts.check()
+    _check_use(facts.use)
+    return facts
+
+
+def parse_use(content: Any) -> UseFacts:
+    """Read what ``asdict`` made of `UseFacts` in the files of a run.
+
+    Raises:
+        ConfigError: If it is not of that form.
+    """
+    use = _parse(UseFacts, content, "")
+    _check_use(use)
+    return use
+
+
+def _check_use(use: UseFacts) -> None:
+    """Refuse what would be used otherwise than it was meant.
+
+    Raises:
+        ConfigError: If something is missing or too much.
+    """
+    if use.asks_questions == bool(use.classes) or use.asks_questions != bool(use.max_tokens):
+        raise ConfigError(f"a prompt of kind {use.kind!r} {'without' if not use.classes else 'with'} classes")
+    if len(use.classes) == 1 or len(set(use.classes)) != len(use.classes) or not all(map(str.strip, use.classes)):
+        raise ConfigError("its class names are fewer than two, empty or not all different")
+    if not use.asks_questions and (use.template.count("{}") != 1 or set("{}") & set(use.template.replace("{}", "", 1))):
+        raise ConfigError(f"its template {use.template!r:.80} must have exactly one {{}} for the class name")
+    name = use.backbone.name.removeprefix("hf:").removeprefix("local-dir:")
+    if not _HUB_NAME.fullmatch(name) or not re.fullmatch(r"[\w.-]*", use.backbone.pretrained, re.ASCII):
+        raise ConfigError("its backbone is named by a path or in strange letters; such a name is not used")
+    if not all(re.fullmatch("[0-9a-f]{16}", key) for key in (use.backbone.fingerprint, use.backbone.image_side)):
+        raise ConfigError("its backbone has no fingerprint of 16 hex digits")
+    if not use.backbone.is_local and (
+        use.backbone.name.startswith("local-dir:") or use.backbone.pretrained.endswith((".pt", ".pth", ".safetensors"))
+    ):
+        raise ConfigError("its backbone is a file or folder and it does not say so")
+
+
+def _parse(kind: type[T], value: Any, where: str) -> T:
+    """A dataclass from JSON, every field of its type and none beside them."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"its description lacks {where or 'everything'}")
+    hints = get_type_hints(kind)
+    if value.keys() != hints.keys():
+        wrong = sorted(str(key)[:40] for key in value.keys() ^ hints.keys())
+        raise ConfigError(f"its description has missing or unknown fields in {where or 'it'}: {', '.join(wrong[:5])}")
+    return kind(**{name: _value(hint, value[name], f"{where}.{name}".strip(".")) for name, hint in hints.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _parse(hint, value, where)
+    origin, options = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):  # X | None
+        return None if value is None else _value(options[0], value, where)
+    if origin is tuple:
+        if isinstance(value, list):
+            return tuple(_value(options[0], item, where) for item in value)
+    elif origin is Literal:
+        if isinstance(value, str) and value in options:
+            return value
+    elif hint is float:
+        if type(value) in (int, float) and abs(value) < _LARGEST:  # no NaN, no infinity, no endless integer
+            return float(value)
+    elif hint is str:
+        if isinstance(value, str) and len(value) <= _MOST_LETTERS:
+            return value
+    elif type(value) is hint:  # bool and int; JSON's true is no number
+        return value
+    raise ConfigError(f"its description says {where} = {value!r:.80}, which is none")

@@ -1,0 +1,130 @@
+"""The file of a published prompt: safetensors with two tensors and one text of facts, and a model card beside it.
+
+Written in one step, the same bytes for the same prompt. Read whole and once, as a stranger's file: sizes, types, names
+and numbers are checked before anything is made of them.
+"""
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fl_dualpriv.errors import ConfigError, PrivacyError
+from fl_dualpriv.files import write_bytes
+from fl_dualpriv.model_card import model_card
+from fl_dualpriv.prompt_facts import PublishedFacts, parse_facts
+
+SUFFIX = ".safetensors"
+KEY = "fl-dualpriv"
+"""The one entry of the metadata: with several, safetensors writes them in an order of chance."""
+
+_MOST_BYTES = 2**28
+_MOST_HEADER_BYTES = 2**23
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PublishedPrompt:
+    """A prompt and what there is to say about it.
+
+    Attributes:
+        prompt: The effective prompt P, (rows, cols) float32.
+        probe: What it makes of one image that is nobody's, see `prediction`, (numbers,) float32: whoever loads it with
+            another model, tokenizer or preparation of images gets other numbers.
+        facts: See `PublishedFacts`.
+    """
+
+    prompt: Tensor
+    probe: Tensor
+    facts: PublishedFacts
+
+
+def card_path(path: Path) -> Path:
+    """Where the model card of a prompt lies."""
+    return path.with_suffix(".md")
+
+
+def write_published(path: Path, published: PublishedPrompt) -> None:
+    """Write a prompt and its card; each in one step, the card first, so that no prompt is ever without.
+
+    Raises:
+        ConfigError: If the prompt could not be read again, or the name has another suffix.
+        PrivacyError: If the guarantee is missing.
+    """
+    if path.suffix != SUFFIX:
+        raise ConfigError(f"{path}: the file of a prompt ends in {SUFFIX}")
+    tensors = {"prompt": published.prompt.contiguous(), "probe": published.probe.contiguous()}
+    content = save(tensors, {KEY: published.facts.to_json()})
+    parse_published(content)  # what is written can be read
+    write_bytes(card_path(path), model_card(published.facts, path.name, tuple(published.prompt.shape)).encode())
+    write_bytes(path, content)
+
+
+def read_published(path: Path) -> PublishedPrompt:
+    """Read a prompt.
+
+    Raises:
+        ConfigError: If the file cannot be read, or is not such a file, whole and intact.
+        PrivacyError: If nothing says what it reveals.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        return parse_published(content)
+    except (ConfigError, PrivacyError) as error:
+        raise type(error)(f"{path} is not used as a prompt: {error}") from error
+
+
+def parse_published(content: bytes) -> PublishedPrompt:
+    """The prompt of a file's bytes.
+
+    Raises:
+        ConfigError: If it is not whole and intact.
+        PrivacyError: If nothing says what it reveals.
+    """
+    if len(content) > _MOST_BYTES:
+        raise ConfigError(f"it is larger than {_MOST_BYTES // 2**20} MiB; no prompt is")
+    facts = parse_facts(_described(content))
+    try:
+        tensors = load(content)
+    except Exception as error:  # safetensors and torch each raise their own kinds
+        raise ConfigError(f"it is damaged or cut off: {str(error).strip()[:200]}") from error
+    if tensors.keys() != {"prompt", "probe"}:
+        raise ConfigError("it does not hold the two tensors prompt and probe, and nothing else")
+    prompt, probe = tensors["prompt"], tensors["probe"]
+    for name, tensor, dims in (("prompt", prompt, 2), ("probe", probe, 1)):
+        if tensor.dtype != torch.float32 or tensor.ndim != dims or not tensor.numel():
+            raise ConfigError(
+                f"its {name} is {str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}; expected "
+                f"float32 with {dims} dimension{'s' * (dims > 1)}"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise ConfigError(f"its {name} holds numbers that are not finite")
+    return PublishedPrompt(prompt=prompt, probe=probe, facts=facts)
+
+
+def _described(content: bytes) -> str:
+    """The text of facts in the header. Read before the tensors, for a header may claim to be any size."""
+    (size,) = struct.unpack("<Q", content[:8]) if len(content) >= 8 else (0,)
+    if not 0 < size <= min(_MOST_HEADER_BYTES, len(content) - 8):
+        raise ConfigError("it is no safetensors file, or it is cut off")
+    try:
+        header: Any = json.loads(content[8 : 8 + size])
+        metadata = header["__metadata__"]
+        text = metadata[KEY]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        # A prompt that a run keeps for itself has no such text, and nobody may take it for a published one.
+        raise PrivacyError(
+            "it holds no guarantee line: it is not a file that `fl-dualpriv export` wrote, and nothing says what it "
+            "reveals"
+        ) from error
+    if not isinstance(text, str):
+        raise ConfigError("its description is no text")
+    return text

@@ -1,0 +1,235 @@
+"""A frozen model with a published prompt, ready for images: one reader names classes, one answers questions."""
+
+from dataclasses import asdict
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fl_dualpriv.backbones.answering import AnsweringModel, load_answering_model
+from fl_dualpriv.backbones.backbone import Backbone, ImageEncoder, load_backbone
+from fl_dualpriv.data.probe import probe_image
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.heads.linear_probe import LinearProbe
+from fl_dualpriv.heads.prototypes import prototype_directions
+from fl_dualpriv.prompt_facts import BackboneFacts, UseFacts
+from fl_dualpriv.prompts.answers import BLOCK
+from fl_dualpriv.prompts.head import LowRankHead
+from fl_dualpriv.prompts.learner import PromptedText
+from fl_dualpriv.pruning.visual_tokens import VisualTokenPruner
+
+_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
+"""Of a probe, relative to its largest entry, by precision of products: another device rounds otherwise."""
+_PROBED = 256
+"""Scores of words in a probe."""
+
+Reply = tuple[str, dict[str, float]]
+"""The label or answer, and probabilities of classes, the likeliest first (empty for answers)."""
+
+
+class Reader(Protocol):
+    """A model with a prompt."""
+
+    @property
+    def model(self) -> ImageEncoder:
+        """The frozen model."""
+        ...
+
+    def replies(self, features: np.ndarray, question: str) -> list[Reply | None]:
+        """What the prompt says of each image, from its features (image, embed_dim); None where they are not finite."""
+        ...
+
+    def probe(self) -> Tensor:
+        """What it makes of an image that is nobody's: numbers (n,) on the CPU.
+
+        They change with weights, architecture, tokenizer, preparation of images, pruner and prompt.
+        """
+        ...
+
+
+class Classifier:
+    """`Reader` of class names.
+
+    Args:
+        use: How the prompt is used.
+        prompt: (rows, cols).
+        backbone: The frozen model.
+
+    Raises:
+        ConfigError: If the prompt does not fit the model.
+    """
+
+    def __init__(self, use: UseFacts, prompt: Tensor, backbone: Backbone) -> None:
+        self.model, self._names = backbone, use.classes
+        self._has_bias = use.kind == "linear-probe"
+        self._classes = _class_features(use, prompt.to(backbone.device), backbone)
+
+    def replies(self, features: np.ndarray, question: str) -> list[Reply | None]:
+        """See `Reader`: a softmax over all classes, ranked by the products that a run scores by."""
+        cosines = self._cosines(torch.from_numpy(features))
+        shares = (self.model.logit_scale * cosines).softmax(dim=-1)
+        return [self._reply(*pair) for pair in zip(cosines, shares, strict=True)]
+
+    def _reply(self, cosines: Tensor, shares: Tensor) -> Reply | None:
+        if not bool(torch.isfinite(cosines).all()):
+            return None
+        order = cosines.argsort(descending=True, stable=True).tolist()
+        return self._names[order[0]], {self._names[i]: float(shares[i]) for i in order}
+
+    def probe(self) -> Tensor:
+        """See `Reader`: products of the probe image with every class."""
+        return self._cosines(_probe_features(self.model))[0]
+
+    def _cosines(self, features: Tensor) -> Tensor:
+        features = torch.nn.functional.pad(features, (0, int(self._has_bias)), value=1.0)
+        return (features.to(self._classes) @ self._classes.T).cpu()
+
+
+def _class_features(use: UseFacts, prompt: Tensor, backbone: Backbone) -> Tensor:
+    """What image features are multiplied by, (n_cls, embed_dim), with a column for a bias if there is one."""
+    n_cls = len(use.classes)
+    if use.kind == "linear-probe":
+        probe = LinearProbe(n_cls, backbone.embed_dim)
+        _check_shape(prompt, probe.shape)
+        return probe.values(prompt)
+    if use.kind == "prototypes":
+        _check_shape(prompt, (n_cls, backbone.embed_dim))
+        return prototype_directions(prompt)
+    text = PromptedText(backbone, use.classes, use.template)
+    if use.kind == "head":
+        head = LowRankHead(text.zero_shot_features())
+        _check_shape(prompt, head.shape(len(prompt)))
+        return head(prompt[None]).values[0]
+    text.check_length(len(prompt))
+    _check_shape(prompt, (len(prompt), backbone.ctx_dim))
+    return text.tower(prompt[None]).values[0]
+
+
+class Answerer:
+    """`Reader` of questions, decoding greedily: an answer that a run counts as right is the one that comes out.
+
+    Args:
+        use: How the prompt is used.
+        prompt: (rows, cols).
+        model: The frozen model.
+
+    Raises:
+        ConfigError: If the prompt does not fit the model.
+    """
+
+    def __init__(self, use: UseFacts, prompt: Tensor, model: AnsweringModel) -> None:
+        self.model, self._prompt = model, prompt.to(model.device)
+        self._max_tokens, self._lora = use.max_tokens, None
+        words = len(prompt)
+        if use.kind == "lora":
+            from fl_dualpriv.backbones.llava import LlavaBackbone
+            from fl_dualpriv.backbones.lora import load_lora  # late: peft is an extra
+
+            assert isinstance(model, LlavaBackbone)
+            self._lora = load_lora(model, len(prompt))
+            self._words = model.embed_tokens(torch.tensor(model.words(use.template), device=model.device))
+            words = len(self._words)
+        _check_shape(prompt, (len(prompt), model.ctx_dim) if self._lora is None else self._lora.shape)
+        model.check_length(words, use.max_tokens)
+
+    def replies(self, features: np.ndarray, question: str) -> list[Reply | None]:
+        """See `Reader`; ConfigError if the question cannot be written in the model's tokens, or leaves no room."""
+        asked = self.model.question_tokens(question)
+        if (room := self._max_tokens - len(asked)) < 1:
+            raise ConfigError(f"the question is {len(asked)} tokens long; with its answer at most {self._max_tokens}")
+        rows = torch.from_numpy(features)
+        usable = torch.isfinite(rows).all(dim=1)
+        found: list[Reply | None] = [None] * len(rows)
+        for places in usable.nonzero().flatten().split(BLOCK):
+            answers = self._decode(rows[places].to(self.model.device), asked, room)
+            for place, ids in zip(places.tolist(), answers, strict=True):
+                found[place] = (self.model.text(ids), {})
+        return found
+
+    @torch.no_grad()
+    def _decode(self, visual: Tensor, asked: list[int], room: int) -> list[list[int]]:
+        """Ids of each image's answer, without the end."""
+        tokens = torch.tensor(asked, device=visual.device).expand(len(visual), -1)
+        ended = torch.zeros(len(visual), dtype=torch.bool, device=visual.device)
+        for _ in range(room):
+            tokens = torch.cat([tokens, self._next(visual, tokens).argmax(dim=-1, keepdim=True)], dim=1)
+            ended |= tokens[:, -1] == self.model.end
+            if bool(ended.all()):
+                break
+        answers = tokens[:, len(asked) :].tolist()
+        return [ids[: ids.index(self.model.end)] if self.model.end in ids else ids for ids in answers]
+
+    def _next(self, visual: Tensor, tokens: Tensor) -> Tensor:
+        """Scores of the token behind a sequence, (image, vocabulary)."""
+        in_front = self._prompt if self._lora is None else self._words
+        text = self.model.embed_tokens(tokens)
+        embeddings = torch.cat([in_front.to(text.dtype).expand(len(visual), -1, -1), text], dim=1)
+        last = embeddings.shape[1] - 1
+        if self._lora is not None:
+            return self._lora.logits(self._prompt, visual, embeddings, last)[:, 0]
+        return self.model.logits(self.model.prefix(visual), embeddings, last)[:, 0]
+
+    @torch.no_grad()
+    def probe(self) -> Tensor:
+        """See `Reader`: scores of the first words of an answer to no question."""
+        visual = _probe_features(self.model)
+        nothing = torch.zeros(1, 0, dtype=torch.long, device=visual.device)
+        return self._next(visual, nothing)[0, :_PROBED].float().cpu()
+
+
+def load_reader(use: UseFacts, prompt: Tensor, name: str, pretrained: str, device: str) -> Reader:
+    """A model with a prompt.
+
+    Args:
+        use: How the prompt is used.
+        prompt: (rows, cols).
+        name: Of the backbone, as in `load_backbone`.
+        pretrained: Likewise.
+        device: Likewise.
+
+    Raises:
+        ConfigError: If the model cannot be loaded, has other weights than the prompt was trained on, or the prompt does
+            not fit it.
+    """
+    pruner = None if use.pruner is None else VisualTokenPruner(**asdict(use.pruner))
+    if use.asks_questions:
+        model = load_answering_model(name, device, pruner, use.backbone.precision)
+        _check_fingerprint(use.backbone, model.fingerprint, name)
+        return Answerer(use, prompt, model)
+    backbone = load_backbone(name, pretrained, device, pruner, use.backbone.precision)
+    _check_fingerprint(use.backbone, backbone.fingerprint, name)
+    return Classifier(use, prompt, backbone)
+
+
+def check_probe(reader: Reader, expected: Tensor, precision: str) -> None:
+    """Raise ConfigError if a model of the same weights reads images or texts otherwise than it did."""
+    found = reader.probe()
+    if found.shape == expected.shape:
+        difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+        if difference <= _TOLERANCE[precision]:
+            return
+        reason = f"differs by {difference:.1e} (allowed {_TOLERANCE[precision]:g}, relative)"
+    else:
+        reason = f"has {len(found)} numbers instead of {len(expected)}"
+    raise ConfigError(
+        f"the backbone differs: its weights are those of the prompt, but what it makes of a known image {reason}; "
+        "tokenizer, activation or preparation of images are others, or the file was changed"
+    )
+
+
+def _check_fingerprint(facts: BackboneFacts, found: str, name: str) -> None:
+    if found != facts.fingerprint:
+        raise ConfigError(
+            f"the backbone differs: the prompt is for {facts.name!r} with weights {facts.fingerprint}, and {name!r} "
+            f"has {found}; name the model that it was trained on"
+        )
+
+
+def _check_shape(prompt: Tensor, fitting: tuple[int, ...]) -> None:
+    if tuple(prompt.shape) != fitting:
+        raise ConfigError(f"a prompt of shape {tuple(prompt.shape)}; with this model and these classes it is {fitting}")
+
+
+def _probe_features(model: ImageEncoder) -> Tensor:
+    return model.image_features(model.preprocess(probe_image())[None].to(model.device))

@@ -1,0 +1,264 @@
+"""What there is to publish in a run's folder, or in the state folder of a deployed node: a prompt, and what is known.
+
+Everything is read and compared, nothing is decided here: see `publishing`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fl_dualpriv.errors import ConfigError, PrivacyError
+from fl_dualpriv.files import read_tensors
+from fl_dualpriv.methods import METHODS
+from fl_dualpriv.privacy.ledger import Ledger, LedgerContent
+from fl_dualpriv.prompt_facts import ScoreFacts, SourceFacts, UseFacts, parse_use
+from fl_dualpriv.run_facts import RUN_FILE, SCORED_FILE, NodeRun
+
+GLOBAL_ROW, PERSONAL_ROW = "global prompt", "published personal prompt"
+"""Names of releases in a run's privacy table."""
+
+Row = Mapping[str, Any]
+"""An entry of the privacy table, see `privacy.plan.Release`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Material:
+    """A prompt that may be published.
+
+    Attributes:
+        prompt: P, as the run scored it where it did, (rows, cols).
+        use: How it is used.
+        source: Where it comes from.
+        rows: All of the run's privacy table.
+        ledgers: Unit → the ledgers that are here; a unit whose ledgers lie elsewhere is missing.
+        run_token: Of the run.
+        claims: Units that the run states an ε for, whatever it releases.
+        deployed: Whether the clients ran on nodes of their own, where their ledgers stay.
+        backbone: Name of the model, as configured.
+        pretrained: Likewise.
+        notes: What else a reader must know.
+    """
+
+    prompt: Tensor
+    use: UseFacts
+    source: SourceFacts
+    rows: Sequence[Row]
+    ledgers: Mapping[str, Sequence[LedgerContent]]
+    run_token: str
+    claims: frozenset[str]
+    deployed: bool
+    backbone: str
+    pretrained: str
+    notes: tuple[str, ...]
+
+
+def read_material(folder: Path, client: int | None) -> Material:
+    """Read a run's folder or a node's state folder.
+
+    Args:
+        folder: Either.
+        client: Whose personal prompt; None: the global one.
+
+    Raises:
+        ConfigError: If it is neither, is damaged, the run did not finish, or there is no such prompt.
+        PrivacyError: If a ledger that must be there is not.
+    """
+    try:
+        if (folder / RUN_FILE).exists():
+            return _of_node(folder, client)
+        return _of_run(folder, client)
+    except (ConfigError, PrivacyError):
+        raise
+    except Exception as error:  # JSON, safetensors and missing keys each raise their own kinds
+        raise ConfigError(f"{folder}: its files are damaged or of another version: {_words(error)}") from error
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()[:200]}"
+
+
+def _of_run(folder: Path, client: int | None) -> Material:
+    summary_file = folder / "summary.json"
+    if (folder / "error.json").exists() or not summary_file.exists():
+        started = any((folder / name).exists() for name in ("error.json", "rounds.jsonl", "ledger.jsonl", "clients"))
+        why = "the run did not finish" if started else "it is neither a run's folder nor a node's state folder"
+        raise ConfigError(f"{folder}: {why}; only a finished run can be published")
+    summary: dict[str, Any] = json.loads(summary_file.read_text(encoding="utf-8"))
+    _check_owner(summary["method"], client, int(summary["population"]))
+    prompt_file = folder / "prompts" / "global.safetensors"
+    tensors, metadata = read_tensors(prompt_file)
+    if "use" not in metadata or "run-token" not in metadata:
+        raise ConfigError(f"{prompt_file} does not say what it is for: an older version wrote it; run it again")
+    prompt, token, deployed = tensors["global"], metadata["run-token"], summary["engine"] == "deployment"
+    if client is not None:
+        if deployed:
+            raise ConfigError(
+                f"{folder}: the personal prompt of client {client} lies on its node; its owner exports it from the "
+                "node's state folder"
+            )
+        prompt = prompt + _personal(folder / "clients" / f"client-{client:03d}" / "prompt.safetensors", token)
+    rows = list(summary["privacy"])
+    scores, note = _scores_of_run(summary, client)
+    return Material(
+        prompt=prompt,
+        use=_use(json.loads(metadata["use"]), summary["method"]),
+        source=SourceFacts(
+            client=client,
+            method=summary["method"],
+            rounds=int(summary["rounds"]),
+            population=int(summary["population"]),
+            randomness=summary["randomness"],
+            version=str(summary["versions"]["fl-dualpriv"]),
+            scores=scores,
+        ),
+        rows=rows,
+        ledgers=_ledgers_of_run(folder, summary, deployed=deployed),
+        run_token=token,
+        claims=frozenset(row["unit"] for row in rows),
+        deployed=deployed,
+        backbone=str(summary["config"]["backbone.name"]),
+        pretrained=str(summary["config"]["backbone.pretrained"]),
+        notes=(*note, *(text for text in summary["notes"] if text.startswith("ended early"))),
+    )
+
+
+def _check_owner(method: str, client: int | None, population: int) -> None:
+    parts = METHODS[method]
+    if not parts.trains:
+        raise ConfigError(f"a run of {method} learns nothing: there is no prompt to publish")
+    if client is None and not parts.shared:
+        raise ConfigError(f"a run of {method} has no global prompt: name a client")
+    if client is not None and not parts.personal:
+        raise ConfigError(f"a run of {method} has no personal prompts: export the global one")
+    if client is not None and not 0 <= client < population:
+        raise ConfigError(f"client {client}: the run has the clients 0 to {population - 1}")
+
+
+def _use(content: object, method: str) -> UseFacts:
+    if content is None:
+        raise ConfigError(f"what a run of {method} learns cannot be used without the run, and so is not published")
+    return parse_use(content)
+
+
+def _personal(file: Path, run_token: str) -> Tensor:
+    if not file.exists():
+        raise ConfigError(f"{file} does not exist: this client has kept no personal prompt")
+    tensors, metadata = read_tensors(file)
+    if metadata.get("run-token") != run_token:
+        raise ConfigError(f"{file} is of another run than the global prompt")
+    return tensors["personal"]
+
+
+def _ledgers_of_run(folder: Path, summary: Mapping[str, Any], *, deployed: bool) -> dict[str, Sequence[LedgerContent]]:
+    """Of a simulation all; the ledgers of deployed clients stay on their nodes.
+
+    Raises:
+        PrivacyError: If a client has none, though it took part: without it nothing bounds what was released.
+    """
+    at_server = _by_unit([Ledger(folder / "ledger.jsonl").read()])
+    own = [folder / "clients" / f"client-{i:03d}" / "ledger.jsonl" for i in range(int(summary["population"]))]
+    pays = any(row["unit"] == "record" and row["guarantee"] == "theorem" for row in summary["privacy"])
+    if not pays or deployed:
+        return at_server
+    # A client may have failed in every round: then it has released nothing.
+    if (missing := [file for file in own if not file.exists()]) and not summary["failures"]:
+        raise PrivacyError(f"{missing[0]} does not exist: without the client's ledger nothing says what was released")
+    found = _by_unit([Ledger(file).read() for file in own])
+    return {unit: [*at_server.get(unit, []), *found.get(unit, [])] for unit in at_server.keys() | found.keys()}
+
+
+def _by_unit(contents: Sequence[LedgerContent]) -> dict[str, Sequence[LedgerContent]]:
+    """Ledgers by unit; a damaged line counts for every unit."""
+    found: dict[str, list[LedgerContent]] = {}
+    for content in contents:
+        for unit in {event.unit for event in content.events} or ({"record", "client"} if content.damaged else set()):
+            events = tuple(event for event in content.events if event.unit == unit)
+            found.setdefault(unit, []).append(LedgerContent(events=events, damaged=content.damaged))
+    return dict(found)
+
+
+def _scores_of_run(summary: Mapping[str, Any], client: int | None) -> tuple[ScoreFacts | None, tuple[str, ...]]:
+    """Accuracies if they are of this kind of prompt, and a note if they are not."""
+    sound = {row["unit"] for row in summary["privacy"] if row["guarantee"] == "theorem"}
+    of_personal = METHODS[summary["method"]].personal and (not sound or "record" in sound)
+    before, after = summary["accuracy"]["zero_shot"], summary["accuracy"]["final"]
+    if after["local"] is None and after["neighbour"] is None:
+        return None, ()
+    if of_personal != (client is not None):
+        kind = "personal prompts" if of_personal else "the global prompt"
+        return None, (f"the accuracies that the run reports are of {kind}, not of this one",)
+    whose = "of the personal prompts, mean over all clients" if of_personal else "of this prompt, mean over all clients"
+    return ScoreFacts(
+        of=whose,
+        split=summary["evaluation_split"],
+        zero_shot_local=before["local"],
+        zero_shot_neighbour=before["neighbour"],
+        local=after["local"],
+        neighbour=after["neighbour"],
+    ), ()
+
+
+def _of_node(folder: Path, client: int | None) -> Material:
+    content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    run = NodeRun(**{field.name: content[field.name] for field in fields(NodeRun)})
+    if client is None:
+        raise ConfigError(f"{folder} is a node's folder: the global prompt is exported from the server's results")
+    if client != run.client:
+        raise ConfigError(f"{folder}: this node was client {run.client} of its last run")
+    _check_owner(run.method, client, run.population)
+    prompt, scores, note = _prompt_of_node(folder, run)
+    return Material(
+        prompt=prompt,
+        use=_use(run.use, run.method),
+        source=SourceFacts(
+            client=client,
+            method=run.method,
+            rounds=run.rounds,
+            population=run.population,
+            randomness=run.randomness,
+            version=run.version,
+            scores=scores,
+        ),
+        rows=run.releases,
+        ledgers=_by_unit([Ledger(folder / "ledger.jsonl").read()]),
+        run_token=run.run_token,
+        claims=frozenset([*(row["unit"] for row in run.releases), *(["client"] if run.claims_client_level else [])]),
+        deployed=True,
+        backbone=run.backbone,
+        pretrained=run.pretrained,
+        notes=note,
+    )
+
+
+def _prompt_of_node(folder: Path, run: NodeRun) -> tuple[Tensor, ScoreFacts | None, tuple[str, ...]]:
+    """As the last round scored it; where nothing is scored, with the global prompt that the last round trained on."""
+    file = folder / "prompt.safetensors"
+    personal = _personal(file, run.run_token)
+    scored = folder / SCORED_FILE
+    if scored.exists():
+        tensors, metadata = read_tensors(scored)
+        if metadata["run-token"] == run.run_token and int(metadata["server-round"]) == run.rounds:
+            shares = [_share(metadata[kind]) for kind in ("local", "neighbour")]
+            facts = ScoreFacts(
+                of="of this prompt on its node",
+                split=run.split,
+                zero_shot_local=None,
+                zero_shot_neighbour=None,
+                local=shares[0],
+                neighbour=shares[1],
+            )
+            return tensors["prompt"], facts, ()
+    tensors, metadata = read_tensors(file)
+    if (last := int(metadata["server-round"])) != run.rounds:
+        raise ConfigError(f"{folder}: the run did not finish here, the last round was {last} of {run.rounds}")
+    note = "with the global prompt as the last round sent it: the node never saw what became of it"
+    return tensors["global"] + personal, None, (note,)
+
+
+def _share(counts: str) -> float | None:
+    correct, total = map(int, counts.split("/"))
+    return correct / total if total else None

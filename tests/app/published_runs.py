@@ -1,0 +1,57 @@
+"""Small runs whose prompts are published, and how well what was published does on the test images of the run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fl_dualpriv import load_prompt
+from fl_dualpriv.config import RunConfig, app_defaults
+from fl_dualpriv.evaluation import mean_accuracy, split_counts
+from fl_dualpriv.image_world import ImageWorld
+from fl_dualpriv.prediction import LoadedPrompt
+from fl_dualpriv.published import write_published
+from fl_dualpriv.publishing import publish
+from fl_dualpriv.world import build_world, held_groups
+
+APP_DIR = Path(__file__).parents[2]
+CLIENTS = 3
+
+
+def settings_for(images: Path, tiny_clip_dir: Path) -> dict[str, Any]:
+    return app_defaults(APP_DIR) | {
+        "rounds": 2,
+        "population": CLIENTS,
+        "join-timeout": 1.0,
+        "train.local-steps": 1,
+        "privacy.record.calibrate-to": "noise-multiplier",
+        "privacy.record.delta": 1e-3,
+        "evaluation.held-out-data": "public",
+        "data.ref": "folder",
+        "data.path": str(images),
+        "backbone.name": f"local-dir:{tiny_clip_dir}",
+        "resources.device": "cpu",
+        "resources.feature-cache": "off",
+    }
+
+
+def exported(folder: Path, client: int | None, out: Path, model: Path, **options: Any) -> LoadedPrompt:
+    write_published(out, publish(folder, client, **options))
+    return load_prompt(out, backbone=f"local-dir:{model}", device="cpu")
+
+
+def scores(prompts: Sequence[LoadedPrompt], summary: dict[str, Any]) -> tuple[float | None, float | None]:
+    """What the run reports, counted anew from the labels that published prompts give to the test images' files."""
+    config = RunConfig.from_run_config(summary["config"])
+    world = build_world(config)
+    assert isinstance(world, ImageWorld)
+    test, held = world.data.test, held_groups(world)
+    labels, found = torch.tensor(test.labels), []
+    for client, prompt in enumerate(prompts):
+        said = [prompt.classes.index(p.label) for p in prompt.predict(test.paths)]  # type: ignore[attr-defined]
+        right = labels[torch.tensor(said) == labels]
+        counts = [torch.bincount(of, minlength=len(test.class_names)) for of in (right, labels)]
+        found += split_counts(counts[0], counts[1], held[client : client + 1])
+    mean = mean_accuracy(found)
+    return mean.local, mean.neighbour
