@@ -19,6 +19,7 @@ from fl_dualpriv.errors import ConfigError
 
 T = TypeVar("T")
 Mechanism = Literal["none", "gaussian"]
+CentralMechanism = Literal["none", "gaussian", "tree", "banded"]
 CalibrateTo = Literal["epsilon", "noise-multiplier"]
 
 
@@ -100,9 +101,13 @@ class RecordLevelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientLevelConfig:
-    """Privacy of a client's whole data; ``expected_cohort`` is public and is a count of clients."""
+    """Privacy of a client's whole data; ``expected_cohort`` is public and is a count of clients.
 
-    mechanism: Mechanism
+    ``tree`` and ``banded``: noise correlated over rounds, on a fixed schedule; ``bands`` = 0 takes the best number.
+    ``adaptive`` clipping begins at ``clip_norm``; ``bit_noise_share`` is σ_b over the expected cohort.
+    """
+
+    mechanism: CentralMechanism
     calibrate_to: CalibrateTo
     epsilon: float
     noise_multiplier: float
@@ -110,6 +115,11 @@ class ClientLevelConfig:
     delta: float
     clip_norm: float
     expected_cohort: float
+    bands: int
+    clipping: Literal["fixed", "adaptive"]
+    target_quantile: float
+    clip_learning_rate: float
+    bit_noise_share: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -292,7 +292,7 @@ CROSS_RULES: tuple[CrossRule, ...] = (
     ),
     CrossRule(
         ("privacy.arithmetic", _RECORD, _CLIENT),
-        lambda v: v["privacy.arithmetic"] == "float" or "gaussian" in (v[_RECORD], v[_CLIENT]),
+        lambda v: v["privacy.arithmetic"] == "float" or (v[_RECORD], v[_CLIENT]) != ("none", "none"),
         'needs noise at one level: without it there is nothing for "integer" to protect',
         'set it to "float", or a mechanism to "gaussian"',
     ),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
+from fl_dualpriv.config_client_level_rules import CLIENT_LEVEL_RULES
 from fl_dualpriv.config_cross_rules import CROSS_RULES, CrossRule, Values
 from fl_dualpriv.config_method_rules import METHOD_RULES
 
@@ -111,6 +112,10 @@ RANGES: dict[str, Range] = {
     "privacy.client.delta": _DELTA,
     "privacy.client.clip-norm": _CLIP,
     "privacy.client.expected-cohort": _positive("give the expected number of clients in a round"),
+    "privacy.client.bands": Range(lambda x: x >= 0, "a whole number >= 0", "0 takes the best number"),
+    "privacy.client.target-quantile": Range(lambda x: 0 < x < 1, "between 0 and 1, both excluded", "0.5 is the median"),
+    "privacy.client.clip-learning-rate": _positive("0.2 is usual"),
+    "privacy.client.bit-noise-share": _positive("0.05 is usual: a twentieth of the cohort"),
     "data.dirichlet-alpha": _positive("0.1 is very uneven, 100 nearly even"),
     "data.val-fraction": _FRACTION,
     "data.test-fraction": _FRACTION,
@@ -164,7 +169,7 @@ def check(types: Mapping[str, Any], flat: Mapping[str, ConfigValue]) -> tuple[di
             problems.append(f"{key} = {_show(flat[key])}: {fault}")
     problems += [
         f"{rule.keys[0]} = {_show(values[rule.keys[0]])}: {rule.need}{_context(rule, values)}; {rule.advice}"
-        for rule in (*CROSS_RULES, *METHOD_RULES)
+        for rule in (*CROSS_RULES, *CLIENT_LEVEL_RULES, *METHOD_RULES)
         if all(key in values for key in rule.keys) and not rule.holds(values)
     ]
     return values, problems

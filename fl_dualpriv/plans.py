@@ -9,7 +9,12 @@ from fl_dualpriv.data.folder import given_splits
 from fl_dualpriv.data.questions import given_question_splits
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.methods import METHODS
+from fl_dualpriv.privacy.matrix_mechanism import BandedNoise, CorrelatedNoise, TreeNoise, best_bands
 from fl_dualpriv.privacy.plan import ClientLevelPlan, RecordLevelPlan, noise_multiplier_for
+from fl_dualpriv.privacy.quantile import AdaptiveClip
+from fl_dualpriv.privacy.schedule import RoundRobin, separation_for
+
+_MOST_BANDS = 64  # unless asked for: the server remembers so many arrays of the prompt's size
 
 Plan = TypeVar("Plan", RecordLevelPlan, ClientLevelPlan)
 
@@ -45,23 +50,56 @@ def client_level_plan(config: RunConfig) -> ClientLevelPlan | None:
     client = config.privacy.client
     if client.mechanism == "none":
         return None
+    correlated = correlated_noise(config)
+    # With correlated noise all rounds are one release of everybody.
+    rate, releases = (1.0, 1) if correlated else (client.expected_cohort / config.population, config.rounds)
     plan = ClientLevelPlan(
         clip_norm=client.clip_norm,
         noise_multiplier=noise_multiplier_for(
-            client.calibrate_to,
-            client.epsilon,
-            client.noise_multiplier,
-            client.delta,
-            client.expected_cohort / config.population,
-            config.rounds,
+            client.calibrate_to, client.epsilon, client.noise_multiplier, client.delta, rate, releases
         ),
         population=config.population,
         expected_cohort=client.expected_cohort,
         rounds=config.rounds,
         delta=client.delta,
         arithmetic=config.privacy.arithmetic,
+        adaptive=adaptive_clip(config),
+        correlated=correlated,
     )
+    try:
+        _ = plan.sum_noise_multiplier
+    except ValueError as error:
+        least = plan.noise_multiplier / 2 / client.expected_cohort
+        raise PrivacyError(
+            f"privacy.client.bit-noise-share = {client.bit_noise_share:g}: {error}; raise it above {least:.3g}"
+        ) from error
     return _bounded(plan, plan.rounds, "privacy.client")
+
+
+def adaptive_clip(config: RunConfig) -> AdaptiveClip | None:
+    """How the clip norm of client updates moves; None if it is fixed."""
+    client = config.privacy.client
+    if client.clipping == "fixed":
+        return None
+    return AdaptiveClip(
+        start=client.clip_norm,
+        target_quantile=client.target_quantile,
+        learning_rate=client.clip_learning_rate,
+        bit_noise=client.bit_noise_share * client.expected_cohort,
+        expected_cohort=client.expected_cohort,
+    )
+
+
+def correlated_noise(config: RunConfig) -> CorrelatedNoise | None:
+    """The correlated noise of the run and the schedule that it needs; None if noise is independent."""
+    client = config.privacy.client
+    if client.mechanism not in ("tree", "banded"):
+        return None
+    separation = separation_for(config.population, client.expected_cohort)
+    schedule = RoundRobin(rounds=config.rounds, separation=separation)
+    if client.mechanism == "tree":
+        return TreeNoise(schedule=schedule)
+    return BandedNoise(schedule=schedule, bands=client.bands or best_bands(schedule, _MOST_BANDS))
 
 
 def _bounded(plan: Plan, releases: int, section: str) -> Plan:
@@ -76,7 +114,7 @@ def _bounded(plan: Plan, releases: int, section: str) -> Plan:
 
 def claims_privacy(config: RunConfig) -> bool:
     """Whether any ε, proved or nominal, is stated about the training data."""
-    return "gaussian" in (config.privacy.record.mechanism, config.privacy.client.mechanism)
+    return (config.privacy.record.mechanism, config.privacy.client.mechanism) != ("none", "none")
 
 
 def may_score(config: RunConfig) -> bool:

@@ -25,7 +25,9 @@ from fl_dualpriv.privacy.clipping import ClippedSum, check_exact, clip_rows
 from fl_dualpriv.privacy.cohort_sum import client_sum, trusting_sum
 from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey, gaussian_noise, poisson_sample
 from fl_dualpriv.privacy.plan import RoundTerms
+from fl_dualpriv.privacy.quantile import AdaptiveClip
 from fl_dualpriv.privacy.release import release
+from fl_dualpriv.round_memory import CLIP_NORM, check_next, next_noise
 from fl_dualpriv.round_messages import score_messages, train_messages
 from fl_dualpriv.server_books import ServerBooks, ServerPrivacy, check_accountant
 from fl_dualpriv.strategy_rules import ServerUnit, check_class
@@ -63,8 +65,10 @@ class RoundStrategy(Strategy):
         removed, whatever clients send or fail to send: a missing, malformed or non-finite upload is zero, the noise
         has std ``noise_multiplier * sensitivity()`` also for an empty cohort, and every divisor is public. In integer
         arithmetic the sum is exact and is divided after the noise: a strategy that overrides `combine` or
-        `sensitivity` is refused. The cohort is drawn over clients, whichever nodes host them: how many nodes there are
-        changes no result.
+        `sensitivity` is refused. With ``privacy.correlated`` the noise of all rounds together has the law of
+        `CorrelatedNoise`, on its schedule; with ``privacy.adaptive`` the bound of a round is a function of earlier
+        releases, one of which is the noised share of small updates. The cohort is drawn over clients, whichever nodes
+        host them: how many nodes there are changes no result.
 
     Args:
         cards: Partition → public card of each client, 0 … population − 1; all of them joined before round 1.
@@ -173,7 +177,8 @@ class RoundStrategy(Strategy):
         """
         if self.privacy is None:
             raise PrivacyError("no bound without server-side privacy: nothing bounds the uploads")
-        return self.privacy.bound
+        moved = self.state.get(CLIP_NORM) if self.privacy.adaptive else None
+        return self.privacy.bound if moved is None else float(moved)
 
     def divisor(self) -> float:
         """Public: cohort rate × Σ weight × mass over the whole population, whoever took part."""
@@ -193,11 +198,13 @@ class RoundStrategy(Strategy):
         return self._weights[examples]
 
     def _cohort_rate(self) -> float:
-        by_client = self.privacy is not None and self.privacy.unit == "client"
-        return self.privacy.sampling_rate if self.privacy is not None and by_client else 1.0
+        return 1.0 if self.privacy is None else self.privacy.cohort_rate
 
     def _cohort(self, server_round: int) -> list[int]:
-        """The clients of a round, by their own coins, in order."""
+        """The clients of a round, in order: by their own coins, or in turn where noise is correlated over rounds."""
+        if self.privacy is not None and self.privacy.correlated is not None:
+            check_next(self.state, server_round)
+            return self.privacy.correlated.schedule.cohort(server_round, len(self.cards)).tolist()
         source = self.sources(StreamKey(seed=self.seed, purpose="cohort", server_round=server_round))
         return poisson_sample(source, len(self.cards), self._cohort_rate()).tolist()
 
@@ -236,9 +243,13 @@ class RoundStrategy(Strategy):
             diff = self._combined(partitions, diffs)
         else:
             assert self._books is not None
+            if self.privacy.correlated is not None:
+                check_next(self.state, server_round)
             self._books.write(server_round)
             source = self.sources(StreamKey(seed=self.seed, purpose="server-noise", server_round=server_round))
             diff = self._noised(partitions, diffs, self.privacy, source)
+            if self.privacy.adaptive is not None:  # after the noise, which is scaled to the norm of this round
+                self._move_clip_norm(server_round, diffs, self.privacy.adaptive)
         return self.server_update(self._prompt, diff.to(self._prompt.dtype))
 
     def _combined(self, partitions: Sequence[int], diffs: Tensor) -> Tensor:
@@ -251,8 +262,11 @@ class RoundStrategy(Strategy):
             return release(clean, privacy.noise_multiplier, source) / self.divisor()
         diff = self._combined(partitions, self._clip(partitions, diffs, privacy))
         # The prompt's shape, not the result's: noise of one number for all entries would hide nothing.
-        noise = gaussian_noise(source, tuple(self._prompt.shape), privacy.noise_multiplier * self.sensitivity())
-        return diff + noise
+        shape, scale = tuple(self._prompt.shape), self.sensitivity()
+        if privacy.correlated is None:
+            return diff + gaussian_noise(source, shape, privacy.noise_multiplier * scale)
+        fresh = gaussian_noise(source, shape, privacy.correlated.sigma(privacy.noise_multiplier))
+        return diff + scale * next_noise(privacy.correlated, self.state, self.rounds_done + 1, fresh)
 
     def _clip(self, partitions: Sequence[int], diffs: Tensor, privacy: ServerPrivacy) -> Tensor:
         """Clip updates to S, or sums over records to what each client's (public) number of records can reach."""
@@ -265,6 +279,14 @@ class RoundStrategy(Strategy):
         counts = [max(1, self.num_examples[partition]) for partition in partitions]
         units = torch.tensor(counts, dtype=torch.float64).reshape(-1, 1, 1)
         return clip_rows(diffs / units, bound)[0] * units
+
+    def _move_clip_norm(self, server_round: int, diffs: Tensor, adaptive: AdaptiveClip) -> None:
+        """Release the share of updates within the clip norm, and move it for the next round."""
+        assert self.privacy is not None
+        source = self.sources(StreamKey(seed=self.seed, purpose="bit-noise", server_round=server_round))
+        share = adaptive.released_share(diffs, self.bound(), self.privacy.arithmetic, source)
+        self.state[CLIP_NORM] = torch.tensor(adaptive.moved(self.bound(), share), dtype=torch.float64)
+        _log.info("clip norm after round %d: %.4g", server_round, self.bound())
 
     def _integer_sum(self, partitions: Sequence[int], diffs: Tensor, privacy: ServerPrivacy) -> ClippedSum:
         """What `_clip` and `combine` make of the uploads, in integers."""

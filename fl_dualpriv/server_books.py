@@ -12,6 +12,8 @@ from flwr.supercore.privacy_accounting import GaussianPrivacyEvent, PrivacyAccou
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.clipping import Arithmetic
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
+from fl_dualpriv.privacy.matrix_mechanism import CorrelatedNoise
+from fl_dualpriv.privacy.quantile import AdaptiveClip
 
 
 class BudgetExhausted(PrivacyError):
@@ -28,13 +30,17 @@ class ServerPrivacy:
             ``nominal``: the published procedure, whose bound is only claimed.
         bound: L2 norm that one unit can add to the sum of uploads.
         noise_multiplier: Noise std / sensitivity.
-        sampling_rate: Of the unit: cohort rate for clients, batch rate for records (for the ledger).
+        sampling_rate: Of the unit: cohort rate for clients, batch rate for records (for the ledger); 1 where a fixed
+            schedule says who takes part.
         ledger_multiplier: Effective multiplier of everything the round releases about one unit (for the ledger).
         ledger: Where each round is written before it happens; None for the nominal procedure.
         max_epsilon: A round that would bring the ledger above it does not start; None: no ledger, no limit.
         delta: δ at which that is stated.
         arithmetic: Of the sum over clients and its noise. With ``integer`` and ``record`` uploads are whole numbers,
             minus the clipped sums in units of ``bound / GRID_STEPS``.
+        adaptive: Clients' clip norm begins at ``bound`` and follows a quantile; ``noise_multiplier`` is then that of
+            the sum alone, ``ledger_multiplier`` that of the sum and the noised share together.
+        correlated: Noise of clients' sums over the whole run, on its own schedule; both multipliers are the run's.
     """
 
     unit: Literal["client", "record", "nominal"]
@@ -46,6 +52,23 @@ class ServerPrivacy:
     max_epsilon: float | None = None
     delta: float = 0.0
     arithmetic: Arithmetic = "float"
+    adaptive: AdaptiveClip | None = None
+    correlated: CorrelatedNoise | None = None
+
+    def __post_init__(self) -> None:
+        special = (self.adaptive is not None) + (self.correlated is not None)
+        if special > (self.unit == "client") or (self.correlated is not None and self.arithmetic == "integer"):
+            raise ValueError(
+                "adaptive clipping and correlated noise are proved for client level, one of them at a time, and "
+                "correlated noise in floats alone"
+            )
+
+    @property
+    def cohort_rate(self) -> float:
+        """Share of the clients in a round: by chance, by the schedule (on average over rounds), or all."""
+        if self.unit != "client":
+            return 1.0
+        return 1 / self.correlated.schedule.separation if self.correlated else self.sampling_rate
 
 
 def check_accountant(privacy: ServerPrivacy | None, accountant: PrivacyAccountant | None) -> None:
@@ -98,38 +121,46 @@ class ServerBooks:
         if privacy.ledger is not None and privacy.max_epsilon is not None:
             made, left = privacy.ledger.read(), max(1, self._rounds - server_round + 1)
             if made.releases() >= self._affordable:
-                event = self._event(server_round)
-                if made.epsilon(privacy.delta, [event] * left) <= privacy.max_epsilon:
+                again = made.last_round(self._run_token) >= server_round
+                event = self._event(server_round, again=again)
+                later = [self._event(server_round + i) for i in range(1, left)]
+                if made.epsilon(privacy.delta, [event, *later]) <= privacy.max_epsilon:
                     self._affordable = made.releases() + left
                 elif not (after := made.epsilon(privacy.delta, [event])) <= privacy.max_epsilon:
                     raise BudgetExhausted(
                         f"round {server_round} would bring {privacy.unit}-level ε to {after:.4g} at δ = "
                         f"{privacy.delta:g}; the budget is {privacy.max_epsilon:.4g}: it was not started"
                     )
-        if self._accountant is not None and self._accountant.would_exceed(self._flower_event()):
+        if self._accountant is not None and self._accountant.would_exceed(self._flower_event(server_round)):
             raise BudgetExhausted(f"round {server_round} would exceed the accountant's budget: it was not started")
 
     def write(self, server_round: int) -> None:
         """Write the round, synced to disk, before its noise is drawn; see `Ledger.record`."""
         if self._privacy.ledger is not None:
-            self._privacy.ledger.record(self._event(server_round))
+            again = self._privacy.ledger.read().last_round(self._run_token) >= server_round
+            self._privacy.ledger.record(self._event(server_round, again=again))
         if self._accountant is not None:
-            self._accountant.compose(self._flower_event())
+            self._accountant.compose(self._flower_event(server_round))
 
-    def _event(self, server_round: int) -> LedgerEvent:
+    def _event(self, server_round: int, *, again: bool = False) -> LedgerEvent:
+        """A round; of correlated noise what it adds to the rounds before it, or to all if it is made again."""
+        rate, multiplier = self._privacy.sampling_rate, self._privacy.ledger_multiplier
+        if self._privacy.correlated is not None:
+            rate, multiplier, _ = self._privacy.correlated.charge(multiplier, server_round, again=again)
         return LedgerEvent(
             run=self._run_token,
             unit=self._privacy.unit,
             server_round=server_round,
             releases=1,
-            sampling_rate=self._privacy.sampling_rate,
-            noise_multiplier=self._privacy.ledger_multiplier,
+            sampling_rate=rate,
+            noise_multiplier=multiplier,
         )
 
-    def _flower_event(self) -> GaussianPrivacyEvent:
+    def _flower_event(self, server_round: int) -> GaussianPrivacyEvent:
         """The round in Flower's words: counts of clients, rounded up, so that its sampling rate is not below ours."""
+        event = self._event(server_round)
         return GaussianPrivacyEvent(
-            noise_multiplier=self._privacy.noise_multiplier,
-            sample_size=min(self._population, math.ceil(self._privacy.sampling_rate * self._population)),
+            noise_multiplier=event.noise_multiplier,
+            sample_size=min(self._population, math.ceil(event.sampling_rate * self._population)),
             population_size=self._population,
         )

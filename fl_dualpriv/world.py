@@ -117,7 +117,7 @@ def build_world(config: RunConfig) -> World:
     record, client = config.privacy.record, config.privacy.client
     if record.mechanism == "gaussian":
         _check_delta("record", record.delta, max(len(indices) for indices in world.partitions), "records at one client")
-    if client.mechanism == "gaussian":
+    if client.mechanism != "none":
         _check_delta("client", client.delta, config.population, "clients")
     return world
 

@@ -26,6 +26,7 @@ from fl_dualpriv.privacy.plan import (
     ClientLevelPlan,
     RecordLevelPlan,
     Release,
+    client_level_notes,
     client_level_releases,
     nominal_releases,
     record_level_releases,
@@ -235,12 +236,14 @@ def server_privacy(
         return ServerPrivacy(
             unit="client",
             bound=client.clip_norm,
-            noise_multiplier=client.noise_multiplier,
+            noise_multiplier=client.sum_noise_multiplier,
             sampling_rate=client.sampling_rate,
             ledger_multiplier=client.noise_multiplier,
             ledger=ledger,
             max_epsilon=config.privacy.client.max_epsilon or client.epsilon(),
             delta=client.delta,
+            adaptive=client.adaptive,
+            correlated=client.correlated,
             arithmetic=client.arithmetic,
         )
     rate = config.train.global_learning_rate
@@ -320,6 +323,8 @@ def notes(
         found.append("trusts-server: the server sees each client's clean clipped sums")
     if client:
         found.append("client level: the server sees each client's update; personal prompts are not covered")
+    if client:
+        found += client_level_notes(client)
     if client and not record and parts.personal:
         found.append("scores are of the global prompt: scores of personal prompts would not be covered")
     if client and record and parts.personal:

@@ -65,6 +65,10 @@ class CorrelatedNoise(ABC):
         """
 
     @abstractmethod
+    def describe(self) -> str:
+        """Its name and size, for a table."""
+
+    @abstractmethod
     def prefix_norm(self) -> float:
         """‖A C⁻¹‖_F / √T, A = the lower triangle of ones: root mean square, over rounds, of the noise in sums of x."""
 
@@ -107,8 +111,12 @@ class CorrelatedNoise(ABC):
         return SampledGaussians(1.0, self.sigma(noise_multiplier) / math.sqrt(max(added, least)), 1)
 
     def charges(self, noise_multiplier: float, rounds: int) -> tuple[SampledGaussians, ...]:
-        """`charge` of each of the first rounds."""
-        return tuple(self.charge(noise_multiplier, t) for t in range(1, rounds + 1))
+        """`charge` of each of the first rounds; what is beyond the schedule was made again, at its dearest at most."""
+        planned = self.schedule.rounds
+        found = [self.charge(noise_multiplier, t) for t in range(1, min(rounds, planned) + 1)]
+        dearest = int(np.argmax(self._squared_by_round)) + 1
+        found += [self.charge(noise_multiplier, dearest, again=True)] * max(0, rounds - planned)
+        return tuple(found)
 
     def error(self) -> float:
         """Root mean square noise in the sums of the first 1 … T rounds, for z = 1 and terms of norm at most 1."""
@@ -131,6 +139,10 @@ class TreeNoise(CorrelatedNoise):
     def memory_rows(self) -> int:
         """One row's draw for each size."""
         return self.schedule.rounds.bit_length()
+
+    def describe(self) -> str:
+        """See `CorrelatedNoise.describe`."""
+        return f"tree of height {self.memory_rows}"
 
     def influence(self, first: int) -> np.ndarray:
         """How often a pattern takes part in each row's rounds."""
@@ -187,6 +199,10 @@ class BandedNoise(CorrelatedNoise):
     def memory_rows(self) -> int:
         """The noise of the last bands - 1 rounds."""
         return len(self.coefficients) - 1
+
+    def describe(self) -> str:
+        """See `CorrelatedNoise.describe`."""
+        return f"square root with {len(self.coefficients)} bands"
 
     def influence(self, first: int) -> np.ndarray:
         """Shifted copies of the column, one for each participation."""

@@ -12,9 +12,13 @@ from fl_dualpriv.privacy.accounting import (
     FINE_GRID,
     NEIGHBORING_RELATION,
     calibrate_noise_multiplier,
+    composed_epsilon,
     epsilon,
+    gathered,
 )
 from fl_dualpriv.privacy.clipping import Arithmetic
+from fl_dualpriv.privacy.matrix_mechanism import CorrelatedNoise
+from fl_dualpriv.privacy.quantile import AdaptiveClip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,14 +140,18 @@ class RecordLevelPlan:
 class ClientLevelPlan:
     """Every round at the server: Poisson cohort, one clip per update, one Gaussian release on the sum.
 
+    With ``correlated`` noise cohorts follow a fixed schedule, and all rounds are one Gaussian release together.
+
     Attributes:
-        clip_norm: S, bound on one client's update.
-        noise_multiplier: z; noise of std z·S goes on the sum.
+        clip_norm: S, bound on one client's update; with ``adaptive`` that of the first round.
+        noise_multiplier: z of everything that a round releases, or with ``correlated`` noise the whole run.
         population: Number of clients, public.
         expected_cohort: q·population, public; the divisor, whoever really takes part.
         rounds: Releases over the whole run.
         delta: δ at which ε is stated.
         arithmetic: Of the sum over the cohort and its noise; the ε is the same (see `rounded_gaussian`).
+        adaptive: How S follows a quantile of the norms, released with the sum; None: S is fixed.
+        correlated: Noise over all rounds of the run as planned, however many are made; None: independent noise.
     """
 
     clip_norm: float
@@ -153,14 +161,28 @@ class ClientLevelPlan:
     rounds: int
     delta: float
     arithmetic: Arithmetic = "float"
+    adaptive: AdaptiveClip | None = None
+    correlated: CorrelatedNoise | None = None
 
     @property
     def sampling_rate(self) -> float:
-        """q, the probability that a client joins a round."""
-        return self.expected_cohort / self.population
+        """q, the probability that a client joins a round; 1 where that is no chance, and amplifies nothing."""
+        return 1.0 if self.correlated else self.expected_cohort / self.population
+
+    @property
+    def sum_noise_multiplier(self) -> float:
+        """Noise on a round's sum over S; for ``correlated`` noise see `CorrelatedNoise.sigma`.
+
+        With ``adaptive`` it is more than z, which covers the noised share of small updates too.
+        """
+        return self.adaptive.update_noise_multiplier(self.noise_multiplier) if self.adaptive else self.noise_multiplier
 
     def spent(self, rounds: int, grid: float = COARSE_GRID) -> float:
         """ε after that many rounds (an upper bound)."""
+        if self.correlated is not None:
+            # Gathered as a ledger of these rounds is, whose ε must not be above this one's by a rounding.
+            charges = gathered(self.correlated.charges(self.noise_multiplier, rounds))
+            return composed_epsilon(charges, self.delta, grid)
         return epsilon(self.sampling_rate, self.noise_multiplier, rounds, self.delta, grid)
 
     def epsilon(self) -> float:
@@ -236,24 +258,53 @@ def record_level_releases(plan: RecordLevelPlan, *, shared: bool, scored: bool) 
 
 def client_level_releases(plan: ClientLevelPlan, *, scored: bool) -> list[Release]:
     """What leaves under client-level DP: the global prompts, and scores of them. Personal prompts are not covered."""
+    relation, releases = NEIGHBORING_RELATION, plan.rounds
+    sampling = f"Poisson cohort, q = {plan.sampling_rate:g} per round"
+    together = "all rounds together"
+    if plan.adaptive is not None:
+        together += ", with the noised shares of small updates that move the clip norm"
+    if plan.correlated is not None:
+        schedule = plan.correlated.schedule
+        relation += " (zero-out)"  # a client's places in the schedule stay, and are empty
+        sampling, releases = f"none: every {schedule.separation}. round, at most {schedule.most_rounds} times", 1
+        together += ": one Gaussian release, of correlated noise"
 
     def row(release: str, note: str) -> Release:
         return Release(
             release=release,
             unit="client",
-            relation=NEIGHBORING_RELATION,
-            sampling=f"Poisson cohort, q = {plan.sampling_rate:g} per round",
-            releases=plan.rounds,
+            relation=relation,
+            sampling=sampling,
+            releases=releases,
             epsilon=plan.epsilon(),
             delta=plan.delta,
             trusts="server",
             note=note,
         )
 
-    rows = [row("global prompt", "all rounds together")]
+    rows = [row("global prompt", together)]
     if scored:
         rows.append(row("reported metrics", "scores of the global prompt on held-out public data"))
     return rows
+
+
+def client_level_notes(plan: ClientLevelPlan) -> list[str]:
+    """What a reader must know of a clip norm that moves, or of noise that spans the run."""
+    found = []
+    if plan.adaptive is not None:
+        found.append(
+            f"adaptive clipping: the clip norm follows the {plan.adaptive.target_quantile:g} quantile of the updates' "
+            f"norms; sums have noise multiplier {plan.sum_noise_multiplier:.4g}, counts "
+            f"{plan.adaptive.bit_noise_multiplier:.4g}, together {plan.noise_multiplier:.4g}"
+        )
+    if plan.correlated is not None:
+        noise, schedule = plan.correlated, plan.correlated.schedule
+        found.append(
+            f"correlated noise ({noise.describe()}): no client is sampled; each takes part in every "
+            f"{schedule.separation}. of {schedule.rounds} rounds, at most {schedule.most_rounds} times, in turns that "
+            f"anyone may know; the whole run is one Gaussian release of noise multiplier {plan.noise_multiplier:.4g}"
+        )
+    return found
 
 
 def nominal_releases(nominal_epsilon: float, delta: float, releases: int) -> list[Release]:

@@ -13,7 +13,7 @@ OWN = {key: value for key, value in DEFAULTS.items() if not key.startswith("plug
 FLOAT_KEYS = [key for key, value in OWN.items() if isinstance(value, float)]
 OTHER_COUNTS = (
     *("seed", "supernodes", "train.top-m", "resources.workspace-mib"),
-    *("pruning.visual-layer", "pruning.visual-fused", "data.max-tokens"),
+    *("pruning.visual-layer", "pruning.visual-fused", "data.max-tokens", "privacy.client.bands"),
 )
 COUNT_KEYS = [key for key, value in DEFAULTS.items() if type(value) is int and key not in OTHER_COUNTS]
 
@@ -155,6 +155,10 @@ def test_counts_start_at_one(key):
         ("privacy.record.clip-norm", 0, 10),
         ("privacy.client.clip-norm", -1.0, 1e-6),
         ("privacy.client.expected-cohort", 0.0, 0.5),
+        ("privacy.client.bands", -1, 0),
+        ("privacy.client.target-quantile", 1.0, 0.9),
+        ("privacy.client.clip-learning-rate", 0, 0.2),
+        ("privacy.client.bit-noise-share", -0.05, 0.5),
         ("data.dirichlet-alpha", 0.0, 0.05),
         ("data.val-fraction", 0.0, 0.79),
         ("data.test-fraction", 0.0, 0.89),
@@ -187,6 +191,7 @@ def test_ranges(key, bad, good):
 
 TRUSTS = {"privacy.record.trusts-server": True, "train.local-steps": 1}
 CLIENT = {"privacy.client.mechanism": "gaussian"}
+TREE = {"privacy.client.mechanism": "tree"}
 FEATURE = {"privacy.record.noise-space": "feature"}
 PRUNED = {"pruning.update-keep-ratio": 0.5}
 COMPONENT = {"pruning.update-block": "component"}
@@ -227,6 +232,10 @@ LORA = {
         ({**TRUSTS, "method": "zero-shot"}, "privacy.record.trusts-server", "needs a method that shares a prompt"),
         ({**CLIENT, "method": "dpfpl-paper"}, "method", "needs privacy.client.mechanism"),
         ({**TRUSTS, "method": "dpfpl-paper"}, "method", "needs privacy.record.trusts-server = false"),
+        ({"privacy.client.clipping": "adaptive"}, "privacy.client.clipping", "there is none to scale"),
+        ({**TREE, "privacy.client.clipping": "adaptive"}, "privacy.client.clipping", "or it spans all rounds"),
+        ({**TREE, "privacy.client.bands": 2}, "privacy.client.bands", "is of banded noise alone"),
+        ({**TREE, "privacy.arithmetic": "integer"}, "privacy.arithmetic", 'must be "float" for correlated noise'),
         ({"pruning.update-keep-ratio": 0.5, "method": "dpfpl-paper"}, "method", "needs pruning.update-keep-ratio = 1"),
         ({**PRUNED, **FEATURE, "pruning.update-rule": "past"}, "pruning.update-rule", 'noise-space must be "prompt"'),
         ({**PRUNED, **FEATURE, "pruning.update-rule": "shrink"}, "pruning.update-rule", 'noise-space must be "prompt"'),

@@ -16,6 +16,7 @@ from fl_dualpriv.errors import PrivacyError
 from tests.conftest import PLANTED
 from tests.guarantees import run_checks
 from tests.guarantees.book_mutations import BOOK_MUTATIONS
+from tests.guarantees.central_mutations import CENTRAL_MUTATIONS
 from tests.guarantees.mutation import Check, Mutation
 from tests.guarantees.noise_mutations import NOISE_MUTATIONS
 from tests.guarantees.pruning_mutations import PRUNING_MUTATIONS
@@ -23,7 +24,14 @@ from tests.guarantees.run_checks import Federation
 from tests.guarantees.server_mutations import SERVER_MUTATIONS
 from tests.guarantees.step_mutations import STEP_MUTATIONS
 
-MUTATIONS = (*STEP_MUTATIONS, *PRUNING_MUTATIONS, *NOISE_MUTATIONS, *SERVER_MUTATIONS, *BOOK_MUTATIONS)
+MUTATIONS = (
+    *STEP_MUTATIONS,
+    *PRUNING_MUTATIONS,
+    *NOISE_MUTATIONS,
+    *SERVER_MUTATIONS,
+    *CENTRAL_MUTATIONS,
+    *BOOK_MUTATIONS,
+)
 Call = Callable[[Check], None]
 Noting = Callable[[str, str], None]
 

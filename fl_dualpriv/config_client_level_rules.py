@@ -1,0 +1,26 @@
+"""What the keys of client-level privacy must satisfy together; see ``config_cross_rules.py``."""
+
+from fl_dualpriv.config_cross_rules import CrossRule
+
+_MECHANISM, _CLIPPING = "privacy.client.mechanism", "privacy.client.clipping"
+
+CLIENT_LEVEL_RULES: tuple[CrossRule, ...] = (
+    CrossRule(
+        (_CLIPPING, _MECHANISM),
+        lambda v: v[_CLIPPING] == "fixed" or v[_MECHANISM] == "gaussian",
+        'must be "fixed" without independent noise at the client level: there is none to scale, or it spans all rounds',
+        'set it to "fixed", or the mechanism to "gaussian"',
+    ),
+    CrossRule(
+        ("privacy.client.bands", _MECHANISM),
+        lambda v: v["privacy.client.bands"] == 0 or v[_MECHANISM] == "banded",
+        "is of banded noise alone",
+        'set it to 0, or the mechanism to "banded"',
+    ),
+    CrossRule(
+        ("privacy.arithmetic", _MECHANISM),
+        lambda v: v["privacy.arithmetic"] == "float" or v[_MECHANISM] in ("none", "gaussian"),
+        'must be "float" for correlated noise: exact integers are proved for independent draws alone',
+        'set it to "float", or the mechanism to "gaussian"',
+    ),
+)
