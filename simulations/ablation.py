@@ -5,51 +5,25 @@ that are already in ``--runs`` are not repeated. All settings are checked before
 """
 
 import argparse
-import json
 import math
 import os
-import shutil
 import statistics
 import sys
 import tomllib
-import zlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import scipy.stats
 
-from fl_dualpriv.config import ConfigValue, RunConfig, app_defaults, merge, read_toml
+from fl_dualpriv.config import app_defaults, merge, read_toml
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import write_bytes
 from fl_dualpriv.tables import epsilon_text
+from simulations.cells import Cell, make_cell, run_all
 from simulations.report import CONFIGS, ROOT, spread
 
 _VARIANT_KEYS = ("name", "bases", "keys", "with-noise", "without-noise")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One run: a variant on a base at an ε with a seed.
-
-    Attributes:
-        base: Name of the base.
-        variant: Name of the variant.
-        epsilon: ∞: neither clip nor noise.
-        seed: Of everything.
-        settings: The whole run configuration, flat.
-        folder: Name of the run's folder: from the settings that are no defaults, so that an edited variant runs anew.
-    """
-
-    base: str
-    variant: str
-    epsilon: float
-    seed: int
-    settings: Mapping[str, ConfigValue]
-    folder: str
 
 
 def cells_of(document: Mapping[str, Any]) -> list[Cell]:
@@ -67,25 +41,11 @@ def cells_of(document: Mapping[str, Any]) -> list[Cell]:
         start = merge(defaults, read_toml(CONFIGS / base["config"]), document["common"])
         for variant in on(document, name):
             for epsilon in document["epsilons"]:
-                noise = _noise(epsilon)
                 kind = "with-noise" if math.isfinite(epsilon) else "without-noise"
-                layers = [base.get("keys", {}), base.get(kind, {}), variant.get("keys", {})]
-                layers += [variant.get(name, {}), variant.get(kind, {}), noise]
+                layers = [start, base.get("keys", {}), base.get(kind, {}), variant.get("keys", {})]
+                layers += [variant.get(name, {}), variant.get(kind, {})]
                 for seed in document["seeds"]:
-                    settings = merge(start, *layers, {"seed": seed})
-                    try:
-                        RunConfig.from_run_config(settings)
-                    except ConfigError as error:
-                        raise ConfigError(f"variant {variant['name']!r} on {name}, ε = {epsilon:g}: {error}") from error
-                    chosen = json.dumps(dict(sorted(settings.items() - defaults.items())))
-                    cell = Cell(
-                        base=name,
-                        variant=variant["name"],
-                        epsilon=epsilon,
-                        seed=seed,
-                        settings=settings,
-                        folder=f"{name}-{epsilon:g}-{seed}-{zlib.crc32(chosen.encode()):08x}",
-                    )
+                    cell = make_cell(defaults, layers, base=name, name=variant["name"], epsilon=epsilon, seed=seed)
                     found.append(cell)
     return found
 
@@ -93,36 +53,6 @@ def cells_of(document: Mapping[str, Any]) -> list[Cell]:
 def on(document: Mapping[str, Any], base: str) -> list[dict[str, Any]]:
     """The variants of a base: all but those that name others."""
     return [variant for variant in document["variants"] if base in variant.get("bases", [base])]
-
-
-def _noise(epsilon: float) -> dict[str, ConfigValue]:
-    if math.isfinite(epsilon):
-        return {"privacy.record.mechanism": "gaussian", "privacy.record.epsilon": epsilon}
-    return {"privacy.record.mechanism": "none"}
-
-
-def shared(cell: Cell) -> tuple[str, int, str, bool]:
-    """What a run's data, model and features depend on: a process that keeps them runs what shares them in a row."""
-    tokens = [f"{key}={value}" for key, value in sorted(cell.settings.items()) if key.startswith("pruning.visual")]
-    return cell.base, cell.seed, " ".join(tokens), math.isfinite(cell.epsilon)
-
-
-def run(cell: Cell, runs: Path) -> dict[str, Any]:
-    """Run a cell in this process, or read it if it was run before; returns its summary.
-
-    Raises:
-        RuntimeError: If a client failed: such a run is no result.
-    """
-    out = runs / cell.folder
-    if not (out / "summary.json").exists():
-        from fl_dualpriv.local_engine import run_local
-
-        shutil.rmtree(out, ignore_errors=True)  # of a run that was cut off: its ledgers would refuse this one
-        run_local(ROOT, {**cell.settings, "output.dir": str(out)})
-    summary = json.loads((out / "summary.json").read_text())
-    if summary["failures"]:
-        raise RuntimeError(f"{cell.folder}: {summary['failures']} failures")
-    return summary
 
 
 def table(document: Mapping[str, Any], base: str, scores: Mapping[tuple[str, float, int], float]) -> str:
@@ -175,8 +105,8 @@ def report(
         scores, zero_shot = {}, []
         for cell, summary in zip(cells, summaries, strict=True):
             if cell.base == base:
-                scores[cell.variant, cell.epsilon, cell.seed] = summary["accuracy"]["final"]["local"]
-                if cell.variant == document["variants"][0]["name"]:
+                scores[cell.name, cell.epsilon, cell.seed] = summary["accuracy"]["final"]["local"]
+                if cell.name == document["variants"][0]["name"]:
                     zero_shot.append(100 * summary["accuracy"]["zero_shot"]["local"])
         keys = " ".join(f"`{key}={value}`" for key, value in settings.get("keys", {}).items())
         config = settings["config"]
@@ -185,12 +115,6 @@ def report(
             f"{statistics.mean(zero_shot):.1f}.\n\n{table(document, base, scores)}"
         )
     return "\n".join(parts) + "\n"
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def main() -> None:
@@ -207,16 +131,7 @@ def main() -> None:
     if args.seeds:
         document["seeds"] = document["seeds"][: args.seeds]
     cells = [cell for cell in cells_of(document) if args.base in (None, cell.base)]
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the workers, which import torch anew
-    with ProcessPoolExecutor(args.workers, get_context("spawn"), initializer=_one_thread) as pool:
-        futures = {cell.folder: pool.submit(run, cell, args.runs) for cell in sorted(cells, key=shared)}
-        summaries = []
-        for number, cell in enumerate(cells, start=1):
-            summaries.append(futures[cell.folder].result())
-            local = summaries[-1]["accuracy"]["final"]["local"]
-            sys.stderr.write(
-                f"{number}/{len(cells)} {cell.base} ε {cell.epsilon:g} seed {cell.seed} {cell.variant}: {local:.3f}\n"
-            )
+    summaries = run_all(cells, args.runs, args.workers)
     text = report(document, args.ablation.name, cells, summaries)
     write_bytes(args.out, text.encode())
     sys.stdout.write(text)

@@ -23,6 +23,7 @@ SITES = {
         "fl_dualpriv/backbones/open_clip.py",
         "fl_dualpriv/backbones/tokenizer.py",  # its tokenizer's base class
         "simulations/make_demo_assets.py",  # trains the demo model; no part of a run
+        "simulations/make_cifar10_clip.py",  # likewise
     },
     "transformers": {
         "fl_dualpriv/backbones/transformers.py",
@@ -57,7 +58,12 @@ SITES = {
 """Where each heavy library may be imported; PIL, whole folders, is checked below."""
 
 
-ASSET_SCRIPTS = {"simulations/make_demo_assets.py", "simulations/vqa_questions.py"}
+ASSET_SCRIPTS = {
+    "simulations/make_demo_assets.py",
+    "simulations/vqa_questions.py",
+    "simulations/cifar10_images.py",
+    "simulations/make_cifar10.py",
+}
 
 
 @functools.cache

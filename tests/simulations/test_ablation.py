@@ -28,7 +28,7 @@ def test_the_shipped_grid_is_valid_and_no_two_runs_share_a_folder(document: dict
     assert len({cell.folder for cell in cells}) == len(cells)
     assert {1.0, 4.0, math.inf} == set(document["epsilons"])
     assert len(document["seeds"]) >= 5
-    by_name = {cell.variant: cell.settings for cell in cells if cell.base == "demo" and cell.epsilon == 4}
+    by_name = {cell.name: cell.settings for cell in cells if cell.base == "demo" and cell.epsilon == 4}
     first = by_name.pop(document["variants"][0]["name"])
     assert first["pruning.visual-keep-ratio"] == first["pruning.update-keep-ratio"] == 1
     assert all(settings != first for settings in by_name.values())
@@ -47,7 +47,7 @@ def test_what_is_wrong_is_said_before_the_first_run(document: dict[str, Any]):
         ablation.cells_of(document)
     del document["variants"][1]["keyz"]
     document["variants"][1]["keys"] = {"pruning.update-keep-ratio": 2.0}
-    with pytest.raises(ConfigError, match=r"variant 'tokens pruned, dropped' on demo, ε = 1: .*\n.*update-keep-ratio"):
+    with pytest.raises(ConfigError, match=r"'tokens pruned, dropped' on demo, ε = 1: .*\n.*update-keep-ratio"):
         ablation.cells_of(document)
 
 

@@ -1,0 +1,160 @@
+"""The table of baselines: every method with its chosen settings, with and without privacy, over seeds, on test data.
+
+``python -m simulations.baselines simulations/configs/baselines/search.toml`` runs what `simulations.tune` has chosen
+and writes ``docs/baselines-table.md``. Runs that are already in ``--runs`` are not repeated; ``--finished`` writes the
+table of those alone, and says what is missing.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.files import write_bytes
+from fl_dualpriv.tables import epsilon_text
+from simulations.cells import Cell, run, run_all
+from simulations.report import ROOT, level, spread
+from simulations.tune import CHOSEN, Entry, cell_of, entries, kind_of, read, space
+
+Summaries = Mapping[Entry, Sequence[Mapping[str, Any]]]
+
+
+def chosen_of(document: Mapping[str, Any], path: Path) -> dict[Entry, dict[str, Any]]:
+    """What was chosen for each entry, checked against the search; entries that were not tuned are left out.
+
+    Raises:
+        ConfigError: If a choice has another number of trials, or other values, than the search offers now.
+    """
+    tables = {(t["base"], t["method"], t["epsilon"]): t for t in tomllib.loads(path.read_text("utf-8"))["chosen"]}
+    found = {}
+    for entry, method in entries(document):
+        if entry not in tables:
+            continue
+        chosen, offered = tables[entry], space(document, method, entry[2])
+        keys = chosen["keys"]
+        known = keys.keys() == offered.keys() and all(value in offered[key] for key, value in keys.items())
+        if not known or chosen["trials"] != document["trials"]:
+            raise ConfigError(f"{path}: {entry} was chosen in another search; run simulations.tune again")
+        found[entry] = chosen
+    return found
+
+
+def cells_of(document: Mapping[str, Any], chosen: Mapping[Entry, Mapping[str, Any]]) -> dict[Entry, list[Cell]]:
+    """The final runs of every entry that was tuned: a run a seed, on test data, each checked."""
+    return {
+        entry: [
+            cell_of(document, entry, method, chosen[entry]["keys"], seed=seed, split="test")
+            for seed in document["seeds"]
+        ]
+        for entry, method in entries(document)
+        if entry in chosen
+    }
+
+
+def table(document: Mapping[str, Any], base: str, done: Summaries) -> str:
+    """Markdown: the un-tuned model, then a row a method; mean ± standard deviation over seeds, in percent."""
+    epsilons = document["epsilons"]
+    heads = [f"ε = {epsilon_text(e)}" if kind_of(e) == "with-noise" else "no privacy" for e in epsilons]
+    columns = " | ".join(f"{head}, local | neighbour" for head in heads)
+    lines = [f"| method | {columns} |", "|---|" + "---|" * (2 * len(epsilons))]
+    untuned = [next((own for (b, _, e), own in done.items() if (b, e) == (base, epsilon)), []) for epsilon in epsilons]
+    lines.append(f"| zero-shot (nothing to tune) | {' | '.join(_scores(s, 'zero_shot') for s in untuned)} |")
+    for method in document["methods"]:
+        own = [done.get((base, method["name"], epsilon), []) for epsilon in epsilons]
+        if base in method.get("bases", document["bases"]):
+            cells = [_scores(s, "final") + _short(s, document) for s in own]
+            lines.append(f"| {method['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _scores(summaries: Sequence[Mapping[str, Any]], when: str) -> str:
+    return " | ".join(spread([s["accuracy"][when][where] for s in summaries]) for where in ("local", "neighbour"))
+
+
+def _short(summaries: Sequence[Mapping[str, Any]], document: Mapping[str, Any]) -> str:
+    """Says of how many seeds, where it is not all of them."""
+    return "" if len(summaries) == len(document["seeds"]) else f" ({len(summaries)} seeds)"
+
+
+def settings(document: Mapping[str, Any], base: str, chosen: Mapping[Entry, Mapping[str, Any]], done: Summaries) -> str:
+    """Markdown: what was chosen for each method, with its score on validation data and ε as accounted."""
+    lines = ["| method | | validation | trials (failed), seconds | chosen | ε |", "|---|---|---|---|---|---|"]
+    for entry, method in entries(document):
+        if entry[0] != base or entry not in chosen:
+            continue
+        own, summaries = chosen[entry], done.get(entry, [])
+        keys = " ".join(f"`{key}={value}`" for key, value in own["keys"].items())
+        head = f"ε = {epsilon_text(entry[2])}" if kind_of(entry[2]) == "with-noise" else "no privacy"
+        budget = f"{own['trials']} ({own['failed']}), {own['seconds']:.0f}"
+        source = f", {method['source']}" if method.get("source") else ""
+        lines.append(
+            f"| {method['name']}{source} | {head} | {100 * own['validation']:.1f} | {budget} | {keys} | "
+            f"{level(summaries[0]) if summaries else '-'} |"
+        )
+    return "\n".join(lines)
+
+
+def page(
+    document: Mapping[str, Any], name: str, chosen: Mapping[Entry, Mapping[str, Any]], done: Summaries, missing: int
+) -> str:
+    """The whole page: two tables a base."""
+    axes = document["trials"], len(document["seeds"])
+    parts = [
+        "# Baselines: the table\n",
+        f"Written by `python -m simulations.baselines simulations/configs/baselines/{name}`; what it means is in "
+        f"[baselines.md](baselines.md). Test data, in percent, mean ± standard deviation over {axes[1]} seeds. Local: "
+        "images of a client's own classes; neighbour: of all others; both over all class names, averaged over clients. "
+        f"Tuning budget: {axes[0]} trials of one seed for every method, base and ε, on validation data; the highest "
+        "local accuracy is chosen. ε is of one final run; the trials are not accounted.",
+    ]
+    if missing:
+        parts.append(f"\n**Not finished: {missing} final runs are missing.** The same command goes on from here.")
+    for base, own in document["bases"].items():
+        finished = [s for (b, _, _), summaries in done.items() if b == base for s in summaries]
+        if not finished:
+            continue
+        seconds = statistics.mean(s["seconds"] for s in finished)
+        keys = " ".join(f"`{key}={value}`" for key, value in own.get("keys", {}).items())
+        parts.append(
+            f"\n## {own['title']}\n\n[{own['config']}](../simulations/configs/{own['config']}) with {keys}; "
+            f"{seconds:.1f} seconds a run on a busy core.\n\n{table(document, base, done)}\n\nSettings:\n\n"
+            f"{settings(document, base, chosen, done)}"
+        )
+    return "\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Check everything, run it, write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("search", type=Path)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "baselines")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--base", help="run this base only")
+    parser.add_argument("--seeds", type=int, help="run the first so many seeds only")
+    parser.add_argument("--finished", action="store_true", help="run nothing: the table of what there is")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "baselines-table.md")
+    args = parser.parse_args()
+    document = read(args.search)
+    chosen = chosen_of(document, args.search.with_name(CHOSEN))
+    cells = cells_of(document, chosen)
+    if not args.finished:
+        now = [c for own in cells.values() for c in own[: args.seeds] if args.base in (None, c.base)]
+        run_all(now, args.runs, args.workers)
+    finished = {
+        entry: [run(cell, args.runs) for cell in own if (args.runs / cell.folder / "summary.json").exists()]
+        for entry, own in cells.items()
+    }
+    wanted = len(document["seeds"]) * sum(1 for _ in entries(document))
+    missing = wanted - sum(len(own) for own in finished.values())
+    text = page(document, args.search.name, chosen, {e: own for e, own in finished.items() if own}, missing)
+    write_bytes(args.out, text.encode())
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Tuning: every method gets the same number of trials, on validation data, and the table is of what was chosen."""
+
+import json
+import math
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fl_dualpriv.errors import ConfigError
+from simulations import baselines, tune
+from simulations.cells import FAILED
+
+SHIPPED = Path(__file__).parents[2] / "simulations" / "configs" / "baselines" / "search.toml"
+
+
+Trials = dict[tune.Entry, list[tuple[tune.Point, Any]]]
+
+
+@pytest.fixture
+def document() -> dict[str, Any]:
+    return tune.read(SHIPPED)
+
+
+@pytest.fixture(scope="module")
+def trials() -> Trials:
+    return tune.trials_of(tune.read(SHIPPED))
+
+
+def test_points_are_distinct_and_use_every_value_evenly():
+    grid = {"a": [1, 2, 3, 4], "b": ["x", "y", "z"]}
+    points = tune.draw(grid, 8, np.random.default_rng(0))
+    assert len({tuple(p.values()) for p in points}) == 8
+    assert sorted(p["a"] for p in points) == [1, 1, 2, 2, 3, 3, 4, 4]
+    # 8 points over three values: 3, 3 and 2 times.
+    assert sorted([p["b"] for p in points].count(v) for v in "xyz") == [2, 3, 3]
+
+
+def test_a_smaller_budget_is_refused():
+    with pytest.raises(ConfigError, match="8 trials, but only 6 points"):
+        tune.draw({"a": [1, 2, 3], "b": [1, 2]}, 8, np.random.default_rng(0))
+
+
+def test_every_method_has_as_many_trials_as_any_other_and_none_sees_test_data(document: dict[str, Any], trials: Trials):
+    names = {method["name"] for method in document["methods"]}
+    assert {entry[1] for entry in trials} == names
+    assert {e for _, _, e in trials} == {4.0, math.inf}
+    assert len(trials) == sum(1 for _ in tune.entries(document))
+    for (_, name, epsilon), own in trials.items():
+        assert len(own) == len({cell.folder for _, cell in own}) == document["trials"]
+        for point, cell in own:
+            assert cell.name == name
+            assert cell.settings["evaluation.split"] == "val"
+            assert point.items() <= cell.settings.items()
+            mechanism = "gaussian" if math.isfinite(epsilon) else "none"
+            assert cell.settings["privacy.record.mechanism"] == mechanism
+            assert cell.seed not in document["seeds"]  # other noise than that of the final runs
+
+
+def test_a_method_more_leaves_the_trials_of_the_others_alone(document: dict[str, Any], trials: Trials):
+    document["methods"] = document["methods"][1:3]
+    some = tune.trials_of(document)
+    assert some
+    assert all([p for p, _ in trials[entry]] == [p for p, _ in own] for entry, own in some.items())
+
+
+def test_what_is_wrong_is_said_before_the_first_run(document: dict[str, Any], tmp_path: Path):
+    text = SHIPPED.read_text()
+    (tmp_path / "a.toml").write_text(text.replace("tunes = [", 'tunes = ["train.momentun", ', 1))
+    with pytest.raises(ConfigError, match=r"no values to try for train\.momentun"):
+        tune.read(tmp_path / "a.toml")
+    (tmp_path / "b.toml").write_text(text.replace("tunes = [", "key = 1\ntunes = [", 1))
+    with pytest.raises(ConfigError, match="unknown key"):
+        tune.read(tmp_path / "b.toml")
+    document["methods"][0]["keys"] = {"method": "promptfl", "train.local-steps": -1}
+    with pytest.raises(ConfigError, match=r"on demo, ε = 4: .*\n.*train\.local-steps"):
+        tune.trials_of(document)
+
+
+def test_the_best_trial_is_the_first_of_the_highest_and_never_one_that_failed():
+    assert tune.best([0.2, None, 0.5, 0.5]) == 2
+    assert tune.best([None, 0.0]) == 1
+    with pytest.raises(ValueError, match="every trial failed"):
+        tune.best([None, None])
+
+
+def _chosen(trials: Trials, path: Path) -> list[dict[str, Any]]:
+    """As if the first trial of each entry had been the best."""
+    tables = [
+        dict(zip(("base", "method", "epsilon"), entry, strict=True))
+        | {"trials": len(own), "failed": 0, "validation": 0.5, "seconds": 1.0, "keys": own[0][0]}
+        for entry, own in trials.items()
+    ]
+    path.write_bytes(tune.to_toml(tables, "of a test"))
+    return tables
+
+
+def test_choices_are_read_as_they_were_written_and_not_from_another_search(
+    document: dict[str, Any], trials: Trials, tmp_path: Path
+):
+    path = tmp_path / "chosen.toml"
+    tables = _chosen(trials, path)
+    assert tomllib.loads(path.read_text())["chosen"] == tables
+    chosen = baselines.chosen_of(document, path)
+    assert list(chosen.values()) == tables
+    for key, value in (("trials", 9), ("keys", {"prompt.rank": 1}), ("keys", tables[0]["keys"] | {"rounds": 99})):
+        path.write_bytes(tune.to_toml([tables[0] | {key: value}], ""))
+        with pytest.raises(ConfigError, match="chosen in another search"):
+            baselines.chosen_of(document, path)
+    path.write_bytes(tune.to_toml(tables[:1], ""))
+    assert len(baselines.chosen_of(document, path)) == 1
+
+
+def test_final_runs_are_of_what_was_chosen_on_test_data(document: dict[str, Any], trials: Trials, tmp_path: Path):
+    _chosen(trials, tmp_path / "chosen.toml")
+    chosen = baselines.chosen_of(document, tmp_path / "chosen.toml")
+    cells = baselines.cells_of(document, chosen)
+    assert cells.keys() == chosen.keys()
+    for entry, own in cells.items():
+        assert [cell.seed for cell in own] == document["seeds"]
+        assert len(own) >= 5
+        assert all(cell.settings["evaluation.split"] == "test" for cell in own)
+        assert all(chosen[entry]["keys"].items() <= cell.settings.items() for cell in own)
+
+
+def _summary(start: float, end: float) -> dict[str, Any]:
+    accuracy = {"zero_shot": {"local": start, "neighbour": start}, "final": {"local": end, "neighbour": end / 2}}
+    return {"accuracy": accuracy, "seconds": 2.0, "privacy": []}
+
+
+def test_the_table_says_what_is_missing(document: dict[str, Any]):
+    document["seeds"], document["epsilons"], document["methods"] = [0, 1], [4.0, math.inf], document["methods"][:2]
+    first, second = (method["name"] for method in document["methods"])
+    done = {
+        ("demo", first, 4.0): [_summary(0.3, 0.5), _summary(0.3, 0.51)],
+        ("demo", second, math.inf): [_summary(0.31, 0.4)],
+    }
+    lines = baselines.table(document, "demo", done).splitlines()
+    assert len(lines) == 2 + 1 + 2
+    # 50 and 51: mean 50.5, standard deviation 0.7; half of that for neighbours: 25.25 ± 0.35.
+    assert lines[2] == "| zero-shot (nothing to tune) | 30.0 ± 0.0 | 30.0 ± 0.0 | 31.0 | 31.0 |"
+    assert lines[3] == f"| {first} | 50.5 ± 0.7 | 25.2 ± 0.4 | - | - (0 seeds) |"
+    assert lines[4] == f"| {second} | - | - (0 seeds) | 40.0 | 20.0 (1 seeds) |"
+    text = baselines.page(document, "search.toml", {}, done, missing=5)
+    assert "5 final runs are missing" in text
+    assert "missing" not in baselines.page(document, "search.toml", {}, done, missing=0)
+
+
+@pytest.mark.slow
+def test_the_commands_run_and_do_not_repeat_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    search, runs = tmp_path / "search.toml", tmp_path / "runs"
+    keys = {"method": "promptfl", "rounds": 1, "train.local-steps": 1}
+    search.write_text(
+        'trials = 2\ntuning-seed = 7\nseeds = [0]\nepsilons = [inf]\n[common]\n"resources.feature-cache" = "off"\n'
+        f'[bases.demo]\ntitle = "small"\nconfig = "nonprivate.toml"\n'
+        # The second rate is too large for floats: that trial diverges, and is no reason to stop.
+        '[values.without-noise]\n"train.global-learning-rate" = [0.5, 1e38]\n[[methods]]\nname = "one"\n'
+        f"keys = {{ {', '.join(f'{json.dumps(k)} = {json.dumps(v)}' for k, v in keys.items())} }}\n"
+        'tunes = ["train.global-learning-rate"]\n'
+    )
+    common = [str(search), "--workers", "1", "--runs", str(runs)]
+    monkeypatch.setattr("sys.argv", ["tune", *common])
+    tune.main()
+    chosen = tomllib.loads(search.with_name(tune.CHOSEN).read_text())["chosen"]
+    assert [(c["trials"], c["failed"], c["keys"]) for c in chosen] == [(2, 1, {"train.global-learning-rate": 0.5})]
+    assert len(list(runs.rglob(FAILED))) == 1
+    monkeypatch.setattr("sys.argv", ["baselines", *common, "--out", str(tmp_path / "table.md")])
+    baselines.main()
+    assert "| one | " in (tmp_path / "table.md").read_text()
+    stamps = {path: path.stat().st_mtime_ns for path in runs.rglob("*.json")}
+    baselines.main()
+    monkeypatch.setattr("sys.argv", ["tune", *common])
+    tune.main()
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*.json")} == stamps
