@@ -61,6 +61,7 @@ class Rehearsal:
             Failed: At the first thing that is not as it must be.
         """
         sites, start = self.sites, time.monotonic()
+        self.report["nodes in network namespaces"] = bool(sites.network.spaces)
         sites.start_superlink()
         nodes = [sites.start_node(number, waits=False) for number in range(NODES)]
         self.refusals()

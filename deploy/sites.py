@@ -1,8 +1,9 @@
-"""The machines of a rehearsal, all of them this one: folders, certificates, network namespaces, and their programs."""
+"""The machines of a rehearsal, all of them this one: folders, certificates, and their programs."""
 
 import contextlib
 import json
 import os
+import ssl
 import subprocess
 import sys
 import sysconfig
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import certificates
+from network import Network
 
 from fl_dualpriv import flower_env, supervisor
 from fl_dualpriv.app_bundle import build_bundle, digest_of
@@ -77,54 +79,6 @@ class Program:
         return [text + rest for _, there, rest in found if there]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Network:
-    """Where the nodes are: each in a network namespace of its own, joined by a bridge; or all on 127.0.0.1."""
-
-    spaces: tuple[str, ...]
-    server: str
-
-    @staticmethod
-    @contextlib.contextmanager
-    def opened(*, wanted: bool) -> "Iterator[Network]":
-        """Namespaces if they are wanted and this user may make them; removed at the end."""
-        number = os.getpid() % 250 + 1
-        bridge, spaces = f"fdp{number}br", tuple(f"fdp{number}n{node}" for node in range(NODES + 1))
-        made = wanted and Network._make(bridge, spaces, f"10.213.{number}")
-        try:
-            yield (
-                Network(spaces=spaces, server=f"10.213.{number}.1") if made else Network(spaces=(), server="127.0.0.1")
-            )
-        finally:
-            if wanted:
-                for space in spaces:
-                    _ip(f"netns del {space}")
-                _ip(f"link del {bridge}")
-
-    @staticmethod
-    def _make(bridge: str, spaces: Sequence[str], net: str) -> bool:
-        done = _ip(f"link add {bridge} type bridge") and _ip(f"addr add {net}.1/24 dev {bridge}")
-        done = done and _ip(f"link set {bridge} up")
-        for node, space in enumerate(spaces):
-            outer, inner = f"{space}o", f"{space}i"
-            done = done and _ip(f"netns add {space}") and _ip(f"link add {outer} type veth peer name {inner}")
-            done = done and _ip(f"link set {outer} master {bridge} up") and _ip(f"link set {inner} netns {space}")
-            done = done and _ip(f"-n {space} addr add {net}.{node + 10}/24 dev {inner}")
-            done = done and _ip(f"-n {space} link set {inner} up") and _ip(f"-n {space} link set lo up")
-        return done
-
-    def inside(self, node: int) -> list[str]:
-        """Words before a command that is to run where a node is."""
-        return ["ip", "netns", "exec", self.spaces[node]] if self.spaces else []
-
-
-def _ip(words: str) -> bool:
-    try:
-        return subprocess.run(["ip", *words.split()], capture_output=True, check=False).returncode == 0
-    except OSError:
-        return False
-
-
 @dataclass(kw_only=True)
 class Sites:
     """Everything that is on a disk or runs.
@@ -151,7 +105,7 @@ class Sites:
         """Folders, images, keys; all programs end and all namespaces go when this is left."""
         root.mkdir(parents=True)
         (port,) = flower_env.free_ports(1)
-        with Network.opened(wanted=namespaces) as network:
+        with Network.opened(NODES + 1, wanted=namespaces) as network:
             certificates.make(root / "certs", [network.server, "127.0.0.1", "localhost"], nodes=NODES + 1)
             sites = Sites(root=root, app=app, network=network, port=port, digest=digest_of(build_bundle(app)))
             sites.write_images()
@@ -251,8 +205,6 @@ allowed = ["{self.digest}"]
         (self.root / "server" / "flwr" / "config.toml").write_text(text, encoding="utf-8")
 
     def _healthy(self) -> bool:
-        import ssl
-
         context = ssl.create_default_context(cafile=str(self.root / "certs" / "ca.crt"))
         with (
             contextlib.suppress(OSError),
