@@ -32,8 +32,9 @@ def check_class(cls: type[Claims], base: type[Claims], unit: ServerUnit, arithme
     """Refuse a class whose rounds the server's noise would not cover.
 
     Guarantee:
-        If this returns, everything but `HOOKS` is the base's own; the class says that it is proved for ``unit``; no
-        class below the one that gives `sensitivity` overrides `combine`; and integer sums are the base's.
+        If this returns, everything but `HOOKS` is the base's own; the author says that it is proved for ``unit`` (of
+        another `combine` than the base's: for clients, unless more is said); no class below the one that gives
+        `sensitivity` overrides `combine`; and integer sums are the base's.
 
     Args:
         cls: The strategy: a subclass of ``base``, or it.
@@ -45,9 +46,16 @@ def check_class(cls: type[Claims], base: type[Claims], unit: ServerUnit, arithme
         PrivacyError: With what does not fit and what to do.
     """
     name = cls.__name__
-    if unit not in cls.proved_for:
+    combine, proof, claim = (
+        next(i for i, c in enumerate(cls.__mro__) if attribute in vars(c))
+        for attribute in ("combine", "sensitivity", "proved_for")
+    )
+    # What the base claims for its sum is no claim for another combine(): of the neighbours, most authors think of
+    # clients that come and go, where one record changes one upload.
+    proved_for = cls.proved_for if claim <= combine else ("client",)
+    if unit not in proved_for:
         where = f"at {unit} level" if unit != "nominal" else "as in the published procedure"
-        reason = cls.unproved_because or "its author proved it for " + (" and ".join(cls.proved_for) or "nothing")
+        reason = cls.unproved_because or f"its proved_for is {proved_for}"
         raise PrivacyError(f"{name} cannot run with noise of the server {where}: {reason}; set {_OFF}")
     fixed = set(vars(base)) - {*HOOKS, *_CLAIMS} - _DATACLASS_NAMES
     if changed := sorted(n for n in fixed if getattr(cls, n, None) is not getattr(base, n)):
@@ -56,9 +64,6 @@ def check_class(cls: type[Claims], base: type[Claims], unit: ServerUnit, arithme
             f"server-side privacy a strategy may change {', '.join(HOOKS)} only"
         )
     # A sensitivity() proves the combine() of its own class, not that of a subclass which overrides it again.
-    combine, proof = (
-        next(i for i, c in enumerate(cls.__mro__) if method in vars(c)) for method in ("combine", "sensitivity")
-    )
     if combine < proof:
         raise PrivacyError(
             f"{name} overrides combine() but not sensitivity(), so the server's noise cannot be "

@@ -1,0 +1,276 @@
+"""The contract of a strategy, as a test: ``check_strategy(MyClass, option=...)`` raises `AssertionError` if it breaks.
+
+Everything runs on the class itself, with small made-up clients, in about a second. It searches for counter-examples of
+`sensitivity` and cannot prove it: that is the author's part.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, Message
+from flwr.supercore.task_identity import TaskIdentity
+from torch import Tensor
+
+from fl_dualpriv import wire
+from fl_dualpriv.errors import ConfigError, PrivacyError
+from fl_dualpriv.privacy.clipping import clip_rows
+from fl_dualpriv.privacy.noise import KeyedRandom
+from fl_dualpriv.privacy.plan import round_terms
+from fl_dualpriv.server import RoundStrategy, Update
+from fl_dualpriv.server_books import ServerPrivacy
+from fl_dualpriv.strategy_rules import ServerUnit, check_class
+
+Uploads = Mapping[int, Tensor]
+"""Partition → update, of those that answered."""
+Make = Callable[[int], RoundStrategy]
+"""A new instance, by the seed of its noise."""
+
+_SHAPE = (4, 5)
+_ENTRIES = math.prod(_SHAPE)
+_SIZES = (10, 20, 30, 40, 50, 60, 70, 80)
+_BOUND, _RATE, _ROUNDS = 0.7, 0.75, 3
+_FAR = 100.0
+_SLACK = 1 + 1e-9  # of float64 sums
+
+
+def check_strategy(cls: type[RoundStrategy], *, server_noise: bool = True, **options: object) -> None:
+    """Check what fl-dualpriv relies on, of a strategy with these options.
+
+    Always: equal inputs give equal bits in whatever order replies come; a run that goes on from the prompt and
+    ``state`` gives the bits of one that never stopped; the prompt keeps its shape and stays finite, also where nobody
+    answers or with NaN, which counts as zero; weights are numbers that depend on the number of examples alone.
+
+    With ``server_noise``: the class is accepted under it; `combine` moves by at most `sensitivity` when a client comes
+    or goes (and when a record changes an upload, if the class is ``proved_for`` records), over many crafted and random
+    uploads; `sensitivity` and the divisor do not follow the data; a round that nobody answers is released with noise;
+    nothing but the noised result reaches `server_update` and ``state``.
+
+    Args:
+        cls: The strategy.
+        server_noise: False for a class that is never to run with noise of the server.
+        options: Values of the class's own fields.
+
+    Raises:
+        AssertionError: With what does not hold.
+    """
+    # Messages cannot be made outside a Flower task.
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 1, 0
+    units: list[ServerUnit | None] = [None]
+    if server_noise:
+        refusal = _refusal(cls, "client")
+        _require(refusal is None, f"{cls.__name__} is refused with noise of the server: {refusal}")
+        units.append("client")
+        if _refusal(cls, "record") is None:
+            units.append("record")
+    for unit in units:
+
+        def make(seed: int, unit: ServerUnit | None = unit) -> RoundStrategy:
+            return _build(cls, options, unit, seed)
+
+        _check_weights(make(0))
+        _check_rounds(make)
+        if unit is not None:
+            _check_sensitivity(make, unit)
+            _check_only_the_release_is_seen(make)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:  # no assert: an optimised interpreter drops those
+        raise AssertionError(message)
+
+
+def _refusal(cls: type[RoundStrategy], unit: ServerUnit) -> str | None:
+    try:
+        check_class(cls, RoundStrategy, unit, "float")
+    except PrivacyError as error:
+        return str(error)
+    return None
+
+
+def _build(
+    cls: type[RoundStrategy], options: Mapping[str, object], unit: ServerUnit | None, seed: int
+) -> RoundStrategy:
+    privacy = ServerPrivacy(
+        unit=unit or "client",
+        bound=_BOUND,
+        noise_multiplier=1.3,
+        sampling_rate=_RATE,
+        ledger_multiplier=1.3,
+        ledger=None,
+    )
+    try:
+        return cls(
+            cards={p: wire.ClientCard(partition=p, num_examples=n) for p, n in enumerate(_SIZES)},
+            hosts={p: 100 + p % 2 for p in range(len(_SIZES))},
+            masses={p: 0.1 * n if unit == "record" else 1.0 for p, n in enumerate(_SIZES)},
+            num_rounds=_ROUNDS,
+            evaluate_every=0,
+            prompt_kind="global",
+            run_token="contract",
+            terms=round_terms(None, 1.0, 1),
+            tolerates_failures=True,
+            privacy=privacy if unit else None,
+            sources=KeyedRandom,
+            seed=seed,
+            report=lambda report: None,
+            **options,  # type: ignore[arg-type]
+        )
+    except (ConfigError, PrivacyError) as error:
+        raise AssertionError(f"{cls.__name__} cannot start: {error}") from error
+
+
+# --- rounds -----------------------------------------------------------------------------------------------------------
+
+
+def _begin(strategy: RoundStrategy, server_round: int, start: Tensor) -> list[Message]:
+    return list(strategy.configure_train(server_round, wire.to_arrays(start), ConfigRecord(), None))  # type: ignore[arg-type]
+
+
+def _play(
+    strategy: RoundStrategy, uploads: Uploads, server_round: int, start: Tensor, *, backwards: bool = False
+) -> Tensor:
+    """One round as the server plays it; whoever is asked and not in ``uploads`` does not answer."""
+    replies, turn = [], -1 if backwards else 1
+    for message in _begin(strategy, server_round, start):
+        answered = tuple(p for p in wire.read_train(message).partitions if p in uploads)[::turn]
+        if answered:
+            sent = wire.Uploads(partitions=answered, values=torch.stack([uploads[p] for p in answered]))
+            replies.append(Message(wire.uploads_content(sent), reply_to=message))
+    arrays, _ = strategy.aggregate_train(server_round, replies[::turn])
+    _require(arrays is not None, "a round gave no prompt")
+    assert arrays is not None
+    return wire.from_arrays(arrays)
+
+
+def _draw(key: str, count: int = len(_SIZES), size: float = 1.0) -> dict[int, Tensor]:
+    rng = np.random.default_rng(list(key.encode()))
+    return {p: torch.from_numpy(size * rng.standard_normal(_SHAPE)) for p in range(count)}
+
+
+def _check_weights(strategy: RoundStrategy) -> None:
+    for examples in _SIZES:
+        weights = [strategy.weight(examples) for _ in range(3)]
+        _require(math.isfinite(weights[0]), f"weight({examples}) = {weights[0]}; it must be a finite number")
+        _require(len(set(weights)) == 1, f"weight({examples}) changes from call to call: {weights}")
+
+
+def _check_rounds(make: Make) -> None:
+    start = torch.linspace(-1, 1, _ENTRIES).reshape(_SHAPE)
+    uploads = [_draw(f"round {r}") for r in range(1, _ROUNDS + 1)]
+    straight, resumed, prompt = make(0), make(0), start
+    for r, sent in enumerate(uploads, 1):
+        before = prompt.clone()
+        again = _play(resumed, sent, r, prompt.clone(), backwards=True)
+        prompt = _play(straight, sent, r, prompt)
+        what = "a run resumed from its state, or" if r > 1 else ""
+        _require(torch.equal(prompt, again), f"round {r}: {what} replies in another order give another prompt")
+        _require(prompt.dtype == before.dtype, f"the prompt became {prompt.dtype}")
+        _require(bool(torch.isfinite(prompt).all()), f"round {r} gave a prompt that is not finite")
+        for name, kept in straight.state.items():
+            is_tensor = isinstance(name, str) and isinstance(kept, Tensor)
+            _require(is_tensor, f"state[{name!r}] is a {type(kept).__name__}: memory is kept as tensors, to be saved")
+        # Like a run that was killed after this round: its prompt and its state are all that is left.
+        resumed = make(0)
+        resumed.state, resumed.rounds_done = {n: kept.clone() for n, kept in straight.state.items()}, r
+    nobody = _play(make(0), {}, 1, start)
+    _require(bool(torch.isfinite(nobody).all()), "a round that nobody answers gives a prompt that is not finite")
+    if straight.privacy is not None:
+        _require(not torch.equal(nobody, _play(make(1), {}, 1, start)), "a round that nobody answers has no noise")
+    broken, zero = (
+        {p: torch.full(_SHAPE, value) if p % 3 == 0 else u for p, u in uploads[0].items()} for value in (math.nan, 0.0)
+    )
+    _require(torch.equal(_play(make(0), broken, 1, start), _play(make(0), zero, 1, start)), "NaN does not count as 0")
+
+
+# --- what the noise must cover ----------------------------------------------------------------------------------------
+
+
+def _combined(strategy: RoundStrategy, uploads: Uploads) -> Tensor:
+    result = strategy.combine([Update(partition=p, diff=uploads[p].clone()) for p in sorted(uploads)])
+    what = f"combine() of {len(uploads)} updates"
+    found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+    _require(found == _SHAPE, f"{what} gives {found}; expected a tensor of {_SHAPE}")
+    _require(bool(torch.isfinite(result).all()), f"{what}, all finite, is not finite")
+    return result.to(torch.float64)
+
+
+def _check_sensitivity(make: Make, unit: ServerUnit) -> None:
+    strategy = make(0)
+    _begin(strategy, 1, torch.zeros(_SHAPE))
+    claim, divisor = strategy.sensitivity(), strategy.divisor()
+    for what, uploads, neighbours in _cohorts() if unit == "client" else _sums():
+        whole = _combined(strategy, uploads)
+        for neighbour in neighbours:
+            move = float(torch.linalg.vector_norm(whole - _combined(strategy, neighbour)))
+            _require(
+                move <= claim * _SLACK,
+                f"{what}: one {unit} moves combine() by {move:.6g}; sensitivity() claims at most {claim:.6g}",
+            )
+        public = (strategy.sensitivity(), strategy.divisor()) == (claim, divisor)
+        _require(public, "sensitivity() or the divisor changed with the uploads: both must be public")
+
+
+def _check_only_the_release_is_seen(make: Make) -> None:
+    """Two rounds with other uploads and, by chance, the same release must go on alike."""
+    release, start = torch.linspace(0, 1, _ENTRIES).reshape(_SHAPE), torch.ones(_SHAPE)
+    seen: list[tuple[Tensor, dict[str, Tensor]]] = []
+    for key in ("one", "other"):
+        strategy = make(0)
+        _begin(strategy, 1, start)
+        kept = dict(strategy.state)
+        _combined(strategy, _clipped(_draw(key)))
+        untouched = strategy.state.keys() == kept.keys() and all(strategy.state[n] is kept[n] for n in kept)
+        _require(untouched, "combine() writes to state: what it sees has no noise yet, and state is saved and read")
+        seen.append((strategy.server_update(start.clone(), release.clone()), strategy.state))
+    (one, kept), (other, also) = seen
+    _require(torch.equal(one, other), "server_update() follows uploads: it has seen them before the noise")
+    alike = kept.keys() == also.keys() and all(torch.equal(kept[n], also[n]) for n in kept)
+    _require(alike, "state follows uploads: they were seen before the noise")
+
+
+# --- crafted uploads --------------------------------------------------------------------------------------------------
+
+
+def _clipped(uploads: Uploads) -> dict[int, Tensor]:
+    rows, _ = clip_rows(torch.stack([uploads[p] for p in uploads]), _BOUND)
+    return dict(zip(uploads, rows, strict=True))
+
+
+def _cohorts() -> Iterator[tuple[str, Uploads, list[Uploads]]]:
+    """Cohorts of updates that are all of norm at most the bound; each without one client, in turn."""
+    for what, uploads in _crafted():
+        clipped = _clipped(uploads)
+        yield what, clipped, [{p: u for p, u in clipped.items() if p != gone} for gone in clipped]
+
+
+def _crafted() -> Iterator[tuple[str, dict[int, Tensor]]]:
+    axis = _FAR * torch.eye(_ENTRIES, dtype=torch.float64).reshape(_ENTRIES, *_SHAPE)
+    for n in (1, 2, 4, 7):
+        yield f"{n} orthogonal updates", {p: axis[p] for p in range(n)}
+        yield f"{n} updates of all sizes", _draw(f"sizes {n}", n, 0.3)
+        for split in range(n + 1):
+            yield f"{split} of {n} opposite", {p: axis[0] * (1 if p < split else -1) for p in range(n)}
+            yield f"{split} of {n} zero", {p: axis[0] * (0 if p < split else 1) for p in range(n)}
+        for size in range(1, n + 1):
+            # In each entry another choice of clients agrees, and the others are zero: what rank statistics fear.
+            table = torch.zeros(n, _ENTRIES, dtype=torch.float64)
+            for entry, members in zip(range(_ENTRIES), itertools.combinations(range(n), size), strict=False):
+                table[list(members), entry] = _FAR
+            yield f"{size} of {n} agree in each entry", dict(enumerate(table.reshape(n, *_SHAPE)))
+            longer = torch.cat([torch.zeros(1, _ENTRIES, dtype=torch.float64), table])[: len(_SIZES)]
+            yield f"{size} of {n} agree, one is zero", dict(enumerate(longer.reshape(-1, *_SHAPE)))
+    for trial in range(24):
+        yield f"random updates {trial}", _draw(f"random {trial}", 1 + trial % 8, _FAR if trial % 2 else 0.2)
+
+
+def _sums() -> Iterator[tuple[str, Uploads, list[Uploads]]]:
+    """Everybody's sums over records, as long as theirs can be; each with one record less, in turn."""
+    for trial in range(6):
+        drawn = _draw(f"sums {trial}")
+        alike = trial % 3 == 0
+        ways = {p: (drawn[0] if alike else u) / float((drawn[0] if alike else u).norm()) for p, u in drawn.items()}
+        sums = {p: way * _BOUND * _SIZES[p] for p, way in ways.items()}
+        yield f"sums over records {trial}", sums, [{**sums, p: sums[p] - _BOUND * way} for p, way in ways.items()]
