@@ -124,6 +124,15 @@ def test_what_is_wrong_with_a_server_is_said(certs: Path, serve: Serve, tmp_path
     assert "is not known here" in contact(at(1, certs, "no-such-host.invalid")).problem
 
 
+def test_without_tls_only_a_server_on_this_machine_is_good(serve: Serve):
+    server = NodeServer(address=f"127.0.0.1:{serve(None)}", insecure=True)
+    found = contact(server)
+    assert (found.problem, found.expires) == ("", None)
+    assert node_check._server(server, found).verdict == "good"
+    far = replace(server, address="192.0.2.1:8000")  # an address that is kept for examples
+    assert node_check._server(far, found).verdict == "note"
+
+
 @pytest.mark.parametrize(
     ("behind", "verdict"), [(0.0, "good"), (8.0, "bad"), (-280.0, "good"), (-320.0, "bad")], ids=str
 )
