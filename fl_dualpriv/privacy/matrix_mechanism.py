@@ -40,7 +40,7 @@ class CorrelatedNoise(ABC):
 
     Reference:
         Kairouz et al. 2021, arXiv:2103.00039; Denisov et al. 2022, arXiv:2202.08312; Choquette-Choo et al. 2023,
-        arXiv:2211.06530 (several participations, Theorem 2 and Corollary 2.1).
+        arXiv:2211.06530 (several participations).
     """
 
     schedule: RoundRobin
@@ -131,8 +131,8 @@ class TreeNoise(CorrelatedNoise):
     each of ⌊log2 T⌋ + 1 sizes, and round 1 is: taking part once has sensitivity √(⌊log2 T⌋ + 1).
 
     Reference:
-        Dwork et al. 2010 and Chan et al. 2011 (binary counting); Kairouz et al. 2021, arXiv:2103.00039, Appendix B,
-        without the variance reduction. Only the rows that prefix sums need are kept, so C is square.
+        Dwork et al. 2010 and Chan et al. 2011 (binary counting); Kairouz et al. 2021, arXiv:2103.00039, without
+        the variance reduction. Only the rows that prefix sums need are kept, so C is square.
     """
 
     @property
