@@ -12,7 +12,7 @@ from clients.dpfpl_paper import PublishedTraining, nominal_sigma, published_upda
 from clients.dualpriv import LocalTraining, Participant, cohort_update
 from clients.hosting import Failures, Node, chunks, prompts_at_once
 from fl_dualpriv import wire
-from fl_dualpriv.client import PersonalState, check_round, check_single_run, fresh_state
+from fl_dualpriv.client import PersonalState, check_round, check_single_run, fresh_state, is_same_release
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.methods import METHODS
@@ -34,6 +34,9 @@ class TrainRound:
         and its ledger is held until its state is kept. An upload leaves only if the state was kept. What the server
         asks for, the plan, the owner's budget and the ledger are checked before that; a refused round touches no data,
         and is noted in the client's folder.
+        A server that was cut off asks again. A round whose upload is kept is answered by that upload, which releases
+        nothing. With seeded randomness a round that a crash ended before is made as it would have been, see
+        `is_same_release`; with randomness of the operating system it is refused: its event is spent.
 
     Args:
         node: Where the clients are.
@@ -75,19 +78,37 @@ class TrainRound:
     def _train(self, group: Sequence[int]) -> None:
         """Let the clients of a group step together; each ledger is written before, and held until its state is kept."""
         ready: list[Participant] = []
+        kept: dict[int, Tensor] = {}
         with contextlib.ExitStack() as locks:
             for partition in group:
                 try:
-                    ready.append(self._prepare(partition, locks))
+                    found = self._prepare(partition, locks)
+                    if isinstance(found, Tensor):
+                        kept[partition] = found
+                    else:
+                        ready.append(found)
                 except PrivacyError as error:
                     asked = f"train, round {self._task.server_round}"
                     self._node.folder(partition).log_refusal(self._task.run_token, asked, str(error))
                     self._failed.add([partition], error)
                 except Exception as error:
                     self._failed.add([partition], error)
-            if not ready:
-                return
-            self._step(ready)
+            if ready and self._setting.reproducible:  # sums of the tower may follow who is stacked with whom
+                ready = sorted([*ready, *self._once_more(kept)], key=lambda participant: participant.partition)
+            self._uploads |= kept
+            if ready:
+                self._step(ready)
+
+    def _once_more(self, kept: dict[int, Tensor]) -> list[Participant]:
+        """Those of a crashed round's clients that had finished it, as they were before; they leave ``kept``."""
+        found = []
+        for partition in list(kept):
+            with contextlib.suppress(Exception):  # what was sent is still there
+                state = self._state(partition, previous=True)
+                if state.server_round < self._task.server_round:
+                    found.append(self._participant(partition, state))
+                    del kept[partition]
+        return found
 
     def _step(self, ready: list[Participant]) -> None:
         """Run some clients together; if that fails, each alone, so that one cannot take the others with it.
@@ -107,8 +128,11 @@ class TrainRound:
         for participant, (upload, state) in zip(ready, results, strict=True):
             self._finish(participant.partition, upload, state)
 
-    def _prepare(self, partition: int, locks: contextlib.ExitStack) -> Participant:
+    def _prepare(self, partition: int, locks: contextlib.ExitStack) -> Participant | Tensor:
         """A client's state, data and random streams, after its own checks and with its ledger written.
+
+        Returns:
+            That, or the upload that the client sent in this round when it was asked before.
 
         Raises:
             PrivacyError: If the client refuses the round.
@@ -123,13 +147,15 @@ class TrainRound:
             )
         if task.global_prompt.dtype != torch.float32:  # before the event: a step in another type would fail after it
             raise PrivacyError(f"a global prompt of type {task.global_prompt.dtype}; it must be torch.float32")
-        random = functools.partial(_stream, setting.sources, setting.config.seed, partition, task.server_round)
         if setting.plan is None:
-            data = setting.world.client_data(partition, task.server_round)
-            return Participant(partition=partition, state=self._state(partition), data=data, random=random)
+            state = self._state(partition)
+            kept = self._kept(partition, state)
+            return self._participant(partition, state) if kept is None else kept
         ledger = Ledger(self._node.folder(partition).ledger)
         locks.enter_context(ledger.exclusive())
         state = self._state(partition)
+        if (kept := self._kept(partition, state)) is not None:
+            return kept
         event = LedgerEvent(
             run=task.run_token,
             unit="record",
@@ -139,21 +165,36 @@ class TrainRound:
             noise_multiplier=setting.plan.noise_multiplier,
         )
         made, budget = ledger.read(), self._node.budget
-        check_round(setting.plan, made, state, event)
-        if budget is None:
-            check_single_run(setting.plan, made, event)
-        else:
-            budget.check_events(made, [event])
-        ledger.record(event)
-        data = setting.world.client_data(partition, task.server_round)  # not before: even reading is paid for
+        if not is_same_release(made, state, event, reproducible=setting.reproducible):
+            check_round(setting.plan, made, state, event)
+            if budget is None:
+                check_single_run(setting.plan, made, event)
+            else:
+                budget.check_events(made, [event])
+            ledger.record(event)
+        return self._participant(partition, state)
+
+    def _participant(self, partition: int, state: PersonalState) -> Participant:
+        """Reads the data: not before the event, even reading is paid for."""
+        setting, server_round = self._setting, self._task.server_round
+        random = functools.partial(_stream, setting.sources, setting.config.seed, partition, server_round)
+        data = setting.world.client_data(partition, server_round)
         return Participant(partition=partition, state=state, data=data, random=random)
 
-    def _state(self, partition: int) -> PersonalState:
+    def _kept(self, partition: int, state: PersonalState) -> Tensor | None:
+        """What the client sent in this round, if it was asked before."""
+        task = self._task
+        if not self._keeps_state or state.server_round < task.server_round:
+            return None
+        return self._node.folder(partition).sent(task.server_round, task.global_prompt, task.run_token)
+
+    def _state(self, partition: int, *, previous: bool = False) -> PersonalState:
         if not self._keeps_state:
             return self._nothing
         n_ctx, ctx_dim = self._prompt.shape
         folder, rank = self._node.folder(partition), self._setting.config.prompt.rank
-        state = folder.load(self._task.run_token, n_ctx, ctx_dim, rank, self._training.history_shapes(n_ctx, ctx_dim))
+        shapes = self._training.history_shapes(n_ctx, ctx_dim)
+        state = folder.load(self._task.run_token, n_ctx, ctx_dim, rank, shapes, previous=previous)
         return state.to(self._prompt.device)
 
     @property
@@ -168,12 +209,13 @@ class TrainRound:
         return fresh_state(n_ctx, ctx_dim, self._setting.config.prompt.rank).to(self._prompt.device)
 
     def _finish(self, partition: int, upload: Tensor, state: PersonalState) -> None:
-        """Keep the state, then let the upload go: a round whose state is lost must not be answered."""
+        """Keep upload and state, then let the upload go: a round whose state is lost must not be answered."""
         if self._keeps_state:
+            task, folder = self._task, self._node.folder(partition)
             try:
-                self._node.keep_run(partition, self._task.run_token)
-                kept = replace(state, server_round=self._task.server_round)
-                self._node.folder(partition).save(kept, self._prompt, self._task.run_token)
+                self._node.keep_run(partition, task.run_token)
+                folder.keep_sent(upload, task.global_prompt, task.server_round, task.run_token)
+                folder.save(replace(state, server_round=task.server_round), self._prompt, task.run_token)
             except Exception as error:
                 self._failed.add([partition], error)
                 return

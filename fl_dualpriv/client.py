@@ -2,19 +2,23 @@
 
 import contextlib
 import functools
+import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fl_dualpriv.errors import PrivacyError
-from fl_dualpriv.files import append_json_line, read_tensors, write_tensors
+from fl_dualpriv.files import append_json_line, read_metadata, read_tensors, write_tensors
 from fl_dualpriv.history import History, HistoryShapes
 from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent, utc_now
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 
+_ROUNDS_KEPT = 2
 _MOST_LETTERS = 200
 _MOST_REFUSED_BYTES = 2**20
 
@@ -26,10 +30,12 @@ class ClientData:
     Attributes:
         features: (record, embed_dim), unit norm; the row of an unreadable record is NaN, so that it stays counted.
         labels: (record,).
+        patches: (record, patch, embed_dim), each of unit norm, where a method reads them; else None.
     """
 
     features: Tensor
     labels: Tensor
+    patches: Tensor | None = None
 
     @property
     def num_examples(self) -> int:
@@ -77,10 +83,17 @@ def _first_carrier(ctx_dim: int, rank: int) -> Tensor:
 
 
 class ClientFolder:
-    """A client's own folder: its prompt, its ledger and the refused attempts; each replaced or appended whole."""
+    """A client's own folder: its prompt, its ledger and the refused attempts; each replaced or appended whole.
+
+    For a server that was cut off and asks again there are ``sent.safetensors``, the uploads of the last two rounds, and
+    ``prompt.previous.safetensors``, the state before the last one. With ``trusts-server`` uploads are clean sums: that
+    file is for nobody's eyes but the server's.
+    """
 
     def __init__(self, path: Path) -> None:
         self._prompt = path / "prompt.safetensors"
+        self._previous = path / "prompt.previous.safetensors"
+        self._sent = path / "sent.safetensors"
         self._refusals = path / "refusals.jsonl"
         self.ledger = path / "ledger.jsonl"
 
@@ -97,7 +110,14 @@ class ClientFolder:
                 append_json_line(self._refusals, line)
 
     def load(
-        self, run_token: str, n_ctx: int, ctx_dim: int, rank: int, history: HistoryShapes | None = None
+        self,
+        run_token: str,
+        n_ctx: int,
+        ctx_dim: int,
+        rank: int,
+        history: HistoryShapes | None = None,
+        *,
+        previous: bool = False,
     ) -> PersonalState:
         """The state this run left here, or a fresh one if another run wrote the file or nobody did.
 
@@ -108,22 +128,22 @@ class ClientFolder:
             rank: k.
             history: What the run remembers of releases, which must be there, no more and no less; None: it is not
                 looked at, as for scores.
+            previous: The state before the last round instead.
 
         Raises:
             ValueError: If the file is of this run but does not hold such a state: it was damaged or exchanged.
         """
-        if self._prompt.exists():
-            tensors, metadata = read_tensors(self._prompt)
+        file = self._previous if previous else self._prompt
+        if file.exists():
+            tensors, metadata = read_tensors(file)
             if metadata.get("run-token") == run_token:
                 shapes = {"personal": (n_ctx, ctx_dim), "carrier": (rank, ctx_dim)}
-                self._check(tensors, {name: (shape, torch.float32) for name, shape in shapes.items()})
+                _check(file.name, tensors, {name: (shape, torch.float32) for name, shape in shapes.items()})
                 if history is not None:
-                    self._check(tensors, history)
+                    _check(file.name, tensors, history)
                     unknown = tensors.keys() - shapes.keys() - history.keys() - {"global"}
                     if unknown:
-                        raise ValueError(
-                            f"{self._prompt.name} holds {', '.join(sorted(unknown))}; no such thing is kept"
-                        )
+                        raise ValueError(f"{file.name} holds {', '.join(sorted(unknown))}; no such thing is kept")
                 return PersonalState(
                     personal=tensors["personal"],
                     carrier=tensors["carrier"],
@@ -132,23 +152,71 @@ class ClientFolder:
                 )
         return fresh_state(n_ctx, ctx_dim, rank)
 
-    def _check(self, tensors: Mapping[str, Tensor], shapes: HistoryShapes) -> None:
-        for name, (shape, dtype) in shapes.items():
-            if name not in tensors:
-                raise ValueError(f"{self._prompt.name} holds no {name}; expected {shape}, {dtype}")
-            found = tensors[name]
-            if tuple(found.shape) != shape or found.dtype != dtype:
-                raise ValueError(
-                    f"{self._prompt.name} holds {name} {tuple(found.shape)}, {found.dtype}; expected {shape}, {dtype}"
-                )
-
     def save(self, state: PersonalState, global_prompt: Tensor, run_token: str) -> None:
-        """Keep the personal prompt beside the global prompt it was trained on: together they are the client's model."""
+        """Keep the personal prompt beside the global prompt it was trained on: together they are the client's model.
+
+        The state of an earlier round of the run becomes the previous one; at no moment is there no state.
+        """
+        if self._prompt.exists() and _round_of(read_metadata(self._prompt), run_token) < state.server_round:
+            link = self._previous.with_name(f".{self._previous.name}.{os.getpid()}.tmp")
+            link.unlink(missing_ok=True)
+            os.link(self._prompt, link)
+            link.replace(self._previous)
         write_tensors(
             self._prompt,
             {**state.history, "personal": state.personal, "carrier": state.carrier, "global": global_prompt},
             {"run-token": run_token, "server-round": str(state.server_round)},
         )
+
+    def keep_sent(self, upload: Tensor, global_prompt: Tensor, server_round: int, run_token: str) -> None:
+        """Keep what is about to be sent, before the state: a round whose state is kept has its upload here."""
+        tensors, metadata = self._read_sent(run_token)
+        tensors, metadata = dict(tensors), dict(metadata)
+        others = sorted((int(name) for name in tensors if int(name) != server_round), reverse=True)
+        for old in others[_ROUNDS_KEPT - 1 :]:
+            del tensors[str(old)], metadata[f"prompt-{old}"]
+        tensors[str(server_round)] = upload
+        metadata |= {"run-token": run_token, f"prompt-{server_round}": digest(global_prompt)}
+        write_tensors(self._sent, tensors, metadata)
+
+    def sent(self, server_round: int, global_prompt: Tensor, run_token: str) -> Tensor | None:
+        """What was sent in a round of this run, bit by bit; None if it is not kept, or answered another prompt.
+
+        Guarantee:
+            To send it once more releases nothing: it is a function of what was released.
+        """
+        tensors, metadata = self._read_sent(run_token)
+        if metadata.get(f"prompt-{server_round}") != digest(global_prompt):
+            return None
+        return tensors.get(str(server_round))
+
+    def _read_sent(self, run_token: str) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
+        if not self._sent.exists():
+            return {}, {}
+        try:
+            tensors, metadata = read_tensors(self._sent)
+        except SafetensorError:  # damaged: then nothing is sent again
+            return {}, {}
+        return (tensors, metadata) if metadata.get("run-token") == run_token else ({}, {})
+
+
+def digest(prompt: Tensor) -> str:
+    """SHA-256 of a prompt's numbers."""
+    return hashlib.sha256(prompt.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def _round_of(metadata: Mapping[str, str], run_token: str) -> int:
+    """Round of a state of this run; the states of other runs are older than all of them."""
+    return int(metadata["server-round"]) if metadata.get("run-token") == run_token else 0
+
+
+def _check(file: str, tensors: Mapping[str, Tensor], shapes: HistoryShapes) -> None:
+    for name, (shape, dtype) in shapes.items():
+        if name not in tensors:
+            raise ValueError(f"{file} holds no {name}; expected {shape}, {dtype}")
+        found = tensors[name]
+        if tuple(found.shape) != shape or found.dtype != dtype:
+            raise ValueError(f"{file} holds {name} {tuple(found.shape)}, {found.dtype}; expected {shape}, {dtype}")
 
 
 def check_round(plan: RecordLevelPlan, made: LedgerContent, state: PersonalState, event: LedgerEvent) -> None:
@@ -186,3 +254,16 @@ def check_single_run(plan: RecordLevelPlan, made: LedgerContent, event: LedgerEv
             f"{releases} releases are in the ledger and the round makes {event.releases} more; the plan accounts for "
             f"{plan.releases}, and the owner of this node has set no budget for more than one run: the round is refused"
         )
+
+
+def is_same_release(made: LedgerContent, state: PersonalState, event: LedgerEvent, *, reproducible: bool) -> bool:
+    """Whether the round was paid for by a try that a crash ended, and comes out bit by bit as that one would have.
+
+    Guarantee:
+        If this is true, the event stands in the ledger already, nothing of its release has left the client (its state,
+        which comes before the upload, is not there), and the draws are functions of the seed, the round and a state
+        that is the one of the round before. So the round makes the release that the event in the ledger is for. With
+        randomness of the operating system it is never true: a second draw is a second release.
+    """
+    before = max((e.server_round for e in made.events if e.run == event.run and e != event), default=0)
+    return reproducible and event in made.events and before <= state.server_round < event.server_round

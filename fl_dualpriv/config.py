@@ -190,9 +190,10 @@ class ResourcesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
-    """Where results go: an absolute directory, or empty for the default one."""
+    """Where results go: an absolute directory, or empty for the default one; ``resume``: go on with the run in it."""
 
     dir: str
+    resume: bool
 
 
 @dataclass(frozen=True, kw_only=True)

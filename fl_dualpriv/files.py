@@ -11,13 +11,17 @@ from safetensors.torch import save
 from torch import Tensor
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content`` in one step, creating its folder."""
+def write_bytes(path: Path, content: bytes, *, synced: bool = False) -> None:
+    """Replace ``path`` by ``content`` in one step, creating its folder; ``synced``: on disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
+        if synced:
+            _sync(temporary)
         temporary.replace(path)
+        if synced:
+            _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -27,11 +31,25 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def append_json_line(path: Path, value: Any) -> None:
-    """Append ``value`` as one line, in one write."""
+def append_json_line(path: Path, value: Any, *, synced: bool = False) -> None:
+    """Append ``value`` as one line, in one write; ``synced``: on disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(value, allow_nan=False) + "\n")
+        if synced:
+            file.flush()
+            os.fsync(file.fileno())
+    if synced:
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """A file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -44,3 +62,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file: its tensors and its metadata."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file alone."""
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})

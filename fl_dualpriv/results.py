@@ -1,17 +1,21 @@
 """What a run leaves behind: one line a round, a summary, the global prompt and a curve."""
 
+import contextlib
 import importlib.metadata
+import json
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from fl_dualpriv.checkpoint import FILES
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.evaluation import Accuracy
 from fl_dualpriv.files import append_json_line, write_bytes, write_json, write_tensors
+from fl_dualpriv.folder_lock import held_alone
 from fl_dualpriv.privacy.plan import Release
 
 PACKAGES = ("fl-dualpriv", "flwr", "ray", "torch", "open_clip_torch", "dp-accounting", "numpy")
@@ -28,16 +32,83 @@ class RunRecorder:
         self.folder = folder
         self.rounds: list[dict[str, Any]] = []
 
-    def claim(self) -> None:
-        """Take the folder for this run.
+    @contextlib.contextmanager
+    def claimed(self, *, resume: bool) -> Iterator[None]:
+        """Hold the folder for this run alone; ``error.json`` tells why it failed, unless another run holds it.
+
+        Args:
+            resume: Whether the folder holds a run that was cut off, to go on with.
 
         Raises:
-            ConfigError: If it holds an earlier run's rounds or results: they would be mixed or lost.
+            ConfigError: If another run is writing there, or the folder is not what it should be: an earlier run's
+                rounds or results would be mixed or lost.
         """
-        for name in ("rounds.jsonl", "summary.json"):
+        with held_alone(self.folder):
+            try:
+                self._check_folder(resume=resume)
+                yield
+            except BaseException as error:
+                self.write_error(error)
+                raise
+
+    def _check_folder(self, *, resume: bool) -> None:
+        if resume and (self.folder / "summary.json").exists():
+            raise ConfigError(
+                f"output.dir = {self.folder}: its run has ended (summary.json): there is nothing to resume"
+            )
+        for name in () if resume else ("rounds.jsonl", "summary.json", *FILES):
             if (self.folder / name).exists():
                 raise ConfigError(f"output.dir = {self.folder}: it holds an earlier run ({name}); give another folder")
         (self.folder / "error.json").unlink(missing_ok=True)
+
+    def check_empty(self) -> None:
+        """Nothing can be there of a run that has no checkpoint: its first one comes before its first message.
+
+        Raises:
+            ConfigError: If there is something.
+        """
+        for name in ("rounds.jsonl", "ledger.jsonl", "clients"):
+            if (self.folder / name).exists():
+                raise ConfigError(
+                    f"{self.folder} holds {name} and no checkpoint ({FILES[0]}): it cannot be resumed; start a new run "
+                    "in another folder"
+                )
+
+    def resume(self, rounds_done: int) -> None:
+        """Read the rounds that were reported, and forget what comes after the checkpoint or was cut off half-way.
+
+        Raises:
+            ConfigError: If rounds are missing.
+        """
+        file = self.folder / "rounds.jsonl"
+        content = file.read_bytes() if file.exists() else b""
+        whole = [line + b"\n" for line in content.split(b"\n")[:-1]]
+        lines: list[dict[str, Any]] = []
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            for line in whole:
+                parsed = json.loads(line)
+                if parsed["round"] > rounds_done:
+                    break
+                lines.append(parsed)
+        first = lines[0]["round"] if lines else 1
+        # The line of the last round comes after its checkpoint.
+        if (
+            first not in (0, 1)
+            or [line["round"] for line in lines] != list(range(first, first + len(lines)))
+            or (rounds_done > 0 and first + len(lines) < rounds_done)
+        ):
+            raise ConfigError(
+                f"{file} lacks rounds before round {rounds_done}, up to which the checkpoint goes: the run cannot be "
+                "resumed; start a new one in another folder"
+            )
+        if (kept := b"".join(whole[: len(lines)])) != content:
+            write_bytes(file, kept, synced=True)
+        self.rounds = lines
+
+    @property
+    def last_round(self) -> int:
+        """The last round that was reported; 0 before round 1."""
+        return self.rounds[-1]["round"] if self.rounds else 0
 
     def add_round(
         self,
@@ -57,17 +128,18 @@ class RunRecorder:
             "seconds": round(seconds, 3),
         }
         self.rounds.append(line)
-        append_json_line(self.folder / "rounds.jsonl", line)
+        append_json_line(self.folder / "rounds.jsonl", line, synced=True)  # clients are a round further next
 
     def write_prompt(self, prompt: Tensor, metadata: Mapping[str, str]) -> None:
         """Write ``prompts/global.safetensors``."""
         write_tensors(self.folder / "prompts" / "global.safetensors", {"global": prompt}, metadata)
 
     def write_error(self, error: BaseException) -> None:
-        """Write ``error.json``, for a front that only sees a process end."""
+        """Write ``error.json``, for a front that only sees a process end; a full disk must not hide the error."""
         lines = "".join(traceback.format_exception(error))
         content = {"type": type(error).__name__, "message": str(error), "traceback": lines}
-        write_json(self.folder / "error.json", content)
+        with contextlib.suppress(OSError):
+            write_json(self.folder / "error.json", content)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``: its presence means that the run ended well."""

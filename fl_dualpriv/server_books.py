@@ -36,6 +36,7 @@ class ServerPrivacy:
         ledger: Where each round is written before it happens; None for the nominal procedure.
         max_epsilon: A round that would bring the ledger above it does not start; None: no ledger, no limit.
         delta: δ at which that is stated.
+        reproducible: Whether cohorts and noise come from a seed: a round that is made again is the same release.
         arithmetic: Of the sum over clients and its noise. With ``integer`` and ``record`` uploads are whole numbers,
             minus the clipped sums in units of ``bound / GRID_STEPS``.
         adaptive: Clients' clip norm begins at ``bound`` and follows a quantile; ``noise_multiplier`` is then that of
@@ -52,6 +53,7 @@ class ServerPrivacy:
     max_epsilon: float | None = None
     delta: float = 0.0
     arithmetic: Arithmetic = "float"
+    reproducible: bool = False
     adaptive: AdaptiveClip | None = None
     correlated: CorrelatedNoise | None = None
 
@@ -111,6 +113,7 @@ class ServerBooks:
 
         Guarantee:
             If this returns, ε of the ledger with the round is at most ``max_epsilon``. Nobody was sampled or asked yet.
+            A round that stands in the ledger already, see `_is_written`, brings nothing more.
             The ε of a whole run costs as much CPU as many rounds of a small prompt: it is computed once for all rounds
             that are left, and round by round only if those do not fit together.
 
@@ -118,7 +121,7 @@ class ServerBooks:
             BudgetExhausted: If it would exceed it, by our ledger or by the accountant.
         """
         privacy = self._privacy
-        if privacy.ledger is not None and privacy.max_epsilon is not None:
+        if privacy.ledger is not None and privacy.max_epsilon is not None and not self._is_written(server_round):
             made, left = privacy.ledger.read(), max(1, self._rounds - server_round + 1)
             if made.releases() >= self._affordable:
                 again = made.last_round(self._run_token) >= server_round
@@ -136,11 +139,24 @@ class ServerBooks:
 
     def write(self, server_round: int) -> None:
         """Write the round, synced to disk, before its noise is drawn; see `Ledger.record`."""
-        if self._privacy.ledger is not None:
+        if self._privacy.ledger is not None and not self._is_written(server_round):
             again = self._privacy.ledger.read().last_round(self._run_token) >= server_round
             self._privacy.ledger.record(self._event(server_round, again=again))
         if self._accountant is not None:
             self._accountant.compose(self._flower_event(server_round))
+
+    def _is_written(self, server_round: int) -> bool:
+        """Whether the round is made again as it was made before a crash, and is paid for.
+
+        Guarantee:
+            Cohort, uploads and noise are functions of the seed, the round, the run and what was before it, so the
+            result is the same, bit by bit: one release, one event. Randomness of the operating system repeats nothing:
+            there a round that is made again is a further release, and a further event.
+        """
+        ledger = self._privacy.ledger
+        if ledger is None or not self._privacy.reproducible:
+            return False
+        return self._event(server_round) in ledger.read().events
 
     def _event(self, server_round: int, *, again: bool = False) -> LedgerEvent:
         """A round; of correlated noise what it adds to the rounds before it, or to all if it is made again."""

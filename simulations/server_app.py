@@ -11,6 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from fl_dualpriv import wire
+from fl_dualpriv.checkpoint import CheckpointFolder
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.evaluation import Accuracy
@@ -33,6 +34,7 @@ from fl_dualpriv.privacy.plan import (
     round_terms,
 )
 from fl_dualpriv.results import RunRecorder, build_summary
+from fl_dualpriv.rounds import Rounds
 from fl_dualpriv.run_facts import metadata_of_global
 from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy
 from fl_dualpriv.server_books import BudgetExhausted, ServerPrivacy
@@ -47,11 +49,8 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation; on any failure leave ``error.json`` and raise."""
     recorder = RunRecorder(run_folder(str(context.run_config.get("output.dir", "")), context.run_id))
-    try:
+    with recorder.claimed(resume=context.run_config.get("output.resume") is True):
         run(ExpiringGrid(grid) if engine_name(grid) == "deployment" else grid, context, recorder)
-    except BaseException as error:
-        recorder.write_error(error)
-        raise
 
 
 def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
@@ -64,7 +63,6 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
             'data.partition = "by-node" is for deployed nodes, each with a folder of its own: here all clients would '
             'have the same records; set it to "iid", "by-class" or "dirichlet"'
         )
-    recorder.claim()
     record, client = record_level_plan(config), client_level_plan(config)
     if unit := noised_unit(config, record, client):
         check_class(strategy_class, RoundStrategy, unit, config.privacy.arithmetic)
@@ -79,33 +77,43 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
             done.server_round,
             done.accuracy,
             record.spent(by_round * config.train.local_steps) if record else None,
-            client.spent(by_round) if client else None,
-            done.failures,
+            client.spent(by_round + rounds.lost) if client else None,
+            strategy.failures - sum(line["failures"] for line in recorder.rounds),  # those of this round
             time.monotonic() - start,
         )
 
-    strategy = build_strategy(strategy_class, config, record, client, cards, hosts, recorder, report, options)
-    prompt = world.initial_prompt(config)
-    zero_shot = final = stopped = None
-    if strategy.evaluate_every:
-        zero_shot = final = score_now(strategy, grid, prompt, "zero-shot", config.reply_timeout)
-        report(RoundReport(server_round=0, accuracy=zero_shot, failures=strategy.failures))
+    records = [card.num_examples for card in cards.values()]
+    checkpoints = CheckpointFolder(recorder.folder, context.run_config, records)
+    kept = checkpoints.read(may_go_back=may_repeat(config)) if config.output.resume else None
+    token = kept.progress.run_token if kept else None
+    strategy = build_strategy(strategy_class, config, record, client, cards, hosts, recorder, report, options, token)
+    rounds = Rounds(strategy, checkpoints)
+    if kept:
+        recorder.resume(kept.progress.rounds_done)
+        rounds.resume(kept, recorder.rounds)
+    elif config.output.resume:
+        recorder.check_empty()
+    prompt = kept.prompt if kept else rounds.begin(world.initial_prompt(config))
+    if strategy.evaluate_every and not recorder.rounds:
+        accuracy = score_now(strategy, grid, prompt, "zero-shot", config.reply_timeout)
+        report(RoundReport(server_round=0, accuracy=accuracy, failures=strategy.failures))
+    stopped = None
     if METHODS[config.method].trains:
         try:
-            result = strategy.start(grid, wire.to_arrays(prompt), config.rounds, config.reply_timeout)
-            prompt = wire.from_arrays(result.arrays)
+            prompt = rounds.run(grid, prompt, recorder.last_round, config.reply_timeout)
         except BudgetExhausted as exhausted:
             if strategy.rounds_done == 0:
                 raise
             # What was released is paid for: it is kept, and the tables speak of these rounds alone.
             stopped, prompt = str(exhausted), strategy.prompt
-            client = replace(client, rounds=strategy.rounds_done) if client else None
+        if client is not None and (stopped or rounds.lost):
+            client = replace(client, rounds=strategy.rounds_done + rounds.lost)
         if strategy.deliveries == 0 and strategy.failures > 0:
             raise ClientFailure(
                 f"all {strategy.failures} calls of clients failed; the prompts are noise at best. "
                 f"Last reason: {strategy.last_failure}"
             )
-        final = last_accuracy(recorder)
+    zero_shot, final = first_and_last_accuracy(recorder, trains=METHODS[config.method].trains)
     found = notes(config, record, client, scored=strategy.evaluate_every > 0)
     found += [f"ended early: {stopped}"] if stopped else []
     recorder.write_prompt(prompt, metadata_of_global(config, world, strategy.run_token))
@@ -126,7 +134,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
             group_names=world.group_names,
             releases=list_releases(config, record, client, scored=strategy.evaluate_every > 0),
             notes=found,
-            config=context.run_config,
+            config={**context.run_config, "output.resume": False},
         )
     )
 
@@ -190,8 +198,9 @@ def build_strategy(
     recorder: RunRecorder,
     report: Callable[[RoundReport], None],
     options: Mapping[str, object],
+    run_token: str | None = None,
 ) -> RoundStrategy:
-    """Unpack the configuration into the strategy's arguments."""
+    """Unpack the configuration into the strategy's arguments; a new run has no token yet."""
     trusts_server = record is not None and record.trusts_server
     rate = config.train.sampling_rate
     private = record is not None or client is not None
@@ -203,7 +212,7 @@ def build_strategy(
         num_rounds=config.rounds,
         evaluate_every=config.evaluation.every if may_score(config) else 0,
         prompt_kind="personal" if personal else "global",
-        run_token=secrets.token_hex(8),
+        run_token=run_token or secrets.token_hex(8),
         terms=round_terms(record, rate, config.train.local_steps),
         tolerates_failures=private,
         privacy=server_privacy(config, record, client, cards, Ledger(recorder.folder / "ledger.jsonl")),
@@ -245,6 +254,7 @@ def server_privacy(
             adaptive=client.adaptive,
             correlated=client.correlated,
             arithmetic=client.arithmetic,
+            reproducible=config.privacy.randomness == "seeded",
         )
     rate = config.train.global_learning_rate
     if record is not None and record.trusts_server:
@@ -261,6 +271,7 @@ def server_privacy(
             max_epsilon=record.epsilon(),
             delta=record.delta,
             arithmetic=record.arithmetic,
+            reproducible=config.privacy.randomness == "seeded",
         )
     nominal = config.privacy.record
     if METHODS[config.method].published_procedure and nominal.mechanism == "gaussian":
@@ -288,10 +299,19 @@ def score_now(
     )
 
 
-def last_accuracy(recorder: RunRecorder) -> Accuracy | None:
-    """Accuracy of the last scored round."""
-    scored = [line["accuracy"] for line in recorder.rounds if line["accuracy"] and line["round"] > 0]
-    return Accuracy(**scored[-1]) if scored else None
+def first_and_last_accuracy(recorder: RunRecorder, *, trains: bool) -> tuple[Accuracy | None, Accuracy | None]:
+    """Zero-shot, and of the last scored round."""
+    scored = {line["round"]: Accuracy(**line["accuracy"]) for line in recorder.rounds if line["accuracy"]}
+    zero_shot = scored.pop(0, None)
+    return zero_shot, scored[max(scored)] if scored else None if trains else zero_shot
+
+
+def may_repeat(config: RunConfig) -> bool:
+    """Whether a round whose result was seen may be made again: as the same release, or as a further one.
+
+    Correlated noise is one release of all rounds: another noise in one of them has no place in it.
+    """
+    return config.privacy.randomness == "seeded" or config.privacy.client.mechanism in ("none", "gaussian")
 
 
 def list_releases(

@@ -21,6 +21,7 @@ from tests.app.client_node import (
     KINDS,
     NO_PRIVACY,
     OFFERED,
+    PROMPT,
     Nodes,
     ask,
     evaluate,
@@ -61,6 +62,7 @@ def test_a_node_chooses_its_own_state_folder(nodes: Nodes, tmp_path: Path):
         "ledger.jsonl",
         "ledger.lock",
         "prompt.safetensors",
+        "sent.safetensors",
     ]
     assert not (tmp_path / "out").exists()
 
@@ -110,6 +112,38 @@ def test_a_round_that_a_crash_cut_off_after_its_event_is_not_repeated(nodes: Nod
     assert ledger_lines(tmp_path) == 1
 
 
+@pytest.mark.parametrize("randomness", ["os", "seeded"])
+def test_a_repeated_question_gets_the_same_upload_and_costs_nothing(nodes: Nodes, tmp_path: Path, randomness: str):
+    """As from a server that was cut off: for the last two rounds, bit by bit, without a release."""
+    grid = nodes({"privacy.randomness": randomness, "rounds": 4})
+    first = [uploads(train(grid, r)).values for r in (1, 2, 3)]
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out" / "clients" / "client-000").iterdir()}
+    for server_round in (2, 3, 2):
+        assert torch.equal(uploads(train(grid, server_round)).values, first[server_round - 1])
+    for refused in (uploads(train(grid, 1)), uploads(train(grid, 3, prompt=PROMPT + 1))):
+        assert "was done (last: 3); a repetition is refused" in refused.failed[0]
+    after = {p.name: p.read_bytes() for p in (tmp_path / "out" / "clients" / "client-000").iterdir()}
+    assert {name: after[name] for name in before} == before
+    assert not torch.equal(uploads(train(grid, 4)).values, first[2])
+
+
+def test_with_a_seed_a_round_that_was_cut_off_is_made_as_it_would_have_been(
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Killed between its event and its state: the same upload and no second event; and not if the state was lost."""
+    grid, folder = nodes({"privacy.randomness": "seeded", "rounds": 4}), tmp_path / "out" / "clients" / "client-000"
+    train(grid, 1)
+    kept = {p: p.read_bytes() for p in folder.glob("*.safetensors")}
+    expected = uploads(train(grid, 2)).values
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    assert "round 2 was done" in uploads(train(grid, 2)).failed[0]  # from no state at all it would be another release
+    for path, content in kept.items():
+        path.write_bytes(content)
+    assert torch.equal(uploads(train(grid, 2)).values, expected)
+    assert ledger_lines(tmp_path) == 2
+
+
 def test_a_server_that_sends_nan_gets_noise_alone(nodes: Nodes):
     reply = train(nodes(), prompt=torch.full((4, 32), torch.nan))
     # every gradient is NaN, so every clipped row is zero; local minus global is NaN: the server makes it zero
@@ -118,8 +152,8 @@ def test_a_server_that_sends_nan_gets_noise_alone(nodes: Nodes):
 
 @pytest.mark.parametrize(
     "requests",
-    [[(1, "t"), (2, "t"), (3, "t")], [(1, "t"), (1, "t"), (1, "t")], [(1, "t"), (1, "u"), (1, "v")]],
-    ids=["later round", "same round again", "new run tokens"],
+    [[(1, "t"), (2, "t"), (3, "t")], [(1, "t"), (1, "u"), (1, "v")]],
+    ids=["later round", "new run tokens"],
 )
 def test_no_more_releases_than_the_plan_accounts_for(nodes: Nodes, tmp_path: Path, requests: list[tuple[int, str]]):
     grid = nodes()  # two rounds of one step: ε is of two releases
@@ -174,10 +208,10 @@ def test_clients_of_a_node_keep_their_states_and_ledgers_apart(nodes: Nodes, tmp
     folders = sorted(p.parent.name for p in tmp_path.glob("out/clients/*/prompt.safetensors"))
     assert folders == ["client-000", "client-002", "client-003"]
     assert uploads(train(grid, partitions=(1,))).partitions == (1,)
-    # A round that was done is refused, by those who did it.
+    # A round that was done for another prompt is refused, by those who did it.
     again = uploads(train(grid, server_round=2, partitions=(1,)))
     assert again.partitions == (1,)
-    mixed = uploads(train(grid, server_round=2, partitions=(0, 1)))
+    mixed = uploads(train(grid, server_round=2, partitions=(0, 1), prompt=PROMPT + 1))
     assert (mixed.partitions, list(mixed.failed)) == ((0,), [1])
     assert "a repetition is refused" in mixed.failed[1]
 

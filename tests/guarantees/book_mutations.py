@@ -100,6 +100,15 @@ def a_repetition_is_answered(patch: Patch) -> None:
     patch.setattr(clients.training, "check_round", lambda plan, made, state, event: None)
 
 
+def a_crashed_round_is_made_again_for_its_event(patch: Patch) -> None:
+    """As is right with a seed, whatever the randomness."""
+
+    def any_randomness(made: Any, state: Any, event: Any, *, reproducible: bool) -> bool:
+        return event in made.events
+
+    patch.setattr(clients.training, "is_same_release", any_randomness)
+
+
 def private_images_are_scored(patch: Patch) -> None:
     patch.setattr(clients.hosting, "may_score", lambda config: True)
 
@@ -193,6 +202,12 @@ BOOK_MUTATIONS = (
         name="a repeated message is answered again",
         where="clients.training.check_round",
         plant=a_repetition_is_answered,
+        caught_by=(run_checks.a_round_is_done_once,),
+    ),
+    Mutation(
+        name="with randomness of the system a round that a crash ended is made again for its old event",
+        where="clients.training.is_same_release",
+        plant=a_crashed_round_is_made_again_for_its_event,
         caught_by=(run_checks.a_round_is_done_once,),
     ),
     Mutation(

@@ -186,8 +186,14 @@ def private_scores_stay(federation: Federation) -> None:
 
 def a_round_is_done_once(federation: Federation) -> None:
     grid = federation.nodes()
-    assert upload_of(train(grid, 1)) is not None
-    assert upload_of(train(grid, 1)) is None, "a message that was sent twice was answered twice"
+    once = upload_of(train(grid, 1))
+    assert once is not None
+    twice = upload_of(train(grid, 1))
+    assert twice is not None
+    assert torch.equal(once, twice), "a message that was sent twice had two releases"
+    assert federation.ledger.read().releases() == STEPS
+    (federation.folder / "clients" / "client-000" / "prompt.safetensors").unlink()  # as if it was killed before
+    assert upload_of(train(grid, 1)) is None, "a round that was paid for once was made twice"
     assert federation.ledger.read().releases() == STEPS
 
 

@@ -19,7 +19,9 @@ import pytest
 import clients.training
 from clients.hosting import Setting
 from fl_dualpriv import wire
+from fl_dualpriv.client import digest
 from fl_dualpriv.privacy import ledger as ledger_module
+from fl_dualpriv.privacy import release
 from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.privacy.budget import Budget
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
@@ -71,8 +73,8 @@ class Client:
         """What one server asks for: two of its three rounds."""
         for server_round in (1, 2):
             tracer.doing = ("t", server_round)
-            if self.node.train(server_round).partitions:
-                tracer.note(released=tracer.doing)
+            if (answer := self.node.train(server_round)).partitions:
+                tracer.note(released=(*tracer.doing, digest(answer.values)))
             tracer.point()
 
     def points(self, *, lines: bool = False, mutate: Mutation | None = None) -> int:
@@ -94,17 +96,24 @@ class Client:
         """After a crash: every release has its event; then restart, ask again for everything, and count."""
         made = [tuple(note["drawn"]) for note in notes if "drawn" in note]
         handed_out = [tuple(note["released"]) for note in notes if "released" in note]
+        draws: list[int] = []
         ledger = Ledger(self.root / "owner" / "state" / "ledger.jsonl")
         self._check_events(ledger, made)
-        assert len(set(handed_out)) == len(handed_out)
+        assert len({upload[:2] for upload in handed_out}) == len(set(handed_out))  # one upload of a round
         with pytest.MonkeyPatch.context() as patch:
+            for name in ("gaussian_noise", "rounded_gaussian"):
+                patch.setattr(release, name, counting(getattr(release, name), draws))
             if mutate is not None:
                 mutate(patch)
             for token in ("t", "second server"):
                 for server_round in (1, 2, 3, 4):
-                    if self.node.train(server_round, token).partitions:
+                    draws.clear()
+                    answered = self.node.train(server_round, token).partitions
+                    if draws:
                         assert (token, server_round) not in made, "a second release of the same round"
-                        made += [(token, server_round)] * STEPS
+                        made += [(token, server_round)] * len(draws)
+                    elif answered:  # what was sent, or was about to be
+                        assert made.count((token, server_round)) == STEPS
         self._check_events(ledger, made)
         content, plan = ledger.read(), self.node.setting.plan
         assert len(made) <= sum(event.releases for event in content.events) <= plan.releases
@@ -116,6 +125,14 @@ class Client:
             assert made.count((event.run, event.server_round)) <= event.releases
         paid = {(event.run, event.server_round) for event in content.events}
         assert set(made) <= paid, "a release without its event"
+
+
+def counting(draw: Callable[..., Any], draws: list[int]) -> Callable[..., Any]:
+    def counted(*arguments: Any) -> Any:
+        draws.append(1)
+        return draw(*arguments)
+
+    return counted
 
 
 def some(points: int, count: int) -> list[int]:

@@ -4,6 +4,7 @@
 before. ``summary.json`` then says what it was answered. It carries the weight of no model, to start quickly.
 """
 
+import hashlib
 import json
 import time
 from dataclasses import replace
@@ -96,9 +97,10 @@ def ask(grid: Grid, node: int, asked: dict[str, wire.TrainTask], timeout: float)
 
 
 def noted(reply: Message) -> dict[str, Any]:
-    """What left the node: how many numbers, and the words beside them."""
+    """What left the node: how many numbers, which, and the words beside them."""
     if reply.has_error():
         return {"numbers": 0, "reason": reply.error.reason}
-    arrays = [array.numpy().size for record in reply.content.array_records.values() for array in record.values()]
+    arrays = [array.numpy() for record in reply.content.array_records.values() for array in record.values()]
+    which = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
     (reasons,) = (record["reasons"] for record in reply.content.config_records.values())
-    return {"numbers": sum(arrays), "reason": "; ".join(map(str, reasons))}
+    return {"numbers": sum(array.size for array in arrays), "which": which, "reason": "; ".join(map(str, reasons))}

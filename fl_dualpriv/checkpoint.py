@@ -1,0 +1,188 @@
+"""The server's checkpoint: what a run that was cut off goes on from. One file, replaced in one step, verified on load.
+
+A round's checkpoint is on disk before its result leaves the server: so a round without one was seen by nobody, and one
+with it is never made twice.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fl_dualpriv.config_rules import ConfigValue
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.files import write_bytes
+
+_log = logging.getLogger("fl_dualpriv")
+
+FORMAT = 1
+FILES = ("checkpoint.bin", "checkpoint.previous.bin")
+# What never changes a result; all other keys must be as they were.
+_FREE = ("output.", "resources.", "join-timeout", "reply-timeout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        run_token: Marks the run in all ledgers.
+        rounds_done: Rounds whose result is ``prompt``.
+        events: Of this run in the server's ledger; on load there must be as many at least.
+        deliveries: Uploads that counted.
+        failures: Calls of clients that failed.
+        last_failure: Why the last of them did.
+    """
+
+    run_token: str
+    rounds_done: int
+    events: int
+    deliveries: int
+    failures: int
+    last_failure: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A server between two rounds.
+
+    Attributes:
+        progress: How far the run is.
+        prompt: p_G, (n_ctx, ctx_dim).
+        state: All that the strategy remembers.
+    """
+
+    progress: Progress
+    prompt: Tensor
+    state: dict[str, Tensor]
+
+
+class Damaged(ValueError):
+    """A file that is no whole checkpoint."""
+
+
+class CheckpointFolder:
+    """The last two checkpoints of a run.
+
+    Args:
+        folder: Of the run.
+        run_config: Flat run configuration.
+        cards: Public number of records of each client, in order: data that were exchanged make another run.
+    """
+
+    def __init__(self, folder: Path, run_config: Mapping[str, ConfigValue], cards: list[int]) -> None:
+        self._last, self._previous = (folder / name for name in FILES)
+        kept = {key: value for key, value in sorted(run_config.items()) if not key.startswith(_FREE)}
+        self._made_by = {"version": version("fl-dualpriv"), "config": kept, "records": cards}
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Replace the last checkpoint, which becomes the previous one.
+
+        Guarantee:
+            When this returns, the checkpoint is on disk, synced. A crash at any moment leaves whole files under both
+            names, the newer of them at least as new as what was there.
+
+        Raises:
+            OSError: If the disk takes it not; then the round's result must not leave.
+        """
+        tensors = {"prompt": checkpoint.prompt} | {f"state.{k}": v for k, v in checkpoint.state.items()}
+        # Copies: views of one memory, as a strategy may keep them, are not a file's.
+        payload = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+        header = json.dumps({**self._made_by, "progress": asdict(checkpoint.progress)}).encode()
+        body = b"%d\n%s\n%s" % (FORMAT, header, payload)
+        if self._last.exists():
+            link = self._previous.with_name(f".{self._previous.name}.{os.getpid()}.tmp")
+            link.unlink(missing_ok=True)
+            os.link(self._last, link)
+            link.replace(self._previous)
+        write_bytes(self._last, hashlib.sha256(body).hexdigest().encode() + b"\n" + body, synced=True)
+
+    def read(self, *, may_go_back: bool) -> Checkpoint | None:
+        """The last checkpoint, or the one before if the last is damaged; None if there is none at all.
+
+        Args:
+            may_go_back: Whether rounds whose results were seen may be made once more.
+
+        Raises:
+            ConfigError: If there are only damaged ones, or one of another version or configuration.
+        """
+        problems: list[str] = []
+        for file in (self._last, self._previous):
+            try:
+                content = file.read_bytes()
+            except FileNotFoundError:
+                continue
+            try:
+                found = self._parse(file, content)
+            except Damaged as damage:
+                problems.append(f"{file.name} is damaged ({damage})")
+                continue
+            if problems and not may_go_back:
+                raise ConfigError(
+                    f"{problems[0]}, and the one before cannot be used: with correlated noise from the operating "
+                    "system a round must not be made twice. Start a new run in another folder"
+                )
+            if problems:
+                _log.warning("%s: going on from %s, round %d", problems[0], file.name, found.progress.rounds_done)
+            return found
+        if problems:
+            raise ConfigError(
+                f"{self._last.parent} cannot be resumed: {'; '.join(problems)}. What was released stands in the "
+                "ledgers; start a new run in another folder"
+            )
+        return None
+
+    def _parse(self, file: Path, content: bytes) -> Checkpoint:
+        checksum, _, body = content.partition(b"\n")
+        if hashlib.sha256(body).hexdigest().encode() != checksum:
+            raise Damaged(f"{len(content)} bytes, whose checksum is not theirs")
+        form, _, rest = body.partition(b"\n")
+        if form != b"%d" % FORMAT:
+            raise ConfigError(
+                f"{file} has format {form[:20].decode(errors='replace')}, this version reads {FORMAT}: resume the run "
+                "with the version that began it"
+            )
+        header, _, payload = rest.partition(b"\n")
+        try:
+            found: dict[str, Any] = json.loads(header)
+            self._check_origin(file, found)
+            progress = Progress(**{field.name: found["progress"][field.name] for field in fields(Progress)})
+            tensors = load(payload)
+            state = {name.removeprefix("state."): tensor for name, tensor in tensors.items() if name != "prompt"}
+            return Checkpoint(progress=progress, prompt=tensors["prompt"], state=state)
+        except (KeyError, TypeError, SafetensorError) as error:
+            raise Damaged(f"{type(error).__name__}: {error}") from error
+
+    def _check_origin(self, file: Path, found: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint that other code, another configuration or other data made.
+
+        Raises:
+            ConfigError: With what differs.
+        """
+        mine = self._made_by
+        if found["version"] != mine["version"]:
+            raise ConfigError(
+                f"{file} was written by fl-dualpriv {found['version']}, this is {mine['version']}: resume the run with "
+                "the version that began it"
+            )
+        then, now = found["config"], mine["config"]
+        changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+        if changed:
+            told = "; ".join(f"{key} = {now.get(key)!r}, was {then.get(key)!r}" for key in changed[:5])
+            raise ConfigError(
+                f"{file} is of a run with another configuration: {told}. Start a new run in another folder"
+            )
+        if found["records"] != mine["records"]:
+            raise ConfigError(
+                f"{file} is of a run over other data: the clients' numbers of records differ. Start a new run in "
+                "another folder"
+            )

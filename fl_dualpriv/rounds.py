@@ -1,0 +1,106 @@
+"""The rounds of a run, from any of them on; Flower's own loop (`Strategy.start`) counts from 1 and keeps nothing.
+
+After each aggregation, before the result goes anywhere, the server's checkpoint is written.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from flwr.app import ConfigRecord
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fl_dualpriv import wire
+from fl_dualpriv.checkpoint import Checkpoint, CheckpointFolder, Progress
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.server import RoundStrategy
+
+
+class Rounds:
+    """The rounds of one run.
+
+    Args:
+        strategy: Sends, aggregates, scores and reports.
+        checkpoints: Where the run goes on from.
+    """
+
+    def __init__(self, strategy: RoundStrategy, checkpoints: CheckpointFolder) -> None:
+        self._strategy, self._checkpoints = strategy, checkpoints
+
+    @property
+    def lost(self) -> int:
+        """Rounds in the server's ledger beside those that are done: a crash lost them, and their ε is spent."""
+        return max(0, self._events() - self._strategy.rounds_done)
+
+    def begin(self, prompt: Tensor) -> Tensor:
+        """Keep the start, before anybody is asked under this run's token; gives it back."""
+        self._keep(prompt)
+        return prompt
+
+    def resume(self, found: Checkpoint, lines: Sequence[dict[str, Any]]) -> None:
+        """Put the strategy where it was.
+
+        Args:
+            found: Whose token the strategy has.
+            lines: Of ``rounds.jsonl``, as `RunRecorder.resume` left them.
+
+        Raises:
+            ConfigError: If the server's ledger lost events of this run: what comes after would be under-counted.
+        """
+        strategy, progress = self._strategy, found.progress
+        if (events := self._events()) < progress.events:
+            raise ConfigError(
+                f"the server's ledger holds {events} events of this run and its checkpoint says {progress.events}: a "
+                "ledger that lost lines under-counts what was released. Put it back, or start a new run in another "
+                "folder"
+            )
+        strategy.rounds_done, strategy.deliveries = progress.rounds_done, progress.deliveries
+        strategy.last_failure, strategy.state = progress.last_failure, found.state
+        told = [line for line in lines if line["round"] == progress.rounds_done]
+        strategy.failures = sum(line["failures"] for line in lines) if told else progress.failures
+
+    def run(self, grid: Grid, prompt: Tensor, reported: int, timeout: float) -> Tensor:
+        """Train, keep, score and report every round that is left.
+
+        Args:
+            grid: Carries messages.
+            prompt: p_G after the rounds that are done.
+            reported: The last round that was reported.
+            timeout: Seconds to wait for replies.
+
+        Returns:
+            p_G after the last round.
+
+        Raises:
+            BudgetExhausted: If a round would exceed the budget; the strategy has the prompt of the rounds before.
+        """
+        strategy, config = self._strategy, ConfigRecord()
+        arrays = wire.to_arrays(prompt)
+        for server_round in range(reported + 1, strategy.num_rounds + 1):
+            if server_round > strategy.rounds_done:
+                asked = strategy.configure_train(server_round, arrays, config, grid)
+                moved, _ = strategy.aggregate_train(server_round, grid.send_and_receive(asked, timeout=timeout))
+                arrays = arrays if moved is None else moved
+                self._keep(wire.from_arrays(arrays))
+            asked = strategy.configure_evaluate(server_round, arrays, config, grid)
+            strategy.aggregate_evaluate(server_round, grid.send_and_receive(asked, timeout=timeout))
+        return wire.from_arrays(arrays)
+
+    def _keep(self, prompt: Tensor) -> None:
+        strategy = self._strategy
+        progress = Progress(
+            run_token=strategy.run_token,
+            rounds_done=strategy.rounds_done,
+            events=self._events(),
+            deliveries=strategy.deliveries,
+            failures=strategy.failures,
+            last_failure=strategy.last_failure,
+        )
+        self._checkpoints.write(Checkpoint(progress=progress, prompt=prompt, state=strategy.state))
+
+    def _events(self) -> int:
+        """Of this run in the server's ledger."""
+        privacy, token = self._strategy.privacy, self._strategy.run_token
+        if privacy is None or privacy.ledger is None:
+            return 0
+        return sum(event.run == token for event in privacy.ledger.read().events)

@@ -1,0 +1,78 @@
+"""Small whole runs in this process, and what must be equal at the end of two of them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fl_dualpriv.config import app_defaults
+from fl_dualpriv.files import read_tensors
+from fl_dualpriv.local_engine import run_local
+
+APP_DIR = Path(__file__).parents[2]
+DEFAULTS = app_defaults(APP_DIR)
+SMALL: dict[str, Any] = {
+    "rounds": 3,
+    "population": 4,
+    "supernodes": 2,  # the clients of a node step together
+    "join-timeout": 1.0,
+    "train.local-steps": 1,
+    "privacy.randomness": "seeded",
+    "privacy.record.calibrate-to": "noise-multiplier",
+    "privacy.record.delta": 1e-3,
+    "evaluation.held-out-data": "public",
+    "evaluation.every": 2,
+    "data.ref": "folder",
+    "resources.device": "cpu",
+}
+BOTH: dict[str, Any] = {
+    "privacy.client.mechanism": "gaussian",
+    "privacy.client.calibrate-to": "noise-multiplier",
+    "privacy.client.expected-cohort": 2.0,
+}
+CLIENT: dict[str, Any] = BOTH | {"privacy.record.mechanism": "none"}
+TRUSTING: dict[str, Any] = {"privacy.record.trusts-server": True}
+NO_DP: dict[str, Any] = {"privacy.record.mechanism": "none", "strategy.ref": "strategies.fedavg:FedAvg"}
+LEVELS = {"record": {}, "client": CLIENT, "both": BOTH, "trusting": TRUSTING, "none": NO_DP}
+
+Start = Callable[..., Path]
+
+
+def starter(images: Path, clip: Path, root: Path) -> Start:
+    """``start("name", {"rounds": 2}, resume=True)``: a run in a folder of that name."""
+
+    def start(name: str, changes: dict[str, Any] | None = None, *, resume: bool = False) -> Path:
+        place = {"data.path": str(images), "backbone.name": f"local-dir:{clip}", "output.dir": str(root / name)}
+        run_local(APP_DIR, DEFAULTS | SMALL | place | (changes or {}) | {"output.resume": resume})
+        return root / name
+
+    return start
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def ledgers(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """All events but for their times; the token only says whether they are of one run."""
+    found = {str(p.relative_to(out)): lines(p) for p in sorted(out.rglob("ledger.jsonl"))}
+    assert len({event["run"] for events in found.values() for event in events}) <= 1
+    return {name: [{k: e[k] for k in e if k not in ("run", "time")} for e in found[name]] for name in found}
+
+
+def prompts(out: Path) -> dict[str, Any]:
+    files = [out / "prompts" / "global.safetensors", *sorted(out.glob("clients/*/prompt.safetensors"))]
+    return {f"{f.parent.name} {n}": t.numpy().tobytes() for f in files for n, t in read_tensors(f)[0].items()}
+
+
+def results(out: Path) -> Any:
+    summary = json.loads((out / "summary.json").read_text())
+    rounds = [{k: line[k] for k in line if k != "seconds"} for line in lines(out / "rounds.jsonl")]
+    del summary["seconds"], summary["config"]["output.dir"], summary["engine"]
+    return summary, rounds
+
+
+def ending(out: Path) -> tuple[Any, ...]:
+    """All that must be the same, bit by bit, however often the run was cut off."""
+    assert not (out / "error.json").exists()
+    return prompts(out), ledgers(out), results(out)

@@ -1,0 +1,76 @@
+"""A run that was cut off goes on, and ends as it would have: at every boundary of its rounds, on every level."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fl_dualpriv.checkpoint import CheckpointFolder
+from fl_dualpriv.local_engine import LocalGrid
+from fl_dualpriv.results import RunRecorder
+from tests.app.run_folders import BOTH, LEVELS, Start, ending, starter
+
+
+class CutOff(BaseException):
+    """Stands for the end of the process: no `except Exception` of ours sees it."""
+
+
+@pytest.fixture(autouse=True)
+def no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three quarters of a small run's time."""
+    monkeypatch.setattr(RunRecorder, "write_curve", lambda self, caption: None)
+
+
+@pytest.fixture
+def start(images: Path, tiny_clip_dir: Path, tmp_path: Path) -> Start:
+    return starter(images, tiny_clip_dir, tmp_path)
+
+
+def cut_off(patch: pytest.MonkeyPatch, owner: type, name: str, number: int, *, before: bool = False) -> None:
+    """End the process at the n-th call of a method, before or after it."""
+    method, calls = getattr(owner, name), iter(range(1, 1000))
+
+    def cutting(*arguments: Any, **named: Any) -> Any:
+        fatal = next(calls) == number
+        if fatal and before:
+            raise CutOff
+        result = method(*arguments, **named)
+        if fatal:
+            raise CutOff
+        return result
+
+    patch.setattr(owner, name, cutting)
+
+
+def run_until(start: Start, name: str, changes: dict[str, Any], *where: Any, before: bool = False) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        cut_off(patch, *where, before=before)
+        with pytest.raises(CutOff):
+            start(name, changes)
+
+
+# The n-th checkpoint is that of round n - 1, and so is the n-th line of rounds.jsonl.
+CALLS = [(CheckpointFolder, "write"), (RunRecorder, "add_round")]
+BOUNDARIES = [(owner, call, n) for n in (1, 2, 3) for owner, call in CALLS]
+
+
+def test_a_run_goes_on_from_every_boundary_of_its_rounds(start: Start):
+    two_rounds = BOTH | {"rounds": 2}
+    expected = ending(start("whole", two_rounds))
+    for number, boundary in enumerate(BOUNDARIES):
+        run_until(start, f"cut-{number}", two_rounds, *boundary)
+        assert ending(start(f"cut-{number}", two_rounds, resume=True)) == expected, boundary
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_run_goes_on_from_the_middle_of_a_round_on_every_level(start: Start, level: str):
+    """Round 2 is cut off when one of its two nodes has answered, and once more after the ledger was written."""
+    expected = ending(start("whole", LEVELS[level]))
+    # Two questions who is there, and two messages each for zero-shot and round 1, whose scores are not asked for.
+    run_until(start, "cut", LEVELS[level], LocalGrid, "_push", 7)
+    if level in ("client", "both", "trusting"):
+        with pytest.MonkeyPatch.context() as patch:
+            cut_off(patch, CheckpointFolder, "write", 1, before=True)
+            with pytest.raises(CutOff):
+                start("cut", LEVELS[level], resume=True)
+    assert ending(start("cut", LEVELS[level], resume=True)) == expected
