@@ -31,6 +31,7 @@ from fl_dualpriv.config import RunConfig, app_defaults, merge, parse_assignment,
 from fl_dualpriv.config_rules import ConfigValue
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.export_command import export
+from fl_dualpriv.new_strategy_command import new_strategy
 from fl_dualpriv.peak_memory import describe_peaks
 from fl_dualpriv.predict_command import predict
 from fl_dualpriv.progress import shown
@@ -40,6 +41,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 app.add_typer(node_command.app, name="node")
 app.command()(budget)
 app.command()(audit)
+app.command()(new_strategy)
 app.command()(export)
 app.command()(predict)
 

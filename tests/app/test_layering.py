@@ -51,6 +51,7 @@ SITES = {
         "fl_dualpriv/audit_command.py",
         "fl_dualpriv/budget_command.py",
         "fl_dualpriv/export_command.py",
+        "fl_dualpriv/new_strategy_command.py",
         "fl_dualpriv/node_command.py",
         "fl_dualpriv/predict_command.py",
     },
