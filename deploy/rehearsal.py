@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -182,6 +183,7 @@ def main() -> int:
         parser.error(f"{options.out} exists: give a new folder")
     if shutil.which("flower-superlink") is None and not Path(sys.executable).with_name("flower-superlink").exists():
         parser.error("Flower is not installed beside this Python")
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # so that namespaces go, too
     with Sites.prepared(options.out.absolute(), options.app.absolute(), not options.no_namespaces) as sites:
         rehearsal = Rehearsal(sites=sites, rounds=options.rounds)
         try:

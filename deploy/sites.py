@@ -244,7 +244,7 @@ allowed = ["{self.digest}"]
         """``fl-dualpriv node start`` where the node is; returns when the server knows it, if it waits."""
         file = self.node_file(node, certificates or self.root / "certs")
         command = [*self.network.inside(node), _script("fl-dualpriv"), "node", "start", str(file)]
-        command += ["--health-seconds", "5"] + ([] if retries is None else ["--max-retries", str(retries)])
+        command += [] if retries is None else ["--max-retries", str(retries)]
         program = self._start(name or f"node-{node}", command, self.home(node))
         if waits:
             self.wait_for(program)
@@ -305,7 +305,7 @@ allowed = ["{self.digest}"]
         done = self._call(["fl-dualpriv", "predict", str(prompt), *map(str, images), "--json"], self.home(node))
         if done.returncode != 0:
             raise RuntimeError(f"predict: {done.stdout}{done.stderr}")
-        return [json.loads(line)["classes"][0]["class"] for line in done.stdout.splitlines()]
+        return [json.loads(line)["label"] for line in done.stdout.splitlines()]
 
     def _call(self, words: Sequence[str], home: Path) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.node_contact import Contact, contact, key_fingerprint, root_expiry
+from fl_dualpriv.node_contact import Contact, contact, key_fingerprint, root_validity
 from fl_dualpriv.node_device import probe
 from fl_dualpriv.node_file import NodeFile, missing_folders
 from fl_dualpriv.node_tables import NodeServer
@@ -214,7 +214,11 @@ def _port(port: int) -> Finding:
 def _root(server: NodeServer) -> Finding:
     if server.root_certificates is None:
         return _note("CA", "no root-certificates: the system's authorities are believed")
-    return _dated("CA", f"{server.root_certificates}", root_expiry(server.root_certificates))
+    begin, end = root_validity(server.root_certificates)
+    if begin > (now := datetime.datetime.now(datetime.UTC)):  # needs no server to show that a clock is wrong
+        said = f"valid from {begin:%Y-%m-%d %H:%M}, and this clock says {now:%Y-%m-%d %H:%M} UTC: is it behind?"
+        return _bad("CA", f"{server.root_certificates}, {said}")
+    return _dated("CA", f"{server.root_certificates}", end)
 
 
 def _dated(what: str, of: str, expires: datetime.datetime) -> Finding:

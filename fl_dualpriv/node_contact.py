@@ -120,8 +120,8 @@ def _expiry(der: bytes) -> datetime.datetime | None:
     return x509.load_der_x509_certificate(der).not_valid_after_utc if der else None
 
 
-def root_expiry(file: Path) -> datetime.datetime:
-    """When the first of the certificates in a PEM file expires.
+def root_validity(file: Path) -> tuple[datetime.datetime, datetime.datetime]:
+    """From when and until when all certificates in a PEM file are valid.
 
     Raises:
         ConfigError: If there is none in it.
@@ -132,7 +132,7 @@ def root_expiry(file: Path) -> datetime.datetime:
         raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ConfigError(f"{file} holds no certificate: give the PEM file of the CA (ca.crt)") from error
-    return min(certificate.not_valid_after_utc for certificate in found)
+    return max(one.not_valid_before_utc for one in found), min(one.not_valid_after_utc for one in found)
 
 
 def key_fingerprint(file: Path) -> str:

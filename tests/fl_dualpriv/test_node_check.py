@@ -249,6 +249,13 @@ def test_what_else_keeps_a_node_from_starting(tmp_path: Path, certs: Path):
     assert node_check._dated("CA", "x", soon).verdict == "note"
 
 
+def test_a_clock_before_the_ca_was_made_is_noticed_without_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(certificates, "_BACKDATED", datetime.timedelta(days=-2))  # valid from the day after tomorrow
+    certificates.make(tmp_path / "certs", ["localhost"])
+    found = node_check._root(NodeServer(address="h:1", root_certificates=tmp_path / "certs" / "ca.crt"))
+    assert (found.verdict, "is it behind?" in found.says) == ("bad", True)
+
+
 @pytest.mark.slow  # a process that imports torch
 def test_a_gpu_that_is_not_there_is_a_note(tmp_path: Path):
     found = node_check._device(replace(whole(tmp_path, images=1), device="cuda:99"))
