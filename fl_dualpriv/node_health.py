@@ -8,6 +8,7 @@ NODE.toml``): an accountant takes more memory than a SuperNode.
 import importlib
 import logging
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -154,4 +155,5 @@ def install(node_file: Path, seconds: float) -> None:
 
 
 if __name__ == "__main__":
+    os.nice(10)  # the accountant takes seconds to load, and a round may be running
     sys.stdout.write(count(read_node_file(Path(sys.argv[1]))) + "\n")
