@@ -4,6 +4,9 @@ The clip norm of adaptive clipping is made of released numbers and is public. Th
 like the noise itself: whoever has it can take the noise out of released prompts.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,22 @@ CLIP_NORM = "mechanism.clip-norm"
 SECRET_NOISE, NOISE_ROUND = "mechanism.secret-noise", "mechanism.secret-noise-round"
 
 State = dict[str, Tensor]
+
+
+@contextlib.contextmanager
+def hidden(state: State) -> Iterator[None]:
+    """Take the secret noise out of the state while a strategy's own code runs.
+
+    Guarantee:
+        `combine` and `server_update` are functions of uploads and of what was released: what could read the noise could
+        take it out of the prompt, or put it into later sums, for which the proof does not hold.
+    """
+    secret = state.pop(SECRET_NOISE, None)
+    try:
+        yield
+    finally:
+        if secret is not None:
+            state[SECRET_NOISE] = secret
 
 
 def check_next(state: State, server_round: int) -> None:

@@ -27,7 +27,7 @@ from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey, ga
 from fl_dualpriv.privacy.plan import RoundTerms
 from fl_dualpriv.privacy.quantile import AdaptiveClip
 from fl_dualpriv.privacy.release import release
-from fl_dualpriv.round_memory import CLIP_NORM, check_next, next_noise
+from fl_dualpriv.round_memory import CLIP_NORM, check_next, hidden, next_noise
 from fl_dualpriv.round_messages import score_messages, train_messages
 from fl_dualpriv.server_books import ServerBooks, ServerPrivacy, check_accountant
 from fl_dualpriv.strategy_rules import ServerUnit, check_class
@@ -250,10 +250,13 @@ class RoundStrategy(Strategy):
             diff = self._noised(partitions, diffs, self.privacy, source)
             if self.privacy.adaptive is not None:  # after the noise, which is scaled to the norm of this round
                 self._move_clip_norm(server_round, diffs, self.privacy.adaptive)
-        return self.server_update(self._prompt, diff.to(self._prompt.dtype))
+        with hidden(self.state):
+            return self.server_update(self._prompt, diff.to(self._prompt.dtype))
 
     def _combined(self, partitions: Sequence[int], diffs: Tensor) -> Tensor:
-        return self.combine([Update(partition=p, diff=d) for p, d in zip(partitions, diffs.unbind(), strict=True)])
+        updates = [Update(partition=p, diff=d) for p, d in zip(partitions, diffs.unbind(), strict=True)]
+        with hidden(self.state):
+            return self.combine(updates)
 
     def _noised(self, partitions: Sequence[int], diffs: Tensor, privacy: ServerPrivacy, source: RandomSource) -> Tensor:
         """Clipped, combined and noised uploads: the one place where they leave the private side."""

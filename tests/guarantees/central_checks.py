@@ -1,8 +1,10 @@
 """What must hold of adaptive clipping and of correlated noise, checked on the strategy that runs them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,7 +18,8 @@ from fl_dualpriv.privacy.matrix_mechanism import BandedNoise, CorrelatedNoise, T
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from fl_dualpriv.privacy.quantile import AdaptiveClip
 from fl_dualpriv.privacy.schedule import RoundRobin
-from fl_dualpriv.server import RoundStrategy
+from fl_dualpriv.round_memory import SECRET_NOISE
+from fl_dualpriv.server import RoundStrategy, Update
 from fl_dualpriv.server_books import ServerPrivacy
 from tests.guarantees.server_checks import (
     BOUND,
@@ -249,6 +252,33 @@ def a_run_is_in_the_ledger_before_its_noise(folder: Path) -> None:
         assert covered == [True] * ROUNDS, (
             f"{type(correlated).__name__}: noise was drawn that the ledger does not cover"
         )
+
+
+class Nosy(RoundStrategy):
+    """Notes what its hooks find in the state."""
+
+    def combine(self, updates: Sequence[Update]) -> Tensor:
+        self.found.update(self.state)
+        return super().combine(updates)
+
+    def sensitivity(self) -> float:
+        return super().sensitivity()
+
+    def server_update(self, prompt: Tensor, diff: Tensor) -> Tensor:
+        self.found.update(self.state)
+        return prompt + diff
+
+    found: ClassVar[set[str]] = set()
+
+
+def a_strategys_code_does_not_see_the_noise() -> None:
+    for correlated in correlations():
+        strategy = make(correlated_privacy(correlated), strategy_class=Nosy, rounds=ROUNDS)
+        Nosy.found.clear()
+        for server_round in (1, 2, 3):
+            answer_those_asked(strategy, dict.fromkeys(range(CLIENTS), torch.zeros(1, 1)), server_round)
+        assert SECRET_NOISE in strategy.state
+        assert SECRET_NOISE not in Nosy.found, "hooks can read the noise of rounds that were released"
 
 
 def a_round_of_correlated_noise_is_made_once() -> None:

@@ -1,5 +1,6 @@
 """Bugs in adaptive clipping and in correlated noise, each planted in the running code."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -80,6 +81,10 @@ def rounds_may_be_made_again(patch: Patch) -> None:
         patch.setattr(module, "check_next", lambda state, server_round: None)
 
 
+def hooks_see_the_noise(patch: Patch) -> None:
+    patch.setattr(server, "hidden", lambda state: contextlib.nullcontext())
+
+
 def the_ledger_of_a_run_is_written_afterwards(patch: Patch) -> None:
     the_server_writes_its_ledger_afterwards(patch)
 
@@ -151,5 +156,11 @@ CENTRAL_MUTATIONS = (
         where="fl_dualpriv.server.check_next",
         plant=rounds_may_be_made_again,
         caught_by=(central_checks.a_round_of_correlated_noise_is_made_once,),
+    ),
+    Mutation(
+        name="a strategy can read the noise that is remembered",
+        where="fl_dualpriv.server.hidden",
+        plant=hooks_see_the_noise,
+        caught_by=(central_checks.a_strategys_code_does_not_see_the_noise,),
     ),
 )

@@ -63,6 +63,10 @@ def test_a_round_of_correlated_noise_is_made_once() -> None:
     central_checks.a_round_of_correlated_noise_is_made_once()
 
 
+def test_a_strategys_code_does_not_see_the_noise() -> None:
+    central_checks.a_strategys_code_does_not_see_the_noise()
+
+
 def test_failed_and_broken_clients_add_neither_update_nor_count() -> None:
     """Two of four fail, or send nan: the others' move, and the clip norm, are the same to the last bit."""
     uploads = {p: torch.full((2, 2), 0.1 + p) for p in range(CLIENTS)}
