@@ -13,10 +13,23 @@ from fl_dualpriv.privacy.matrix_mechanism import BandedNoise, CorrelatedNoise, T
 from fl_dualpriv.privacy.plan import ClientLevelPlan, RecordLevelPlan, noise_multiplier_for
 from fl_dualpriv.privacy.quantile import AdaptiveClip
 from fl_dualpriv.privacy.schedule import RoundRobin, separation_for
+from fl_dualpriv.strategy_rules import ServerUnit
 
 _MOST_BANDS = 64  # unless asked for: the server remembers so many arrays of the prompt's size
 
 Plan = TypeVar("Plan", RecordLevelPlan, ClientLevelPlan)
+
+
+def noised_unit(config: RunConfig) -> ServerUnit | None:
+    """Whose data the server's noise protects; None if it adds none. Costs no calibration."""
+    record, parts = config.privacy.record, METHODS[config.method]
+    if config.privacy.client.mechanism != "none":
+        return "client"
+    if record.mechanism == "none" or not parts.trains:
+        return None
+    if parts.published_procedure:
+        return "nominal"
+    return "record" if record.trusts_server else None
 
 
 def record_level_plan(config: RunConfig) -> RecordLevelPlan | None:

@@ -19,7 +19,7 @@ from fl_dualpriv.expiring_grid import ExpiringGrid
 from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.memory import check_memory
 from fl_dualpriv.methods import METHODS
-from fl_dualpriv.plans import claims_privacy, client_level_plan, may_score, record_level_plan
+from fl_dualpriv.plans import claims_privacy, client_level_plan, may_score, noised_unit, record_level_plan
 from fl_dualpriv.privacy.accounting import joint_noise_multiplier
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import random_sources
@@ -39,7 +39,7 @@ from fl_dualpriv.run_facts import metadata_of_global
 from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy
 from fl_dualpriv.server_books import BudgetExhausted, ServerPrivacy
 from fl_dualpriv.strategy_ref import load_strategy
-from fl_dualpriv.strategy_rules import ServerUnit, check_class
+from fl_dualpriv.strategy_rules import check_class
 from fl_dualpriv.world import build_world, run_folder
 
 app = ServerApp()
@@ -63,9 +63,9 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
             'data.partition = "by-node" is for deployed nodes, each with a folder of its own: here all clients would '
             'have the same records; set it to "iid", "by-class" or "dirichlet"'
         )
-    record, client = record_level_plan(config), client_level_plan(config)
-    if unit := noised_unit(config, record, client):
+    if unit := noised_unit(config):
         check_class(strategy_class, RoundStrategy, unit, config.privacy.arithmetic)
+    record, client = record_level_plan(config), client_level_plan(config)
     world = build_world(config)
     if engine_name(grid) == "ray":  # actors are further processes on this machine
         check_memory(config, world)
@@ -221,16 +221,6 @@ def build_strategy(
         report=report,
         **options,  # type: ignore[arg-type] - checked against the class's fields
     )
-
-
-def noised_unit(config: RunConfig, record: RecordLevelPlan | None, client: ClientLevelPlan | None) -> ServerUnit | None:
-    """Whose data the server's noise protects; None if it adds none."""
-    if client is not None:
-        return "client"
-    if record is not None and record.trusts_server:
-        return "record"
-    published = METHODS[config.method].published_procedure and config.privacy.record.mechanism == "gaussian"
-    return "nominal" if published else None
 
 
 def server_privacy(

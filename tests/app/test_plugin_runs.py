@@ -1,0 +1,174 @@
+"""A user's strategy, as the README gives it, from an empty folder; what is refused, before data are read."""
+
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fl_dualpriv import cli
+from fl_dualpriv.config import app_defaults
+from fl_dualpriv.errors import ConfigError, PrivacyError
+from fl_dualpriv.files import read_tensors
+from fl_dualpriv.local_engine import run_local
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "simulations" / "configs" / "client-level.toml"
+SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own aggregation")[1].split("\n## ")[0]
+STRATEGY, VARIANT = re.findall(r"```python\n(.*?)```", SECTION, flags=re.DOTALL)
+NO_SEARCH = {f"privacy.{level}.calibrate-to": "noise-multiplier" for level in ("record", "client")}
+"""Finding the noise for an epsilon takes seconds."""
+CLIENT_LEVEL = {"privacy.record.mechanism": "none", "privacy.client.mechanism": "gaussian"}
+
+
+def variant(*, proved: bool) -> str:
+    """The README's class with the README's combine(), and with its sensitivity() or without."""
+    combine, _, proof = VARIANT.partition("    def sensitivity")
+    imports = STRATEGY.replace("from dataclasses", "from collections.abc import Sequence\nfrom dataclasses").replace(
+        "import RoundStrategy", "import RoundStrategy, Update"
+    )
+    return imports.rstrip("\n") + "\n\n" + combine + (f"    def sensitivity{proof}" if proved else "")
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Runs `fl-dualpriv run` from a folder that holds one file."""
+    seen: Counter[str] = Counter()
+    path = list(sys.path)
+
+    def run(name: str, source: str, *arguments: str) -> tuple[Any, Path]:
+        folder, out = tmp_path / f"only-{name}", tmp_path / f"out-{len(seen)}-{sum(seen.values())}"
+        seen[name] += 1
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.py").write_text(source)
+        monkeypatch.chdir(folder)
+        ref = f"strategy.ref={name}:Momentum"
+        quick = [word for key, value in NO_SEARCH.items() for word in ("--set", f"{key}={value}")]
+        done = CliRunner().invoke(cli.app, ["run", str(CONFIG), "--set", ref, "--out", str(out), *quick, *arguments])
+        assert {path.name for path in folder.iterdir()} <= {f"{name}.py", "__pycache__"}
+        return done, out
+
+    yield run
+    sys.path[:] = path
+    for name in seen:
+        sys.modules.pop(name, None)
+
+
+def test_the_readmes_strategy_is_short():
+    assert len(STRATEGY.splitlines()) <= 30
+    assert len(variant(proved=True).splitlines()) <= 30
+
+
+def test_a_combine_without_sensitivity_is_refused_and_says_so(start: Any):
+    done, out = start("readme_unproved", variant(proved=False), "--engine", "local", "--set", "data.path=/nowhere")
+    assert done.exit_code == 1
+    assert "Momentum overrides combine() but not sensitivity()" in " ".join(done.output.split())
+    assert json.loads((out / "error.json").read_text())["type"] == "PrivacyError"
+    # With it, the class is accepted, and the next thing that is wrong is told.
+    done, _ = start("readme_proved", variant(proved=True), "--engine", "local", "--set", "data.path=/nowhere")
+    assert "/nowhere" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plugin.momentun.momentum=0.5"], "did you mean plugin.momentum.momentum"),
+        (["plugin.momentum.momentun=0.5"], "Momentum has no such option; it has momentum"),
+        (["plugin.momentum.momentum=high"], "expected float"),
+        (["strategy.ref=no_such_module:Momentum"], "cannot import 'no_such_module'"),
+    ],
+    ids=["class", "field", "type", "module"],
+)
+def test_wrong_options_are_told(start: Any, arguments: list[str], message: str):
+    sets = [word for argument in [*arguments, "data.path=/nowhere"] for word in ("--set", argument)]
+    done, _ = start("readme_options", STRATEGY, "--engine", "local", *sets)
+    assert done.exit_code in (1, 2)
+    assert message in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (CLIENT_LEVEL, PrivacyError, "FedMedian cannot run with noise of the server at client level"),
+        (
+            {"privacy.record.trusts-server": True},
+            PrivacyError,
+            "FedMedian cannot run with noise of the server at record",
+        ),
+        ({"strategy.ref": "flwr.serverapp.strategy:FedProx"}, ConfigError, "proximal"),
+        (
+            {"strategy.ref": "strategies.krum:Krum", "privacy.record.trusts-server": True},
+            PrivacyError,
+            "Krum cannot run",
+        ),
+    ],
+    ids=["client level", "trusted server", "FedProx", "Krum on sums"],
+)
+def test_flowers_strategies_are_refused_before_data_are_read(
+    tmp_path: Path, asked: Counter[str], changes: dict[str, Any], error: type[Exception], message: str
+):
+    base = {"strategy.ref": "flwr.serverapp.strategy:FedMedian", "data.path": "/nowhere", "train.local-steps": 1}
+    with pytest.raises(error, match=message):
+        run_local(ROOT, app_defaults(ROOT) | base | NO_SEARCH | {"output.dir": str(tmp_path / "out")} | changes)
+    assert not asked
+
+
+@pytest.fixture
+def small(images: Path, tiny_clip_dir: Path) -> list[str]:
+    """Options of a run of three clients on a tiny model, one step each in two rounds."""
+    words = {
+        "population": 3,
+        "rounds": 2,
+        "privacy.client.expected-cohort": 2.0,
+        "privacy.randomness": "seeded",
+        "train.local-steps": 1,
+        "evaluation.held-out-data": "public",
+        "data.ref": "folder",
+        "data.path": images,
+        "backbone.name": f"local-dir:{tiny_clip_dir}",
+        "resources.device": "cpu",
+    }
+    return [word for key, value in words.items() for word in ("--set", f"{key}={value}")]
+
+
+def prompt_of(out: Path) -> torch.Tensor:
+    return read_tensors(out / "prompts" / "global.safetensors")[0]["global"]
+
+
+@pytest.mark.slow
+def test_the_readmes_strategy_runs_from_an_empty_folder_on_both_engines(start: Any, small: list[str]):
+    prompts = {}
+    for engine, momentum in (("local", "0.5"), ("ray", "0.5"), ("local", "0.0")):
+        option = ["--engine", engine, "--set", f"plugin.momentum.momentum={momentum}"]
+        done, out = start("readme_momentum", STRATEGY, *small, *option)
+        assert done.exit_code == 0, done.output
+        summary = json.loads((out / "summary.json").read_text())
+        assert {(release["unit"], release["guarantee"]) for release in summary["privacy"]} == {("client", "theorem")}
+        assert json.loads(summary["config"]["strategy.options"]) == {"plugin.momentum.momentum": float(momentum)}
+        prompts[engine, momentum] = prompt_of(out)
+    assert torch.equal(prompts["local", "0.5"], prompts["ray", "0.5"])
+    assert not torch.equal(prompts["local", "0.5"], prompts["local", "0.0"])
+
+
+@pytest.mark.slow
+def test_the_proved_variant_runs(start: Any, small: list[str]):
+    done, _ = start("readme_variant", variant(proved=True), *small, "--engine", "local")
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ref", ["flwr.serverapp.strategy:FedAdam", "flwr.serverapp.strategy:FedMedian"])
+def test_flowers_strategies_run_over_private_clients(start: Any, small: list[str], ref: str):
+    """Record level with noise at the clients: the rule is post-processing."""
+    private = ["privacy.client.mechanism=none", "privacy.record.mechanism=gaussian", f"strategy.ref={ref}"]
+    private += ["privacy.record.delta=0.001"]
+    words = [word for text in private for word in ("--set", text)]
+    done, out = start("readme_beside", STRATEGY, *small, *words, "--engine", "local")
+    assert done.exit_code == 0, done.output
+    assert {r["unit"] for r in json.loads((out / "summary.json").read_text())["privacy"]} == {"record"}
