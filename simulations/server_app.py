@@ -168,7 +168,13 @@ def join(grid: Grid, config: RunConfig) -> tuple[dict[int, wire.ClientCard], dic
         )
     messages = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
     found: list[tuple[wire.ClientCard, int]] = []
-    for reply in grid.send_and_receive(messages, timeout=config.reply_timeout):
+    replies = list(grid.send_and_receive(messages, timeout=config.reply_timeout))
+    if silent := len(nodes) - len(replies):
+        raise ConfigError(
+            f"{silent} of {len(nodes)} nodes did not say within {config.reply_timeout:g} s whom they host: look at "
+            "their logs, or raise reply-timeout"
+        )
+    for reply in replies:
         if reply.has_error():
             raise ConfigError(f"a client cannot start: {wire.failure_reason(reply)}")
         found += [(card, reply.metadata.src_node_id) for card in wire.read_cards(reply)]

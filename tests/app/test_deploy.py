@@ -182,7 +182,7 @@ def test_a_node_that_stops_in_mid_round_is_a_zero_and_another_version_of_the_app
         config = DEFAULTS | {
             "rounds": rounds,
             "population": 2,
-            "reply-timeout": 90.0,
+            "reply-timeout": 150.0,  # a node that is stopped is known to be gone before that
             "train.local-steps": 2,
             "train.sampling-rate": 0.25,
             "privacy.record.calibrate-to": "noise-multiplier",

@@ -6,10 +6,12 @@ import pytest
 from flwr.app import Context, MessageType, RecordDict
 
 from fl_dualpriv import wire
+from fl_dualpriv.config import RunConfig
 from fl_dualpriv.data.partition import partition
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.local_engine import LocalGrid
 from simulations.server_app import app as server_app
+from simulations.server_app import join
 from tests.app.client_node import Nodes, ask, tiny_nodes, train, uploads
 
 
@@ -80,3 +82,11 @@ def test_by_node_gives_all_records_even_if_clients_outnumber_them():
     assert [part.tolist() for part in parts] == [[0, 1, 2]] * 5
     with pytest.raises(ConfigError, match="no training image"):
         partition([], "by-node", 5, 0.3, 0)  # type: ignore[arg-type]
+
+
+def test_a_node_that_does_not_say_whom_it_hosts_is_named_as_that(nodes: Nodes, monkeypatch: pytest.MonkeyPatch):
+    grid = nodes()
+    answer = LocalGrid.pull_messages
+    monkeypatch.setattr(LocalGrid, "pull_messages", lambda self, ids: list(answer(self, ids))[1:])  # one is late
+    with pytest.raises(ConfigError, match="1 of 2 nodes did not say within 3600 s whom they host"):
+        join(grid, RunConfig.from_run_config(grid.contexts[1].run_config))
