@@ -41,6 +41,7 @@ class LocalTraining:
         local_learning_rate: For p_L.
         pruning: Which blocks of an update are followed.
         optimizer: What becomes of the noised gradients.
+        prompts: How many a gradient speaks of, one above the other: p_G and p_L where the loss reads both.
         factor_rank: k, if the method's factors take steps of their own: u is kept from round to round; 0: it is not.
     """
 
@@ -51,10 +52,12 @@ class LocalTraining:
     pruning: UpdatePruning = KEEP_ALL
     optimizer: Optimizer = SGD
     factor_rank: int = 0
+    prompts: int = 1
 
     def history_shapes(self, n_ctx: int, ctx_dim: int) -> HistoryShapes:
         """What a client remembers of its releases from step to step and round to round."""
-        shapes = {**self.pruning.history_shapes(n_ctx, ctx_dim), **self.optimizer.history_shapes(n_ctx, ctx_dim)}
+        rows = self.prompts * n_ctx
+        shapes = {**self.pruning.history_shapes(rows, ctx_dim), **self.optimizer.history_shapes(rows, ctx_dim)}
         return shapes if not self.factor_rank else {**shapes, _LEFT: ((n_ctx, self.factor_rank), torch.float32)}
 
 
@@ -147,14 +150,14 @@ def cohort_update(
         histories=[{k: v for k, v in p.state.history.items() if k != _LEFT} for p in participants],
         streams=[p.random for p in participants],
         noise_std=_noise_of_a_mean(plan, expected[:, 0, 0]),
-        like=global_prompt,
+        like=parts.effective(global_prompt, global_prompt),
     )
     picked: list[np.ndarray] = []
     for step in range(training.local_steps):
         masks = directions.masks(step)
         if not picked or training.sampling_rate < 1:
             picked = _batches(participants, step, training.sampling_rate)
-        effective = prompts.own_global + prompts.personal if parts.personal else prompts.own_global
+        effective = parts.effective(prompts.own_global, prompts.personal)
         gradients = pooled.at(effective, picked)
         if plan is None:
             summed = gradients.sums() if masks is None else gradients.sums() * masks
@@ -162,7 +165,8 @@ def cohort_update(
             clean = _clean_sums(gradients, plan, masks)
             if clean_upload is not None:
                 factor = 1.0 if exact else training.global_learning_rate  # in integers the server applies it
-                clean_upload -= factor * torch.stack([c.value for c in clean])
+                # Of a pair p_G's half alone: no longer than the whole, which C bounds.
+                clean_upload -= factor * torch.stack([c.value[: len(global_prompt)] for c in clean])
                 if not parts.personal:
                     continue  # nothing local is released or moved
             noised = [_release(c, plan, p.random("noise", step)) for c, p in zip(clean, participants, strict=True)]
@@ -174,6 +178,8 @@ def cohort_update(
             of_shared, of_effective = regulariser.gradients(prompts.own_global, effective)
             direction = direction + of_effective
             of_global = direction + of_shared
+        if parts.pairs:
+            of_global, direction = direction.chunk(2, dim=1)
         if parts.shared and not trusts_server:
             prompts.own_global = torch.sub(prompts.own_global, of_global, alpha=training.global_learning_rate)
         if parts.personal and parts.factor_steps:

@@ -226,7 +226,7 @@ class Node:
             for p in group:
                 try:
                     state = self.folder(p).load(task.run_token, n_ctx, ctx_dim, setting.config.prompt.rank)
-                    prompts[p] = task.global_prompt + state.personal
+                    prompts[p] = setting.parts.effective(task.global_prompt, state.personal)
                 except Exception as error:
                     failed.add([p], error)
             if not prompts:

@@ -275,6 +275,7 @@ def local_training(config: RunConfig, segments: tuple[int, ...] = ()) -> LocalTr
         ),
         optimizer=Optimizer(name=config.train.optimizer, momentum=config.train.momentum),
         factor_rank=config.prompt.rank if METHODS[config.method].factor_steps else 0,
+        prompts=2 if METHODS[config.method].pairs else 1,
     )
 
 

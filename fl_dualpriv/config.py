@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, cast, get_type_hints
 
-from fl_dualpriv.config_methods import FedPGPConfig, Method
+from fl_dualpriv.config_methods import FedOTPConfig, FedPGPConfig, Method
 from fl_dualpriv.config_rules import ConfigValue, check
 from fl_dualpriv.errors import ConfigError
 
@@ -216,6 +216,7 @@ class RunConfig:
     prompt: PromptConfig
     pruning: PruningConfig
     fedpgp: FedPGPConfig
+    fedotp: FedOTPConfig
     privacy: PrivacyConfig
     data: DataConfig
     backbone: BackboneConfig

@@ -3,7 +3,7 @@
 from fl_dualpriv.config_cross_rules import CrossRule
 
 _HEADS = ("linear-probe", "prototypes")
-_IMAGES_ALONE = (*_HEADS, "fedpgp", "dp-lora", "ffa-lora")
+_IMAGES_ALONE = (*_HEADS, "fedpgp", "dp-lora", "ffa-lora", "fedotp")
 
 
 def _must_be(key: str, value: object, methods: tuple[str, ...], reason: str) -> CrossRule:
@@ -38,7 +38,10 @@ METHOD_RULES: tuple[CrossRule, ...] = (
     ),
     _must_be("train.optimizer", "sgd", ("prototypes",), "class sums are added up as they are"),
     _must_be("train.top-m", 0, ("prototypes",), "a record speaks of its own class alone"),
+    _must_be("train.top-m", 0, ("fedotp",), "its class features differ from image to image"),
     _must_be("privacy.record.noise-space", "prompt", ("prototypes",), "what is learned are class features"),
+    _must_be("privacy.record.noise-space", "prompt", ("fedotp",), "its class features are of two prompts"),
+    _must_be("pruning.visual-keep-ratio", 1.0, ("fedotp",), "it chooses among all patches by itself"),
     _must_be("pruning.update-keep-ratio", 1.0, ("prototypes",), "it has no update to prune, but one sum"),
     _must_be("pruning.update-keep-ratio", 1.0, ("fedpgp",), "a step of u and v moves every entry of the prompt"),
     _must_be(

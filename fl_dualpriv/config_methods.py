@@ -16,6 +16,7 @@ Method = Literal[
     "fedpgp",
     "dp-lora",
     "ffa-lora",
+    "fedotp",
 ]
 
 
@@ -25,3 +26,12 @@ class FedPGPConfig:
 
     contrastive_weight: float
     contrastive_temperature: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedOTPConfig:
+    """γ, λ and the iterations of the transport plan, see ``prompts/transport.py``."""
+
+    mass: float
+    regularisation: float
+    iterations: int

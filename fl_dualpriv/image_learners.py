@@ -15,6 +15,7 @@ from fl_dualpriv.methods import METHODS
 from fl_dualpriv.objective import Objective
 from fl_dualpriv.prompts.classification import Classification
 from fl_dualpriv.prompts.factored import FactoredTower
+from fl_dualpriv.prompts.fedotp import TransportObjective
 from fl_dualpriv.prompts.head import LowRankHead
 from fl_dualpriv.prompts.learner import PromptedText
 from fl_dualpriv.prompts.tower import PromptTower
@@ -54,6 +55,8 @@ def image_learner(config: RunConfig, backbone: Backbone, text: PromptedText, hea
         return _prototypes(config, text)
     if learns in ("dp-lora", "ffa-lora"):
         return _factored(config, backbone, text, fixed=learns == "ffa-lora")
+    if learns == "fedotp":
+        return _transport(config, backbone, text)
     if head is not None:
         factors = head
         return ImageLearner(
@@ -70,11 +73,11 @@ def image_learner(config: RunConfig, backbone: Backbone, text: PromptedText, hea
     )
 
 
-def _words(config: RunConfig, backbone: Backbone, text: PromptedText) -> Tensor:
-    """The template's, or N(0, 0.02²)."""
+def _words(config: RunConfig, backbone: Backbone, text: PromptedText, purpose: str = "initial-prompt") -> Tensor:
+    """The template's, or N(0, 0.02²), drawn for a purpose."""
     if config.prompt.init == "template":
         return text.template_context(config.prompt.n_ctx)
-    return random_prompt(config.prompt.n_ctx, backbone.ctx_dim, config.seed)
+    return random_prompt(config.prompt.n_ctx, backbone.ctx_dim, config.seed, purpose)
 
 
 def _classification(config: RunConfig, backbone: Backbone, tower: PromptTower) -> Classification:
@@ -103,6 +106,24 @@ def _factored(config: RunConfig, backbone: Backbone, text: PromptedText, *, fixe
         initial=tower.initial,
         objective=_classification(config, backbone, tower),
         logits=_cosines(tower),
+    )
+
+
+def _transport(config: RunConfig, backbone: Backbone, text: PromptedText) -> ImageLearner:
+    local = _words(config, backbone, text, "initial-local-prompt").to(backbone.device)
+    objective = TransportObjective(
+        tower=text.tower,
+        local_start=local,
+        logit_scale=backbone.logit_scale,
+        mass=config.fedotp.mass,
+        regularisation=config.fedotp.regularisation,
+        iterations=config.fedotp.iterations,
+    )
+    return ImageLearner(
+        shape=(config.prompt.n_ctx, backbone.ctx_dim),
+        initial=lambda: _words(config, backbone, text),
+        objective=objective,
+        logits=objective.logits,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.backbones.backbone import Backbone, load_backbone
+from fl_dualpriv.backbones.patches import PatchEncoder
 from fl_dualpriv.client import ClientData
 from fl_dualpriv.config import BackboneConfig, DataConfig, PromptConfig, RunConfig
 from fl_dualpriv.data.datasets import DataSplits, ImageDataset, load_data
@@ -45,6 +46,7 @@ class ImageWorld:
         cache_root: Where image features are kept, see `cache_root`; None: in memory only.
         augmentation: ``flip``: each training image is mirrored with chance 1/2, anew each round.
         seed: Of the coins of the augmentation.
+        reads_patches: Whether records have their patches, too.
     """
 
     backbone: Backbone
@@ -55,7 +57,9 @@ class ImageWorld:
     cache_root: Path | None
     augmentation: Literal["none", "flip"]
     seed: int
+    reads_patches: bool
     _held_out: dict[str, ClientData] = field(default_factory=dict)
+    _tables: dict[tuple[str, bool], ImageFeatures] = field(default_factory=dict)
     _learners: dict[Hashable, ImageLearner] = field(default_factory=dict)
 
     @property
@@ -74,12 +78,12 @@ class ImageWorld:
 
     def learner(self, config: RunConfig) -> ImageLearner:
         """What the run learns; kept, for each is asked for many times."""
-        key = (config.method, config.prompt, config.train.top_m, config.privacy.record.noise_space, config.seed)
-        workspace = config.resources.workspace_mib
-        found = self._learners.get((*key, workspace))
+        noise, workspace = config.privacy.record.noise_space, config.resources.workspace_mib
+        key = (config.method, config.prompt, config.train.top_m, config.seed, config.fedotp, noise, workspace)
+        found = self._learners.get(key)
         if found is None:
             head = self.head if config.prompt.learner == "head" else None
-            found = self._learners[(*key, workspace)] = image_learner(config, self.backbone, self.text, head)
+            found = self._learners[key] = image_learner(config, self.backbone, self.text, head)
         return found
 
     def prompt_shape(self, config: RunConfig) -> tuple[int, int]:
@@ -161,13 +165,11 @@ class ImageWorld:
         Raises:
             ConfigError: Without DP, if a record cannot be used; it names the first.
         """
-        images, indices = self.data.train, self.partitions[partition_id]
-        if self.augmentation == "none":
-            rows = self._train_features.rows(indices)
-        else:
+        indices, mirrored = self.partitions[partition_id], None
+        if self.augmentation != "none":
             key = StreamKey(seed=self.seed, purpose="augment", partition=partition_id, server_round=server_round)
-            rows = self._train_features.mirrored_rows(indices, KeyedRandom(key).uniforms(len(indices)) < 0.5)
-        return self._client_data(images, indices, rows)
+            mirrored = KeyedRandom(key).uniforms(len(indices)) < 0.5
+        return self._client_data("train", indices, mirrored)
 
     def held_out(self, split: str) -> ClientData:
         """The ``val`` or ``test`` images as features; computed once a process.
@@ -176,22 +178,31 @@ class ImageWorld:
             ConfigError: Without DP, if a record cannot be used; it names the first.
         """
         if split not in self._held_out:
-            images = self.images(split)
-            indices = np.arange(len(images))
-            rows = ImageFeatures(self.backbone, images, self.cache_root).rows(indices)
-            self._held_out[split] = self._client_data(images, indices, rows)
+            self._held_out[split] = self._client_data(split, np.arange(len(self.images(split))), None)
         return self._held_out[split]
 
-    @functools.cached_property
-    def _train_features(self) -> ImageFeatures:
-        return ImageFeatures(self.backbone, self.data.train, self.cache_root)
+    def _table(self, split: str, *, patches: bool) -> ImageFeatures:
+        found = self._tables.get((split, patches))
+        if found is None:
+            encoder = PatchEncoder(self.backbone) if patches else self.backbone
+            found = self._tables[split, patches] = ImageFeatures(encoder, self.images(split), self.cache_root)
+        return found
 
-    def _client_data(self, images: ImageDataset, indices: np.ndarray, rows: np.ndarray) -> ClientData:
+    def _rows(self, split: str, indices: np.ndarray, mirrored: np.ndarray | None, *, patches: bool) -> np.ndarray:
+        table = self._table(split, patches=patches)
+        return table.rows(indices) if mirrored is None else table.mirrored_rows(indices, mirrored)
+
+    def _client_data(self, split: str, indices: np.ndarray, mirrored: np.ndarray | None) -> ClientData:
+        images, rows = self.images(split), self._rows(split, indices, mirrored, patches=False)
         if self.refuses_bad_records:
             names, labels = images.class_names, images.labels
             refuse_unusable(rows, indices, lambda i: f"number {i} of class {names[labels[i]]!r}")
-        device = self.backbone.device
+        device, patches = self.backbone.device, None
+        if self.reads_patches:
+            flat = torch.from_numpy(self._rows(split, indices, mirrored, patches=True))
+            patches = flat.unflatten(1, (self.backbone.n_patches, -1)).to(device)
         return ClientData(
+            patches=patches,
             features=torch.from_numpy(rows).to(device),
             labels=torch.from_numpy(images.labels[indices]).to(device),
         )
@@ -222,6 +233,7 @@ def build_image_world(config: RunConfig, on_bad_image: Literal["keep", "raise"])
         config.resources.device,
         config.resources.feature_cache,
         on_bad_image,
+        METHODS[config.method].learns == "fedotp",
     )
     _check_prompt(config, world)
     return world
@@ -253,6 +265,7 @@ def _build_world(
     device: str,
     feature_cache: str,
     on_bad_image: Literal["keep", "raise"],
+    reads_patches: bool,
 ) -> ImageWorld:
     one_thread(device)
     assert data.partition != "by-image"  # the configuration allows it for questions alone
@@ -267,6 +280,7 @@ def _build_world(
         cache_root=cache_root(feature_cache),
         augmentation=data.augmentation,
         seed=seed,
+        reads_patches=reads_patches,
     )
 
 

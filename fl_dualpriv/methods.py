@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Learns = Literal["prompt", "linear-probe", "prototypes", "dp-lora", "ffa-lora"]
+import torch
+from torch import Tensor
+
+Learns = Literal["prompt", "linear-probe", "prototypes", "dp-lora", "ffa-lora", "fedotp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,17 @@ class MethodParts:
     learns: Learns = "prompt"
 
     @property
+    def pairs(self) -> bool:
+        """Whether the loss reads p_G and p_L as two prompts, one above the other, and not their sum."""
+        return self.learns == "fedotp"
+
+    def effective(self, shared: Tensor, personal: Tensor) -> Tensor:
+        """What the loss reads, from p_G and p_L, (…, n_ctx, ctx_dim)."""
+        if self.pairs:
+            return torch.cat([shared, personal], dim=-2)
+        return shared + personal if self.personal else shared
+
+    @property
     def trains(self) -> bool:
         """Whether anything is learned at all."""
         return self.shared or self.personal
@@ -49,4 +63,5 @@ METHODS = {
     "fedpgp": MethodParts(shared=True, personal=True, residual=False, factor_steps=True, contrast=True),
     "dp-lora": MethodParts(shared=True, personal=False, learns="dp-lora"),
     "ffa-lora": MethodParts(shared=True, personal=False, learns="ffa-lora"),
+    "fedotp": MethodParts(shared=True, personal=True, learns="fedotp"),
 }

@@ -138,9 +138,9 @@ def held_groups(world: World) -> Tensor:
     return torch.from_numpy(table)
 
 
-def random_prompt(rows: int, cols: int, seed: int) -> Tensor:
+def random_prompt(rows: int, cols: int, seed: int, purpose: str = "initial-prompt") -> Tensor:
     """N(0, 0.02²), keyed by the seed: CoOp's random start (Zhou et al. 2022, arXiv:2109.01134)."""
-    source = KeyedRandom(StreamKey(seed=seed, purpose="initial-prompt"))
+    source = KeyedRandom(StreamKey(seed=seed, purpose=purpose))
     return gaussian_noise(source, (rows, cols), 0.02).float()
 
 

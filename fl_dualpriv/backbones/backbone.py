@@ -118,6 +118,25 @@ class Backbone(ImageEncoder, Protocol):
         ...
 
     @property
+    def n_patches(self) -> int:
+        """Patches of an image.
+
+        Raises:
+            ConfigError: If the model pools its tokens, so that a patch has no feature of its own.
+        """
+        ...
+
+    def patch_features(self, images: Tensor) -> Tensor:
+        """Features of the patches of preprocessed images, float32 (n, n_patches, embed_dim), each of unit norm.
+
+        What the model reads from CLS is read from each patch. Pruners do not matter. Guarantee as `image_features`.
+
+        Raises:
+            ConfigError: As `n_patches`.
+        """
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """First 16 hex digits of a SHA-256 over names, types, shapes and bytes of the weights."""
         ...

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.prompts.text_stack import Linear, Norm, TextStack
+from fl_dualpriv.pruning.in_tower import encode_patches
+from fl_dualpriv.pruning.towers import ImageTower
 
 
 @torch.no_grad()  # not inference_mode: its tensors may not enter a later backward pass
@@ -37,10 +40,46 @@ class FrozenModel:
     context_length: int
     fills_rows: bool
     text_stack: TextStack | None
+    embed_dim: int
+    device: torch.device
     _model: Any
+    _precision: str
 
     def _described(self) -> list[Any]:
         raise NotImplementedError
+
+    def image_tower(self) -> ImageTower:
+        """The image side, taken apart.
+
+        Raises:
+            ConfigError: If it cannot be.
+        """
+        raise NotImplementedError
+
+    @property
+    def n_patches(self) -> int:
+        """Patches of an image; see `Backbone`."""
+        return self._patch_tower.n_patches
+
+    def patch_features(self, images: Tensor) -> Tensor:
+        """Unit-norm features of patches; see `Backbone`."""
+        tower = self._patch_tower
+        if images.shape[0] == 0:
+            return torch.zeros(0, tower.n_patches, self.embed_dim, device=self.device)
+        return encode_images(lambda x: encode_patches(tower, x), images, self.embed_dim, self.device, self._precision)
+
+    @functools.cached_property
+    def _patch_tower(self) -> ImageTower:
+        try:
+            tower = self.image_tower()
+        except ConfigError as error:
+            raise ConfigError(f"backbone.name = {self.name!r}: features of patches cannot be had: {error}") from error
+        if not tower.reads_cls:
+            raise ConfigError(
+                f"backbone.name = {self.name!r} pools all tokens of an image: a patch has no feature of its own; name "
+                "a model that reads CLS, as OpenAI's CLIP ViTs do"
+            )
+        return tower
 
     @property
     def fingerprint(self) -> str:

@@ -25,6 +25,7 @@ from fl_dualpriv.backbones.rows import PROBE, TokenRows, read_rows
 from fl_dualpriv.backbones.tokenizer import TrimmedTokenizer
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.pruning.in_tower import check_prunable, encode_pruned, open_clip_tower
+from fl_dualpriv.pruning.towers import ImageTower
 from fl_dualpriv.pruning.visual_tokens import TokenPruner
 
 torchvision_shim.install()  # open_clip imports torchvision, which CPU torch cannot import by itself
@@ -132,6 +133,10 @@ class OpenClipBackbone(FrozenModel):
         if self.pruner is None or self._tower is None:
             return self._model.encode_image(images)
         return encode_pruned(self._tower, images, self.pruner)
+
+    def image_tower(self) -> ImageTower:
+        """See `FrozenModel`."""
+        return open_clip_tower(self._model.visual)
 
     def _described(self) -> list[Any]:
         return [

@@ -22,6 +22,7 @@ from fl_dualpriv.backbones.rows import PROBE, TokenRows, read_rows
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.prompts.text_stack import Activation, Linear, TextBlock, TextStack
 from fl_dualpriv.pruning.in_tower import check_prunable, encode_pruned, transformers_tower
+from fl_dualpriv.pruning.towers import ImageTower
 from fl_dualpriv.pruning.visual_tokens import TokenPruner
 
 torchvision_shim.install()  # transformers' image models import torchvision, which CPU torch cannot import by itself
@@ -136,6 +137,10 @@ class TransformersBackbone(FrozenModel):
         if self.pruner is None or self._tower is None:
             return self._model.get_image_features(pixel_values=images).pooler_output
         return encode_pruned(self._tower, images, self.pruner)
+
+    def image_tower(self) -> ImageTower:
+        """See `FrozenModel`."""
+        return transformers_tower(self._model)
 
     def _described(self) -> list[Any]:
         vision = self._model.config.vision_config.to_diff_dict()

@@ -77,6 +77,20 @@ def transformers_tower(model: nn.Module) -> ImageTower:
     return replace(tower, finish=lambda x: clip.visual_projection(tower.finish(x)))
 
 
+def encode_patches(tower: ImageTower, images: Tensor) -> Tensor:
+    """Each patch read as if it were CLS, (n, patch, embed_dim): same norm, same projection; not normalised.
+
+    Guarantee:
+        Per image, as the tower is.
+
+    Args:
+        tower: Of a model that reads CLS alone.
+        images: (n, 3, height, width).
+    """
+    patches = tower.hidden(images, len(tower.blocks))[:, tower.n_prefix :]
+    return tower.finish(patches.flatten(0, 1)[:, None]).unflatten(0, patches.shape[:2])
+
+
 def check_prunable(tower: ImageTower, pruner: TokenPruner) -> None:
     """Raise ConfigError unless the tower is deep enough for ``pruner``, has enough patches, and can be read there."""
     depth = depth_of(pruner.layer, len(tower.blocks), behind=1)

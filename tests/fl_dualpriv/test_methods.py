@@ -28,6 +28,7 @@ def test_methods_are_those_of_the_configuration():
         ("fedpgp", True, True),
         ("dp-lora", True, False),
         ("ffa-lora", True, False),
+        ("fedotp", True, True),
     ],
 )
 def test_which_prompts_move(name: str, shared: bool, personal: bool):

@@ -1,0 +1,42 @@
+"""The patches of images as features, through the same table as the features of whole images."""
+
+import PIL.Image
+from torch import Tensor
+
+from fl_dualpriv.backbones.backbone import Backbone
+
+
+class PatchEncoder:
+    """`ImageEncoder` whose features are those of all patches, one after the other.
+
+    Args:
+        backbone: A model whose image tower reads CLS, so that each token can be read in its place.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+
+    visual_prompts = False
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone, self.name, self.device = backbone, backbone.name, backbone.device
+        self.shape = backbone.n_patches, backbone.embed_dim
+        self.embed_dim = backbone.n_patches * backbone.embed_dim
+
+    def preprocess(self, image: PIL.Image.Image) -> Tensor:
+        """See `ImageEncoder`."""
+        return self._backbone.preprocess(image)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """See `ImageEncoder`: (n, patches · embed_dim); each patch has unit norm."""
+        return self._backbone.patch_features(images).reshape(len(images), self.embed_dim)
+
+    @property
+    def feature_key(self) -> str:
+        """See `ImageEncoder`."""
+        return f"{self._backbone.feature_key} patches"
+
+    @property
+    def weight_bytes(self) -> int:
+        """See `ImageEncoder`."""
+        return self._backbone.weight_bytes

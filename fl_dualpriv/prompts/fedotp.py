@@ -1,0 +1,173 @@
+"""FedOTP (Li et al. 2024, arXiv:2403.00041, sec. 3): a global and a local prompt share the patches of an image.
+
+G are the unit-norm features of an image's M patches, H_c those of class c under the global and the local prompt (N =
+2). With the plan T_c of `transport_plan` between them and the cost 1 − G H_cᵀ the distance is d_c = ⟨T_c, 1 − G H_cᵀ⟩,
+the logit s·(1 − d_c), and the loss softmax cross-entropy. 1 − d_c is ⟨T_c, G H_cᵀ⟩ + 1 − γ, whose constant is that of
+all classes. As published the plan is a constant to the gradient. The server averages global prompts; local ones stay.
+
+An example's gradient at H_c is s·(softmax_c − one-hot_c) T_cᵀ G: pulled back through the tower to *both* prompts, which
+stand one above the other, it is one row, with one clip and one noise.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fl_dualpriv.client import ClientData
+from fl_dualpriv.objective import Picked
+from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, as_clipped_sum, bounded_rows
+from fl_dualpriv.privacy.per_example import rows_at_once
+from fl_dualpriv.prompts.tower import ClassFeatures, PromptTower
+from fl_dualpriv.prompts.transport import transport_plan
+
+_IMAGES = 64
+"""Scored together."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TransportObjective:
+    """`Objective` of prompts [p_G; p_L], (2 n_ctx, ctx_dim), on patches.
+
+    Attributes:
+        tower: One prompt → class features.
+        local_start: Added to p_L, (n_ctx, ctx_dim): where the local prompt of every client starts; public.
+        logit_scale: s.
+        mass: γ.
+        regularisation: λ of the plan.
+        iterations: Of the plan.
+    """
+
+    tower: PromptTower
+    local_start: Tensor
+    logit_scale: float
+    mass: float
+    regularisation: float
+    iterations: int
+
+    @property
+    def bytes_per_prompt(self) -> int:
+        """See `Objective`: a pair goes through the tower."""
+        return 2 * self.tower.bytes_per_prompt
+
+    def over(self, data: Sequence[ClientData]) -> "PooledTransport":
+        """See `Objective`."""
+        return PooledTransport(self, data)
+
+    def class_features(self, prompts: Tensor) -> ClassFeatures:
+        """Of (client, 2 n_ctx, ctx_dim): of all clients' prompts, each client's two side by side."""
+        both = prompts.unflatten(1, (2, -1)).clone()
+        both[:, 1] += self.local_start
+        return self.tower(both.flatten(0, 1))
+
+    def match(self, patches: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of images, and what a class's prompts see of each.
+
+        Args:
+            patches: G, (image, patch, embed_dim).
+            classes: H, (prompt, n_cls, embed_dim).
+
+        Returns:
+            s⟨T_c, G H_cᵀ⟩, (image, n_cls), and T_cᵀ G, (image, prompt, n_cls, embed_dim).
+        """
+        similarity = torch.einsum("ime,pce->icmp", patches, classes)
+        plan = transport_plan(similarity, self.mass, self.regularisation, self.iterations)
+        logits = self.logit_scale * (plan * similarity).sum(dim=(-2, -1))
+        return logits, torch.einsum("icmp,ime->ipce", plan, patches)
+
+    def cotangents(self, patches: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
+        """∂loss/∂H of each image, (image, prompt, n_cls, embed_dim)."""
+        logits, seen = self.match(patches, classes)
+        residual = torch.softmax(logits, dim=-1)
+        residual = residual.scatter_add(-1, labels[:, None], torch.full_like(residual[:, :1], -1.0))
+        return self.logit_scale * residual[:, None, :, None] * seen
+
+    @torch.no_grad()
+    def logits(self, prompts: Tensor, images: ClientData) -> Iterator[Tensor]:
+        """Of each pair (prompt, 2 n_ctx, ctx_dim), or of global prompts alone, (prompt, n_ctx, ctx_dim)."""
+        pairs = prompts.shape[1] == 2 * len(self.local_start)
+        features = self.class_features(prompts).values.unflatten(0, (-1, 2)) if pairs else self.tower(prompts).values
+        for own in features if pairs else features[:, None]:
+            yield torch.cat([self.match(some, own)[0] for some in _patches(images).split(_IMAGES)])
+
+
+def _patches(data: ClientData) -> Tensor:
+    assert data.patches is not None  # the world has them if the method reads them
+    return data.patches
+
+
+class PooledTransport:
+    """`PooledObjective`."""
+
+    def __init__(self, objective: TransportObjective, data: Sequence[ClientData]) -> None:
+        self._objective, self._data = objective, data
+
+    def at(self, prompts: Tensor, picked: Picked) -> "TransportGradients":
+        """See `PooledObjective`."""
+        return TransportGradients(self._objective, self._data, picked, prompts)
+
+
+class TransportGradients:
+    """`StepGradients` from one forward pass of both prompts of every client."""
+
+    def __init__(
+        self, objective: TransportObjective, data: Sequence[ClientData], picked: Picked, prompts: Tensor
+    ) -> None:
+        self._objective, self._data, self._picked = objective, data, picked
+        self._features, self._shape = objective.class_features(prompts), prompts.shape[1:]
+        self._classes = self._features.values.unflatten(0, (-1, 2))
+
+    @torch.no_grad()
+    def clipped_sums(self, clip_norm: float, arithmetic: Arithmetic, masks: Tensor | None = None) -> list[ClippedSum]:
+        """See `StepGradients`.
+
+        Guarantee:
+            A term is a function of its own image, for the plan is; both prompts' gradients are one row under one clip.
+            A patch that is not finite makes its record's row so, and that becomes zero. Blocks have one size, the last
+            one padded, so that no number depends on how many records there are.
+        """
+        found = []
+        for client in range(len(self._data)):
+            total = torch.zeros(self._shape, dtype=torch.float64, device=self._classes.device)
+            for patches, labels, count in self._blocks(client):
+                cotangents = self._objective.cotangents(patches, labels, self._classes[client])
+                rows = self._pull(client, cotangents.transpose(0, 1)).transpose(0, 1).flatten(1, 2)[:count]
+                rows = rows if masks is None else rows * masks[client]
+                total += bounded_rows(rows, clip_norm, arithmetic).sum(dim=0)
+            found.append(as_clipped_sum(total, clip_norm, arithmetic))
+        return found
+
+    def to_prompts(self, noised: Tensor) -> Tensor:
+        """See `StepGradients`: nothing to do."""
+        return noised
+
+    @torch.no_grad()
+    def sums(self) -> Tensor:
+        """See `StepGradients`; an image with a patch that is not finite is left out."""
+        found = []
+        for client in range(len(self._data)):
+            total = torch.zeros_like(self._classes[client])
+            for patches, labels, count in self._blocks(client):
+                usable = torch.isfinite(patches).all(dim=(1, 2))
+                usable[count:] = False
+                clean = torch.where(usable[:, None, None], patches, 0.0)
+                cotangents = self._objective.cotangents(clean, labels, self._classes[client])
+                total += (cotangents * usable[:, None, None, None]).sum(dim=0)
+            found.append(self._pull(client, total[:, None])[:, 0].flatten(0, 1))
+        return torch.stack(found)
+
+    def _pull(self, client: int, cotangents: Tensor) -> Tensor:
+        """(prompt, row, n_cls, embed_dim) → (prompt, row, n_ctx, ctx_dim)."""
+        return self._features.narrow(2 * client, 2 * client + 2).vjp(cotangents)
+
+    def _blocks(self, client: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Patches and classes of some records, and how many of them are no padding."""
+        data, picked = self._data[client], self._picked[client]
+        size = rows_at_once(data.labels.device)
+        for start in range(0, len(picked), size):
+            here = picked[start : start + size]
+            padded = np.pad(here, (0, size - len(here)), mode="edge")
+            index = torch.from_numpy(padded).to(data.labels.device)
+            yield _patches(data)[index], data.labels[index], len(here)

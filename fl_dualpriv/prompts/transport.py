@@ -1,0 +1,43 @@
+"""Unbalanced optimal transport between the patches of an image and the prompts of a class, as FedOTP solves it."""
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def transport_plan(similarity: Tensor, mass: float, regularisation: float, iterations: int) -> Tensor:
+    """The plan T >= 0 that maximises ⟨T, S⟩ + λ·entropy(T) with T 1 <= 1/M and Tᵀ1 = γ/N.
+
+    Every prompt has its share of the mass γ to place, and no patch takes more than 1/M: with γ < 1 patches that suit
+    nobody stay empty. Scaling in Dykstra's manner: columns to their sums, then rows down to their bounds where they are
+    over them. What the columns lack after the last iteration is laid where rows have room, so that both hold exactly.
+
+    Guarantee:
+        A problem's plan depends on that problem alone: the number of iterations is fixed, and no test of convergence
+        looks at all of them. Columns have their sums and rows keep their bounds, up to rounding, after any number of
+        iterations (tests/fl_dualpriv/prompts/test_transport.py). Constant to the gradient, as published.
+
+    Args:
+        similarity: S, cosines, (…, M patches, N prompts); the cost is 1 − S, whose constant changes nothing.
+        mass: γ in (0, 1].
+        regularisation: λ, in units of a cosine; from 0.01 on no exponential leaves float64, in which this is computed.
+        iterations: At least 1.
+
+    Reference:
+        Li et al. 2024 (FedOTP), arXiv:2403.00041, sec. 3; Benamou et al. 2015, arXiv:1412.5154 (partial transport by
+        alternating projections); Altschuler et al. 2017, arXiv:1705.09634, Algorithm 2 (the last step).
+    """
+    bound, share = 1 / similarity.shape[-2], mass / similarity.shape[-1]
+    exact = similarity.double()
+    kernel = torch.exp((exact - exact.amax(dim=-2, keepdim=True)) / regularisation)  # columns undo the division
+    rows = torch.ones_like(kernel[..., :1])
+    columns = torch.ones_like(kernel[..., :1, :])
+    for _ in range(iterations):
+        columns = share / (kernel * rows).sum(dim=-2, keepdim=True)
+        rows = (bound / (kernel * columns).sum(dim=-1, keepdim=True)).clamp(max=1.0)
+    plan = rows * kernel * columns
+    plan = plan * (share / plan.sum(dim=-2, keepdim=True)).clamp(max=1.0)
+    room = (bound - plan.sum(dim=-1, keepdim=True)).clamp(min=0.0)
+    lacking = share - plan.sum(dim=-2, keepdim=True)
+    plan = plan + room * lacking / room.sum(dim=-2, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    return plan.to(similarity.dtype)
