@@ -13,6 +13,9 @@ from fl_dualpriv.run_material import GLOBAL_ROW, PERSONAL_ROW, Material, Row, re
 
 Level = Literal["record", "client"]
 
+_ROUNDING = 1e-6
+"""Share by which equal compositions may differ when they are added up in another order."""
+
 
 def publish(
     folder: Path,
@@ -121,10 +124,9 @@ def _guarantee(material: Material, row: Row) -> Guarantee:
         raise PrivacyError(f"the {unit}-level ledger has no line of this run: nothing says what was released")
     for content in contents or ():
         spent = content.epsilon(delta)
-        if spent > epsilon:
-            epsilon = spent
-            note = f"{row['note']}; ε of a whole ledger, which holds more than the plan"
-        releases = max(releases, content.releases())
+        if spent > epsilon * (1 + _ROUNDING):
+            releases, note = content.releases(), f"{row['note']}; ε of a whole ledger, which holds more than the plan"
+        epsilon = max(epsilon, spent)
     if not math.isfinite(epsilon):
         raise PrivacyError(f"the {unit}-level ledger is damaged: no finite ε can be shown")
     return Guarantee(

@@ -1,5 +1,6 @@
 """A frozen model with a published prompt, ready for images: one reader names classes, one answers questions."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Protocol
 
@@ -141,9 +142,9 @@ class Answerer:
         rows = torch.from_numpy(features)
         usable = torch.isfinite(rows).all(dim=1)
         found: list[Reply | None] = [None] * len(rows)
-        for places in usable.nonzero().flatten().split(BLOCK):
+        for places in _blocks(usable.nonzero().flatten().tolist()):
             answers = self._decode(rows[places].to(self.model.device), asked, room)
-            for place, ids in zip(places.tolist(), answers, strict=True):
+            for place, ids in zip(places, answers, strict=True):
                 found[place] = (self.model.text(ids), {})
         return found
 
@@ -176,6 +177,11 @@ class Answerer:
         visual = _probe_features(self.model)
         nothing = torch.zeros(1, 0, dtype=torch.long, device=visual.device)
         return self._next(visual, nothing)[0, :_PROBED].float().cpu()
+
+
+def _blocks(places: list[int]) -> Iterator[list[int]]:
+    for start in range(0, len(places), BLOCK):
+        yield places[start : start + BLOCK]
 
 
 def load_reader(use: UseFacts, prompt: Tensor, name: str, pretrained: str, device: str) -> Reader:

@@ -29,6 +29,14 @@ RUNS: dict[str, dict[str, Any]] = {
     "head": {"prompt.learner": "head", "method": "promptfl"},
     "linear-probe": {"method": "linear-probe"},
     "prototypes": {"method": "prototypes", "prompt.init": "zeros"},
+    "client-level": {
+        "method": "promptfl",
+        "privacy.record.mechanism": "none",
+        "privacy.client.mechanism": "gaussian",
+        "privacy.client.calibrate-to": "noise-multiplier",
+        "privacy.client.expected-cohort": 2.0,
+    },
+    "trusting": {"method": "promptfl", "privacy.record.trusts-server": True},
     "open": {"privacy.record.mechanism": "none"},
 }
 
@@ -81,7 +89,7 @@ def test_published_prompts_score_what_the_run_reports(
     assert (source.scores.local, source.scores.neighbour) == (final["local"], final["neighbour"])
     plan = [row["epsilon"] for row in summary["privacy"] if "prompt" in row["release"]]
     assert [g.epsilon for g in prompts[0].facts.guarantees] == ([] if name == "open" else [max(plan)])
-    if name != "open":
+    if name not in ("open", "client-level"):
         # two rounds of one step at q = 0.15, z = 1: what the client's ledger says, too
         ledger = Ledger(run / "clients" / "client-000" / "ledger.jsonl").read()
         assert ledger.epsilon(1e-3) == plan[0] == epsilon(0.15, 1.0, 2, 1e-3)
