@@ -115,7 +115,7 @@ class Rehearsal:
         )
         again = sites.start_node(KILLED, name=f"node-{KILLED}-again")
         demand(sites.ledger(KILLED)[: len(before)] == before, "the ledger lost events")
-        wait_until(lambda: again.said("health: joined"), 60, "a health line")
+        wait_until(lambda: again.said("health: joined") or sites.ended() is not None, 600, "a health line")
         self.report["health after the kill"] = again.lines("health: joined")[0]
 
     def check_run(self) -> None:

@@ -23,6 +23,7 @@ from fl_dualpriv.node_file import NodeFile, read_node_file
 _log = logging.getLogger("flwr")  # the SuperNode's own log
 _SILENT_SECONDS = 90.0  # an idle node asks its server every three seconds; on a busy one an answer may take long
 _HOUR = 3600.0
+_APART = "not joined yet"
 _COUNT_SECONDS = 120.0
 
 
@@ -57,7 +58,7 @@ class Pulse:
     def state(self) -> str:
         """In words."""
         if not self.node_id:
-            return "not joined yet"
+            return _APART
         silent = self.clock() - self.heard
         if silent > _SILENT_SECONDS:
             return f"joined, but nothing from the server for {silent:.0f} s"
@@ -116,7 +117,7 @@ class HealthLine:
                 self.look()
             except Exception as error:  # a full disk, say: the node goes on, and so does the next look
                 _log.warning("health: %s: %s", type(error).__name__, error)
-            time.sleep(1.0 if not self._pulse.node_id else self._seconds)
+            time.sleep(self._seconds if self._last is not None and self._last[0] != _APART else 1.0)
 
     def _ledger_stamp(self) -> tuple[int, int] | None:
         try:
