@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 _LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
-_TEST = re.compile(r"`((?:app|clients|fl_dualpriv|guarantees|simulations)/[\w/]*test_\w+\.py)(?:::(\w+))?`")
+_TEST = re.compile(r"`((?:app|clients|fl_dualpriv|guarantees|simulations|strategies)/[\w/]*test_\w+\.py)(?:::(\w+))?`")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

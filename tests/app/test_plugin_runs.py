@@ -142,6 +142,7 @@ def prompt_of(out: Path) -> torch.Tensor:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # Ray and Flower's programs on a busy machine
 def test_the_readmes_strategy_runs_from_an_empty_folder_on_both_engines(start: Any, small: list[str]):
     prompts = {}
     for engine, momentum in (("local", "0.5"), ("ray", "0.5"), ("local", "0.0")):
