@@ -104,7 +104,13 @@ class CheckpointFolder:
             link.unlink(missing_ok=True)
             os.link(self._last, link)
             link.replace(self._previous)
-        write_bytes(self._last, hashlib.sha256(body).hexdigest().encode() + b"\n" + body, synced=True)
+        content = hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+        write_bytes(self._last, content, synced=True, private=True)
+
+    def remove(self) -> None:
+        """After the results are written: a strategy's memory may be secret, as that of correlated noise is."""
+        for file in (self._last, self._previous):
+            file.unlink(missing_ok=True)
 
     def read(self, *, may_go_back: bool) -> Checkpoint | None:
         """The last checkpoint, or the one before if the last is damaged; None if there is none at all.

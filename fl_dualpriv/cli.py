@@ -31,6 +31,7 @@ from fl_dualpriv.config import RunConfig, app_defaults, merge, parse_assignment,
 from fl_dualpriv.config_rules import ConfigValue
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.export_command import export
+from fl_dualpriv.folder_lock import held_alone
 from fl_dualpriv.new_strategy_command import new_strategy
 from fl_dualpriv.peak_memory import describe_peaks
 from fl_dualpriv.predict_command import predict
@@ -46,8 +47,12 @@ app.command()(export)
 app.command()(predict)
 
 # All that a run leaves in its folder. --overwrite removes these and nothing else.
-RESULT_FILES = ("summary.json", "rounds.jsonl", "error.json", "error.log", "curve.png", "flower.log", "ledger.jsonl")
+RESULT_FILES = (
+    *("summary.json", "rounds.jsonl", "error.json", "error.log", "curve.png", "flower.log", "ledger.jsonl"),
+    *("run.json", "checkpoint.bin", "checkpoint.previous.bin"),
+)
 RESULT_FOLDERS = ("prompts", "clients", "actors")
+_ENDING_SECONDS = 30.0
 _PIPE_WIDTH = 180  # a log has no width of its own; rich would take 80 and break the privacy table's words
 
 
@@ -66,6 +71,8 @@ class Job:
     flat: dict[str, ConfigValue]
     config: RunConfig
     out: Path
+    name: str
+    engine: Engine
 
 
 @app.callback()
@@ -75,11 +82,15 @@ def _root() -> None:
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="TOML file with the keys that differ from the app's pyproject.toml.")],
+    config: Annotated[
+        Path | None, typer.Argument(help="TOML file with the keys that differ from the app's pyproject.toml.")
+    ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key; may be repeated.")
     ] = None,
-    engine: Annotated[Engine, typer.Option(help="ray: Flower's simulation; local: one process.")] = Engine.RAY,
+    engine: Annotated[
+        Engine | None, typer.Option(help="ray: Flower's simulation, the default; local: one process.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; without it runs/CONFIG-TIME.")] = None,
     app_dir: Annotated[
         Path | None, typer.Option("--app", help="Folder of the Flower app; without it the one around CONFIG.")
@@ -87,6 +98,9 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove an earlier run's results from the folder.")
     ] = False,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Go on with the run that was cut off in this folder; no CONFIG.")
+    ] = None,
 ) -> None:
     """Run one federation, show its progress, print its results and its privacy table.
 
@@ -96,22 +110,33 @@ def run(
     if not console.is_terminal:
         console = Console(width=_PIPE_WIDTH)
     try:
-        job = prepare(config, assignments or [], out, app_dir, overwrite=overwrite)
+        if resume is not None:
+            if config or assignments or out or overwrite:
+                raise ConfigError(
+                    "--resume takes its configuration from DIR: leave CONFIG, --set, --out and --overwrite out"
+                )
+            job = resumed(resume, app_dir, engine)
+        elif config is None:
+            raise ConfigError("no CONFIG: give a TOML file, or --resume DIR")
+        else:
+            job = prepare(config, assignments or [], out, app_dir, overwrite=overwrite, engine=engine or Engine.RAY)
+            kept = {"name": job.name, "app": str(job.app_dir), "engine": job.engine, "config": job.flat}
+            (job.out / "run.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     except ConfigError as error:
         fail(errors, str(error), 2)
     signal.signal(signal.SIGTERM, _terminated)  # so that the engine cleans up
     nodes = job.config.num_supernodes
     hosts = f" on {nodes} nodes" if nodes < job.config.population else ""
     console.print(
-        f"{config.stem}: {job.config.method}, {job.config.population} clients{hosts}, engine {engine}", highlight=False
+        f"{job.name}: {job.config.method}, {job.config.population} clients{hosts}, engine {job.engine}", highlight=False
     )
     try:
         with shown(console, job.out / "rounds.jsonl", job.config.rounds):
-            run_engine(engine, job)
+            run_engine(job.engine, job)
     except KeyboardInterrupt:
-        fail(errors, f"stopped by Ctrl-C; what there is lies in {job.out}", 130)
+        fail(errors, f"stopped by Ctrl-C; what there is lies in {job.out}{how_to_go_on(job.out)}", 130)
     except Exception as error:
-        fail(errors, describe(error, job.out), 1)
+        fail(errors, describe(error, job.out) + how_to_go_on(job.out), 1)
     summary_file = job.out / "summary.json"
     if not summary_file.exists():
         fail(errors, f"the run ended without results: {summary_file} was not written", 1)
@@ -139,7 +164,15 @@ def env() -> None:
     sys.stdout.write(flower_env.exports(variables) + "\n")
 
 
-def prepare(config: Path, assignments: list[str], out: Path | None, app_dir: Path | None, *, overwrite: bool) -> Job:
+def prepare(
+    config: Path,
+    assignments: list[str],
+    out: Path | None,
+    app_dir: Path | None,
+    *,
+    overwrite: bool,
+    engine: Engine = Engine.RAY,
+) -> Job:
     """Check configuration and output folder before anything starts.
 
     Raises:
@@ -167,7 +200,34 @@ def prepare(config: Path, assignments: list[str], out: Path | None, app_dir: Pat
     if problems:
         raise ConfigError("\n".join(problems))
     _prepare_folder(out, overwrite=overwrite)
-    return Job(app_dir=app_dir, flat=flat, config=checked, out=out)
+    job = Job(app_dir=app_dir, flat=flat, config=checked, out=out, name=config.stem, engine=engine)
+    return job
+
+
+def resumed(out: Path, app_dir: Path | None, engine: Engine | None) -> Job:
+    """The run that was cut off in ``out``; what the folder holds the server app checks.
+
+    Raises:
+        ConfigError: If there is none, it has ended, or it is still going on.
+    """
+    out = Path(os.path.abspath(out.expanduser()))  # noqa: PTH100 - as in `prepare`
+    file = out / "run.json"
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        flat: dict[str, ConfigValue] = kept["config"] | {"output.dir": str(out), "output.resume": True}
+        name, app, begun = str(kept["name"]), Path(kept["app"]), Engine(kept["engine"])
+    except FileNotFoundError:
+        raise ConfigError(f"{out} holds no run of `fl-dualpriv run` (run.json): nothing to resume") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{file} cannot be read: {type(error).__name__}: {error}; the run cannot be resumed"
+        ) from error
+    if (out / "summary.json").exists():
+        raise ConfigError(f"{out}: its run has ended (summary.json); nothing is to be resumed")
+    with held_alone(out, _ENDING_SECONDS):  # processes of a front that was killed are ended within seconds
+        (out / "error.json").unlink(missing_ok=True)
+    checked = RunConfig.from_run_config(flat)
+    return Job(app_dir=app_dir or app, flat=flat, config=checked, out=out, name=name, engine=engine or begun)
 
 
 def find_app(config: Path) -> Path:
@@ -216,17 +276,22 @@ def _prepare_folder(out: Path, *, overwrite: bool) -> None:
     if (out / "pyproject.toml").exists():
         # Its clients/ is source code; a run's clients/ is removed by --overwrite.
         raise ConfigError(f"{out} holds a project, not results: give another folder with --out")
-    used = [name for name in ("summary.json", "rounds.jsonl", "error.json", "flower.log") if (out / name).exists()]
+    marks = ("summary.json", "rounds.jsonl", "error.json", "flower.log", "checkpoint.bin")
+    used = [name for name in marks if (out / name).exists()]
     if used and not overwrite:
-        raise ConfigError(f"{out} holds an earlier run ({used[0]}): give another --out, or --overwrite to replace it")
+        ended = (out / "summary.json").exists() or not (out / "run.json").exists()
+        go_on = "" if ended else f", or go on with it: fl-dualpriv run --resume {out}"
+        raise ConfigError(
+            f"{out} holds an earlier run ({used[0]}): give another --out, or --overwrite to replace it{go_on}"
+        )
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if used:
-            for name in RESULT_FILES:
-                (out / name).unlink(missing_ok=True)
-            for name in RESULT_FOLDERS:
-                if (out / name).is_dir() and not (out / name).is_symlink():
-                    shutil.rmtree(out / name)
+        with held_alone(out):  # a run that is going on loses nothing
+            if used:
+                for name in RESULT_FILES:
+                    (out / name).unlink(missing_ok=True)
+                for name in RESULT_FOLDERS:
+                    if (out / name).is_dir() and not (out / name).is_symlink():
+                        shutil.rmtree(out / name)
     except OSError as error:
         raise ConfigError(f"{out} cannot be used for results: {error.strerror or error}; give another --out") from error
 
@@ -260,6 +325,11 @@ def describe(error: Exception, out: Path) -> str:
     file = out / "error.log"
     file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     return f"{type(error).__name__}: {error}\n  traceback: {file}"
+
+
+def how_to_go_on(out: Path) -> str:
+    """What to call when the cause of a failure is gone; nothing if the run left nothing to go on from."""
+    return f"\n  to go on from there: fl-dualpriv run --resume {out}" if (out / "checkpoint.bin").exists() else ""
 
 
 def _terminated(number: int, _frame: FrameType | None) -> NoReturn:

@@ -11,11 +11,20 @@ from safetensors.torch import save
 from torch import Tensor
 
 
-def write_bytes(path: Path, content: bytes, *, synced: bool = False) -> None:
-    """Replace ``path`` by ``content`` in one step, creating its folder; ``synced``: on disk when this returns."""
+def write_bytes(path: Path, content: bytes, *, synced: bool = False, private: bool = False) -> None:
+    """Replace ``path`` by ``content`` in one step, creating its folder.
+
+    Args:
+        path: The file.
+        content: All of it.
+        synced: Whether it is on disk when this returns.
+        private: Whether only this user may read it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if private:
+            temporary.touch(mode=0o600)
         temporary.write_bytes(content)
         if synced:
             _sync(temporary)

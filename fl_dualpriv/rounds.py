@@ -4,6 +4,7 @@ After each aggregation, before the result goes anywhere, the server's checkpoint
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from flwr.app import ConfigRecord
@@ -13,6 +14,7 @@ from torch import Tensor
 from fl_dualpriv import wire
 from fl_dualpriv.checkpoint import Checkpoint, CheckpointFolder, Progress
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.privacy.plan import Release
 from fl_dualpriv.server import RoundStrategy
 
 
@@ -31,6 +33,25 @@ class Rounds:
     def lost(self) -> int:
         """Rounds in the server's ledger beside those that are done: a crash lost them, and their ε is spent."""
         return max(0, self._events() - self._strategy.rounds_done)
+
+    def epsilon(self, delta: float) -> float:
+        """ε of all that stands in the server's ledger."""
+        privacy = self._strategy.privacy
+        assert privacy is not None
+        assert privacy.ledger is not None
+        return privacy.ledger.read().epsilon(delta)
+
+    def charged(self, releases: Sequence[Release]) -> list[Release]:
+        """What leaves, under client-level DP with the rounds that a crash lost: not less than the ledger says."""
+        if not self.lost:
+            return list(releases)
+        note = f"{self.lost} more in the ledger, lost in crashes"
+        return [
+            replace(r, epsilon=max(r.epsilon, self.epsilon(r.delta)), note=f"{r.note}; {note}")
+            if r.unit == "client"
+            else r
+            for r in releases
+        ]
 
     def begin(self, prompt: Tensor) -> Tensor:
         """Keep the start, before anybody is asked under this run's token; gives it back."""

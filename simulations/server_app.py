@@ -77,7 +77,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
             done.server_round,
             done.accuracy,
             record.spent(by_round * config.train.local_steps) if record else None,
-            client.spent(by_round + rounds.lost) if client else None,
+            rounds.epsilon(client.delta) if client and rounds.lost else client.spent(by_round) if client else None,
             strategy.failures - sum(line["failures"] for line in recorder.rounds),  # those of this round
             time.monotonic() - start,
         )
@@ -106,8 +106,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
                 raise
             # What was released is paid for: it is kept, and the tables speak of these rounds alone.
             stopped, prompt = str(exhausted), strategy.prompt
-        if client is not None and (stopped or rounds.lost):
-            client = replace(client, rounds=strategy.rounds_done + rounds.lost)
+            client = replace(client, rounds=strategy.rounds_done) if client else None
         if strategy.deliveries == 0 and strategy.failures > 0:
             raise ClientFailure(
                 f"all {strategy.failures} calls of clients failed; the prompts are noise at best. "
@@ -132,11 +131,12 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
             final=final,
             split=config.evaluation.split,
             group_names=world.group_names,
-            releases=list_releases(config, record, client, scored=strategy.evaluate_every > 0),
+            releases=rounds.charged(list_releases(config, record, client, scored=strategy.evaluate_every > 0)),
             notes=found,
             config={**context.run_config, "output.resume": False},
         )
     )
+    checkpoints.remove()
 
 
 def round_of_epsilon(server_round: int, rounds: int) -> int:

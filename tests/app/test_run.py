@@ -361,8 +361,7 @@ def test_what_the_server_writes_holds_no_personal_prompt(run: Run):
     out = run()
     assert set(read_tensors(out / "prompts" / "global.safetensors")[0]) == {"global"}
     server_side = {p.name for p in out.iterdir()} - {"clients"}
-    kept = {"run.lock", "checkpoint.bin", "checkpoint.previous.bin"}
-    assert server_side == kept | {"summary.json", "rounds.jsonl", "prompts", "curve.png", "actors"}
+    assert server_side == {"run.lock", "summary.json", "rounds.jsonl", "prompts", "curve.png", "actors"}
 
 
 def test_a_run_stops_before_the_round_that_would_exceed_the_budget_and_keeps_what_is_paid(run: Run):

@@ -230,6 +230,35 @@ def test_a_folder_that_holds_no_run_loses_nothing(invoke: Callable[..., Result],
     assert (tmp_path / "out" / "prompts" / "mine").exists()
 
 
+def test_a_run_that_was_cut_off_is_resumed_with_its_own_configuration(
+    invoke: Callable[..., Result], config: Path, tmp_path: Path
+) -> None:
+    out, jobs = tmp_path / "out", []
+
+    def cut_off(_engine: cli.Engine, job: cli.Job) -> None:
+        (job.out / "checkpoint.bin").write_bytes(b"")
+        raise RunFailed("the server was killed")
+
+    failed = invoke("--set", "population=3", "--engine", "local", engine=cut_off)
+    assert f"to go on from there: fl-dualpriv run --resume {out}" in failed.output
+    config.unlink()
+    resume = ["run", "--resume", str(out)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "run_engine", lambda engine, job: (jobs.append(job), good_engine(engine, job)))
+        patch.setattr(cli.signal, "signal", lambda *_: None)
+        for words in (["--set", "rounds=3"], ["--overwrite"], ["--out", str(out)]):
+            assert CliRunner().invoke(cli.app, [*resume, *words]).exit_code == 2
+        assert CliRunner().invoke(cli.app, resume).exit_code == 0
+        ended = CliRunner().invoke(cli.app, resume)
+        nothing = CliRunner().invoke(cli.app, ["run", "--resume", str(tmp_path)])
+    (job,) = jobs
+    assert (job.engine, job.name, job.config.population, job.config.rounds) == (cli.Engine.LOCAL, "quick", 3, 2)
+    assert (job.flat["output.dir"], job.flat["output.resume"]) == (str(out), True)
+    assert (ended.exit_code, nothing.exit_code) == (2, 2)
+    assert "its run has ended" in ended.output
+    assert "nothing to resume" in nothing.output
+
+
 def test_default_folder_is_named_after_the_config(config: Path, tmp_path: Path) -> None:
     job = cli.prepare(config, [], None, ROOT, overwrite=False)
     assert re.fullmatch(re.escape(str(tmp_path)) + r"/runs/quick-\d{8}-\d{6}", str(job.out))

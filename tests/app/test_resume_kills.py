@@ -1,0 +1,196 @@
+"""kill -9 at random moments, then --resume: 20 of 20 end as if nothing had happened; local processes, and Ray's."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fl_dualpriv import supervisor
+from fl_dualpriv.privacy.ledger import Ledger
+from fl_dualpriv.results import RunRecorder
+from tests.app.run_folders import BOTH, Start, ending, lines, starter
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def start(images: Path, tiny_clip_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    monkeypatch.setattr(RunRecorder, "write_curve", lambda self, caption: None)  # three quarters of a small run's time
+    return starter(images, tiny_clip_dir, tmp_path)
+
+
+def in_a_process(play: Callable[[], object], kill_after: float | None = None) -> bool:
+    """Play in a process of its own; whether it got to the end before it was killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            play()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return not os.WIFSIGNALED(status)
+
+
+def test_twenty_of_twenty_end_bit_by_bit_as_if_nothing_had_happened(start: Start, tmp_path: Path):
+    changes = BOTH | {"rounds": 6, "evaluation.every": 1}
+    expected = ending(start("whole", changes))  # and this process has all it needs, for those it forks
+    began = time.monotonic()
+    assert in_a_process(lambda: start("timed", changes))
+    seconds, rng, cut_off = time.monotonic() - began, random.Random(0), 0
+    for number in range(20):
+        out = tmp_path / f"killed-{number}"
+        ended = in_a_process(lambda out=out: start(out.name, changes), rng.uniform(0.05, 0.95) * seconds)
+        cut_off += not ended
+        if number % 2 and not (out / "summary.json").exists():  # killed once more
+            in_a_process(lambda out=out: start(out.name, changes, resume=True), rng.uniform(0.0, 0.5) * seconds)
+        if not (out / "summary.json").exists():
+            assert in_a_process(lambda out=out: start(out.name, changes, resume=True))
+        assert ending(out) == expected, number
+    assert cut_off >= 15
+
+
+def test_with_randomness_of_the_system_no_ledger_says_too_little(start: Start, tmp_path: Path):
+    """A lost round at the server is a further event, and its ε stands in the table; clients release each round once."""
+    changes = BOTH | {"privacy.randomness": "os", "rounds": 6, "evaluation.every": 1, "privacy.client.max-epsilon": 1e3}
+    start("whole", changes)
+    began = time.monotonic()
+    assert in_a_process(lambda: start("timed", changes))
+    seconds, rng, lost = time.monotonic() - began, random.Random(1), 0
+    for number in range(8):
+        out = tmp_path / f"killed-{number}"
+        for resume in (False, True, True):
+            if not (out / "summary.json").exists():
+                in_a_process(
+                    lambda out=out, resume=resume: start(out.name, changes, resume=resume),
+                    rng.uniform(0.1, 0.8) * seconds,
+                )
+        if not (out / "summary.json").exists():
+            assert in_a_process(lambda out=out: start(out.name, changes, resume=True))
+        server = Ledger(out / "ledger.jsonl").read()
+        assert {event.server_round for event in server.events} == {1, 2, 3, 4, 5, 6}
+        lost += len(server.events) - 6
+        (row,) = [r for r in json.loads((out / "summary.json").read_text())["privacy"] if r["unit"] == "client"][:1]
+        assert row["epsilon"] >= server.epsilon(row["delta"]) * (1 - 1e-9)
+        for path in out.glob("clients/*/ledger.jsonl"):
+            rounds = [event.server_round for event in Ledger(path).read().events]
+            assert len(set(rounds)) == len(rounds)
+    assert lost >= 0
+
+
+# --- the command, on both engines -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_clip_dir: Path) -> Path:
+    root, rng = tmp_path_factory.mktemp("own"), np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 2), ("test", 4)):
+        for name in ("cat", "dog", "bus", "tree"):
+            (root / "images" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / "images" / split / name / f"{i}.png")
+    file = root / "own.toml"
+    file.write_text(
+        f"""
+rounds = 12
+population = 4
+supernodes = 2
+reply-timeout = 60.0
+evaluation.every = 1
+privacy.randomness = "seeded"
+privacy.record.delta = 1e-3
+data.path = "{root / "images"}"
+backbone.name = "local-dir:{tiny_clip_dir}"
+resources.device = "cpu"
+"""
+    )
+    return file
+
+
+def command(*arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "fl_dualpriv.cli", "run", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(process: "subprocess.Popen[str]") -> str:
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def expected(config: Path, tmp_path_factory: pytest.TempPathFactory) -> object:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    finished(command(str(config), "--app", str(ROOT), "--engine", "local", "--out", str(out)))
+    return ending(out)
+
+
+def after_round(out: Path, number: int, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 200
+    file = out / "rounds.jsonl"
+    while not file.exists() or len(lines(file)) <= number:  # round 0 has a line too
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_the_command_goes_on_after_its_process_was_killed(config: Path, expected: object, tmp_path: Path):
+    out = tmp_path / "out"
+    process = command(str(config), "--app", str(ROOT), "--engine", "local", "--out", str(out))
+    after_round(out, 3, process)
+    process.kill()
+    process.wait()
+    output = finished(command("--resume", str(out)))
+    assert "own: dpfpl, 4 clients on 2 nodes, engine local" in output
+    assert ending(out) == expected
+
+
+def find(front: int, words: str) -> list[int]:
+    return [pid for pid in supervisor.descendants(front) if words in supervisor.command_line(pid)]
+
+
+@pytest.mark.parametrize("victim", ["server", "worker", "both, and the front"])
+def test_on_ray_a_run_goes_on_after_its_processes_were_killed(
+    config: Path, expected: object, tmp_path: Path, victim: str
+):
+    """A worker that dies is a counted zero under DP, so its run is ended here before it goes on."""
+    out = tmp_path / "out"
+    process = command(str(config), "--app", str(ROOT), "--engine", "ray", "--out", str(out))
+    after_round(out, 2, process)
+    servers, workers = find(process.pid, "flwr-simulation"), find(process.pid, "ray::")
+    assert servers
+    assert workers
+    if victim == "server":
+        supervisor.kill(servers)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert "error:" in output
+        assert f"--resume {out}" in output
+    else:
+        supervisor.kill(servers if "both" in victim else [])
+        supervisor.kill(workers)
+        process.kill()
+        process.communicate(timeout=60)
+    finished(command("--resume", str(out)))
+    assert ending(out) == expected
