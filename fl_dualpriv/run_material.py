@@ -100,7 +100,8 @@ def _of_run(folder: Path, client: int | None) -> Material:
                 f"{folder}: the personal prompt of client {client} lies on its node; its owner exports it from the "
                 "node's state folder"
             )
-        prompt = prompt + _personal(folder / "clients" / f"client-{client:03d}" / "prompt.safetensors", token)
+        personal = _personal(folder / "clients" / f"client-{client:03d}" / "prompt.safetensors", token)
+        prompt = METHODS[summary["method"]].effective(prompt, personal)
     rows = list(summary["privacy"])
     scores, note = _scores_of_run(summary, client)
     return Material(
@@ -256,7 +257,7 @@ def _prompt_of_node(folder: Path, run: NodeRun) -> tuple[Tensor, ScoreFacts | No
     if (last := int(metadata["server-round"])) != run.rounds:
         raise ConfigError(f"{folder}: the run did not finish here, the last round was {last} of {run.rounds}")
     note = "with the global prompt as the last round sent it: the node never saw what became of it"
-    return tensors["global"] + personal, None, (note,)
+    return METHODS[run.method].effective(tensors["global"], personal), None, (note,)
 
 
 def _share(counts: str) -> float | None:

@@ -116,6 +116,22 @@ def test_the_global_prompt_of_a_run_that_scored_personal_ones_has_no_accuracy(dp
     assert any("personal prompts, not of this one" in note for note in facts.notes)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dp-lora", "fedotp", "fedpgp"])
+def test_what_is_no_prompt_by_itself_is_refused(
+    method: str, settings: dict[str, Any], tiny_clip_dir: Path, tmp_path: Path
+):
+    run = tmp_path / "run"
+    run_local(APP_DIR, settings | {"method": method, "output.dir": str(run)})
+    if method == "fedpgp":  # one that is: its parts add up to words
+        prompts = [exported(run, i, tmp_path / f"{i}.safetensors", tiny_clip_dir) for i in range(CLIENTS)]
+        summary = json.loads((run / "summary.json").read_text())
+        assert scores(prompts, summary) == tuple(summary["accuracy"]["final"][k] for k in ("local", "neighbour"))
+    else:
+        with pytest.raises(ConfigError, match=f"what a run of {method} learns cannot be used without the run"):
+            publish(run, 0 if method == "fedotp" else None)
+
+
 # --- what is refused at export ----------------------------------------------------------------------------------------
 
 
@@ -197,6 +213,7 @@ def test_who_is_not_there_is_not_published(dpfpl: Path, runs: Callable[[str], Pa
         publish(tmp_path, 0)
 
 
+@pytest.mark.slow
 def test_a_ledger_that_holds_more_than_the_plan_is_what_counts(dpfpl: Path):
     file = dpfpl / "clients" / "client-002" / "ledger.jsonl"
     file.write_text(file.read_text() * 3)  # six releases instead of two, of a client whose prompt is not even asked for

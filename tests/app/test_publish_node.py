@@ -56,6 +56,7 @@ def test_the_owner_of_a_node_publishes_what_it_scored(
         publish(folders[0], 0)
 
 
+@pytest.mark.slow
 def test_a_node_that_is_never_scored_publishes_what_it_trained_on(deployed: Callable[..., list[Path]], tmp_path: Path):
     folder = deployed({"evaluation.held-out-data": "private"})[1]
     found = publish(folder, 1)
