@@ -134,7 +134,7 @@ class Rehearsal:
         self.report |= {
             "rounds": [[event["server_round"] for event in events] for events in ledgers],
             "failures": summary["failures"],
-            "accuracy": summary["final"],
+            "accuracy": summary["accuracy"]["final"],
             "run seconds": round(summary["seconds"], 1),
             "rounds end after": [round(line["seconds"], 1) for line in sites.rounds()],
         }
