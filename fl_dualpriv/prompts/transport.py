@@ -27,17 +27,19 @@ def transport_plan(similarity: Tensor, mass: float, regularisation: float, itera
         Li et al. 2024 (FedOTP), arXiv:2403.00041, sec. 3; Benamou et al. 2015, arXiv:1412.5154 (partial transport by
         alternating projections); Altschuler et al. 2017, arXiv:1705.09634, Algorithm 2 (the last step).
     """
-    bound, share = 1 / similarity.shape[-2], mass / similarity.shape[-1]
-    exact = similarity.double()
-    kernel = torch.exp((exact - exact.amax(dim=-2, keepdim=True)) / regularisation)  # columns undo the division
-    rows = torch.ones_like(kernel[..., :1])
-    columns = torch.ones_like(kernel[..., :1, :])
+    patches, prompts = similarity.shape[-2:]
+    bound, share = 1 / patches, mass / prompts
+    # Problems last, side by side in memory: sums over few prompts and patches are then additions of long rows.
+    exact = similarity.reshape(-1, patches, prompts).permute(1, 2, 0).double().contiguous()
+    kernel = torch.exp((exact - exact.amax(dim=0, keepdim=True)) / regularisation)  # columns undo the division
+    rows = torch.ones_like(kernel[:, :1])
+    columns = torch.ones_like(kernel[:1])
     for _ in range(iterations):
-        columns = share / (kernel * rows).sum(dim=-2, keepdim=True)
-        rows = (bound / (kernel * columns).sum(dim=-1, keepdim=True)).clamp(max=1.0)
+        columns = share / (kernel * rows).sum(dim=0, keepdim=True)
+        rows = (bound / (kernel * columns).sum(dim=1, keepdim=True)).clamp_(max=1.0)
     plan = rows * kernel * columns
-    plan = plan * (share / plan.sum(dim=-2, keepdim=True)).clamp(max=1.0)
-    room = (bound - plan.sum(dim=-1, keepdim=True)).clamp(min=0.0)
-    lacking = share - plan.sum(dim=-2, keepdim=True)
-    plan = plan + room * lacking / room.sum(dim=-2, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    return plan.to(similarity.dtype)
+    plan = plan * (share / plan.sum(dim=0, keepdim=True)).clamp(max=1.0)
+    room = (bound - plan.sum(dim=1, keepdim=True)).clamp(min=0.0)
+    lacking = share - plan.sum(dim=0, keepdim=True)
+    plan = plan + room * lacking / room.sum(dim=0, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    return plan.permute(2, 0, 1).reshape(similarity.shape).to(similarity.dtype)
