@@ -1,6 +1,7 @@
 """The runs behind a table: each checked before the first one starts, run in worker processes, and never repeated."""
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -99,6 +100,11 @@ def run(cell: Cell, runs: Path) -> dict[str, Any]:
     return summary
 
 
+def was_run(cell: Cell, runs: Path) -> bool:
+    """Whether a cell has a summary, or a note that it failed."""
+    return any((runs / cell.folder / name).exists() for name in ("summary.json", FAILED))
+
+
 def attempt(cell: Cell, runs: Path) -> dict[str, Any]:
     """As `run`, but empty where the run fails, now and whenever it is asked for: a trial may diverge."""
     note = runs / cell.folder / FAILED
@@ -125,7 +131,7 @@ def run_all(cells: Sequence[Cell], runs: Path, workers: int, *, may_fail: bool =
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers, which import torch anew
     order = {cell.folder: cell for cell in sorted(cells, key=shared)}
     summaries = []
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_quiet_thread) as pool:
         do = attempt if may_fail else run
         futures = {folder: pool.submit(do, cell, runs) for folder, cell in order.items()}
         for number, cell in enumerate(cells, start=1):
@@ -138,7 +144,8 @@ def run_all(cells: Sequence[Cell], runs: Path, workers: int, *, may_fail: bool =
     return summaries
 
 
-def _one_thread() -> None:
+def _quiet_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # else dozens of lines a round

@@ -230,9 +230,8 @@ def report(out: Path, images: Images, labels: NDArray[np.int64]) -> None:
     backbone = load_backbone(f"local-dir:{out}", "", "cpu")
     rng = np.random.default_rng(0)
     for domains in [(), *((name,) for name in DOMAINS), *PRIVATE]:
-        x = torch.stack(
-            [backbone.image_features(to_tensor(cifar10_images.show(i, domains, rng)[None]))[0] for i in images]
-        )
+        shown = to_tensor(np.stack([cifar10_images.show(image, domains, rng) for image in images]))
+        x = torch.cat([backbone.image_features(part) for part in shown.split(128)])
         words = " ".join(DOMAINS[name][0] for name in domains)
         shares = []
         for template in (TEMPLATE, f"a {words} photo of a {{}}".replace("  ", " ")):

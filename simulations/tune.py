@@ -22,7 +22,7 @@ import numpy as np
 from fl_dualpriv.config import ConfigValue, app_defaults, read_toml
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import write_bytes
-from simulations.cells import Cell, make_cell, run_all
+from simulations.cells import Cell, make_cell, run_all, was_run
 from simulations.report import CONFIGS, ROOT
 
 Point = dict[str, ConfigValue]  # a value for each key that is tuned
@@ -186,12 +186,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--base", help="this base only; what was chosen on others stays")
     parser.add_argument("--method", help="this method only, likewise")
+    parser.add_argument("--finished", action="store_true", help="run nothing: choose where all trials have been run")
     args = parser.parse_args()
     document = read(args.search)
     every = trials_of(document)
     wanted = {e: t for e, t in every.items() if args.base in (None, e[0]) and args.method in (None, e[1])}
     if not wanted:
         parser.error(f"nothing is called {args.base or args.method!r} in {args.search}")
+    if args.finished:
+        wanted = {e: own for e, own in wanted.items() if all(was_run(cell, args.runs) for _, cell in own)}
     cells = [cell for trials in wanted.values() for _, cell in trials]
     summaries = iter(run_all(cells, args.runs, args.workers, may_fail=True))
     path = args.search.with_name(CHOSEN)
