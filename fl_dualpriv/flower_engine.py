@@ -25,6 +25,8 @@ from fl_dualpriv import flower_env, supervisor
 RunConfigValues = Mapping[str, bool | int | float | str]
 
 _START_SECONDS = 60.0
+_PORT_TRIES = 3
+_TAKEN = b"address already in use"
 _CALL_SECONDS = 120.0
 _STATUS_SECONDS = 60.0  # between looks at the status: each costs a second of CPU, watching files costs nothing
 _ENDED_SECONDS = 2.0  # after the log has ended
@@ -98,19 +100,39 @@ class _SuperLink:
 
 @contextlib.contextmanager
 def _superlink(log: Path) -> Iterator[_SuperLink]:
-    """Start a SuperLink under a supervisor; end all of it on the way out."""
+    """Start a SuperLink on a free port; end all of it on the way out.
+
+    Between the choice of a port and Flower's use of it another program may take it: then another one is tried.
+
+    Raises:
+        RunFailed: If it does not come up.
+    """
+    log.write_bytes(b"")
+    for _ in range(_PORT_TRIES):
+        port, control_port = flower_env.free_ports(2)
+        logged = log.stat().st_size
+        with _superlink_on(log, port, control_port) as link:
+            if _comes_up(link, port, logged):
+                yield link
+                return
+    raise RunFailed(
+        f"{_PORT_TRIES} free ports of 127.0.0.1 were taken by other programs before Flower's SuperLink could use them: "
+        f"look for what starts so many servers on this machine, and run again\n  the whole log: {log}"
+    )
+
+
+@contextlib.contextmanager
+def _superlink_on(log: Path, port: int, control_port: int) -> Iterator[_SuperLink]:
+    """A SuperLink that is about to start, under a supervisor, in a folder of its own."""
     root = tempfile.gettempdir()
     # The path of a Unix socket holds at most 107 characters (103 on macOS); Ray keeps its own in this folder.
     home = Path(tempfile.mkdtemp(prefix="fdp-", dir=root if len(root) + _SOCKET_SUFFIX <= 103 else "/tmp"))
     try:
-        port, _ = ports = flower_env.free_ports(2)
         flower_env.write_flower_config(home, f"127.0.0.1:{port}")
-        environ = _environment(home, *ports)
+        environ = _environment(home, port, control_port)
         process = _start(log, home, port, environ)
         try:
-            link = _SuperLink(process=process, environ=environ, home=home, log=log)
-            _wait_until_healthy(link, port)
-            yield link
+            yield _SuperLink(process=process, environ=environ, home=home, log=log)
         finally:
             assert process.stdin is not None
             process.stdin.close()  # the supervisor's sign to end everything
@@ -138,7 +160,6 @@ def _start(log: Path, home: Path, port: int, environ: Mapping[str, str]) -> "sub
     empty.mkdir()
     command = [_script("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
-    log.write_bytes(b"")
     with log.open("ab") as stream:
         return subprocess.Popen(
             # -I keeps the supervisor's own folder, this package, off its module path.
@@ -188,14 +209,22 @@ def _script(name: str) -> str:
     return str(path)
 
 
-def _wait_until_healthy(link: _SuperLink, port: int) -> None:
+def _comes_up(link: _SuperLink, port: int, logged: int) -> bool:
+    """Wait until the SuperLink answers; False if another program has its port. ``logged``: bytes of earlier tries.
+
+    Raises:
+        RunFailed: If it ended for another reason, or does not answer.
+    """
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         if link.process.poll() is not None:
+            if _TAKEN in link.log.read_bytes()[logged:].lower():
+                return False
             raise RunFailed(_explain("Flower's SuperLink ended at once", link.log))
-        # URLError and time-outs are OSErrors.
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-            return
+        # Only our own is asked. URLError and time-outs are OSErrors.
+        if supervisor.listens(link.process.pid, port):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return True
         time.sleep(0.1)
     raise RunFailed(_explain(f"Flower's SuperLink did not answer within {_START_SECONDS:.0f} s", link.log))
 

@@ -62,6 +62,29 @@ def descendants(pid: int) -> list[int]:
     return [member for member in found if alive(member)]
 
 
+def listens(pid: int, port: int) -> bool:
+    """Whether ``pid`` or a process below it listens on this TCP port (IPv4): else who answers there is someone else.
+
+    Without ``/proc`` nothing can be said, and the answer is yes.
+    """
+    table = _PROC / "net" / "tcp"
+    if not table.exists():
+        return True
+    rows = [line.split() for line in table.read_text().splitlines()[1:]]
+    # Columns: local address in hexadecimal, state (0A: listening), inode of the socket.
+    sockets = {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
+    return any(sockets & _open_files(member) for member in ([pid, *descendants(pid)] if sockets else []))
+
+
+def _open_files(pid: int) -> set[str]:
+    found: set[str] = set()
+    with contextlib.suppress(OSError):
+        for handle in (_PROC / str(pid) / "fd").iterdir():
+            with contextlib.suppress(OSError):  # it was closed meanwhile
+                found.add(str(handle.readlink()))
+    return found
+
+
 def kill(pids: Iterable[int], number: signal.Signals = signal.SIGKILL) -> None:
     """Send a signal to each process that is still there."""
     for pid in pids:

@@ -8,7 +8,7 @@ import pytest
 from fl_dualpriv.checkpoint import CheckpointFolder
 from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.results import RunRecorder
-from tests.app.run_folders import BOTH, LEVELS, Start, ending, starter
+from tests.app.run_folders import BOTH, CLIENT, LEVELS, Start, ending, starter
 
 
 class CutOff(BaseException):
@@ -74,3 +74,28 @@ def test_a_run_goes_on_from_the_middle_of_a_round_on_every_level(start: Start, l
             with pytest.raises(CutOff):
                 start("cut", LEVELS[level], resume=True)
     assert ending(start("cut", LEVELS[level], resume=True)) == expected
+
+
+MEMORIES = {  # what the server's noise and steps remember from round to round
+    "tree": {"privacy.client.mechanism": "tree", "privacy.client.expected-cohort": 2.0},
+    "banded": {"privacy.client.mechanism": "banded", "privacy.client.expected-cohort": 2.0},
+    "adaptive": {
+        "privacy.client.clipping": "adaptive",
+        "privacy.client.bit-noise-share": 0.5,
+        "strategy.ref": "strategies.fedadam:FedAdam",
+    },
+}
+
+
+@pytest.mark.parametrize("memory", ["banded", "adaptive", pytest.param("tree", marks=pytest.mark.slow)])
+def test_what_the_server_remembers_is_as_if_its_rounds_had_never_been_cut_off(start: Start, memory: str):
+    """Cut off after the noise of a round was drawn and before that is kept, and after it is kept."""
+    changes = CLIENT | MEMORIES[memory] | {"evaluation.every": 3}
+    expected = ending(start("whole", changes))
+    run_until(start, "cut", changes, CheckpointFolder, "write", 2, before=True)  # the first is the start's
+    for before in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            cut_off(patch, CheckpointFolder, "write", 1, before=before)
+            with pytest.raises(CutOff):
+                start("cut", changes, resume=True)
+    assert ending(start("cut", changes, resume=True)) == expected
