@@ -316,7 +316,7 @@ allowed = ["{self.digest}"]
             capture_output=True,
             text=True,
             check=False,
-            timeout=200,
+            timeout=600,
         )
 
     def _start(self, name: str, command: Sequence[str], home: Path) -> Program:
