@@ -3,11 +3,12 @@
 After each aggregation, before the result goes anywhere, the server's checkpoint is written.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from flwr.app import ConfigRecord
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from fl_dualpriv.checkpoint import Checkpoint, CheckpointFolder, Progress
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.privacy.plan import Release
 from fl_dualpriv.server import RoundStrategy
+
+_log = logging.getLogger("fl_dualpriv")
 
 
 class Rounds:
@@ -28,6 +31,7 @@ class Rounds:
 
     def __init__(self, strategy: RoundStrategy, checkpoints: CheckpointFolder) -> None:
         self._strategy, self._checkpoints = strategy, checkpoints
+        self._warned = False
 
     @property
     def lost(self) -> int:
@@ -100,12 +104,24 @@ class Rounds:
         for server_round in range(reported + 1, strategy.num_rounds + 1):
             if server_round > strategy.rounds_done:
                 asked = strategy.configure_train(server_round, arrays, config, grid)
-                moved, _ = strategy.aggregate_train(server_round, grid.send_and_receive(asked, timeout=timeout))
+                moved, _ = strategy.aggregate_train(server_round, self._replies(grid, asked, timeout))
                 arrays = arrays if moved is None else moved
                 self._keep(wire.from_arrays(arrays))
             asked = strategy.configure_evaluate(server_round, arrays, config, grid)
-            strategy.aggregate_evaluate(server_round, grid.send_and_receive(asked, timeout=timeout))
+            strategy.aggregate_evaluate(server_round, self._replies(grid, asked, timeout))
         return wire.from_arrays(arrays)
+
+    def _replies(self, grid: Grid, asked: Iterable[Message], timeout: float) -> Iterator[Message]:
+        """The replies as they are; says once what a dead actor means where the run goes on without it."""
+        for reply in grid.send_and_receive(asked, timeout=timeout):
+            if not self._warned and self._strategy.tolerates_failures and wire.dead_actor(reply) is not None:
+                self._warned = True
+                _log.warning(
+                    "a dead actor stays: from now on many clients count as zero in each round, and their privacy is "
+                    "spent for nothing. End the run (Ctrl-C) and go on with `fl-dualpriv run --resume`; where memory "
+                    "was short raise resources.cpus-per-client: fewer actors need less"
+                )
+            yield reply
 
     def _keep(self, prompt: Tensor) -> None:
         strategy = self._strategy

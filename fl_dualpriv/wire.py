@@ -20,6 +20,7 @@ from fl_dualpriv.privacy.plan import RoundTerms
 PromptKind = Literal["zero-shot", "global", "personal"]
 _COUNTS = {name.replace("_", "-"): name for name in (f.name for f in fields(Score)) if name != "by_group"}
 _GROUPS = ("group-correct", "group-total")
+_DEAD_ACTOR = re.compile(r"<class 'ray\.exceptions\.(ActorDied|RayActor)Error'>:")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,8 +283,25 @@ def _number(value: Any) -> float:
     return float(value)
 
 
+def dead_actor(reply: Message) -> str | None:
+    """Id of the process that computed for a node of Flower's simulation and died, "?" if it is not told; else None.
+
+    Flower puts dead actors back among the living, and each fails at once whatever it is given, so it is given much.
+    """
+    reason = (reply.error.reason or "") if reply.has_error() else ""
+    if not _DEAD_ACTOR.match(reason):  # a client's own words are wrapped in another class
+        return None
+    found = re.search(r"^\s*pid: (\d+)$", reason, flags=re.MULTILINE)
+    return found[1] if found else "?"
+
+
 def failure_reason(reply: Message) -> str:
     """What a client raised, in its own words: Ray wraps them in two tracebacks and the repr of an actor."""
+    if (pid := dead_actor(reply)) is not None:
+        return (
+            f"actor {pid} of the simulation has died, of a crash or for want of memory (see flower.log), and fails all "
+            "that Flower goes on giving it; start the run anew, or go on from its last round with --resume"
+        )
     text = re.sub(r"\x1b\[[0-9;]*m", "", reply.error.reason or "no reason given").strip()
     _, found, message = text.rpartition("Exception ClientAppException occurred. Message: ")
     if not found:

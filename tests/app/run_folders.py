@@ -1,10 +1,17 @@
-"""Small whole runs in this process, and what must be equal at the end of two of them."""
+"""Small whole runs, in this process or by the command, and what must be equal at the end of two of them."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from fl_dualpriv import supervisor
 from fl_dualpriv.config import app_defaults
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.local_engine import run_local
@@ -76,3 +83,50 @@ def ending(out: Path) -> tuple[Any, ...]:
     """All that must be the same, bit by bit, however often the run was cut off."""
     assert not (out / "error.json").exists()
     return prompts(out), ledgers(out), results(out)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def write_config(root: Path, clip: Path, *, rounds: int) -> Path:
+    """A configuration of four clients on two nodes, seeded, beside its images."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 2), ("test", 4)):
+        for name in ("cat", "dog", "bus", "tree"):
+            (root / "images" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / "images" / split / name / f"{i}.png")
+    file = root / "own.toml"
+    file.write_text(
+        f"""
+rounds = {rounds}
+population = 4
+supernodes = 2
+reply-timeout = 60.0
+evaluation.every = 1
+privacy.randomness = "seeded"
+privacy.record.delta = 1e-3
+data.path = "{root / "images"}"
+backbone.name = "local-dir:{clip}"
+resources.device = "cpu"
+"""
+    )
+    return file
+
+
+def command(*arguments: str) -> "subprocess.Popen[str]":
+    """``fl-dualpriv run``; it is running when this returns."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "fl_dualpriv.cli", "run", *arguments],
+        cwd=APP_DIR,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def find_below(front: int, words: str) -> list[int]:
+    """Processes below ``front`` whose command has these words."""
+    return [pid for pid in supervisor.descendants(front) if words in supervisor.command_line(pid)]

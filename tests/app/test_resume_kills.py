@@ -5,19 +5,16 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from fl_dualpriv import supervisor
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.results import RunRecorder
-from tests.app.run_folders import BOTH, Start, ending, lines, starter
+from tests.app.run_folders import BOTH, Start, command, ending, find_below, lines, starter, write_config
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -97,40 +94,7 @@ def test_with_randomness_of_the_system_no_ledger_says_too_little(start: Start, t
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, tiny_clip_dir: Path) -> Path:
-    root, rng = tmp_path_factory.mktemp("own"), np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 2), ("test", 4)):
-        for name in ("cat", "dog", "bus", "tree"):
-            (root / "images" / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / "images" / split / name / f"{i}.png")
-    file = root / "own.toml"
-    file.write_text(
-        f"""
-rounds = 12
-population = 4
-supernodes = 2
-reply-timeout = 60.0
-evaluation.every = 1
-privacy.randomness = "seeded"
-privacy.record.delta = 1e-3
-data.path = "{root / "images"}"
-backbone.name = "local-dir:{tiny_clip_dir}"
-resources.device = "cpu"
-"""
-    )
-    return file
-
-
-def command(*arguments: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "fl_dualpriv.cli", "run", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return write_config(tmp_path_factory.mktemp("own"), tiny_clip_dir, rounds=12)
 
 
 def finished(process: "subprocess.Popen[str]") -> str:
@@ -166,10 +130,6 @@ def test_the_command_goes_on_after_its_process_was_killed(config: Path, expected
     assert ending(out) == expected
 
 
-def find(front: int, words: str) -> list[int]:
-    return [pid for pid in supervisor.descendants(front) if words in supervisor.command_line(pid)]
-
-
 @pytest.mark.parametrize("victim", ["server", "worker", "both, and the front"])
 def test_on_ray_a_run_goes_on_after_its_processes_were_killed(
     config: Path, expected: object, tmp_path: Path, victim: str
@@ -178,7 +138,7 @@ def test_on_ray_a_run_goes_on_after_its_processes_were_killed(
     out = tmp_path / "out"
     process = command(str(config), "--app", str(ROOT), "--engine", "ray", "--out", str(out))
     after_round(out, 2, process)
-    servers, workers = find(process.pid, "flwr-simulation"), find(process.pid, "ray::")
+    servers, workers = find_below(process.pid, "flwr-simulation"), find_below(process.pid, "ray::")
     assert servers
     assert workers
     if victim == "server":
