@@ -113,7 +113,9 @@ def page(
         "local accuracy is chosen. ε is of one final run; the trials are not accounted.",
     ]
     if missing:
-        parts.append(f"\n**Not finished: {missing} final runs are missing.** The same command goes on from here.")
+        parts.append(
+            f"\n**Not finished: {missing} final runs are missing.** `simulations.tune` and then this command go on."
+        )
     for base, own in document["bases"].items():
         finished = [s for (b, _, _), summaries in done.items() if b == base for s in summaries]
         if not finished:

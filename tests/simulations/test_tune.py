@@ -11,7 +11,7 @@ import pytest
 
 from fl_dualpriv.errors import ConfigError
 from simulations import baselines, tune
-from simulations.cells import FAILED
+from simulations.cells import FAILED, attempt, run, was_run
 
 SHIPPED = Path(__file__).parents[2] / "simulations" / "configs" / "baselines" / "search.toml"
 
@@ -125,6 +125,24 @@ def test_final_runs_are_of_what_was_chosen_on_test_data(document: dict[str, Any]
         assert all(chosen[entry]["keys"].items() <= cell.settings.items() for cell in own)
 
 
+def test_a_trial_that_fails_is_noted_and_not_run_again(trials: Trials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    calls = []
+
+    def diverge(app_dir: Path, run_config: dict[str, Any]):
+        calls.append(run_config["output.dir"])
+        raise FloatingPointError("the prompt is not finite")
+
+    monkeypatch.setattr("fl_dualpriv.local_engine.run_local", diverge)
+    cell = next(iter(trials.values()))[0][1]
+    assert not was_run(cell, tmp_path)
+    assert attempt(cell, tmp_path) == attempt(cell, tmp_path) == {}
+    assert was_run(cell, tmp_path)
+    assert len(calls) == 1
+    assert "not finite" in (tmp_path / cell.folder / FAILED).read_text()
+    with pytest.raises(FloatingPointError):
+        run(cell, tmp_path)  # a final run must not fail
+
+
 def _summary(start: float, end: float) -> dict[str, Any]:
     accuracy = {"zero_shot": {"local": start, "neighbour": start}, "final": {"local": end, "neighbour": end / 2}}
     return {"accuracy": accuracy, "seconds": 2.0, "privacy": []}
@@ -155,8 +173,7 @@ def test_the_commands_run_and_do_not_repeat_themselves(tmp_path: Path, monkeypat
     search.write_text(
         'trials = 2\ntuning-seed = 7\nseeds = [0]\nepsilons = [inf]\n[common]\n"resources.feature-cache" = "off"\n'
         f'[bases.demo]\ntitle = "small"\nconfig = "nonprivate.toml"\n'
-        # The second rate is too large for floats: that trial diverges, and is no reason to stop.
-        '[values.without-noise]\n"train.global-learning-rate" = [0.5, 1e38]\n[[methods]]\nname = "one"\n'
+        '[values.without-noise]\n"train.global-learning-rate" = [0.5, 1e-6]\n[[methods]]\nname = "one"\n'
         f"keys = {{ {', '.join(f'{json.dumps(k)} = {json.dumps(v)}' for k, v in keys.items())} }}\n"
         'tunes = ["train.global-learning-rate"]\n'
     )
@@ -164,8 +181,13 @@ def test_the_commands_run_and_do_not_repeat_themselves(tmp_path: Path, monkeypat
     monkeypatch.setattr("sys.argv", ["tune", *common])
     tune.main()
     chosen = tomllib.loads(search.with_name(tune.CHOSEN).read_text())["chosen"]
-    assert [(c["trials"], c["failed"], c["keys"]) for c in chosen] == [(2, 1, {"train.global-learning-rate": 0.5})]
-    assert len(list(runs.rglob(FAILED))) == 1
+    assert [(c["trials"], c["failed"]) for c in chosen] == [(2, 0)]
+    scores = {
+        summary["config"]["train.global-learning-rate"]: summary["accuracy"]["final"]["local"]
+        for summary in (json.loads(path.read_text()) for path in runs.rglob("summary.json"))
+    }
+    assert max(scores.values()) == scores[chosen[0]["keys"]["train.global-learning-rate"]]
+    assert len(scores) == 2
     monkeypatch.setattr("sys.argv", ["baselines", *common, "--out", str(tmp_path / "table.md")])
     baselines.main()
     assert "| one | " in (tmp_path / "table.md").read_text()
