@@ -225,7 +225,8 @@ class Node:
             prompts: dict[int, Tensor] = {}
             for p in group:
                 try:
-                    state = self.folder(p).load(task.run_token, n_ctx, ctx_dim, setting.config.prompt.rank)
+                    rank, terms = setting.config.prompt.rank, str(setting.terms)
+                    state = self.folder(p).load(task.run_token, n_ctx, ctx_dim, rank, terms=terms)
                     prompts[p] = setting.parts.effective(task.global_prompt, state.personal)
                 except Exception as error:
                     failed.add([p], error)

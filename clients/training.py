@@ -194,7 +194,8 @@ class TrainRound:
         n_ctx, ctx_dim = self._prompt.shape
         folder, rank = self._node.folder(partition), self._setting.config.prompt.rank
         shapes = self._training.history_shapes(n_ctx, ctx_dim)
-        state = folder.load(self._task.run_token, n_ctx, ctx_dim, rank, shapes, previous=previous)
+        token, terms = self._task.run_token, str(self._setting.terms)
+        state = folder.load(token, n_ctx, ctx_dim, rank, shapes, previous=previous, terms=terms)
         return state.to(self._prompt.device)
 
     @property
@@ -215,7 +216,8 @@ class TrainRound:
             try:
                 self._node.keep_run(partition, task.run_token)
                 folder.keep_sent(upload, task.global_prompt, task.server_round, task.run_token)
-                folder.save(replace(state, server_round=task.server_round), self._prompt, task.run_token)
+                kept = replace(state, server_round=task.server_round)
+                folder.save(kept, self._prompt, task.run_token, str(self._setting.terms))
             except Exception as error:
                 self._failed.add([partition], error)
                 return

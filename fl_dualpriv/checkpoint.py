@@ -108,8 +108,12 @@ class CheckpointFolder:
         write_bytes(self._last, content, synced=True, private=True)
 
     def remove(self) -> None:
-        """After the results are written: a strategy's memory may be secret, as that of correlated noise is."""
-        for file in (self._last, self._previous):
+        """After the results are written: a strategy's memory may be secret, as that of correlated noise is.
+
+        So is what a kill left of a write; the folder is this run's alone, so nobody is writing there.
+        """
+        left = [f for name in FILES for f in self._last.parent.glob(f".{name}.*.tmp")]
+        for file in (self._last, self._previous, *left):
             file.unlink(missing_ok=True)
 
     def read(self, *, may_go_back: bool) -> Checkpoint | None:
@@ -126,6 +130,8 @@ class CheckpointFolder:
             try:
                 content = file.read_bytes()
             except FileNotFoundError:
+                if file == self._last and self._previous.exists():
+                    problems.append(f"{file.name} is missing")  # no crash does that
                 continue
             try:
                 found = self._parse(file, content)
@@ -134,8 +140,9 @@ class CheckpointFolder:
                 continue
             if problems and not may_go_back:
                 raise ConfigError(
-                    f"{problems[0]}, and the one before cannot be used: with correlated noise from the operating "
-                    "system a round must not be made twice. Start a new run in another folder"
+                    f"{problems[0]}, and the one before cannot be used: with correlated noise, or noise on sums of "
+                    "records (trusts-server), from the operating system a round that was seen must not be made twice. "
+                    "Start a new run in another folder"
                 )
             if problems:
                 _log.warning("%s: going on from %s, round %d", problems[0], file.name, found.progress.rounds_done)

@@ -118,8 +118,13 @@ class ClientFolder:
         history: HistoryShapes | None = None,
         *,
         previous: bool = False,
+        terms: str = "",
     ) -> PersonalState:
         """The state this run left here, or a fresh one if another run wrote the file or nobody did.
+
+        Guarantee:
+            With ``terms`` no state, and so no kept upload, goes from a run into one that promises something else. Run
+            tokens are no secret: they stand in published files.
 
         Args:
             run_token: Of this run.
@@ -129,14 +134,18 @@ class ClientFolder:
             history: What the run remembers of releases, which must be there, no more and no less; None: it is not
                 looked at, as for scores.
             previous: The state before the last round instead.
+            terms: What the run promises, as `save` kept it; empty: it is not looked at.
 
         Raises:
+            PrivacyError: If the run of this token kept its state under other terms.
             ValueError: If the file is of this run but does not hold such a state: it was damaged or exchanged.
         """
         file = self._previous if previous else self._prompt
         if file.exists():
             tensors, metadata = read_tensors(file)
             if metadata.get("run-token") == run_token:
+                if terms and metadata.get("terms", "") != terms:
+                    raise PrivacyError("the run of this token was on other terms than this one; it is refused")
                 shapes = {"personal": (n_ctx, ctx_dim), "carrier": (rank, ctx_dim)}
                 _check(file.name, tensors, {name: (shape, torch.float32) for name, shape in shapes.items()})
                 if history is not None:
@@ -152,7 +161,7 @@ class ClientFolder:
                 )
         return fresh_state(n_ctx, ctx_dim, rank)
 
-    def save(self, state: PersonalState, global_prompt: Tensor, run_token: str) -> None:
+    def save(self, state: PersonalState, global_prompt: Tensor, run_token: str, terms: str = "") -> None:
         """Keep the personal prompt beside the global prompt it was trained on: together they are the client's model.
 
         The state of an earlier round of the run becomes the previous one; at no moment is there no state.
@@ -165,7 +174,7 @@ class ClientFolder:
         write_tensors(
             self._prompt,
             {**state.history, "personal": state.personal, "carrier": state.carrier, "global": global_prompt},
-            {"run-token": run_token, "server-round": str(state.server_round)},
+            {"run-token": run_token, "server-round": str(state.server_round), "terms": terms},
         )
 
     def keep_sent(self, upload: Tensor, global_prompt: Tensor, server_round: int, run_token: str) -> None:
@@ -177,7 +186,7 @@ class ClientFolder:
             del tensors[str(old)], metadata[f"prompt-{old}"]
         tensors[str(server_round)] = upload
         metadata |= {"run-token": run_token, f"prompt-{server_round}": digest(global_prompt)}
-        write_tensors(self._sent, tensors, metadata)
+        write_tensors(self._sent, tensors, metadata, private=True)
 
     def sent(self, server_round: int, global_prompt: Tensor, run_token: str) -> Tensor | None:
         """What was sent in a round of this run, bit by bit; None if it is not kept, or answered another prompt.

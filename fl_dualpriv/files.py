@@ -61,10 +61,12 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, private: bool = False
+) -> None:
+    """Write a safetensors file; ``private``: only this user may read it."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(contiguous, dict(metadata)))
+    write_bytes(path, save(contiguous, dict(metadata)), private=private)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -305,9 +305,13 @@ def first_and_last_accuracy(recorder: RunRecorder, *, trains: bool) -> tuple[Acc
 def may_repeat(config: RunConfig) -> bool:
     """Whether a round whose result was seen may be made again: as the same release, or as a further one.
 
-    Correlated noise is one release of all rounds: another noise in one of them has no place in it.
+    Correlated noise is one release of all rounds: another noise in one of them has no place in it. Clients that trust
+    the server send the same sums once more: a second noise on them is a further look at one sample, which costs more
+    than a further sample, for which the ledger would charge it. A round of clients draws its cohort anew.
     """
-    return config.privacy.randomness == "seeded" or config.privacy.client.mechanism in ("none", "gaussian")
+    privacy = config.privacy
+    independent = privacy.client.mechanism in ("none", "gaussian") and not privacy.record.trusts_server
+    return privacy.randomness == "seeded" or independent
 
 
 def list_releases(

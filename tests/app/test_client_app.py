@@ -17,6 +17,7 @@ from fl_dualpriv import wire
 from fl_dualpriv.files import read_tensors, write_tensors
 from fl_dualpriv.privacy import ledger as ledger_module
 from fl_dualpriv.privacy.ledger import Ledger
+from fl_dualpriv.privacy.plan import RoundTerms
 from tests.app.client_node import (
     KINDS,
     NO_PRIVACY,
@@ -62,6 +63,7 @@ def test_a_node_chooses_its_own_state_folder(nodes: Nodes, tmp_path: Path):
         "ledger.jsonl",
         "ledger.lock",
         "prompt.safetensors",
+        "run.json",
         "sent.safetensors",
     ]
     assert not (tmp_path / "out").exists()
@@ -125,6 +127,30 @@ def test_a_repeated_question_gets_the_same_upload_and_costs_nothing(nodes: Nodes
     after = {p.name: p.read_bytes() for p in (tmp_path / "out" / "clients" / "client-000").iterdir()}
     assert {name: after[name] for name in before} == before
     assert not torch.equal(uploads(train(grid, 4)).values, first[2])
+
+
+@pytest.mark.parametrize(
+    ("before", "asked"),
+    [
+        ({"privacy.record.trusts-server": True}, replace(OFFERED, trusts_server=True)),
+        ({"privacy.record.mechanism": "none"}, NO_PRIVACY),
+    ],
+)
+def test_what_one_server_was_trusted_with_is_not_sent_to_another(
+    nodes: Nodes, tmp_path: Path, before: dict[str, Any], asked: RoundTerms
+):
+    """A token and a global prompt are public after a run: neither they nor its state open its clean uploads."""
+    clean = uploads(train(nodes(before), terms=asked)).values
+    assert len(clean) == 1
+    assert (tmp_path / "out" / "clients" / "client-000" / "sent.safetensors").stat().st_mode & 0o077 == 0
+    lines, other = ledger_lines(tmp_path), nodes()
+    for server_round in (1, 2):  # the kept sum itself, and a personal prompt that was moved without noise
+        found = uploads(train(other, server_round))
+        assert found.partitions == ()
+        assert "the run of this token was on other terms" in found.failed[0]
+    assert ledger_lines(tmp_path) == lines
+    scores = wire.read_scores(evaluate(other))
+    assert scores.partitions == ()
 
 
 def test_with_a_seed_a_round_that_was_cut_off_is_made_as_it_would_have_been(

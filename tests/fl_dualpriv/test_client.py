@@ -73,10 +73,10 @@ def test_a_file_without_a_token_belongs_to_no_run(tmp_path: Path):
 
 
 def test_personal_and_global_prompt_lie_side_by_side(tmp_path: Path):
-    ClientFolder(tmp_path).save(some_state(), torch.full((4, 6), 2.0), "mine")
+    ClientFolder(tmp_path).save(some_state(), torch.full((4, 6), 2.0), "mine", "as promised")
     tensors, metadata = read_tensors(tmp_path / "prompt.safetensors")
     assert torch.equal(tensors["global"], torch.full((4, 6), 2.0))
-    assert metadata == {"run-token": "mine", "server-round": "3"}
+    assert metadata == {"run-token": "mine", "server-round": "3", "terms": "as promised"}
 
 
 def test_a_state_moves_between_devices_whole():
