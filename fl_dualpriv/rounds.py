@@ -35,8 +35,13 @@ class Rounds:
 
     @property
     def lost(self) -> int:
-        """Rounds in the server's ledger beside those that are done: a crash lost them, and their ε is spent."""
-        return max(0, self._events() - self._strategy.rounds_done)
+        """Rounds in the server's ledger beside those that are done: a crash lost them, and their ε is spent.
+
+        A damaged line may be one of them.
+        """
+        privacy = self._strategy.privacy
+        damaged = 0 if privacy is None or privacy.ledger is None else privacy.ledger.read().damaged
+        return max(0, self._events() + damaged - self._strategy.rounds_done)
 
     def epsilon(self, delta: float) -> float:
         """ε of all that stands in the server's ledger."""
