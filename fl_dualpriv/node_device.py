@@ -43,8 +43,8 @@ def probe(device: str) -> tuple[str, str]:
     if device in ("auto", "cpu"):
         return device, ""
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "fl_dualpriv.node_device", device],
+        done = subprocess.run(  # -P: nothing that lies in the working folder runs
+            [sys.executable, "-P", "-m", "fl_dualpriv.node_device", device],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             text=True,

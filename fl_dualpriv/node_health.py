@@ -130,8 +130,8 @@ class HealthLine:
     def _ledger(self) -> str:
         stamp = self._ledger_stamp()
         if self._counted[1] == "" or self._counted[0] != stamp:
-            done = subprocess.run(
-                [sys.executable, "-m", "fl_dualpriv.node_health", str(self._file)],
+            done = subprocess.run(  # -P: nothing that lies in the working folder runs
+                [sys.executable, "-P", "-m", "fl_dualpriv.node_health", str(self._file)],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,

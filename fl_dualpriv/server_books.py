@@ -139,11 +139,17 @@ class ServerBooks:
 
     def write(self, server_round: int) -> None:
         """Write the round, synced to disk, before its noise is drawn; see `Ledger.record`."""
+        # Before our own line, which makes any round look like one that is made again.
+        beside = None if self._accountant is None else self._flower_event(server_round)
         if self._privacy.ledger is not None and not self._is_written(server_round):
-            again = self._privacy.ledger.read().last_round(self._run_token) >= server_round
-            self._privacy.ledger.record(self._event(server_round, again=again))
-        if self._accountant is not None:
-            self._accountant.compose(self._flower_event(server_round))
+            self._privacy.ledger.record(self._event(server_round, again=self._is_again(server_round)))
+        if self._accountant is not None and beside is not None:
+            self._accountant.compose(beside)
+
+    def _is_again(self, server_round: int) -> bool:
+        """Whether the round, or a later one, stands in the ledger already."""
+        ledger = self._privacy.ledger
+        return ledger is not None and ledger.read().last_round(self._run_token) >= server_round
 
     def _is_written(self, server_round: int) -> bool:
         """Whether the round is made again as it was made before a crash, and is paid for.
@@ -174,7 +180,7 @@ class ServerBooks:
 
     def _flower_event(self, server_round: int) -> GaussianPrivacyEvent:
         """The round in Flower's words: counts of clients, rounded up, so that its sampling rate is not below ours."""
-        event = self._event(server_round)
+        event = self._event(server_round, again=self._is_again(server_round))
         return GaussianPrivacyEvent(
             noise_multiplier=event.noise_multiplier,
             sample_size=min(self._population, math.ceil(event.sampling_rate * self._population)),

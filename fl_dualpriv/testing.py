@@ -7,6 +7,7 @@ Everything runs on the class itself, with small made-up clients, in about a seco
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.privacy.clipping import clip_rows
 from fl_dualpriv.privacy.noise import KeyedRandom
 from fl_dualpriv.privacy.plan import round_terms
+from fl_dualpriv.privacy.quantile import AdaptiveClip
+from fl_dualpriv.round_memory import CLIP_NORM
 from fl_dualpriv.server import RoundStrategy, Update
 from fl_dualpriv.server_books import ServerPrivacy
 from fl_dualpriv.strategy_rules import ServerUnit, check_class
@@ -33,6 +36,7 @@ _ENTRIES = math.prod(_SHAPE)
 _SIZES = (10, 20, 30, 40, 50, 60, 70, 80)
 _BOUND, _RATE, _ROUNDS = 0.7, 0.75, 3
 _FAR = 100.0
+_ADAPTIVE = AdaptiveClip(start=_BOUND, target_quantile=0.5, learning_rate=0.2, bit_noise=1.0, expected_cohort=6.0)
 _SLACK = 1 + 1e-9  # of float64 sums
 
 
@@ -44,9 +48,10 @@ def check_strategy(cls: type[RoundStrategy], *, server_noise: bool = True, **opt
     answers or with NaN, which counts as zero; weights are numbers that depend on the number of examples alone.
 
     With ``server_noise``: the class is accepted under it; `combine` moves by at most `sensitivity` when a client comes
-    or goes (and when a record changes an upload, if the class is ``proved_for`` records), over many crafted and random
-    uploads; `sensitivity` and the divisor do not follow the data; a round that nobody answers is released with noise;
-    nothing but the noised result reaches `server_update` and ``state``.
+    or goes, also when adaptive clipping has moved the bound (and when a record changes an upload, if the class is
+    ``proved_for`` records), over many crafted and random uploads; `sensitivity` and the divisor do not follow the data;
+    a round that nobody answers is released with noise; nothing but the noised result reaches `server_update` and
+    ``state``.
 
     Args:
         cls: The strategy.
@@ -207,10 +212,20 @@ def _combined(strategy: RoundStrategy, uploads: Uploads) -> Tensor:
 
 
 def _check_sensitivity(make: Make, unit: ServerUnit) -> None:
-    strategy = make(0)
+    for grown in (1.0, 3.0) if unit == "client" else (1.0,):
+        _check_sensitivity_at(make(0), unit, grown)
+
+
+def _check_sensitivity_at(strategy: RoundStrategy, unit: ServerUnit, grown: float) -> None:
+    """At the first clip norm, or at one to which adaptive clipping has moved it: ``grown`` times as large."""
+    if grown != 1:
+        assert strategy.privacy is not None
+        strategy.privacy = replace(strategy.privacy, adaptive=_ADAPTIVE)
+        strategy.state[CLIP_NORM] = torch.tensor(grown * _BOUND, dtype=torch.float64)
     _begin(strategy, 1, torch.zeros(_SHAPE))
     claim, divisor = strategy.sensitivity(), strategy.divisor()
-    for what, uploads, neighbours in _cohorts() if unit == "client" else _sums():
+    for what, unscaled, others in _cohorts() if unit == "client" else _sums():
+        uploads, *neighbours = [{p: grown * u for p, u in some.items()} for some in (unscaled, *others)]
         whole = _combined(strategy, uploads)
         for neighbour in neighbours:
             move = float(torch.linalg.vector_norm(whole - _combined(strategy, neighbour)))

@@ -25,7 +25,7 @@ from fl_dualpriv import cli, node_check
 from fl_dualpriv.data.datasets import load_data
 from fl_dualpriv.node_check import Finding, check
 from fl_dualpriv.node_contact import contact, key_fingerprint
-from fl_dualpriv.node_device import usable_device
+from fl_dualpriv.node_device import probe, usable_device
 from fl_dualpriv.node_file import NodeFile, read_node_file
 from fl_dualpriv.node_tables import NodeModel, NodeServer
 from fl_dualpriv.privacy.budget import Budget
@@ -260,6 +260,15 @@ def test_a_clock_before_the_ca_was_made_is_noticed_without_a_server(tmp_path: Pa
 def test_a_gpu_that_is_not_there_is_a_note(tmp_path: Path):
     found = node_check._device(replace(whole(tmp_path, images=1), device="cuda:99"))
     assert (found.verdict, "going on with the CPU" in found.says) == ("note", True)
+
+
+def test_the_probe_runs_nothing_that_lies_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A node may be started anywhere, and with its owner's rights."""
+    (tmp_path / "fl_dualpriv").mkdir()
+    (tmp_path / "fl_dualpriv" / "__init__.py").touch()
+    (tmp_path / "fl_dualpriv" / "node_device.py").write_text("print('planted\\t')")
+    monkeypatch.chdir(tmp_path)
+    assert probe("cuda:99")[0] == "cpu"
 
 
 def test_a_gpu_that_is_not_there_is_announced_and_replaced_by_the_cpu():

@@ -77,7 +77,7 @@ def test_a_line_when_something_changed_and_once_an_hour(
     Ledger(tmp_path / "state" / "ledger.jsonl").record(EVENT)
     health.look()
     assert lines[2].startswith("health: joined as node 7; 1 messages since the start; 1 rounds answered, ε = ")
-    assert counted == [["-m", "fl_dualpriv.node_health", str(node_file)]] * 2  # the ledger changed once
+    assert counted == [["-P", "-m", "fl_dualpriv.node_health", str(node_file)]] * 2  # the ledger changed once
     now[0] = 200.0
     health.look()
     assert "nothing from the server for 200 s; 1 messages" in lines[3]

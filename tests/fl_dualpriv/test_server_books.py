@@ -1,5 +1,6 @@
 """A round that would exceed the server's budget does not start; one that starts is in the books before its noise."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy import ledger as ledger_module
 from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.privacy.ledger import Ledger
+from fl_dualpriv.privacy.matrix_mechanism import BandedNoise
+from fl_dualpriv.privacy.schedule import RoundRobin
 from fl_dualpriv.server_books import BudgetExhausted, ServerBooks, ServerPrivacy
 
 
@@ -104,6 +107,26 @@ def test_flowers_own_accountant_keeps_books_beside_ours(tmp_path: Path) -> None:
     assert accountant.num_releases >= 1
     with pytest.raises(BudgetExhausted, match="accountant's budget"):
         own.check(accountant.num_releases + 1)
+
+
+def test_flowers_accountant_is_told_that_a_round_of_correlated_noise_is_made_again(tmp_path: Path) -> None:
+    """Where clients come once round 2 adds nothing to what round 1 cost; a second try of it costs a round."""
+    noise = BandedNoise(schedule=RoundRobin(rounds=2, separation=2), bands=1)
+    terms = replace(privacy(Ledger(tmp_path / "l.jsonl"), None), sampling_rate=1.0, correlated=noise)
+    told: list[float] = []
+
+    class Told(RdpAccountant):
+        def compose(self, event: GaussianPrivacyEvent, count: int = 1) -> None:
+            told.append(event.noise_multiplier)
+            super().compose(event, count)
+
+    own = ServerBooks(terms, Told(flower_config(100.0)), "a", rounds=2, population=100)
+    for server_round in (1, 2, 2):
+        own.write(server_round)
+    ours = [event.noise_multiplier for event in Ledger(tmp_path / "l.jsonl").read().events]
+    assert told == ours
+    assert told[1] > 1e5
+    assert told[2] == pytest.approx(1.0)  # z: whoever comes in round 2 is in one further row, with weight 1
 
 
 def test_an_accountant_of_clients_in_a_run_of_records_is_refused(tmp_path: Path) -> None:
