@@ -84,6 +84,8 @@ def _ask(connection: http.client.HTTPConnection) -> tuple[float | None, bytes]:
         said = email.utils.parsedate_to_datetime(date or "")
     except ValueError:
         return None, der or b""
+    if said.tzinfo is None:  # "-0000": a time of nowhere in particular
+        return None, der or b""
     # The header is cut to a second: on average half of one is missing.
     return (now - said).total_seconds() - 0.5, der or b""
 
@@ -91,7 +93,7 @@ def _ask(connection: http.client.HTTPConnection) -> tuple[float | None, bytes]:
 def _refused(host: str, port: int, seconds: float, refusal: ssl.SSLCertVerificationError) -> Contact:
     """Say what is wrong with a certificate that the SuperNode will refuse too."""
     context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # only to look: nothing is sent
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # only to look: nothing of this node is sent
     ahead, der = None, b""
     with contextlib.suppress(OSError, http.client.HTTPException):
         ahead, der = _ask(http.client.HTTPSConnection(host, port, timeout=seconds, context=context))

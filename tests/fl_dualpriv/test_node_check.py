@@ -58,14 +58,14 @@ def serve() -> Iterator[Serve]:
     """An HTTPS server, or an HTTP one without certificates, whose clock is wrong by some seconds; gives its port."""
     servers: list[HTTPServer] = []
 
-    def start(folder: Path | None, behind: float = 0.0) -> int:
+    def start(folder: Path | None, behind: float = 0.0, date: str | None = None) -> int:
         class Answer(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 self.send_response(200)
                 self.end_headers()
 
             def date_time_string(self, timestamp: float | None = None) -> str:
-                return super().date_time_string(time.time() - behind)
+                return super().date_time_string(time.time() - behind) if date is None else date
 
             def log_message(self, format: str, *words: Any) -> None:
                 pass
@@ -141,6 +141,13 @@ def test_a_clock_that_the_server_would_refuse(certs: Path, serve: Serve, behind:
     found = node_check._clock(contact(at(serve(certs, behind), certs)))
     assert found.verdict == verdict
     assert ("ahead of" in found.says) is (behind > 0) or behind == 0
+
+
+@pytest.mark.parametrize("date", ["Thu, 26 Nov 2026 01:00:00 -0000", "yesterday", ""])
+def test_a_server_that_says_no_usable_time_ends_no_check(serve: Serve, date: str):
+    found = contact(NodeServer(address=f"127.0.0.1:{serve(None, date=date)}", insecure=True))
+    assert found.answered
+    assert node_check._clock(found).verdict == "note"
 
 
 def test_a_key_that_flower_takes_and_others(certs: Path, tmp_path: Path):
