@@ -103,7 +103,7 @@ def write_config(root: Path, clip: Path, *, rounds: int) -> Path:
 rounds = {rounds}
 population = 4
 supernodes = 2
-reply-timeout = 60.0
+reply-timeout = 120.0
 evaluation.every = 1
 privacy.randomness = "seeded"
 privacy.record.delta = 1e-3
