@@ -143,13 +143,11 @@ class Rehearsal:
         """Each owner exports the prompt that lies on their node; it is as right on their held-out images as the run."""
         sites, rates = self.sites, []
         for number in range(NODES):
-            prompt = sites.export(number)
-            right = total = 0
-            for folder in sorted((sites.home(number) / "images" / "test").iterdir()):
-                images = sorted(folder.iterdir())
-                right += sum(said == sites.class_name(folder.name) for said in sites.predict(number, prompt, images))
-                total += len(images)
-            rates.append(right / total)
+            images = sorted((sites.home(number) / "images" / "test").glob("*/*.png"))
+            said = sites.predict(number, sites.export(number), images)
+            demand(len(said) == len(images), f"{len(said)} predictions for {len(images)} images")
+            named = [sites.class_name(image.parent.name) for image in images]
+            rates.append(sum(map(str.__eq__, said, named)) / len(images))
         run = self.report["accuracy"]["local"]
         demand(abs(sum(rates) / NODES - run) < 1e-6, f"exported prompts are right in {rates}, the run says {run}")
         self.report["exported prompts are right in"] = rates
