@@ -14,7 +14,7 @@ from fl_dualpriv import wire
 from fl_dualpriv.backbones.open_clip import OpenClipBackbone
 from fl_dualpriv.image_world import ImageWorld
 from fl_dualpriv.local_engine import LocalGrid
-from tests.app.client_node import OFFERED, Nodes, ask, evaluate, tiny_nodes, train
+from tests.app.client_node import OFFERED, PROMPT, Nodes, ask, evaluate, tiny_nodes, train
 
 BUDGET = """
 [budget]
@@ -74,13 +74,13 @@ def test_the_owner_says_which_images_a_run_is_for(owned: Start, tmp_path: Path) 
     (elsewhere / "secret").mkdir(parents=True)
     grid = owned({"data.path": str(elsewhere)})
     reply = ask(grid, RecordDict(), MessageType.QUERY)
-    assert wire.read_cards(reply)[0].num_examples == 5  # the tiny images' own
+    assert wire.read_cards(reply)[0].num_examples == 10  # all of the tiny images
 
 
 def test_the_words_of_an_error_stay_on_the_node(owned: Start, tmp_path: Path) -> None:
     notes = tmp_path / "patients.json"
     notes.write_text(json.dumps({"A. Person": 1}))
-    reply = ask(owned({"data.classes": str(notes)}), RecordDict(), MessageType.QUERY)
+    reply = ask(owned(limits=f'classes = "{notes}"\n{BUDGET}'), RecordDict(), MessageType.QUERY)
     assert reply.has_error()
     assert "its words are in the log of the node" in reply.error.reason
     assert "Person" not in reply.error.reason
@@ -138,6 +138,8 @@ def test_no_image_is_read_for_a_refused_round(owned: Start, monkeypatch: pytest.
 
     monkeypatch.setattr(ImageWorld, "client_data", never)
     terms = replace(OFFERED, clip_norm=2.0) if why == "other terms" else OFFERED
-    reply = train(grid, 3 if why == "over the plan" else 1, terms=terms)
+    # The same round with the same prompt would be what was sent, once more: docs/resume.md.
+    prompt = PROMPT + 1 if why == "replay" else PROMPT
+    reply = train(grid, 3 if why == "over the plan" else 1, terms=terms, prompt=prompt)
     (reason,) = wire.read_uploads(reply, (4, 32)).failed.values()
     assert reason.startswith("PrivacyError")

@@ -115,8 +115,8 @@ def test_a_run_reads_the_owners_questions_whatever_it_names(
 
     monkeypatch.setattr(hub_questions, "_splits", fetched)
     reply = ask(owned(changes), RecordDict(), MessageType.QUERY)
-    # 8 images: 1 for val, 2 for test; two questions about each of 5, one of which is this client's type.
-    assert wire.read_cards(reply)[0].num_examples == 5
+    # 8 images: 1 for val, 2 for test; two questions about each of 5, all of them this node's client's.
+    assert wire.read_cards(reply)[0].num_examples == 10
 
 
 @pytest.mark.parametrize(

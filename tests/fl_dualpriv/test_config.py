@@ -15,7 +15,7 @@ OTHER_COUNTS = (
     *("seed", "supernodes", "train.top-m", "resources.workspace-mib"),
     *("pruning.visual-layer", "pruning.visual-fused", "data.max-tokens", "privacy.client.bands"),
 )
-COUNT_KEYS = [key for key, value in DEFAULTS.items() if type(value) is int and key not in OTHER_COUNTS]
+COUNT_KEYS = [key for key, value in OWN.items() if type(value) is int and key not in OTHER_COUNTS]
 
 
 def problem_lines(overrides: dict) -> list[str]:
