@@ -231,4 +231,5 @@ def test_a_new_run_gets_a_new_prompt_and_what_is_left_of_the_old_budget(
     node = tiny_node(setting=setting, folder=tmp_path, budget=budget)
     done = [(token, r) for token in ("first", "second") for r in (1, 2) if node.train(r, token).partitions]
     assert done == [("first", 1), ("first", 2), ("second", 1)]
-    assert read_tensors(tmp_path / "prompt.safetensors")[1] == {"run-token": "second", "server-round": "1"}
+    metadata = read_tensors(tmp_path / "prompt.safetensors")[1]
+    assert (metadata["run-token"], metadata["server-round"]) == ("second", "1")
