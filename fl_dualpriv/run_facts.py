@@ -98,9 +98,7 @@ def use_facts(config: RunConfig, world: World) -> UseFacts | None:
         template=template,
         max_tokens=max_tokens,
         backbone=_backbone_facts(config, world.backbone, fingerprint),
-        pruner=None
-        if pruner is None
-        else PrunerFacts(**{f.name: getattr(pruner, f.name) for f in fields(PrunerFacts)}),
+        pruner=_pruner_facts(pruner),
     )
 
 

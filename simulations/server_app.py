@@ -343,7 +343,6 @@ def notes(
         found.append("trusts-server: the server sees each client's clean clipped sums")
     if client:
         found.append("client level: the server sees each client's update; personal prompts are not covered")
-    if client:
         found += client_level_notes(client)
     if client and not record and parts.personal:
         found.append("scores are of the global prompt: scores of personal prompts would not be covered")

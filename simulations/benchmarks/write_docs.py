@@ -136,8 +136,8 @@ NOT_REACHED = """\
   check where plain Flower has one, and as many small tensor operations.
 - Other work ran on the machine beside most of these measurements (not beside `clients`, which took twelve minutes with
   our cohort on Ray among the contestants; without it, as it runs by default now, it should take nine).
-- `mllm_memory` also took resident peaks of processes; all came out alike, since Linux hands a parent's peak on to its
-  child, and are left out here.
+- Resident peaks of processes beside `mllm_memory` are left out: they were taken with `getrusage`, in which Linux hands
+  a parent's peak on to its child, so all came out alike. The next run takes the program's own.
 - A cold cache saves little in its first round: the images have to be encoded once either way.
 - On a GPU (`mllm_memory_gpu`) the peaks of the allocator are those that were counted on tensors without values, to
   four digits. There a step with pruned tokens is short and bound by starting kernels: ours, which runs what is in

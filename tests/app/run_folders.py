@@ -88,8 +88,8 @@ def ending(out: Path) -> tuple[Any, ...]:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def write_config(root: Path, clip: Path, *, rounds: int) -> Path:
-    """A configuration of four clients on two nodes, seeded, beside its images."""
+def write_images(root: Path) -> None:
+    """Noise of four classes with its own held-out folders, in ``root/images``."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 2), ("test", 4)):
         for name in ("cat", "dog", "bus", "tree"):
@@ -97,6 +97,11 @@ def write_config(root: Path, clip: Path, *, rounds: int) -> Path:
             for i in range(count):
                 pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / "images" / split / name / f"{i}.png")
+
+
+def write_config(root: Path, clip: Path, *, rounds: int) -> Path:
+    """A configuration of four clients on two nodes, seeded, beside its images."""
+    write_images(root)
     file = root / "own.toml"
     file.write_text(
         f"""

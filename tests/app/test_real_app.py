@@ -6,12 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fl_dualpriv.files import read_tensors
+from tests.app.run_folders import write_images
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,13 +19,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, tiny_clip_dir: Path) -> Path:
-    root, rng = tmp_path_factory.mktemp("own"), np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 2), ("test", 4)):
-        for name in ("cat", "dog", "bus", "tree"):
-            (root / "images" / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / "images" / split / name / f"{i}.png")
+    root = tmp_path_factory.mktemp("own")
+    write_images(root)
     file = root / "own.toml"
     file.write_text(
         f"""

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,14 @@ def test_the_peak_holds_what_was_allocated():
     block[::4096] = b"x" * len(block[::4096])
     assert 10 * MIB < before <= resident_peak()
     assert resident_peak() > 64 * MIB
+
+
+def test_what_the_starter_held_is_not_counted():
+    block = bytearray(512 * MIB)
+    block[::4096] = b"x" * len(block[::4096])
+    program = "from fl_dualpriv.peak_memory import resident_peak; print(resident_peak())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 1 * MIB < int(done.stdout) < 256 * MIB < len(block) < resident_peak()
 
 
 def test_growth_of_more_than_five_percent_is_written_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture):
