@@ -30,8 +30,9 @@ class FedPGPConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FedOTPConfig:
-    """γ, λ and the iterations of the transport plan, see ``prompts/transport.py``."""
+    """Features of patches; γ, λ and the iterations of the transport plan, see ``prompts/transport.py``."""
 
+    patch_reading: Literal["token", "alone"]
     mass: float
     regularisation: float
     iterations: int

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.backbone import Backbone, load_backbone
+from fl_dualpriv.backbones.backbone import Backbone, PatchReading, load_backbone
 from fl_dualpriv.backbones.patches import PatchEncoder
 from fl_dualpriv.client import ClientData
 from fl_dualpriv.config import BackboneConfig, DataConfig, PromptConfig, RunConfig
@@ -46,7 +46,7 @@ class ImageWorld:
         cache_root: Where image features are kept, see `cache_root`; None: in memory only.
         augmentation: ``flip``: each training image is mirrored with chance 1/2, anew each round.
         seed: Of the coins of the augmentation.
-        reads_patches: Whether records have their patches, too.
+        patch_reading: How the patches of records are read; None: they are not.
     """
 
     backbone: Backbone
@@ -57,7 +57,7 @@ class ImageWorld:
     cache_root: Path | None
     augmentation: Literal["none", "flip"]
     seed: int
-    reads_patches: bool
+    patch_reading: PatchReading | None
     _held_out: dict[str, ClientData] = field(default_factory=dict)
     _tables: dict[tuple[str, bool], ImageFeatures] = field(default_factory=dict)
     _learners: dict[Hashable, ImageLearner] = field(default_factory=dict)
@@ -184,7 +184,8 @@ class ImageWorld:
     def _table(self, split: str, *, patches: bool) -> ImageFeatures:
         found = self._tables.get((split, patches))
         if found is None:
-            encoder = PatchEncoder(self.backbone) if patches else self.backbone
+            reading = self.patch_reading if patches else None
+            encoder = PatchEncoder(self.backbone, reading) if reading else self.backbone
             found = self._tables[split, patches] = ImageFeatures(encoder, self.images(split), self.cache_root)
         return found
 
@@ -198,7 +199,7 @@ class ImageWorld:
             names, labels = images.class_names, images.labels
             refuse_unusable(rows, indices, lambda i: f"number {i} of class {names[labels[i]]!r}")
         device, patches = self.backbone.device, None
-        if self.reads_patches:
+        if self.patch_reading:
             flat = torch.from_numpy(self._rows(split, indices, mirrored, patches=True))
             patches = flat.unflatten(1, (self.backbone.n_patches, -1)).to(device)
         return ClientData(
@@ -233,7 +234,7 @@ def build_image_world(config: RunConfig, on_bad_image: Literal["keep", "raise"])
         config.resources.device,
         config.resources.feature_cache,
         on_bad_image,
-        METHODS[config.method].learns == "fedotp",
+        config.fedotp.patch_reading if METHODS[config.method].learns == "fedotp" else None,
     )
     _check_prompt(config, world)
     return world
@@ -265,7 +266,7 @@ def _build_world(
     device: str,
     feature_cache: str,
     on_bad_image: Literal["keep", "raise"],
-    reads_patches: bool,
+    patch_reading: PatchReading | None,
 ) -> ImageWorld:
     one_thread(device)
     assert data.partition != "by-image"  # the configuration allows it for questions alone
@@ -280,7 +281,7 @@ def _build_world(
         cache_root=cache_root(feature_cache),
         augmentation=data.augmentation,
         seed=seed,
-        reads_patches=reads_patches,
+        patch_reading=patch_reading,
     )
 
 

@@ -15,6 +15,7 @@ from fl_dualpriv.prompts.text_stack import TextStack
 from fl_dualpriv.pruning.visual_tokens import TokenPruner
 
 Precision = Literal["fp32", "bf16"]
+PatchReading = Literal["token", "alone"]
 HUGGING_FACE = "hf:"
 
 
@@ -126,10 +127,15 @@ class Backbone(ImageEncoder, Protocol):
         """
         ...
 
-    def patch_features(self, images: Tensor) -> Tensor:
+    def patch_features(self, images: Tensor, reading: PatchReading) -> Tensor:
         """Features of the patches of preprocessed images, float32 (n, n_patches, embed_dim), each of unit norm.
 
-        What the model reads from CLS is read from each patch. Pruners do not matter. Guarantee as `image_features`.
+        Pruners do not matter. Guarantee as `image_features`.
+
+        Args:
+            images: (n, 3, height, width).
+            reading: ``token``: what the model reads from CLS at its end is read from the patch. ``alone``: CLS is read
+                after a last block in which that patch is the only one left.
 
         Raises:
             ConfigError: As `n_patches`.

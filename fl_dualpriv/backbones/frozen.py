@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fl_dualpriv.backbones.backbone import PatchReading
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.prompts.text_stack import Linear, Norm, TextStack
 from fl_dualpriv.pruning.in_tower import encode_patches
@@ -61,12 +62,14 @@ class FrozenModel:
         """Patches of an image; see `Backbone`."""
         return self._patch_tower.n_patches
 
-    def patch_features(self, images: Tensor) -> Tensor:
+    def patch_features(self, images: Tensor, reading: PatchReading) -> Tensor:
         """Unit-norm features of patches; see `Backbone`."""
         tower = self._patch_tower
         if images.shape[0] == 0:
             return torch.zeros(0, tower.n_patches, self.embed_dim, device=self.device)
-        return encode_images(lambda x: encode_patches(tower, x), images, self.embed_dim, self.device, self._precision)
+        return encode_images(
+            lambda x: encode_patches(tower, x, reading), images, self.embed_dim, self.device, self._precision
+        )
 
     @functools.cached_property
     def _patch_tower(self) -> ImageTower:

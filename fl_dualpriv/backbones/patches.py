@@ -3,14 +3,15 @@
 import PIL.Image
 from torch import Tensor
 
-from fl_dualpriv.backbones.backbone import Backbone
+from fl_dualpriv.backbones.backbone import Backbone, PatchReading
 
 
 class PatchEncoder:
     """`ImageEncoder` whose features are those of all patches, one after the other.
 
     Args:
-        backbone: A model whose image tower reads CLS, so that each token can be read in its place.
+        backbone: A model whose image tower reads CLS.
+        reading: Of a patch, see `Backbone.patch_features`.
 
     Raises:
         ConfigError: If it does not.
@@ -18,8 +19,8 @@ class PatchEncoder:
 
     visual_prompts = False
 
-    def __init__(self, backbone: Backbone) -> None:
-        self._backbone, self.name, self.device = backbone, backbone.name, backbone.device
+    def __init__(self, backbone: Backbone, reading: PatchReading) -> None:
+        self._backbone, self._reading, self.name, self.device = backbone, reading, backbone.name, backbone.device
         self.shape = backbone.n_patches, backbone.embed_dim
         self.embed_dim = backbone.n_patches * backbone.embed_dim
 
@@ -29,12 +30,12 @@ class PatchEncoder:
 
     def image_features(self, images: Tensor) -> Tensor:
         """See `ImageEncoder`: (n, patches · embed_dim); each patch has unit norm."""
-        return self._backbone.patch_features(images).reshape(len(images), self.embed_dim)
+        return self._backbone.patch_features(images, self._reading).reshape(len(images), self.embed_dim)
 
     @property
     def feature_key(self) -> str:
         """See `ImageEncoder`."""
-        return f"{self._backbone.feature_key} patches"
+        return f"{self._backbone.feature_key} patches {self._reading}"
 
     @property
     def weight_bytes(self) -> int:

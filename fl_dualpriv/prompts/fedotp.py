@@ -63,25 +63,22 @@ class TransportObjective:
         return self.tower(both.flatten(0, 1))
 
     def match(self, patches: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of images, and what a class's prompts see of each.
+        """Logits of images, s⟨T_c, G H_cᵀ⟩, (image, n_cls), and their plans T, (image, n_cls, patch, prompt).
 
         Args:
             patches: G, (image, patch, embed_dim).
             classes: H, (prompt, n_cls, embed_dim).
-
-        Returns:
-            s⟨T_c, G H_cᵀ⟩, (image, n_cls), and T_cᵀ G, (image, prompt, n_cls, embed_dim).
         """
         similarity = torch.einsum("ime,pce->icmp", patches, classes)
         plan = transport_plan(similarity, self.mass, self.regularisation, self.iterations)
-        logits = self.logit_scale * (plan * similarity).sum(dim=(-2, -1))
-        return logits, torch.einsum("icmp,ime->ipce", plan, patches)
+        return self.logit_scale * (plan * similarity).sum(dim=(-2, -1)), plan
 
     def cotangents(self, patches: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
         """∂loss/∂H of each image, (image, prompt, n_cls, embed_dim)."""
-        logits, seen = self.match(patches, classes)
+        logits, plan = self.match(patches, classes)
         residual = torch.softmax(logits, dim=-1)
         residual = residual.scatter_add(-1, labels[:, None], torch.full_like(residual[:, :1], -1.0))
+        seen = torch.einsum("icmp,ime->ipce", plan, patches)  # TᵀG
         return self.logit_scale * residual[:, None, :, None] * seen
 
     @torch.no_grad()

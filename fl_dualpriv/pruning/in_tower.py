@@ -6,8 +6,9 @@ the last hidden state. This is the form of EViT (Liang et al. 2022, arXiv:2202.0
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from fl_dualpriv.errors import ConfigError
@@ -77,8 +78,8 @@ def transformers_tower(model: nn.Module) -> ImageTower:
     return replace(tower, finish=lambda x: clip.visual_projection(tower.finish(x)))
 
 
-def encode_patches(tower: ImageTower, images: Tensor) -> Tensor:
-    """Each patch read as if it were CLS, (n, patch, embed_dim): same norm, same projection; not normalised.
+def encode_patches(tower: ImageTower, images: Tensor, reading: Literal["token", "alone"]) -> Tensor:
+    """Features of each patch, (n, patch, embed_dim), not normalised.
 
     Guarantee:
         Per image, as the tower is.
@@ -86,9 +87,17 @@ def encode_patches(tower: ImageTower, images: Tensor) -> Tensor:
     Args:
         tower: Of a model that reads CLS alone.
         images: (n, 3, height, width).
+        reading: ``token``: a patch after the last block is read as if it were CLS, with its norm and projection.
+            ``alone``: CLS is read, after a last block that had this patch alone beside what stands in front.
     """
-    patches = tower.hidden(images, len(tower.blocks))[:, tower.n_prefix :]
-    return tower.finish(patches.flatten(0, 1)[:, None]).unflatten(0, patches.shape[:2])
+    if reading == "token":
+        patches = tower.hidden(images, len(tower.blocks))[:, tower.n_prefix :]
+        return tower.finish(patches.flatten(0, 1)[:, None]).unflatten(0, patches.shape[:2])
+    front, patches = tower.hidden(images, len(tower.blocks) - 1).tensor_split([tower.n_prefix], dim=1)
+    front = front[:, None].expand(-1, patches.shape[1], -1, -1)
+    alone = torch.cat([front, patches[:, :, None]], dim=2)
+    last = tower.step(tower.blocks[-1], alone.flatten(0, 1))
+    return tower.finish(last).unflatten(0, patches.shape[:2])
 
 
 def check_prunable(tower: ImageTower, pruner: TokenPruner) -> None:

@@ -62,7 +62,8 @@ def test_by_hand():
     )
     patches = torch.eye(2)[None]
     classes = torch.tensor([[[1.0, 0], [1, 0]], [[0.0, 1], [1, 0]]])  # (prompt, class, dim)
-    logits, seen = objective.match(patches, classes)
+    logits, plan = objective.match(patches, classes)
+    seen = torch.einsum("icmp,ime->ipce", plan, patches)
     torch.testing.assert_close(logits, torch.tensor([[10.0, 5.0]]), rtol=1e-2, atol=0)
     torch.testing.assert_close(seen[0, :, 0], 0.5 * torch.eye(2), rtol=0, atol=1e-3)  # TᵀG of the first class
     # and the gradient s (p − y) TᵀG for the label 1: p = (e^5, 1) / (e^5 + 1)
