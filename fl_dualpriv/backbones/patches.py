@@ -18,6 +18,7 @@ class PatchEncoder:
     """
 
     visual_prompts = False
+    _reading: PatchReading
 
     def __init__(self, backbone: Backbone, reading: PatchReading) -> None:
         self._backbone, self._reading, self.name, self.device = backbone, reading, backbone.name, backbone.device
