@@ -17,6 +17,7 @@ setup: $(STAMP)  ## virtual environment, newest pip, install, Flower's home and 
 $(STAMP): pyproject.toml constraints.txt fl_dualpriv/flower_env.py fl_dualpriv/flower_hook.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing PyTorch, Flower, Ray, open_clip and transformers into $(VENV): one to three minutes, more if they must be downloaded"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m fl_dualpriv.flower_env install

@@ -130,6 +130,12 @@ def run(
     console.print(
         f"{job.name}: {job.config.method}, {job.config.population} clients{hosts}, engine {job.engine}", highlight=False
     )
+    if job.engine == Engine.RAY:
+        console.print(
+            f"starting Flower and Ray, half a minute before round 1; their log: {escape(str(job.out / 'flower.log'))}",
+            soft_wrap=True,
+            highlight=False,
+        )
     try:
         with shown(console, job.out / "rounds.jsonl", job.config.rounds):
             run_engine(job.engine, job)
