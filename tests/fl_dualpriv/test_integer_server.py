@@ -6,48 +6,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import Message
 from torch import Tensor
 
 from fl_dualpriv import wire
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.clipping import integer_rows
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
-from fl_dualpriv.privacy.plan import round_terms
 from fl_dualpriv.server import RoundStrategy, Update
 from fl_dualpriv.server_books import ServerPrivacy
 from strategies.dpfpl import DPFPL
 from strategies.fedavg import FedAvg
+from tests.made_strategy import made_strategy, quiet, training_messages
 
 SHAPE = (2, 3)
 SIZES = (10, 20, 30, 40)
 UNIT = 2.0**-20  # of the bound, which is 1
-
-
-class Quiet:
-    """Everybody joins the cohort, and N = 0: the word whose uniform begins at one half."""
-
-    reproducible = True
-
-    def words(self, count: int) -> np.ndarray:
-        return np.full(count, 2**63, dtype=np.uint64)
-
-    def uniforms(self, count: int) -> np.ndarray:
-        return np.full(count, 0.5)
-
-
-def quiet(key: StreamKey) -> RandomSource:
-    return Quiet()
-
-
-@pytest.fixture(autouse=True)
-def task() -> None:
-    """Messages cannot be made outside a Flower task."""
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 1, 0
 
 
 def make(
@@ -68,29 +44,14 @@ def make(
         ledger=None,
         arithmetic="integer",
     )
-    return cls(
-        cards={p: wire.ClientCard(partition=p, num_examples=n) for p, n in enumerate(sizes)},
-        hosts={p: 70 + p for p in range(len(sizes))},
-        masses=dict.fromkeys(range(len(sizes)), 1.0),
-        num_rounds=3,
-        evaluate_every=0,
-        prompt_kind="global",
-        run_token="token",
-        terms=round_terms(None, 1.0, 1),
-        tolerates_failures=True,
-        privacy=privacy,
-        sources=sources,
-        seed=0,
-        report=lambda report: None,
-    )
+    return made_strategy(cls, privacy, sources, sizes=sizes)
 
 
 def step(strategy: RoundStrategy, uploads: Sequence[Tensor | None], order: Sequence[int] | None = None) -> Tensor:
     """One round from a prompt of zeros, times the divisor, in units of the bound; float64 all the way."""
-    start = wire.to_arrays(torch.zeros(SHAPE, dtype=torch.float64))
-    asked = list(strategy.configure_train(1, start, ConfigRecord(), grid=None))  # type: ignore[arg-type]
+    messages = training_messages(strategy, 1, torch.zeros(SHAPE, dtype=torch.float64))
     replies = []
-    for message in asked:
+    for message in messages:
         (partition,) = wire.read_train(message).partitions
         value = uploads[partition]
         if value is not None:

@@ -9,41 +9,20 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
 from fl_dualpriv import wire
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
-from fl_dualpriv.privacy.plan import round_terms
 from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy, ServerPrivacy
 from strategies.dpfpl import DPFPL
 from strategies.fedavg import FedAvg
+from tests.made_strategy import Silent, made_strategy, quiet, training_messages
 
 SHAPE = (2, 3)
 NODES = (71, 12, 55, 30)
 """Node ids of partitions 0, 1, 2, 3: in no order, as Flower hands them out."""
 SIZES = (10, 20, 30, 40)
-
-
-class Zeros:
-    """A source whose noise is exactly zero: the quantile of one half."""
-
-    reproducible = True
-
-    def uniforms(self, count: int) -> np.ndarray:
-        return np.full(count, 0.5)
-
-
-def quiet(key: StreamKey) -> RandomSource:
-    """Everybody joins the cohort, and the noise is zero."""
-    return Zeros()
-
-
-@pytest.fixture(autouse=True)
-def task() -> None:
-    """Messages cannot be made outside a Flower task."""
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 1, 0
 
 
 def client_level(noise: float = 1.0, rate: float = 0.75, bound: float = 1.0, ledger: Ledger | None = None):
@@ -69,27 +48,22 @@ def make(
     reports: list[RoundReport] | None = None,
     **options: float,
 ) -> RoundStrategy:
-    return cls(
-        cards={i: wire.ClientCard(partition=i, num_examples=n) for i, n in enumerate(sizes)},
-        hosts=dict(enumerate(nodes)),
-        masses=masses or dict.fromkeys(range(len(nodes)), 1.0),
-        num_rounds=3,
+    return made_strategy(
+        cls,
+        privacy,
+        sources,
+        sizes=sizes,
+        nodes=nodes,
+        masses=masses,
         evaluate_every=2,
-        prompt_kind="global",
-        run_token="token",
-        terms=round_terms(None, 0.1, 1),
-        tolerates_failures=tolerates,
-        privacy=privacy,
-        sources=sources,
-        seed=0,
+        tolerates=tolerates,
         report=(reports if reports is not None else []).append,
         **options,
     )
 
 
 def ask(strategy: RoundStrategy, server_round: int = 1, start: Tensor | None = None) -> list[Message]:
-    arrays = wire.to_arrays(torch.zeros(SHAPE) if start is None else start)
-    return list(strategy.configure_train(server_round, arrays, ConfigRecord(), grid=None))  # type: ignore[arg-type]
+    return training_messages(strategy, server_round, torch.zeros(SHAPE) if start is None else start)
 
 
 def upload_content(partition: int, value: Tensor) -> RecordDict:
@@ -237,13 +211,13 @@ def test_server_update_runs_after_the_noise():
 def test_the_ledger_is_on_disk_before_the_noise_is_drawn(tmp_path: Path):
     ledger, seen = tmp_path / "ledger.jsonl", []
 
-    class Looking(Zeros):
+    class Looking(Silent):
         def uniforms(self, count: int) -> np.ndarray:
             seen.append(len(ledger.read_text().splitlines()) if ledger.exists() else 0)
             return super().uniforms(count)
 
     def sources(key: StreamKey) -> RandomSource:
-        return Looking() if key.purpose == "server-noise" else Zeros()
+        return Looking() if key.purpose == "server-noise" else Silent()
 
     strategy = make(privacy=client_level(2.0, ledger=Ledger(ledger)), sources=sources)
     for server_round in (1, 2):
@@ -378,7 +352,7 @@ def test_without_dp_a_broken_client_ends_the_run_with_its_name(name: str, reason
 
 def test_a_member_outside_the_cohort_does_not_count():
     def nobody(key: StreamKey) -> RandomSource:
-        return Zeros()
+        return Silent()
 
     strategy = make(privacy=client_level(rate=0.25), sources=nobody)  # 0.5 >= 0.25: an empty cohort
     assert ask(strategy) == []

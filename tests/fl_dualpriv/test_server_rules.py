@@ -22,24 +22,12 @@ from fl_dualpriv.privacy.plan import RoundTerms
 from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy, ServerPrivacy, Update
 from strategies.dpfpl import DPFPL
 from strategies.fedavg import FedAvg
+from tests.made_strategy import made_strategy, quiet, training_messages
 
 SHAPE = (2, 3)
 NODES = (71, 12, 55, 30)
 """Node ids of partitions 0, 1, 2, 3: in no order, as Flower hands them out."""
 TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 1, 0  # messages cannot be made outside a task
-
-
-class Zeros:
-    """A source whose noise is exactly zero and which lets everybody join at rates above one half."""
-
-    reproducible = True
-
-    def uniforms(self, count: int) -> np.ndarray:
-        return np.full(count, 0.5)
-
-
-def quiet(key: StreamKey) -> RandomSource:
-    return Zeros()
 
 
 def client_level(noise: float = 1.0, rate: float = 1.0, bound: float = 1.0) -> ServerPrivacy:
@@ -64,26 +52,24 @@ def make(
     reports: list[RoundReport] | None = None,
     seed: int = 0,
 ) -> Any:
-    return cls(
-        cards={i: wire.ClientCard(partition=i, num_examples=n) for i, n in enumerate(sizes)},
-        hosts=dict(enumerate(nodes)),
-        masses=dict.fromkeys(range(len(nodes)), 1.0),
-        num_rounds=5,
+    return made_strategy(
+        cls,
+        privacy,
+        sources,
+        sizes=sizes,
+        nodes=nodes,
+        rounds=5,
         evaluate_every=2,
         prompt_kind="personal",
-        run_token="token",
         terms=TERMS,
-        tolerates_failures=tolerates,
-        privacy=privacy,
-        sources=sources,
+        tolerates=tolerates,
         seed=seed,
         report=(reports if reports is not None else []).append,
     )
 
 
 def ask(strategy: RoundStrategy, server_round: int = 1) -> list[Message]:
-    arrays = wire.to_arrays(torch.zeros(SHAPE))
-    return list(strategy.configure_train(server_round, arrays, ConfigRecord(), grid=None))  # type: ignore[arg-type]
+    return training_messages(strategy, server_round, torch.zeros(SHAPE))
 
 
 def step(strategy: RoundStrategy, asked: list[Message], updates: dict[int, Tensor]) -> Tensor:

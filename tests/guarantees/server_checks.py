@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Error, Message
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import Error, Message
 from torch import Tensor
 
 import strategies.dpfpl
@@ -17,10 +16,9 @@ from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.privacy.clipping import GRID_STEPS, Arithmetic
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, RandomSources, StreamKey
-from fl_dualpriv.privacy.plan import round_terms
 from fl_dualpriv.server import RoundStrategy, ServerPrivacy
 from fl_dualpriv.server_books import BudgetExhausted
-from tests.guarantees.step_checks import Silent
+from tests.made_strategy import made_strategy, quiet, training_messages
 
 SHAPE = (100, 100)
 SIZES = (10, 20, 30, 40)
@@ -47,11 +45,6 @@ def client_level(
     )
 
 
-def everybody_and_no_noise(key: StreamKey) -> RandomSource:
-    """One half is below the rates used with it, and the uniform of no noise."""
-    return Silent()
-
-
 def make(
     privacy: ServerPrivacy,
     sources: RandomSources = KeyedRandom,
@@ -61,29 +54,14 @@ def make(
     rounds: int = 20,
 ) -> RoundStrategy:
     """DP-FPL's strategy, or another, over clients that each have a node of their own, or share one if they are many."""
-    # Messages cannot be made outside a Flower task.
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 1, 0
-    return (strategy_class or strategies.dpfpl.DPFPL)(
-        cards={p: wire.ClientCard(partition=p, num_examples=n) for p, n in enumerate(sizes)},
-        hosts={p: 50 + p if len(sizes) == 4 else 50 for p in range(len(sizes))},
-        masses=dict.fromkeys(range(len(sizes)), 1.0),
-        num_rounds=rounds,
-        evaluate_every=0,
-        prompt_kind="global",
-        run_token="token",
-        terms=round_terms(None, 1.0, 1),
-        tolerates_failures=True,
-        privacy=privacy,
-        sources=sources,
-        seed=0,
-        report=lambda report: None,
-    )
+    cls = strategy_class or strategies.dpfpl.DPFPL
+    nodes = [50 + p if len(sizes) == 4 else 50 for p in range(len(sizes))]
+    return made_strategy(cls, privacy, sources, sizes=sizes, nodes=nodes, rounds=rounds)
 
 
 def ask(strategy: RoundStrategy, server_round: int, shape: tuple[int, ...] = SHAPE) -> list[Message]:
     # float64: a step of float32 would round what is looked at
-    start = wire.to_arrays(torch.zeros(shape, dtype=torch.float64))
-    return list(strategy.configure_train(server_round, start, ConfigRecord(), grid=None))  # type: ignore[arg-type]
+    return training_messages(strategy, server_round, torch.zeros(shape, dtype=torch.float64))
 
 
 def one_round(strategy: RoundStrategy, uploads: Mapping[int, Tensor], server_round: int = 1, copies: int = 1) -> Tensor:
@@ -121,7 +99,7 @@ def moves_by_at_most_the_sensitivity(strategy_class: type[RoundStrategy] | None)
     uploads = orthogonal(100 * BOUND)
 
     def moved(present: Sequence[int]) -> tuple[Tensor, float]:
-        strategy = make(client_level(0.75), everybody_and_no_noise, strategy_class=strategy_class)
+        strategy = make(client_level(0.75), quiet, strategy_class=strategy_class)
         return one_round(strategy, {p: uploads[p] for p in present}), strategy.sensitivity()
 
     whole, sensitivity = moved(range(4))
@@ -141,9 +119,7 @@ def a_failed_client_is_zero_and_the_divisor_is_public() -> None:
     """Three of four answer with vectors of norm S: each is worth S / (q · 4), as if all had."""
     uploads = orthogonal(BOUND)
     for failed in ((), (1,), (0, 2, 3)):
-        moved = one_round(
-            make(client_level(0.75), everybody_and_no_noise), {p: u for p, u in uploads.items() if p not in failed}
-        )
+        moved = one_round(make(client_level(0.75), quiet), {p: u for p, u in uploads.items() if p not in failed})
         expected = sum((u for p, u in uploads.items() if p not in failed), torch.zeros(2, 2, dtype=torch.float64)) / 3
         assert torch.allclose(moved, expected, rtol=0, atol=1e-12), (
             f"with {len(failed)} failed, the others weigh more or less"
@@ -151,10 +127,7 @@ def a_failed_client_is_zero_and_the_divisor_is_public() -> None:
 
 
 def a_reply_counts_once() -> None:
-    once, twice = (
-        one_round(make(client_level(0.75), everybody_and_no_noise), orthogonal(BOUND), copies=copies)
-        for copies in (1, 2)
-    )
+    once, twice = (one_round(make(client_level(0.75), quiet), orthogonal(BOUND), copies=copies) for copies in (1, 2))
     assert torch.equal(once, twice), "replies that come twice move the prompt twice"
 
 

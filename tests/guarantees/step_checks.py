@@ -30,6 +30,7 @@ from fl_dualpriv.prompts.classification import Classification
 from fl_dualpriv.prompts.plain_tower import FunctionTower
 from fl_dualpriv.prompts.tower import PromptTower
 from fl_dualpriv.pruning.updates import KEEP_ALL, UpdatePruning
+from tests.made_strategy import Silent
 
 N_CTX, CTX_DIM, N_CLS, EMBED = 4, 64, 5, 8
 CLIP, MULTIPLIER, SCALE = 0.5, 1.4, 20.0
@@ -55,18 +56,6 @@ def records(seed: int, count: int = 40) -> ClientData:
     g = torch.Generator().manual_seed(seed)
     features = torch.nn.functional.normalize(torch.randn(count, EMBED, generator=g), dim=1)
     return ClientData(features=features, labels=torch.randint(0, N_CLS, (count,), generator=g))
-
-
-class Silent:
-    """A stream whose noise is exactly zero: one half is the uniform whose normal quantile is zero."""
-
-    reproducible = True
-
-    def words(self, count: int) -> np.ndarray:
-        return np.full(count, 1 << 63, dtype=np.uint64)
-
-    def uniforms(self, count: int) -> np.ndarray:
-        return np.full(count, 0.5)
 
 
 def as_a_client_draws(server_round: int = 1, seed: int = 0, randomness: str = "seeded") -> Source:

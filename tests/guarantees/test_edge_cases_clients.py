@@ -25,11 +25,11 @@ from fl_dualpriv.privacy import release
 from fl_dualpriv.privacy.clipping import GRID_STEPS
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, gaussian_noise
-from fl_dualpriv.privacy.plan import round_terms
 from fl_dualpriv.privacy.rounded_gaussian import rounded_gaussian
 from fl_dualpriv.server import ClientFailure, RoundStrategy
 from fl_dualpriv.server_books import ServerPrivacy
 from strategies.dpfpl import DPFPL
+from tests.made_strategy import made_strategy
 
 ROOT = Path(__file__).parents[2]
 SHAPE, ONE, SIZES = (2, 3), (1, 2, 3), (10, 20, 30, 40)
@@ -65,20 +65,14 @@ def server(
         ledger=None if ledger is None else Ledger(ledger),
         arithmetic=arithmetic,
     )
-    return DPFPL(
-        cards={p: wire.ClientCard(partition=p, num_examples=n) for p, n in enumerate(sizes)},
-        hosts={p: p + 1 for p in range(len(sizes))},  # as a LocalGrid numbers its nodes
+    return made_strategy(
+        DPFPL,
+        privacy,
+        sizes=sizes,
+        nodes=[p + 1 for p in range(len(sizes))],  # as a LocalGrid numbers them
         masses={p: 1.0 if unit == "client" else 0.1 * n for p, n in enumerate(sizes)},
-        num_rounds=rounds,
-        evaluate_every=0,
-        prompt_kind="global",
-        run_token="token",
-        terms=round_terms(None, 1.0, 1),
-        tolerates_failures=True,
-        privacy=privacy,
-        sources=KeyedRandom,
+        rounds=rounds,
         seed=seed,
-        report=lambda report: None,
     )
 
 

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import Message
 from scipy.special import ndtr
 from torch import Tensor
 
@@ -26,11 +25,12 @@ from fl_dualpriv.methods import METHODS
 from fl_dualpriv.privacy.clipping import Arithmetic
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
-from fl_dualpriv.privacy.plan import RecordLevelPlan, round_terms
+from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.prompts.classification import Classification
 from fl_dualpriv.prompts.plain_tower import FunctionTower
 from fl_dualpriv.server_books import ServerPrivacy
 from strategies.dpfpl import DPFPL
+from tests.made_strategy import made_strategy, training_messages
 
 N_CTX, CTX_DIM = 4, 500
 CLIENTS, ROUNDS = 25, 20
@@ -122,31 +122,15 @@ SHAPE, SERVER_ROUNDS = (100, 500), 20
 
 def server_noise(seed: int, arithmetic: Arithmetic, privacy: ServerPrivacy) -> np.ndarray:
     """What the server adds to a sum of zeros, over the public divisor: (round, 1, 1, n_ctx, ctx_dim)."""
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 1, 0
     masses = dict.fromkeys(range(4), 2.0)
-    strategy = DPFPL(
-        cards={p: wire.ClientCard(partition=p, num_examples=10) for p in range(4)},
-        hosts={p: 50 + p for p in range(4)},
-        masses=masses,
-        num_rounds=SERVER_ROUNDS,
-        evaluate_every=0,
-        prompt_kind="global",
-        run_token="token",
-        terms=round_terms(None, 1.0, 1),
-        tolerates_failures=True,
-        privacy=privacy,
-        sources=KeyedRandom,
-        seed=seed,
-        report=lambda report: None,
-    )
+    strategy = made_strategy(DPFPL, privacy, masses=masses, rounds=SERVER_ROUNDS, seed=seed)
     # float64: a step of float32 would round the noise, which the grid of integers would show
-    start = wire.to_arrays(torch.zeros(SHAPE, dtype=torch.float64))
+    start = torch.zeros(SHAPE, dtype=torch.float64)
     found = []
     for r in range(1, SERVER_ROUNDS + 1):
-        asked = strategy.configure_train(r, start, ConfigRecord(), grid=None)  # type: ignore[arg-type]
         replies = [
             Message(wire.uploads_content(wire.Uploads(partitions=p, values=torch.zeros(len(p), *SHAPE))), reply_to=m)
-            for m in asked
+            for m in training_messages(strategy, r, start)
             for p in [wire.read_train(m).partitions]
         ]
         arrays, _ = strategy.aggregate_train(r, replies)

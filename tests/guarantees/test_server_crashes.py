@@ -14,10 +14,9 @@ from torch import Tensor
 from fl_dualpriv import server, wire
 from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.privacy.ledger import Ledger
-from fl_dualpriv.privacy.noise import KeyedRandom
-from fl_dualpriv.privacy.plan import round_terms
 from fl_dualpriv.server_books import BudgetExhausted, ServerPrivacy
 from strategies.dpfpl import DPFPL
+from tests.made_strategy import made_strategy
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to learn what was synced")
 Notes = list[dict[str, Any]]
@@ -53,21 +52,7 @@ class Server:
             delta=self.DELTA,
             arithmetic=self._arithmetic,
         )
-        strategy = DPFPL(
-            cards={p: wire.ClientCard(partition=p, num_examples=10) for p in range(4)},
-            hosts={p: 70 + p for p in range(4)},
-            masses=dict.fromkeys(range(4), 1.0),
-            num_rounds=3,
-            evaluate_every=0,
-            prompt_kind="global",
-            run_token="t",
-            terms=round_terms(None, 1.0, 1),
-            tolerates_failures=True,
-            privacy=privacy,
-            sources=KeyedRandom,
-            seed=0,
-            report=lambda report: None,
-        )
+        strategy = made_strategy(DPFPL, privacy, sizes=[10] * 4)
         arrays = wire.to_arrays(torch.zeros(2, 3))
         for server_round in (1, 2, 3):
             note("doing", server_round)
