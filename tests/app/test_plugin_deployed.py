@@ -1,0 +1,75 @@
+"""A user's strategy on a deployed SuperLink, from a folder of the server's machine; nodes run the pinned bundle."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fl_dualpriv.app_bundle import build_bundle, digest_of
+from fl_dualpriv.files import read_tensors
+from tests.app.test_rogue_server import BUDGET, run_config, write_app
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # a process a message, and each imports torch
+
+COUNTING = '''
+"""Moves every number by one a round, whatever clients say: what comes out shows that it ran."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fl_dualpriv.server import RoundStrategy
+
+
+@dataclass(kw_only=True)
+class Counting(RoundStrategy):
+    """With an option."""
+
+    stride: float = 1.0
+
+    def server_update(self, prompt: Tensor, diff: Tensor) -> Tensor:
+        """The stride further."""
+        return prompt + self.stride
+'''
+
+
+def test_a_strategy_in_a_folder_of_the_server_runs_on_a_deployed_superlink(
+    deployment: Any, images: Path, tiny_clip_dir: Path, tmp_path: Path
+):
+    app, plugins, out = write_app(tmp_path / "app", rogue=False), tmp_path / "plugins", tmp_path / "out"
+    plugins.mkdir()
+    (plugins / "counting.py").write_text(COUNTING)
+    node_file = tmp_path / "node.toml"
+    folders = f'state-dir = "{tmp_path / "state"}"\ndata-path = "{images}"\n'
+    node_file.write_text(f'{folders}{BUDGET}\n[app]\nallowed = ["{digest_of(build_bundle(app))}"]\n')
+    superlink = deployment.superlink("superlink-plugin")
+    deployment.node("node-plugin", superlink, node_file)
+    config = run_config(
+        images,
+        tiny_clip_dir,
+        out,
+        [],
+        rounds=2,
+        population=1,
+        **{
+            "method": "promptfl",
+            "prompt.init": "random",
+            "evaluation.every": 1000,
+            "strategy.ref": "counting:Counting",
+            "strategy.path": str(plugins),
+            "strategy.options": json.dumps({"plugin.counting.stride": 0.5}),
+        },
+    )
+    superlink.submit(app, config)
+    deployment.wait_until(lambda: (out / "summary.json").exists() or (out / "error.json").exists(), 300)
+    assert not (out / "error.json").exists(), (out / "error.json").read_text()
+    assert json.loads((out / "summary.json").read_text())["failures"] == 0
+    prompt = read_tensors(out / "prompts" / "global.safetensors")[0]["global"]
+    start = prompt - 1.0  # two strides
+    assert float(start.abs().max()) < 0.2  # N(0, 0.02²), as it was drawn
+    assert float(start.std()) > 0.01
+    assert torch.isfinite(prompt).all()
+    events = [json.loads(line) for line in (tmp_path / "state" / "ledger.jsonl").read_text().splitlines()]
+    assert [event["server_round"] for event in events] == [1, 2]
