@@ -118,6 +118,7 @@ def _transport(config: RunConfig, backbone: Backbone, text: PromptedText) -> Ima
         mass=config.fedotp.mass,
         regularisation=config.fedotp.regularisation,
         iterations=config.fedotp.iterations,
+        workspace_bytes=config.resources.workspace_mib * 2**20,
     )
     return ImageLearner(
         shape=(config.prompt.n_ctx, backbone.ctx_dim),

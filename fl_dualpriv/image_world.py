@@ -234,7 +234,7 @@ def build_image_world(config: RunConfig, on_bad_image: Literal["keep", "raise"])
         config.resources.device,
         config.resources.feature_cache,
         on_bad_image,
-        config.fedotp.patch_reading if METHODS[config.method].learns == "fedotp" else None,
+        config.fedotp.patch_reading if METHODS[config.method].reads_patches else None,
     )
     _check_prompt(config, world)
     return world

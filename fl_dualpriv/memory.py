@@ -3,14 +3,17 @@
 import math
 import os
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 
+from fl_dualpriv.backbones.backbone import Backbone
 from fl_dualpriv.config import ResourcesConfig, RunConfig
 from fl_dualpriv.data.feature_cache import IN_MEMORY
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.image_features import BATCH
+from fl_dualpriv.methods import METHODS
 from fl_dualpriv.peak_memory import resident_peak
 from fl_dualpriv.world import World
 
@@ -38,12 +41,14 @@ def actor_bytes(world: World, config: RunConfig) -> int:
     base = _CUDA_CONTEXT if world.backbone.device.type == "cuda" else _PROCESS
     encoding = _ACTIVATIONS_PER_PIXEL * BATCH * 3 * 4 * _image_pixels(world)
     workspace = config.resources.workspace_mib * _MIB
-    return base + world.backbone.weight_bytes + workspace + _feature_bytes(world) + encoding
+    return base + world.backbone.weight_bytes + workspace + _feature_bytes(world, config) + encoding
 
 
-def _feature_bytes(world: World) -> int:
+def _feature_bytes(world: World, config: RunConfig) -> int:
     """Features that stay in memory: all of one held-out split, and of the training images what is not on disk."""
     row = 4 * world.backbone.embed_dim
+    if METHODS[config.method].reads_patches:
+        row *= 1 + cast(Backbone, world.backbone).n_patches  # such a method learns from images alone
     training, *held_out = (row * len(world.images(split)) for split in ("train", "val", "test"))
     return (training if world.cache_root is None else min(training, IN_MEMORY)) + max(held_out)
 

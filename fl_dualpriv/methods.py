@@ -34,6 +34,11 @@ class MethodParts:
     learns: Learns = "prompt"
 
     @property
+    def reads_patches(self) -> bool:
+        """Whether the loss reads the patches of an image, beside the features of the whole."""
+        return self.learns == "fedotp"
+
+    @property
     def pairs(self) -> bool:
         """Whether the loss reads p_G and p_L as two prompts, one above the other, and not their sum."""
         return self.learns == "fedotp"

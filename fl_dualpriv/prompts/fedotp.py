@@ -24,7 +24,9 @@ from fl_dualpriv.prompts.tower import ClassFeatures, PromptTower
 from fl_dualpriv.prompts.transport import transport_plan
 
 _IMAGES = 64
-"""Scored together."""
+"""Scored together, or fewer where their plans need more than the workspace."""
+_NUMBERS_PER_ENTRY = 8
+"""Of a plan while it is made: float64 matrices of its size, counted in `transport_plan`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,6 +40,7 @@ class TransportObjective:
         mass: γ.
         regularisation: λ of the plan.
         iterations: Of the plan.
+        workspace_bytes: For the plans of images that are scored together.
     """
 
     tower: PromptTower
@@ -46,6 +49,7 @@ class TransportObjective:
     mass: float
     regularisation: float
     iterations: int
+    workspace_bytes: int
 
     @property
     def bytes_per_prompt(self) -> int:
@@ -86,8 +90,14 @@ class TransportObjective:
         """Of each pair (prompt, 2 n_ctx, ctx_dim), or of global prompts alone, (prompt, n_ctx, ctx_dim)."""
         pairs = prompts.shape[1] == 2 * len(self.local_start)
         features = self.class_features(prompts).values.unflatten(0, (-1, 2)) if pairs else self.tower(prompts).values
+        patches = _patches(images)
+        together = self._images_at_once(patches.shape[1], features.shape[-2])
         for own in features if pairs else features[:, None]:
-            yield torch.cat([self.match(some, own)[0] for some in _patches(images).split(_IMAGES)])
+            yield torch.cat([self.match(some, own)[0] for some in patches.split(together)])
+
+    def _images_at_once(self, n_patches: int, n_cls: int) -> int:
+        plan = _NUMBERS_PER_ENTRY * 8 * n_cls * n_patches * 2
+        return max(1, min(_IMAGES, self.workspace_bytes // plan))
 
 
 def _patches(data: ClientData) -> Tensor:

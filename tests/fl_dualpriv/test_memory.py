@@ -44,7 +44,7 @@ class Sized:
 
 
 class Model:
-    embed_dim, weight_bytes = 512, 600 * MIB
+    embed_dim, n_patches, weight_bytes = 512, 49, 600 * MIB
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -92,6 +92,16 @@ def test_without_a_cache_all_features_count():
     some, none = (actor_bytes(world(CPU, None, train=n), CONFIG) for n in (1_001_000, 1_000_000))
     assert some - none == held
     assert none > actor_bytes(world(CPU), CONFIG)
+
+
+def test_patches_are_held_beside_the_features_of_whole_images():
+    config = dataclasses.replace(CONFIG, method="fedotp")
+    # 49 patches of 512 x 4 bytes for each of 1024 held-out and 1000 training images
+    held, more = 49 * 512 * 4 * 1024, 49 * 512 * 4 * 1000
+    small = world(CPU, train=1000)
+    assert actor_bytes(small, config) - actor_bytes(small, CONFIG) == held + more
+    # Of more training images than are kept in memory, 64 MiB, with or without patches.
+    assert actor_bytes(world(CPU), config) - actor_bytes(world(CPU), CONFIG) == held
 
 
 def test_on_a_gpu_the_context_stands_for_the_process():

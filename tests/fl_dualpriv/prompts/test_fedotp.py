@@ -1,5 +1,8 @@
 """FedOTP's loss: by hand, against autograd with a held plan; one clip for both prompts, and images that do not mix."""
 
+import dataclasses
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +18,13 @@ from tests.guarantees.step_checks import CTX_DIM, EMBED, N_CLS, N_CTX, START, TO
 
 PATCHES, SCALE = 6, 8.0
 OBJECTIVE = TransportObjective(
-    tower=TOWER, local_start=0.5 * START, logit_scale=SCALE, mass=0.8, regularisation=0.1, iterations=60
+    tower=TOWER,
+    local_start=0.5 * START,
+    logit_scale=SCALE,
+    mass=0.8,
+    regularisation=0.1,
+    iterations=60,
+    workspace_bytes=2**20,
 )
 
 
@@ -59,6 +68,7 @@ def test_by_hand():
         mass=1.0,
         regularisation=0.02,
         iterations=300,
+        workspace_bytes=2**20,
     )
     patches = torch.eye(2)[None]
     classes = torch.tensor([[[1.0, 0], [1, 0]], [[0.0, 1], [1, 0]]])  # (prompt, class, dim)
@@ -134,3 +144,21 @@ def test_scores_are_those_of_the_loss_and_a_global_prompt_alone_has_scores():
     torch.testing.assert_close(found, loss(pair(), data), rtol=1e-4, atol=1e-4)
     (alone,) = OBJECTIVE.logits(pair()[None, :N_CTX], data)
     assert alone.shape == (4, N_CLS)
+
+
+def test_a_small_workspace_scores_fewer_images_together_and_the_same():
+    data, together = records(7), []
+
+    @dataclass(frozen=True, kw_only=True, eq=False)
+    class Looking(TransportObjective):
+        def match(self, patches: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+            together.append(len(patches))
+            return super().match(patches, classes)
+
+    fields = {field.name: getattr(OBJECTIVE, field.name) for field in dataclasses.fields(OBJECTIVE)}
+    plan = 8 * 8 * N_CLS * PATCHES * 2  # bytes for one image
+    for room, sizes in ((1, [1] * 7), (3 * plan, [3, 3, 1]), (2**20, [7])):
+        together.clear()
+        (logits,) = Looking(**fields | {"workspace_bytes": room}).logits(pair()[None], data)
+        assert together == sizes
+        torch.testing.assert_close(logits, next(OBJECTIVE.logits(pair()[None], data)))
