@@ -96,9 +96,9 @@ def test_without_a_cache_all_features_count():
 
 def test_patches_are_held_beside_the_features_of_whole_images():
     config = dataclasses.replace(CONFIG, method="fedotp")
-    # 49 patches of 512 x 4 bytes for each of 1024 held-out and 1000 training images
-    held, more = 49 * 512 * 4 * 1024, 49 * 512 * 4 * 1000
-    small = world(CPU, train=1000)
+    # 49 patches of 512 x 4 bytes for each of 1024 held-out and 100 training images
+    held, more = 49 * 512 * 4 * 1024, 49 * 512 * 4 * 100
+    small = world(CPU, train=100)
     assert actor_bytes(small, config) - actor_bytes(small, CONFIG) == held + more
     # Of more training images than are kept in memory, 64 MiB, with or without patches.
     assert actor_bytes(world(CPU), config) - actor_bytes(world(CPU), CONFIG) == held
