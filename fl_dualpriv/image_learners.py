@@ -31,12 +31,14 @@ class ImageLearner:
         initial: Before round 1, float32; a function of public numbers.
         objective: The loss of records.
         logits: Of each (prompt, rows, cols) on all images, (image, n_cls), up to a factor.
+        context: What one amounts to, as a context prompt (n_ctx, ctx_dim); None: it is what it is.
     """
 
     shape: tuple[int, int]
     initial: Callable[[], Tensor]
     objective: Objective[ClientData]
     logits: Callable[[Tensor, ClientData], Iterator[Tensor]]
+    context: Callable[[Tensor], Tensor] | None = None
 
 
 def image_learner(config: RunConfig, backbone: Backbone, text: PromptedText, head: LowRankHead | None) -> ImageLearner:
@@ -106,6 +108,7 @@ def _factored(config: RunConfig, backbone: Backbone, text: PromptedText, *, fixe
         initial=tower.initial,
         objective=_classification(config, backbone, tower),
         logits=_cosines(tower),
+        context=lambda factors: tower.effective(factors[None].to(base.device))[0],
     )
 
 

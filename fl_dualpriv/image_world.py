@@ -139,6 +139,11 @@ class ImageWorld:
         """See `World`: the template's words, or N(0, 0.02²); of a head its own."""
         return self.learner(config).initial().cpu()
 
+    def context_of(self, learned: Tensor, config: RunConfig) -> Tensor | None:
+        """See `World`."""
+        context = self.learner(config).context
+        return context(learned).cpu() if context else None
+
     def num_examples(self, partition_id: int) -> int:
         """n_i, public metadata; reads no image."""
         return len(self.partitions[partition_id])

@@ -91,6 +91,9 @@ class QuestionWorld:
 
         return load_lora(self.backbone, prompt.rank)
 
+    def context_of(self, learned: Tensor, config: RunConfig) -> None:
+        """See `World`: LoRA factors are none."""
+
     def initial_prompt(self, config: RunConfig) -> Tensor:
         """See `World`: the template's words, or N(0, 0.02²); of LoRA the un-tuned model."""
         if config.prompt.learner == "lora":

@@ -130,9 +130,10 @@ class RunRecorder:
         self.rounds.append(line)
         append_json_line(self.folder / "rounds.jsonl", line, synced=True)  # clients are a round further next
 
-    def write_prompt(self, prompt: Tensor, metadata: Mapping[str, str]) -> None:
-        """Write ``prompts/global.safetensors``."""
-        write_tensors(self.folder / "prompts" / "global.safetensors", {"global": prompt}, metadata)
+    def write_prompt(self, prompt: Tensor, context: Tensor | None, metadata: Mapping[str, str]) -> None:
+        """Write ``prompts/global.safetensors``: what travelled, and the context prompt that it amounts to, if any."""
+        tensors = {"global": prompt} if context is None else {"global": prompt, "context": context}
+        write_tensors(self.folder / "prompts" / "global.safetensors", tensors, metadata)
 
     def write_error(self, error: BaseException) -> None:
         """Write ``error.json``, for a front that only sees a process end; a full disk must not hide the error."""

@@ -74,6 +74,8 @@ def kind_of(config: RunConfig) -> Kind | None:
         return "lora" if learner == "lora" else "soft-prompt"
     if learns == "prompt":
         return "head" if learner == "head" else "context"
+    if learns in ("dp-lora", "ffa-lora"):
+        return "context"  # what the factors amount to
     return learns if learns in ("linear-probe", "prototypes") else None
 
 

@@ -93,7 +93,11 @@ def _of_run(folder: Path, client: int | None) -> Material:
     tensors, metadata = read_tensors(prompt_file)
     if "use" not in metadata or "run-token" not in metadata:
         raise ConfigError(f"{prompt_file} does not say what it is for: an older version wrote it; run it again")
-    prompt, token, deployed = tensors["global"], metadata["run-token"], summary["engine"] == "deployment"
+    prompt, token, deployed = (
+        tensors.get("context", tensors["global"]),
+        metadata["run-token"],
+        summary["engine"] == "deployment",
+    )
     if client is not None:
         if deployed:
             raise ConfigError(
@@ -101,7 +105,7 @@ def _of_run(folder: Path, client: int | None) -> Material:
                 "node's state folder"
             )
         personal = _personal(folder / "clients" / f"client-{client:03d}" / "prompt.safetensors", token)
-        prompt = METHODS[summary["method"]].effective(prompt, personal)
+        prompt = METHODS[summary["method"]].effective(tensors["global"], personal)
     rows = list(summary["privacy"])
     scores, note = _scores_of_run(summary, client)
     return Material(

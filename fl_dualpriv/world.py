@@ -68,6 +68,10 @@ class World(Protocol):
         """p_G before round 1, float32 on the CPU."""
         ...
 
+    def context_of(self, learned: Tensor, config: RunConfig) -> Tensor | None:
+        """The context prompt that learned factors amount to; None: what is learned is used as it is."""
+        ...
+
     def objective(self, config: RunConfig) -> Objective[Any]:
         """The loss of records under prompts."""
         ...

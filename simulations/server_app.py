@@ -115,7 +115,8 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
     zero_shot, final = first_and_last_accuracy(recorder, trains=METHODS[config.method].trains)
     found = notes(config, record, client, scored=strategy.evaluate_every > 0)
     found += [f"ended early: {stopped}"] if stopped else []
-    recorder.write_prompt(prompt, metadata_of_global(config, world, strategy.run_token))
+    facts = metadata_of_global(config, world, strategy.run_token)
+    recorder.write_prompt(prompt, world.context_of(prompt, config), facts)
     recorder.write_curve("; ".join(found))
     recorder.write_summary(
         build_summary(

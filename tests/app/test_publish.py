@@ -117,19 +117,22 @@ def test_the_global_prompt_of_a_run_that_scored_personal_ones_has_no_accuracy(dp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["dp-lora", "fedotp", "fedpgp"])
-def test_what_is_no_prompt_by_itself_is_refused(
+@pytest.mark.parametrize("method", ["dp-lora", "ffa-lora", "fedpgp"])
+def test_what_amounts_to_words_scores_as_the_run_said(
     method: str, settings: dict[str, Any], tiny_clip_dir: Path, tmp_path: Path
 ):
     run = tmp_path / "run"
     run_local(APP_DIR, settings | {"method": method, "output.dir": str(run)})
-    if method == "fedpgp":  # one that is: its parts add up to words
-        prompts = [exported(run, i, tmp_path / f"{i}.safetensors", tiny_clip_dir) for i in range(CLIENTS)]
-        summary = json.loads((run / "summary.json").read_text())
-        assert scores(prompts, summary) == tuple(summary["accuracy"]["final"][k] for k in ("local", "neighbour"))
-    else:
-        with pytest.raises(ConfigError, match=f"what a run of {method} learns cannot be used without the run"):
-            publish(run, 0 if method == "fedotp" else None)
+    owners = range(CLIENTS) if method == "fedpgp" else [None] * CLIENTS  # factors are global alone: the same for all
+    prompts = [exported(run, who, tmp_path / f"{i}.safetensors", tiny_clip_dir) for i, who in enumerate(owners)]
+    summary = json.loads((run / "summary.json").read_text())
+    assert scores(prompts, summary) == tuple(summary["accuracy"]["final"][k] for k in ("local", "neighbour"))
+
+
+def test_a_pair_that_reads_patches_is_refused(settings: dict[str, Any], tmp_path: Path):
+    run_local(APP_DIR, settings | {"method": "fedotp", "output.dir": str(tmp_path / "run")})
+    with pytest.raises(ConfigError, match="what a run of fedotp learns cannot be used without the run"):
+        publish(tmp_path / "run", 0)
 
 
 # --- what is refused at export ----------------------------------------------------------------------------------------

@@ -132,9 +132,10 @@ def test_error_and_prompt(tmp_path: Path):
     recorder.write_error(ValueError("broken"))
     error = strict((tmp_path / "new" / "error.json").read_text())
     assert (error["type"], error["message"]) == ("ValueError", "broken")
-    recorder.write_prompt(torch.ones(2, 3), {"method": "full"})
+    recorder.write_prompt(torch.ones(2, 3), torch.zeros(4, 3), {"method": "full"})
     tensors, metadata = read_tensors(tmp_path / "new" / "prompts" / "global.safetensors")
     assert torch.equal(tensors["global"], torch.ones(2, 3))
+    assert torch.equal(tensors["context"], torch.zeros(4, 3))
     assert metadata == {"method": "full"}
 
 
