@@ -93,11 +93,8 @@ def _of_run(folder: Path, client: int | None) -> Material:
     tensors, metadata = read_tensors(prompt_file)
     if "use" not in metadata or "run-token" not in metadata:
         raise ConfigError(f"{prompt_file} does not say what it is for: an older version wrote it; run it again")
-    prompt, token, deployed = (
-        tensors.get("context", tensors["global"]),
-        metadata["run-token"],
-        summary["engine"] == "deployment",
-    )
+    prompt = tensors.get("context", tensors["global"])
+    token, deployed = metadata["run-token"], summary["engine"] == "deployment"
     if client is not None:
         if deployed:
             raise ConfigError(
