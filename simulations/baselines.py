@@ -28,7 +28,7 @@ def chosen_of(document: Mapping[str, Any], path: Path) -> dict[Entry, dict[str, 
     """What was chosen for each entry, checked against the search; entries that were not tuned are left out.
 
     Raises:
-        ConfigError: If a choice has another number of trials, or other values, than the search offers now.
+        ConfigError: If a choice has another number of trials or runs, or other values, than the search offers now.
     """
     tables = {(t["base"], t["method"], t["epsilon"]): t for t in tomllib.loads(path.read_text("utf-8"))["chosen"]}
     found = {}
@@ -38,10 +38,15 @@ def chosen_of(document: Mapping[str, Any], path: Path) -> dict[Entry, dict[str, 
         chosen, offered = tables[entry], space(document, method, entry[2])
         keys = chosen["keys"]
         known = keys.keys() == offered.keys() and all(value in offered[key] for key, value in keys.items())
-        if not known or chosen["trials"] != document["trials"]:
+        if not known or (chosen["trials"], chosen["runs"]) != (document["trials"], tuning_runs(document)):
             raise ConfigError(f"{path}: {entry} was chosen in another search; run simulations.tune again")
         found[entry] = chosen
     return found
+
+
+def tuning_runs(document: Mapping[str, Any]) -> int:
+    """Of each entry: the trials, and the finalists with the other seeds."""
+    return document["trials"] + document["finalists"] * (len(document["tuning-seeds"]) - 1)
 
 
 def cells_of(document: Mapping[str, Any], chosen: Mapping[Entry, Mapping[str, Any]]) -> dict[Entry, list[Cell]]:
@@ -83,14 +88,14 @@ def _short(summaries: Sequence[Mapping[str, Any]], document: Mapping[str, Any]) 
 
 def settings(document: Mapping[str, Any], base: str, chosen: Mapping[Entry, Mapping[str, Any]], done: Summaries) -> str:
     """Markdown: what was chosen for each method, with its score on validation data and ε as accounted."""
-    lines = ["| method | | validation | trials (failed), seconds | chosen | ε |", "|---|---|---|---|---|---|"]
+    lines = ["| method | | validation | runs (failed), seconds | chosen | ε |", "|---|---|---|---|---|---|"]
     for entry, method in entries(document):
         if entry[0] != base or entry not in chosen:
             continue
         own, summaries = chosen[entry], done.get(entry, [])
         keys = " ".join(f"`{key}={value}`" for key, value in own["keys"].items())
         head = f"ε = {epsilon_text(entry[2])}" if kind_of(entry[2]) == "with-noise" else "no privacy"
-        budget = f"{own['trials']} ({own['failed']}), {own['seconds']:.0f}"
+        budget = f"{own['runs']} ({own['failed']}), {own['seconds']:.0f}"
         source = f", {method['source']}" if method.get("source") else ""
         lines.append(
             f"| {method['name']}{source} | {head} | {100 * own['validation']:.1f} | {budget} | {keys} | "
@@ -103,14 +108,15 @@ def page(
     document: Mapping[str, Any], name: str, chosen: Mapping[Entry, Mapping[str, Any]], done: Summaries, missing: int
 ) -> str:
     """The whole page: two tables a base."""
-    axes = document["trials"], len(document["seeds"])
+    trials, finals, seeds = document["trials"], document["finalists"], len(document["tuning-seeds"])
     parts = [
         "# Baselines: the table\n",
         f"Written by `python -m simulations.baselines simulations/configs/baselines/{name}`; what it means is in "
-        f"[baselines.md](baselines.md). Test data, in percent, mean ± standard deviation over {axes[1]} seeds. Local: "
-        "images of a client's own classes; neighbour: of all others; both over all class names, averaged over clients. "
-        f"Tuning budget: {axes[0]} trials of one seed for every method, base and ε, on validation data; the highest "
-        "local accuracy is chosen. ε is of one final run; the trials are not accounted.",
+        f"[baselines.md](baselines.md). Test data, in percent, mean ± standard deviation over {len(document['seeds'])} "
+        "seeds. Local: images of a client's own classes; neighbour: of all others; both over all class names, averaged "
+        f"over clients. Tuning budget: {trials} trials of one seed for every method, base and ε, on validation data, "
+        f"and the best {finals} of them with {seeds - 1} other seeds; the highest mean local accuracy is chosen. ε is "
+        "of one final run; the trials are not accounted.",
     ]
     if missing:
         parts.append(

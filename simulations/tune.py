@@ -1,8 +1,9 @@
 """Hyper-parameters of every method, chosen on validation data, with as many trials for each method as for any other.
 
-``python -m simulations.tune simulations/configs/baselines/search.toml`` runs the trials and writes the best settings of
-each method, base and ε to ``chosen.toml`` beside it, for `simulations.baselines`. All trials are checked before the
-first; those that are already in ``--runs`` are not repeated. A trial that fails counts as a trial and is never chosen.
+``python -m simulations.tune simulations/configs/baselines/search.toml`` runs the trials, then the best few of each
+method, base and ε again with other seeds, and writes what has the highest mean to ``chosen.toml`` beside it, for
+`simulations.baselines`. All trials are checked before the first; those that are already in ``--runs`` are not repeated.
+A trial that fails counts as a trial and is never chosen.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import statistics
 import tomllib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -134,7 +136,7 @@ def cell_of(
 
 
 def trials_of(document: Mapping[str, Any]) -> dict[Entry, list[tuple[Point, Cell]]]:
-    """The trials of every entry. What a method tries depends on its own values alone.
+    """The trials of every entry, with the first tuning seed. What a method tries depends on its own values alone.
 
     Raises:
         ConfigError: If a trial is not a valid run, or a method cannot have as many as the others.
@@ -142,26 +144,38 @@ def trials_of(document: Mapping[str, Any]) -> dict[Entry, list[tuple[Point, Cell
     found: dict[Entry, list[tuple[Point, Cell]]] = {}
     for entry, method in entries(document):
         base, name, epsilon = entry
-        rng = np.random.default_rng([document["tuning-seed"], zlib.crc32(f"{base} {name} {epsilon:g}".encode())])
+        seed = document["tuning-seeds"][0]
+        rng = np.random.default_rng([seed, zlib.crc32(f"{base} {name} {epsilon:g}".encode())])
         try:
             points = draw(space(document, method, epsilon), document["trials"], rng)
         except ConfigError as error:
             raise ConfigError(f"{name!r} on {base}, ε = {epsilon:g}: {error}") from error
-        seed = document["tuning-seed"]
         found[entry] = [(p, cell_of(document, entry, method, p, seed=seed, split="val")) for p in points]
     return found
 
 
-def best(scores: Sequence[float | None]) -> int:
-    """Index of the highest score, the first of equals; None: the trial failed.
+def finalists(scores: Sequence[float | None], count: int) -> list[int]:
+    """Indices of the highest scores, the first of equals before the others; None: the trial failed.
 
     Raises:
         ValueError: If all failed.
     """
-    ranked = [(score, -index) for index, score in enumerate(scores) if score is not None]
+    ranked = sorted((-score, index) for index, score in enumerate(scores) if score is not None)
     if not ranked:
         raise ValueError("every trial failed")
-    return -max(ranked)[1]
+    return [index for _, index in ranked[:count]]
+
+
+def best(scores: Mapping[int, Sequence[float | None]]) -> tuple[int, float]:
+    """Of finalists with their scores by seed: the one with the highest mean, the first of equals, and that mean.
+
+    Raises:
+        ValueError: If each failed with some seed.
+    """
+    means = {index: statistics.mean(own) for index, own in scores.items() if None not in own}  # type: ignore[type-var]
+    if not means:
+        raise ValueError("every finalist failed with some seed")
+    return max(means.items(), key=lambda item: item[1])
 
 
 def to_toml(chosen: Sequence[Mapping[str, Any]], comment: str) -> bytes:
@@ -176,6 +190,34 @@ def to_toml(chosen: Sequence[Mapping[str, Any]], comment: str) -> bytes:
     for table in chosen:
         lines += ["", "[[chosen]]", *(f"{key} = {value(x)}" for key, x in table.items())]
     return ("\n".join(lines) + "\n").encode()
+
+
+def finals_of(
+    document: Mapping[str, Any],
+    trials: Mapping[Entry, Sequence[tuple[Point, Cell]]],
+    summaries: Mapping[Entry, Sequence[Mapping[str, Any]]],
+) -> dict[Entry, list[tuple[int, Cell]]]:
+    """The best trials of every entry with all but the first tuning seed; with the number of the trial each."""
+    methods, seeds = dict(entries(document)), document["tuning-seeds"][1:]
+    return {
+        entry: [
+            (index, cell_of(document, entry, methods[entry], trials[entry][index][0], seed=seed, split="val"))
+            for index in finalists([_score(summary) for summary in own], document["finalists"])
+            for seed in seeds
+        ]
+        for entry, own in summaries.items()
+    }
+
+
+def _run(wanted: Mapping[Entry, Sequence[tuple[Any, Cell]]], runs: Path, workers: int) -> dict[Entry, list[Any]]:
+    """Summaries of all trials; empty where one failed."""
+    cells = [cell for trials in wanted.values() for _, cell in trials]
+    summaries = iter(run_all(cells, runs, workers, may_fail=True))
+    return {entry: list(itertools.islice(summaries, len(trials))) for entry, trials in wanted.items()}
+
+
+def _score(summary: Mapping[str, Any]) -> float | None:
+    return summary["accuracy"]["final"]["local"] if summary else None
 
 
 def main() -> None:
@@ -195,29 +237,35 @@ def main() -> None:
         parser.error(f"nothing is called {args.base or args.method!r} in {args.search}")
     if args.finished:
         wanted = {e: own for e, own in wanted.items() if all(was_run(cell, args.runs) for _, cell in own)}
-    cells = [cell for trials in wanted.values() for _, cell in trials]
-    summaries = iter(run_all(cells, args.runs, args.workers, may_fail=True))
+    first = _run(wanted, args.runs, args.workers)
+    again = finals_of(document, wanted, first)
+    if args.finished:
+        again = {e: own for e, own in again.items() if all(was_run(cell, args.runs) for _, cell in own)}
+    second = _run(again, args.runs, args.workers)
     path = args.search.with_name(CHOSEN)
     before = tomllib.loads(path.read_text(encoding="utf-8"))["chosen"] if path.exists() else []
     chosen = {(c["base"], c["method"], c["epsilon"]): c for c in before}
-    for entry, trials in wanted.items():
-        own = list(itertools.islice(summaries, len(trials)))
-        scores = [s["accuracy"]["final"]["local"] if s else None for s in own]
-        index = best(scores)
+    for entry, more in second.items():
+        own = first[entry]
+        by_seed = {i: [own[i]] for i in finalists([_score(s) for s in own], document["finalists"])}
+        for (index, _), summary in zip(again[entry], more, strict=True):
+            by_seed[index].append(summary)
+        index, mean = best({index: [_score(s) for s in some] for index, some in by_seed.items()})
         chosen[entry] = {
             "base": entry[0],
             "method": entry[1],
             "epsilon": entry[2],
-            "trials": len(trials),
-            "failed": scores.count(None),
-            "validation": round(scores[index] or 0.0, 4),
-            "seconds": round(sum(s["seconds"] for s in own if s), 1),
-            "keys": trials[index][0],
+            "trials": len(own),
+            "runs": len(own) + len(more),
+            "failed": sum(not s for s in (*own, *more)),
+            "validation": round(mean, 4),
+            "seconds": round(sum(s["seconds"] for s in (*own, *more) if s), 1),
+            "keys": wanted[entry][index][0],
         }
     comment = (
         f"Written by python -m simulations.tune {args.search.name}: the best of each method's trials on validation\n"
+        "data (local accuracy, mean over the tuning seeds). Seconds: of all runs together."
     )
-    comment += "data (local accuracy, one seed). Seconds: of all trials together."
     write_bytes(path, to_toml([chosen[entry] for entry in every if entry in chosen], comment))
 
 

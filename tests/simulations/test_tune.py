@@ -56,7 +56,27 @@ def test_every_method_has_as_many_trials_as_any_other_and_none_sees_test_data(do
             assert point.items() <= cell.settings.items()
             mechanism = "gaussian" if math.isfinite(epsilon) else "none"
             assert cell.settings["privacy.record.mechanism"] == mechanism
-            assert cell.seed not in document["seeds"]  # other noise than that of the final runs
+            assert cell.seed == document["tuning-seeds"][0]
+    assert not set(document["tuning-seeds"]) & set(document["seeds"])  # other noise than that of the final runs
+
+
+def test_every_method_has_as_many_finalists_with_other_seeds_on_validation_data(
+    document: dict[str, Any], trials: Trials
+):
+    rng = np.random.default_rng(0)
+    summaries = {entry: [_summary(0.3, float(end)) for end in rng.random(len(own))] for entry, own in trials.items()}
+    again = tune.finals_of(document, trials, summaries)
+    assert again.keys() == trials.keys()
+    for entry, own in again.items():
+        ends = [s["accuracy"]["final"]["local"] for s in summaries[entry]]
+        leading = sorted(range(len(ends)), key=lambda i: -ends[i])[: document["finalists"]]
+        seeds = document["tuning-seeds"][1:]
+        assert [(index, cell.seed) for index, cell in own] == [(i, seed) for i in leading for seed in seeds]
+        for index, cell in own:
+            point, trial = trials[entry][index]
+            assert point.items() <= cell.settings.items()
+            assert {k for k in cell.settings if cell.settings[k] != trial.settings[k]} == {"seed"}
+        assert document["trials"] + len(own) == baselines.tuning_runs(document)
 
 
 def test_a_method_more_leaves_the_trials_of_the_others_alone(document: dict[str, Any], trials: Trials):
@@ -79,18 +99,26 @@ def test_what_is_wrong_is_said_before_the_first_run(document: dict[str, Any], tm
         tune.trials_of(document)
 
 
-def test_the_best_trial_is_the_first_of_the_highest_and_never_one_that_failed():
-    assert tune.best([0.2, None, 0.5, 0.5]) == 2
-    assert tune.best([None, 0.0]) == 1
+def test_finalists_are_the_first_of_the_highest_and_never_one_that_failed():
+    assert tune.finalists([0.2, None, 0.5, 0.5], 2) == [2, 3]
+    assert tune.finalists([0.2, None, 0.5, 0.5], 1) == [2]
+    assert tune.finalists([None, 0.0], 3) == [1]
     with pytest.raises(ValueError, match="every trial failed"):
-        tune.best([None, None])
+        tune.finalists([None, None], 2)
+
+
+def test_the_best_finalist_has_the_highest_mean_and_never_failed():
+    # 0.5 is the luckiest seed, 0.4 the best mean; means of 0.7 and 0.9 with a seed that failed are none.
+    assert tune.best({3: [0.5, 0.1], 0: [0.4, 0.4], 1: [0.4, 0.4], 2: [0.9, None]}) == (0, pytest.approx(0.4))
+    with pytest.raises(ValueError, match="every finalist failed"):
+        tune.best({0: [None, 0.2]})
 
 
 def _chosen(trials: Trials, path: Path) -> list[dict[str, Any]]:
     """As if the first trial of each entry had been the best."""
     tables = [
         dict(zip(("base", "method", "epsilon"), entry, strict=True))
-        | {"trials": len(own), "failed": 0, "validation": 0.5, "seconds": 1.0, "keys": own[0][0]}
+        | {"trials": len(own), "runs": len(own) + 8, "failed": 0, "validation": 0.5, "seconds": 1.0, "keys": own[0][0]}
         for entry, own in trials.items()
     ]
     path.write_bytes(tune.to_toml(tables, "of a test"))
@@ -105,7 +133,12 @@ def test_choices_are_read_as_they_were_written_and_not_from_another_search(
     assert tomllib.loads(path.read_text())["chosen"] == tables
     chosen = baselines.chosen_of(document, path)
     assert list(chosen.values()) == tables
-    for key, value in (("trials", 9), ("keys", {"prompt.rank": 1}), ("keys", tables[0]["keys"] | {"rounds": 99})):
+    for key, value in (
+        ("trials", 9),
+        ("runs", 16),
+        ("keys", {"prompt.rank": 1}),
+        ("keys", tables[0]["keys"] | {"rounds": 99}),
+    ):
         path.write_bytes(tune.to_toml([tables[0] | {key: value}], ""))
         with pytest.raises(ConfigError, match="chosen in another search"):
             baselines.chosen_of(document, path)
@@ -171,7 +204,8 @@ def test_the_commands_run_and_do_not_repeat_themselves(tmp_path: Path, monkeypat
     search, runs = tmp_path / "search.toml", tmp_path / "runs"
     keys = {"method": "promptfl", "rounds": 1, "train.local-steps": 1}
     search.write_text(
-        'trials = 2\ntuning-seed = 7\nseeds = [0]\nepsilons = [inf]\n[common]\n"resources.feature-cache" = "off"\n'
+        "trials = 2\nfinalists = 1\ntuning-seeds = [7, 8]\nseeds = [0]\nepsilons = [inf]\n"
+        '[common]\n"resources.feature-cache" = "off"\n'
         f'[bases.demo]\ntitle = "small"\nconfig = "nonprivate.toml"\n'
         '[values.without-noise]\n"train.global-learning-rate" = [0.5, 1e-6]\n[[methods]]\nname = "one"\n'
         f"keys = {{ {', '.join(f'{json.dumps(k)} = {json.dumps(v)}' for k, v in keys.items())} }}\n"
@@ -181,13 +215,15 @@ def test_the_commands_run_and_do_not_repeat_themselves(tmp_path: Path, monkeypat
     monkeypatch.setattr("sys.argv", ["tune", *common])
     tune.main()
     chosen = tomllib.loads(search.with_name(tune.CHOSEN).read_text())["chosen"]
-    assert [(c["trials"], c["failed"]) for c in chosen] == [(2, 0)]
+    assert [(c["trials"], c["runs"], c["failed"]) for c in chosen] == [(2, 3, 0)]
     scores = {
-        summary["config"]["train.global-learning-rate"]: summary["accuracy"]["final"]["local"]
+        (summary["seed"], summary["config"]["train.global-learning-rate"]): summary["accuracy"]["final"]["local"]
         for summary in (json.loads(path.read_text()) for path in runs.rglob("summary.json"))
     }
-    assert max(scores.values()) == scores[chosen[0]["keys"]["train.global-learning-rate"]]
-    assert len(scores) == 2
+    rate = chosen[0]["keys"]["train.global-learning-rate"]
+    assert scores.keys() == {(7, 0.5), (7, 1e-6), (8, rate)}
+    assert scores[7, rate] == max(scores[7, 0.5], scores[7, 1e-6])
+    assert chosen[0]["validation"] == pytest.approx((scores[7, rate] + scores[8, rate]) / 2, abs=1e-4)
     monkeypatch.setattr("sys.argv", ["baselines", *common, "--out", str(tmp_path / "table.md")])
     baselines.main()
     assert "| one | " in (tmp_path / "table.md").read_text()
