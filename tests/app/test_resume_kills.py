@@ -14,7 +14,7 @@ import pytest
 from fl_dualpriv import supervisor
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.results import RunRecorder
-from tests.app.run_folders import BOTH, Start, command, ending, find_below, lines, starter, write_config
+from tests.app.run_folders import BOTH, NO_DP, Start, command, ending, find_below, lines, starter, write_config
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -130,27 +130,42 @@ def test_the_command_goes_on_after_its_process_was_killed(config: Path, expected
     assert ending(out) == expected
 
 
-@pytest.mark.parametrize("victim", ["server", "worker", "both, and the front"])
+@pytest.mark.parametrize("victim", ["server", "both, and the front"])
 def test_on_ray_a_run_goes_on_after_its_processes_were_killed(
     config: Path, expected: object, tmp_path: Path, victim: str
 ):
-    """A worker that dies is a counted zero under DP, so its run is ended here before it goes on."""
     out = tmp_path / "out"
     process = command(str(config), "--app", str(ROOT), "--engine", "ray", "--out", str(out))
     after_round(out, 2, process)
     servers, workers = find_below(process.pid, "flwr-simulation"), find_below(process.pid, "ray::")
     assert servers
     assert workers
+    supervisor.kill(servers)
     if victim == "server":
-        supervisor.kill(servers)
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 1
-        assert "error:" in output
-        assert f"--resume {out}" in output
+        ended_and_says_how_to_go_on(process, out)
     else:
-        supervisor.kill(servers if "both" in victim else [])
         supervisor.kill(workers)
         process.kill()
         process.communicate(timeout=60)
     finished(command("--resume", str(out)))
     assert ending(out) == expected
+
+
+def test_on_ray_without_dp_a_run_ends_when_its_workers_are_killed_and_goes_on(config: Path, tmp_path: Path):
+    """Under DP their clients are counted zeros, whoever looks, and the run goes on: tests/app/test_dead_actors.py."""
+    plain = [word for key, value in NO_DP.items() for word in ("--set", f"{key}={value}")]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    finished(command(str(config), "--app", str(ROOT), "--engine", "local", "--out", str(whole), *plain))
+    process = command(str(config), "--app", str(ROOT), "--engine", "ray", "--out", str(out), *plain)
+    after_round(out, 2, process)
+    supervisor.kill(find_below(process.pid, "ray::"))
+    ended_and_says_how_to_go_on(process, out)
+    finished(command("--resume", str(out)))
+    assert ending(out) == ending(whole)
+
+
+def ended_and_says_how_to_go_on(process: "subprocess.Popen[str]", out: Path) -> None:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "error:" in output
+    assert f"--resume {out}" in output
