@@ -27,11 +27,11 @@ from tests.guarantees.server_checks import (
     SIZES,
     ask,
     client_level,
-    everybody_and_no_noise,
     make,
     one_round,
     orthogonal,
 )
+from tests.made_strategy import quiet
 
 CLIENTS = len(SIZES)
 BIT_NOISE, RATE = 1.5, 0.75
@@ -65,7 +65,7 @@ def a_client_moves_sum_and_count_by_no_more_than_planned() -> None:
     uploads = orthogonal(100 * BOUND) | {2: orthogonal(0.5 * BOUND)[2]}
 
     def released(present: tuple[int, ...]) -> tuple[Tensor, float]:
-        strategy = make(adaptive_privacy(), everybody_and_no_noise)
+        strategy = make(adaptive_privacy(), quiet)
         moved = one_round(strategy, {p: uploads[p] for p in present}) * strategy.divisor()
         return moved, share_released(strategy, BOUND) * RATE * CLIENTS
 
