@@ -27,7 +27,7 @@ _log = logging.getLogger("fl_dualpriv")
 FORMAT = 1
 FILES = ("checkpoint.bin", "checkpoint.previous.bin")
 # What never changes a result; all other keys must be as they were.
-_FREE = ("output.", "resources.", "join-timeout", "reply-timeout")
+_FREE = ("output.", "resources.", "join-timeout", "reply-timeout", "dead-actors")
 
 
 @dataclass(frozen=True, kw_only=True)

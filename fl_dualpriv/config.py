@@ -211,6 +211,7 @@ class RunConfig:
     seed: int
     join_timeout: float
     reply_timeout: float
+    dead_actors: Literal["zero", "stop"]
     strategy: StrategyConfig
     train: TrainConfig
     prompt: PromptConfig

@@ -16,7 +16,7 @@ from fl_dualpriv import wire
 from fl_dualpriv.checkpoint import Checkpoint, CheckpointFolder, Progress
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.privacy.plan import Release
-from fl_dualpriv.server import RoundStrategy
+from fl_dualpriv.server import ClientFailure, RoundStrategy
 
 _log = logging.getLogger("fl_dualpriv")
 
@@ -27,10 +27,17 @@ class Rounds:
     Args:
         strategy: Sends, aggregates, scores and reports.
         checkpoints: Where the run goes on from.
+        stop_at_dead_actor: End the run when an actor of the simulation has died, also under DP.
+
+    Guarantee:
+        A run that such a stop ended and a resume went on with releases what it would have released without: the round
+        of the stop is made again, and a client answers again with what it has sent. That it stopped shows to whoever
+        watches the machine, and no ε covers it, for a record may be what an actor died of. So it is off unless asked
+        for; a dead actor's clients are zeros then.
     """
 
-    def __init__(self, strategy: RoundStrategy, checkpoints: CheckpointFolder) -> None:
-        self._strategy, self._checkpoints = strategy, checkpoints
+    def __init__(self, strategy: RoundStrategy, checkpoints: CheckpointFolder, *, stop_at_dead_actor: bool) -> None:
+        self._strategy, self._checkpoints, self._stops = strategy, checkpoints, stop_at_dead_actor
         self._warned = False
 
     @property
@@ -103,6 +110,7 @@ class Rounds:
 
         Raises:
             BudgetExhausted: If a round would exceed the budget; the strategy has the prompt of the rounds before.
+            ClientFailure: If an actor died and the run shall stop at that.
         """
         strategy, config = self._strategy, ConfigRecord()
         arrays = wire.to_arrays(prompt)
@@ -119,12 +127,16 @@ class Rounds:
     def _replies(self, grid: Grid, asked: Iterable[Message], timeout: float) -> Iterator[Message]:
         """The replies as they are; says once what a dead actor means where the run goes on without it."""
         for reply in grid.send_and_receive(asked, timeout=timeout):
-            if not self._warned and self._strategy.tolerates_failures and wire.dead_actor(reply) is not None:
+            dead = self._strategy.tolerates_failures and wire.dead_actor(reply) is not None
+            if dead and self._stops:
+                raise ClientFailure(f'dead-actors = "stop": {wire.failure_reason(reply)}')
+            if dead and not self._warned:
                 self._warned = True
                 _log.warning(
                     "a dead actor stays: from now on many clients count as zero in each round, and their privacy is "
-                    "spent for nothing. End the run (Ctrl-C) and go on with `fl-dualpriv run --resume`; where memory "
-                    "was short raise resources.cpus-per-client: fewer actors need less"
+                    "spent for nothing. End the run (Ctrl-C) and go on with `fl-dualpriv run --resume`; dead-actors = "
+                    '"stop" does so by itself, before the round counts; where memory was short raise '
+                    "resources.cpus-per-client: fewer actors need less"
                 )
             yield reply
 

@@ -87,7 +87,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
     kept = checkpoints.read(may_go_back=may_repeat(config)) if config.output.resume else None
     token = kept.progress.run_token if kept else None
     strategy = build_strategy(strategy_class, config, record, client, cards, hosts, recorder, report, options, token)
-    rounds = Rounds(strategy, checkpoints)
+    rounds = Rounds(strategy, checkpoints, stop_at_dead_actor=config.dead_actors == "stop")
     if kept:
         recorder.resume(kept.progress.rounds_done)
         rounds.resume(kept, recorder.rounds)

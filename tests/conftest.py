@@ -110,3 +110,11 @@ def make_llava_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
 def llava_dir(make_llava_dir: Callable[..., Path]) -> Path:
     """Folder of the tiny LLaVA of CLIP and Llama, for ``load_answering_model(f"hf:{llava_dir}", ...)``."""
     return make_llava_dir()
+
+
+@pytest.fixture
+def flower_task() -> None:
+    """Messages cannot be made outside a Flower task."""
+    from flwr.supercore.task_identity import TaskIdentity  # late: most tests need no Flower
+
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 1, 0

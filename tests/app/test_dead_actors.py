@@ -16,7 +16,7 @@ from fl_dualpriv import supervisor, wire
 from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.results import RunRecorder
 from fl_dualpriv.server import ClientFailure
-from tests.app.run_folders import APP_DIR, LEVELS, Start, command, find_below, lines, starter, write_config
+from tests.app.run_folders import APP_DIR, LEVELS, Start, command, ending, find_below, lines, starter, write_config
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -39,7 +39,7 @@ def failed(reason: str, code: int = 0) -> Message:
     return Message(Error(code, reason), reply_to=Message(RecordDict(), 1, "train"))
 
 
-def test_a_dead_actor_is_told_from_a_client_that_raises():
+def test_a_dead_actor_is_told_from_a_client_that_raises(flower_task: None):
     assert wire.dead_actor(failed(DIED)) == "9021"
     assert wire.failure_reason(failed(DIED)).startswith(TOLD)
     assert "--resume" in wire.failure_reason(failed(DIED))
@@ -78,6 +78,18 @@ def test_under_dp_its_clients_are_zeros_that_are_counted_and_it_is_said_once(
     assert [line["failures"] for line in lines(out / "rounds.jsonl")] == [0, 0, 2, 4]
     assert sum("a dead actor stays" in r.getMessage() for r in caplog.records) == 1
     assert sum(TOLD in r.getMessage() for r in caplog.records) == 3
+
+
+def test_under_dp_it_ends_the_run_where_that_is_asked_for_and_nothing_is_lost(
+    start: Start, dies: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with pytest.raises(ClientFailure, match=rf'^dead-actors = "stop": {TOLD}.*--resume'):
+        start("stopped", {"dead-actors": "stop"})
+    assert len(lines(tmp_path / "stopped" / "rounds.jsonl")) == 2  # rounds 0 and 1: the second did not count
+    monkeypatch.undo()
+    assert ending(start("stopped", {"dead-actors": "stop"}, resume=True)) == ending(
+        start("whole", {"dead-actors": "stop"})
+    )
 
 
 def test_without_dp_it_ends_the_run(start: Start, dies: None, tmp_path: Path):

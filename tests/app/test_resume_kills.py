@@ -151,12 +151,13 @@ def test_on_ray_a_run_goes_on_after_its_processes_were_killed(
     assert ending(out) == expected
 
 
-def test_on_ray_without_dp_a_run_ends_when_its_workers_are_killed_and_goes_on(config: Path, tmp_path: Path):
-    """Under DP their clients are counted zeros, whoever looks, and the run goes on: tests/app/test_dead_actors.py."""
-    plain = [word for key, value in NO_DP.items() for word in ("--set", f"{key}={value}")]
+@pytest.mark.parametrize("level", [{"dead-actors": "stop"}, NO_DP], ids=["DP", "no DP"])
+def test_on_ray_a_run_ends_when_its_workers_are_killed_and_goes_on(config: Path, tmp_path: Path, level: dict[str, str]):
+    """Where nothing else is asked for under DP their clients are counted zeros: tests/app/test_dead_actors.py."""
+    words = [word for key, value in level.items() for word in ("--set", f"{key}={value}")]
     whole, out = tmp_path / "whole", tmp_path / "out"
-    finished(command(str(config), "--app", str(ROOT), "--engine", "local", "--out", str(whole), *plain))
-    process = command(str(config), "--app", str(ROOT), "--engine", "ray", "--out", str(out), *plain)
+    finished(command(str(config), "--app", str(ROOT), "--engine", "local", "--out", str(whole), *words))
+    process = command(str(config), "--app", str(ROOT), "--engine", "ray", "--out", str(out), *words)
     after_round(out, 2, process)
     supervisor.kill(find_below(process.pid, "ray::"))
     ended_and_says_how_to_go_on(process, out)

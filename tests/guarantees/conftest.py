@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from flwr.supercore.task_identity import TaskIdentity
 from PIL import Image
 from torch import Tensor
 
@@ -46,12 +45,6 @@ OURS = {
 
 Notes = list[dict[str, Any]]
 Mutation = Callable[[pytest.MonkeyPatch], None]
-
-
-@pytest.fixture
-def flower_task() -> None:
-    """Messages cannot be made outside a Flower task."""
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 1, 0
 
 
 @dataclass(frozen=True, kw_only=True)
