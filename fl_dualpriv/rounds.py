@@ -30,8 +30,9 @@ class Rounds:
         stop_at_dead_actor: End the run when an actor of the simulation has died, also under DP.
 
     Guarantee:
-        A run that such a stop ended and a resume went on with releases what it would have released without: the round
-        of the stop is made again, and a client answers again with what it has sent. That it stopped shows to whoever
+        A run that such a stop ended and a resume went on with releases no more than without: the round of the stop is
+        made again, a client answers with what it has sent or for the first time, and one that died between paying and
+        sending makes the same release if it is seeded, else none in that round. That the run stopped shows to whoever
         watches the machine, and no ε covers it, for a record may be what an actor died of. So it is off unless asked
         for; a dead actor's clients are zeros then.
     """
