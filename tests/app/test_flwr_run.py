@@ -220,7 +220,13 @@ def test_a_front_that_is_interrupted_or_killed_leaves_no_process(
         values = {{"population": 2, "rounds": 10000, "fail": "slow", "output.dir": str(out)}}
         run_flower(app, values, num_supernodes=2, cpus_per_client=1, gpus_per_client=0.0, work_dir=out)
     """
-    front = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    front = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        # Where a shell starts tests in the background they ignore SIGINT, and hand that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert wait_for(lambda: (out / "round").exists(), 100)
     running = family()
     for program in ("flower-superlink", "flwr-simulation", "raylet"):
