@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import pytest
 import torch
 from torch import Tensor
 
+from fl_dualpriv import torchvision_shim
 from fl_dualpriv.backbones.answering import load_answering_model
 from fl_dualpriv.backbones.frozen import fingerprint
 from fl_dualpriv.backbones.llava import LlavaBackbone
@@ -21,6 +21,9 @@ from fl_dualpriv.prompts.lora import LoraObjective
 from fl_dualpriv.prompts.soft_prompt import SoftPromptObjective
 from fl_dualpriv.pruning.visual_tokens import VisualTokenPruner
 from tests.tiny_llava import ANSWERS, END_ID, QUESTIONS
+
+torchvision_shim.install()
+import peft  # noqa: E402  (needs the shim)
 
 RANK, MAX_TOKENS, WORDS = 3, 14, "look at this"
 PREFIX = "base_model.model."
