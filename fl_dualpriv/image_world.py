@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.backbone import Backbone, PatchReading, load_backbone
+from fl_dualpriv.backbones.backbone import Backbone, load_backbone
 from fl_dualpriv.backbones.patches import PatchEncoder
 from fl_dualpriv.client import ClientData
 from fl_dualpriv.config import BackboneConfig, DataConfig, PromptConfig, RunConfig
@@ -29,6 +29,7 @@ from fl_dualpriv.prompts.head import LowRankHead
 from fl_dualpriv.prompts.learner import PromptedText
 from fl_dualpriv.prompts.tower import PromptTower
 from fl_dualpriv.pruners import token_pruner
+from fl_dualpriv.pruning.in_tower import PatchReading
 from fl_dualpriv.pruning.visual_tokens import TokenPruner
 from fl_dualpriv.world import Counts, build_world, one_thread
 

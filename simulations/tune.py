@@ -192,20 +192,27 @@ def to_toml(chosen: Sequence[Mapping[str, Any]], comment: str) -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
+def leaders(
+    document: Mapping[str, Any], summaries: Mapping[Entry, Sequence[Mapping[str, Any]]]
+) -> dict[Entry, list[int]]:
+    """The finalists of every entry, from the summaries of its trials."""
+    return {entry: finalists([_score(s) for s in own], document["finalists"]) for entry, own in summaries.items()}
+
+
 def finals_of(
     document: Mapping[str, Any],
     trials: Mapping[Entry, Sequence[tuple[Point, Cell]]],
-    summaries: Mapping[Entry, Sequence[Mapping[str, Any]]],
+    leading: Mapping[Entry, Sequence[int]],
 ) -> dict[Entry, list[tuple[int, Cell]]]:
-    """The best trials of every entry with all but the first tuning seed; with the number of the trial each."""
+    """The finalists of every entry with all but the first tuning seed; with the number of the trial each."""
     methods, seeds = dict(entries(document)), document["tuning-seeds"][1:]
     return {
         entry: [
             (index, cell_of(document, entry, methods[entry], trials[entry][index][0], seed=seed, split="val"))
-            for index in finalists([_score(summary) for summary in own], document["finalists"])
+            for index in own
             for seed in seeds
         ]
-        for entry, own in summaries.items()
+        for entry, own in leading.items()
     }
 
 
@@ -238,7 +245,8 @@ def main() -> None:
     if args.finished:
         wanted = {e: own for e, own in wanted.items() if all(was_run(cell, args.runs) for _, cell in own)}
     first = _run(wanted, args.runs, args.workers)
-    again = finals_of(document, wanted, first)
+    leading = leaders(document, first)
+    again = finals_of(document, wanted, leading)
     if args.finished:
         again = {e: own for e, own in again.items() if all(was_run(cell, args.runs) for _, cell in own)}
     second = _run(again, args.runs, args.workers)
@@ -247,10 +255,10 @@ def main() -> None:
     chosen = {(c["base"], c["method"], c["epsilon"]): c for c in before}
     for entry, more in second.items():
         own = first[entry]
-        by_seed = {i: [own[i]] for i in finalists([_score(s) for s in own], document["finalists"])}
+        scores = {index: [_score(own[index])] for index in leading[entry]}
         for (index, _), summary in zip(again[entry], more, strict=True):
-            by_seed[index].append(summary)
-        index, mean = best({index: [_score(s) for s in some] for index, some in by_seed.items()})
+            scores[index].append(_score(summary))
+        index, mean = best(scores)
         chosen[entry] = {
             "base": entry[0],
             "method": entry[1],

@@ -12,10 +12,10 @@ from torch import Size, Tensor, device
 
 from fl_dualpriv.backbones.rows import TokenRows
 from fl_dualpriv.prompts.text_stack import TextStack
+from fl_dualpriv.pruning.in_tower import PatchReading
 from fl_dualpriv.pruning.visual_tokens import TokenPruner
 
 Precision = Literal["fp32", "bf16"]
-PatchReading = Literal["token", "alone"]
 HUGGING_FACE = "hf:"
 
 

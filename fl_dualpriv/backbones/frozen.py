@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fl_dualpriv.backbones.backbone import PatchReading
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.prompts.text_stack import Linear, Norm, TextStack
-from fl_dualpriv.pruning.in_tower import encode_patches
+from fl_dualpriv.pruning.in_tower import PatchReading, encode_patches
 from fl_dualpriv.pruning.towers import ImageTower
 
 

@@ -3,7 +3,8 @@
 import PIL.Image
 from torch import Tensor
 
-from fl_dualpriv.backbones.backbone import Backbone, PatchReading
+from fl_dualpriv.backbones.backbone import Backbone
+from fl_dualpriv.pruning.in_tower import PatchReading
 
 
 class PatchEncoder:
@@ -18,10 +19,10 @@ class PatchEncoder:
     """
 
     visual_prompts = False
-    _reading: PatchReading
 
     def __init__(self, backbone: Backbone, reading: PatchReading) -> None:
-        self._backbone, self._reading, self.name, self.device = backbone, reading, backbone.name, backbone.device
+        self._backbone, self.name, self.device = backbone, backbone.name, backbone.device
+        self._reading: PatchReading = reading
         self.shape = backbone.n_patches, backbone.embed_dim
         self.embed_dim = backbone.n_patches * backbone.embed_dim
 

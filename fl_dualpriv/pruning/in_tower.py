@@ -16,6 +16,8 @@ from fl_dualpriv.pruning.attention import read_attention
 from fl_dualpriv.pruning.towers import ImageTower, vision_tower
 from fl_dualpriv.pruning.visual_tokens import OFF, TokenPruner, depth_of
 
+PatchReading = Literal["token", "alone"]
+
 
 def open_clip_tower(visual: nn.Module) -> ImageTower:
     """Take the image tower of an open_clip model apart: its default ViT, or timm's ``VisionTransformer``.
@@ -78,7 +80,7 @@ def transformers_tower(model: nn.Module) -> ImageTower:
     return replace(tower, finish=lambda x: clip.visual_projection(tower.finish(x)))
 
 
-def encode_patches(tower: ImageTower, images: Tensor, reading: Literal["token", "alone"]) -> Tensor:
+def encode_patches(tower: ImageTower, images: Tensor, reading: PatchReading) -> Tensor:
     """Features of each patch, (n, patch, embed_dim), not normalised.
 
     Guarantee:

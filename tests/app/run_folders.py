@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,11 @@ def command(*arguments: str) -> "subprocess.Popen[str]":
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def set_words(changes: Mapping[str, str]) -> list[str]:
+    """``--set KEY=VALUE`` of each."""
+    return [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
 
 
 def find_below(front: int, words: str) -> list[int]:

@@ -16,7 +16,18 @@ from fl_dualpriv import supervisor, wire
 from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.results import RunRecorder
 from fl_dualpriv.server import ClientFailure
-from tests.app.run_folders import APP_DIR, LEVELS, Start, command, ending, find_below, lines, starter, write_config
+from tests.app.run_folders import (
+    APP_DIR,
+    LEVELS,
+    Start,
+    command,
+    ending,
+    find_below,
+    lines,
+    set_words,
+    starter,
+    write_config,
+)
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -113,7 +124,7 @@ def limit(number: signal.Signals) -> dict[str, str]:
 
 def lose_an_actor(config: Path, out: Path, number: signal.Signals, changes: dict[str, str]) -> tuple[int, str]:
     """Send a signal to one actor when round 1 is done: how the run ends, and all that it said."""
-    words = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    words = set_words(changes)
     process = command(str(config), "--app", str(APP_DIR), "--engine", "ray", "--out", str(out), *words)
     deadline, rounds = time.monotonic() + 300, out / "rounds.jsonl"
     while not rounds.exists() or len(lines(rounds)) <= 1:  # round 0 has a line too

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from fl_dualpriv.app_bundle import build_bundle, digest_of
 from fl_dualpriv.files import read_tensors
-from tests.app.test_rogue_server import BUDGET, run_config, write_app
+from tests.app.run_folders import lines
+from tests.app.test_rogue_server import run_config, write_app, write_node_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # a process a message, and each imports torch
 
@@ -41,11 +41,8 @@ def test_a_strategy_in_a_folder_of_the_server_runs_on_a_deployed_superlink(
     app, plugins, out = write_app(tmp_path / "app", rogue=False), tmp_path / "plugins", tmp_path / "out"
     plugins.mkdir()
     (plugins / "counting.py").write_text(COUNTING)
-    node_file = tmp_path / "node.toml"
-    folders = f'state-dir = "{tmp_path / "state"}"\ndata-path = "{images}"\n'
-    node_file.write_text(f'{folders}{BUDGET}\n[app]\nallowed = ["{digest_of(build_bundle(app))}"]\n')
     superlink = deployment.superlink("superlink-plugin")
-    deployment.node("node-plugin", superlink, node_file)
+    deployment.node("node-plugin", superlink, write_node_file(tmp_path, images, app))
     config = run_config(
         images,
         tiny_clip_dir,
@@ -71,5 +68,4 @@ def test_a_strategy_in_a_folder_of_the_server_runs_on_a_deployed_superlink(
     assert float(start.abs().max()) < 0.2  # N(0, 0.02²), as it was drawn
     assert float(start.std()) > 0.01
     assert torch.isfinite(prompt).all()
-    events = [json.loads(line) for line in (tmp_path / "state" / "ledger.jsonl").read_text().splitlines()]
-    assert [event["server_round"] for event in events] == [1, 2]
+    assert [event["server_round"] for event in lines(tmp_path / "state" / "ledger.jsonl")] == [1, 2]

@@ -14,7 +14,18 @@ import pytest
 from fl_dualpriv import supervisor
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.results import RunRecorder
-from tests.app.run_folders import BOTH, NO_DP, Start, command, ending, find_below, lines, starter, write_config
+from tests.app.run_folders import (
+    BOTH,
+    NO_DP,
+    Start,
+    command,
+    ending,
+    find_below,
+    lines,
+    set_words,
+    starter,
+    write_config,
+)
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -154,7 +165,7 @@ def test_on_ray_a_run_goes_on_after_its_processes_were_killed(
 @pytest.mark.parametrize("level", [{"dead-actors": "stop"}, NO_DP], ids=["DP", "no DP"])
 def test_on_ray_a_run_ends_when_its_workers_are_killed_and_goes_on(config: Path, tmp_path: Path, level: dict[str, str]):
     """Where nothing else is asked for under DP their clients are counted zeros: tests/app/test_dead_actors.py."""
-    words = [word for key, value in level.items() for word in ("--set", f"{key}={value}")]
+    words = set_words(level)
     whole, out = tmp_path / "whole", tmp_path / "out"
     finished(command(str(config), "--app", str(ROOT), "--engine", "local", "--out", str(whole), *words))
     process = command(str(config), "--app", str(ROOT), "--engine", "ray", "--out", str(out), *words)

@@ -249,14 +249,19 @@ class Site:
 DEPLOYED_ACTS = [["round 1"], ["all of these", "a replayed message"]]
 
 
+def write_node_file(scratch: Path, images: Path, app: Path) -> Path:
+    """An owner's file beside the node's state: the budget above, and this app alone."""
+    node_file = scratch / "node.toml"
+    folders = f'state-dir = "{scratch / "state"}"\ndata-path = "{images}"\n'
+    node_file.write_text(f'{folders}{BUDGET}\n[app]\nallowed = ["{digest_of(build_bundle(app))}"]\n')
+    return node_file
+
+
 @pytest.fixture(scope="module")
 def site(deployment: Any, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
     scratch = tmp_path_factory.mktemp("site")
     app, rogue = write_app(scratch / "app", rogue=False), write_app(scratch / "rogue", rogue=True)
-    node_file = scratch / "node.toml"
-    allowed = digest_of(build_bundle(app))
-    folders = f'state-dir = "{scratch / "state"}"\ndata-path = "{images}"\n'
-    node_file.write_text(f'{folders}{BUDGET}\n[app]\nallowed = ["{allowed}"]\n')
+    node_file = write_node_file(scratch, images, app)
     superlink = deployment.superlink("superlink")
     return Site(
         deployment=deployment,

@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from fl_dualpriv import wire
 from fl_dualpriv.privacy.ledger import Ledger
-from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
-from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy, ServerPrivacy
+from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, RandomSources, StreamKey
+from fl_dualpriv.server import ClientFailure, RoundStrategy, ServerPrivacy
 from strategies.dpfpl import DPFPL
 from strategies.fedavg import FedAvg
 from tests.made_strategy import Silent, made_strategy, quiet, training_messages
@@ -39,27 +40,10 @@ def client_level(noise: float = 1.0, rate: float = 0.75, bound: float = 1.0, led
 def make(
     cls: type[RoundStrategy] = DPFPL,
     privacy: ServerPrivacy | None = None,
-    *,
-    nodes: Sequence[int] = NODES,
-    sizes: Sequence[int] = SIZES,
-    masses: dict[int, float] | None = None,
-    tolerates: bool = True,
-    sources: Callable[[StreamKey], RandomSource] = quiet,
-    reports: list[RoundReport] | None = None,
-    **options: float,
+    sources: RandomSources = quiet,
+    **options: Any,
 ) -> RoundStrategy:
-    return made_strategy(
-        cls,
-        privacy,
-        sources,
-        sizes=sizes,
-        nodes=nodes,
-        masses=masses,
-        evaluate_every=2,
-        tolerates=tolerates,
-        report=(reports if reports is not None else []).append,
-        **options,
-    )
+    return made_strategy(cls, privacy, sources, **{"nodes": NODES, "sizes": SIZES, "evaluate_every": 2} | options)
 
 
 def ask(strategy: RoundStrategy, server_round: int = 1, start: Tensor | None = None) -> list[Message]:
@@ -351,10 +335,7 @@ def test_without_dp_a_broken_client_ends_the_run_with_its_name(name: str, reason
 
 
 def test_a_member_outside_the_cohort_does_not_count():
-    def nobody(key: StreamKey) -> RandomSource:
-        return Silent()
-
-    strategy = make(privacy=client_level(rate=0.25), sources=nobody)  # 0.5 >= 0.25: an empty cohort
+    strategy = make(privacy=client_level(rate=0.25))  # 0.5 >= 0.25: an empty cohort
     assert ask(strategy) == []
     uninvited = [Message(RecordDict(), node, MessageType.TRAIN, group_id="1") for node in NODES]
     moved = step(strategy, [Message(upload_content(0, unit(0)), reply_to=m) for m in uninvited])

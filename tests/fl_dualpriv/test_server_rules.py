@@ -2,14 +2,13 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from fl_dualpriv import wire
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.evaluation import Accuracy, Score
-from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
+from fl_dualpriv.privacy.noise import KeyedRandom, RandomSources
 from fl_dualpriv.privacy.plan import RoundTerms
 from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy, ServerPrivacy, Update
 from strategies.dpfpl import DPFPL
@@ -27,7 +26,6 @@ from tests.made_strategy import made_strategy, quiet, training_messages
 SHAPE = (2, 3)
 NODES = (71, 12, 55, 30)
 """Node ids of partitions 0, 1, 2, 3: in no order, as Flower hands them out."""
-TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 1, 0  # messages cannot be made outside a task
 
 
 def client_level(noise: float = 1.0, rate: float = 1.0, bound: float = 1.0) -> ServerPrivacy:
@@ -44,28 +42,11 @@ TERMS = RoundTerms(
 def make(
     cls: type[RoundStrategy] = DPFPL,
     privacy: ServerPrivacy | None = None,
-    *,
-    nodes: Sequence[int] = NODES,
-    sizes: Sequence[int] = (10, 20, 30, 40),
-    tolerates: bool = True,
-    sources: Callable[[StreamKey], RandomSource] = quiet,
-    reports: list[RoundReport] | None = None,
-    seed: int = 0,
+    sources: RandomSources = quiet,
+    **options: Any,
 ) -> Any:
-    return made_strategy(
-        cls,
-        privacy,
-        sources,
-        sizes=sizes,
-        nodes=nodes,
-        rounds=5,
-        evaluate_every=2,
-        prompt_kind="personal",
-        terms=TERMS,
-        tolerates=tolerates,
-        seed=seed,
-        report=(reports if reports is not None else []).append,
-    )
+    ours = {"nodes": NODES, "rounds": 5, "evaluate_every": 2, "prompt_kind": "personal", "terms": TERMS}
+    return made_strategy(cls, privacy, sources, **ours | options)
 
 
 def ask(strategy: RoundStrategy, server_round: int = 1) -> list[Message]:
@@ -286,7 +267,7 @@ def test_every_second_round_and_the_last_are_scored(server_round: int, scored: b
 
 def test_scores_average_the_clients_that_answer_and_count_the_others():
     reports: list[RoundReport] = []
-    strategy = make(reports=reports)
+    strategy = make(report=reports.append)
     asked = evaluate(strategy, 2)
     replies = [answer(asked[0], 1), answer(asked[1], 2), Message(Error(2, "boom"), reply_to=asked[2])]
     strategy.aggregate_evaluate(2, replies)
@@ -303,7 +284,7 @@ def test_without_dp_a_missing_score_ends_the_run():
 
 def test_an_unscored_round_is_reported_without_accuracy():
     reports: list[RoundReport] = []
-    strategy = make(reports=reports)
+    strategy = make(report=reports.append)
     evaluate(strategy, 1)
     strategy.aggregate_evaluate(1, [])
     assert reports == [RoundReport(server_round=1, accuracy=None, failures=0)]
@@ -320,7 +301,7 @@ def test_an_unscored_round_is_reported_without_accuracy():
 )
 def test_a_malformed_score_is_a_failure_not_the_end(content: RecordDict):
     reports: list[RoundReport] = []
-    strategy = make(privacy=client_level(), reports=reports)
+    strategy = make(privacy=client_level(), report=reports.append)
     asked = evaluate(strategy, 2)
     strategy.aggregate_evaluate(2, [Message(content, reply_to=asked[0]), *(answer(m, 1) for m in asked[1:])])
     assert reports[0].failures == 1
@@ -328,6 +309,6 @@ def test_a_malformed_score_is_a_failure_not_the_end(content: RecordDict):
 
 def test_an_impossible_score_is_a_failure():
     reports: list[RoundReport] = []
-    strategy = make(privacy=client_level(), reports=reports)
+    strategy = make(privacy=client_level(), report=reports.append)
     strategy.aggregate_evaluate(2, [answer(m, 9) for m in evaluate(strategy, 2)])
     assert reports[0].failures == 4

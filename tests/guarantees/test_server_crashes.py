@@ -72,7 +72,6 @@ def _upload(partitions: tuple[int, ...]) -> Any:
     return wire.uploads_content(wire.Uploads(partitions=partitions, values=values))
 
 
-@pytest.mark.usefixtures("flower_task")
 @pytest.mark.parametrize(("unit", "arithmetic"), [("client", "float"), ("record", "integer")])
 @pytest.mark.parametrize(
     ("cut", "late"), [("killed", False), ("power cut", False), ("killed", True)], ids=["killed", "power cut", "broken"]

@@ -65,7 +65,7 @@ def test_every_method_has_as_many_finalists_with_other_seeds_on_validation_data(
 ):
     rng = np.random.default_rng(0)
     summaries = {entry: [_summary(0.3, float(end)) for end in rng.random(len(own))] for entry, own in trials.items()}
-    again = tune.finals_of(document, trials, summaries)
+    again = tune.finals_of(document, trials, tune.leaders(document, summaries))
     assert again.keys() == trials.keys()
     for entry, own in again.items():
         ends = [s["accuracy"]["final"]["local"] for s in summaries[entry]]
