@@ -17,6 +17,7 @@ from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.optimizers import Optimizer
+from fl_dualpriv.privacy.filters import spend_budget
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey
 from fl_dualpriv.privacy.plan import check_terms
@@ -169,9 +170,9 @@ class TrainRound:
             check_round(setting.plan, made, state, event)
             if budget is None:
                 check_single_run(setting.plan, made, event)
+                ledger.record(event)
             else:
-                budget.check_events(made, [event])
-            ledger.record(event)
+                spend_budget(ledger, budget, setting.plan.reserved(task.run_token), event)
         return self._participant(partition, state)
 
     def _participant(self, partition: int, state: PersonalState) -> Participant:

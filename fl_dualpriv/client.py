@@ -255,8 +255,19 @@ def check_single_run(plan: RecordLevelPlan, made: LedgerContent, event: LedgerEv
     """Where no owner has set a budget, the plan of one run is all that may ever be spent in a folder.
 
     Raises:
-        PrivacyError: If the ledger, damaged lines included, holds too many releases of other runs.
+        PrivacyError: If the ledger, damaged lines included, holds too many releases of other runs, or one on weaker
+            terms than this plan's.
     """
+    weaker = [
+        e for e in made.events if e.sampling_rate > plan.sampling_rate or e.noise_multiplier < event.noise_multiplier
+    ]
+    if weaker:
+        raise PrivacyError(
+            f"the ledger holds releases of another run at q = {weaker[0].sampling_rate:g} and z = "
+            f"{weaker[0].noise_multiplier:g}, which this plan, q = {plan.sampling_rate:g} and z = "
+            f"{plan.noise_multiplier:g}, does not cover; the owner of this node has set no budget for more than one "
+            "run: the round is refused"
+        )
     releases = made.releases(damaged_as=event.releases)
     if releases + event.releases > plan.releases:
         raise PrivacyError(

@@ -6,7 +6,6 @@ protect; *note* is for the owner to judge.
 
 import contextlib
 import datetime
-import math
 import os
 import shutil
 import socket
@@ -17,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.node_contact import Contact, contact, key_fingerprint, root_validity
 from fl_dualpriv.node_device import probe
 from fl_dualpriv.node_file import NodeFile, missing_folders
@@ -187,18 +186,26 @@ def _budget(node: NodeFile) -> Finding:
     if budget is None:
         return _note("budget", "no [budget]: the configuration of each run alone limits what leaves")
     assert node.state_dir is not None  # `_state` said so
+    from fl_dualpriv.privacy.filters import check_header, filter_of
     from fl_dualpriv.privacy.ledger import Ledger
 
     content = Ledger(node.state_dir / "ledger.jsonl").read()
-    spent = content.epsilon(budget.delta) if content.events or content.damaged else 0.0
-    said = f"ε = {spent:.3g} of {budget.epsilon:g} spent at δ = {budget.delta:g}, {len(content.events)} rounds"
+    try:
+        chosen = filter_of(budget)
+        check_header(content, chosen)
+    except PrivacyError as error:
+        return _bad("budget", str(error))
+    share = chosen.share(content)
+    said = f"{chosen.claim()}; {chosen.balance(content)}; {len(content.events)} rounds so far"
     if content.damaged:
-        said += f"; {content.damaged} damaged lines, each counted as the largest round"
-    if not (math.isfinite(spent) and spent < budget.epsilon):
-        return _bad("budget", f"{said}: nothing is left, every round will be refused")
-    if content.damaged or spent > 0.9 * budget.epsilon:
-        return _note("budget", said)
-    return _good("budget", said)
+        said += f"; {content.damaged} damaged lines, each charged at the worst"
+    if not share < 1:
+        return _bad("budget", f"{said}: every further run will be refused")
+    if budget.filter.name == "reserve" and budget.filter.expected_runs == 1:
+        said += "; expected-runs = 1: no second run will fit"
+    elif not content.damaged and share <= 0.9:
+        return _good("budget", said)
+    return _note("budget", said)
 
 
 def _port(port: int) -> Finding:

@@ -26,6 +26,16 @@
     scores = false                       # true: test/ and val/ (of questions test.jsonl …) are public, so accuracies
                                          # on them may leave
     seeded-noise = false                 # true: tests only
+    filter = "reserve"                   # reserve | renyi | worst-terms: the rule that holds epsilon, whatever terms a
+                                         # server chooses; fixed when the ledger begins (docs/privacy.md, section 6)
+    expected-runs = 10                   # reserve: delta is divided among so many runs, and no more are admitted
+    max-run-epsilon = 1.0                # reserve: the most that one run may take, and the charge of a damaged line;
+                                         # without it a damaged line closes the ledger
+    # composition = "advanced"           # reserve: Whitehouse et al.'s bound in place of the sum; needs delta-prime
+    # delta-prime = 1e-6                 # the part of delta that it costs
+    # expected-sampling-rate = 0.15      # renyi: the terms for which its fixed order is the best; without them the
+    # expected-noise-multiplier = 1.1    # largest rate and the smallest multiplier above
+    max-round-releases = 100             # local steps of one round; a damaged line is charged as so many
 
     [app]
     allowed = ["…"]                      # SHA-256 of each app bundle that may run here
@@ -43,6 +53,7 @@ from typing import Any
 
 from fl_dualpriv import node_tables
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.node_filter import FILTER_KEYS, filter_problems, read_filter
 from fl_dualpriv.node_tables import NodeModel, NodeServer
 from fl_dualpriv.privacy.budget import Budget
 
@@ -176,8 +187,8 @@ def _budget(table: Any, problems: list[str]) -> Budget | None:
         problems.append("budget must be a table")
         return None
     before = len(problems)
-    keys = {field.name.replace("_", "-"): field for field in fields(Budget)}
-    problems += [f"unknown key budget.{key}" for key in sorted(set(table) - set(keys))]
+    keys = [field.name.replace("_", "-") for field in fields(Budget) if field.name != "filter"]
+    problems += [f"unknown key budget.{key}" for key in sorted(set(table) - set(keys) - FILTER_KEYS)]
     values: dict[str, Any] = {}
     for key in keys:
         name, value = key.replace("-", "_"), table.get(key)
@@ -192,7 +203,12 @@ def _budget(table: Any, problems: list[str]) -> Budget | None:
             problems.append(f"budget.{key} = {value!r}; it must be true or false")
         else:
             values[name] = value
-    return Budget(**values) if len(problems) == before else None
+    choice = read_filter(table, problems)
+    if len(problems) > before:
+        return None
+    budget = Budget(**values, filter=choice)
+    problems += filter_problems(budget)
+    return budget
 
 
 _RANGES = {

@@ -66,18 +66,17 @@ class Pulse:
 
 
 def count(node: NodeFile) -> str:
-    """What the ledger says: rounds, and the budget that is left. Loads the accountant."""
+    """The ledger in words: rounds, and the budget that is left. Loads the accountant."""
     if node.state_dir is None:
         return "no state-dir, so no ledger of its own"
+    from fl_dualpriv.privacy.filters import filter_of
     from fl_dualpriv.privacy.ledger import Ledger
 
     content = Ledger(node.state_dir / "ledger.jsonl").read()
     said = f"{len(content.events)} rounds answered" + (f", {content.damaged} damaged lines" if content.damaged else "")
     if node.budget is None:
         return f"{said}, no budget set"
-    spent = content.epsilon(node.budget.delta) if content.events or content.damaged else 0.0
-    left = max(0.0, node.budget.epsilon - spent) if math.isfinite(spent) else 0.0
-    return f"{said}, ε = {left:.3g} of {node.budget.epsilon:g} left at δ = {node.budget.delta:g}"
+    return f"{said}; {filter_of(node.budget).balance(content)}"
 
 
 class HealthLine:

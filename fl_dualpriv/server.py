@@ -14,7 +14,6 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from flwr.supercore.privacy_accounting import PrivacyAccountant
 from torch import Tensor
 
 from fl_dualpriv import wire
@@ -29,7 +28,7 @@ from fl_dualpriv.privacy.quantile import AdaptiveClip
 from fl_dualpriv.privacy.release import release
 from fl_dualpriv.round_memory import CLIP_NORM, check_next, hidden, next_noise
 from fl_dualpriv.round_messages import score_messages, train_messages
-from fl_dualpriv.server_books import ServerBooks, ServerPrivacy, check_accountant
+from fl_dualpriv.server_books import ServerBooks, ServerPrivacy
 from fl_dualpriv.strategy_rules import ServerUnit, check_class
 
 _log = logging.getLogger("fl_dualpriv")
@@ -83,7 +82,6 @@ class RoundStrategy(Strategy):
         privacy: Server-side noise, or None.
         sources: Random streams for cohort and noise.
         report: Called once a round.
-        accountant: One of Flower's protocol that is told of every noised round of clients too, and asked before.
     """
 
     # What the author has proved: the units that noise scaled to sensitivity() protects, and why not the others.
@@ -103,7 +101,6 @@ class RoundStrategy(Strategy):
     sources: RandomSources
     seed: int
     report: Callable[[RoundReport], None]
-    accountant: PrivacyAccountant | None = None
     failures: int = field(default=0, init=False)
     deliveries: int = field(default=0, init=False)
     rounds_done: int = field(default=0, init=False)
@@ -119,7 +116,6 @@ class RoundStrategy(Strategy):
     _books: ServerBooks | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        check_accountant(self.privacy, self.accountant)
         # Index i of a Poisson draw is client i; Flower's node ids are random, so their order must not matter.
         order = range(len(self.cards))
         if list(self.cards) != list(order) or any(p not in self.hosts for p in order):
@@ -128,9 +124,7 @@ class RoundStrategy(Strategy):
         self._everyone = by_node(order, self.hosts)
         if self.privacy is not None:
             check_class(type(self), RoundStrategy, self.privacy.unit, self.privacy.arithmetic)
-            self._books = ServerBooks(
-                self.privacy, self.accountant, self.run_token, rounds=self.num_rounds, population=len(self.cards)
-            )
+            self._books = ServerBooks(self.privacy, self.run_token, rounds=self.num_rounds)
         self.check_options()
         if self.privacy is not None:
             self._check_sums(self.privacy)

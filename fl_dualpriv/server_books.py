@@ -1,16 +1,19 @@
 """The server's books: a noised round is checked against the budget before it starts, and written before its noise.
 
-Flower has a protocol for accountants (`PrivacyAccountant`); one of those can keep books beside ours.
+The terms of all rounds of a run are the same and fixed before it starts. Only the number of rounds is open, because a
+round that a crash ended is made again. So the server's filter charges every round at the run's own terms
+(`WorstTermsFilter`), and rounds of correlated noise by the sum of their inverse squares (`GaussianSumFilter`).
 """
 
-import math
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
-from flwr.supercore.privacy_accounting import GaussianPrivacyEvent, PrivacyAccountant
-
 from fl_dualpriv.errors import PrivacyError
+from fl_dualpriv.privacy.accounting import FINE_GRID
+from fl_dualpriv.privacy.budget import Budget, FilterChoice
 from fl_dualpriv.privacy.clipping import Arithmetic
+from fl_dualpriv.privacy.filters import GaussianSumFilter, WorstTermsFilter, check_header
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 from fl_dualpriv.privacy.matrix_mechanism import CorrelatedNoise
 from fl_dualpriv.privacy.quantile import AdaptiveClip
@@ -73,78 +76,78 @@ class ServerPrivacy:
         return 1 / self.correlated.schedule.separation if self.correlated else self.sampling_rate
 
 
-def check_accountant(privacy: ServerPrivacy | None, accountant: PrivacyAccountant | None) -> None:
-    """Refuse an accountant, whose protocol knows clients alone, in a run that releases nothing at their level.
-
-    Raises:
-        PrivacyError: If there is such a one.
-    """
-    if accountant is not None and (privacy is None or privacy.unit != "client"):
-        raise PrivacyError("an accountant of client-level releases, and the run makes none: leave it out")
-
-
 class ServerBooks:
     """Checks and writes rounds.
 
     Args:
-        privacy: What a round releases, and the ledger.
-        accountant: Flower's, for client-level rounds; or None.
+        privacy: The release of a round, and the ledger.
         run_token: Marks the run in the ledger.
-        rounds: How many the run has.
-        population: Number of clients.
+        rounds: The number of rounds of the run.
     """
 
-    def __init__(
-        self,
-        privacy: ServerPrivacy,
-        accountant: PrivacyAccountant | None,
-        run_token: str,
-        *,
-        rounds: int,
-        population: int,
-    ) -> None:
-        check_accountant(privacy, accountant)
-        self._privacy, self._accountant, self._run_token = privacy, accountant, run_token
-        self._rounds, self._population = rounds, population
+    def __init__(self, privacy: ServerPrivacy, run_token: str, *, rounds: int) -> None:
+        self._privacy, self._run_token, self._rounds = privacy, run_token, rounds
         self._affordable = 0
 
     def check(self, server_round: int) -> None:
-        """Refuse a round whose event would bring the ledger, whatever is in it already, above the limit.
+        """Refuse a round that the filter of the server's ledger does not admit.
 
         Guarantee:
-            If this returns, ε of the ledger with the round is at most ``max_epsilon``. Nobody was sampled or asked yet.
-            A round that stands in the ledger already, see `_is_written`, brings nothing more.
+            If this returns, the ledger with the round is (``max_epsilon``, δ)-DP for one unit, however many rounds
+            crashes made twice. Nobody was sampled or asked yet. A round that is in the ledger already, see
+            `_is_written`, adds nothing.
             The ε of a whole run costs as much CPU as many rounds of a small prompt: it is computed once for all rounds
             that are left, and round by round only if those do not fit together.
 
         Raises:
-            BudgetExhausted: If it would exceed it, by our ledger or by the accountant.
+            BudgetExhausted: If the round would exceed the limit.
+            PrivacyError: If the ledger was begun for other terms or another limit.
         """
-        privacy = self._privacy
-        if privacy.ledger is not None and privacy.max_epsilon is not None and not self._is_written(server_round):
-            made, left = privacy.ledger.read(), max(1, self._rounds - server_round + 1)
-            if made.releases() >= self._affordable:
-                again = made.last_round(self._run_token) >= server_round
-                event = self._event(server_round, again=again)
-                later = [self._event(server_round + i) for i in range(1, left)]
-                if made.epsilon(privacy.delta, [event, *later]) <= privacy.max_epsilon:
-                    self._affordable = made.releases() + left
-                elif not (after := made.epsilon(privacy.delta, [event])) <= privacy.max_epsilon:
-                    raise BudgetExhausted(
-                        f"round {server_round} would bring {privacy.unit}-level ε to {after:.4g} at δ = "
-                        f"{privacy.delta:g}; the budget is {privacy.max_epsilon:.4g}: it was not started"
-                    )
-        if self._accountant is not None and self._accountant.would_exceed(self._flower_event(server_round)):
-            raise BudgetExhausted(f"round {server_round} would exceed the accountant's budget: it was not started")
+        privacy, limit = self._privacy, self._privacy.max_epsilon
+        if privacy.ledger is None or limit is None or self._is_written(server_round):
+            return
+        made, left = privacy.ledger.read(), max(1, self._rounds - server_round + 1)
+        check_header(made, self._filter)
+        if made.releases() < self._affordable:
+            return
+        event = self._event(server_round, again=made.last_round(self._run_token) >= server_round)
+        later = [self._event(server_round + i) for i in range(1, left)]
+        if self._filter.epsilon_with(made, [event, *later]) <= limit:
+            self._affordable = made.releases() + left
+        elif not (after := self._filter.epsilon_with(made, [event])) <= limit:
+            raise BudgetExhausted(
+                f"round {server_round} would bring {privacy.unit}-level ε to {after:.4g} at δ = {privacy.delta:g}; the "
+                f"budget is {limit:.4g}: it was not started"
+            )
 
     def write(self, server_round: int) -> None:
-        """Write the round, synced to disk, before its noise is drawn; see `Ledger.record`."""
-        # Before our own line, which makes any round look like one that is made again.
-        beside = None if self._accountant is None else self._flower_event(server_round)
-        if self._privacy.ledger is not None and not self._is_written(server_round):
-            self._privacy.ledger.record(self._event(server_round, again=self._is_again(server_round)))
-        if self._accountant is not None and beside is not None:
-            self._accountant.compose(beside)
+        """Write the round, synced to disk, before its noise is drawn; see `Ledger.record`. The header comes first."""
+        privacy = self._privacy
+        if privacy.ledger is None or self._is_written(server_round):
+            return
+        if privacy.max_epsilon is not None and not privacy.ledger.read().headers:
+            privacy.ledger.begin(self._filter.header)
+        privacy.ledger.record(self._event(server_round, again=self._is_again(server_round)))
+
+    @functools.cached_property
+    def _filter(self) -> WorstTermsFilter | GaussianSumFilter:
+        """The rule of a ledger with a limit: a function of the run's plan only."""
+        privacy = self._privacy
+        assert privacy.max_epsilon is not None
+        budget = Budget(
+            epsilon=privacy.max_epsilon,
+            delta=privacy.delta,
+            max_sampling_rate=privacy.sampling_rate,
+            min_noise_multiplier=privacy.ledger_multiplier,
+            max_clip_norm=privacy.bound,
+            trusts_server=True,
+            scores=False,
+            seeded_noise=privacy.reproducible,
+            filter=FilterChoice(name="worst-terms", max_round_releases=1),
+        )
+        if privacy.correlated is None:
+            return WorstTermsFilter(budget, FINE_GRID)
+        return GaussianSumFilter(budget, worst=privacy.correlated.dearest(privacy.ledger_multiplier))
 
     def _is_again(self, server_round: int) -> bool:
         """Whether the round, or a later one, stands in the ledger already."""
@@ -155,7 +158,7 @@ class ServerBooks:
         """Whether the round is made again as it was made before a crash, and is paid for.
 
         Guarantee:
-            Cohort, uploads and noise are functions of the seed, the round, the run and what was before it, so the
+            Cohort, uploads and noise are functions of the seed, the round, the run and the rounds before it, so the
             result is the same, bit by bit: one release, one event. Randomness of the operating system repeats nothing:
             there a round that is made again is a further release, and a further event.
         """
@@ -167,8 +170,9 @@ class ServerBooks:
     def _event(self, server_round: int, *, again: bool = False) -> LedgerEvent:
         """A round; of correlated noise what it adds to the rounds before it, or to all if it is made again."""
         rate, multiplier = self._privacy.sampling_rate, self._privacy.ledger_multiplier
-        if self._privacy.correlated is not None:
-            rate, multiplier, _ = self._privacy.correlated.charge(multiplier, server_round, again=again)
+        correlated = self._privacy.correlated
+        if correlated is not None:
+            rate, multiplier, _ = correlated.charge(multiplier, server_round, again=again)
         return LedgerEvent(
             run=self._run_token,
             unit=self._privacy.unit,
@@ -176,13 +180,5 @@ class ServerBooks:
             releases=1,
             sampling_rate=rate,
             noise_multiplier=multiplier,
-        )
-
-    def _flower_event(self, server_round: int) -> GaussianPrivacyEvent:
-        """The round in Flower's words: counts of clients, rounded up, so that its sampling rate is not below ours."""
-        event = self._event(server_round, again=self._is_again(server_round))
-        return GaussianPrivacyEvent(
-            noise_multiplier=event.noise_multiplier,
-            sample_size=min(self._population, math.ceil(event.sampling_rate * self._population)),
-            population_size=self._population,
+            kind="gaussian" if correlated is None else "correlated",
         )

@@ -1,4 +1,8 @@
-"""ε from dp-accounting's privacy loss distributions. The only import site of dp_accounting."""
+"""ε from dp-accounting's privacy loss distributions, and its Rényi divergences. The only import site of dp_accounting.
+
+A PLD composes terms that are fixed beforehand. Where somebody chooses the terms of later releases after seeing earlier
+ones, its ε bounds nothing (arXiv:2602.15815); `privacy.filters` holds the rules that do.
+"""
 
 import functools
 import math
@@ -7,7 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import dp_accounting
-from dp_accounting import pld
+from dp_accounting import pld, rdp
 
 # Both are upper bounds on the true ε; the coarse grid is for progress lines and searches.
 FINE_GRID = 1e-4
@@ -46,10 +50,11 @@ class SampledGaussians(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def composed_epsilon(charges: tuple[SampledGaussians, ...], delta: float, grid: float = FINE_GRID) -> float:
-    """Return ε at ``delta`` of Poisson-sampled Gaussian releases under adaptive composition, in any order.
+    """Return ε at ``delta`` of Poisson-sampled Gaussian releases whose terms are fixed beforehand, in any order.
 
     Guarantee:
-        An upper bound (pessimistic discretisation) for add-or-remove-one neighbours, unit = whatever is sampled.
+        An upper bound (pessimistic discretisation) for add-or-remove-one neighbours, unit = the sampled one. The data
+        may be queried adaptively; q, z and the number of releases must not follow from earlier releases.
 
     Reference:
         dp-accounting's PLDAccountant; Koskela et al. 2020, arXiv:1906.03049.
@@ -138,3 +143,43 @@ def joint_noise_multiplier(*noise_multipliers: float) -> float:
     z₁⁻² + z₂⁻², so the pair leaks exactly as much as a single release with (z₁⁻² + z₂⁻²)^(−1/2).
     """
     return sum(z**-2 for z in noise_multipliers) ** -0.5
+
+
+# The series of a fractional order ends where a term is below e^-30 of the sum, and its logarithms have rounding errors
+# of about 1e-12. Both are far below these, which are added.
+_RELATIVE_SLACK, _ABSOLUTE_SLACK = 1e-9, 1e-11
+
+
+@functools.lru_cache(maxsize=4096)
+def renyi_divergence(sampling_rate: float, noise_multiplier: float, order: float) -> float:
+    """Return the Rényi divergence, at one order, of one Gaussian release on a Poisson sample.
+
+    Guarantee:
+        An upper bound in both directions of add-or-remove-one neighbours: the larger one is that of the mixture
+        against the plain Gaussian (Mironov, Talwar and Zhang 2019, arXiv:1908.10530, Theorem 5).
+
+    Args:
+        sampling_rate: q in (0, 1].
+        noise_multiplier: z > 0.
+        order: α >= 2.
+
+    Raises:
+        ValueError: If the order is below 2.
+    """
+    if not order >= 2:
+        raise ValueError(f"Rényi order {order:g}; it must be at least 2")
+    accountant = rdp.RdpAccountant(
+        orders=[order], neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+    )
+    accountant.compose(sampled_gaussian(sampling_rate, noise_multiplier, 1))
+    return float(accountant.rdp[0]) * (1 + _RELATIVE_SLACK) + _ABSOLUTE_SLACK
+
+
+def renyi_bound(epsilon: float, delta: float, order: float) -> float:
+    """Return the largest Rényi divergence at one order that still implies (ε, δ); negative if none does.
+
+    Reference:
+        Canonne, Kamath and Steinke 2020, arXiv:2004.00010, Proposition 12: a divergence ρ at order α implies
+        ε = ρ + log((α − 1)/α) − (log δ + log α)/(α − 1).
+    """
+    return epsilon - math.log1p(-1 / order) + (math.log(delta) + math.log(order)) / (order - 1)

@@ -4,16 +4,50 @@ A plan (`privacy.plan`) is what a run promises; in Flower whoever submits the ru
 it lies beside the data, and no message or run configuration can change it.
 """
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fl_dualpriv.errors import PrivacyError
 
 if TYPE_CHECKING:  # a SuperNode reads a budget and needs neither torch nor an accountant
-    from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent
     from fl_dualpriv.privacy.plan import RecordLevelPlan
+
+FilterName = Literal["reserve", "renyi", "worst-terms"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterChoice:
+    """The rule that admits releases to a ledger for its whole life, and its public numbers; see `privacy.filters`.
+
+    Attributes:
+        name: ``reserve``: the whole plan of each run is charged before its first release. ``renyi``: the releases'
+            Rényi divergences at one fixed order add up. ``worst-terms``: each release is charged at the owner's
+            largest q and smallest z.
+        expected_runs: ``reserve``: the number of runs among which δ is divided, and the most that are admitted.
+        composition: ``reserve``: how plans add up. ``sum``, or ``advanced``, which needs ``delta_prime``.
+        delta_prime: ``advanced``: the part of δ that the composition itself costs; 0 with ``sum``.
+        max_run_epsilon: ``reserve``: the most that the plan of one run may cost, and the charge of a damaged line.
+            None: one run may take all that is left, and a damaged line closes the ledger.
+        max_round_releases: The most releases of one round, which is one line of the ledger. A damaged line is charged
+            as so many, at the owner's worst terms.
+        expected_sampling_rate: ``renyi``: q of the runs that the owner expects, from which the order follows. None: the
+            largest q that is allowed.
+        expected_noise_multiplier: ``renyi``: z of these runs. None: the smallest z that is allowed.
+        max_correlated_releases: ``worst-terms``: the number of rounds of correlated noise that are charged beforehand;
+            more are refused.
+        min_correlated_noise_multiplier: ``worst-terms``: the smallest multiplier of such a round; 0 if there is none.
+    """
+
+    name: FilterName = "reserve"
+    expected_runs: int = 10
+    composition: Literal["sum", "advanced"] = "sum"
+    delta_prime: float = 0.0
+    max_run_epsilon: float | None = None
+    max_round_releases: int = 100
+    expected_sampling_rate: float | None = None
+    expected_noise_multiplier: float | None = None
+    max_correlated_releases: int = 0
+    min_correlated_noise_multiplier: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +55,8 @@ class Budget:
     """Limits for one client's data at the record level.
 
     Attributes:
-        epsilon: Bound on ε of everything that was ever released, over all runs and servers, > 0.
+        epsilon: Bound on ε of everything that is ever released, over all runs and servers, > 0. It holds whatever terms
+            a server chooses after seeing earlier releases.
         delta: δ at which it is stated, in (0, 1).
         max_sampling_rate: Largest q of a step.
         min_noise_multiplier: Least z of a step.
@@ -29,6 +64,7 @@ class Budget:
         trusts_server: Whether a clean clipped sum may go to the server.
         scores: Whether accuracies on the held-out images may leave; say true only if those images are public.
         seeded_noise: Whether noise may come from a seed that others know, which protects nobody: for tests.
+        filter: The rule that holds ``epsilon``; it is fixed when the ledger begins.
     """
 
     epsilon: float
@@ -39,6 +75,7 @@ class Budget:
     trusts_server: bool
     scores: bool
     seeded_noise: bool
+    filter: FilterChoice = FilterChoice()
 
     def check_plan(self, plan: "RecordLevelPlan | None", *, reproducible: bool) -> None:
         """Refuse a run whose steps are not on the owner's terms.
@@ -69,21 +106,4 @@ class Budget:
         if problems:
             raise PrivacyError(
                 "the run is outside of what the owner of this node allows: " + "; ".join(problems) + "; it is refused"
-            )
-
-    def check_events(self, made: "LedgerContent", further: "Iterable[LedgerEvent]") -> None:
-        """Refuse releases that would bring everything ever released above the owner's ε; before they are made.
-
-        Guarantee:
-            After this check, ε at ``delta`` of the ledger with ``further`` is at most ``epsilon``. Whoever calls holds
-            the ledger (`Ledger.exclusive`) until the events are written.
-
-        Raises:
-            PrivacyError: If they would.
-        """
-        after = made.epsilon(self.delta, further)
-        if not (math.isfinite(after) and after <= self.epsilon):
-            raise PrivacyError(
-                f"the budget of this node's data is ε = {self.epsilon:g} at δ = {self.delta:g}; with the releases that "
-                f"are asked for it would be {after:.4g}: the round is refused"
             )

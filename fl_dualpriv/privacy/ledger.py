@@ -1,4 +1,8 @@
-"""An append-only, human-readable record of releases: written and synced *before* each release is made."""
+"""An append-only, human-readable record of releases: written and synced *before* each release is made.
+
+A line is an event, a plan that is reserved for a run, or the header that names the ledger's filter
+(`privacy.filters`). The header comes before the first event that the filter admits.
+"""
 
 import contextlib
 import fcntl
@@ -7,10 +11,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeGuard
 
 from fl_dualpriv.privacy.accounting import FINE_GRID, SampledGaussians, composed_epsilon, gathered
 
@@ -28,6 +32,8 @@ class LedgerEvent:
         releases: How many; a client's round makes one per local step.
         sampling_rate: q, in (0, 1].
         noise_multiplier: Effective multiplier of everything released at once, > 0.
+        kind: ``gaussian``: independent Gaussian noise; ``correlated``: the part that one round adds to a run of
+            correlated noise (see `CorrelatedNoise.charge`).
     """
 
     run: str
@@ -36,6 +42,7 @@ class LedgerEvent:
     releases: int
     sampling_rate: float
     noise_multiplier: float
+    kind: Literal["gaussian", "correlated"] = "gaussian"
 
     @property
     def is_sound(self) -> bool:
@@ -45,10 +52,34 @@ class LedgerEvent:
             and _is_count(self.server_round)
             and _is_count(self.releases)
             and self.unit in ("record", "client")
-            and _is_number(self.sampling_rate)
-            and 0 < self.sampling_rate <= 1
-            and _is_number(self.noise_multiplier)
-            and 0 < self.noise_multiplier < math.inf
+            and _are_terms(self.sampling_rate, self.noise_multiplier)
+            and self.kind in ("gaussian", "correlated")
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReservedPlan:
+    """All releases that a run may make of one unit's data, on fixed terms, charged before the first of them.
+
+    Attributes:
+        run: Token of the run.
+        releases: How many at most, over all rounds.
+        sampling_rate: q of each, in (0, 1].
+        noise_multiplier: z of each, > 0.
+    """
+
+    run: str
+    releases: int
+    sampling_rate: float
+    noise_multiplier: float
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the accountant can compute a number from it."""
+        return (
+            isinstance(self.run, str)
+            and _is_count(self.releases)
+            and _are_terms(self.sampling_rate, self.noise_multiplier)
         )
 
 
@@ -60,10 +91,14 @@ class LedgerContent:
         events: All whole events, in the order written.
         damaged: Lines that are no event. A torn one is a write that a crash cut off, before its releases were made;
             since nobody can tell it from a line that a disk damaged later, it is charged all the same.
+        plans: All reserved plans, in the order written.
+        headers: All header lines, in the order written: none before a filter admits the first event, then one.
     """
 
     events: tuple[LedgerEvent, ...]
     damaged: int
+    plans: tuple[ReservedPlan, ...] = ()
+    headers: tuple[Mapping[str, Any], ...] = ()
 
     def releases(self, run: str | None = None, *, damaged_as: int = 1) -> int:
         """Releases of one run, or of all with the damaged lines.
@@ -81,13 +116,14 @@ class LedgerContent:
         return max((event.server_round for event in self.events if event.run == run), default=0)
 
     def epsilon(self, delta: float, further: Iterable[LedgerEvent] = (), grid: float = FINE_GRID) -> float:
-        """ε at ``delta`` of everything in the ledger and of ``further`` events together, whatever runs they are of.
+        """ε at ``delta`` of everything in the ledger and of ``further`` events together, of all runs.
 
         Guarantee:
-            An upper bound for adaptive composition under add-or-remove-one, for one unit: every event is charged as if
-            the same record (client) had been there in all of them. A damaged line is charged as a round of the most
-            releases, the highest rate and the least noise that appear anywhere in the composition. Infinite if there
-            are damaged lines alone.
+            For terms that were fixed beforehand only: then an upper bound under add-or-remove-one, for one unit. Every
+            event is charged as if the same record (client) had been there in all of them. A damaged line is charged as
+            a round of the most releases, the highest rate and the least noise that appear anywhere in the composition.
+            Infinite if there are only damaged lines. Where somebody chose the terms of a run after an earlier run,
+            this number is information and admits nothing: `privacy.filters` does that.
         """
         further = tuple(further)
         if self.damaged and not (self.events or further):
@@ -134,8 +170,34 @@ class Ledger:
         """
         if not event.is_sound:
             raise ValueError(f"{event}: not a release that can be accounted for")
+        fields = asdict(event)
+        if event.kind == "gaussian":
+            del fields["kind"]
+        self._append(fields)
+
+    def reserve(self, plan: ReservedPlan) -> None:
+        """Append the plan of a run and sync it to disk, before the run's first event; as `record`.
+
+        Raises:
+            ValueError: If no accountant can charge the plan.
+            OSError: If the line cannot be written. The caller must then release nothing.
+        """
+        if not plan.is_sound:
+            raise ValueError(f"{plan}: not a plan that can be accounted for")
+        self._append({"plan": asdict(plan)})
+
+    def begin(self, header: Mapping[str, Any]) -> None:
+        """Append the header and sync it to disk, before the first event that its filter admits; as `record`.
+
+        Raises:
+            OSError: If the line cannot be written. The caller must then release nothing.
+        """
+        self._append({"header": dict(header)})
+
+    def _append(self, fields: Mapping[str, Any]) -> None:
+        """Write one line with its time, whole and synced."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = {"time": utc_now(), **asdict(event)}
+        line = {"time": utc_now(), **fields}
         with self.path.open("a+b") as file:
             if file.tell() == 0:  # first its name: no line is ever in a file that a power cut can take away whole
                 _sync_names(self.path.parent.resolve())
@@ -167,14 +229,21 @@ class Ledger:
 
     def read(self) -> LedgerContent:
         """All that is written; an absent file is an empty ledger."""
-        events, damaged = [], 0
+        events: list[LedgerEvent] = []
+        plans: list[ReservedPlan] = []
+        headers: list[Mapping[str, Any]] = []
+        damaged = 0
         for line in self._lines():
-            event = _parsed(line)
-            if event is None:
-                damaged += 1
-            else:
-                events.append(event)
-        return LedgerContent(events=tuple(events), damaged=damaged)
+            match _parsed(line):
+                case LedgerEvent() as event:
+                    events.append(event)
+                case ReservedPlan() as plan:
+                    plans.append(plan)
+                case None:
+                    damaged += 1
+                case header:
+                    headers.append(header)
+        return LedgerContent(events=tuple(events), damaged=damaged, plans=tuple(plans), headers=tuple(headers))
 
     def _lines(self) -> list[str]:
         if not self.path.exists():
@@ -187,10 +256,16 @@ def utc_now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def _parsed(line: str) -> LedgerEvent | None:
+def _parsed(line: str) -> LedgerEvent | ReservedPlan | Mapping[str, Any] | None:
+    """An event, a plan or a header; None for a damaged line."""
     try:
         fields: dict[str, Any] = json.loads(line)
         fields.pop("time", None)
+        if fields.keys() == {"header"}:
+            return fields["header"] if isinstance(fields["header"], dict) else None
+        if fields.keys() == {"plan"}:
+            plan = ReservedPlan(**fields["plan"])
+            return plan if plan.is_sound else None
         if fields.pop("step", None) is not None:  # version 0.1 wrote one line per release
             fields["releases"] = 1
         event = LedgerEvent(**fields)
@@ -199,11 +274,20 @@ def _parsed(line: str) -> LedgerEvent | None:
     return event if event.is_sound else None
 
 
+def _are_terms(sampling_rate: object, noise_multiplier: object) -> bool:
+    return (
+        _is_number(sampling_rate)
+        and 0 < sampling_rate <= 1
+        and _is_number(noise_multiplier)
+        and 0 < noise_multiplier < math.inf
+    )
+
+
 def _is_count(value: object) -> bool:
     return type(value) is int and value >= 1
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

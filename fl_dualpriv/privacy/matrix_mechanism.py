@@ -114,9 +114,12 @@ class CorrelatedNoise(ABC):
         """`charge` of each of the first rounds; what is beyond the schedule was made again, at its dearest at most."""
         planned = self.schedule.rounds
         found = [self.charge(noise_multiplier, t) for t in range(1, min(rounds, planned) + 1)]
-        dearest = int(np.argmax(self._squared_by_round)) + 1
-        found += [self.charge(noise_multiplier, dearest, again=True)] * max(0, rounds - planned)
+        found += [self.dearest(noise_multiplier)] * max(0, rounds - planned)
         return tuple(found)
+
+    def dearest(self, noise_multiplier: float) -> SampledGaussians:
+        """The largest `charge` of a round that is made again."""
+        return self.charge(noise_multiplier, int(np.argmax(self._squared_by_round)) + 1, again=True)
 
     def error(self) -> float:
         """Root mean square noise in the sums of the first 1 … T rounds, for z = 1 and terms of norm at most 1."""

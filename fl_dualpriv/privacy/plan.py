@@ -17,6 +17,7 @@ from fl_dualpriv.privacy.accounting import (
     gathered,
 )
 from fl_dualpriv.privacy.clipping import Arithmetic
+from fl_dualpriv.privacy.ledger import ReservedPlan
 from fl_dualpriv.privacy.matrix_mechanism import CorrelatedNoise
 from fl_dualpriv.privacy.quantile import AdaptiveClip
 
@@ -126,6 +127,15 @@ class RecordLevelPlan:
         if not self.trusts_server:
             return 0.0
         return 2**0.5 * self.noise_multiplier if self.personal else self.noise_multiplier
+
+    def reserved(self, run_token: str) -> ReservedPlan:
+        """The plan as a line of the ledger, for a filter that charges it before the first release."""
+        return ReservedPlan(
+            run=run_token,
+            releases=self.releases,
+            sampling_rate=self.sampling_rate,
+            noise_multiplier=self.noise_multiplier,
+        )
 
     def spent(self, releases: int, grid: float = COARSE_GRID) -> float:
         """ε after that many steps (an upper bound)."""

@@ -28,7 +28,8 @@ from fl_dualpriv.node_contact import contact, key_fingerprint
 from fl_dualpriv.node_device import probe, usable_device
 from fl_dualpriv.node_file import NodeFile, read_node_file
 from fl_dualpriv.node_tables import NodeModel, NodeServer
-from fl_dualpriv.privacy.budget import Budget
+from fl_dualpriv.privacy.budget import Budget, FilterChoice
+from fl_dualpriv.privacy.filters import ReserveFilter
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 
 BUDGET = Budget(
@@ -218,20 +219,40 @@ def test_questions_are_data_too(tmp_path: Path):
 
 def test_a_budget_that_is_spent_or_nearly_so(tmp_path: Path):
     node = whole(tmp_path, images=1)
-    assert node_check._budget(node).says == "ε = 0 of 2 spent at δ = 0.0001, 0 rounds"
+    assert node.budget is not None
+    says = node_check._budget(node).says
+    assert says.startswith(
+        "reserve: whole plans of at most 10 runs, each charged before its first release at δ = 1e-05"
+    )
+    assert "ε = 0 is reserved for 0 of 10 runs, ε = 2 and 10 runs are left; 0 rounds so far" in says
     ledger = Ledger(tmp_path / "state" / "ledger.jsonl")
     event = LedgerEvent(run="r", unit="record", server_round=1, releases=2, sampling_rate=0.2, noise_multiplier=1.0)
     ledger.record(event)
-    content = ledger.read()
-    spent = content.epsilon(1e-4)
-    assert node.budget is not None
+    spent = ReserveFilter(node.budget).cost(2, 0.2, 1.0)
     for epsilon, verdict in ((spent * 1.05, "note"), (spent * 0.99, "bad"), (spent * 2, "good")):
         found = node_check._budget(replace(node, budget=replace(node.budget, epsilon=epsilon)))
-        assert (found.verdict, f"{spent:.3g}" in found.says) == (verdict, True)
+        assert found.verdict == verdict
     with ledger.path.open("a") as file:
         file.write("torn\n")
-    damaged = node_check._budget(replace(node, budget=replace(node.budget, epsilon=100.0)))
-    assert (damaged.verdict, "1 damaged lines" in damaged.says) == ("note", True)
+    for most, verdict in ((None, "bad"), (spent, "note")):  # without a largest plan a damaged line closes the ledger
+        budget = replace(node.budget, epsilon=100.0, filter=FilterChoice(max_run_epsilon=most))
+        damaged = node_check._budget(replace(node, budget=budget))
+        assert (damaged.verdict, "1 damaged lines" in damaged.says) == (verdict, True)
+
+
+def test_a_budget_for_one_run_says_so(tmp_path: Path):
+    node = whole(tmp_path, images=1)
+    assert node.budget is not None
+    found = node_check._budget(replace(node, budget=replace(node.budget, filter=FilterChoice(expected_runs=1))))
+    assert (found.verdict, "no second run will fit" in found.says) == ("note", True)
+
+
+def test_a_ledger_of_another_filter_is_bad(tmp_path: Path):
+    node = whole(tmp_path, images=1)
+    assert node.budget is not None
+    Ledger(tmp_path / "state" / "ledger.jsonl").begin(ReserveFilter(replace(node.budget, delta=1e-6)).header)
+    found = node_check._budget(node)
+    assert (found.verdict, "delta was 1e-06 and is now 0.0001" in found.says) == ("bad", True)
 
 
 def test_what_else_keeps_a_node_from_starting(tmp_path: Path, certs: Path):

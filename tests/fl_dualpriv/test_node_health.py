@@ -8,6 +8,7 @@ import pytest
 
 from fl_dualpriv.node_file import read_node_file
 from fl_dualpriv.node_health import HealthLine, Pulse, count
+from fl_dualpriv.privacy.accounting import COARSE_GRID, epsilon
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 
 EVENT = LedgerEvent(run="r", unit="record", server_round=1, releases=2, sampling_rate=0.2, noise_multiplier=1.0)
@@ -39,13 +40,17 @@ def node_file(tmp_path: Path) -> Path:
 
 
 def test_what_the_ledger_says_in_words(node_file: Path, tmp_path: Path):
-    assert count(read_node_file(node_file)) == "0 rounds answered, ε = 8 of 8 left at δ = 0.0001"
+    nothing = "ε = 0 is reserved for 0 of 10 runs, ε = 8 and 10 runs are left"
+    assert count(read_node_file(node_file)) == f"0 rounds answered; {nothing}"
     ledger = Ledger(tmp_path / "state" / "ledger.jsonl")
     ledger.record(EVENT)
-    left = 8 - ledger.read().epsilon(1e-4)
-    assert count(read_node_file(node_file)) == f"1 rounds answered, ε = {left:.3g} of 8 left at δ = 0.0001"
+    cost = epsilon(0.2, 1.0, 2, 1e-5, COARSE_GRID)  # at a tenth of δ
+    said = f"ε = {cost:.4g} is reserved for 1 of 10 runs, ε = {8 - cost:.4g} and 9 runs are left"
+    assert count(read_node_file(node_file)) == f"1 rounds answered; {said}"
     ledger.path.write_text("torn\n")  # nothing bounds a ledger of damaged lines alone
-    assert count(read_node_file(node_file)) == "0 rounds answered, 1 damaged lines, ε = 0 of 8 left at δ = 0.0001"
+    assert count(read_node_file(node_file)) == "0 rounds answered, 1 damaged lines; " + (
+        "1 plans of at most 10 are charged and nothing is left: the ledger is closed"
+    )
 
 
 def test_a_line_when_something_changed_and_once_an_hour(
@@ -66,7 +71,8 @@ def test_a_line_when_something_changed_and_once_an_hour(
     pull = pulse.watch(lambda **_: next(answers))
     health.look()
     assert lines == [
-        "health: not joined yet; 0 messages since the start; 0 rounds answered, ε = 8 of 8 left at δ = 0.0001"
+        "health: not joined yet; 0 messages since the start; 0 rounds answered; "
+        "ε = 0 is reserved for 0 of 10 runs, ε = 8 and 10 runs are left"
     ]
     assert pull(state=State(node_id=7)) is None
     health.look()
@@ -76,7 +82,7 @@ def test_a_line_when_something_changed_and_once_an_hour(
     assert pull(state=State(node_id=7)) == 5
     Ledger(tmp_path / "state" / "ledger.jsonl").record(EVENT)
     health.look()
-    assert lines[2].startswith("health: joined as node 7; 1 messages since the start; 1 rounds answered, ε = ")
+    assert lines[2].startswith("health: joined as node 7; 1 messages since the start; 1 rounds answered; ε = ")
     assert counted == [["-P", "-m", "fl_dualpriv.node_health", str(node_file)]] * 2  # the ledger changed once
     now[0] = 200.0
     health.look()
@@ -94,5 +100,6 @@ def test_the_ledger_is_counted_in_a_process_of_its_own(node_file: Path):
     lines = list[str]()
     HealthLine(node_file, Pulse(), 60.0, lines.append).look()
     assert lines == [
-        "health: not joined yet; 0 messages since the start; 0 rounds answered, ε = 8 of 8 left at δ = 0.0001"
+        "health: not joined yet; 0 messages since the start; 0 rounds answered; "
+        "ε = 0 is reserved for 0 of 10 runs, ε = 8 and 10 runs are left"
     ]

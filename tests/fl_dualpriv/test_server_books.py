@@ -4,17 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from flwr.supercore.privacy_accounting import (
-    GaussianPrivacyEvent,
-    NeighboringRelation,
-    PrivacyConfig,
-    SamplingMethod,
-)
-from flwr.supercore.privacy_accounting.rdp_accountant import RdpAccountant
 
 from fl_dualpriv.errors import PrivacyError
-from fl_dualpriv.privacy import ledger as ledger_module
-from fl_dualpriv.privacy.accounting import epsilon
+from fl_dualpriv.privacy import filters
+from fl_dualpriv.privacy.accounting import SampledGaussians, composed_epsilon, epsilon
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.matrix_mechanism import BandedNoise
 from fl_dualpriv.privacy.schedule import RoundRobin
@@ -35,7 +28,7 @@ def privacy(ledger: Ledger | None, most: float | None, z: float = 1.0) -> Server
 
 
 def books(ledger: Ledger, most: float | None, *, rounds: int = 20, run: str = "a") -> ServerBooks:
-    return ServerBooks(privacy(ledger, most), None, run, rounds=rounds, population=100)
+    return ServerBooks(privacy(ledger, most), run, rounds=rounds)
 
 
 def fitting(most: float) -> int:
@@ -76,10 +69,8 @@ def test_another_program_that_writes_to_the_ledger_is_noticed(tmp_path: Path) ->
 
 
 def test_a_run_that_fits_asks_the_accountant_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, composed = [], ledger_module.composed_epsilon
-    monkeypatch.setattr(
-        ledger_module, "composed_epsilon", lambda *arguments: asked.append(arguments) or composed(*arguments)
-    )
+    asked, composed = [], filters.composed_epsilon
+    monkeypatch.setattr(filters, "composed_epsilon", lambda *arguments: asked.append(arguments) or composed(*arguments))
     own = books(Ledger(tmp_path / "ledger.jsonl"), epsilon(0.1, 1.0, 20, 1e-5))
     for server_round in range(1, 21):
         own.check(server_round)
@@ -87,51 +78,43 @@ def test_a_run_that_fits_asks_the_accountant_once(tmp_path: Path, monkeypatch: p
     assert len(asked) == 1
 
 
-def flower_config(most: float) -> PrivacyConfig:
-    return PrivacyConfig(
-        target_delta=1e-5,
-        population_size=100,
-        neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
-        sampling_method=SamplingMethod.POISSON,
-        max_epsilon=most,
-    )
+def test_a_ledger_of_other_terms_is_refused(tmp_path: Path) -> None:
+    """The filter of a server's ledger charges every round at one run's terms; a run on others has another ledger."""
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    own = books(ledger, 2.2)
+    own.check(1)
+    own.write(1)
+    other = ServerBooks(privacy(ledger, 2.2, z=2.0), "b", rounds=20)
+    with pytest.raises(PrivacyError, match=r"min-noise-multiplier was 1\.0 and is now 2\.0"):
+        other.check(1)
+    with pytest.raises(PrivacyError, match=r"epsilon was 2\.2 and is now 3\.0"):
+        books(ledger, 3.0, run="c").check(1)
 
 
-def test_flowers_own_accountant_keeps_books_beside_ours(tmp_path: Path) -> None:
-    accountant = RdpAccountant(flower_config(3.0))
-    own = ServerBooks(privacy(Ledger(tmp_path / "l.jsonl"), None), accountant, "a", rounds=20, population=100)
-    event = GaussianPrivacyEvent(noise_multiplier=1.0, sample_size=10, population_size=100)  # q = 10 / 100
-    while not accountant.would_exceed(event):
-        own.check(accountant.num_releases + 1)
-        own.write(accountant.num_releases + 1)
-    assert accountant.num_releases >= 1
-    with pytest.raises(BudgetExhausted, match="accountant's budget"):
-        own.check(accountant.num_releases + 1)
+def test_rounds_on_weaker_terms_close_a_server_ledger(tmp_path: Path) -> None:
+    """A ledger older than its filter: what lies within the run's terms is charged at them, anything else closes it."""
+    for z, starts in ((1.5, True), (0.9, False)):
+        ledger = Ledger(tmp_path / f"{z}.jsonl")
+        ServerBooks(privacy(ledger, None, z=z), "old", rounds=20).write(1)
+        own = books(ledger, 5.0)
+        if starts:
+            own.check(1)
+        else:
+            with pytest.raises(BudgetExhausted, match="ε to inf"):
+                own.check(1)
 
 
-def test_flowers_accountant_is_told_that_a_round_of_correlated_noise_is_made_again(tmp_path: Path) -> None:
-    """Where clients come once round 2 adds nothing to what round 1 cost; a second try of it costs a round."""
-    noise = BandedNoise(schedule=RoundRobin(rounds=2, separation=2), bands=1)
-    terms = replace(privacy(Ledger(tmp_path / "l.jsonl"), None), sampling_rate=1.0, correlated=noise)
-    told: list[float] = []
-
-    class Told(RdpAccountant):
-        def compose(self, event: GaussianPrivacyEvent, count: int = 1) -> None:
-            told.append(event.noise_multiplier)
-            super().compose(event, count)
-
-    own = ServerBooks(terms, Told(flower_config(100.0)), "a", rounds=2, population=100)
-    for server_round in (1, 2, 2):
+def test_correlated_rounds_are_admitted_by_the_sum_of_their_inverse_squares(tmp_path: Path) -> None:
+    """Two rounds in turn cost z each; the second try of a round costs another z: √2 and √3 z⁻¹ in all."""
+    noise = BandedNoise(schedule=RoundRobin(rounds=2, separation=1), bands=1)
+    most = composed_epsilon((SampledGaussians(1.0, 2.0 / 2**0.5, 1),), 1e-5) + 1e-6
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    terms = replace(privacy(ledger, most, z=2.0 / 2**0.5), sampling_rate=1.0, correlated=noise)
+    for server_round in (1, 2):
+        own = ServerBooks(terms, "a", rounds=2)
+        own.check(server_round)
         own.write(server_round)
-    ours = [event.noise_multiplier for event in Ledger(tmp_path / "l.jsonl").read().events]
-    assert told == ours
-    assert told[1] > 1e5
-    assert told[2] == pytest.approx(1.0)  # z: whoever comes in round 2 is in one further row, with weight 1
-
-
-def test_an_accountant_of_clients_in_a_run_of_records_is_refused(tmp_path: Path) -> None:
-    record = ServerPrivacy(
-        unit="record", bound=1.0, noise_multiplier=1.0, sampling_rate=0.1, ledger_multiplier=1.0, ledger=None
-    )
-    with pytest.raises(PrivacyError, match="leave it out"):
-        ServerBooks(record, RdpAccountant(flower_config(1.0)), "a", rounds=1, population=100)
+    again = composed_epsilon((SampledGaussians(1.0, 2.0 / 3**0.5, 1),), 1e-5)
+    with pytest.raises(BudgetExhausted, match=f"to {again:.4g}"):
+        ServerBooks(terms, "a", rounds=2).check(2)
+    assert ledger.read().headers == ({"filter": "gaussian-sum", "epsilon": most, "delta": 1e-5},)

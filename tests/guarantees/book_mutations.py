@@ -1,7 +1,7 @@
 """Bugs in the books, in what a client refuses and in what is stated, each planted in the running code."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,8 @@ from clients.training import TrainRound
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy import accounting, ledger
 from fl_dualpriv.privacy.accounting import SampledGaussians
-from fl_dualpriv.privacy.budget import Budget
-from fl_dualpriv.privacy.ledger import Ledger, LedgerContent, LedgerEvent
+from fl_dualpriv.privacy.filters import WorstTermsFilter
+from fl_dualpriv.privacy.ledger import Ledger, LedgerContent, LedgerEvent, ReservedPlan
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource
 from fl_dualpriv.server import RoundStrategy
 from fl_dualpriv.server_books import BudgetExhausted, ServerBooks, ServerPrivacy
@@ -78,11 +78,11 @@ def the_server_checks_its_budget_afterwards(patch: Patch) -> None:
 
 
 def a_client_checks_its_budget_afterwards(patch: Patch) -> None:
-    def too_late(self: Budget, made: LedgerContent, further: Iterable[LedgerEvent]) -> None:
-        if made.epsilon(self.delta) > self.epsilon:
+    def too_late(self: WorstTermsFilter, made: LedgerContent, plan: ReservedPlan, event: LedgerEvent) -> None:
+        if not self.fits(made.releases()):
             raise PrivacyError("the budget is spent")
 
-    patch.setattr(Budget, "check_events", too_late)
+    patch.setattr(WorstTermsFilter, "check", too_late)
 
 
 def a_new_token_is_a_new_budget(patch: Patch) -> None:
@@ -176,7 +176,7 @@ BOOK_MUTATIONS = (
     ),
     Mutation(
         name="a client checks its owner's budget after the release",
-        where="Budget.check_events",
+        where="WorstTermsFilter.check",
         plant=a_client_checks_its_budget_afterwards,
         caught_by=(run_checks.no_round_exceeds_the_owners_budget,),
     ),

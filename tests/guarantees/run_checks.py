@@ -21,7 +21,7 @@ from fl_dualpriv.config import app_defaults
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.local_engine import LocalGrid, run_local
 from fl_dualpriv.privacy import release
-from fl_dualpriv.privacy.accounting import epsilon
+from fl_dualpriv.privacy.accounting import COARSE_GRID, epsilon
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from fl_dualpriv.privacy.plan import RoundTerms
@@ -208,11 +208,12 @@ def no_run_starts_on_what_another_spent(federation: Federation) -> None:
 
 def no_round_exceeds_the_owners_budget(federation: Federation) -> None:
     """A budget of two rounds: two are answered, whatever run asks, and the third is refused."""
-    most = epsilon(TERMS.sampling_rate, TERMS.noise_multiplier, 2 * STEPS, DELTA) + 1e-6
+    most = epsilon(TERMS.sampling_rate, TERMS.noise_multiplier, 2 * STEPS, DELTA, COARSE_GRID) + 1e-6
     grid = federation.nodes(
         f'state-dir = "{federation.folder / "clients" / "client-000"}"\ndata-path = "{federation.images}"\n'
         f"[budget]\nepsilon = {most}\ndelta = {DELTA}\n"
-        "max-sampling-rate = 0.15\nmin-noise-multiplier = 1.5\nmax-clip-norm = 1.0\n"
+        f"max-sampling-rate = {TERMS.sampling_rate}\nmin-noise-multiplier = {TERMS.noise_multiplier}\n"
+        'max-clip-norm = 1.0\nfilter = "worst-terms"\n'
     )
     answered = [upload_of(train(grid, r, token=token)) is not None for r, token in ((1, "a"), (1, "b"), (2, "b"))]
     spent = federation.ledger.read().epsilon(DELTA)

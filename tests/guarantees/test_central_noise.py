@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.supercore.privacy_accounting import NeighboringRelation, PrivacyConfig, SamplingMethod
-from flwr.supercore.privacy_accounting.rdp_accountant import RdpAccountant
 
-from fl_dualpriv.privacy import ledger as ledger_module
+from fl_dualpriv.privacy import filters
 from fl_dualpriv.privacy.accounting import gathered
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.server_books import ServerBooks
@@ -93,41 +91,30 @@ def test_integers_have_the_same_clip_norm_to_their_grid() -> None:
     assert bounds[0] != bounds[1]
 
 
-def test_the_ledger_and_flowers_accountant_are_charged_for_sum_and_count_together(tmp_path: Path) -> None:
+def test_the_ledger_is_charged_for_sum_and_count_together(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    config = PrivacyConfig(
-        target_delta=1e-5,
-        population_size=CLIENTS,
-        neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
-        sampling_method=SamplingMethod.POISSON,
-        max_epsilon=50.0,
-    )
-    told = RdpAccountant(config)
-    composed: list[float] = []
-    compose = told.compose
-    told.compose = lambda event, count=1: (composed.append(event.noise_multiplier), compose(event, count))[1]  # type: ignore[method-assign]
-    books = ServerBooks(replace(adaptive_privacy(), ledger=ledger), told, "run", rounds=3, population=CLIENTS)
+    books = ServerBooks(replace(adaptive_privacy(), ledger=ledger), "run", rounds=3)
     books.write(1)
-    assert [event.noise_multiplier for event in ledger.read().events] == composed == [MULTIPLIER]
+    assert [event.noise_multiplier for event in ledger.read().events] == [MULTIPLIER]
     assert adaptive_privacy().noise_multiplier > MULTIPLIER < 2 * BIT_NOISE
 
 
 def test_every_check_of_a_run_is_on_the_plans_own_charges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ε of what is written and what is left is the plan's to the last digit: a run fits its own budget, to its end."""
     checked: list[object] = []
-    monkeypatch.setattr(ledger_module, "composed_epsilon", lambda charges, delta, grid: checked.append(charges) or 1.0)
+    monkeypatch.setattr(filters, "composed_epsilon", lambda charges, delta, grid: checked.append(charges) or 1.0)
     for correlated in correlations():
         plan = gathered(correlated.charges(MULTIPLIER, ROUNDS))
         ledger = Ledger(tmp_path / f"{type(correlated).__name__}.jsonl")
         privacy = replace(correlated_privacy(correlated, ledger), max_epsilon=1.0)
         for server_round in range(1, ROUNDS + 1):
             # New books each round: they remember what they have found affordable.
-            books = ServerBooks(privacy, None, "run", rounds=ROUNDS, population=CLIENTS)
+            books = ServerBooks(privacy, "run", rounds=ROUNDS)
             books.check(server_round)
             assert checked.pop() == plan
             books.write(server_round)
         # A crash, and a round that is made again with new noise: another release beside all of them.
-        ServerBooks(privacy, None, "run", rounds=ROUNDS, population=CLIENTS).write(ROUNDS)
+        ServerBooks(privacy, "run", rounds=ROUNDS).write(ROUNDS)
         again = correlated.charge(MULTIPLIER, ROUNDS, again=True)
         assert ledger.read().charges() == gathered([*correlated.charges(MULTIPLIER, ROUNDS), again])
 

@@ -22,8 +22,8 @@ from fl_dualpriv import wire
 from fl_dualpriv.client import digest
 from fl_dualpriv.privacy import ledger as ledger_module
 from fl_dualpriv.privacy import release
-from fl_dualpriv.privacy.accounting import epsilon
-from fl_dualpriv.privacy.budget import Budget
+from fl_dualpriv.privacy.accounting import COARSE_GRID, epsilon
+from fl_dualpriv.privacy.budget import Budget, FilterChoice
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to learn what was synced")
@@ -181,16 +181,17 @@ def test_a_power_cut_leaves_no_release_without_its_event(
 def test_crashes_do_not_stretch_the_owners_budget(client: Client) -> None:
     client.fresh()
     plan = client.node.setting.plan
-    two_rounds = epsilon(plan.sampling_rate, plan.noise_multiplier, 2 * STEPS, plan.delta)
+    two_rounds = epsilon(plan.sampling_rate, plan.noise_multiplier, 2 * STEPS, plan.delta, COARSE_GRID)
     client.budget = Budget(
         epsilon=two_rounds,
         delta=plan.delta,
-        max_sampling_rate=1.0,
-        min_noise_multiplier=0.0,
+        max_sampling_rate=plan.sampling_rate,
+        min_noise_multiplier=plan.noise_multiplier,
         max_clip_norm=10.0,
         trusts_server=False,
         scores=False,
         seeded_noise=False,
+        filter=FilterChoice(name="worst-terms", max_round_releases=STEPS),
     )
     client.fresh()  # now with the budget
     for token in ("t", "second server"):  # the accountant's numbers are kept by this process, for those it forks

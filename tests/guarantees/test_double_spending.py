@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from clients.hosting import Setting
 from fl_dualpriv.client import digest
 from fl_dualpriv.files import read_tensors
-from fl_dualpriv.privacy.accounting import epsilon
-from fl_dualpriv.privacy.budget import Budget
+from fl_dualpriv.privacy.budget import Budget, FilterChoice
+from fl_dualpriv.privacy.filters import ReserveFilter, WorstTermsFilter, filter_of
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 
 STEPS = 2
@@ -29,20 +30,33 @@ def setting(make_setting: Callable[..., Setting]) -> Setting:
     return make_setting({"method": "full", "prompt.learner": "head"})
 
 
-def budget_of(setting: Setting, rounds: int) -> Budget:
-    """Room for that many rounds, whoever asks."""
+Limit = int | str | None
+"""Room for so many rounds of any run; or for the whole plan of one run, ``"one run"``; None: no budget."""
+
+
+def budget_of(setting: Setting, limit: Limit) -> Budget | None:
+    """Room for so many rounds by the filter of worst terms, which are the plan's, or for one reserved plan."""
     plan = setting.plan
     assert plan is not None
-    return Budget(
-        epsilon=epsilon(plan.sampling_rate, plan.noise_multiplier, rounds * STEPS, plan.delta),
+    if limit is None:
+        return None
+    choice = FilterChoice(name="reserve" if isinstance(limit, str) else "worst-terms")
+    budget = Budget(
+        epsilon=1.0,
         delta=plan.delta,
-        max_sampling_rate=1.0,
-        min_noise_multiplier=0.0,
+        max_sampling_rate=plan.sampling_rate,
+        min_noise_multiplier=plan.noise_multiplier,
         max_clip_norm=10.0,
         trusts_server=False,
         scores=False,
         seeded_noise=False,
+        filter=choice,
     )
+    if isinstance(limit, str):
+        most = ReserveFilter(budget).cost(plan.releases, plan.sampling_rate, plan.noise_multiplier)
+    else:
+        most = WorstTermsFilter(budget).epsilon(limit * STEPS)
+    return replace(budget, epsilon=most)
 
 
 Released = list[tuple[str, int, str]]
@@ -98,7 +112,7 @@ def race(tiny_node: Train, setting: Setting, folder: Path, budget: Budget | None
     assert len(set(rounds)) == len(rounds), "a round was released twice"
     assert sorted(paid) == sorted(rounds), "events and releases differ"
     if budget is not None:
-        assert content.epsilon(budget.delta) <= budget.epsilon, "the owner's budget is spent twice"
+        assert filter_of(budget).share(content) <= 1, "the owner's budget is spent twice"
     else:
         assert content.releases() <= plan.releases, "the plan is spent twice"
 
@@ -117,7 +131,9 @@ def slow_pen(patch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 SERVERS = [[["a"], ["b"]], [["same"], ["same"]]]
-LIMITS = pytest.mark.parametrize("rounds", [None, 1], ids=["plan of three rounds", "budget of one round"])
+LIMITS = pytest.mark.parametrize(
+    "limit", [None, 1, "one run"], ids=["plan of three rounds", "budget of one round", "budget of one run"]
+)
 
 
 def warm(tiny_node: Train, setting: Setting, folder: Path, budget: Budget | None) -> None:
@@ -135,10 +151,10 @@ def test_two_processes_cannot_spend_a_budget_twice(
     setting: Setting,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    rounds: int | None,
+    limit: Limit,
     tokens: list[list[str]],
 ) -> None:
-    budget = None if rounds is None else budget_of(setting, rounds)
+    budget = budget_of(setting, limit)
     warm(tiny_node, setting, tmp_path / "warm", budget)
     for attempt in range(3):
         race(tiny_node, setting, tmp_path / str(attempt), budget, tokens)
@@ -153,11 +169,11 @@ def test_without_the_lock_it_is_spent_twice(
     setting: Setting,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    rounds: int | None,
+    limit: Limit,
     tokens: list[list[str]],
 ) -> None:
     """Broken on purpose: the property above notices."""
-    budget = None if rounds is None else budget_of(setting, rounds)
+    budget = budget_of(setting, limit)
     warm(tiny_node, setting, tmp_path / "warm", budget)
     monkeypatch.setattr(Ledger, "exclusive", lambda self: contextlib.nullcontext())
 
@@ -200,11 +216,11 @@ def test_eight_processes_write_each_line_whole(tmp_path: Path) -> None:
 @LIMITS
 @pytest.mark.parametrize("trick", ["second server", "app installed anew", "both", "restart"])
 def test_nothing_a_server_can_do_resets_the_budget(
-    tiny_node: Train, setting: Setting, tmp_path: Path, rounds: int | None, trick: str
+    tiny_node: Train, setting: Setting, tmp_path: Path, limit: Limit, trick: str
 ) -> None:
     """Only who can write to the owner's disk could: the ledger is a file there."""
-    budget = None if rounds is None else budget_of(setting, rounds)
-    folder, left = tmp_path / "state", rounds or 3
+    budget = budget_of(setting, limit)
+    folder, left = tmp_path / "state", limit if isinstance(limit, int) else 3
     for server_round in range(1, left + 1):
         node = tiny_node(setting=setting, folder=folder, budget=budget)  # each a process that knows nothing
         assert node.train(server_round).partitions == (0,)
@@ -233,3 +249,13 @@ def test_a_new_run_gets_a_new_prompt_and_what_is_left_of_the_old_budget(
     assert done == [("first", 1), ("first", 2), ("second", 1)]
     metadata = read_tensors(tmp_path / "prompt.safetensors")[1]
     assert (metadata["run-token"], metadata["server-round"]) == ("second", "1")
+
+
+def test_under_reserve_a_second_run_that_does_not_fit_gets_nothing(
+    tiny_node: Train, setting: Setting, tmp_path: Path
+) -> None:
+    """The first run may stop after one round: its whole plan is spent."""
+    node = tiny_node(setting=setting, folder=tmp_path, budget=budget_of(setting, "one run"))
+    done = [(token, r) for token, r in (("first", 1), ("second", 1), ("first", 2)) if node.train(r, token).partitions]
+    assert done == [("first", 1), ("first", 2)]
+    assert [plan.run for plan in Ledger(tmp_path / "ledger.jsonl").read().plans] == ["first"]

@@ -17,6 +17,7 @@ from tests.conftest import PLANTED
 from tests.guarantees import run_checks
 from tests.guarantees.book_mutations import BOOK_MUTATIONS
 from tests.guarantees.central_mutations import CENTRAL_MUTATIONS
+from tests.guarantees.filter_mutations import FILTER_MUTATIONS
 from tests.guarantees.mutation import Check, Mutation
 from tests.guarantees.noise_mutations import NOISE_MUTATIONS
 from tests.guarantees.pruning_mutations import PRUNING_MUTATIONS
@@ -31,6 +32,7 @@ MUTATIONS = (
     *SERVER_MUTATIONS,
     *CENTRAL_MUTATIONS,
     *BOOK_MUTATIONS,
+    *FILTER_MUTATIONS,
 )
 Call = Callable[[Check], None]
 Noting = Callable[[str, str], None]

@@ -1,0 +1,104 @@
+"""The keys of ``[budget]`` in a node's file that name the filter of its ledger. See `node_file` and `privacy.filters`.
+
+Standard library only: a SuperNode reads them before anything else is loaded.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+from fl_dualpriv.privacy.budget import Budget, FilterChoice
+
+
+class _Key(NamedTuple):
+    """One key: which values it takes, in words and as a test, and the filters that it belongs to (all if empty)."""
+
+    allowed: str
+    test: Callable[[Any], bool]
+    filters: tuple[str, ...] = ()
+
+
+def _is_count(least: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and value >= least
+
+
+def _is_number(low: float, high: float) -> Callable[[Any], bool]:
+    """In (low, high], and finite."""
+    return lambda value: (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and low < float(value) <= high
+    )
+
+
+_KEYS: Mapping[str, _Key] = {
+    "filter": _Key('"reserve", "renyi" or "worst-terms"', ("reserve", "renyi", "worst-terms").__contains__),
+    "expected-runs": _Key("a whole number >= 1", _is_count(1), ("reserve",)),
+    "composition": _Key('"sum" or "advanced"', ("sum", "advanced").__contains__, ("reserve",)),
+    "delta-prime": _Key("a number > 0 and below delta", _is_number(0, 1), ("reserve",)),
+    "max-run-epsilon": _Key("a finite number > 0", _is_number(0, math.inf), ("reserve",)),
+    "max-round-releases": _Key("a whole number >= 1", _is_count(1)),
+    "expected-sampling-rate": _Key("in (0, 1]", _is_number(0, 1), ("renyi",)),
+    "expected-noise-multiplier": _Key("a finite number > 0", _is_number(0, math.inf), ("renyi",)),
+    "max-correlated-releases": _Key("a whole number >= 0", _is_count(0), ("worst-terms",)),
+    "min-correlated-noise-multiplier": _Key("a finite number > 0", _is_number(0, math.inf), ("worst-terms",)),
+}
+
+FILTER_KEYS = frozenset(_KEYS)
+
+
+def read_filter(table: Mapping[str, Any], problems: list[str]) -> FilterChoice:
+    """The filter that a ``[budget]`` names, with defaults for absent keys.
+
+    Args:
+        table: The ``[budget]`` of a node's file.
+        problems: Takes a line for each value that is not allowed.
+    """
+    values: dict[str, Any] = {}
+    for key, rule in _KEYS.items():
+        if key not in table:
+            continue
+        value = table[key]
+        try:
+            fits = rule.test(value)
+        except TypeError:  # a table or a list has no hash
+            fits = False
+        if not fits:
+            problems.append(f"budget.{key} = {value!r}; it must be {rule.allowed}")
+        else:
+            values[_FIELDS[key]] = float(value) if isinstance(value, float) else value
+    choice = FilterChoice(**values)
+    for key, rule in _KEYS.items():
+        if key in table and rule.filters and choice.name not in rule.filters:
+            problems.append(f'budget.{key} belongs to filter = "{rule.filters[0]}"; remove it, or change filter')
+    return choice
+
+
+def filter_problems(budget: Budget) -> list[str]:
+    """Combinations of keys that no filter can work with, a line each."""
+    choice, found = budget.filter, list[str]()
+    if choice.composition == "advanced" and not 0 < choice.delta_prime < budget.delta:
+        found.append(
+            f'budget.composition = "advanced" needs delta-prime above 0 and below delta = {budget.delta:g}; it is '
+            f"{choice.delta_prime:g}"
+        )
+    if choice.composition == "sum" and choice.delta_prime:
+        found.append(f'budget.delta-prime = {choice.delta_prime:g} belongs to composition = "advanced"; remove it')
+    if choice.max_run_epsilon is not None and choice.max_run_epsilon > budget.epsilon:
+        found.append(f"budget.max-run-epsilon = {choice.max_run_epsilon:g} is above epsilon = {budget.epsilon:g}")
+    if choice.name == "worst-terms" and not budget.min_noise_multiplier > 0:
+        found.append('budget.filter = "worst-terms" charges min-noise-multiplier, which must be above 0')
+    if choice.name == "renyi" and not (choice.expected_noise_multiplier or budget.min_noise_multiplier) > 0:
+        found.append(
+            'budget.filter = "renyi" takes its order from the expected terms: set expected-noise-multiplier, or '
+            "min-noise-multiplier above 0"
+        )
+    if bool(choice.max_correlated_releases) != bool(choice.min_correlated_noise_multiplier):
+        found.append("budget.max-correlated-releases and min-correlated-noise-multiplier need one another")
+    return found
+
+
+_FIELDS = {("filter" if f.name == "name" else f.name.replace("_", "-")): f.name for f in fields(FilterChoice)}
+assert _FIELDS.keys() == _KEYS.keys()
