@@ -192,7 +192,7 @@ def _budget(node: NodeFile) -> Finding:
     content = Ledger(node.state_dir / "ledger.jsonl").read()
     try:
         chosen = filter_of(budget)
-        check_header(content, chosen)
+        check_header(content, chosen.header)
     except PrivacyError as error:
         return _bad("budget", str(error))
     share = chosen.share(content)
