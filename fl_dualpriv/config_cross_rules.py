@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from fl_dualpriv.privacy.limits import LARGEST_CLIP_NORM, SMALLEST_CLIP_NORM, is_clip_norm
+
 Values = Mapping[str, Any]
 
 _WITHOUT_SHARED_PROMPT = ("local-only", "zero-shot")
@@ -265,6 +267,17 @@ CROSS_RULES: tuple[CrossRule, ...] = (
         lambda v: not v[_TRUSTS] or v[_RECORD] == "gaussian",
         'needs privacy.record.mechanism = "gaussian"',
         "set the mechanism, or trusts-server = false",
+    ),
+    CrossRule(
+        ("train.global-learning-rate", "privacy.record.clip-norm", _TRUSTS),
+        lambda v: (
+            not v[_TRUSTS]
+            or v["train.global-learning-rate"] == 0
+            or is_clip_norm(v["train.global-learning-rate"] * v["privacy.record.clip-norm"])
+        ),
+        f"times the clip norm must be 0 or from {SMALLEST_CLIP_NORM:g} to {LARGEST_CLIP_NORM:g}: "
+        "the server clips to this product",
+        "change one of them, or set trusts-server = false",
     ),
     CrossRule(
         (_TRUSTS, "train.local-steps"),

@@ -45,6 +45,14 @@ from fl_dualpriv import node_tables
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.node_tables import NodeModel, NodeServer
 from fl_dualpriv.privacy.budget import Budget
+from fl_dualpriv.privacy.limits import (
+    LARGEST_CLIP_NORM,
+    LARGEST_NOISE_MULTIPLIER,
+    SMALLEST_CLIP_NORM,
+    SMALLEST_DELTA,
+    SMALLEST_SAMPLING_RATE,
+    is_clip_norm,
+)
 
 ENVIRONMENT = "FL_DUALPRIV_NODE"
 """Names the file where no node configuration can: in a simulation, whose nodes are made by Flower."""
@@ -197,10 +205,10 @@ def _budget(table: Any, problems: list[str]) -> Budget | None:
 
 _RANGES = {
     "epsilon": "a finite number > 0",
-    "delta": "between 0 and 1, both excluded",
-    "max-sampling-rate": "in (0, 1]",
-    "min-noise-multiplier": "a finite number >= 0",
-    "max-clip-norm": "a finite number > 0",
+    "delta": f"at least {SMALLEST_DELTA:g} and less than 1",
+    "max-sampling-rate": f"from {SMALLEST_SAMPLING_RATE:g} to 1",
+    "min-noise-multiplier": f"from 0 to {LARGEST_NOISE_MULTIPLIER:g}",
+    "max-clip-norm": f"from {SMALLEST_CLIP_NORM:g} to {LARGEST_CLIP_NORM:g}",
 }
 
 
@@ -209,8 +217,8 @@ def _allowed(key: str, value: float) -> bool:
         return False
     return {
         "epsilon": value > 0,
-        "delta": 0 < value < 1,
-        "max-sampling-rate": 0 < value <= 1,
-        "min-noise-multiplier": value >= 0,
-        "max-clip-norm": value > 0,
+        "delta": SMALLEST_DELTA <= value < 1,
+        "max-sampling-rate": SMALLEST_SAMPLING_RATE <= value <= 1,
+        "min-noise-multiplier": 0 <= value <= LARGEST_NOISE_MULTIPLIER,
+        "max-clip-norm": is_clip_norm(value),
     }[key]

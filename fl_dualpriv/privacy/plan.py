@@ -17,6 +17,7 @@ from fl_dualpriv.privacy.accounting import (
     gathered,
 )
 from fl_dualpriv.privacy.clipping import Arithmetic
+from fl_dualpriv.privacy.limits import check_clip_norm
 from fl_dualpriv.privacy.matrix_mechanism import CorrelatedNoise
 from fl_dualpriv.privacy.quantile import AdaptiveClip
 
@@ -88,7 +89,7 @@ class RecordLevelPlan:
     """Every local step of one client: Poisson batch, one clip, one Gaussian release.
 
     Attributes:
-        clip_norm: C, bound on one record's gradient with respect to the effective prompt.
+        clip_norm: C, bound on one record's gradient with respect to the effective prompt; 1e-30 to 1e30.
         noise_multiplier: z, effective multiplier of everything released in one step.
         sampling_rate: q, the probability that a record joins a batch.
         releases: Local steps over the whole run.
@@ -96,6 +97,9 @@ class RecordLevelPlan:
         trusts_server: The server sees the clean clipped sum and noises the global prompt itself.
         personal: The client also moves a personal prompt, from its own noised copy of the same sum.
         arithmetic: Of clipped sums and noise; the ε is the same (see `rounded_gaussian`).
+
+    Raises:
+        ValueError: If ``clip_norm`` is out of range.
     """
 
     clip_norm: float
@@ -106,6 +110,9 @@ class RecordLevelPlan:
     trusts_server: bool
     personal: bool
     arithmetic: Arithmetic = "float"
+
+    def __post_init__(self) -> None:
+        check_clip_norm(self.clip_norm)
 
     @property
     def local_noise_multiplier(self) -> float:
@@ -143,7 +150,7 @@ class ClientLevelPlan:
     With ``correlated`` noise cohorts follow a fixed schedule, and all rounds are one Gaussian release together.
 
     Attributes:
-        clip_norm: S, bound on one client's update; with ``adaptive`` that of the first round.
+        clip_norm: S, bound on one client's update, 1e-30 to 1e30; with ``adaptive`` that of the first round.
         noise_multiplier: z of everything that a round releases, or with ``correlated`` noise the whole run.
         population: Number of clients, public.
         expected_cohort: q·population, public; the divisor, whoever really takes part.
@@ -163,6 +170,9 @@ class ClientLevelPlan:
     arithmetic: Arithmetic = "float"
     adaptive: AdaptiveClip | None = None
     correlated: CorrelatedNoise | None = None
+
+    def __post_init__(self) -> None:
+        check_clip_norm(self.clip_norm)
 
     @property
     def sampling_rate(self) -> float:
