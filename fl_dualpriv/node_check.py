@@ -192,6 +192,8 @@ def _budget(node: NodeFile) -> Finding:
     content = Ledger(node.state_dir / "ledger.jsonl").read()
     spent = content.epsilon(budget.delta) if content.events or content.damaged else 0.0
     said = f"ε = {spent:.3g} of {budget.epsilon:g} spent at δ = {budget.delta:g}, {len(content.events)} rounds"
+    if budget.integer_arithmetic:
+        said += ', only with privacy.arithmetic = "integer"'
     if content.damaged:
         said += f"; {content.damaged} damaged lines, each counted as the largest round"
     if not (math.isfinite(spent) and spent < budget.epsilon):

@@ -22,6 +22,7 @@
     max-sampling-rate = 0.2
     min-noise-multiplier = 0.5
     max-clip-norm = 1.0
+    integer-arithmetic = false           # true: only privacy.arithmetic = "integer", whose low-order bits tell nothing
     trusts-server = false                # true: clean clipped sums may go to the server
     scores = false                       # true: test/ and val/ (of questions test.jsonl …) are public, so accuracies
                                          # on them may leave

@@ -33,6 +33,7 @@ class RoundTerms:
         noise_multiplier: z; 0 without a mechanism.
         sampling_rate: q of a local step.
         releases: Local steps of the round.
+        arithmetic: Of clipped sums and noise; ``float`` without a mechanism.
     """
 
     mechanism: Literal["none", "gaussian"]
@@ -41,6 +42,7 @@ class RoundTerms:
     noise_multiplier: float
     sampling_rate: float
     releases: int
+    arithmetic: Arithmetic = "float"
 
 
 def round_terms(plan: "RecordLevelPlan | None", sampling_rate: float, releases: int) -> RoundTerms:
@@ -52,6 +54,7 @@ def round_terms(plan: "RecordLevelPlan | None", sampling_rate: float, releases: 
         noise_multiplier=plan.noise_multiplier if plan else 0.0,
         sampling_rate=sampling_rate,
         releases=releases,
+        arithmetic=plan.arithmetic if plan else "float",
     )
 
 
@@ -78,6 +81,8 @@ def check_terms(own: RoundTerms, offered: RoundTerms) -> None:
         problems.append(f"sampling rate {offered.sampling_rate:g}, here at most {own.sampling_rate:g}")
     if not offered.releases <= own.releases:
         problems.append(f"{offered.releases} local steps, here at most {own.releases}")
+    if offered.arithmetic != own.arithmetic:  # another one speaks of other numbers, and floats tell more
+        problems.append(f"arithmetic {offered.arithmetic!r:.40}, here {own.arithmetic!r}")
     if problems:
         raise PrivacyError(
             "the server asks for more than this client's plan allows: " + "; ".join(problems) + "; the round is refused"

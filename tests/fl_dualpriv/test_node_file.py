@@ -55,6 +55,13 @@ def test_permissions_default_to_no(tmp_path: Path) -> None:
     budget = read_node_file(write(tmp_path, WHOLE.replace("scores = true", ""))).budget
     assert budget is not None
     assert (budget.scores, budget.trusts_server, budget.seeded_noise) == (False, False, False)
+    assert not budget.integer_arithmetic  # a demand: without it a run chooses
+
+
+def test_an_owner_can_demand_integer_arithmetic(tmp_path: Path) -> None:
+    budget = read_node_file(write(tmp_path, WHOLE.replace("scores = true", "integer-arithmetic = true"))).budget
+    assert budget is not None
+    assert budget.integer_arithmetic
 
 
 @pytest.mark.parametrize(
