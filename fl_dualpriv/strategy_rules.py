@@ -55,7 +55,7 @@ def check_class(cls: type[Claims], base: type[Claims], unit: ServerUnit, arithme
     # clients that come and go, where one record changes one upload.
     proved_for = cls.proved_for if claim <= combine else ("client",)
     if unit not in proved_for:
-        where = f"at {unit} level" if unit != "nominal" else "as in the published procedure"
+        where = f"at {unit} level" if unit != "nominal" else "as in the DP-FPL paper"
         reason = cls.unproved_because or f"its proved_for is {proved_for}"
         raise PrivacyError(f"{name} cannot run with noise of the server {where}: {reason}; set {_OFF}")
     fixed = set(vars(base)) - {*HOOKS, *_CLAIMS} - _DATACLASS_NAMES

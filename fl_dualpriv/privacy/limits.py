@@ -7,7 +7,7 @@ SMALLEST_CLIP_NORM, LARGEST_CLIP_NORM = 1e-30, 1e30
 """Range of a clip norm, fixed or moving.
 
 Below: the norm of a row is the root of a sum of squares, and squares under 2.2e-308 lose their digits. So a clip norm
-under about 1e-150 lets rows pass that are longer than it. Above: the bound holds, and nothing is learned. Float32
+under about 1e-154 lets rows pass that are longer than it. Above: the bound holds, and nothing is learned. Float32
 prompts end at 3.4e38, and noise of such a clip norm makes them infinite. Squares overflow at norms of 1.3e154: a row of
 that norm is zero.
 """

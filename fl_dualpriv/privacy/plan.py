@@ -227,7 +227,7 @@ class Release:
         epsilon: ε at ``delta``.
         delta: δ.
         trusts: Who is trusted to see more than this release.
-        guarantee: ``theorem`` or ``nominal`` (a published formula that is not a bound).
+        guarantee: ``theorem`` or ``nominal`` (the DP-FPL paper's formula, which is no bound).
         note: Why this release costs what it costs.
     """
 
@@ -323,7 +323,7 @@ def client_level_notes(plan: ClientLevelPlan) -> list[str]:
 
 
 def nominal_releases(nominal_epsilon: float, delta: float, releases: int) -> list[Release]:
-    """The claim of the published DP-FPL procedure. Batch clipping bounds no record's influence: not a guarantee."""
+    """The claim of the DP-FPL paper. Batch clipping bounds no record's influence: not a guarantee."""
     names = ("global prompt", "published personal prompt", "reported metrics")
     return [
         Release(

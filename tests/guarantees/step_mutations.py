@@ -168,7 +168,7 @@ def divide_by_the_realised_batch(patch: Patch) -> None:
 
 
 def clean_upload(patch: Patch) -> None:
-    """p_G moves by the clean sum, and only what stays at the client by the release: DP-FPL as published."""
+    """p_G moves by the clean sum, and only what stays at the client by the release: as in the DP-FPL paper."""
     kept, noised = keep_clean_sums(patch), []
     direct, move = Directions.direction, clients.dualpriv._move_personal
 
