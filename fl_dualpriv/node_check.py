@@ -197,6 +197,8 @@ def _budget(node: NodeFile) -> Finding:
         return _bad("budget", str(error))
     share = chosen.share(content)
     said = f"{chosen.claim()}; {chosen.balance(content)}; {len(content.events)} rounds so far"
+    if budget.integer_arithmetic:
+        said += '; only with privacy.arithmetic = "integer"'
     if content.damaged:
         said += f"; {content.damaged} damaged lines, each charged at the worst"
     if not share < 1:

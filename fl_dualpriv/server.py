@@ -29,7 +29,7 @@ from fl_dualpriv.privacy.release import release
 from fl_dualpriv.round_memory import CLIP_NORM, check_next, hidden, next_noise
 from fl_dualpriv.round_messages import score_messages, train_messages
 from fl_dualpriv.server_books import ServerBooks, ServerPrivacy
-from fl_dualpriv.strategy_rules import ServerUnit, check_class
+from fl_dualpriv.strategy_rules import ServerUnit, check_bound, check_class
 
 _log = logging.getLogger("fl_dualpriv")
 
@@ -269,8 +269,9 @@ class RoundStrategy(Strategy):
         """Clip updates to S, or sums over records to what each client's (public) number of records can reach."""
         if privacy.unit == "nominal":
             return diffs
-        # A learning rate of zero makes the bound, the upload and the noise zero.
-        bound = max(self.bound(), torch.finfo(torch.float64).tiny)
+        bound = self.bound()
+        if bound == 0:  # a learning rate of zero makes the bound, the upload and the noise zero
+            return torch.zeros_like(diffs)
         if privacy.unit == "client":
             return clip_rows(diffs, bound)[0]
         counts = [max(1, self.num_examples[partition]) for partition in partitions]
@@ -308,6 +309,7 @@ class RoundStrategy(Strategy):
                 )
         elif integer and privacy.unit == "client":
             check_exact(len(self.cards))
+        check_bound(self.bound(), privacy.unit)
         if not (math.isfinite(scale := self.sensitivity()) and scale >= 0):
             raise PrivacyError(f"{name}.sensitivity() = {scale}; it must be finite and >= 0 to scale the noise")
 

@@ -31,7 +31,7 @@ class ServerPrivacy:
     Attributes:
         unit: ``client``: uploads are updates, clipped here to ``bound``, on a Poisson cohort; ``record``: uploads are
             sums of clipped per-record terms, each of norm at most ``bound``, from every client (``trusts-server``);
-            ``nominal``: the published procedure, whose bound is only claimed.
+            ``nominal``: the DP-FPL paper's formulas, whose bound is only claimed.
         bound: L2 norm that one unit can add to the sum of uploads.
         noise_multiplier: Noise std / sensitivity.
         sampling_rate: Of the unit: cohort rate for clients, batch rate for records (for the ledger); 1 where a fixed

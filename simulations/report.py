@@ -48,7 +48,7 @@ ROWS = (
         {"privacy.record.noise-space": "feature", "privacy.record.clip-norm": "12.0"},
     ),
     Row(
-        "DP-FPL as published, **nominal** ε",
+        "DP-FPL by the paper's formulas, **nominal** ε",
         "demo.toml",
         {"method": "dpfpl-paper", "pruning.update-keep-ratio": "1.0"},
     ),

@@ -237,7 +237,7 @@ def server_privacy(
     cards: dict[int, wire.ClientCard],
     ledger: Ledger,
 ) -> ServerPrivacy | None:
-    """What the server noises: client updates, clipped sums of trusting clients, the published procedure, or nothing."""
+    """What the server noises: client updates, clipped sums of trusting clients, the DP-FPL paper's p_G, or nothing."""
     if client is not None:
         return ServerPrivacy(
             unit="client",
@@ -350,7 +350,7 @@ def notes(
     if client and record and parts.personal:
         found.append("scores are of personal prompts: covered at record level, not at client level")
     if parts.published_procedure and config.privacy.record.mechanism == "gaussian":
-        found.append("dpfpl-paper: ε is nominal, not a guarantee")
+        found.append("dpfpl-paper: the paper's formulas, not the authors' code; ε is nominal, not a guarantee")
     if record and config.train.top_m:
         found.append(f"top-m = {config.train.top_m}: each record back-propagates its largest residuals only, a bias")
     if record and config.privacy.record.noise_space == "feature":

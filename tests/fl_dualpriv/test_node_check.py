@@ -315,6 +315,12 @@ def test_a_model_that_is_not_there_is_bad(tmp_path: Path):
     assert (missing.verdict, "does not exist" in missing.says) == ("bad", True)
 
 
+def test_a_demand_for_integers_is_shown(tmp_path: Path):
+    node = replace(whole(tmp_path, images=1), budget=replace(BUDGET, integer_arithmetic=True))
+    assert 'only with privacy.arithmetic = "integer"' in node_check._budget(node).says
+    assert "integer" not in node_check._budget(replace(node, budget=BUDGET)).says
+
+
 def test_the_command_prints_one_table_and_its_status_is_true(tmp_path: Path, certs: Path, serve: Serve):
     whole(tmp_path)
     text = f"""state-dir = "{tmp_path / "state"}"

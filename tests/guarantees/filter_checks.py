@@ -330,7 +330,7 @@ def a_damaged_line_is_charged_at_the_worst(folder: Path) -> None:
 def the_numbers_of_a_filter_come_from_the_owners_file(folder: Path) -> None:
     """A ledger whose header says another order, ε, or number of runs admits nothing."""
     for choice, key, value in (
-        (FilterChoice(name="renyi"), "order", 2.25),
+        (FilterChoice(name="renyi"), "order", 3.25),
         (FilterChoice(name="renyi"), "epsilon", 80.0),
         (FilterChoice(name="reserve"), "expected-runs", 1),
         (FilterChoice(name="reserve"), "filter", "worst-terms"),
