@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -84,6 +85,8 @@ class RoundStrategy(Strategy):
         sources: Random streams for cohort and noise.
         report: Called once a round.
         accountant: One of Flower's protocol that is told of every noised round of clients too, and asked before.
+        plugin_folder: Where a strategy may write files of its own, which are the operator's: nothing is proved about
+            them, and they are not published. It is not made before that. None: the strategy runs without a folder.
     """
 
     # What the author has proved: the units that noise scaled to sensitivity() protects, and why not the others.
@@ -104,6 +107,7 @@ class RoundStrategy(Strategy):
     seed: int
     report: Callable[[RoundReport], None]
     accountant: PrivacyAccountant | None = None
+    plugin_folder: Path | None = None
     failures: int = field(default=0, init=False)
     deliveries: int = field(default=0, init=False)
     rounds_done: int = field(default=0, init=False)
