@@ -141,7 +141,7 @@ class RunRecorder:
         """
         told = {"round": server_round, "failures": failures, "seconds": round(seconds, 3)}
         self.progress.append(told)
-        # First, so that whoever follows rounds.jsonl finds it.
+        # First, so that it is there when the line of rounds.jsonl is.
         append_json_line(self._file(PROGRESS, "operator"), told)
         line = {
             "round": server_round,
@@ -266,7 +266,7 @@ def build_summary(
     notes: Sequence[str],
     config: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The content of ``summary.json``, a result: no argument may be a time or depend on private data unreleased."""
+    """The content of ``summary.json``, a result: each argument is a function of releases and public numbers."""
     nothing = Accuracy(local=None, neighbour=None)
     before, after = zero_shot or nothing, final or nothing
     # A node may have other groups than ours: then nobody's are named.

@@ -21,7 +21,7 @@ Place = Literal["run", "client", "cache", "export"]
 SUMMARY, ROUNDS, CURVE, PROMPT = "summary.json", "rounds.jsonl", "curve.png", "prompts/global.safetensors"
 PROGRESS, TOTALS = "operator/progress.jsonl", "operator/totals.json"
 PLUGINS = "plugins"
-"""A plug-in's own folder in the folder of a run."""
+"""The folder of plug-ins in the folder of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ RUN_FILES: tuple[RunFile, ...] = (
     RunFile(pattern="error.json", kind="operator", why="words of an error may quote data"),
     RunFile(pattern="error.log", kind="operator", why="words of an error may quote data"),
     RunFile(pattern="actors/actor-*.json", kind="operator", why="memory: it grows with a batch, whose size is private"),
-    RunFile(pattern=f"{PLUGINS}/**", kind="operator", why="nothing is proved about what a plug-in writes"),
+    RunFile(pattern=f"{PLUGINS}/**", kind="operator", why="no proof covers what a plug-in writes"),
     RunFile(pattern="prompt.safetensors", kind="operator", why="memory of a client", place="client"),
     RunFile(pattern="prompt.previous.safetensors", kind="operator", why="memory of a client", place="client"),
     RunFile(pattern="sent.safetensors", kind="operator", why="uploads, which may be clean sums", place="client"),

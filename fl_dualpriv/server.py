@@ -85,8 +85,8 @@ class RoundStrategy(Strategy):
         sources: Random streams for cohort and noise.
         report: Called once a round.
         accountant: One of Flower's protocol that is told of every noised round of clients too, and asked before.
-        plugin_folder: Where a strategy may write files of its own, which are the operator's: nothing is proved about
-            them, and they are not published. It is not made before that. None: the strategy runs without a folder.
+        plugin_folder: Where a strategy may write files. They are the operator's and are not published, because no proof
+            covers them. The strategy makes the folder. None: there is none.
     """
 
     # What the author has proved: the units that noise scaled to sensitivity() protects, and why not the others.

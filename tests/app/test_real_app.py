@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fl_dualpriv.files import read_tensors
-from fl_dualpriv.run_files import read_totals
-from tests.app.run_folders import write_images
+from fl_dualpriv.run_files import read_totals, results_in, without_kind
+from tests.app.run_folders import results, write_images
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,6 +62,10 @@ def test_both_engines_end_with_the_same_prompts_bit_by_bit(config: Path, tmp_pat
         assert done.returncode == 0, done.stdout + done.stderr
         summary = json.loads((tmp_path / engine / "summary.json").read_text())
         assert (summary["engine"], read_totals(tmp_path / engine)["failures"]) == (engine, 0)
+        assert without_kind(tmp_path / engine) == []
+        assert f"the ε above covers {', '.join(results_in(tmp_path / engine))}" in done.stdout
+    # The engine and the folder are in the summary; nothing else in a result tells the two runs apart.
+    assert results(tmp_path / "local") == results(tmp_path / "ray")
     local, ray = prompts(tmp_path / "local"), prompts(tmp_path / "ray")
     assert list(local) == list(ray)
     assert len(local) == 1 + 3 * 3  # the global prompt; three tensors for each of three clients

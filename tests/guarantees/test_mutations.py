@@ -20,6 +20,7 @@ from tests.guarantees.central_mutations import CENTRAL_MUTATIONS
 from tests.guarantees.mutation import Check, Mutation
 from tests.guarantees.noise_mutations import NOISE_MUTATIONS
 from tests.guarantees.pruning_mutations import PRUNING_MUTATIONS
+from tests.guarantees.result_mutations import RESULT_MUTATIONS
 from tests.guarantees.run_checks import Federation
 from tests.guarantees.server_mutations import SERVER_MUTATIONS
 from tests.guarantees.step_mutations import STEP_MUTATIONS
@@ -31,6 +32,7 @@ MUTATIONS = (
     *SERVER_MUTATIONS,
     *CENTRAL_MUTATIONS,
     *BOOK_MUTATIONS,
+    *RESULT_MUTATIONS,
 )
 Call = Callable[[Check], None]
 Noting = Callable[[str, str], None]
