@@ -154,11 +154,11 @@ def run(
     if peaks := describe_peaks(job.out):
         console.print(peaks, soft_wrap=True, highlight=False)
     console.print(f"results: {escape(str(job.out))}", soft_wrap=True, highlight=False)
-    if summary["privacy"]:
+    if any(release["guarantee"] == "theorem" for release in summary["privacy"]):
         names = ", ".join(results_in(job.out))
         console.print(
-            f"the ε above covers {escape(names)}; it covers no other file there: those are the operator's, do not "
-            "publish them",
+            f"made of the releases in the table: {escape(names)}; no ε covers the other files there: they are the "
+            "operator's, do not publish them",
             soft_wrap=True,
             highlight=False,
         )

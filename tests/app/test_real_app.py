@@ -63,7 +63,7 @@ def test_both_engines_end_with_the_same_prompts_bit_by_bit(config: Path, tmp_pat
         summary = json.loads((tmp_path / engine / "summary.json").read_text())
         assert (summary["engine"], read_totals(tmp_path / engine)["failures"]) == (engine, 0)
         assert without_kind(tmp_path / engine) == []
-        assert f"the ε above covers {', '.join(results_in(tmp_path / engine))}" in done.stdout
+        assert f"made of the releases in the table: {', '.join(results_in(tmp_path / engine))}; no" in done.stdout
     # The engine and the folder are in the summary; nothing else in a result tells the two runs apart.
     assert results(tmp_path / "local") == results(tmp_path / "ray")
     local, ray = prompts(tmp_path / "local"), prompts(tmp_path / "ray")

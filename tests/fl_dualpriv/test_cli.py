@@ -94,7 +94,19 @@ def test_a_good_run_prints_rounds_tables_and_place(invoke: Callable[..., Result]
     assert "round 2/2 · 2.0 s · local 50.0 %, neighbour - · ε 1.25 (record) · 1 failed\n" in result.output
     assert "+15.0" in result.output
     assert "theorem" in result.output
-    assert f"results: {tmp_path / 'out'}" in result.output
+    assert f"results: {tmp_path / 'out'}\n" in result.output
+    assert "made of the releases in the table: rounds.jsonl, summary.json; no ε covers the other files" in result.output
+
+
+def test_without_a_theorem_no_file_is_said_to_be_covered(invoke: Callable[..., Result]) -> None:
+    def engine(kind: cli.Engine, job: cli.Job) -> None:
+        good_engine(kind, job)
+        nominal = [release | {"guarantee": "nominal"} for release in SUMMARY["privacy"]]
+        (job.out / "summary.json").write_text(json.dumps(SUMMARY | {"privacy": nominal}))
+
+    output = invoke(engine=engine).output
+    assert "results: " in output
+    assert "made of the releases" not in output
 
 
 @pytest.mark.parametrize(("nodes", "words"), [(0, "10 clients, engine"), (2, "10 clients on 2 nodes, engine")])
