@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -82,6 +83,8 @@ class RoundStrategy(Strategy):
         privacy: Server-side noise, or None.
         sources: Random streams for cohort and noise.
         report: Called once a round.
+        plugin_folder: Where a strategy may write files. They are the operator's and are not published, because no proof
+            covers them. The strategy makes the folder. None: there is none.
     """
 
     # What the author has proved: the units that noise scaled to sensitivity() protects, and why not the others.
@@ -101,6 +104,7 @@ class RoundStrategy(Strategy):
     sources: RandomSources
     seed: int
     report: Callable[[RoundReport], None]
+    plugin_folder: Path | None = None
     failures: int = field(default=0, init=False)
     deliveries: int = field(default=0, init=False)
     rounds_done: int = field(default=0, init=False)

@@ -23,6 +23,7 @@ from deploy import certificates
 from fl_dualpriv import supervisor
 from fl_dualpriv.app_bundle import build_bundle, digest_of
 from fl_dualpriv.node_file import read_node_file
+from fl_dualpriv.run_files import PROGRESS
 from tests.app.test_rogue_server import BUDGET, DEFAULTS, write_app
 
 ROOT = Path(__file__).parents[2]
@@ -197,7 +198,7 @@ def test_a_node_that_stops_in_mid_round_is_a_zero_and_another_version_of_the_app
         return out
 
     def rounds_done(out: Path) -> list[dict[str, Any]]:
-        file = out / "rounds.jsonl"
+        file = out / PROGRESS
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     superlink = deployment.superlink("mixed")
