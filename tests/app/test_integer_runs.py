@@ -76,7 +76,7 @@ def ledgers(out: Path) -> dict[str, list[dict[str, Any]]]:
     """All lines of all ledgers, without what tells runs apart."""
     found = {}
     for path in sorted(out.glob("**/ledger.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [line for text in path.read_text().splitlines() if "header" not in (line := json.loads(text))]
         found[str(path.relative_to(out))] = [
             {key: line[key] for key in ("unit", "server_round", "sampling_rate", "noise_multiplier")} for line in lines
         ]
