@@ -46,6 +46,8 @@ max-sampling-rate = 0.2
 min-noise-multiplier = 1.0
 max-clip-norm = 1.0
 scores = true
+filter = "reserve"
+expected-runs = 2
 """
 
 

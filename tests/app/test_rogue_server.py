@@ -32,7 +32,7 @@ ROGUE = Path(__file__).parent / "rogue" / "server_app.py"
 DEFAULTS = app_defaults(ROOT)
 
 STEPS, RATE, NOISE, CLIP, DELTA = 2, 0.25, 1.5, 1.0, 1e-3
-# Two rounds of two steps fit, three do not.
+# Two rounds of two steps fit, three do not: the worst terms are the run's.
 EPSILON = (epsilon(RATE, NOISE, 2 * STEPS, DELTA) + epsilon(RATE, NOISE, 3 * STEPS, DELTA)) / 2
 BUDGET = f"""
 [budget]
@@ -41,6 +41,7 @@ delta = {DELTA}
 max-sampling-rate = {RATE}
 min-noise-multiplier = {NOISE}
 max-clip-norm = {CLIP}
+filter = "worst-terms"
 """
 
 NUMBERS = 4 * 32  # in one upload: n_ctx x ctx_dim
