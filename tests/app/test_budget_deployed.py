@@ -26,7 +26,7 @@ from fl_dualpriv.privacy.accounting import (
     renyi_bound,
     renyi_divergence,
 )
-from tests.app.run_folders import lines
+from tests.app.run_folders import events_of, lines
 from tests.app.test_rogue_server import ROOT, run_config, write_app
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # a process a message, and each imports torch
@@ -103,7 +103,7 @@ class Owner:
 
     def events(self) -> list[tuple[int, int]]:
         """Round and releases of each event."""
-        return [(e["server_round"], e["releases"]) for e in self.ledger() if "server_round" in e]
+        return [(e["server_round"], e["releases"]) for e in events_of(self.state / "ledger.jsonl")]
 
     def refusals(self) -> list[tuple[str, str]]:
         """The request and the reason of each refusal."""

@@ -24,6 +24,7 @@ from fl_dualpriv.flower_engine import run_flower
 from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.node_file import ENVIRONMENT
 from fl_dualpriv.privacy.accounting import epsilon
+from tests.app.run_folders import events_of
 
 pytestmark = pytest.mark.timeout(400)  # a process a message, and each imports torch
 
@@ -85,7 +86,7 @@ class Outcome:
         return [line["reason"] for line in self._lines("refusals.jsonl")]
 
     def events(self) -> list[tuple[int, int]]:
-        return [(line["server_round"], line["releases"]) for line in self._lines("ledger.jsonl")]
+        return [(line["server_round"], line["releases"]) for line in events_of(self.folder / "ledger.jsonl")]
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         file = self.folder / name
