@@ -1,8 +1,21 @@
-"""DP-FPL as published (arXiv:2501.13904, Algorithm 1), for comparison. Its ε is nominal: a batch clip bounds no record.
+"""The formulas of the DP-FPL paper (arXiv:2501.13904, Algorithm 1), for comparison. This is not the authors' code.
 
-Per step: one shuffled minibatch of the expected size; gradients with respect to p_G, u and v, each clipped *as a batch
-mean* to C = 10; noise of std σ·C/B on the gradients of u and v, σ = √(T ln 1/δ)/ε; Eq. 4; everything on the local side
-divided by 10 as the authors' code does. The clean clipped gradient of p_G goes to the server, which adds its noise.
+Its ε is nominal: a batch clip bounds no record. Per step there is one shuffled minibatch of the expected size.
+Gradients with respect to p_G, u and v are each clipped *as a batch mean* to C = 10. The gradients of u and v get noise
+of std σ·C/B, σ = √(T ln 1/δ)/ε. Eq. 4 turns them into a step of p_L. The clean clipped gradient of p_G goes to the
+server, which adds its noise. Two numbers are the code's and not the paper's: the constant 1 in σ, and a step of p_L
+divided by 10.
+
+The official code (github.com/linhhtran/DP-FPL, commit 5191961) differs from the paper's formulas, and so from this
+file:
+
+* It adds u uᵀ ∇u v in Eq. 4, where the paper and this file subtract it. On one common step the full gradients differ by
+  0.284 of their norm; with a plus sign here they agree to 1e-7.
+* T in σ is the number of rounds; here it is rounds × local steps, since each step draws noise.
+* The server averages and adds noise to the gradient of p_G after each batch; here once a round, to the sum of its
+  steps.
+* The power iteration starts afresh at each step; here it starts from the last v.
+* p_L starts at N(0, 0.02²); here it starts at zero, and the first gradient gives u and v.
 """
 
 import math
@@ -21,17 +34,17 @@ from fl_dualpriv.prompts.lowrank import carriers
 from fl_dualpriv.prompts.tower import PromptTower
 
 CLIP = 10.0  # C_th of the paper
-LOCAL_DIVISOR = 10.0  # hard-coded in the authors' code, not in the paper
+LOCAL_DIVISOR = 10.0  # hard-coded in the authors' code and not in the paper
 
 
 def nominal_sigma(epsilon: float, delta: float, steps: int) -> float:
-    """σ = √(T ln 1/δ)/ε, Theorem 3.3 with the constant 1, as coded."""
+    """σ = √(T ln 1/δ)/ε, Theorem 3.3 with the constant 1 of the authors' code. T: noisy steps of the whole run."""
     return math.sqrt(steps * math.log(1 / delta)) / epsilon
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedTraining:
-    """Numbers of the published procedure; ``sigma`` = 0 gives its non-private form."""
+    """Numbers of the paper's formulas; ``sigma`` = 0 gives their non-private form."""
 
     local_steps: int
     batch_size: int
@@ -48,7 +61,9 @@ def published_updates(
     logit_scale: float,
     training: Callable[[Participant], PublishedTraining],
 ) -> list[tuple[Tensor, PersonalState]]:
-    """Run one round as published, clients in step. No guarantee: the noise is scaled as if every record was clipped.
+    """Run one round by the paper's formulas, clients in step.
+
+    No guarantee: the noise is scaled as if every record was clipped.
 
     Args:
         global_prompt: p_G of this round, (n_ctx, ctx_dim).
@@ -75,7 +90,7 @@ class _Client:
 
     def __init__(self, participant: Participant, training: PublishedTraining, global_prompt: Tensor) -> None:
         self.training, self.state, self.upload = training, participant.state, torch.zeros_like(global_prompt)
-        assert isinstance(participant.data, ClientData)  # published for image classification alone
+        assert isinstance(participant.data, ClientData)  # the paper is about image classification only
         self._data, self._random = participant.data, participant.random
         self._order = np.argsort(self._random("shuffle", 0).uniforms(self._data.num_examples))
         self._size = min(training.batch_size, self._data.num_examples)
@@ -103,5 +118,5 @@ class _Client:
 
 
 def _clip_batch(matrix: Tensor) -> Tensor:
-    """The published clip: of the batch mean, so one record can move the result by up to 2C."""
+    """Clip the batch mean, as the authors' code does: one record can move the result by up to 2C."""
     return matrix * min(1.0, CLIP / max(float(torch.linalg.vector_norm(matrix)), 1e-12))

@@ -225,7 +225,7 @@ class TrainRound:
         self._uploads[partition] = upload
 
     def _updates(self, ready: list[Participant]) -> list[tuple[Tensor, PersonalState]]:
-        """The round of some clients: ours, or DP-FPL's as published."""
+        """The round of some clients: ours, or the DP-FPL paper's."""
         setting = self._setting
         if setting.parts.published_procedure:
             assert isinstance(setting.objective, Classification)  # the configuration allows no other
@@ -248,7 +248,7 @@ class TrainRound:
 
 
 def published_training(config: RunConfig, participant: Participant) -> PublishedTraining:
-    """Numbers of the published procedure, from the configuration and a client's public number of records."""
+    """Numbers of the DP-FPL paper's formulas, from the configuration and a client's public number of records."""
     record, steps = config.privacy.record, config.rounds * config.train.local_steps
     return PublishedTraining(
         local_steps=config.train.local_steps,

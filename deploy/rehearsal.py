@@ -121,7 +121,8 @@ class Rehearsal:
     def check_run(self) -> None:
         """All rounds were made; the killed node missed some and no more, and released nothing twice."""
         sites = self.sites
-        summary, ledgers = json.loads(sites.read("summary.json")), [sites.ledger(n) for n in range(NODES)]
+        summary, totals = json.loads(sites.read("summary.json")), json.loads(sites.read("operator/totals.json"))
+        ledgers = [sites.ledger(n) for n in range(NODES)]
         demand(summary["rounds"] == self.rounds, f"{summary['rounds']} rounds")
         for number, events in enumerate(ledgers):
             rounds = [event["server_round"] for event in events]
@@ -133,10 +134,10 @@ class Rehearsal:
         demand(self.rounds in back, f"the killed node did not come back for good: {back}")
         self.report |= {
             "rounds": [[event["server_round"] for event in events] for events in ledgers],
-            "failures": summary["failures"],
+            "failures": totals["failures"],
             "accuracy": summary["accuracy"]["final"],
-            "run seconds": round(summary["seconds"], 1),
-            "rounds end after": [round(line["seconds"], 1) for line in sites.rounds()],
+            "run seconds": round(totals["seconds"], 1),
+            "rounds end after": [round(line["seconds"], 1) for line in sites.progress()],
         }
 
     def check_exports(self) -> None:

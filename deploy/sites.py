@@ -288,6 +288,10 @@ allowed = ["{self.digest}"]
         """What the run said of each round."""
         return [json.loads(line) for line in self.read("rounds.jsonl").splitlines()]
 
+    def progress(self) -> list[dict[str, Any]]:
+        """What the run told its operator of each round."""
+        return [json.loads(line) for line in self.read("operator/progress.jsonl").splitlines()]
+
     def ledger(self, node: int) -> list[dict[str, Any]]:
         """The events of a node, without the header of its ledger and the plans that are reserved there."""
         file = self.home(node) / "state" / "ledger.jsonl"

@@ -1,15 +1,20 @@
-"""``fl-dualpriv budget DIR``: what the ledgers in a folder say was spent, in ε, for each client and at the server."""
+"""``fl-dualpriv budget DIR | NODE.toml``: the ε that ledgers hold, and the lifetime budget of a node's owner."""
 
 import json
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from fl_dualpriv.errors import ConfigError, PrivacyError
+from fl_dualpriv.lifetime import lifetime_of
 
 _DELTA = 1e-5
 
@@ -25,8 +30,9 @@ class Spent:
         runs: Different runs.
         damaged: Lines that are no event.
         refused: Attempts that the client refused.
-        epsilon: ε at ``delta`` of all of it.
+        epsilon: ε at ``delta`` of all of it, for terms that were fixed beforehand.
         delta: δ.
+        filter: The header of the ledger; None if no owner's budget has begun it.
     """
 
     who: str
@@ -37,19 +43,33 @@ class Spent:
     refused: int
     epsilon: float
     delta: float
+    filter: Mapping[str, Any] | None
 
 
 def budget(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder, or a node's state folder.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR|NODE.toml", help="A run's folder, a node's state folder, or its owner's file."),
+    ],
     delta: Annotated[
         float | None, typer.Option(help="δ of ε; without it that of the run's summary.json, else 1e-5.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Print what was spent: ε of each client's ledger (max, median, all of them) and of the server's."""
+    """Print ε of each client's ledger (max, median, all of them) and of the server's, for terms fixed beforehand.
+
+    Of an owner's file: the rule that holds its lifetime budget, what is left, and what each rule would admit.
+    """
     errors = Console(stderr=True)
     if delta is not None and not 0 < delta < 1:
         _refuse(errors, f"--delta {delta:g}: it must be between 0 and 1, both excluded")
+    if folder.suffix == ".toml":
+        try:
+            lifetime = lifetime_of(folder)
+        except (ConfigError, PrivacyError) as error:
+            _refuse(errors, str(error))
+        typer.echo(json.dumps(lifetime.jsonable()) if as_json else lifetime.words())
+        return
     server, clients = _ledgers(folder)
     if not server and not clients:
         _refuse(errors, f"{folder} holds no ledger.jsonl: give a run's folder or a node's state folder")
@@ -70,6 +90,13 @@ def budget(
             f"ε of {len(own)} clients: max {numbers['epsilon-max']:.4g}, median {numbers['epsilon-median']:.4g}",
             highlight=False,
         )
+    console.print("ε is that of terms fixed beforehand; it admits nothing", highlight=False)
+    for s in (*found, *own):
+        if s.filter is not None:
+            numbers = ", ".join(f"{key} = {value}" for key, value in s.filter.items())
+            console.print(escape(f"{s.who}: {numbers}"), highlight=False, soft_wrap=True)
+    if not server and any(s.filter is not None for s in own):
+        console.print("what is left: fl-dualpriv budget NODE.toml", highlight=False)
 
 
 def _ledgers(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -106,6 +133,7 @@ def _read(path: Path, who: str, delta: float | None, deltas: dict[str, float]) -
         refused=len(refusals.read_text(encoding="utf-8").splitlines()) if refusals.exists() else 0,
         epsilon=content.epsilon(at),
         delta=at,
+        filter=content.headers[0] if content.headers else None,
     )
 
 
@@ -125,10 +153,10 @@ def _table(title: str, spent: list[Spent]) -> Table:
         table.add_column(name, justify="left" if name in ("ledger", "unit") else "right", no_wrap=name == "ledger")
     for s in spent:
         numbers = (s.runs, s.releases, s.damaged, s.refused)
-        table.add_row(s.who, s.unit, *map(str, numbers), f"{s.epsilon:.4g}", f"{s.delta:g}")
+        table.add_row(escape(s.who), s.unit, *map(str, numbers), f"{s.epsilon:.4g}", f"{s.delta:g}")
     return table
 
 
-def _refuse(errors: Console, message: str) -> None:
-    errors.print(f"[bold red]error:[/bold red] {message}", soft_wrap=True, highlight=False)
+def _refuse(errors: Console, message: str) -> NoReturn:
+    errors.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True, highlight=False)
     raise typer.Exit(2)

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -36,6 +36,7 @@ from fl_dualpriv.new_strategy_command import new_strategy
 from fl_dualpriv.peak_memory import describe_peaks
 from fl_dualpriv.predict_command import predict
 from fl_dualpriv.progress import shown
+from fl_dualpriv.run_files import RUN_FILES, read_totals, results_in
 from fl_dualpriv.tables import headline, privacy_table, results_table
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -46,12 +47,10 @@ app.command()(new_strategy)
 app.command()(export)
 app.command()(predict)
 
-# All that a run leaves in its folder. --overwrite removes these and nothing else.
-RESULT_FILES = (
-    *("summary.json", "rounds.jsonl", "error.json", "error.log", "curve.png", "flower.log", "ledger.jsonl"),
-    *("run.json", "checkpoint.bin", "checkpoint.previous.bin"),
-)
-RESULT_FOLDERS = ("prompts", "clients", "actors")
+# All that a run leaves in its folder. --overwrite removes these and nothing else; the lock is held meanwhile.
+_LEFT = [PurePosixPath(file.pattern).parts for file in RUN_FILES if file.place == "run"]
+LEFT_FILES = sorted({parts[0] for parts in _LEFT if len(parts) == 1} - {"run.lock"})
+LEFT_FOLDERS = sorted({parts[0] for parts in _LEFT if len(parts) > 1} | {"clients"})
 _ENDING_SECONDS = 30.0
 _PIPE_WIDTH = 180  # a log has no width of its own; rich would take 80 and break the privacy table's words
 
@@ -137,7 +136,7 @@ def run(
             highlight=False,
         )
     try:
-        with shown(console, job.out / "rounds.jsonl", job.config.rounds):
+        with shown(console, job.out, job.config.rounds):
             run_engine(job.engine, job)
     except KeyboardInterrupt:
         fail(errors, f"stopped by Ctrl-C; what there is lies in {job.out}{how_to_go_on(job.out)}", 130)
@@ -147,7 +146,7 @@ def run(
     if not summary_file.exists():
         fail(errors, f"the run ended without results: {summary_file} was not written", 1)
     summary = json.loads(summary_file.read_text(encoding="utf-8"))
-    console.print(headline(summary), soft_wrap=True, highlight=False)
+    console.print(headline(summary, read_totals(job.out)), soft_wrap=True, highlight=False)
     console.print(results_table(summary))
     console.print(privacy_table(summary["privacy"]))
     for note in summary.get("notes", []):
@@ -155,6 +154,14 @@ def run(
     if peaks := describe_peaks(job.out):
         console.print(peaks, soft_wrap=True, highlight=False)
     console.print(f"results: {escape(str(job.out))}", soft_wrap=True, highlight=False)
+    if any(release["guarantee"] == "theorem" for release in summary["privacy"]):
+        names = ", ".join(results_in(job.out))
+        console.print(
+            f"made of the releases in the table: {escape(names)}; no ε covers the other files there: they are the "
+            "operator's, do not publish them",
+            soft_wrap=True,
+            highlight=False,
+        )
 
 
 @app.command()
@@ -293,9 +300,9 @@ def _prepare_folder(out: Path, *, overwrite: bool) -> None:
     try:
         with held_alone(out):  # a run that is going on loses nothing
             if used:
-                for name in RESULT_FILES:
+                for name in LEFT_FILES:
                     (out / name).unlink(missing_ok=True)
-                for name in RESULT_FOLDERS:
+                for name in LEFT_FOLDERS:
                     if (out / name).is_dir() and not (out / name).is_symlink():
                         shutil.rmtree(out / name)
     except OSError as error:

@@ -1,10 +1,18 @@
 """What the keys of client-level privacy must satisfy together; see ``config_cross_rules.py``."""
 
 from fl_dualpriv.config_cross_rules import CrossRule
+from fl_dualpriv.privacy.limits import SMALLEST_SAMPLING_RATE
 
 _MECHANISM, _CLIPPING = "privacy.client.mechanism", "privacy.client.clipping"
+_COHORT = "privacy.client.expected-cohort"
 
 CLIENT_LEVEL_RULES: tuple[CrossRule, ...] = (
+    CrossRule(
+        (_COHORT, "population", _MECHANISM),
+        lambda v: v[_MECHANISM] == "none" or v[_COHORT] >= SMALLEST_SAMPLING_RATE * v["population"],
+        f"must be at least {SMALLEST_SAMPLING_RATE:g} of population: it is drawn by coins, and none is finer",
+        "raise it",
+    ),
     CrossRule(
         (_CLIPPING, _MECHANISM),
         lambda v: v[_CLIPPING] == "fixed" or v[_MECHANISM] == "gaussian",

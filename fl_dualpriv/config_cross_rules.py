@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from fl_dualpriv.privacy.limits import LARGEST_CLIP_NORM, SMALLEST_CLIP_NORM, is_clip_norm
+
 Values = Mapping[str, Any]
 
 _WITHOUT_SHARED_PROMPT = ("local-only", "zero-shot")
@@ -62,7 +64,7 @@ CROSS_RULES: tuple[CrossRule, ...] = (
     CrossRule(
         ("method", "data.ref"),
         lambda v: v["method"] != "dpfpl-paper" or v["data.ref"] not in _QUESTIONS,
-        "is published for image classification alone",
+        "has formulas for image classification only",
         'set method = "dpfpl"',
     ),
     CrossRule(
@@ -129,13 +131,13 @@ CROSS_RULES: tuple[CrossRule, ...] = (
     CrossRule(
         ("pruning.update-rule", "method"),
         lambda v: v["pruning.update-rule"] == "noised" or v["method"] != "dpfpl-paper",
-        'must be "noised" for the published procedure',
+        'must be "noised" for the DP-FPL paper\'s formulas',
         'set it to "noised", or set method = "dpfpl"',
     ),
     CrossRule(
         ("train.optimizer", "method"),
         lambda v: v["train.optimizer"] == "sgd" or v["method"] != "dpfpl-paper",
-        'must be "sgd", as published',
+        'must be "sgd", as in the DP-FPL paper',
         'set it to "sgd", or set method = "dpfpl"',
     ),
     CrossRule(
@@ -203,7 +205,7 @@ CROSS_RULES: tuple[CrossRule, ...] = (
     CrossRule(
         ("train.top-m", "method"),
         lambda v: v["train.top-m"] == 0 or v["method"] != "dpfpl-paper",
-        "must be 0, as published",
+        "must be 0, as in the DP-FPL paper",
         'set it to 0, or set method = "dpfpl"',
     ),
     CrossRule(
@@ -215,7 +217,7 @@ CROSS_RULES: tuple[CrossRule, ...] = (
     CrossRule(
         ("privacy.record.noise-space", "method"),
         lambda v: v["privacy.record.noise-space"] == "prompt" or v["method"] != "dpfpl-paper",
-        'must be "prompt", as published',
+        'must be "prompt", as in the DP-FPL paper',
         'set it to "prompt", or set method = "dpfpl"',
     ),
     CrossRule(
@@ -267,6 +269,17 @@ CROSS_RULES: tuple[CrossRule, ...] = (
         "set the mechanism, or trusts-server = false",
     ),
     CrossRule(
+        ("train.global-learning-rate", "privacy.record.clip-norm", _TRUSTS),
+        lambda v: (
+            not v[_TRUSTS]
+            or v["train.global-learning-rate"] == 0
+            or is_clip_norm(v["train.global-learning-rate"] * v["privacy.record.clip-norm"])
+        ),
+        f"times the clip norm must be 0 or from {SMALLEST_CLIP_NORM:g} to {LARGEST_CLIP_NORM:g}: "
+        "the server clips to this product",
+        "change one of them, or set trusts-server = false",
+    ),
+    CrossRule(
         (_TRUSTS, "train.local-steps"),
         lambda v: not v[_TRUSTS] or v["train.local-steps"] == 1,
         "needs train.local-steps = 1, since a client uploads one clipped sum per round",
@@ -287,7 +300,7 @@ CROSS_RULES: tuple[CrossRule, ...] = (
     CrossRule(
         ("privacy.arithmetic", "method"),
         lambda v: v["privacy.arithmetic"] == "float" or v["method"] != "dpfpl-paper",
-        'must be "float", as published',
+        'must be "float", as in the DP-FPL paper',
         'set it to "float", or set method = "dpfpl"',
     ),
     CrossRule(
@@ -299,7 +312,7 @@ CROSS_RULES: tuple[CrossRule, ...] = (
     CrossRule(
         ("method", _CLIENT),
         lambda v: v["method"] != "dpfpl-paper" or v[_CLIENT] == "none",
-        'needs privacy.client.mechanism = "none", as published',
+        'needs privacy.client.mechanism = "none", as in the DP-FPL paper',
         'switch it off, or set method = "dpfpl"',
     ),
     CrossRule(
@@ -311,7 +324,7 @@ CROSS_RULES: tuple[CrossRule, ...] = (
     CrossRule(
         ("method", "pruning.update-keep-ratio"),
         lambda v: v["method"] != "dpfpl-paper" or v["pruning.update-keep-ratio"] == 1,
-        "needs pruning.update-keep-ratio = 1, as published",
+        "needs pruning.update-keep-ratio = 1, as in the DP-FPL paper",
         'set it to 1, or set method = "dpfpl"',
     ),
 )

@@ -17,6 +17,15 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 from fl_dualpriv.config_client_level_rules import CLIENT_LEVEL_RULES
 from fl_dualpriv.config_cross_rules import CROSS_RULES, CrossRule, Values
 from fl_dualpriv.config_method_rules import METHOD_RULES
+from fl_dualpriv.privacy.limits import (
+    LARGEST_CLIP_NORM,
+    LARGEST_NOISE_MULTIPLIER,
+    SMALLEST_CLIP_NORM,
+    SMALLEST_DELTA,
+    SMALLEST_NOISE_MULTIPLIER,
+    SMALLEST_SAMPLING_RATE,
+    is_clip_norm,
+)
 
 ConfigValue = bool | int | float | str
 
@@ -59,10 +68,21 @@ _RATE = Range(lambda x: x >= 0, ">= 0", "0 freezes this part of the prompt")
 _FRACTION = Range(lambda x: 0 < x < 1, "between 0 and 1, both excluded", "give a share of train/, for example 0.2")
 _KEEP = Range(lambda x: 0 < x <= 1, "in (0, 1]", "1 switches this pruning off")
 _DELTA = Range(
-    lambda x: 0 < x < 1, "between 0 and 1, both excluded", "give at most 1 / (10 x number of units protected)"
+    lambda x: SMALLEST_DELTA <= x < 1,
+    f"at least {SMALLEST_DELTA:g} and less than 1",
+    "give at most 1 / (10 x number of units protected)",
 )
 _NOISE = _positive('without noise there is no privacy: to train without it set mechanism = "none" in this section')
-_CLIP = _positive("it bounds the norm of one contribution; 1.0 is a usual start")
+_MULTIPLIER = Range(
+    lambda x: SMALLEST_NOISE_MULTIPLIER <= x <= LARGEST_NOISE_MULTIPLIER,
+    f"from {SMALLEST_NOISE_MULTIPLIER:g} to {LARGEST_NOISE_MULTIPLIER:g}",
+    'it is the noise over the clip norm; to train without noise set mechanism = "none" in this section',
+)
+_CLIP = Range(
+    is_clip_norm,
+    f"from {SMALLEST_CLIP_NORM:g} to {LARGEST_CLIP_NORM:g}",
+    "it bounds the norm of one contribution, which rounding breaks outside of this range; 1.0 is a usual start",
+)
 # torch, numpy and Flower's messages carry signed 64-bit integers.
 _SEED = Range(lambda x: 0 <= x < 2**63, "a whole number from 0 to 2**63 - 1", "0 will do")
 
@@ -81,7 +101,11 @@ RANGES: dict[str, Range] = {
         _is_options, 'a JSON object of "plugin.CLASS.FIELD" keys', "fl-dualpriv run writes it for you"
     ),
     "train.local-steps": _at_least_one('for no training at all set method = "zero-shot"'),
-    "train.sampling-rate": Range(lambda x: 0 < x <= 1, "in (0, 1]", "it is the chance of a record to join a batch"),
+    "train.sampling-rate": Range(
+        lambda x: SMALLEST_SAMPLING_RATE <= x <= 1,
+        f"from {SMALLEST_SAMPLING_RATE:g} to 1",
+        "it is the chance of a record to join a batch",
+    ),
     "train.global-learning-rate": _RATE,
     "train.local-learning-rate": _RATE,
     "train.top-m": Range(
@@ -106,11 +130,11 @@ RANGES: dict[str, Range] = {
     "fedotp.regularisation": Range(lambda x: x >= 0.01, ">= 0.01", "0.1 is usual; below this exponentials overflow"),
     "fedotp.iterations": _at_least_one("100 is usual"),
     "privacy.record.epsilon": _NOISE,
-    "privacy.record.noise-multiplier": _NOISE,
+    "privacy.record.noise-multiplier": _MULTIPLIER,
     "privacy.record.delta": _DELTA,
     "privacy.record.clip-norm": _CLIP,
     "privacy.client.epsilon": _NOISE,
-    "privacy.client.noise-multiplier": _NOISE,
+    "privacy.client.noise-multiplier": _MULTIPLIER,
     "privacy.client.max-epsilon": Range(lambda x: x >= 0, ">= 0", "0 is what the run's own rounds spend"),
     "privacy.client.delta": _DELTA,
     "privacy.client.clip-norm": _CLIP,
@@ -118,7 +142,9 @@ RANGES: dict[str, Range] = {
     "privacy.client.bands": Range(lambda x: x >= 0, "a whole number >= 0", "0 takes the best number"),
     "privacy.client.target-quantile": Range(lambda x: 0 < x < 1, "between 0 and 1, both excluded", "0.5 is the median"),
     "privacy.client.clip-learning-rate": _positive("0.2 is usual"),
-    "privacy.client.bit-noise-share": _positive("0.05 is usual: a twentieth of the cohort"),
+    "privacy.client.bit-noise-share": Range(
+        lambda x: 1e-6 <= x <= 1e3, "from 1e-6 to 1000", "0.05 is usual: a twentieth of the cohort"
+    ),
     "data.dirichlet-alpha": _positive("0.1 is very uneven, 100 nearly even"),
     "data.val-fraction": _FRACTION,
     "data.test-fraction": _FRACTION,

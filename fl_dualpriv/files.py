@@ -64,9 +64,17 @@ def _sync(path: Path) -> None:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, private: bool = False
 ) -> None:
-    """Write a safetensors file; ``private``: only this user may read it."""
+    """Write a safetensors file, the same bytes for the same content; ``private``: only this user may read it."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(contiguous, dict(metadata)), private=private)
+    write_bytes(path, _in_order(save(contiguous, dict(metadata))), private=private)
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its header's names in order: safetensors writes metadata in an order of chance."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the numbers after it stay aligned
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -18,7 +18,7 @@ class MethodParts:
         personal: p_L is trained and stays with the client.
         factorised: p_L moves in the tangent space of its rank-k part (DP-FPL Eq. 4); else freely.
         residual: r = p_L − u·v is kept; else p_L is cut to rank k after every step.
-        published_procedure: the clients run DP-FPL as published, whose ε is nominal.
+        published_procedure: the clients run the DP-FPL paper's formulas, whose ε is nominal.
         factor_steps: p_L = u·v, and u and v take gradient steps of their own (FedPGP).
         contrast: FedPGP's contrastive term is part of the loss.
         learns: What p_G is: what ``prompt.learner`` says, or what a baseline has in its place.

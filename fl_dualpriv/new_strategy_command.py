@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from fl_dualpriv.errors import ConfigError
 
@@ -68,7 +69,7 @@ def new_strategy(
     try:
         module, files = write_strategy(name, Path.cwd())
     except ConfigError as error:
-        errors.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True, highlight=False)
+        errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(2) from error
     for file in files:
         console.print(f"wrote {file}", soft_wrap=True, highlight=False)

@@ -192,11 +192,13 @@ def _budget(node: NodeFile) -> Finding:
     content = Ledger(node.state_dir / "ledger.jsonl").read()
     try:
         chosen = filter_of(budget)
-        check_header(content, chosen)
+        check_header(content, chosen.header)
     except PrivacyError as error:
         return _bad("budget", str(error))
     share = chosen.share(content)
     said = f"{chosen.claim()}; {chosen.balance(content)}; {len(content.events)} rounds so far"
+    if budget.integer_arithmetic:
+        said += '; only with privacy.arithmetic = "integer"'
     if content.damaged:
         said += f"; {content.damaged} damaged lines, each charged at the worst"
     if not share < 1:

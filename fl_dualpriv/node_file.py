@@ -22,6 +22,7 @@
     max-sampling-rate = 0.2
     min-noise-multiplier = 0.5
     max-clip-norm = 1.0
+    integer-arithmetic = false           # true: only privacy.arithmetic = "integer", whose low-order bits tell nothing
     trusts-server = false                # true: clean clipped sums may go to the server
     scores = false                       # true: test/ and val/ (of questions test.jsonl …) are public, so accuracies
                                          # on them may leave
@@ -56,6 +57,14 @@ from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.node_filter import FILTER_KEYS, filter_problems, read_filter
 from fl_dualpriv.node_tables import NodeModel, NodeServer
 from fl_dualpriv.privacy.budget import Budget
+from fl_dualpriv.privacy.limits import (
+    LARGEST_CLIP_NORM,
+    LARGEST_NOISE_MULTIPLIER,
+    SMALLEST_CLIP_NORM,
+    SMALLEST_DELTA,
+    SMALLEST_SAMPLING_RATE,
+    is_clip_norm,
+)
 
 ENVIRONMENT = "FL_DUALPRIV_NODE"
 """Names the file where no node configuration can: in a simulation, whose nodes are made by Flower."""
@@ -213,10 +222,10 @@ def _budget(table: Any, problems: list[str]) -> Budget | None:
 
 _RANGES = {
     "epsilon": "a finite number > 0",
-    "delta": "between 0 and 1, both excluded",
-    "max-sampling-rate": "in (0, 1]",
-    "min-noise-multiplier": "a finite number >= 0",
-    "max-clip-norm": "a finite number > 0",
+    "delta": f"at least {SMALLEST_DELTA:g} and less than 1",
+    "max-sampling-rate": f"from {SMALLEST_SAMPLING_RATE:g} to 1",
+    "min-noise-multiplier": f"from 0 to {LARGEST_NOISE_MULTIPLIER:g}",
+    "max-clip-norm": f"from {SMALLEST_CLIP_NORM:g} to {LARGEST_CLIP_NORM:g}",
 }
 
 
@@ -225,8 +234,8 @@ def _allowed(key: str, value: float) -> bool:
         return False
     return {
         "epsilon": value > 0,
-        "delta": 0 < value < 1,
-        "max-sampling-rate": 0 < value <= 1,
-        "min-noise-multiplier": value >= 0,
-        "max-clip-norm": value > 0,
+        "delta": SMALLEST_DELTA <= value < 1,
+        "max-sampling-rate": SMALLEST_SAMPLING_RATE <= value <= 1,
+        "min-noise-multiplier": 0 <= value <= LARGEST_NOISE_MULTIPLIER,
+        "max-clip-norm": is_clip_norm(value),
     }[key]

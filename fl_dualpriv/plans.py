@@ -9,6 +9,7 @@ from fl_dualpriv.data.folder import given_splits
 from fl_dualpriv.data.questions import given_question_splits
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.methods import METHODS
+from fl_dualpriv.privacy.limits import LARGEST_DRAWN_MULTIPLIER
 from fl_dualpriv.privacy.matrix_mechanism import BandedNoise, CorrelatedNoise, TreeNoise, best_bands
 from fl_dualpriv.privacy.plan import ClientLevelPlan, RecordLevelPlan, noise_multiplier_for
 from fl_dualpriv.privacy.quantile import AdaptiveClip
@@ -86,6 +87,12 @@ def client_level_plan(config: RunConfig) -> ClientLevelPlan | None:
         raise PrivacyError(
             f"privacy.client.bit-noise-share = {client.bit_noise_share:g}: {error}; raise it above {least:.3g}"
         ) from error
+    drawn = max(plan.sum_noise_multiplier, plan.adaptive.bit_noise_multiplier if plan.adaptive else 0.0)
+    if drawn > LARGEST_DRAWN_MULTIPLIER:
+        raise PrivacyError(
+            f"privacy.client.bit-noise-share = {client.bit_noise_share:g}: noise of {drawn:.3g} times the sensitivity; "
+            f"at most {LARGEST_DRAWN_MULTIPLIER:.3g} can be drawn exactly. 0.05 is usual: a twentieth of the cohort"
+        )
     return _bounded(plan, plan.rounds, "privacy.client")
 
 

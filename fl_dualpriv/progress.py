@@ -1,4 +1,7 @@
-"""Shows a run while it goes on, by following its ``rounds.jsonl``: a bar on a terminal, plain lines elsewhere."""
+"""Shows a run to its operator while it goes on: a bar on a terminal, plain lines elsewhere.
+
+It follows two files: ``rounds.jsonl``, a result, and ``operator/progress.jsonl`` with times and failures.
+"""
 
 import contextlib
 import json
@@ -10,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fl_dualpriv.run_files import PROGRESS, ROUNDS
 from fl_dualpriv.tables import epsilon_text, percent
 
 _EVERY_SECONDS = 0.3
@@ -35,8 +39,8 @@ class Follower:
         return [json.loads(line) for line in data[:end].splitlines() if line.strip()]
 
 
-def round_text(entry: dict[str, Any]) -> str:
-    """Accuracy, ε spent so far and failures of one line of ``rounds.jsonl``."""
+def round_text(entry: dict[str, Any], failures: int = 0) -> str:
+    """Accuracy and ε spent so far, of one line of ``rounds.jsonl``, and failed calls of clients."""
     parts = []
     if entry["accuracy"] is not None:
         parts.append(
@@ -49,21 +53,22 @@ def round_text(entry: dict[str, Any]) -> str:
     ]
     if spent:
         parts.append("ε " + ", ".join(spent))
-    if entry["failures"]:
-        parts.append(f"[red]{entry['failures']} failed[/red]")
+    if failures:
+        parts.append(f"[red]{failures} failed[/red]")
     return " · ".join(parts)
 
 
 @contextlib.contextmanager
-def shown(console: Console, rounds_file: Path, rounds: int) -> Iterator[None]:
-    """Show the rounds that are appended to ``rounds_file`` while the body runs, and the last ones after it.
+def shown(console: Console, folder: Path, rounds: int) -> Iterator[None]:
+    """Show the rounds that a run reports in its folder while the body runs, and the last ones after it.
 
     Args:
         console: Where to; a bar if it is a terminal, else one line a round.
-        rounds_file: JSON lines; may not exist yet.
+        folder: Of the run; its files may not exist yet.
         rounds: Number of rounds of the whole run.
     """
-    follower = Follower(rounds_file)
+    results, operators = Follower(folder / ROUNDS), Follower(folder / PROGRESS)
+    told: dict[int, dict[str, Any]] = {}
     bar = Progress(
         TextColumn("round {task.completed}/{task.total}"),
         BarColumn(bar_width=24),
@@ -75,12 +80,16 @@ def shown(console: Console, rounds_file: Path, rounds: int) -> Iterator[None]:
     task = bar.add_task("starting", total=rounds)
 
     def look() -> None:
-        for entry in follower.new():
-            text = round_text(entry)
+        entries = results.new()
+        told.update({line["round"]: line for line in operators.new()})  # after the results, which are written later
+        for entry in entries:
+            own = told.get(entry["round"], {})
+            text = round_text(entry, own.get("failures", 0))
             bar.update(task, completed=entry["round"], description=text)
             if not console.is_terminal:
+                seconds = f" · {own['seconds']:.1f} s" if own else ""
                 # soft_wrap: a pipe has no width to fold lines at
-                console.print(f"round {entry['round']}/{rounds} · {entry['seconds']:.1f} s · {text}", soft_wrap=True)
+                console.print(f"round {entry['round']}/{rounds}{seconds} · {text}", soft_wrap=True)
 
     done = threading.Event()
 

@@ -108,7 +108,7 @@ def guarantees_of(
 
 def _why_none(material: Material) -> str:
     if any(row["guarantee"] != "theorem" for row in material.rows):
-        return "the ε of the published procedure is nominal, no bound"
+        return "the ε of dpfpl-paper is nominal, no bound"
     if material.claims:
         return f"what the run states at {' and '.join(sorted(material.claims))} level does not cover it"
     return "the run was made without differential privacy"

@@ -1,4 +1,7 @@
-"""What a run leaves behind: one line a round, a summary, the global prompt and a curve."""
+"""What a run leaves behind: one line a round, a summary, the global prompt and a curve; times for its operator.
+
+`run_files` says which of them are results and which are operator's files.
+"""
 
 import contextlib
 import importlib.metadata
@@ -17,6 +20,7 @@ from fl_dualpriv.evaluation import Accuracy
 from fl_dualpriv.files import append_json_line, write_bytes, write_json, write_tensors
 from fl_dualpriv.folder_lock import held_alone
 from fl_dualpriv.privacy.plan import Release
+from fl_dualpriv.run_files import CURVE, PROGRESS, PROMPT, ROUNDS, SUMMARY, TOTALS, Kind, path_of
 
 PACKAGES = ("fl-dualpriv", "flwr", "ray", "torch", "open_clip_torch", "dp-accounting", "numpy")
 
@@ -24,13 +28,22 @@ PACKAGES = ("fl-dualpriv", "flwr", "ray", "torch", "open_clip_torch", "dp-accoun
 class RunRecorder:
     """Writes the files of one run; each is appended by whole lines or replaced in one step.
 
+    Guarantee:
+        Under differential privacy the results (`run_files`) are functions of releases and of public numbers. Times and
+        failures are given to methods that write operator's files, and to no other method.
+
     Args:
         folder: ``DIR`` of the run.
+
+    Attributes:
+        rounds: Lines of ``rounds.jsonl``, a result.
+        progress: Lines of ``operator/progress.jsonl``, an operator's file.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.rounds: list[dict[str, Any]] = []
+        self.progress: list[dict[str, Any]] = []
 
     @contextlib.contextmanager
     def claimed(self, *, resume: bool) -> Iterator[None]:
@@ -52,13 +65,15 @@ class RunRecorder:
                 raise
 
     def _check_folder(self, *, resume: bool) -> None:
-        if resume and (self.folder / "summary.json").exists():
+        if resume and (self.folder / SUMMARY).exists():
             raise ConfigError(
                 f"output.dir = {self.folder}: its run has ended (summary.json): there is nothing to resume"
             )
-        for name in () if resume else ("rounds.jsonl", "summary.json", *FILES):
+        for name in () if resume else (ROUNDS, SUMMARY, *FILES):
             if (self.folder / name).exists():
                 raise ConfigError(f"output.dir = {self.folder}: it holds an earlier run ({name}); give another folder")
+        if not resume:  # no results are there: it is left of a run whose results were removed
+            (self.folder / PROGRESS).unlink(missing_ok=True)
         (self.folder / "error.json").unlink(missing_ok=True)
 
     def check_empty(self) -> None:
@@ -67,7 +82,7 @@ class RunRecorder:
         Raises:
             ConfigError: If there is something.
         """
-        for name in ("rounds.jsonl", "ledger.jsonl", "clients"):
+        for name in (ROUNDS, "ledger.jsonl", "clients"):
             if (self.folder / name).exists():
                 raise ConfigError(
                     f"{self.folder} holds {name} and no checkpoint ({FILES[0]}): it cannot be resumed; start a new run "
@@ -80,16 +95,8 @@ class RunRecorder:
         Raises:
             ConfigError: If rounds are missing.
         """
-        file = self.folder / "rounds.jsonl"
-        content = file.read_bytes() if file.exists() else b""
-        whole = [line + b"\n" for line in content.split(b"\n")[:-1]]
-        lines: list[dict[str, Any]] = []
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            for line in whole:
-                parsed = json.loads(line)
-                if parsed["round"] > rounds_done:
-                    break
-                lines.append(parsed)
+        file = self._file(ROUNDS, "result")
+        lines = _lines_until(file, rounds_done)
         first = lines[0]["round"] if lines else 1
         # The line of the last round comes after its checkpoint.
         if (
@@ -101,9 +108,12 @@ class RunRecorder:
                 f"{file} lacks rounds before round {rounds_done}, up to which the checkpoint goes: the run cannot be "
                 "resumed; start a new one in another folder"
             )
-        if (kept := b"".join(whole[: len(lines)])) != content:
-            write_bytes(file, kept, synced=True)
         self.rounds = lines
+        # A round's line for the operator comes first: it may be of a round that was not reported.
+        told = self._file(PROGRESS, "operator")
+        self.progress = _lines_until(told, self.last_round) if lines else []
+        _cut_after(file, len(self.rounds))
+        _cut_after(told, len(self.progress))
 
     @property
     def last_round(self) -> int:
@@ -119,21 +129,32 @@ class RunRecorder:
         failures: int,
         seconds: float,
     ) -> None:
-        """Append a line to ``rounds.jsonl``: scores, ε spent per level, failures, seconds (round 0: zero-shot)."""
+        """Report a round (round 0: zero-shot): scores and ε spent to the results, the rest to the operator.
+
+        Args:
+            server_round: Which.
+            accuracy: On public images; None: not scored.
+            record_epsilon: Spent at record level; None: there is none.
+            client_epsilon: Spent at client level; None: there is none.
+            failures: Calls of clients that failed in this round.
+            seconds: Since the run began or went on.
+        """
+        told = {"round": server_round, "failures": failures, "seconds": round(seconds, 3)}
+        self.progress.append(told)
+        # First, so that it is there when the line of rounds.jsonl is.
+        append_json_line(self._file(PROGRESS, "operator"), told)
         line = {
             "round": server_round,
             "accuracy": _entry(accuracy) if accuracy else None,
             "epsilon": {"record_level": record_epsilon, "client_level": client_epsilon},
-            "failures": failures,
-            "seconds": round(seconds, 3),
         }
         self.rounds.append(line)
-        append_json_line(self.folder / "rounds.jsonl", line, synced=True)  # clients are a round further next
+        append_json_line(self._file(ROUNDS, "result"), line, synced=True)  # clients are a round further next
 
     def write_prompt(self, prompt: Tensor, context: Tensor | None, metadata: Mapping[str, str]) -> None:
         """Write ``prompts/global.safetensors``: what travelled, and the context prompt that it amounts to, if any."""
         tensors = {"global": prompt} if context is None else {"global": prompt, "context": context}
-        write_tensors(self.folder / "prompts" / "global.safetensors", tensors, metadata)
+        write_tensors(self._file(PROMPT, "result"), tensors, metadata)
 
     def write_error(self, error: BaseException) -> None:
         """Write ``error.json``, for a front that only sees a process end; a full disk must not hide the error."""
@@ -142,9 +163,13 @@ class RunRecorder:
         with contextlib.suppress(OSError):
             write_json(self.folder / "error.json", content)
 
+    def write_totals(self, failures: int, seconds: float) -> None:
+        """Write ``operator/totals.json``: failed calls of clients, and seconds since the run began or went on."""
+        write_json(self._file(TOTALS, "operator"), {"failures": failures, "seconds": round(seconds, 3)})
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``: its presence means that the run ended well."""
-        write_json(self.folder / "summary.json", dict(summary))
+        write_json(self._file(SUMMARY, "result"), dict(summary))
 
     def write_curve(self, caption: str = "") -> None:
         """Draw ``curve.png``: local and neighbour accuracy, and ε, by round; ``caption``: what a reader must know."""
@@ -182,7 +207,31 @@ class RunRecorder:
         figure.tight_layout()
         figure.savefig(buffer, format="png", dpi=120)
         pyplot.close(figure)
-        write_bytes(self.folder / "curve.png", buffer.getvalue())
+        write_bytes(self._file(CURVE, "result"), buffer.getvalue())
+
+    def _file(self, name: str, kind: Kind) -> Path:
+        return path_of(self.folder, name, kind)
+
+
+def _lines_until(file: Path, last_round: int) -> list[dict[str, Any]]:
+    """The whole lines at the start of a file, up to a round."""
+    content = file.read_bytes() if file.exists() else b""
+    lines: list[dict[str, Any]] = []
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        for line in content.split(b"\n")[:-1]:
+            parsed = json.loads(line)
+            if parsed["round"] > last_round:
+                break
+            lines.append(parsed)
+    return lines
+
+
+def _cut_after(file: Path, lines: int) -> None:
+    """Keep the first lines of a file; nothing is written if there are no others."""
+    content = file.read_bytes() if file.exists() else b""
+    kept = b"".join(line + b"\n" for line in content.split(b"\n")[:-1][:lines])
+    if kept != content:
+        write_bytes(file, kept, synced=True)
 
 
 def _entry(accuracy: Accuracy) -> dict[str, Any]:
@@ -208,8 +257,6 @@ def build_summary(
     seed: int,
     rounds: int,
     population: int,
-    failures: int,
-    seconds: float,
     randomness: str,
     zero_shot: Accuracy | None,
     final: Accuracy | None,
@@ -219,7 +266,7 @@ def build_summary(
     notes: Sequence[str],
     config: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The content of ``summary.json``."""
+    """The content of ``summary.json``, a result: each argument is a function of releases and public numbers."""
     nothing = Accuracy(local=None, neighbour=None)
     before, after = zero_shot or nothing, final or nothing
     # A node may have other groups than ours: then nobody's are named.
@@ -230,8 +277,6 @@ def build_summary(
         "seed": seed,
         "rounds": rounds,
         "population": population,
-        "failures": failures,
-        "seconds": round(seconds, 3),
         "randomness": randomness,
         "evaluation_split": split,
         "groups": list(group_names) if is_told else [],

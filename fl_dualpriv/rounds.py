@@ -80,7 +80,7 @@ class Rounds:
 
         Args:
             found: Whose token the strategy has.
-            lines: Of ``rounds.jsonl``, as `RunRecorder.resume` left them.
+            lines: `RunRecorder.progress`, as `RunRecorder.resume` left it.
 
         Raises:
             ConfigError: If the server's ledger lost events of this run: what comes after would be under-counted.

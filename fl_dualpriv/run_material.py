@@ -17,6 +17,7 @@ from fl_dualpriv.methods import METHODS
 from fl_dualpriv.privacy.ledger import Ledger, LedgerContent
 from fl_dualpriv.prompt_facts import ScoreFacts, SourceFacts, UseFacts, parse_use
 from fl_dualpriv.run_facts import RUN_FILE, SCORED_FILE, NodeRun
+from fl_dualpriv.run_files import read_totals
 
 GLOBAL_ROW, PERSONAL_ROW = "global prompt", "published personal prompt"
 """Names of releases in a run's privacy table."""
@@ -167,7 +168,7 @@ def _ledgers_of_run(folder: Path, summary: Mapping[str, Any], *, deployed: bool)
     if not pays or deployed:
         return at_server
     # A client may have failed in every round: then it has released nothing.
-    if (missing := [file for file in own if not file.exists()]) and not summary["failures"]:
+    if (missing := [file for file in own if not file.exists()]) and not read_totals(folder)["failures"]:
         raise PrivacyError(f"{missing[0]} does not exist: without the client's ledger nothing says what was released")
     found = _by_unit([Ledger(file).read() for file in own])
     return {unit: [*at_server.get(unit, []), *found.get(unit, [])] for unit in at_server.keys() | found.keys()}

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -29,7 +30,7 @@ from fl_dualpriv.privacy.release import release
 from fl_dualpriv.round_memory import CLIP_NORM, check_next, hidden, next_noise
 from fl_dualpriv.round_messages import score_messages, train_messages
 from fl_dualpriv.server_books import ServerBooks, ServerPrivacy
-from fl_dualpriv.strategy_rules import ServerUnit, check_class
+from fl_dualpriv.strategy_rules import ServerUnit, check_bound, check_class
 
 _log = logging.getLogger("fl_dualpriv")
 
@@ -82,6 +83,8 @@ class RoundStrategy(Strategy):
         privacy: Server-side noise, or None.
         sources: Random streams for cohort and noise.
         report: Called once a round.
+        plugin_folder: Where a strategy may write files. They are the operator's and are not published, because no proof
+            covers them. The strategy makes the folder. None: there is none.
     """
 
     # What the author has proved: the units that noise scaled to sensitivity() protects, and why not the others.
@@ -101,6 +104,7 @@ class RoundStrategy(Strategy):
     sources: RandomSources
     seed: int
     report: Callable[[RoundReport], None]
+    plugin_folder: Path | None = None
     failures: int = field(default=0, init=False)
     deliveries: int = field(default=0, init=False)
     rounds_done: int = field(default=0, init=False)
@@ -269,8 +273,9 @@ class RoundStrategy(Strategy):
         """Clip updates to S, or sums over records to what each client's (public) number of records can reach."""
         if privacy.unit == "nominal":
             return diffs
-        # A learning rate of zero makes the bound, the upload and the noise zero.
-        bound = max(self.bound(), torch.finfo(torch.float64).tiny)
+        bound = self.bound()
+        if bound == 0:  # a learning rate of zero makes the bound, the upload and the noise zero
+            return torch.zeros_like(diffs)
         if privacy.unit == "client":
             return clip_rows(diffs, bound)[0]
         counts = [max(1, self.num_examples[partition]) for partition in partitions]
@@ -308,6 +313,7 @@ class RoundStrategy(Strategy):
                 )
         elif integer and privacy.unit == "client":
             check_exact(len(self.cards))
+        check_bound(self.bound(), privacy.unit)
         if not (math.isfinite(scale := self.sensitivity()) and scale >= 0):
             raise PrivacyError(f"{name}.sensitivity() = {scale}; it must be finite and >= 0 to scale the noise")
 

@@ -13,10 +13,11 @@ from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.accounting import FINE_GRID
 from fl_dualpriv.privacy.budget import Budget, FilterChoice
 from fl_dualpriv.privacy.clipping import Arithmetic
-from fl_dualpriv.privacy.filters import GaussianSumFilter, WorstTermsFilter, check_header
+from fl_dualpriv.privacy.filters import check_header
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 from fl_dualpriv.privacy.matrix_mechanism import CorrelatedNoise
 from fl_dualpriv.privacy.quantile import AdaptiveClip
+from fl_dualpriv.privacy.worst_terms_filter import GaussianSumFilter, WorstTermsFilter
 
 
 class BudgetExhausted(PrivacyError):
@@ -30,7 +31,7 @@ class ServerPrivacy:
     Attributes:
         unit: ``client``: uploads are updates, clipped here to ``bound``, on a Poisson cohort; ``record``: uploads are
             sums of clipped per-record terms, each of norm at most ``bound``, from every client (``trusts-server``);
-            ``nominal``: the published procedure, whose bound is only claimed.
+            ``nominal``: the DP-FPL paper's formulas, whose bound is only claimed.
         bound: L2 norm that one unit can add to the sum of uploads.
         noise_multiplier: Noise std / sensitivity.
         sampling_rate: Of the unit: cohort rate for clients, batch rate for records (for the ledger); 1 where a fixed
@@ -107,7 +108,7 @@ class ServerBooks:
         if privacy.ledger is None or limit is None or self._is_written(server_round):
             return
         made, left = privacy.ledger.read(), max(1, self._rounds - server_round + 1)
-        check_header(made, self._filter)
+        check_header(made, self._filter.header)
         if made.releases() < self._affordable:
             return
         event = self._event(server_round, again=made.last_round(self._run_token) >= server_round)

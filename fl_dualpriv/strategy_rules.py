@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Protocol
 
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.clipping import Arithmetic
+from fl_dualpriv.privacy.limits import LARGEST_CLIP_NORM, SMALLEST_CLIP_NORM, is_clip_norm
 
 ServerUnit = Literal["client", "record", "nominal"]
 
@@ -54,7 +55,7 @@ def check_class(cls: type[Claims], base: type[Claims], unit: ServerUnit, arithme
     # clients that come and go, where one record changes one upload.
     proved_for = cls.proved_for if claim <= combine else ("client",)
     if unit not in proved_for:
-        where = f"at {unit} level" if unit != "nominal" else "as in the published procedure"
+        where = f"at {unit} level" if unit != "nominal" else "as in the DP-FPL paper"
         reason = cls.unproved_because or f"its proved_for is {proved_for}"
         raise PrivacyError(f"{name} cannot run with noise of the server {where}: {reason}; set {_OFF}")
     fixed = set(vars(base)) - {*HOOKS, *_CLAIMS} - _DATACLASS_NAMES
@@ -76,3 +77,22 @@ def check_class(cls: type[Claims], base: type[Claims], unit: ServerUnit, arithme
                     f"{name} overrides {hook}(), and integer arithmetic is proved for the plain weighted sum alone; "
                     'set privacy.arithmetic = "float"'
                 )
+
+
+def check_bound(bound: float, unit: ServerUnit) -> None:
+    """Refuse a bound on one unit's share of the sum that the server cannot clip to; of records it may be zero.
+
+    Args:
+        bound: S, or for records the learning rate times C. Zero: nothing is learned, and uploads and noise are zero.
+        unit: What the server's noise protects; ``nominal``: nothing is clipped here, and nothing is checked.
+
+    Raises:
+        PrivacyError: If the bound is not between 1e-30 and 1e30.
+    """
+    if unit == "nominal" or is_clip_norm(bound) or (unit == "record" and bound == 0):
+        return
+    also = ", or train.global-learning-rate, which is a factor of it" if unit == "record" else ""
+    raise PrivacyError(
+        f"one {unit} may move the sum of uploads by {bound:g}; the server clips to norms from "
+        f"{SMALLEST_CLIP_NORM:g} to {LARGEST_CLIP_NORM:g}: change the clip norm{also}"
+    )

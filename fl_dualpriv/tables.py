@@ -1,4 +1,4 @@
-"""The tables that a run prints, made from its ``summary.json``. Imports rich only."""
+"""The tables that a run prints to its operator, made from its ``summary.json``. Imports rich only."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,12 +27,17 @@ def epsilon_text(epsilon: float | None) -> str:
     return f"{math.ceil(epsilon * 1000 - 1e-6) / 1000:.3f}".rstrip("0").rstrip(".")
 
 
-def headline(summary: Mapping[str, Any]) -> str:
-    """What ran, in one line; says so if its noise can be reproduced by anyone who reads the seed."""
+def headline(summary: Mapping[str, Any], totals: Mapping[str, Any]) -> str:
+    """What ran, in one line for its operator; says so if its noise can be reproduced by anyone who reads the seed.
+
+    Args:
+        summary: Of the run.
+        totals: `read_totals` of the run.
+    """
     parts = [
         *(summary["method"], f"engine {summary['engine']}", f"seed {summary['seed']}"),
-        *(f"{summary['rounds']} rounds", f"{summary['population']} clients", f"{summary['failures']} failed"),
-        f"{summary['seconds']:.0f} s",
+        *(f"{summary['rounds']} rounds", f"{summary['population']} clients", f"{totals['failures']} failed"),
+        f"{totals['seconds']:.0f} s",
     ]
     return " · ".join(parts + ([SEEDED_NOTE] if summary["randomness"] == "seeded" else []))
 

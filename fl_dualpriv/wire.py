@@ -111,6 +111,7 @@ def train_content(task: TrainTask, arrays: ArrayRecord | None = None) -> RecordD
             "noise-multiplier": task.terms.noise_multiplier,
             "sampling-rate": task.terms.sampling_rate,
             "local-steps": task.terms.releases,
+            "arithmetic": task.terms.arithmetic,
         }
     )
     return RecordDict({"arrays": to_arrays(task.global_prompt) if arrays is None else arrays, "config": config})
@@ -124,8 +125,11 @@ def read_train(message: Message) -> TrainTask:
     """
     config = message.content.config_records["config"]
     mechanism, trusts_server = config["mechanism"], config["trusts-server"]
+    arithmetic = config["arithmetic"]
     if mechanism not in ("none", "gaussian") or not isinstance(trusts_server, bool):
         raise ValueError(f"mechanism = {mechanism!r:.40}, trusts-server = {trusts_server!r:.40} in a train message")
+    if arithmetic not in ("float", "integer"):
+        raise ValueError(f"arithmetic = {arithmetic!r:.40} in a train message; allowed: float, integer")
     return TrainTask(
         partitions=_ids(config["partitions"]),
         global_prompt=from_arrays(message.content.array_records["arrays"]),
@@ -138,6 +142,7 @@ def read_train(message: Message) -> TrainTask:
             noise_multiplier=_number(config["noise-multiplier"]),
             sampling_rate=_number(config["sampling-rate"]),
             releases=_whole(config["local-steps"]),
+            arithmetic=arithmetic,
         ),
     )
 

@@ -17,6 +17,7 @@ from typing import Any
 from fl_dualpriv.config import ConfigValue, RunConfig, merge
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import write_json
+from fl_dualpriv.run_files import SUMMARY, TOTALS, read_totals
 from simulations.report import ROOT
 
 FAILED = "failed.json"
@@ -83,26 +84,26 @@ def shared(cell: Cell) -> tuple[str, int, str, bool]:
 
 
 def run(cell: Cell, runs: Path) -> dict[str, Any]:
-    """Run a cell in this process, or read it if it was run before; returns its summary.
+    """Run a cell in this process, or read it if it was run before; returns its summary, with its seconds.
 
     Raises:
         RuntimeError: If a client failed: such a run is no result.
     """
     out = runs / cell.folder
-    if not (out / "summary.json").exists():
+    if not ((out / SUMMARY).exists() and (out / TOTALS).exists()):
         from fl_dualpriv.local_engine import run_local
 
         shutil.rmtree(out, ignore_errors=True)  # of a run that was cut off: its ledgers would refuse this one
         run_local(ROOT, {**cell.settings, "output.dir": str(out)})
-    summary = json.loads((out / "summary.json").read_text())
-    if summary["failures"]:
-        raise RuntimeError(f"{cell.folder}: {summary['failures']} failures")
-    return summary
+    totals = read_totals(out)
+    if totals["failures"]:
+        raise RuntimeError(f"{cell.folder}: {totals['failures']} failures")
+    return json.loads((out / SUMMARY).read_text()) | {"seconds": totals["seconds"]}
 
 
 def was_run(cell: Cell, runs: Path) -> bool:
     """Whether a cell has a summary, or a note that it failed."""
-    return any((runs / cell.folder / name).exists() for name in ("summary.json", FAILED))
+    return any((runs / cell.folder / name).exists() for name in (SUMMARY, FAILED))
 
 
 def attempt(cell: Cell, runs: Path) -> dict[str, Any]:

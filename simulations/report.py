@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_dualpriv.files import write_bytes
+from fl_dualpriv.run_files import SUMMARY, TOTALS, read_totals
 from fl_dualpriv.tables import epsilon_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +49,7 @@ ROWS = (
         {"privacy.record.noise-space": "feature", "privacy.record.clip-norm": "12.0"},
     ),
     Row(
-        "DP-FPL as published, **nominal** ε",
+        "DP-FPL by the paper's formulas, **nominal** ε",
         "demo.toml",
         {"method": "dpfpl-paper", "pruning.update-keep-ratio": "1.0"},
     ),
@@ -60,7 +61,7 @@ def run(row: Row, seed: int, split: str, runs: Path) -> dict[str, Any]:
     """Run one cell in a process of its own, or read it if it was run before; returns its summary."""
     name = "-".join([row.config.removesuffix(".toml"), *row.changes.values(), split, str(seed)]).replace("/", "_")
     out = runs / name
-    if not (out / "summary.json").exists():
+    if not ((out / SUMMARY).exists() and (out / TOTALS).exists()):
         sets = {"seed": str(seed), "evaluation.split": split, "evaluation.every": "1000", **row.changes}
         command = [sys.executable, "-m", "fl_dualpriv.cli", "run", str(CONFIGS / row.config)]
         command += ["--engine", "local", "--out", str(out), "--overwrite"]
@@ -69,10 +70,9 @@ def run(row: Row, seed: int, split: str, runs: Path) -> dict[str, Any]:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"{name}: exit code {done.returncode}\n{done.stdout[-500:]}{done.stderr[-2000:]}")
-    summary = json.loads((out / "summary.json").read_text())
-    if summary["failures"]:
-        raise RuntimeError(f"{name}: {summary['failures']} failures; such a run is no result")
-    return summary
+    if failures := read_totals(out)["failures"]:
+        raise RuntimeError(f"{name}: {failures} failures; such a run is no result")
+    return json.loads((out / SUMMARY).read_text())
 
 
 def spread(values: Sequence[float | None]) -> str:

@@ -1,5 +1,6 @@
 """The ServerApp: configuration → plans → strategy → rounds → results. Read this file first."""
 
+import logging
 import math
 import secrets
 import time
@@ -36,6 +37,7 @@ from fl_dualpriv.privacy.plan import (
 from fl_dualpriv.results import RunRecorder, build_summary
 from fl_dualpriv.rounds import Rounds
 from fl_dualpriv.run_facts import metadata_of_global
+from fl_dualpriv.run_files import PLUGINS, without_kind
 from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy
 from fl_dualpriv.server_books import BudgetExhausted, ServerPrivacy
 from fl_dualpriv.strategy_ref import load_strategy
@@ -43,6 +45,7 @@ from fl_dualpriv.strategy_rules import check_class
 from fl_dualpriv.world import build_world, run_folder
 
 app = ServerApp()
+_log = logging.getLogger("fl_dualpriv")
 
 
 @app.main()
@@ -78,7 +81,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
             done.accuracy,
             record.spent(by_round * config.train.local_steps) if record else None,
             rounds.epsilon(client.delta) if client and rounds.lost else client.spent(by_round) if client else None,
-            strategy.failures - sum(line["failures"] for line in recorder.rounds),  # those of this round
+            strategy.failures - sum(line["failures"] for line in recorder.progress),  # those of this round
             time.monotonic() - start,
         )
 
@@ -90,7 +93,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
     rounds = Rounds(strategy, checkpoints, stop_at_dead_actor=config.dead_actors == "stop")
     if kept:
         recorder.resume(kept.progress.rounds_done)
-        rounds.resume(kept, recorder.rounds)
+        rounds.resume(kept, recorder.progress)
     elif config.output.resume:
         recorder.check_empty()
     prompt = kept.prompt if kept else rounds.begin(world.initial_prompt(config))
@@ -118,6 +121,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
     facts = metadata_of_global(config, world, strategy.run_token)
     recorder.write_prompt(prompt, world.context_of(prompt, config), facts)
     recorder.write_curve("; ".join(found))
+    recorder.write_totals(strategy.failures, time.monotonic() - start)  # before the summary, which says: all is there
     recorder.write_summary(
         build_summary(
             method=config.method,
@@ -125,8 +129,6 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
             seed=config.seed,
             rounds=strategy.rounds_done if stopped else config.rounds,
             population=config.population,
-            failures=strategy.failures,
-            seconds=time.monotonic() - start,
             randomness=config.privacy.randomness,
             zero_shot=zero_shot,
             final=final,
@@ -138,6 +140,12 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
         )
     )
     checkpoints.remove()
+    if strays := without_kind(recorder.folder):
+        _log.warning(
+            "%d files in %s are neither results nor operator's files (%s): do not publish them; a plug-in writes into "
+            "the folder `plugin_folder`",
+            *(len(strays), recorder.folder, ", ".join(strays[:5])),
+        )
 
 
 def round_of_epsilon(server_round: int, rounds: int) -> int:
@@ -226,6 +234,7 @@ def build_strategy(
         sources=random_sources(config.privacy.randomness),
         seed=config.seed,
         report=report,
+        plugin_folder=recorder.folder / PLUGINS,
         **options,  # type: ignore[arg-type] - checked against the class's fields
     )
 
@@ -237,7 +246,7 @@ def server_privacy(
     cards: dict[int, wire.ClientCard],
     ledger: Ledger,
 ) -> ServerPrivacy | None:
-    """What the server noises: client updates, clipped sums of trusting clients, the published procedure, or nothing."""
+    """What the server noises: client updates, clipped sums of trusting clients, the DP-FPL paper's p_G, or nothing."""
     if client is not None:
         return ServerPrivacy(
             unit="client",
@@ -350,7 +359,7 @@ def notes(
     if client and record and parts.personal:
         found.append("scores are of personal prompts: covered at record level, not at client level")
     if parts.published_procedure and config.privacy.record.mechanism == "gaussian":
-        found.append("dpfpl-paper: ε is nominal, not a guarantee")
+        found.append("dpfpl-paper: the paper's formulas, not the authors' code; ε is nominal, not a guarantee")
     if record and config.train.top_m:
         found.append(f"top-m = {config.train.top_m}: each record back-propagates its largest residuals only, a bias")
     if record and config.privacy.record.noise_space == "feature":

@@ -16,14 +16,16 @@ import statistics
 import tomllib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fl_dualpriv.config import ConfigValue, app_defaults, read_toml
+from fl_dualpriv.config import ConfigValue, RunConfig, app_defaults, read_toml
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import write_bytes
+from fl_dualpriv.plans import client_level_plan, record_level_plan
 from simulations.cells import Cell, make_cell, run_all, was_run
 from simulations.report import CONFIGS, ROOT
 
@@ -227,6 +229,43 @@ def _score(summary: Mapping[str, Any]) -> float | None:
     return summary["accuracy"]["final"]["local"] if summary else None
 
 
+def filter_charge(cells: Sequence[Cell]) -> float | None:
+    """The ε that the filter ``reserve`` would charge for some runs on the same data, at the δ of their plans.
+
+    No run's own ε covers the choice among them: the terms of later runs are chosen after the scores of earlier ones.
+
+    Guarantee:
+        With these runs' whole plans charged at δ / number of runs each, everything that they release together is
+        (ε, δ)-DP, whatever is chosen from it (see `ReserveFilter`).
+
+    Args:
+        cells: Runs with the same δ and the same unit.
+
+    Returns:
+        The sum; None if a run has no proved ε (no noise, or the paper's formulas).
+    """
+    total = 0.0
+    for cell in cells:
+        config = RunConfig.from_run_config(cell.settings)
+        if (client := client_level_plan(config)) is not None:
+            total += replace(client, delta=client.delta / len(cells)).spent(client.rounds)
+        elif (record := record_level_plan(config)) is not None:
+            total += replace(record, delta=record.delta / len(cells)).spent(record.releases)
+        else:
+            return None
+    return total
+
+
+def charge_line(entry: Entry, cells: Sequence[Cell]) -> str:
+    """The sentence that stands beside a chosen setting, in the output and in the file."""
+    base, method, epsilon = entry
+    runs = f"{method} on {base}, ε = {epsilon:g}: {len(cells)} tuning runs read validation data, outside of that ε"
+    charge = filter_charge(cells) if math.isfinite(epsilon) else None
+    if charge is None:
+        return f"{runs}; no filter bounds them"
+    return f"{runs}; the filter reserve would charge ε = {charge:.4g} for all of them"
+
+
 def main() -> None:
     """Check everything, run the trials, write what was best."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -268,11 +307,15 @@ def main() -> None:
             "failed": sum(not s for s in (*own, *more)),
             "validation": round(mean, 4),
             "seconds": round(sum(s["seconds"] for s in (*own, *more) if s), 1),
+            "privacy": charge_line(entry, [cell for _, cell in (*wanted[entry], *again[entry])]),
             "keys": wanted[entry][index][0],
         }
+        print(chosen[entry]["privacy"])
     comment = (
         f"Written by python -m simulations.tune {args.search.name}: the best of each method's trials on validation\n"
-        "data (local accuracy, mean over the tuning seeds). Seconds: of all runs together."
+        "data (local accuracy, mean over the tuning seeds). Seconds: of all runs together.\n"
+        "Tuning is outside of every ε. On private data it must be charged: the lines `privacy` say what the filter\n"
+        "reserve would charge (docs/privacy.md, sections 2 and 6). On public data it costs nothing."
     )
     write_bytes(path, to_toml([chosen[entry] for entry in every if entry in chosen], comment))
 

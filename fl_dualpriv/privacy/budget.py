@@ -64,6 +64,7 @@ class Budget:
         trusts_server: Whether a clean clipped sum may go to the server.
         scores: Whether accuracies on the held-out images may leave; say true only if those images are public.
         seeded_noise: Whether noise may come from a seed that others know, which protects nobody: for tests.
+        integer_arithmetic: Whether sums and noise must be exact integers; else a run chooses, and may take floats.
         filter: The rule that holds ``epsilon``; it is fixed when the ledger begins.
     """
 
@@ -75,6 +76,7 @@ class Budget:
     trusts_server: bool
     scores: bool
     seeded_noise: bool
+    integer_arithmetic: bool = False
     filter: FilterChoice = FilterChoice()
 
     def check_plan(self, plan: "RecordLevelPlan | None", *, reproducible: bool) -> None:
@@ -101,6 +103,8 @@ class Budget:
             problems.append(f"clip norm {plan.clip_norm:g}, at most {self.max_clip_norm:g}")
         if plan.trusts_server and not self.trusts_server:
             problems.append("an upload without noise (trusts-server), never")
+        if self.integer_arithmetic and plan.arithmetic != "integer":
+            problems.append(f'privacy.arithmetic = "{plan.arithmetic}", only "integer"')
         if reproducible and not self.seeded_noise:
             problems.append('noise from a seed (privacy.randomness = "seeded"), never')
         if problems:

@@ -4,13 +4,14 @@ With integer arithmetic one grid unit is ``clip_norm / GRID_STEPS``: the clipped
 sums are exact, and with integer noise (`rounded_gaussian`) what is released is an integer whatever the data are.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from fl_dualpriv.privacy.limits import check_clip_norm
 
 Arithmetic = Literal["float", "integer"]
 
@@ -26,24 +27,24 @@ def clip_rows(rows: Tensor, clip_norm: float) -> tuple[Tensor, Tensor]:
 
     Guarantee:
         Rows do not mix: row i of the result depends on row i alone. Its norm is at most ``clip_norm`` up to float64
-        rounding (the work is done in float64, where the squares of float32 numbers cannot overflow). A row with a
-        non-finite entry becomes zero, which keeps the bound and drops nobody else.
+        rounding (the work is done in float64, where the squares of float32 numbers cannot overflow; see
+        `check_clip_norm` for float64 rows of any size). A row with a non-finite entry, or with a norm beyond 1.3e154,
+        becomes zero, which keeps the bound and drops nobody else.
 
     Args:
         rows: (batch, …); each row is one example's gradient or one client's update.
-        clip_norm: Bound C in the units of ``rows``; finite, > 0.
+        clip_norm: Bound C in the units of ``rows``, 1e-30 to 1e30.
 
     Returns:
         The clipped rows, float64, and the norms before clipping, (batch,): per example, so not private.
 
     Raises:
-        ValueError: If ``clip_norm`` is not finite and positive.
+        ValueError: If ``clip_norm`` is not between 1e-30 and 1e30.
 
     Reference:
         Abadi et al. 2016, arXiv:1607.00133, Algorithm 1.
     """
-    if not (math.isfinite(clip_norm) and clip_norm > 0):
-        raise ValueError(f"clip_norm = {clip_norm}; it must be finite and > 0")
+    check_clip_norm(clip_norm)
     flat = rows.flatten(1).to(torch.float64)  # not reshape(.., -1): a batch may be empty
     finite = torch.isfinite(flat).all(dim=1)
     # NaN times zero is NaN: bad rows are replaced, not multiplied away.
@@ -63,13 +64,13 @@ def integer_rows(rows: Tensor, clip_norm: float) -> Tensor:
 
     Args:
         rows: (batch, …).
-        clip_norm: Bound C in the units of ``rows``; finite, > 0.
+        clip_norm: Bound C in the units of ``rows``, 1e-30 to 1e30.
 
     Returns:
         Integers in float64, in grid units.
 
     Raises:
-        ValueError: If ``clip_norm`` is not finite and positive.
+        ValueError: If ``clip_norm`` is not between 1e-30 and 1e30.
     """
     clipped, _ = clip_rows(rows, clip_norm)
     return _cut(clipped.flatten(1) / clip_norm * GRID_STEPS).reshape(rows.shape)
@@ -158,17 +159,16 @@ def clipped_feature_sum(
         x: Image features (batch, embed_dim); batch may be 0.
         y: Class ids (batch,).
         logit_scale: s.
-        clip_norm: C, in units of this gradient; finite, > 0.
+        clip_norm: C, in units of this gradient, 1e-30 to 1e30.
         arithmetic: Floats, or integers in units of ``clip_norm / GRID_STEPS``.
 
     Returns:
         (n_cls, embed_dim), float64.
 
     Raises:
-        ValueError: If ``clip_norm`` is not finite and positive.
+        ValueError: If ``clip_norm`` is not between 1e-30 and 1e30.
     """
-    if not (math.isfinite(clip_norm) and clip_norm > 0):
-        raise ValueError(f"clip_norm = {clip_norm}; it must be finite and > 0")
+    check_clip_norm(clip_norm)
     total = torch.zeros(classes.shape, dtype=torch.float64, device=classes.device)
     for start in range(0, len(x), _FEATURE_ROWS):  # what is held must not grow with a batch, whose size is private
         here = slice(start, start + _FEATURE_ROWS)

@@ -18,7 +18,7 @@ def client_sum(updates: Tensor, weights: Tensor, clip_norm: float) -> ClippedSum
     Args:
         updates: (client, …).
         weights: (client,), each in [0, 1].
-        clip_norm: S, in the units of ``updates``; finite, > 0.
+        clip_norm: S, in the units of ``updates``, 1e-30 to 1e30.
     """
     clipped, _ = clip_rows(updates, clip_norm)
     shape = (-1, *[1] * (updates.dim() - 1))

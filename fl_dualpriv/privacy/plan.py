@@ -18,6 +18,7 @@ from fl_dualpriv.privacy.accounting import (
 )
 from fl_dualpriv.privacy.clipping import Arithmetic
 from fl_dualpriv.privacy.ledger import ReservedPlan
+from fl_dualpriv.privacy.limits import check_clip_norm
 from fl_dualpriv.privacy.matrix_mechanism import CorrelatedNoise
 from fl_dualpriv.privacy.quantile import AdaptiveClip
 
@@ -33,6 +34,7 @@ class RoundTerms:
         noise_multiplier: z; 0 without a mechanism.
         sampling_rate: q of a local step.
         releases: Local steps of the round.
+        arithmetic: Of clipped sums and noise; ``float`` without a mechanism.
     """
 
     mechanism: Literal["none", "gaussian"]
@@ -41,6 +43,7 @@ class RoundTerms:
     noise_multiplier: float
     sampling_rate: float
     releases: int
+    arithmetic: Arithmetic = "float"
 
 
 def round_terms(plan: "RecordLevelPlan | None", sampling_rate: float, releases: int) -> RoundTerms:
@@ -52,6 +55,7 @@ def round_terms(plan: "RecordLevelPlan | None", sampling_rate: float, releases: 
         noise_multiplier=plan.noise_multiplier if plan else 0.0,
         sampling_rate=sampling_rate,
         releases=releases,
+        arithmetic=plan.arithmetic if plan else "float",
     )
 
 
@@ -78,6 +82,8 @@ def check_terms(own: RoundTerms, offered: RoundTerms) -> None:
         problems.append(f"sampling rate {offered.sampling_rate:g}, here at most {own.sampling_rate:g}")
     if not offered.releases <= own.releases:
         problems.append(f"{offered.releases} local steps, here at most {own.releases}")
+    if offered.arithmetic != own.arithmetic:  # another one speaks of other numbers, and floats tell more
+        problems.append(f"arithmetic {offered.arithmetic!r:.40}, here {own.arithmetic!r}")
     if problems:
         raise PrivacyError(
             "the server asks for more than this client's plan allows: " + "; ".join(problems) + "; the round is refused"
@@ -89,7 +95,7 @@ class RecordLevelPlan:
     """Every local step of one client: Poisson batch, one clip, one Gaussian release.
 
     Attributes:
-        clip_norm: C, bound on one record's gradient with respect to the effective prompt.
+        clip_norm: C, bound on one record's gradient with respect to the effective prompt; 1e-30 to 1e30.
         noise_multiplier: z, effective multiplier of everything released in one step.
         sampling_rate: q, the probability that a record joins a batch.
         releases: Local steps over the whole run.
@@ -97,6 +103,9 @@ class RecordLevelPlan:
         trusts_server: The server sees the clean clipped sum and noises the global prompt itself.
         personal: The client also moves a personal prompt, from its own noised copy of the same sum.
         arithmetic: Of clipped sums and noise; the ε is the same (see `rounded_gaussian`).
+
+    Raises:
+        ValueError: If ``clip_norm`` is out of range.
     """
 
     clip_norm: float
@@ -107,6 +116,9 @@ class RecordLevelPlan:
     trusts_server: bool
     personal: bool
     arithmetic: Arithmetic = "float"
+
+    def __post_init__(self) -> None:
+        check_clip_norm(self.clip_norm)
 
     @property
     def local_noise_multiplier(self) -> float:
@@ -153,7 +165,7 @@ class ClientLevelPlan:
     With ``correlated`` noise cohorts follow a fixed schedule, and all rounds are one Gaussian release together.
 
     Attributes:
-        clip_norm: S, bound on one client's update; with ``adaptive`` that of the first round.
+        clip_norm: S, bound on one client's update, 1e-30 to 1e30; with ``adaptive`` that of the first round.
         noise_multiplier: z of everything that a round releases, or with ``correlated`` noise the whole run.
         population: Number of clients, public.
         expected_cohort: q·population, public; the divisor, whoever really takes part.
@@ -173,6 +185,9 @@ class ClientLevelPlan:
     arithmetic: Arithmetic = "float"
     adaptive: AdaptiveClip | None = None
     correlated: CorrelatedNoise | None = None
+
+    def __post_init__(self) -> None:
+        check_clip_norm(self.clip_norm)
 
     @property
     def sampling_rate(self) -> float:
@@ -222,7 +237,7 @@ class Release:
         epsilon: ε at ``delta``.
         delta: δ.
         trusts: Who is trusted to see more than this release.
-        guarantee: ``theorem`` or ``nominal`` (a published formula that is not a bound).
+        guarantee: ``theorem`` or ``nominal`` (the DP-FPL paper's formula, which is no bound).
         note: Why this release costs what it costs.
     """
 
@@ -318,7 +333,7 @@ def client_level_notes(plan: ClientLevelPlan) -> list[str]:
 
 
 def nominal_releases(nominal_epsilon: float, delta: float, releases: int) -> list[Release]:
-    """The claim of the published DP-FPL procedure. Batch clipping bounds no record's influence: not a guarantee."""
+    """The claim of the DP-FPL paper. Batch clipping bounds no record's influence: not a guarantee."""
     names = ("global prompt", "published personal prompt", "reported metrics")
     return [
         Release(

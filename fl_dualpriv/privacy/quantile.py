@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.privacy.clipping import GRID_STEPS, Arithmetic, ClippedSum
+from fl_dualpriv.privacy.limits import check_clip_norm, clamped_clip_norm
 from fl_dualpriv.privacy.noise import RandomSource
 from fl_dualpriv.privacy.release import release
 
@@ -19,7 +20,7 @@ class AdaptiveClip:
     """How the clip norm S of a round's updates follows the quantile of their norms.
 
     Attributes:
-        start: S of round 1, public; finite, > 0.
+        start: S of round 1, public, 1e-30 to 1e30.
         target_quantile: γ in (0, 1): the share of updates that S is to leave whole.
         learning_rate: η_C > 0 of the geometric step.
         bit_noise: σ_b > 0, std of the noise on the sum of bits, in clients.
@@ -34,6 +35,9 @@ class AdaptiveClip:
     learning_rate: float
     bit_noise: float
     expected_cohort: float
+
+    def __post_init__(self) -> None:
+        check_clip_norm(self.start)
 
     @property
     def bit_noise_multiplier(self) -> float:
@@ -93,8 +97,10 @@ class AdaptiveClip:
     def moved(self, bound: float, share: float) -> float:
         """S exp(-η_C (b̃ - γ)): smaller when more updates than wanted are within it. Post-processing.
 
-        It stays within a factor of 2**20 of the start, so that no run of noise makes it zero or infinite.
+        It stays within a factor of 2**20 of the start, and within the range of a clip norm (`limits`): no run of noise
+        makes it a bound that bounds nothing. Both limits are public.
         """
         # The exponent is limited before exp(), which overflows.
         step = max(-20.0, min(20.0, -self.learning_rate * (share - self.target_quantile)))
-        return min(max(bound * math.exp(step), self.start / _MOST_STEPS), self.start * _MOST_STEPS)
+        moved = min(max(bound * math.exp(step), self.start / _MOST_STEPS), self.start * _MOST_STEPS)
+        return clamped_clip_norm(moved)

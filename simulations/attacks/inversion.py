@@ -33,7 +33,7 @@ class InversionResult:
     """What the server got back, beside what it knew before.
 
     Attributes:
-        epsilon_claimed: The proved ε of one record at ``delta``; ``nominal``: the published procedure's; ``none``.
+        epsilon_claimed: The proved ε of one record at ``delta``; ``nominal``: the DP-FPL paper's; ``none``.
         delta: δ of the claim; 0 without one.
         inversion_score: Mean cosine of true and reconstructed features after best matching, over all uploads.
         baseline_score: The same with the average image feature in the place of every reconstruction.

@@ -31,7 +31,7 @@ class MembershipResult:
     """What two attacks found out, beside what the run claims.
 
     Attributes:
-        epsilon_claimed: The proved ε of one record at ``delta``; ``nominal``: the published procedure's; ``none``.
+        epsilon_claimed: The proved ε of one record at ``delta``; ``nominal``: the DP-FPL paper's; ``none``.
         delta: δ of the claim; 0 without one.
         auc_ceiling: Largest AUC that the claim allows any attack; 1 without a proof.
         loss_threshold: The attack that calls records of small loss members.

@@ -25,7 +25,7 @@ BASE = "demo.toml"
 
 PRIVACY: dict[str, dict[str, ConfigValue]] = {
     "none": {"privacy.record.mechanism": "none"},
-    "nominal ε = 4, as published": {"method": "dpfpl-paper", "pruning.update-keep-ratio": 1.0},
+    "nominal ε = 4, the DP-FPL paper's formulas": {"method": "dpfpl-paper", "pruning.update-keep-ratio": 1.0},
     "ε = 4": {},
     "ε = 1": {"privacy.record.epsilon": 1.0},
 }
@@ -91,8 +91,8 @@ def _membership(group: str, name: str, base: Mapping[str, ConfigValue], seeds: i
     cells = []
     for number, (label, changes) in enumerate(PRIVACY.items()):
         if "prompt.learner" in base and "method" in changes:
-            continue  # the published procedure factorises its prompt, which the head has done already
-        both = dict(base) | changes  # the published procedure replaces the method
+            continue  # the paper's formulas factorise its prompt, which the head has done already
+        both = dict(base) | changes  # the paper's formulas replace the method
         cells.append(
             Cell(
                 name=f"membership-{name}-{number}", group=group, label=label, changes=both, options=options, seeds=seeds
@@ -148,11 +148,15 @@ READING = """\
   that is far below what ε = 1 allows, and the reason to read the ceiling and not the attack.
 - With 8 trainings a likelihood ratio has 7 shadows and is often the weaker attack; with 16 or 32 it is the stronger
   one where there is something to find.
-- As published, the nominal ε protects nothing from the server: one clean upload gives the image feature and its label
-  away, as an upload without privacy does. The published noise is on the server's side of that upload.
+- The nominal ε of the DP-FPL paper protects nothing from the server: one clean upload gives the image feature and its
+  label away, as an upload without privacy does. The paper's noise is on the server's side of that upload. What was run
+  are the paper's formulas, not the authors' code ([privacy.md §7](privacy.md)).
 - With record-level noise the most probable record is close to the average image: the score falls to the baseline, or
   a little below it where the search follows the noise.
 - The intervals of the inversion are wide because uploads differ: images close to the average have little to lose.
+- Not attacked, and not protected: *properties* of a client's data set, such as the share of images with one attribute.
+  ε at record level bounds what is learned about one record, and such a property is a fact about many. Property
+  inference on prompts: Wu et al., USENIX Security 2024. What ε covers: [privacy.md §2](privacy.md).
 - Not attacked here: uploads of several steps or many records, later rounds, where the server does not know p_L, noise
   at the class features, top-m residuals, and towers whose Jacobian does not fit into 1 GiB.
 """

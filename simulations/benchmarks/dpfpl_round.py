@@ -1,12 +1,12 @@
-"""One round of ten clients: DP-FPL's published procedure against ours, with a warm and with a cold feature cache.
+"""One round of ten clients: the DP-FPL paper's formulas against ours, with a warm and with a cold feature cache.
 
-Published (arXiv:2501.13904, Algorithm 1, rebuilt from the paper): every client, one after the other, runs its batch
-through the image tower, all classes' 77-token prompts through the text tower, clips the batch mean and noises the
-gradients of u and v. Its epsilon is nominal. Ours, like for like: the same procedure on our engine (`method =
-"dpfpl-paper"`), with cached features and the shared prefix; its prompts must equal the rebuilt one's, so only the work
-differs. Beside it what is sound, with the same number of records: record-level DP with exact per-example gradients, and
-in the feature noise space, all clients together. The authors' code also reloads the whole model for each client and
-batch; that is left out here.
+The paper's (arXiv:2501.13904, Algorithm 1, rebuilt from the text and not the authors' code): every client, one after
+the other, runs its batch through the image tower, all classes' 77-token prompts through the text tower, clips the batch
+mean and noises the gradients of u and v. Its epsilon is nominal. Ours, like for like: the same formulas on our engine
+(`method = "dpfpl-paper"`), with cached features and the shared prefix; its prompts must equal the rebuilt one's, so
+only the work differs. Beside it what is sound, with the same number of records: record-level DP with exact per-example
+gradients, and in the feature noise space, all clients together. The authors' code also reloads the whole model for each
+client and batch; that is left out here.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from simulations.benchmarks.towers import TOY, VIT_B_16, Setting, make_model, ma
 
 CLIENTS, N_CLS, RANK = 10, 10, 8
 LEARNING_RATE = 0.001
-_SIGMA = nominal_sigma(0.4, 1e-5, 100)  # the published grid's largest ε, T = 100
+_SIGMA = nominal_sigma(0.4, 1e-5, 100)  # the paper's largest ε, T = 100
 _NOISE_MULTIPLIER = 1.0
 _FEATURES = "image features of the round"
 
@@ -82,7 +82,7 @@ def encode(model: Any, images: Tensor) -> Tensor:
 
 
 def published_round(task: Round, batch: int) -> list[tuple[Tensor, Tensor]]:
-    """The published procedure: (move of p_G, p_L) of each client."""
+    """The paper's formulas: (move of p_G, p_L) of each client."""
     return [_published_client(task, client, batch) for client in range(len(task.states))]
 
 
@@ -159,7 +159,7 @@ def our_round(
     private: bool = True,
     noise_space: Literal["prompt", "feature"] = "prompt",
 ) -> list[tuple[Tensor, PersonalState]]:
-    """Ours: every record in every step's batch, so that records and steps are those of the published round."""
+    """Ours: every record in every step's batch, so that records and steps are those of the paper's round."""
     plan = RecordLevelPlan(
         clip_norm=1.0,
         noise_multiplier=_NOISE_MULTIPLIER,
@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--self-check", action="store_true", help="toy sizes, a few seconds; the ratios mean nothing")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=8, help="records of a step and a client (published: 32)")
+    parser.add_argument("--batch", type=int, default=8, help="records of a step and a client (the paper: 32)")
     options = parser.parse_args(arguments)
     toy, batch = options.self_check, options.batch
     task = make_round(TOY if toy else VIT_B_16, 3 if toy else CLIENTS, batch)
@@ -219,7 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
         {
             # First, since the others read its features: what a cold cache adds to a round.
             _FEATURES: timed(keep(_FEATURES, lambda: features_of(task))),
-            "published procedure": timed(keep("published", lambda: published_round(task, batch))),
+            "paper's formulas": timed(keep("published", lambda: published_round(task, batch))),
             "ours, warm cache": timed(
                 keep("ours", lambda: published_on_our_towers(task, results[_FEATURES], batch)), times
             ),
@@ -236,11 +236,11 @@ def main(arguments: list[str] | None = None) -> None:
         for mine, yours in zip(results["ours"], results["published"], strict=True)
         for a, b in zip(mine, yours, strict=True)
     )
-    assert_equal("published procedure, rebuilt and ours", difference, 1e-4)
+    assert_equal("the paper's formulas, rebuilt and ours", difference, 1e-4)
     alone = our_round(replace(task, states=task.states[:1]), results[_FEATURES][:1], steps)
     assert_equal("a client alone and in its cohort", relative_difference(alone[0][0], results["private"][0][0]), 1e-5)
     cold = costs[_FEATURES].best
-    base = costs["published procedure"].best
+    base = costs["paper's formulas"].best
     emit(
         "dpfpl_round",
         headline={
@@ -257,7 +257,7 @@ def main(arguments: list[str] | None = None) -> None:
             "clients": len(task.states),
             "records of a client and round": task.records,
             "local steps": steps,
-            "largest difference of the published procedure": float(f"{difference:.2e}"),
+            "largest difference of the paper's formulas": float(f"{difference:.2e}"),
         },
         kind="self-check" if toy else "full",
     )

@@ -14,6 +14,7 @@ from fl_dualpriv.config import RunConfig, app_defaults, merge
 from fl_dualpriv.config_rules import ConfigValue
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.flower_engine import to_toml
+from fl_dualpriv.run_files import SUMMARY, read_totals
 from simulations.benchmarks.harness import CHECKOUT, RoundsRun
 from simulations.benchmarks.peer_task import Kind, PeerTask
 
@@ -66,15 +67,14 @@ def our_run(folder: Path, changes: Mapping[str, ConfigValue], engine: Engine, fi
 
 
 def summary(folder: Path) -> dict:
-    """What the run wrote; its failures are checked here.
+    """What the run wrote; its failures are checked here, because a summary does not hold them.
 
     Raises:
         AssertionError: If any call of a client failed.
     """
-    found = json.loads((folder / "out" / "summary.json").read_text(encoding="utf-8"))
-    if found["failures"] != 0:
-        raise AssertionError(f"{folder}: {found['failures']} failures; a run with failures is no measurement")
-    return found
+    if failures := read_totals(folder / "out")["failures"]:
+        raise AssertionError(f"{folder}: {failures} failures; a run with failures is no measurement")
+    return json.loads((folder / "out" / SUMMARY).read_text(encoding="utf-8"))
 
 
 def global_prompt(folder: Path) -> torch.Tensor:

@@ -15,6 +15,7 @@ from fl_dualpriv import supervisor
 from fl_dualpriv.config import app_defaults
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.local_engine import run_local
+from fl_dualpriv.run_files import PROGRESS, ROUNDS, read_totals
 
 APP_DIR = Path(__file__).parents[2]
 DEFAULTS = app_defaults(APP_DIR)
@@ -79,9 +80,9 @@ def prompts(out: Path) -> dict[str, Any]:
 
 def results(out: Path) -> Any:
     summary = json.loads((out / "summary.json").read_text())
-    rounds = [{k: line[k] for k in line if k != "seconds"} for line in lines(out / "rounds.jsonl")]
-    del summary["seconds"], summary["config"]["output.dir"], summary["engine"]
-    return summary, rounds
+    failures = [line["failures"] for line in lines(out / PROGRESS)]
+    del summary["config"]["output.dir"], summary["engine"]
+    return summary, lines(out / ROUNDS), failures, read_totals(out)["failures"]
 
 
 def ending(out: Path) -> tuple[Any, ...]:

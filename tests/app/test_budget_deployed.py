@@ -26,6 +26,7 @@ from fl_dualpriv.privacy.accounting import (
     renyi_bound,
     renyi_divergence,
 )
+from fl_dualpriv.run_files import PROGRESS, read_totals
 from tests.app.run_folders import events_of, lines
 from tests.app.test_rogue_server import ROOT, run_config, write_app
 
@@ -90,6 +91,7 @@ class Owner:
             "train.sampling-rate": terms[0],
             "privacy.record.noise-multiplier": terms[1],
             "privacy.record.delta": DELTA,
+            "privacy.arithmetic": "integer",  # the owner demands it
             "data.partition": "by-node",
             "evaluation.every": 1000,
         }
@@ -131,7 +133,7 @@ def start(deployment: Any, images: Path, tiny_clip_dir: Path, tmp_path: Path) ->
         allowed = f'[app]\nallowed = ["{digest_of(build_bundle(app))}"]\n'
         node_file.write_text(f"{folders}\n{budget_table(name)}\n{allowed}", encoding="utf-8")
         superlink = deployment.superlink(f"superlink-{name}")
-        deployment.node(f"node-{name}", superlink, node_file)
+        deployment.node(f"node-{name}", superlink, node_file, "--health-seconds", "3600")  # it costs a process
         return Owner(
             deployment=deployment, superlink=superlink, app=app, root=tmp_path, images=images, clip=tiny_clip_dir
         )
@@ -147,7 +149,7 @@ def start(deployment: Any, images: Path, tiny_clip_dir: Path, tmp_path: Path) ->
 def answered(out: Path) -> list[int]:
     """The failures of each round: 1 where the only client refused and counted as zero."""
     assert not (out / "error.json").exists(), (out / "error.json").read_text()
-    return [line["failures"] for line in lines(out / "rounds.jsonl") if line["round"]]
+    return [line["failures"] for line in lines(out / PROGRESS) if line["round"]]
 
 
 def refused_at_once(owner: Owner, terms: tuple[float, float], steps: int) -> str:
@@ -187,7 +189,7 @@ def test_a_node_refuses_the_round_that_its_budget_does_not_cover(
 
     # The run goes on to its end; the refused rounds are zeros.
     assert answered(out) == [0] * paid + [1] * (rounds - paid)
-    assert json.loads((out / "summary.json").read_text())["failures"] == rounds - paid
+    assert read_totals(out)["failures"] == rounds - paid
     assert owner.events() == [(r, steps) for r in range(1, paid + 1)]
     header, *events = owner.ledger()
     expected = {

@@ -81,6 +81,7 @@ def test_a_node_chooses_its_own_state_folder(nodes: Nodes, tmp_path: Path):
         ({"releases": 2}, "2 local steps, here at most 1"),
         ({"mechanism": "none"}, "mechanism 'none', here 'gaussian'"),
         ({"trusts_server": True}, "an upload without noise"),
+        ({"arithmetic": "integer"}, "arithmetic 'integer', here 'float'"),
     ],
 )
 def test_a_server_that_asks_for_more_gets_nothing(nodes: Nodes, tmp_path: Path, changes: dict[str, Any], words: str):
@@ -92,6 +93,16 @@ def test_a_server_that_asks_for_more_gets_nothing(nodes: Nodes, tmp_path: Path, 
     (line,) = (tmp_path / "out" / "clients" / "client-000" / "refusals.jsonl").read_text().splitlines()
     assert words in json.loads(line)["reason"]
     assert json.loads(line)["asked"] == "train, round 1"
+
+
+def test_a_server_that_asks_for_floats_gets_nothing_from_an_integer_run(nodes: Nodes, tmp_path: Path):
+    """Low-order bits of float noise tell of the data: whose plan is integers never sends others."""
+    grid = nodes({"privacy.arithmetic": "integer"})
+    found = uploads(train(grid))
+    assert found.partitions == ()
+    assert "arithmetic 'float', here 'integer'" in found.failed[0]
+    assert ledger_lines(tmp_path) == 0
+    assert uploads(train(grid, terms=replace(OFFERED, arithmetic="integer"))).partitions == (0,)
 
 
 def test_a_server_that_asks_for_less_is_served_on_our_terms(nodes: Nodes):

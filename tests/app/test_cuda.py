@@ -50,7 +50,7 @@ def test_a_cuda_device_gives_the_prompts_of_the_cpu(config: str, changes: dict[s
     on_cuda = prompts(config, changes, "cuda", tmp_path / "cuda")
     assert on_cuda.keys() == on_cpu.keys()
     for name, expected in on_cpu.items():
-        # Eight steps, each of whose gradients differs by about 1e-5 of its norm; the published procedure's new
+        # Eight steps, each of whose gradients differs by about 1e-5 of its norm; the DP-FPL paper's new
         # factors after every step made 2.4e-3 of it.
         torch.testing.assert_close(on_cuda[name], expected, rtol=0, atol=5e-3 * float(expected.abs().max()))
 

@@ -15,6 +15,7 @@ from flwr.app import Error, Message, RecordDict
 from fl_dualpriv import supervisor, wire
 from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.results import RunRecorder
+from fl_dualpriv.run_files import PROGRESS, read_totals
 from fl_dualpriv.server import ClientFailure
 from tests.app.run_folders import (
     APP_DIR,
@@ -85,8 +86,8 @@ def test_under_dp_its_clients_are_zeros_that_are_counted_and_it_is_said_once(
 ):
     out = start("dp", {"evaluation.every": 3})
     # Two clients of four: in rounds 2 and 3, and their scores in round 3.
-    assert json.loads((out / "summary.json").read_text())["failures"] == 6
-    assert [line["failures"] for line in lines(out / "rounds.jsonl")] == [0, 0, 2, 4]
+    assert read_totals(out)["failures"] == 6
+    assert [line["failures"] for line in lines(out / PROGRESS)] == [0, 0, 2, 4]
     assert sum("a dead actor stays" in r.getMessage() for r in caplog.records) == 1
     assert sum(TOLD in r.getMessage() for r in caplog.records) == 3
 
@@ -154,8 +155,9 @@ def test_under_dp_a_run_ends_well_without_one_of_its_actors(
     assert reason in said
     assert said.count("a dead actor stays") == (number == signal.SIGKILL)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert (summary["rounds"], summary["failures"] > 0) == (6, True)
-    assert summary["failures"] == sum(line["failures"] for line in lines(tmp_path / "out" / "rounds.jsonl"))
+    failures = read_totals(tmp_path / "out")["failures"]
+    assert (summary["rounds"], failures > 0) == (6, True)
+    assert failures == sum(line["failures"] for line in lines(tmp_path / "out" / PROGRESS))
 
 
 @pytest.mark.slow
@@ -183,4 +185,4 @@ def test_without_dp_a_run_ends_when_it_loses_an_actor_and_goes_on_with_resume(
         again = command("--resume", str(out))
         said, _ = again.communicate(timeout=400)
         assert again.returncode == 0, said
-        assert json.loads((out / "summary.json").read_text())["failures"] == 0
+        assert read_totals(out)["failures"] == 0

@@ -29,6 +29,7 @@ from fl_dualpriv.node_file import NodeFile, read_node_file
 from fl_dualpriv.plans import record_level_plan
 from fl_dualpriv.privacy.filters import filter_of, spend_budget
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
+from fl_dualpriv.run_files import PROGRESS
 from tests.app.run_folders import events_of
 from tests.app.test_rogue_server import BUDGET, DEFAULTS, write_app
 
@@ -240,7 +241,7 @@ def test_a_node_that_stops_in_mid_round_is_a_zero_and_another_version_of_the_app
         return out
 
     def rounds_done(out: Path) -> list[dict[str, Any]]:
-        file = out / "rounds.jsonl"
+        file = out / PROGRESS
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     superlink = deployment.superlink("mixed")

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from fl_dualpriv.run_files import RUN_FILES
+
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 _LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
@@ -29,6 +31,20 @@ def test_every_test_that_a_claim_names_exists() -> None:
         if source is None or (name and f"def {name}(" not in source):
             missing.append(f"{file}::{name}")
     assert not missing
+
+
+def test_the_privacy_page_names_every_file_of_a_run_under_its_kind() -> None:
+    text = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8")
+    section = text.split("## 2. Who sees what")[1].split("\n## ")[0]
+    (row,) = [line for line in section.splitlines() if line.startswith("| readers of the *results*")]
+    (listed,) = re.findall(r"The\s+\*operator's\s+files\*\s+are\s+(.*?)\. A run", section, flags=re.DOTALL)
+    files = [file for file in RUN_FILES if file.place == "run"]
+    for file in files:
+        folder, _, rest = file.pattern.partition("/")
+        name = f"`{folder}/`" if "*" in rest else f"`{file.pattern}`"
+        assert name in (row if file.kind == "result" else listed), name
+        assert name not in (listed if file.kind == "result" else row), name
+    assert "`clients/`" in listed
 
 
 def test_every_pitfall_names_a_test() -> None:

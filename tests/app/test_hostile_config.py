@@ -68,6 +68,38 @@ def test_a_run_without_privacy_reads_no_image_and_quotes_none(owned: Start, tmp_
     assert not (tmp_path / "mine" / "ledger.jsonl").exists()
 
 
+@pytest.mark.parametrize("kind", ["query", "train", "evaluate"])
+def test_an_owner_who_demands_integers_answers_no_run_in_floats(owned: Start, tmp_path: Path, kind: str) -> None:
+    limits = BUDGET + "integer-arithmetic = true\n"
+    asked = {
+        "query": lambda grid, terms: ask(grid, RecordDict(), MessageType.QUERY),
+        "train": lambda grid, terms: train(grid, terms=terms),
+        "evaluate": lambda grid, terms: evaluate(grid),
+    }[kind]
+    # A submitter chooses the run's arithmetic; its server then asks for that, or for the one that would pass.
+    for offered in (OFFERED, replace(OFFERED, arithmetic="integer")):
+        reply = asked(owned(limits=limits), offered)
+        assert reply.has_error()
+        assert 'privacy.arithmetic = "float", only "integer"' in reply.error.reason
+    assert len(refusals(tmp_path)) == 2
+    assert not (tmp_path / "mine" / "ledger.jsonl").exists()
+
+
+def test_an_owner_who_demands_integers_gets_them(owned: Start, tmp_path: Path) -> None:
+    """A sum for a trusted server is whole numbers of units, and a server that asks for floats gets nothing."""
+    limits = BUDGET + "integer-arithmetic = true\ntrusts-server = true\n"
+    grid = owned({"privacy.arithmetic": "integer", "privacy.record.trusts-server": True}, limits)
+    floats = replace(OFFERED, trusts_server=True)
+    refused = wire.read_uploads(train(grid, terms=floats), (4, 32))
+    assert "arithmetic 'float', here 'integer'" in refused.failed[0]
+    assert not (tmp_path / "mine" / "ledger.jsonl").exists()
+    for server_round in (1, 2):  # a batch may be empty: q n = 1.5
+        found = wire.read_uploads(train(grid, server_round, replace(floats, arithmetic="integer")), (4, 32))
+        assert found.partitions == (0,)
+        assert bool((found.values == found.values.trunc()).all())
+        assert float(found.values.abs().max()) <= 10 * 2**20  # ten images
+
+
 def test_the_owner_says_which_images_a_run_is_for(owned: Start, tmp_path: Path) -> None:
     """A server that names another folder gets the owner's; without that, its listing would come back as an error."""
     elsewhere = tmp_path / "elsewhere"

@@ -114,7 +114,7 @@ def test_the_wire_keeps_integers_up_to_the_exact_range() -> None:
 
 REFUSALS = {
     "weights": (TRUSTING | {"strategy.ref": "strategies.fedavg:FedAvg"}, PrivacyError, "FedAvg weighs clients"),
-    "published": ({"method": "dpfpl-paper"}, ConfigError, "as published"),
+    "published": ({"method": "dpfpl-paper"}, ConfigError, "as in the DP-FPL paper"),
     "no noise": ({"privacy.record.mechanism": "none"}, ConfigError, "needs noise at one level"),
 }
 

@@ -15,6 +15,7 @@ from fl_dualpriv.local_engine import LocalGrid, load_apps
 from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.published import read_published, write_published
 from fl_dualpriv.publishing import publish
+from fl_dualpriv.run_files import kinds_in
 from tests.app.published_runs import APP_DIR, CLIENTS, exported, scores, settings_for
 
 
@@ -39,6 +40,9 @@ def test_the_owner_of_a_node_publishes_what_it_scored(
     deployed: Callable[..., list[Path]], tiny_clip_dir: Path, tmp_path: Path
 ):
     folders = deployed()
+    for folder in folders:  # nothing in a node's own folder is a result: its owner exports
+        assert set(kinds_in(folder, "client").values()) == {"operator"}
+        assert {"run.json", "scored.safetensors"} <= kinds_in(folder, "client").keys()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     prompts = [exported(f, i, tmp_path / f"{i}.safetensors", tiny_clip_dir) for i, f in enumerate(folders)]
     final = summary["accuracy"]["final"]

@@ -1,4 +1,4 @@
-"""The published procedure, by hand: batch clip, noise on u and v, /10. Its ε is nominal, and a test shows why."""
+"""The paper's formulas, by hand: batch clip, noise on u and v, /10. Its ε is nominal, and a test shows why."""
 
 import math
 from dataclasses import replace

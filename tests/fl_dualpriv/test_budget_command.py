@@ -10,8 +10,10 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from fl_dualpriv import cli
-from fl_dualpriv.privacy.accounting import epsilon
-from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
+from fl_dualpriv.node_file import read_node_file
+from fl_dualpriv.privacy.accounting import COARSE_GRID, epsilon
+from fl_dualpriv.privacy.filters import filter_of, spend_budget
+from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent, ReservedPlan
 
 
 def call(*arguments: str) -> Result:
@@ -75,3 +77,71 @@ def test_a_folder_without_ledgers_is_an_error(tmp_path: Path) -> None:
     result = call(str(tmp_path))
     assert result.exit_code == 2
     assert "holds no ledger.jsonl" in result.stderr
+
+
+NODE = """
+state-dir = "{state}"
+data-path = "{state}"
+[budget]
+epsilon = 8.0
+delta = 1e-5
+max-sampling-rate = 0.2
+min-noise-multiplier = 0.8
+max-clip-norm = 1.0
+filter = "{filter}"
+"""
+
+
+@pytest.mark.parametrize("name", ["reserve", "renyi", "worst-terms"])
+def test_an_owners_file_says_what_is_left_and_what_each_filter_would_admit(tmp_path: Path, name: str) -> None:
+    node = tmp_path / "node.toml"
+    node.write_text(NODE.format(state=tmp_path, filter=name))
+    own = read_node_file(node).budget
+    assert own is not None
+    plan = ReservedPlan(run="a", releases=4, sampling_rate=0.1, noise_multiplier=1.5)
+    event = LedgerEvent(run="a", unit="record", server_round=1, releases=2, sampling_rate=0.1, noise_multiplier=1.5)
+    spend_budget(Ledger(tmp_path / "ledger.jsonl"), own, plan, event)
+    found = json.loads(call(str(node), "--json").stdout)
+    assert found["epsilon-of-fixed-terms"] == epsilon(0.1, 1.5, 2, 1e-5)
+    content, chosen = Ledger(tmp_path / "ledger.jsonl").read(), filter_of(own)
+    assert found["rest-buys"] == chosen.affordable(content, 0.1, 1.5)
+    assert found["last-run"]["releases"] == (4 if name == "reserve" else 2)
+    by_hand = found["last-run"]["releases"]
+    admitted = found["admitted"]
+    assert admitted["reserve"] == min(10, int(8 // epsilon(0.1, 1.5, by_hand, 1e-6, COARSE_GRID)))
+    assert admitted["worst-terms"] == 11 // by_hand  # eleven releases at q = 0.2 and z = 0.8 are ε = 8
+    assert admitted["path"] > admitted["renyi"] > admitted["worst-terms"]
+    shown = call(str(node)).stdout
+    assert chosen.claim() in shown
+    assert chosen.balance(content) in shown
+    assert "no filter" in shown
+
+
+def test_a_ledgers_filter_is_shown_with_its_folder(tmp_path: Path) -> None:
+    Ledger(tmp_path / "ledger.jsonl").begin({"filter": "reserve", "epsilon": 8.0})
+    write(tmp_path / "ledger.jsonl", 2)
+    shown = call(str(tmp_path)).stdout
+    assert "filter = reserve, epsilon = 8.0" in shown
+    assert "terms fixed beforehand" in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", "needs a [budget]"), ("[budget]\nepsilon = -1\n", "budget.epsilon = -1"), ("[", "not valid TOML")],
+)
+def test_an_owners_file_that_cannot_be_used_is_an_error(tmp_path: Path, text: str, words: str) -> None:
+    node = tmp_path / "node.toml"
+    node.write_text(text)
+    result = call(str(node))
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_owners_file_of_another_filter_than_the_ledgers_is_an_error(tmp_path: Path) -> None:
+    node = tmp_path / "node.toml"
+    node.write_text(NODE.format(state=tmp_path, filter="renyi"))
+    Ledger(tmp_path / "ledger.jsonl").begin({"filter": "reserve", "epsilon": 8.0, "delta": 1e-5})
+    result = call(str(node))
+    assert result.exit_code == 2
+    assert "filter was 'reserve' and is now 'renyi'" in result.stderr

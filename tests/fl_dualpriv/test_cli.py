@@ -17,23 +17,21 @@ from fl_dualpriv import cli
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower_engine import RunFailed
 from fl_dualpriv.progress import Follower, round_text
+from fl_dualpriv.run_files import PROGRESS, TOTALS
 
 ROOT = Path(__file__).parents[2]
 ROUND: dict[str, Any] = {
     "round": 1,
     "accuracy": {"local": 0.5, "neighbour": None},
     "epsilon": {"record_level": 1.25, "client_level": None},
-    "failures": 0,
-    "seconds": 2.0,
 }
+TOLD: dict[str, Any] = {"round": 1, "failures": 0, "seconds": 2.0}
 SUMMARY: dict[str, Any] = {
     "method": "dpfpl",
     "engine": "ray",
     "seed": 0,
     "rounds": 2,
     "population": 10,
-    "failures": 0,
-    "seconds": 4.0,
     "randomness": "os",
     "accuracy": {"zero_shot": {"local": 0.4, "neighbour": 0.4}, "final": {"local": 0.55, "neighbour": 0.41}},
     "privacy": [
@@ -55,8 +53,12 @@ Engine = Callable[[cli.Engine, cli.Job], None]
 
 
 def good_engine(_engine: cli.Engine, job: cli.Job) -> None:
+    (job.out / "operator").mkdir()
+    with (job.out / PROGRESS).open("a") as stream:
+        stream.write(json.dumps(TOLD) + "\n" + json.dumps(TOLD | {"round": 2, "failures": 1}) + "\n")
     with (job.out / "rounds.jsonl").open("a") as stream:
-        stream.write(json.dumps(ROUND) + "\n" + json.dumps(ROUND | {"round": 2, "failures": 1}) + "\n")
+        stream.write(json.dumps(ROUND) + "\n" + json.dumps(ROUND | {"round": 2}) + "\n")
+    (job.out / TOTALS).write_text(json.dumps({"failures": 1, "seconds": 4.0}))
     (job.out / "summary.json").write_text(json.dumps(SUMMARY))
 
 
@@ -92,7 +94,19 @@ def test_a_good_run_prints_rounds_tables_and_place(invoke: Callable[..., Result]
     assert "round 2/2 · 2.0 s · local 50.0 %, neighbour - · ε 1.25 (record) · 1 failed\n" in result.output
     assert "+15.0" in result.output
     assert "theorem" in result.output
-    assert f"results: {tmp_path / 'out'}" in result.output
+    assert f"results: {tmp_path / 'out'}\n" in result.output
+    assert "made of the releases in the table: rounds.jsonl, summary.json; no ε covers the other files" in result.output
+
+
+def test_without_a_theorem_no_file_is_said_to_be_covered(invoke: Callable[..., Result]) -> None:
+    def engine(kind: cli.Engine, job: cli.Job) -> None:
+        good_engine(kind, job)
+        nominal = [release | {"guarantee": "nominal"} for release in SUMMARY["privacy"]]
+        (job.out / "summary.json").write_text(json.dumps(SUMMARY | {"privacy": nominal}))
+
+    output = invoke(engine=engine).output
+    assert "results: " in output
+    assert "made of the releases" not in output
 
 
 @pytest.mark.parametrize(("nodes", "words"), [(0, "10 clients, engine"), (2, "10 clients on 2 nodes, engine")])

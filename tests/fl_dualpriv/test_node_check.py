@@ -29,8 +29,8 @@ from fl_dualpriv.node_device import probe, usable_device
 from fl_dualpriv.node_file import NodeFile, read_node_file
 from fl_dualpriv.node_tables import NodeModel, NodeServer
 from fl_dualpriv.privacy.budget import Budget, FilterChoice
-from fl_dualpriv.privacy.filters import ReserveFilter
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
+from fl_dualpriv.privacy.reserve_filter import ReserveFilter
 
 BUDGET = Budget(
     epsilon=2.0,
@@ -313,6 +313,12 @@ def test_a_model_that_is_not_there_is_bad(tmp_path: Path):
     model = NodeModel(name=f"local-dir:{tmp_path / 'nowhere'}")
     missing = node_check._guarded("model", lambda: node_check._model(replace(node, model=model)))
     assert (missing.verdict, "does not exist" in missing.says) == ("bad", True)
+
+
+def test_a_demand_for_integers_is_shown(tmp_path: Path):
+    node = replace(whole(tmp_path, images=1), budget=replace(BUDGET, integer_arithmetic=True))
+    assert 'only with privacy.arithmetic = "integer"' in node_check._budget(node).says
+    assert "integer" not in node_check._budget(replace(node, budget=BUDGET)).says
 
 
 def test_the_command_prints_one_table_and_its_status_is_true(tmp_path: Path, certs: Path, serve: Serve):

@@ -55,6 +55,13 @@ def test_permissions_default_to_no(tmp_path: Path) -> None:
     budget = read_node_file(write(tmp_path, WHOLE.replace("scores = true", ""))).budget
     assert budget is not None
     assert (budget.scores, budget.trusts_server, budget.seeded_noise) == (False, False, False)
+    assert not budget.integer_arithmetic  # a demand: without it a run chooses
+
+
+def test_an_owner_can_demand_integer_arithmetic(tmp_path: Path) -> None:
+    budget = read_node_file(write(tmp_path, WHOLE.replace("scores = true", "integer-arithmetic = true"))).budget
+    assert budget is not None
+    assert budget.integer_arithmetic
 
 
 @pytest.mark.parametrize(
@@ -64,9 +71,11 @@ def test_permissions_default_to_no(tmp_path: Path) -> None:
         ("epsilon = 8", "epsilon = -1", "budget.epsilon = -1; it must be a finite number > 0"),
         ("epsilon = 8", "epsilon = inf", "budget.epsilon = inf"),
         ("epsilon = 8", "epsilon = true", "budget.epsilon = True"),
-        ("delta = 1e-5", "delta = 1", "budget.delta = 1; it must be between 0 and 1"),
+        ("delta = 1e-5", "delta = 1", "budget.delta = 1; it must be at least 1e-12 and less than 1"),
         ("max-sampling-rate = 0.2", "max-sampling-rate = 0", "budget.max-sampling-rate = 0"),
         ("min-noise-multiplier = 0.5", "min-noise-multiplier = nan", "budget.min-noise-multiplier = nan"),
+        ("max-clip-norm = 1.0", "max-clip-norm = 1.33e-322", "budget.max-clip-norm = 1.33e-322; it must be from 1e-30"),
+        ("scores = true", "integer-arithmetic = 1", "budget.integer-arithmetic = 1; it must be true or false"),
         ("scores = true", "scores = 1", "budget.scores = 1; it must be true or false"),
         ("scores = true", "score = true", "unknown key budget.score"),
         ('state-dir = "/var/lib/fl-dualpriv"', 'state-dir = "mine"', "state-dir = 'mine'; give an absolute path"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fl_dualpriv.errors import PrivacyError
-from fl_dualpriv.privacy import filters
+from fl_dualpriv.privacy import worst_terms_filter
 from fl_dualpriv.privacy.accounting import SampledGaussians, composed_epsilon, epsilon
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.matrix_mechanism import BandedNoise
@@ -69,8 +69,10 @@ def test_another_program_that_writes_to_the_ledger_is_noticed(tmp_path: Path) ->
 
 
 def test_a_run_that_fits_asks_the_accountant_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, composed = [], filters.composed_epsilon
-    monkeypatch.setattr(filters, "composed_epsilon", lambda *arguments: asked.append(arguments) or composed(*arguments))
+    asked, composed = [], worst_terms_filter.composed_epsilon
+    monkeypatch.setattr(
+        worst_terms_filter, "composed_epsilon", lambda *arguments: asked.append(arguments) or composed(*arguments)
+    )
     own = books(Ledger(tmp_path / "ledger.jsonl"), epsilon(0.1, 1.0, 20, 1e-5))
     for server_round in range(1, 21):
         own.check(server_round)

@@ -35,7 +35,13 @@ def test_the_prompt_survives_bitwise_and_is_a_copy():
 
 
 TERMS = RoundTerms(
-    mechanism="gaussian", trusts_server=False, clip_norm=0.5, noise_multiplier=1.1, sampling_rate=0.2, releases=3
+    mechanism="gaussian",
+    trusts_server=False,
+    clip_norm=0.5,
+    noise_multiplier=1.1,
+    sampling_rate=0.2,
+    releases=3,
+    arithmetic="integer",
 )
 TRAIN = wire.TrainTask(partitions=(0, 4), global_prompt=PROMPT, server_round=7, run_token="abc", terms=TERMS)
 
@@ -56,6 +62,8 @@ def test_train_task_survives(arrays: ArrayRecord | None):
         ("noise-multiplier", True),
         ("sampling-rate", [0.2]),
         ("local-steps", 3.0),
+        ("arithmetic", "double"),
+        ("arithmetic", 1),
         ("server-round", "7"),
     ],
 )
@@ -66,7 +74,9 @@ def test_a_task_of_another_type_is_no_task(key: str, value: Any):
         wire.read_train(message(content))
 
 
-@pytest.mark.parametrize("key", ["mechanism", "trusts-server", "clip-norm", "noise-multiplier", "local-steps"])
+@pytest.mark.parametrize(
+    "key", ["mechanism", "trusts-server", "clip-norm", "noise-multiplier", "local-steps", "arithmetic"]
+)
 def test_a_task_without_terms_is_no_task(key: str):
     content = wire.train_content(TRAIN)
     del content.config_records["config"][key]
@@ -86,6 +96,7 @@ def test_the_server_sends_one_tensor_and_says_who_when_and_on_what_terms():
         "config/noise-multiplier",
         "config/sampling-rate",
         "config/local-steps",
+        "config/arithmetic",
     }
 
 

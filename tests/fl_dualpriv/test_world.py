@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fl_dualpriv import plans
 from fl_dualpriv.config import ConfigValue, RunConfig, app_defaults
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.image_world import ImageWorld
@@ -236,8 +237,12 @@ def test_the_nominal_procedure_refuses_a_bad_record_like_no_dp(configure: Config
 
 
 def test_a_delta_below_the_accountants_reach_is_refused(configure: Configure):
-    with pytest.raises(PrivacyError, match="no finite ε can be shown"):
-        build_world(configure({"privacy.record.delta": 1e-17}))
+    with pytest.raises(ConfigError, match=r"privacy.record.delta = 1e-17: must be at least 1e-12"):
+        configure({"privacy.record.delta": 1e-17})
+    plan = record_level_plan(configure({}))
+    assert plan is not None
+    with pytest.raises(PrivacyError, match="no finite ε can be shown"):  # whatever the configuration allows
+        plans._bounded(dataclasses.replace(plan, delta=1e-17), plan.releases, "privacy.record")
 
 
 @pytest.mark.parametrize(

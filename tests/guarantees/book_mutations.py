@@ -15,9 +15,11 @@ from clients.training import TrainRound
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy import accounting, ledger
 from fl_dualpriv.privacy.accounting import SampledGaussians
-from fl_dualpriv.privacy.filters import WorstTermsFilter
+from fl_dualpriv.privacy.budget import Budget
 from fl_dualpriv.privacy.ledger import Ledger, LedgerContent, LedgerEvent, ReservedPlan
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource
+from fl_dualpriv.privacy.plan import RecordLevelPlan
+from fl_dualpriv.privacy.worst_terms_filter import WorstTermsFilter
 from fl_dualpriv.server import RoundStrategy
 from fl_dualpriv.server_books import BudgetExhausted, ServerBooks, ServerPrivacy
 from fl_dualpriv.tables import SEEDED_NOTE
@@ -94,6 +96,20 @@ def a_new_token_is_a_new_budget(patch: Patch) -> None:
 
 def terms_are_not_checked(patch: Patch) -> None:
     patch.setattr(clients.training, "check_terms", lambda own, offered: None)
+
+
+def an_owners_demand_for_integers_is_forgotten(patch: Patch) -> None:
+    check = Budget.check_plan
+
+    def lenient(self: Budget, plan: RecordLevelPlan | None, *, reproducible: bool) -> None:
+        check(replace(self, integer_arithmetic=False), plan, reproducible=reproducible)
+
+    patch.setattr(Budget, "check_plan", lenient)
+
+
+def terms_say_nothing_of_the_arithmetic(patch: Patch) -> None:
+    make = clients.hosting.round_terms
+    patch.setattr(clients.hosting, "round_terms", lambda *given: replace(make(*given), arithmetic="float"))
 
 
 def a_repetition_is_answered(patch: Patch) -> None:
@@ -191,6 +207,18 @@ BOOK_MUTATIONS = (
         where="clients.training.check_terms",
         plant=terms_are_not_checked,
         caught_by=(run_checks.weaker_terms_are_refused,),
+    ),
+    Mutation(
+        name="an owner's demand for integer arithmetic is not checked",
+        where="Budget.check_plan",
+        plant=an_owners_demand_for_integers_is_forgotten,
+        caught_by=(run_checks.floats_are_refused_where_the_owner_demands_integers,),
+    ),
+    Mutation(
+        name="the terms of a round leave out the arithmetic",
+        where="clients.hosting.round_terms",
+        plant=terms_say_nothing_of_the_arithmetic,
+        caught_by=(run_checks.floats_are_refused_from_an_integer_run,),
     ),
     Mutation(
         name="scores on private images leave",

@@ -7,13 +7,14 @@ import numpy as np
 from torch import Tensor
 
 from fl_dualpriv import round_memory, server
+from fl_dualpriv.privacy import quantile
 from fl_dualpriv.privacy.accounting import SampledGaussians
 from fl_dualpriv.privacy.clipping import Arithmetic
 from fl_dualpriv.privacy.matrix_mechanism import BandedNoise, CorrelatedNoise, TreeNoise
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, poisson_sample
 from fl_dualpriv.privacy.quantile import AdaptiveClip
 from fl_dualpriv.server import RoundStrategy
-from tests.guarantees import central_checks
+from tests.guarantees import central_checks, limit_checks
 from tests.guarantees.book_mutations import the_server_writes_its_ledger_afterwards
 from tests.guarantees.mutation import Mutation, Patch
 from tests.guarantees.server_mutations import one_noise_for_all_rounds
@@ -29,6 +30,10 @@ def counts_are_released_without_noise(patch: Patch) -> None:
         return 0.5 + float(bits.value) * (bits.grid or 1.0) / self.expected_cohort
 
     patch.setattr(AdaptiveClip, "released_share", clean)
+
+
+def a_clip_norm_moves_out_of_range(patch: Patch) -> None:
+    patch.setattr(quantile, "clamped_clip_norm", lambda value: value)
 
 
 def the_clip_norm_moves_the_wrong_way(patch: Patch) -> None:
@@ -105,6 +110,12 @@ CENTRAL_MUTATIONS = (
         where="AdaptiveClip.released_share",
         plant=counts_are_released_without_noise,
         caught_by=(central_checks.the_count_of_small_updates_has_its_noise,),
+    ),
+    Mutation(
+        name="the clip norm moves to where rounding breaks it",
+        where="fl_dualpriv.privacy.quantile.clamped_clip_norm",
+        plant=a_clip_norm_moves_out_of_range,
+        caught_by=(limit_checks.a_moving_clip_norm_stays_one,),
     ),
     Mutation(
         name="the clip norm moves away from its quantile",

@@ -175,6 +175,28 @@ def weaker_terms_are_refused(federation: Federation) -> None:
     assert upload_of(train(grid, 1)) is not None  # the honest ones
 
 
+def floats_are_refused_from_an_integer_run(federation: Federation) -> None:
+    """Terms carry the arithmetic: a server cannot ask a client of an integer run for floats."""
+    grid = federation.nodes(**{"privacy.arithmetic": "integer"})
+    assert upload_of(train(grid, 1, TERMS)) is None, "an upload left in floats of a run in integers"
+    assert federation.ledger.read().releases() == 0
+    assert upload_of(train(grid, 1, replace(TERMS, arithmetic="integer"))) is not None
+
+
+def floats_are_refused_where_the_owner_demands_integers(federation: Federation) -> None:
+    owner = (
+        f'state-dir = "{federation.folder / "clients" / "client-000"}"\ndata-path = "{federation.images}"\n'
+        f"[budget]\nepsilon = 1000\ndelta = {DELTA}\nmax-sampling-rate = 0.15\nmin-noise-multiplier = 1.5\n"
+        "max-clip-norm = 1.0\ninteger-arithmetic = true\n"
+    )
+    reply = train(federation.nodes(owner), 1)
+    assert reply.has_error(), "an upload left in floats, and the owner demands integers"
+    assert 'privacy.arithmetic = "float", only "integer"' in (reply.error.reason or "")
+    assert federation.ledger.read().releases() == 0
+    grid = federation.nodes(owner, **{"privacy.arithmetic": "integer"})
+    assert upload_of(train(grid, 1, replace(TERMS, arithmetic="integer"))) is not None
+
+
 def private_scores_stay(federation: Federation) -> None:
     """Held-out images that were cut out of a client's own folder are private: their scores are no release."""
     grid = federation.nodes()

@@ -12,7 +12,7 @@ from clients.dualpriv import Participant
 from fl_dualpriv.directions import Directions
 from fl_dualpriv.methods import MethodParts
 from fl_dualpriv.objective import StepGradients
-from fl_dualpriv.privacy import per_example
+from fl_dualpriv.privacy import clipping, per_example
 from fl_dualpriv.privacy import release as release_module
 from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, clip_rows
 from fl_dualpriv.privacy.noise import (
@@ -25,10 +25,15 @@ from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.prompts import classification
 from fl_dualpriv.prompts.lowrank import carriers
 from fl_dualpriv.prompts.tower import ClassFeatures
-from tests.guarantees import audit_checks, run_checks, step_checks
+from tests.guarantees import audit_checks, limit_checks, run_checks, step_checks
 from tests.guarantees.mutation import Mutation, Patch
 
 # --- clipping ---------------------------------------------------------------------------------------------------------
+
+
+def any_clip_norm_is_taken(patch: Patch) -> None:
+    """One whose square is no number lets rows pass that are longer than it."""
+    patch.setattr(clipping, "check_clip_norm", lambda value: None)
 
 
 def clip_the_batch_mean(patch: Patch) -> None:
@@ -163,7 +168,7 @@ def divide_by_the_realised_batch(patch: Patch) -> None:
 
 
 def clean_upload(patch: Patch) -> None:
-    """p_G moves by the clean sum, and only what stays at the client by the release: DP-FPL as published."""
+    """p_G moves by the clean sum, and only what stays at the client by the release: as in the DP-FPL paper."""
     kept, noised = keep_clean_sums(patch), []
     direct, move = Directions.direction, clients.dualpriv._move_personal
 
@@ -203,6 +208,15 @@ def top_m_chosen_by_the_batch(patch: Patch) -> None:
 
 
 STEP_MUTATIONS = (
+    Mutation(
+        name="a clip norm has no lower bound",
+        where="fl_dualpriv.privacy.clipping.check_clip_norm",
+        plant=any_clip_norm_is_taken,
+        caught_by=(
+            limit_checks.no_row_is_longer_than_its_clip_norm,
+            limit_checks.no_record_moves_a_feature_sum_further_than_the_clip_norm,
+        ),
+    ),
     Mutation(
         name="the batch mean is clipped",
         where="fl_dualpriv.prompts.classification.clipped_sums",

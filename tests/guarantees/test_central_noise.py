@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fl_dualpriv.privacy import filters
+from fl_dualpriv.privacy import worst_terms_filter
 from fl_dualpriv.privacy.accounting import gathered
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.server_books import ServerBooks
@@ -102,7 +102,9 @@ def test_the_ledger_is_charged_for_sum_and_count_together(tmp_path: Path) -> Non
 def test_every_check_of_a_run_is_on_the_plans_own_charges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ε of what is written and what is left is the plan's to the last digit: a run fits its own budget, to its end."""
     checked: list[object] = []
-    monkeypatch.setattr(filters, "composed_epsilon", lambda charges, delta, grid: checked.append(charges) or 1.0)
+    monkeypatch.setattr(
+        worst_terms_filter, "composed_epsilon", lambda charges, delta, grid: checked.append(charges) or 1.0
+    )
     for correlated in correlations():
         plan = gathered(correlated.charges(MULTIPLIER, ROUNDS))
         ledger = Ledger(tmp_path / f"{type(correlated).__name__}.jsonl")

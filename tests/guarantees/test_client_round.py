@@ -30,6 +30,14 @@ def test_weaker_terms_are_refused(federation: Federation) -> None:
     run_checks.weaker_terms_are_refused(federation)
 
 
+def test_floats_are_refused_from_an_integer_run(federation: Federation) -> None:
+    run_checks.floats_are_refused_from_an_integer_run(federation)
+
+
+def test_floats_are_refused_where_the_owner_demands_integers(federation: Federation) -> None:
+    run_checks.floats_are_refused_where_the_owner_demands_integers(federation)
+
+
 def test_private_scores_stay(federation: Federation) -> None:
     run_checks.private_scores_stay(federation)
 

@@ -21,6 +21,7 @@ from tests.guarantees.filter_mutations import FILTER_MUTATIONS
 from tests.guarantees.mutation import Check, Mutation
 from tests.guarantees.noise_mutations import NOISE_MUTATIONS
 from tests.guarantees.pruning_mutations import PRUNING_MUTATIONS
+from tests.guarantees.result_mutations import RESULT_MUTATIONS
 from tests.guarantees.run_checks import Federation
 from tests.guarantees.server_mutations import SERVER_MUTATIONS
 from tests.guarantees.step_mutations import STEP_MUTATIONS
@@ -33,6 +34,7 @@ MUTATIONS = (
     *CENTRAL_MUTATIONS,
     *BOOK_MUTATIONS,
     *FILTER_MUTATIONS,
+    *RESULT_MUTATIONS,
 )
 Call = Callable[[Check], None]
 Noting = Callable[[str, str], None]

@@ -71,7 +71,7 @@ def test_the_prior_gives_back_its_images():
     [
         pytest.param(NO_DP, 0.9, id="context"),
         pytest.param(NO_DP | HEAD, 0.9, id="head"),
-        pytest.param({"method": "dpfpl-paper"}, 0.9, id="as published: the server sees clean gradients"),
+        pytest.param({"method": "dpfpl-paper"}, 0.9, id="dpfpl-paper: the server sees clean gradients"),
         pytest.param(TRUSTING | HEAD, 0.8, id="trusted server: clipped, not noised"),
         pytest.param(NO_DP | {"pruning.update-keep-ratio": 0.75}, 0.4, id="a pruned update", marks=pytest.mark.slow),
     ],

@@ -162,7 +162,7 @@ def test_likelihood_ratios_find_a_gaussian_shift():
     "changes",
     [
         pytest.param({}, id="record level"),
-        pytest.param({"method": "dpfpl-paper"}, id="as published"),
+        pytest.param({"method": "dpfpl-paper"}, id="dpfpl-paper"),
         pytest.param({"privacy.record.trusts-server": True, "train.local-steps": 1}, id="trusted server"),
         pytest.param(CLIENT_LEVEL, id="client level"),
     ],

@@ -9,9 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fl_dualpriv.config import RunConfig, app_defaults, merge, read_toml
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.plans import record_level_plan
+from fl_dualpriv.privacy.accounting import COARSE_GRID
+from fl_dualpriv.privacy.accounting import epsilon as epsilon_of
 from simulations import baselines, tune
 from simulations.cells import FAILED, attempt, run, was_run
+from simulations.report import CONFIGS, ROOT
 
 SHIPPED = Path(__file__).parents[2] / "simulations" / "configs" / "baselines" / "search.toml"
 
@@ -197,6 +202,33 @@ def test_the_table_says_what_is_missing(document: dict[str, Any]):
     text = baselines.page(document, "search.toml", {}, done, missing=5)
     assert "5 final runs are missing" in text
     assert "missing" not in baselines.page(document, "search.toml", {}, done, missing=0)
+
+
+def test_the_output_says_what_a_filter_would_charge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Two trials and one finalist with another seed: three plans, each at a third of δ, added up. Nothing is run."""
+    search = tmp_path / "search.toml"
+    search.write_text(
+        "trials = 2\nfinalists = 1\ntuning-seeds = [7, 8]\nseeds = [0]\nepsilons = [4.0, inf]\n[common]\n"
+        '[bases.demo]\ntitle = "small"\nconfig = "demo.toml"\n'
+        '[values.with-noise]\n"train.global-learning-rate" = [0.5, 0.1]\n'
+        '[values.without-noise]\n"train.global-learning-rate" = [0.5, 0.1]\n[[methods]]\nname = "one"\n'
+        'keys = { "method" = "promptfl" }\ntunes = ["train.global-learning-rate"]\n'
+    )
+    monkeypatch.setattr(tune, "run_all", lambda cells, *_, may_fail: [_summary(0.3, 0.5) for _ in cells])
+    monkeypatch.setattr("sys.argv", ["tune", str(search)])
+    tune.main()
+    plan = record_level_plan(RunConfig.from_run_config(merge(app_defaults(ROOT), read_toml(CONFIGS / "demo.toml"))))
+    assert plan is not None
+    charge = 3 * epsilon_of(plan.sampling_rate, plan.noise_multiplier, plan.releases, plan.delta / 3, COARSE_GRID)
+    said = f"3 tuning runs read validation data, outside of that ε; the filter reserve would charge ε = {charge:.4g}"
+    assert said in capsys.readouterr().out
+    text = search.with_name(tune.CHOSEN).read_text()
+    with_noise, without = tomllib.loads(text)["chosen"]
+    assert said in with_noise["privacy"]
+    assert without["privacy"].endswith("no filter bounds them")
+    assert "Tuning is outside of every ε" in text
 
 
 @pytest.mark.slow

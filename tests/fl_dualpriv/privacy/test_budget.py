@@ -51,6 +51,14 @@ def test_noise_that_others_can_repeat_is_refused_unless_allowed() -> None:
     replace(BUDGET, trusts_server=True).check_plan(replace(PLAN, trusts_server=True), reproducible=False)
 
 
+def test_floats_are_refused_where_the_owner_demands_integers() -> None:
+    strict = replace(BUDGET, integer_arithmetic=True)
+    with pytest.raises(PrivacyError, match=r'privacy.arithmetic = "float", only "integer"'):
+        strict.check_plan(PLAN, reproducible=False)
+    for budget in (strict, BUDGET):
+        budget.check_plan(replace(PLAN, arithmetic="integer"), reproducible=False)
+
+
 def test_a_run_without_record_level_privacy_is_refused() -> None:
     with pytest.raises(PrivacyError, match="without record-level"):
         BUDGET.check_plan(None, reproducible=False)

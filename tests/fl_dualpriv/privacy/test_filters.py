@@ -18,15 +18,11 @@ from fl_dualpriv.privacy.accounting import (
     renyi_divergence,
 )
 from fl_dualpriv.privacy.budget import Budget, FilterChoice
-from fl_dualpriv.privacy.filters import (
-    RenyiFilter,
-    ReserveFilter,
-    WorstTermsFilter,
-    check_header,
-    filter_of,
-    spend_budget,
-)
+from fl_dualpriv.privacy.filters import check_header, filter_of, spend_budget
 from fl_dualpriv.privacy.ledger import Ledger, LedgerContent, LedgerEvent, ReservedPlan
+from fl_dualpriv.privacy.renyi_filter import RenyiFilter
+from fl_dualpriv.privacy.reserve_filter import ReserveFilter
+from fl_dualpriv.privacy.worst_terms_filter import WorstTermsFilter
 
 BUDGET = Budget(
     epsilon=8.0,
@@ -208,9 +204,9 @@ def test_a_round_is_no_longer_than_the_owner_admits(tmp_path: Path) -> None:
 
 def test_what_differs_in_a_header_is_named() -> None:
     made = replace(NOTHING, headers=(ReserveFilter(budget("reserve")).header,))
-    check_header(made, ReserveFilter(budget("reserve")))
+    check_header(made, ReserveFilter(budget("reserve")).header)
     with pytest.raises(PrivacyError, match="expected-runs was 10 and is now 5") as error:
-        check_header(made, ReserveFilter(budget("reserve", expected_runs=5)))
+        check_header(made, ReserveFilter(budget("reserve", expected_runs=5)).header)
     assert "epsilon" not in str(error.value)
 
 

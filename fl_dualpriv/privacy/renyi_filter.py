@@ -1,0 +1,122 @@
+"""The filter ``renyi``: Rényi divergences at one fixed order add up."""
+
+import functools
+import math
+from dataclasses import dataclass
+
+from fl_dualpriv.errors import PrivacyError
+from fl_dualpriv.privacy.accounting import renyi_bound, renyi_divergence
+from fl_dualpriv.privacy.budget import Budget
+from fl_dualpriv.privacy.filter_base import budget_words, header_of, largest, rest_buys
+from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent, ReservedPlan
+
+RENYI_ORDERS = (*(2 + i / 4 for i in range(33)), *range(11, 65), 80, 96, 128, 192, 256)
+"""The candidates from which `best_order` takes one, before the first release."""
+
+
+@dataclass(frozen=True)
+class RenyiFilter:
+    """``renyi``: the Rényi divergences of all releases, at one order, stay within that order's bound for (ε, δ).
+
+    Guarantee:
+        As `PrivacyFilter`. The sum of adaptively chosen Rényi divergences at a *fixed* order that never passes ρ gives
+        divergence ρ of everything (Feldman and Zrnic 2021, arXiv:2008.11193, Theorem 3.1), interleaved runs too (Haney
+        et al. 2023, arXiv:2309.05901), and ρ is the largest that implies (ε, δ) (`renyi_bound`). The order is a
+        function of the owner's file only: the best order of the releases that happened would be chosen by them.
+
+    Args:
+        budget: The owner's limits.
+    """
+
+    budget: Budget
+
+    @functools.cached_property
+    def order(self) -> float:
+        """α, the best for runs on the terms that the owner expects."""
+        return best_order(self.budget)
+
+    @property
+    def bound(self) -> float:
+        """ρ, the largest divergence at `order` that everything together may have."""
+        return renyi_bound(self.budget.epsilon, self.budget.delta, self.order)
+
+    @property
+    def header(self) -> dict[str, object]:
+        """As `PrivacyFilter.header`."""
+        return header_of(self.budget, {"order": self.order})
+
+    def spent(self, made: LedgerContent) -> float:
+        """Divergence of everything in the ledger; a damaged line is charged as the largest round at worst terms."""
+        total = math.fsum(self._cost(e.releases, e.sampling_rate, e.noise_multiplier) for e in made.events)
+        budget = self.budget
+        if not made.damaged:
+            return total
+        if not budget.min_noise_multiplier > 0:
+            return math.inf
+        line = (budget.filter.max_round_releases, budget.max_sampling_rate, budget.min_noise_multiplier)
+        return total + made.damaged * self._cost(*line)
+
+    def _cost(self, releases: int, sampling_rate: float, noise_multiplier: float) -> float:
+        return releases * renyi_divergence(sampling_rate, noise_multiplier, self.order)
+
+    def check(self, made: LedgerContent, plan: ReservedPlan, event: LedgerEvent) -> None:
+        """As `PrivacyFilter.check`."""
+        cost = self._cost(event.releases, event.sampling_rate, event.noise_multiplier)
+        if not self.spent(made) + cost <= self.bound:
+            raise PrivacyError(
+                f"{budget_words(self.budget)}; {self.balance(made)}. The round, {event.releases} releases at "
+                f"q = {event.sampling_rate:g} and z = {event.noise_multiplier:g}, has divergence {cost:.4g}. "
+                f"{rest_buys(self, made, plan)}: the round is refused"
+            )
+
+    def affordable(self, made: LedgerContent, sampling_rate: float, noise_multiplier: float) -> int:
+        """As `PrivacyFilter.affordable`."""
+        spent = self.spent(made)
+        return largest(lambda releases: spent + self._cost(releases, sampling_rate, noise_multiplier) <= self.bound)
+
+    def share(self, made: LedgerContent) -> float:
+        """As `PrivacyFilter.share`."""
+        return self.spent(made) / self.bound
+
+    def balance(self, made: LedgerContent) -> str:
+        """As `PrivacyFilter.balance`."""
+        spent = self.spent(made)
+        if not spent <= self.bound:
+            return f"Rényi divergence {spent:.4g} of {self.bound:.4g} at order {self.order:g}: the ledger is closed"
+        return (
+            f"Rényi divergence {spent:.4g} of {self.bound:.4g} at order {self.order:g} is spent, "
+            f"{self.bound - spent:.4g} is left"
+        )
+
+    def claim(self) -> str:
+        """As `PrivacyFilter.claim`."""
+        return f"renyi: divergences at the fixed order {self.order:g} add up to at most {self.bound:.4g}"
+
+
+def best_order(budget: Budget) -> float:
+    """The Rényi order that admits the most releases on the terms that the owner expects.
+
+    A function of the owner's file only. How many releases a run has does not matter: divergences add up.
+
+    Raises:
+        PrivacyError: If the owner's file states no terms to expect, or no order admits one release on them.
+    """
+    choice = budget.filter
+    rate = choice.expected_sampling_rate or budget.max_sampling_rate
+    noise = choice.expected_noise_multiplier or budget.min_noise_multiplier
+    if not noise > 0:
+        raise PrivacyError(
+            'filter = "renyi" takes its order from the expected terms: set budget.expected-noise-multiplier, or '
+            "budget.min-noise-multiplier above 0"
+        )
+
+    def releases(order: float) -> float:
+        return renyi_bound(budget.epsilon, budget.delta, order) / renyi_divergence(rate, noise, order)
+
+    best = max(RENYI_ORDERS, key=releases)
+    if releases(best) < 1:
+        raise PrivacyError(
+            f'filter = "renyi" admits no release at q = {rate:g} and z = {noise:g} within ε = {budget.epsilon:g} at '
+            f"δ = {budget.delta:g}: expect more noise or a lower rate, or raise ε"
+        )
+    return float(best)

@@ -1,0 +1,180 @@
+"""The filter ``reserve``: whole plans of runs are charged beforehand."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fl_dualpriv.errors import PrivacyError
+from fl_dualpriv.privacy.accounting import COARSE_GRID, SampledGaussians, composed_epsilon
+from fl_dualpriv.privacy.budget import Budget
+from fl_dualpriv.privacy.filter_base import budget_words, header_of, largest, plan_words, rest_buys
+from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent, ReservedPlan
+
+
+@dataclass(frozen=True)
+class ReserveFilter:
+    """``reserve``: the whole plan of a run is charged at its PLD before the run's first release, and never refunded.
+
+    Guarantee:
+        As `PrivacyFilter`. A plan's terms are fixed before its first release, so the run is an interactive mechanism
+        that is (ε_i, δ_i)-DP by PLD, with δ_i = (δ − δ′) / ``expected_runs``. With ``sum`` the plans that are admitted
+        have Σ ε_i ≤ ε and Σ δ_i ≤ δ (Rogers et al. 2016, arXiv:1605.08294). With ``advanced`` they have
+        √(2 log(1/δ′) Σ ε_i²) + ½ Σ ε_i² ≤ ε (Whitehouse et al. 2023, arXiv:2203.05481, Theorem 1). Both hold for ε_i
+        chosen from earlier releases, and for runs that interleave (Haney et al. 2023, arXiv:2309.05901). Releases that
+        are made again after a crash count against the plan.
+
+    Args:
+        budget: The owner's limits.
+    """
+
+    budget: Budget
+
+    @property
+    def run_delta(self) -> float:
+        """δ_i, at which the ε of each plan is taken."""
+        choice = self.budget.filter
+        return (self.budget.delta - choice.delta_prime) / choice.expected_runs
+
+    @property
+    def header(self) -> dict[str, object]:
+        """As `PrivacyFilter.header`."""
+        choice = self.budget.filter
+        return header_of(
+            self.budget,
+            {
+                "expected-runs": choice.expected_runs,
+                "composition": choice.composition,
+                "delta-prime": choice.delta_prime,
+            },
+        )
+
+    def cost(self, releases: int, sampling_rate: float, noise_multiplier: float) -> float:
+        """ε_i of a plan."""
+        charge = SampledGaussians(sampling_rate, noise_multiplier, releases)
+        return composed_epsilon((charge,), self.run_delta, COARSE_GRID)
+
+    def charges(self, made: LedgerContent) -> list[float]:
+        """ε_i of each plan in the ledger, of each run that has events without a plan, and of each damaged line.
+
+        Events without a plan are those of a ledger that is older than its filter. They are charged as one plan a run,
+        at the run's largest q and smallest z. A damaged line may have been a plan, so it is charged as the largest
+        one that the owner admits.
+        """
+        charges = [self.cost(plan.releases, plan.sampling_rate, plan.noise_multiplier) for plan in made.plans]
+        charges += [self.cost(*terms) for terms in _unplanned(made).values()]
+        largest = self.budget.filter.max_run_epsilon
+        return charges + [self.budget.epsilon if largest is None else largest] * made.damaged
+
+    def total(self, charges: Sequence[float]) -> float:
+        """ε of some plans together; infinite if there are more than δ was divided for."""
+        choice = self.budget.filter
+        if len(charges) > choice.expected_runs:
+            return math.inf
+        if choice.composition == "sum":
+            return math.fsum(charges)
+        squares = math.fsum(charge**2 for charge in charges)
+        return math.sqrt(2 * math.log(1 / choice.delta_prime) * squares) + squares / 2
+
+    def check(self, made: LedgerContent, plan: ReservedPlan, event: LedgerEvent) -> None:
+        """As `PrivacyFilter.check`: a new run's plan must fit, and an event must lie within its run's plan."""
+        _check_plan_covers(plan, event)
+        known = [reserved for reserved in made.plans if reserved.run == plan.run]
+        if known and known != [plan]:
+            raise PrivacyError(
+                f"the ledger holds another plan of this run: {plan_words(known[0])}; asked is {plan_words(plan)}: a "
+                "plan is fixed before its first release; the round is refused"
+            )
+        after = made if known else _with_plan(made, plan)
+        self._check_total(made, after, plan)
+        if made.releases(plan.run) + event.releases > plan.releases:
+            raise PrivacyError(
+                f"{made.releases(plan.run)} of the {plan.releases} reserved releases of this run are made and the "
+                f"round asks for {event.releases} more: the round is refused"
+            )
+
+    def _check_total(self, made: LedgerContent, after: LedgerContent, plan: ReservedPlan) -> None:
+        choice, spent = self.budget.filter, self.charges(after)
+        if self.total(spent) <= self.budget.epsilon and (
+            after is made
+            or choice.max_run_epsilon is None
+            or self.cost(plan.releases, plan.sampling_rate, plan.noise_multiplier) <= choice.max_run_epsilon
+        ):
+            return
+        cost = self.cost(plan.releases, plan.sampling_rate, plan.noise_multiplier)
+        limit = "" if choice.max_run_epsilon is None else f", at most ε = {choice.max_run_epsilon:g} a run"
+        raise PrivacyError(
+            f"{budget_words(self.budget)}{limit}; {self.balance(made)}. The whole plan of this run, "
+            f"{plan_words(plan)}, costs ε = {cost:.4g} at δ = {self.run_delta:.3g} and does not fit. "
+            f"{rest_buys(self, made, plan)}: the round is refused"
+        )
+
+    def affordable(self, made: LedgerContent, sampling_rate: float, noise_multiplier: float) -> int:
+        """As `PrivacyFilter.affordable`."""
+        spent, most = self.charges(made), self.budget.filter.max_run_epsilon
+
+        def fits(releases: int) -> bool:
+            cost = self.cost(releases, sampling_rate, noise_multiplier)
+            return self.total([*spent, cost]) <= self.budget.epsilon and (most is None or cost <= most)
+
+        return largest(fits)
+
+    def share(self, made: LedgerContent) -> float:
+        """As `PrivacyFilter.share`: of ε or of the runs, whichever is larger."""
+        spent = self.charges(made)
+        return max(self.total(spent) / self.budget.epsilon, len(spent) / self.budget.filter.expected_runs)
+
+    def balance(self, made: LedgerContent) -> str:
+        """As `PrivacyFilter.balance`."""
+        spent, runs = self.charges(made), self.budget.filter.expected_runs
+        if not self.total(spent) < self.budget.epsilon:
+            return f"{len(spent)} plans of at most {runs} are charged and nothing is left: the ledger is closed"
+        left = self.budget.epsilon - self.total(spent)
+        return (
+            f"ε = {self.total(spent):.4g} is reserved for {len(spent)} of {runs} runs, ε = {left:.4g} and "
+            f"{runs - len(spent)} runs are left"
+        )
+
+    def claim(self) -> str:
+        """As `PrivacyFilter.claim`."""
+        choice = self.budget.filter
+        how = "added up" if choice.composition == "sum" else f"by advanced composition, δ′ = {choice.delta_prime:g}"
+        return (
+            f"reserve: whole plans of at most {choice.expected_runs} runs, each charged before its first release at "
+            f"δ = {self.run_delta:.3g}, {how}"
+        )
+
+
+def _check_plan_covers(plan: ReservedPlan, event: LedgerEvent) -> None:
+    if event.kind != "gaussian" or (event.sampling_rate, event.noise_multiplier) != (
+        plan.sampling_rate,
+        plan.noise_multiplier,
+    ):
+        raise PrivacyError(
+            f"a release of kind {event.kind} at q = {event.sampling_rate:g} and z = {event.noise_multiplier:g} is not "
+            f"of the run's plan, {plan_words(plan)}; the round is refused"
+        )
+
+
+def _with_plan(made: LedgerContent, plan: ReservedPlan) -> LedgerContent:
+    return replace(made, plans=(*made.plans, plan))
+
+
+def _unplanned(made: LedgerContent) -> dict[str, tuple[int, float, float]]:
+    """Releases, largest q and smallest z of each run's events that no plan in the ledger covers."""
+    room = Counter[tuple[str, float, float]]()
+    for plan in made.plans:
+        room[plan.run, plan.sampling_rate, plan.noise_multiplier] += plan.releases
+    found: dict[str, tuple[int, float, float]] = {}
+    for event in made.events:
+        terms = (event.run, event.sampling_rate, event.noise_multiplier)
+        if room[terms] >= event.releases:
+            room[terms] -= event.releases
+            continue
+        releases, rate, noise = found.get(event.run, (0, 0.0, math.inf))
+        found[event.run] = (
+            releases + event.releases,
+            max(rate, event.sampling_rate),
+            min(noise, event.noise_multiplier),
+        )
+    return found
