@@ -46,6 +46,8 @@ max-sampling-rate = 0.2
 min-noise-multiplier = 1.0
 max-clip-norm = 1.0
 scores = true
+filter = "reserve"
+expected-runs = 2
 """
 
 
@@ -291,9 +293,10 @@ allowed = ["{self.digest}"]
         return [json.loads(line) for line in self.read("operator/progress.jsonl").splitlines()]
 
     def ledger(self, node: int) -> list[dict[str, Any]]:
-        """The events of a node."""
+        """The events of a node, without the header of its ledger and the plans that are reserved there."""
         file = self.home(node) / "state" / "ledger.jsonl"
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+        lines = map(json.loads, file.read_text(encoding="utf-8").splitlines() if file.exists() else [])
+        return [line for line in lines if "server_round" in line]
 
     def export(self, node: int) -> Path:
         """``fl-dualpriv export`` of the prompt that lies on a node."""

@@ -90,7 +90,7 @@ def personal_prompts(out: Path) -> list[Tensor]:
 
 
 def ledger(path: Path) -> list[dict[str, Any]]:
-    """All events; the header of a filter is left out."""
+    """Events only; a ledger with a limit has a header before them."""
     return [event for line in path.read_text().splitlines() if "header" not in (event := strict(line))]
 
 
