@@ -19,6 +19,7 @@ from fl_dualpriv.prompts.head import LowRankHead
 from fl_dualpriv.prompts.learner import PromptedText
 from fl_dualpriv.prompts.tower import PromptTower
 from fl_dualpriv.pruning.updates import KEEP_ALL
+from fl_dualpriv.row_check import checked_objective
 
 NAMES = ("cat", "red fire truck", "dog", "the great wall of china", "tree")
 SIZES = (17, 3, 40, 1, 24)
@@ -77,27 +78,43 @@ def update(
             }
             | changes
         )
-    results = cohort_update(
-        global_prompt=start,
-        participants=[participant(p, start) for p in members],
-        objective=Classification(
+    g = torch.Generator().manual_seed(9)
+    objective, path = checked_objective(
+        Classification(
             tower=tower,
             logit_scale=20.0,
             top_m=top_m,
             noise_space="feature" if level == "feature" else "prompt",
             workspace_bytes=workspace,
         ),
-        parts=METHODS[method],
-        training=LocalTraining(
-            local_steps=steps,
-            sampling_rate=0.3,
-            global_learning_rate=0.7,
-            local_learning_rate=0.9,
-            pruning=replace(KEEP_ALL, keep_ratio=0.5),
-        ),
-        plan=plan,
+        made_up,
+        torch.stack([METHODS[method].effective(start, own) for own in torch.randn(3, *start.shape, generator=g)]),
+        private=plan is not None,
     )
-    return {p: [upload, state.personal, state.carrier] for p, (upload, state) in zip(members, results, strict=True)}
+    found: dict[int, list[Tensor]] = {}
+    for group in [(p,) for p in members] if "clients" in path else [members]:  # as a run does
+        results = cohort_update(
+            global_prompt=start,
+            participants=[participant(p, start) for p in group],
+            objective=objective,
+            parts=METHODS[method],
+            training=LocalTraining(
+                local_steps=steps,
+                sampling_rate=0.3,
+                global_learning_rate=0.7,
+                local_learning_rate=0.9,
+                pruning=replace(KEEP_ALL, keep_ratio=0.5),
+            ),
+            plan=plan,
+        )
+        found |= {p: [upload, s.personal, s.carrier] for p, (upload, s) in zip(group, results, strict=True)}
+    return found
+
+
+def made_up() -> ClientData:
+    g = torch.Generator().manual_seed(100)
+    features = torch.nn.functional.normalize(torch.randn(25, 32, generator=g), dim=1)
+    return ClientData(features=features, labels=torch.randint(0, len(NAMES), (25,), generator=g))
 
 
 def largest_difference(one: dict[int, list[Tensor]], other: dict[int, list[Tensor]]) -> float:
@@ -144,7 +161,6 @@ def test_the_plain_tower_gives_the_same_rounds(text: PromptedText) -> None:
 
 @pytest.mark.parametrize("level", ["none", "private", "feature"])
 def test_the_head_steps_together(text: PromptedText, level: str) -> None:
-    """To rounding: its matrices are small, and a batch of one takes another kernel than a batch of many."""
     head = LowRankHead(text.zero_shot_features())
     start = head.initial(3, 0)
     together = update(head, start, "promptfl", level, (2, 0, 1), 2**30, 0)
