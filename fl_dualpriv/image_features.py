@@ -50,7 +50,7 @@ class ImageFeatures:
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """Features of images as they are, float32 (len(indices), embed_dim)."""
         if self._backbone.visual_prompts:
-            return encode_images(self._backbone, self._images, indices, None)[0]
+            return encode_images(self._backbone, self._images, indices, None, pad=True)[0]
         return self._table.rows(indices)
 
     def mirrored_rows(self, indices: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
@@ -60,7 +60,7 @@ class ImageFeatures:
             indices: Which images.
             mirrored: Which of them are mirrored, bool (len(indices),).
         """
-        return encode_images(self._backbone, self._images, indices, mirrored)[0]
+        return encode_images(self._backbone, self._images, indices, mirrored, pad=True)[0]
 
     @functools.cached_property
     def _table(self) -> FeatureTable:

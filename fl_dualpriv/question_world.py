@@ -17,10 +17,11 @@ from fl_dualpriv.data.partition import partition
 from fl_dualpriv.data.questions import QuestionSet, QuestionSplits, load_questions
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.image_features import ImageFeatures, refuse_unusable
-from fl_dualpriv.prompts.answers import AnswerObjective, AnswerRecords, answer_records
+from fl_dualpriv.prompts.answers import BLOCK, AnswerObjective, AnswerRecords, answer_records
 from fl_dualpriv.prompts.soft_prompt import SoftPromptObjective
 from fl_dualpriv.pruners import token_pruner
 from fl_dualpriv.pruning.visual_tokens import TokenPruner
+from fl_dualpriv.row_check import MADE_UP_BLOCKS
 from fl_dualpriv.world import Counts, one_thread, random_prompt
 
 if TYPE_CHECKING:
@@ -137,6 +138,19 @@ class QuestionWorld:
         while len(self._recent) > _RECENT:
             del self._recent[next(iter(self._recent))]
         return kept
+
+    def made_up(self) -> AnswerRecords:
+        """See `World`: random visual tokens, and the template's words in any order as questions and answers."""
+        generator, count = torch.Generator().manual_seed(0), MADE_UP_BLOCKS * BLOCK + 1
+        ids = torch.tensor([*self.backbone.words(self.data.template), self.backbone.end])
+        return AnswerRecords(
+            visual=torch.randn(count, self.backbone.embed_dim, generator=generator),
+            image_of=torch.arange(count),
+            tokens=ids[torch.randint(len(ids), (count, self.max_tokens), generator=generator)],
+            answer_start=torch.full((count,), self.max_tokens // 2),
+            length=self.max_tokens - torch.arange(count) % max(1, self.max_tokens // 2),
+            labels=torch.zeros(count, dtype=torch.long),
+        )
 
     def held_out(self, split: str) -> AnswerRecords:
         """The ``val`` or ``test`` questions; computed once a process."""

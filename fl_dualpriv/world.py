@@ -92,6 +92,13 @@ class World(Protocol):
         """
         ...
 
+    def made_up(self) -> Records:
+        """Records that nobody owns, of the shapes of a client's; always the same.
+
+        For `row_check`: one more than `MADE_UP_BLOCKS` blocks. Features are random and labels any.
+        """
+        ...
+
     def counts(self, prompts: Tensor, config: RunConfig) -> Sequence[Counts]:
         """Score each prompt on the held-out split of the configuration; prompts (prompt, rows, cols)."""
         ...

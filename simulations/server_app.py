@@ -4,6 +4,7 @@ import logging
 import math
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -135,6 +136,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
             split=config.evaluation.split,
             group_names=world.group_names,
             releases=rounds.charged(list_releases(config, record, client, scored=strategy.evaluate_every > 0)),
+            rows=Counter(card.rows for card in cards.values() if card.rows),
             notes=found,
             config={**context.run_config, "output.resume": False},
         )
