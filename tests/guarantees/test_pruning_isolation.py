@@ -17,10 +17,10 @@ from fl_dualpriv.pruning.published import pruned_hidden
 from fl_dualpriv.pruning.visual_tokens import VisualTokenPruner
 from tests.fl_dualpriv.pruning.small_towers import KINDS, images_for, small, vision_model
 
-# In a batch of another size, or at another place, matrix products may sum in another order. To first order each sum adds
-# a relative error of its length times u = 2⁻²⁴: in a block of width 32 those over channels (three products and two norms
-# of 32, one product of 128) and over 17 tokens (three) have 340 terms. Three blocks, 192 numbers of a patch and the
-# projection make 1300 u = 8e-5 of a feature of norm 1. What mixes images moves features by 1e-2 and more.
+# In a batch of another size, or at another place, matrix products may sum in another order. To first order each sum
+# adds a relative error of its length times u = 2⁻²⁴: in a block of width 32 those over channels (three products and two
+# norms of 32, one product of 128) and over 17 tokens (three) have 340 terms. Three blocks, 192 numbers of a patch and
+# the projection make 1300 u = 8e-5 of a feature of norm 1. What mixes images moves features by 1e-2 and more.
 ROUNDING = 1e-4
 
 PRUNERS: dict[str, VisualTokenPruner | None] = {
