@@ -49,8 +49,8 @@ def checked_objective(
         PrivacyError: If single records are protected and no form passes: then no sensitivity can be stated here.
     """
     if not private:
-        alone = len(prompts) == 1 or _clients_do_not_mix(objective, made_up, prompts, private=False)
-        return objective, "together" if alone else "clients apart"
+        holds = len(prompts) == 1 or _clients_do_not_mix(objective, made_up, prompts, private=False)
+        return objective, "together" if holds else "clients apart"
     paths: Sequence[tuple[bool, bool, RowPath]] = (
         (False, False, "together"),
         (True, False, "records apart"),
