@@ -1,9 +1,9 @@
-"""Try on made-up records that a record's gradient is the same bit by bit, whoever is in its batch or steps along.
+"""Try on made-up records that a record's gradient keeps all its bits when other records or clients come or go.
 
 The sensitivity of a clipped sum needs each term to be a function of its own record (docs/privacy.md §4.1). In exact
-arithmetic it is; in floats a matrix kernel may round a row by its place, or by how many rows there are. Which kernels
-run is a matter of the machine and of shapes, so each process tries its own, on records that nobody owns, before the
-first private step: the code that makes the rows of a run makes these.
+arithmetic it is. In floats a matrix kernel may round a row by its place, or by how many rows there are. The machine and
+the shapes decide which kernels run. So each process tries its kernels before the first private step, with the code that
+makes the rows of the run, on records that are made up.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.objective import Objective, Picked, Records, StepGradients
 
 RowPath = Literal["together", "records apart", "clients apart", "records and clients apart"]
-"""Which products are shared: of several records and clients, of clients only, of records only, or none."""
+"""The products that are shared: those of records and of clients, of clients only, of records only, or none."""
 
 COMPANY = 3
 """Clients that step together in a check, where that many can."""
@@ -28,29 +28,29 @@ MADE_UP_BLOCKS = 3
 def checked_objective(
     objective: Objective[Any], made_up: Callable[[], Records], prompts: Tensor, *, private: bool
 ) -> tuple[Objective[Any], RowPath]:
-    """The fastest form of an objective whose rows depend on nobody else on this machine.
+    """Choose the fastest form of an objective whose rows depend on no other record or client on this machine.
 
     Guarantee:
-        Of what is returned, on the shapes that were tried: a record that is removed from a batch leaves all other rows
-        as they are, bit by bit, and so does a client that steps along or does not. It is a function of the machine and
-        of public shapes. No record is read.
+        With the returned form, on the shapes that were tried, a record that is removed from a batch changes no bit of
+        another row, and neither does a client that steps along or not. The choice is a function of the machine and of
+        public shapes. No record of a client is read.
 
     Args:
         objective: Of the run.
         made_up: Makes records of the run's shapes, the same ones at each call, as new objects: what an objective keeps
             of records must not stand in for the work. One more than full blocks.
         prompts: Some, (prompt, rows, cols): as many as step together, up to `COMPANY`.
-        private: Whether single records are protected; else only the clients' sums must not depend on others.
+        private: Single records are protected. Otherwise only the clients' sums must not depend on others.
 
     Returns:
-        The objective to use, and which path it is; with "clients apart" its clients must step one by one.
+        The objective to use, and its path. With "clients apart" its clients must step one by one.
 
     Raises:
         PrivacyError: If single records are protected and no form passes: then no sensitivity can be stated here.
     """
     if not private:
-        alone = len(prompts) == 1 or _clients_do_not_mix(objective, made_up, prompts, private=False)
-        return objective, "together" if alone else "clients apart"
+        holds = len(prompts) == 1 or _clients_do_not_mix(objective, made_up, prompts, private=False)
+        return objective, "together" if holds else "clients apart"
     paths: Sequence[tuple[bool, bool, RowPath]] = (
         (False, False, "together"),
         (True, False, "records apart"),
@@ -70,7 +70,7 @@ def checked_objective(
 
 
 def _rows_do_not_mix(objective: Objective[Any], made_up: Callable[[], Records], prompt: Tensor) -> bool:
-    """Whether a client's rows stay as they are when one of its records goes, and when all but one go."""
+    """Compare a client's rows with those without one of its records, and without all others."""
     everything = np.arange(made_up().num_examples)
     whole = _rows(objective, made_up, prompt, [everything])
     if not bool(torch.isfinite(whole).all() and whole.any()):
@@ -83,7 +83,7 @@ def _rows_do_not_mix(objective: Objective[Any], made_up: Callable[[], Records], 
 def _clients_do_not_mix(
     objective: Objective[Any], made_up: Callable[[], Records], prompts: Tensor, *, private: bool
 ) -> bool:
-    """Whether clients get what each gets alone, with batches of several sizes, in two orders."""
+    """Compare clients that step together with each by itself, with batches of several sizes, in two orders."""
     everything = np.arange(made_up().num_examples)
     falling = [everything[: len(everything) // (1 + 2 * place)] for place in range(len(prompts))]
     for picked in (falling, falling[::-1]):

@@ -16,12 +16,12 @@ _BLOCK_ENTRIES = 2**16  # of outer products at a time: half a MiB stays in a cac
 
 
 def feature_blocks(classes: Tensor, x: Tensor, y: Tensor, logit_scale: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both factors of each example's gradient, in blocks of one size whatever the batch; padding is zero.
+    """Both factors of each example's gradient, in blocks of one size for every batch; padding is zero.
 
     Guarantee:
-        Row i is a function of ``classes`` and of example i alone, bit by bit: each cosine is a sum of products of its
-        own, and no matrix kernel, which may round a row by its place or by the number of rows, is in the way. What is
-        held does not grow with a batch, whose size is private.
+        Row i is a function of ``classes`` and of example i only, bit by bit: each cosine is a separate sum. A matrix
+        kernel, which may round a row by its place or by the number of rows, has no part in it. The memory does not grow
+        with a batch, whose size is private.
 
     Args:
         classes: Unit-norm class features (n_cls, embed_dim).

@@ -1,9 +1,9 @@
-"""Products of many prompts with one weight, in which a prompt's numbers do not depend on who stands beside it.
+"""Products of many prompts with one weight, in which a prompt's numbers do not depend on the prompts beside it.
 
 A matrix library chooses its kernels by the size of a product, and a kernel may treat the last rows otherwise than the
 first, so one product of all prompts rounds a prompt's rows by their place and by how many there are. Here the result
-is that of one product for each prompt. Faster forms are used where they give the same bits, which is tried once a
-process for each shape, on numbers of its own.
+is that of one product for each prompt. Faster forms are used where they give the same bits. Each process tries that
+once for each shape, on random numbers.
 """
 
 import functools
