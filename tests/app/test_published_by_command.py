@@ -46,7 +46,9 @@ def call(*words: object, status: int = 0) -> Result:
 
 
 def run(config: Path, out: str, changes: dict[str, object] | None = None, *, engine: str = "local") -> Path:
-    words = set_words({key: str(value) for key, value in (changes or {}).items()})
+    words = set_words(
+        {key: str(value).lower() if value is True else str(value) for key, value in (changes or {}).items()}
+    )
     call("run", config, "--app", APP_DIR, "--engine", engine, "--out", out, *words)
     assert (Path(out) / "run.json").exists()
     assert without_kind(Path(out)) == []
@@ -140,7 +142,7 @@ def test_clients_that_were_never_sampled_have_released_nothing(config: Path):
 @pytest.mark.parametrize("engine", ["local", "ray"])
 @pytest.mark.timeout(400)
 def test_a_run_that_was_resumed_is_published(engine: str, config: Path):
-    front = command(str(config), "--engine", engine, "--out", str(Path("x").absolute()), "--set", "rounds=4")
+    front = command(str(config), "--engine", engine, "--out", str(Path("x").absolute()), "--set", "rounds=20")
     rounds: Callable[[], bool] = lambda: len(read(Path("x/rounds.jsonl"))) > 2  # noqa: E731
     try:
         assert wait_for(rounds, 200)
