@@ -6,7 +6,7 @@ STAMP := $(VENV)/.set-up
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kernels test-programs test-slow lint bench vqa-assets cifar10 cifar10-clip baselines clean
+.PHONY: help setup demo test test-kernels test-programs test-docs test-slow lint bench vqa-assets cifar10 cifar10-clip baselines clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -44,7 +44,11 @@ test-kernels: setup  ## the tests that depend on matrix kernels, with two other 
 	ATEN_CPU_CAPABILITY=default $(ONE_THREAD) $(BIN)/python -m pytest -n auto --dist loadfile $(KERNEL_TESTS)
 
 test-programs: setup  ## the slow tests of the front and the app: the real Flower programs and Ray
-	$(ONE_THREAD) $(BIN)/python -m pytest -m slow tests/app/test_flwr_run.py tests/app/test_real_app.py
+	$(ONE_THREAD) $(BIN)/python -m pytest -m slow tests/app/test_flwr_run.py tests/app/test_real_app.py \
+		tests/app/test_published_by_command.py
+
+test-docs: setup  ## every command of README.md and docs/, as it stands there: a quarter of an hour
+	$(ONE_THREAD) $(BIN)/python -m pytest -m slow tests/app/test_documented_commands.py
 
 test-slow: setup  ## all slow tests: also deployed nodes with a rogue server, audits of many seeds, crashes at every line
 	$(ONE_THREAD) $(BIN)/python -m pytest -m slow

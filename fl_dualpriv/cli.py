@@ -235,12 +235,17 @@ def resumed(out: Path, app_dir: Path | None, engine: Engine | None) -> Job:
         raise ConfigError(
             f"{file} cannot be read: {type(error).__name__}: {error}; the run cannot be resumed"
         ) from error
-    if (out / "summary.json").exists():
-        raise ConfigError(f"{out}: its run has ended (summary.json); nothing is to be resumed")
+    _refuse_ended(out)
     with held_alone(out, _ENDING_SECONDS):  # processes of a front that was killed are ended within seconds
+        _refuse_ended(out)  # in these seconds they may have ended the run
         (out / "error.json").unlink(missing_ok=True)
     checked = RunConfig.from_run_config(flat)
     return Job(app_dir=app_dir or app, flat=flat, config=checked, out=out, name=name, engine=engine or begun)
+
+
+def _refuse_ended(out: Path) -> None:
+    if (out / "summary.json").exists():
+        raise ConfigError(f"{out}: its run has ended (summary.json); nothing is to be resumed")
 
 
 def find_app(config: Path) -> Path:

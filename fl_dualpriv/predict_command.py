@@ -22,7 +22,7 @@ _TOP = 3
 
 def predict(
     prompt: Annotated[Path, typer.Argument(metavar="PROMPT", help="A file that `fl-dualpriv export` wrote.")],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER...", help="Images, and folders of them.")],
     question: Annotated[str | None, typer.Option(help="About every image; for prompts that answer questions.")] = None,
     top: Annotated[
         int | None, typer.Option(min=1, help="How many classes of each image; without it 3, and in JSON all.")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fl_dualpriv.data.folder import BadImageError, FolderSplit
+from fl_dualpriv.data.folder import EXTENSIONS, BadImageError, FolderSplit
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.image_features import BATCH, encode_images
 from fl_dualpriv.prompt_facts import PublishedFacts
@@ -61,8 +61,10 @@ class LoadedPrompt:
     def predict(self, images: Sequence[str | Path], question: str | None = None) -> list[Prediction]:
         """What the prompt says of each image; one that cannot be used has an ``error`` and stops no other.
 
+        The result has one entry for each image, in the order of `image_files`.
+
         Args:
-            images: Files.
+            images: Files, and folders. A folder stands for the images in it and below, see `image_files`.
             question: About every one of them; for prompts that answer questions, and only for those.
 
         Raises:
@@ -75,8 +77,9 @@ class LoadedPrompt:
         if self.facts.use.asks_questions != (question is not None):
             needs = "answers questions: give one" if question is None else "names classes and answers no question"
             raise ConfigError(f"this prompt {needs}")
-        for start in range(0, len(images), BATCH):
-            yield from self._batch(images[start : start + BATCH], question or "")
+        files = image_files(images)
+        for start in range(0, len(files), BATCH):
+            yield from self._batch(files[start : start + BATCH], question or "")
 
     def _batch(self, images: Sequence[str | Path], question: str) -> Iterator[Prediction]:
         files = FolderSplit(tuple(map(Path, images)), np.zeros(len(images), dtype=np.int64), self.classes)
@@ -88,7 +91,27 @@ class LoadedPrompt:
             yield Prediction(image=str(images[index]), label=label, probabilities=shares, error=error)
 
 
+def image_files(images: Sequence[str | Path]) -> list[str | Path]:
+    """The files that are meant: each folder is replaced by the images in it and below, in the order of their paths.
+
+    Hidden files and folders are left out, as in training. A folder without an image stays: it is one that cannot be
+    used, and its owner must be told.
+    """
+    found: list[str | Path] = []
+    for image in images:
+        inside = _images_below(Path(image)) if Path(image).is_dir() else []
+        found += inside or [image]
+    return found
+
+
+def _images_below(folder: Path) -> list[Path]:
+    files = [file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS and not file.is_dir()]
+    return sorted(file for file in files if not any(p.startswith(".") for p in file.relative_to(folder).parts))
+
+
 def _why_unusable(files: FolderSplit, index: int) -> str:
+    if files.paths[index].is_dir():
+        return f"a folder without an image ({' '.join(sorted(EXTENSIONS))})"
     try:
         files.image(index)
     except BadImageError as error:

@@ -120,7 +120,7 @@ def _guarantee(material: Material, row: Row) -> Guarantee:
     contents = material.ledgers.get(unit)
     if contents is None and material.deployed and unit == "record" and material.source.client is None:
         note += "; every client keeps its own ledger on its node"
-    elif not contents or not any(_is_of(content, material.run_token) for content in contents):
+    elif contents is None or (contents and not any(_is_of(content, material.run_token) for content in contents)):
         raise PrivacyError(f"the {unit}-level ledger has no line of this run: nothing says what was released")
     for content in contents or ():
         spent = content.epsilon(delta)

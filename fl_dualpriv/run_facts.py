@@ -28,13 +28,13 @@ from fl_dualpriv.prompt_facts import BackboneFacts, Kind, PrunerFacts, UseFacts
 from fl_dualpriv.pruning.visual_tokens import VisualTokenPruner
 from fl_dualpriv.world import World
 
-RUN_FILE, SCORED_FILE = "run.json", "scored.safetensors"
+NODE_RUN_FILE, SCORED_FILE = "node-run.json", "scored.safetensors"
 _LOCAL = "local-dir:"
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeRun:
-    """What a deployed node keeps of the run that its prompt is of, in ``run.json``.
+    """What a deployed node keeps of the run that its prompt is of, in ``node-run.json``.
 
     Attributes:
         run_token: Of the run.
@@ -144,12 +144,12 @@ def metadata_of_global(config: RunConfig, world: World, run_token: str) -> dict[
 
 
 def keep_node_run(folder: Path, config: RunConfig, world: World, run_token: str, client: int, *, scored: bool) -> None:
-    """Write ``run.json`` into the folder of a deployed node's client, in the first round of a run.
+    """Write ``node-run.json`` into the folder of a deployed node's client, in the first round of a run.
 
     A process of a node answers one message: reading a line costs less than a fingerprint of all weights in each round.
     """
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        if json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["run_token"] == run_token:
+        if json.loads((folder / NODE_RUN_FILE).read_text(encoding="utf-8"))["run_token"] == run_token:
             return
     plan, parts, use = record_level_plan(config), METHODS[config.method], use_facts(config, world)
     rows = record_level_releases(plan, shared=parts.shared, scored=scored) if plan is not None else []
@@ -168,7 +168,7 @@ def keep_node_run(folder: Path, config: RunConfig, world: World, run_token: str,
         backbone=config.backbone.name,
         pretrained=config.backbone.pretrained,
     )
-    write_json(folder / RUN_FILE, asdict(kept))
+    write_json(folder / NODE_RUN_FILE, asdict(kept))
 
 
 def keep_scored(folder: Path, prompt: Tensor, score: Score, run_token: str, server_round: int) -> None:

@@ -69,7 +69,7 @@ RUN_FILES: tuple[RunFile, ...] = (
     RunFile(pattern="ledger.jsonl", kind="operator", why="releases of the client, with times", place="client"),
     RunFile(pattern="ledger.lock", kind="operator", why="lock of the ledger", place="client"),
     RunFile(pattern="refusals.jsonl", kind="operator", why="what a server asked for, with times", place="client"),
-    RunFile(pattern="run.json", kind="operator", why="what the prompt is for, names on the machine", place="client"),
+    RunFile(pattern="node-run.json", kind="operator", why="what the prompt is for, names on machines", place="client"),
     RunFile(pattern="*/shard-*.npy", kind="operator", why="features of private images", place="cache"),
     RunFile(pattern="*/shard-*.lock", kind="operator", why="lock of a shard", place="cache"),
     RunFile(pattern="*.safetensors", kind="result", why="a prompt with its guarantee", place="export"),

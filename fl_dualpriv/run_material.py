@@ -4,7 +4,7 @@ Everything is read and compared, nothing is decided here: see `publishing`.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from fl_dualpriv.files import read_tensors
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.privacy.ledger import Ledger, LedgerContent
 from fl_dualpriv.prompt_facts import ScoreFacts, SourceFacts, UseFacts, parse_use
-from fl_dualpriv.run_facts import RUN_FILE, SCORED_FILE, NodeRun
+from fl_dualpriv.run_facts import NODE_RUN_FILE, SCORED_FILE, NodeRun
 from fl_dualpriv.run_files import read_totals
 
 GLOBAL_ROW, PERSONAL_ROW = "global prompt", "published personal prompt"
@@ -69,7 +69,7 @@ def read_material(folder: Path, client: int | None) -> Material:
         PrivacyError: If a ledger that must be there is not.
     """
     try:
-        if (folder / RUN_FILE).exists():
+        if (folder / NODE_RUN_FILE).exists():
             return _of_node(folder, client)
         return _of_run(folder, client)
     except (ConfigError, PrivacyError):
@@ -149,7 +149,10 @@ def _use(content: object, method: str) -> UseFacts:
 
 def _personal(file: Path, run_token: str) -> Tensor:
     if not file.exists():
-        raise ConfigError(f"{file} does not exist: this client has kept no personal prompt")
+        raise ConfigError(
+            f"{file} does not exist: this client has kept no personal prompt, because it took part in no round; export "
+            "the global prompt (--client global) or that of another client"
+        )
     tensors, metadata = read_tensors(file)
     if metadata.get("run-token") != run_token:
         raise ConfigError(f"{file} is of another run than the global prompt")
@@ -157,21 +160,44 @@ def _personal(file: Path, run_token: str) -> Tensor:
 
 
 def _ledgers_of_run(folder: Path, summary: Mapping[str, Any], *, deployed: bool) -> dict[str, Sequence[LedgerContent]]:
-    """Of a simulation all; the ledgers of deployed clients stay on their nodes.
+    """All ledgers of a simulation; the ledgers of deployed clients stay on their nodes.
+
+    Guarantee:
+        A client that answered a round has a ledger, because its line is written before its release. A missing ledger
+        counts as empty only where the client left no state and no upload either, and where the run explains it: the
+        run samples its clients, so a client may never have been asked, or calls of clients failed.
+
+    Returns:
+        Unit → ledgers. ``record`` has no ledgers where no sampled client took part in any round.
 
     Raises:
-        PrivacyError: If a client has none, though it took part: without it nothing bounds what was released.
+        PrivacyError: If a ledger is missing in any other case. Then nothing bounds what that client released.
     """
     at_server = _by_unit([Ledger(folder / "ledger.jsonl").read()])
-    own = [folder / "clients" / f"client-{i:03d}" / "ledger.jsonl" for i in range(int(summary["population"]))]
-    pays = any(row["unit"] == "record" and row["guarantee"] == "theorem" for row in summary["privacy"])
-    if not pays or deployed:
+    own = [folder / "clients" / f"client-{i:03d}" for i in range(int(summary["population"]))]
+    theorems = {row["unit"] for row in summary["privacy"] if row["guarantee"] == "theorem"}
+    if "record" not in theorems or deployed:
         return at_server
-    # A client may have failed in every round: then it has released nothing.
-    if (missing := [file for file in own if not file.exists()]) and not read_totals(folder)["failures"]:
-        raise PrivacyError(f"{missing[0]} does not exist: without the client's ledger nothing says what was released")
-    found = _by_unit([Ledger(file).read() for file in own])
+    missing = [client for client in own if not (client / "ledger.jsonl").exists()]
+    if unexplained := missing if not _may_be_idle(folder, theorems) else list(filter(_has_answered, missing)):
+        raise PrivacyError(
+            f"{unexplained[0] / 'ledger.jsonl'} does not exist: without the client's ledger nothing says what was "
+            "released"
+        )
+    if len(missing) == len(own) and "client" in theorems:
+        return {"record": [], **at_server}
+    found = _by_unit([Ledger(client / "ledger.jsonl").read() for client in own])
     return {unit: [*at_server.get(unit, []), *found.get(unit, [])] for unit in at_server.keys() | found.keys()}
+
+
+def _may_be_idle(folder: Path, theorems: Set[str]) -> bool:
+    """Whether a client of this run can have released nothing: cohorts are sampled, or calls of clients failed."""
+    return "client" in theorems or read_totals(folder)["failures"] > 0
+
+
+def _has_answered(client: Path) -> bool:
+    """Whether a client's folder holds what a round leaves there, see `ClientFolder`."""
+    return any((client / name).exists() for name in ("prompt.safetensors", "sent.safetensors"))
 
 
 def _by_unit(contents: Sequence[LedgerContent]) -> dict[str, Sequence[LedgerContent]]:
@@ -206,7 +232,7 @@ def _scores_of_run(summary: Mapping[str, Any], client: int | None) -> tuple[Scor
 
 
 def _of_node(folder: Path, client: int | None) -> Material:
-    content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    content = json.loads((folder / NODE_RUN_FILE).read_text(encoding="utf-8"))
     run = NodeRun(**{field.name: content[field.name] for field in fields(NodeRun)})
     if client is None:
         raise ConfigError(f"{folder} is a node's folder: the global prompt is exported from the server's results")

@@ -23,17 +23,32 @@ TINY = {
 
 PLANTED = "planted bug"
 """Property of a test's report: (what was planted, what caught it)."""
+DOCUMENTED = "documented command"
+"""Property of a test's report: (place, command, what became of it)."""
 _WIDTH = 160
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print what tests/guarantees/test_mutations.py planted, and what caught each, whichever process ran it."""
+    """Print what tests/guarantees/test_mutations.py planted, and what caught each, whichever process ran it.
+
+    Likewise what tests/app/test_documented_commands.py ran, and what it skipped.
+    """
     caught: dict[str, list[str]] = {}
+    commands: list[tuple[str, str, str]] = []
     for reports in terminalreporter.stats.values():
         for report in reports:
             for name, value in getattr(report, "user_properties", ()):
                 if name == PLANTED and report.when == "call":
                     caught.setdefault(value[0], []).append(value[1])
+                if name == DOCUMENTED and report.when == "call":
+                    commands.append(tuple(value))
+    if commands:
+        terminalreporter.section("documented commands")
+        for place, command, verdict in commands:
+            terminalreporter.write_line(f"{place}: {command}")
+            terminalreporter.write_line(f"    {verdict}")
+        skipped = sum(verdict.startswith("skipped") for _, _, verdict in commands)
+        terminalreporter.write_line(f"{len(commands) - skipped} were run, {skipped} skipped")
     if caught:
         terminalreporter.section("planted bugs, and what caught each")
         for bug, lines in sorted(caught.items()):

@@ -65,8 +65,8 @@ def test_a_node_chooses_its_own_state_folder(nodes: Nodes, tmp_path: Path):
     assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == [
         "ledger.jsonl",
         "ledger.lock",
+        "node-run.json",
         "prompt.safetensors",
-        "run.json",
         "sent.safetensors",
     ]
     assert not (tmp_path / "out").exists()

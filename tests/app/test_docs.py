@@ -52,3 +52,16 @@ def test_every_pitfall_names_a_test() -> None:
     rows = text.split("## 8. Pitfalls")[1].split("\n| ")[3:]
     assert len(rows) > 20
     assert all(_TEST.search(row) for row in rows)
+
+
+def test_the_demos_numbers_stand_in_one_place_with_the_tolerance_between_machines() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    tolerance = re.search(r"accuracy was ([\d.]+) to ([\d.]+) % local and ([\d.]+) to ([\d.]+) % neighbour", text)
+    printed = re.search(r"final ([\d.]+) % ([\d.]+) %", text)
+    assert tolerance is not None
+    assert printed is not None
+    low, high, neighbour_low, neighbour_high = map(float, tolerance.groups())
+    assert low <= float(printed[1]) <= high
+    assert neighbour_low <= float(printed[2]) <= neighbour_high
+    for file in ("simulations/configs/demo.toml", "Makefile", "docs/prompts.md", "docs/resume.md"):
+        assert not re.search(r"seed 0: [\d.]", (ROOT / file).read_text(encoding="utf-8")), file

@@ -19,6 +19,11 @@ def fab(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     # Flower derives names from folders; a hyphen is no part of a Python name, and every clone may have one.
     tree = tmp_path_factory.mktemp("clone") / "my-check-out"
     shutil.copytree(ROOT, tree, ignore=IGNORED)
+    # What `fl-dualpriv run --out sketches` and `export sketches` leave where they are called, as docs/prompts.md does.
+    for name in ("clients/client-000/ledger.jsonl", "operator/totals.json", "summary.json", "plugins/notes.md"):
+        (tree / "sketches" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / "sketches" / name).write_text("{}")
+    (tree / "sketches-client-2.md").write_text("a card")
     flwr = Path(sysconfig.get_path("scripts")) / "flwr"
     home = tmp_path_factory.mktemp("home")  # Flower writes settings there
     done = subprocess.run(
@@ -47,6 +52,11 @@ def test_the_fab_carries_no_library_no_tests_and_no_weights(fab: zipfile.ZipFile
     tops = {name.partition("/")[0] for name in names if "/" in name} - {".info"}
     assert tops == {"clients", "strategies", "simulations"}
     assert not [name for name in names if name.endswith((".safetensors", ".npz", ".png", ".pt"))]
+
+
+def test_no_result_and_no_file_of_an_operator_travels(fab: zipfile.ZipFile):
+    """Else the ledgers of all clients go to every node, and the digest that owners pinned changes with each run."""
+    assert [name for name in fab.namelist() if "sketches" in name] == []
 
 
 def test_the_fab_imports_from_itself_alone(fab: zipfile.ZipFile, tmp_path: Path):

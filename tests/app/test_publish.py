@@ -19,6 +19,7 @@ from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.published import card_path, write_published
 from fl_dualpriv.publishing import publish
+from fl_dualpriv.run_files import TOTALS
 from tests.app.published_runs import APP_DIR, CLIENTS, exported, scores, settings_for
 
 PRUNED = {"pruning.visual-keep-ratio": 0.5, "pruning.visual-fused": 2, "pruning.visual-merge": "average"}
@@ -159,6 +160,13 @@ def drop_ledger(run: Path) -> None:
     (run / "clients" / "client-001" / "ledger.jsonl").unlink()
 
 
+def drop_ledger_beside_a_failure(run: Path) -> None:
+    """Some call of some client failed: that explains no ledger of a client which has answered."""
+    totals = json.loads((run / TOTALS).read_text())
+    (run / TOTALS).write_text(json.dumps(totals | {"failures": 1}))
+    drop_ledger(run)
+
+
 def empty_ledgers(run: Path) -> None:
     for file in run.glob("clients/*/ledger.jsonl"):
         file.write_text("")
@@ -193,6 +201,7 @@ def reseed(run: Path) -> None:
         (damage_summary, "damaged or of another version"),
         (drop_table, "no guarantee: the run was made without"),
         (drop_ledger, "client-001/ledger.jsonl does not exist"),
+        (drop_ledger_beside_a_failure, "client-001/ledger.jsonl does not exist"),
         (empty_ledgers, "no line of this run"),
         (mix_runs, "of another run"),
         (drop_prompt, "kept no personal prompt"),

@@ -42,7 +42,7 @@ def test_the_owner_of_a_node_publishes_what_it_scored(
     folders = deployed()
     for folder in folders:  # nothing in a node's own folder is a result: its owner exports
         assert set(kinds_in(folder, "client").values()) == {"operator"}
-        assert {"run.json", "scored.safetensors"} <= kinds_in(folder, "client").keys()
+        assert {"node-run.json", "scored.safetensors"} <= kinds_in(folder, "client").keys()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     prompts = [exported(f, i, tmp_path / f"{i}.safetensors", tiny_clip_dir) for i, f in enumerate(folders)]
     final = summary["accuracy"]["final"]

@@ -166,8 +166,8 @@ def write_app(folder: Path, *, rogue: bool) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     text = (ROOT / "pyproject.toml").read_text()
     # What it excludes is not here, and each pattern has to match something.
-    text, removed = re.subn(r"^fab-exclude = .*\n", "", text, flags=re.MULTILINE)
-    assert removed == 1
+    text, removed = re.subn(r"^fab-(?:in|ex)clude = .*\n", "", text, flags=re.MULTILINE)
+    assert removed == 2
     if rogue:
         (folder / "rogue").mkdir()
         shutil.copy(ROGUE, folder / "rogue" / "server_app.py")

@@ -1,11 +1,12 @@
 """The front: what it refuses, what it prints, and its exit status. Engines are stand-ins here."""
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,25 @@ def test_a_run_that_was_cut_off_is_resumed_with_its_own_configuration(
     assert (ended.exit_code, nothing.exit_code) == (2, 2)
     assert "its run has ended" in ended.output
     assert "nothing to resume" in nothing.output
+
+
+def test_a_run_that_ends_while_its_resumption_waits_for_the_folder_is_not_resumed(
+    invoke: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processes of a front that was killed live for seconds, and a run needs no more for its last round."""
+
+    def cut_off(_engine: cli.Engine, _job: cli.Job) -> None:
+        raise RunFailed("the front was killed")
+
+    @contextlib.contextmanager
+    def busy(folder: Path, _seconds: float = 0.0) -> Iterator[None]:
+        (folder / "summary.json").write_text("{}")
+        yield
+
+    invoke("--engine", "local", engine=cut_off)
+    monkeypatch.setattr(cli, "held_alone", busy)
+    with pytest.raises(ConfigError, match="its run has ended"):
+        cli.resumed(tmp_path / "out", None, None)
 
 
 def test_default_folder_is_named_after_the_config(config: Path, tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_the_digest_of_an_app_stands_alone_on_standard_output(tmp_path: Path):
     for name in ("clients", "strategies", "simulations"):
         shutil.copytree(ROOT / name, app / name, ignore=shutil.ignore_patterns("__pycache__", "benchmarks"))
     text = (ROOT / "pyproject.toml").read_text()
-    (app / "pyproject.toml").write_text(re.sub(r"^fab-exclude = .*\n", "", text, flags=re.MULTILINE))
+    (app / "pyproject.toml").write_text(re.sub(r"^fab-(?:in|ex)clude = .*\n", "", text, flags=re.MULTILINE))
     result = call("hash", str(app))
     assert result.exit_code == 0, result.stderr
     assert result.stdout == digest_of(build_bundle(app)) + "\n"
