@@ -78,8 +78,8 @@ def test_what_is_not_of_this_run_is_not_resumed(start: Start, tmp_path: Path, mo
     with pytest.raises(ConfigError, match="another configuration: rounds = 3, was 2; seed = 1, was 0"):
         start("cut", TWO_ROUNDS | {"rounds": 3, "seed": 1}, resume=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fl_dualpriv.checkpoint.FORMAT", 2)
-        with pytest.raises(ConfigError, match="has format 1, this version reads 2"):
+        patch.setattr("fl_dualpriv.checkpoint.FORMAT", 3)
+        with pytest.raises(ConfigError, match="has format 2, this version reads 3"):
             start("cut", TWO_ROUNDS, resume=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fl_dualpriv.checkpoint.version", lambda name: "0.0.1")
