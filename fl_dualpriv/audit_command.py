@@ -64,8 +64,10 @@ def audit(
         job = cli.prepare(config, changes, out, app_dir, overwrite=False)
         if (job.out / "audit.json").exists():
             raise ConfigError(f"{job.out} holds an earlier audit (audit.json): give another --out")
-    except ConfigError as error:
+    except (ConfigError, PrivacyError) as error:
         cli.fail(errors, str(error), 2)
+    for line in job.data:
+        typer.echo(line)
     # Before torch is loaded: many small products run fastest on one thread.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:

@@ -24,7 +24,7 @@ from fl_dualpriv.files import write_bytes
 
 _log = logging.getLogger("fl_dualpriv")
 
-FORMAT = 1
+FORMAT = 2
 FILES = ("checkpoint.bin", "checkpoint.previous.bin")
 # What never changes a result; all other keys must be as they were.
 _FREE = ("output.", "resources.", "join-timeout", "reply-timeout", "dead-actors")
@@ -77,12 +77,16 @@ class CheckpointFolder:
         folder: Of the run.
         run_config: Flat run configuration.
         cards: Public number of records of each client, in order: data that were exchanged make another run.
+        data: `data_identity` of the server's data. It is made of names of private files: it stays in the checkpoint,
+            which is an operator's file.
     """
 
-    def __init__(self, folder: Path, run_config: Mapping[str, ConfigValue], cards: list[int]) -> None:
+    def __init__(
+        self, folder: Path, run_config: Mapping[str, ConfigValue], cards: list[int], data: Mapping[str, str]
+    ) -> None:
         self._last, self._previous = (folder / name for name in FILES)
         kept = {key: value for key, value in sorted(run_config.items()) if not key.startswith(_FREE)}
-        self._made_by = {"version": version("fl-dualpriv"), "config": kept, "records": cards}
+        self._made_by = {"version": version("fl-dualpriv"), "config": kept, "records": cards, "data": dict(data)}
 
     def write(self, checkpoint: Checkpoint) -> None:
         """Replace the last checkpoint, which becomes the previous one.
@@ -198,4 +202,10 @@ class CheckpointFolder:
             raise ConfigError(
                 f"{file} is of a run over other data: the clients' numbers of records differ. Start a new run in "
                 "another folder"
+            )
+        then, now = found["data"], mine["data"]
+        if changed := [name for name in now if then.get(name) != now[name]]:
+            raise ConfigError(
+                f"{file} is of a run over other data: {', '.join(changed)} changed since. Put the data back as they "
+                "were, or start a new run in another folder"
             )

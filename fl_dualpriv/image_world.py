@@ -16,6 +16,7 @@ from fl_dualpriv.client import ClientData
 from fl_dualpriv.config import BackboneConfig, DataConfig, PromptConfig, RunConfig
 from fl_dualpriv.data.datasets import DataSplits, ImageDataset, load_data
 from fl_dualpriv.data.feature_cache import cache_root
+from fl_dualpriv.data.identity import data_identity
 from fl_dualpriv.data.partition import held_classes, partition
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.evaluation import count_by_class, count_logits
@@ -122,9 +123,17 @@ class ImageWorld:
         """Of the classes."""
         return self.data.class_names
 
+    @property
+    def data_identity(self) -> dict[str, str]:
+        """See `World`."""
+        return data_identity(self.data, self.partitions)
+
     def images(self, split: str) -> ImageDataset:
         """The images of ``train``, ``val`` or ``test``."""
         return {"train": self.data.train, "val": self.data.val, "test": self.data.test}[split]
+
+    def check_any_fits(self) -> None:
+        """See `World`: an image that can be opened can be read."""
 
     @torch.no_grad()
     def counts(self, prompts: Tensor, config: RunConfig) -> list[Counts]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from fl_dualpriv import node_health, node_pin
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower_engine import to_toml
+from fl_dualpriv.node_data import before_joining
 from fl_dualpriv.node_device import probe
 from fl_dualpriv.node_file import ENVIRONMENT, NodeFile, missing_folders, read_node_file
 from fl_dualpriv.node_tables import NodeServer, split_address
@@ -147,9 +148,12 @@ def start(options: NodeOptions, node: NodeFile) -> None:
         node: What `check_options` read.
 
     Raises:
+        ConfigError: If no record of the owner's data can be used.
         PinUnavailable: If the installed Flower is not one in which the pin holds.
         SystemExit: With Flower's own status, at the end.
     """
+    for line in before_joining(node):
+        sys.stderr.write(f"{line}\n")
     folder = Path.home() / ".fl-dualpriv" / "nodes"
     folder.mkdir(parents=True, exist_ok=True)
     # Not in /tmp, which systems clean by age. Readable by nobody else (mkdtemp).

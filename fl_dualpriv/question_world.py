@@ -13,6 +13,7 @@ from fl_dualpriv.backbones.answering import AnsweringModel, load_answering_model
 from fl_dualpriv.config import BackboneConfig, DataConfig, PromptConfig, RunConfig
 from fl_dualpriv.data.datasets import ImageDataset
 from fl_dualpriv.data.feature_cache import cache_root
+from fl_dualpriv.data.identity import data_identity
 from fl_dualpriv.data.partition import partition
 from fl_dualpriv.data.questions import QuestionSet, QuestionSplits, load_questions
 from fl_dualpriv.errors import ConfigError
@@ -63,6 +64,11 @@ class QuestionWorld:
     def group_names(self) -> tuple[str, ...]:
         """Of the question types."""
         return self.data.class_names
+
+    @property
+    def data_identity(self) -> dict[str, str]:
+        """See `World`."""
+        return data_identity(self.data, self.partitions)
 
     def images(self, split: str) -> ImageDataset:
         """The images of ``train``, ``val`` or ``test``."""
@@ -150,6 +156,25 @@ class QuestionWorld:
             answer_start=torch.full((count,), self.max_tokens // 2),
             length=self.max_tokens - torch.arange(count) % max(1, self.max_tokens // 2),
             labels=torch.zeros(count, dtype=torch.long),
+        )
+
+    def check_any_fits(self) -> None:
+        """See `World`: the words of one training question must fit into ``max_tokens``."""
+        train, first = self.data.train, ""
+        for question, answer in zip(train.questions, train.answers, strict=True):
+            if not question:
+                continue
+            try:
+                needed = len(self.backbone.question_tokens(question)) + len(self.backbone.answer_tokens(answer))
+            except ConfigError as error:
+                first = first or str(error)
+                continue
+            if needed <= self.max_tokens:
+                return
+            first = first or f"{question!r} with {answer!r} takes {needed} tokens, data.max-tokens = {self.max_tokens}"
+        raise ConfigError(
+            f"none of the {len(train)} training questions can be used with backbone.name = {self.backbone.name!r}; the "
+            f"first: {first}; raise data.max-tokens or repair the questions"
         )
 
     def held_out(self, split: str) -> AnswerRecords:

@@ -11,9 +11,9 @@ from torch import Tensor
 from fl_dualpriv.backbones.backbone import ImageEncoder
 from fl_dualpriv.config import PromptConfig, RunConfig
 from fl_dualpriv.data.datasets import ImageDataset
+from fl_dualpriv.disclosure import delta_problems, keeps_bad_records
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.objective import Objective, Records, Regulariser
-from fl_dualpriv.plans import client_level_plan, record_level_plan
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey, gaussian_noise
 
 Counts = tuple[Tensor, Tensor]
@@ -54,6 +54,19 @@ class World(Protocol):
 
     def images(self, split: str) -> ImageDataset:
         """The images of ``train``, ``val`` or ``test``."""
+        ...
+
+    @property
+    def data_identity(self) -> dict[str, str]:
+        """See `data.identity.data_identity`: an operator's."""
+        ...
+
+    def check_any_fits(self) -> None:
+        """For the operator of a simulation: refuse a data set none of whose training records the model can read.
+
+        Raises:
+            ConfigError: With the first reason.
+        """
         ...
 
     def prompt_shape(self, config: RunConfig) -> tuple[int, int]:
@@ -115,8 +128,7 @@ def build_world(config: RunConfig) -> World:
         ConfigError: Data, model, prompt or partition do not work as configured; see the message.
         PrivacyError: A configured δ says nothing about data or populations of this size.
     """
-    private = record_level_plan(config) is not None or client_level_plan(config) is not None
-    on_bad = "keep" if private else "raise"
+    on_bad = "keep" if keeps_bad_records(config) else "raise"
     if config.data.asks_questions:
         from fl_dualpriv.question_world import build_question_world
 
@@ -125,20 +137,9 @@ def build_world(config: RunConfig) -> World:
         from fl_dualpriv.image_world import build_image_world
 
         world = build_image_world(config, on_bad)
-    record, client = config.privacy.record, config.privacy.client
-    if record.mechanism == "gaussian":
-        _check_delta("record", record.delta, max(len(indices) for indices in world.partitions), "records at one client")
-    if client.mechanism != "none":
-        _check_delta("client", client.delta, config.population, "clients")
+    if problems := delta_problems(config, max(len(indices) for indices in world.partitions)):
+        raise PrivacyError("\n  ".join(problems))
     return world
-
-
-def _check_delta(level: str, delta: float, units: int, what: str) -> None:
-    if delta * units >= 1:
-        raise PrivacyError(
-            f"privacy.{level}.delta = {delta:g} with {units} {what}; δ must be below 1/{units} to say anything: "
-            f"set it to {1 / (10 * units):.1g} or less"
-        )
 
 
 def held_groups(world: World) -> Tensor:

@@ -184,14 +184,14 @@ def test_assignments_override_the_file_which_overrides_the_app(invoke: Callable[
         pytest.param(ZeroDivisionError("oops"), "ZeroDivisionError: oops\n  traceback: ", id="bug"),
     ],
 )
-def test_a_failing_engine_exits_1_with_one_message(
+def test_a_failing_engine_exits_1_with_one_message_and_2_if_nothing_began(
     error: Exception, expected: str, invoke: Callable[..., Result], tmp_path: Path
 ) -> None:
     def fail(_engine: cli.Engine, _job: cli.Job) -> None:
         raise error
 
     result = invoke(engine=fail)
-    assert result.exit_code == 1
+    assert result.exit_code == (2 if isinstance(error, ConfigError) else 1)
     assert expected in result.output
     assert "Traceback" not in result.output
     assert (tmp_path / "out" / "error.log").exists() is isinstance(error, ZeroDivisionError)

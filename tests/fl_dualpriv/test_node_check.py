@@ -197,7 +197,7 @@ def test_data_that_cannot_be_used(tmp_path: Path):
     files[0].write_bytes(b"no image")
     load_data.cache_clear()  # a directory that changes is not read again
     found = node_check._data(node)
-    assert (found.verdict, "1 of 12 that were looked at cannot be read" in found.says) == ("note", True)
+    assert (found.verdict, "11 usable of 12, 1 cannot be read" in found.says) == ("note", True)
     for file in files:
         file.write_bytes(b"no image")
     load_data.cache_clear()
@@ -214,7 +214,7 @@ def test_questions_are_data_too(tmp_path: Path):
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     node = NodeFile(state_dir=None, data_path=tmp_path, budget=None, apps=())
     found = node_check._data(node)
-    assert (found.verdict, found.says) == ("good", "2 training questions of 1 types, 2 usable")
+    assert (found.verdict, found.says) == ("good", "2 training questions of 1 types")
 
 
 def test_a_budget_that_is_spent_or_nearly_so(tmp_path: Path):
