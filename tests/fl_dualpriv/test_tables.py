@@ -30,6 +30,7 @@ SUMMARY: dict[str, Any] = {
     "failures": 2,
     "seconds": 61.4,
     "randomness": "os",
+    "privacy": [RELEASE],
     "accuracy": {
         "zero_shot": {"local": 0.5, "neighbour": 0.456},
         "final": {"local": 0.6123, "neighbour": None},
