@@ -1,4 +1,4 @@
-"""What commands print, on a terminal or into a file that may not be able to show every letter.
+"""The output of commands, on a terminal or into a file that may not be able to show every letter.
 
 Python stops with an error at a letter that the encoding of its output does not have, such as ε where
 ``PYTHONIOENCODING=ascii``. Here such a letter becomes a word. A letter that the encoding has stays.

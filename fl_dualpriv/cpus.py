@@ -1,4 +1,4 @@
-"""How many CPUs this process may use, which on a shared machine is less than the machine has. Standard library only."""
+"""Counts the CPUs that this process may use: on a shared machine fewer than it has. Standard library only."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ def _quotas(root: Path) -> list[float]:
     """CPU quotas above this process, in CPUs."""
     groups, names = root / "sys/fs/cgroup", cgroups.group_names(root / "proc/self/cgroup")
     found = []
-    # A machine with both versions has the second one in a folder of its own.
+    # A machine with both versions has the second one in the folder `unified`.
     for top in (groups, groups / "unified"):
         for path in cgroups.and_above(names.get("")):
             match cgroups.words(top / path / "cpu.max"):

@@ -1,4 +1,4 @@
-"""Where the programs of this installation lie: Flower's, and ours. Standard library only."""
+"""Finds the programs of this installation: Flower's, and ours. Standard library only."""
 
 import os
 import shutil
@@ -44,7 +44,7 @@ def search_path(path: str | None = None) -> str:
 
 
 def places() -> str:
-    """Where `find` looks, in words."""
+    """Name the folders in which `find` looks, for a message."""
     return f"the folder where Flower was installed, PATH ({os.environ.get('PATH', os.defpath)}), {_own_folders()[0]}"
 
 

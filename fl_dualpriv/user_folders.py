@@ -12,7 +12,7 @@ def home() -> Path:
     """The user's home folder.
 
     A container often runs as a user id that has no entry in the list of users, and without ``HOME``. Then a folder of
-    this user alone (0700) in the folder for temporary files stands in for the home.
+    this user only (0700) in the folder for temporary files stands in for the home.
 
     Raises:
         ConfigError: If there is no home, and the stand-in cannot be made or belongs to another user, who could read
