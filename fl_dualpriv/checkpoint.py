@@ -7,7 +7,6 @@ with it is never made twice.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from fl_dualpriv.config_rules import ConfigValue
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.files import write_bytes
+from fl_dualpriv.files import keep_previous, write_bytes
 
 _log = logging.getLogger("fl_dualpriv")
 
@@ -104,10 +103,7 @@ class CheckpointFolder:
         header = json.dumps({**self._made_by, "progress": asdict(checkpoint.progress)}).encode()
         body = b"%d\n%s\n%s" % (FORMAT, header, payload)
         if self._last.exists():
-            link = self._previous.with_name(f".{self._previous.name}.{os.getpid()}.tmp")
-            link.unlink(missing_ok=True)
-            os.link(self._last, link)
-            link.replace(self._previous)
+            keep_previous(self._last, self._previous)
         content = hashlib.sha256(body).hexdigest().encode() + b"\n" + body
         write_bytes(self._last, content, synced=True, private=True)
 

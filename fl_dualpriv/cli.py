@@ -17,17 +17,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from fl_dualpriv import flower_env, node_command, plugins
+from fl_dualpriv import flower_env, flower_hook, node_command, plugins
 from fl_dualpriv.audit_command import audit
 from fl_dualpriv.budget_command import budget
 from fl_dualpriv.config import RunConfig, app_defaults, merge, parse_assignment, read_toml
 from fl_dualpriv.config_rules import ConfigValue
+from fl_dualpriv.console import Output, spell_out_what_cannot_be_shown
 from fl_dualpriv.data.hub_names import HUB, absolute_name
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.export_command import export
@@ -39,8 +39,18 @@ from fl_dualpriv.predict_command import predict
 from fl_dualpriv.progress import shown
 from fl_dualpriv.run_files import read_totals, results_in
 from fl_dualpriv.tables import headline, privacy_table, results_table
+from fl_dualpriv.user_folders import expanded, home, settle_home
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+class _Front(typer.Typer):
+    """The commands, for an output of any encoding; help is printed before any function here is called."""
+
+    def __call__(self, *words: Any, **named: Any) -> Any:
+        spell_out_what_cannot_be_shown()
+        return super().__call__(*words, **named)
+
+
+app = _Front(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(node_command.app, name="node")
 app.command()(budget)
 app.command()(audit)
@@ -75,6 +85,13 @@ class Job:
 @app.callback()
 def _root() -> None:
     """Federated prompt learning with differential privacy that is true."""
+    errors = Output(stderr=True)
+    try:
+        note = settle_home()
+    except ConfigError as error:
+        fail(errors, str(error), 2)
+    if note:
+        errors.print(f"note: {escape(note)}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -103,9 +120,7 @@ def run(
 
     CONFIG is a TOML file with the keys that differ from the app's pyproject.toml.
     """
-    console, errors = Console(), Console(stderr=True)
-    if not console.is_terminal:
-        console = Console(width=_PIPE_WIDTH)
+    console, errors = Output(pipe_width=_PIPE_WIDTH), Output(stderr=True)
     try:
         if resume is not None:
             if config or assignments or out or overwrite:
@@ -150,7 +165,8 @@ def run(
     summary = json.loads(summary_file.read_text(encoding="utf-8"))
     console.print(headline(summary, read_totals(job.out)), soft_wrap=True, highlight=False)
     console.print(results_table(summary))
-    console.print(privacy_table(summary["privacy"]))
+    if summary["privacy"]:
+        console.print(privacy_table(summary["privacy"]))
     for note in summary.get("notes", []):
         console.print(f"note: {escape(note)}", soft_wrap=True, highlight=False)
     if peaks := describe_peaks(job.out):
@@ -175,8 +191,16 @@ def env() -> None:
     try:
         variables = flower_env.installed()
     except FileNotFoundError:
-        variables = flower_env.for_user(Path.home() / ".fl-dualpriv" / "flower")
-    sys.stdout.write(flower_env.exports(variables) + "\n")
+        folder = home() / ".fl-dualpriv" / "flower"
+        try:
+            variables = flower_env.for_user(folder)
+        except OSError as error:
+            fail(
+                Output(stderr=True),
+                f"{folder} cannot be used: {error.strerror or error}; set HOME to another folder",
+                2,
+            )
+    sys.stdout.write(flower_env.exports(variables | flower_hook.proxy_changes(os.environ)) + "\n")
 
 
 def prepare(
@@ -205,7 +229,7 @@ def prepare(
             problems.append(f"--set: {error}")
     flat = merge(app_defaults(app_dir), read_toml(config), sets)
     out = Path(out or str(flat.get("output.dir") or "") or f"runs/{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-    out = Path(os.path.abspath(out.expanduser()))  # noqa: PTH100 - resolve() would also follow links
+    out = Path(os.path.abspath(expanded(out)))  # noqa: PTH100 - resolve() would also follow links
     flat = absolute_paths(flat | {"output.dir": str(out)}, Path.cwd())
     try:
         flat = plugins.find_module(flat, app_dir, (Path.cwd(), config.absolute().parent))
@@ -232,7 +256,7 @@ def resumed(out: Path, app_dir: Path | None, engine: Engine | None) -> Job:
     Raises:
         ConfigError: If there is none, it has ended, it is still going on, or its data cannot be used.
     """
-    out = Path(os.path.abspath(out.expanduser()))  # noqa: PTH100 - as in `prepare`
+    out = Path(os.path.abspath(expanded(out)))  # noqa: PTH100 - as in `prepare`
     file = out / "run.json"
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
@@ -287,16 +311,16 @@ def absolute_paths(flat: Mapping[str, ConfigValue], base: Path) -> dict[str, Con
         if isinstance(value, str) and value.startswith(HUB):  # the hub's name, or a path
             result[key] = HUB + absolute_name(value.removeprefix(HUB), base)
         elif isinstance(value, str) and value:
-            result[key] = str(base / Path(value).expanduser())
+            result[key] = str(base / expanded(value))
     name, pretrained = result.get("backbone.name"), result.get("backbone.pretrained")
     if isinstance(name, str) and name.startswith("local-dir:"):
-        result["backbone.name"] = "local-dir:" + str(base / Path(name.removeprefix("local-dir:")).expanduser())
+        result["backbone.name"] = "local-dir:" + str(base / expanded(name.removeprefix("local-dir:")))
     if isinstance(name, str) and name.startswith("hf:"):  # a folder, or a name on the hub
-        folder = base / Path(name.removeprefix("hf:")).expanduser()
+        folder = base / expanded(name.removeprefix("hf:"))
         result["backbone.name"] = f"hf:{folder}" if folder.is_dir() else name
     # Else it is a tag.
     if isinstance(pretrained, str) and pretrained.endswith((".safetensors", ".pt", ".pth", ".bin")):
-        result["backbone.pretrained"] = str(base / Path(pretrained).expanduser())
+        result["backbone.pretrained"] = str(base / expanded(pretrained))
     return result
 
 
@@ -340,7 +364,7 @@ def _terminated(number: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def fail(errors: Console, message: str, status: int) -> NoReturn:
+def fail(errors: Output, message: str, status: int) -> NoReturn:
     """End the command with one message and this exit status."""
     errors.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True, highlight=False)
     raise typer.Exit(status)

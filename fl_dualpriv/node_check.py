@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.node_contact import Contact, contact, key_fingerprint, root_validity
+from fl_dualpriv.node_contact import Contact, contact, key_fingerprint, proxy_on_the_way, root_validity
 from fl_dualpriv.node_data import asks_questions, look_at
 from fl_dualpriv.node_device import probe
-from fl_dualpriv.node_file import NodeFile, missing_folders
+from fl_dualpriv.node_file import NodeFile, make_state_folder, missing_folders
 from fl_dualpriv.node_tables import NodeServer
 
 _AHEAD, _BEHIND = 4.0, 300.0
@@ -60,6 +60,8 @@ def check(node: NodeFile, server: NodeServer | None, *, offline: bool = False) -
         yield _note("server", "not tried (--offline)")
         yield _note("clock", "not compared with the server's (--offline)")
         return
+    if proxy := proxy_on_the_way(server):
+        yield _note("proxy", f"the node would reach its server through {proxy}; the checks below went without it")
     found = contact(server)
     yield _guarded("server", lambda: _server(server, found))
     yield _guarded("clock", lambda: _clock(found))
@@ -100,7 +102,7 @@ def _state(node: NodeFile) -> Finding:
     if folder is None:
         return _note("state", "no state-dir: prompt and ledger go with each run")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_state_folder(folder)
         trial = folder / f".check-{os.getpid()}"
         with trial.open("wb") as file:
             file.write(b"\0" * 4096)

@@ -146,6 +146,15 @@ def missing_folders(node: NodeFile) -> str | None:
     return None
 
 
+def make_state_folder(folder: Path) -> None:
+    """Make an owner's state folder, readable by this user only (0700); one that is there keeps its mode.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
 def read_node_file(path: Path) -> NodeFile:
     """Read and check the owner's file.
 

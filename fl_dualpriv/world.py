@@ -15,6 +15,7 @@ from fl_dualpriv.disclosure import delta_problems, keeps_bad_records
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.objective import Objective, Records, Regulariser
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey, gaussian_noise
+from fl_dualpriv.user_folders import home
 
 Counts = tuple[Tensor, Tensor]
 """Right answers and all held-out records of each group, both (group,) int64 on the CPU."""
@@ -164,4 +165,4 @@ def one_thread(device: str) -> None:
 
 def run_folder(output_dir: str, run_id: int) -> Path:
     """Where a run writes: ``output.dir``, or a folder of its own under the user's home."""
-    return Path(output_dir) if output_dir else Path.home() / ".fl-dualpriv" / "runs" / str(run_id)
+    return Path(output_dir) if output_dir else home() / ".fl-dualpriv" / "runs" / str(run_id)

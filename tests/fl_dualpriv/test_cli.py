@@ -340,6 +340,19 @@ def test_a_round_without_scores_and_privacy_is_empty() -> None:
     assert round_text(ROUND | nothing) == ""
 
 
+def test_a_run_without_noise_prints_no_table_of_releases(invoke: Callable[..., Result]) -> None:
+    def engine(chosen: cli.Engine, job: cli.Job) -> None:
+        good_engine(chosen, job)
+        bare = {"randomness": "seeded", "privacy": [], "notes": ["no differential privacy"]}
+        (job.out / "summary.json").write_text(json.dumps(SUMMARY | bare))
+
+    result = invoke(engine=engine)
+    assert result.exit_code == 0, result.output
+    assert "note: no differential privacy" in result.output
+    for word in ("guarantee", "release", "reproducible"):
+        assert word not in result.output
+
+
 def test_help_is_light() -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from fl_dualpriv.cli import app; "
