@@ -173,9 +173,8 @@ def _budget(node: NodeFile) -> Finding:
         said += f"; {content.damaged} damaged lines, each charged at the worst"
     if not share < 1:
         return _bad("budget", f"{said}: every further run will be refused")
-    if budget.filter.name == "reserve" and budget.filter.expected_runs == 1:
-        said += "; expected-runs = 1: no second run will fit"
-    elif not content.damaged and share <= 0.9:
+    one_run = budget.filter.name == "reserve" and budget.filter.expected_runs == 1
+    if not content.damaged and share <= 0.9 and not one_run:
         return _good("budget", said)
     return _note("budget", said)
 

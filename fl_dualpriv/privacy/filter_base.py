@@ -1,4 +1,4 @@
-"""The protocol of privacy filters, and the parts that all of them share. Each filter has a file of its own."""
+"""The protocol of privacy filters, and the parts that all of them share. Each filter has its own file."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -16,8 +16,8 @@ class PrivacyFilter(Protocol):
 
     Guarantee:
         If `check` admitted every event of a ledger before its releases, everything in the ledger together is (ε, δ)-DP
-        for one unit under add-or-remove-one, whatever terms anybody chose after whatever releases, in interleaved runs
-        and on several servers too.
+        for one unit under add-or-remove-one. The terms of each run may be chosen after any earlier releases, and runs of
+        several servers may interleave.
     """
 
     @property

@@ -145,7 +145,7 @@ class ReserveFilter:
         how = "added up" if choice.composition == "sum" else f"by advanced composition, δ′ = {choice.delta_prime:g}"
         return (
             f"reserve: whole plans of at most {choice.expected_runs} runs, each charged before its first release at "
-            f"δ = {self.run_delta:.3g}, {how}"
+            f"δ = {self.run_delta:.3g}, {how}" + ("; no second run will fit" if choice.expected_runs == 1 else "")
         )
 
 
