@@ -16,8 +16,8 @@ class PrivacyFilter(Protocol):
 
     Guarantee:
         If `check` admitted every event of a ledger before its releases, everything in the ledger together is (ε, δ)-DP
-        for one unit under add-or-remove-one. The terms of each run may be chosen after any earlier releases, and runs of
-        several servers may interleave.
+        for one unit under add-or-remove-one. The terms of each run may be chosen after any earlier releases, and runs
+        of several servers may interleave.
     """
 
     @property
