@@ -1,4 +1,4 @@
-"""What a configuration says about what may leave, before any plan is calculated. No torch, no accountant."""
+"""Read from a configuration what may leave, before any plan is calculated. No torch, no accountant."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def claims_privacy(config: RunConfig) -> bool:
 
 
 def keeps_bad_records(config: RunConfig) -> bool:
-    """Whether a record that cannot be used stays a record and adds zero: so it is where a plan protects the data.
+    """True if a record that cannot be used stays a record and adds zero: so it is where a plan protects the data.
 
     Equal to having a plan (`plans.record_level_plan`, `plans.client_level_plan`), at no cost.
     """
@@ -44,7 +44,7 @@ def held_out_is_given(data: DataConfig, evaluation: EvaluationConfig) -> bool:
 
 
 def own_splits(data: DataConfig) -> frozenset[str]:
-    """Which of train, val and test are sets of their own, and not cut out of another one."""
+    """The splits among train, val and test that are given, and not cut out of another one."""
     if data.source in ("demo", "demo-vqa"):
         return frozenset({"train", "val", "test"})
     if data.source == "folder":
@@ -53,7 +53,7 @@ def own_splits(data: DataConfig) -> frozenset[str]:
 
 
 def delta_problems(config: RunConfig, largest: int) -> list[str]:
-    """Which δ says nothing about populations or data of this size, one a line.
+    """Problem lines about each δ that says nothing about populations or data of this size.
 
     Args:
         config: The run.

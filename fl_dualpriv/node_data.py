@@ -1,4 +1,4 @@
-"""What lies in the folder of a node's owner, opened as a run would open it. For the owner only: no torch, no network.
+"""Look at the folder of a node's owner, as a run would open it. For the owner only: no torch, no network.
 
 A server never gets these counts. They decide whether the node joins, and nothing after that.
 """
@@ -38,7 +38,7 @@ class NodeData:
 
 
 def asks_questions(path: Path) -> bool:
-    """Whether the records are questions about images."""
+    """Say if the records are questions about images."""
     return path.is_file() or hub_name(str(path)) is not None or any(path.glob("*.jsonl")) or any(path.glob("*.csv"))
 
 

@@ -1,4 +1,4 @@
-"""The folder that the front gives a run: whether it may be used, what is removed from it, and whether a run began."""
+"""The folder that the front gives a run: check it, clear it, and see if a run began in it."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ _LEFT = [PurePosixPath(file.pattern).parts for file in RUN_FILES if file.place =
 LEFT_FILES = sorted({parts[0] for parts in _LEFT if len(parts) == 1} - {"run.lock"})
 LEFT_FOLDERS = sorted({parts[0] for parts in _LEFT if len(parts) > 1} | {"clients"})
 _OF_A_START = ("error.json", "error.log", "flower.log", "run.json")
-"""What a start leaves that failed before anything ran."""
+"""Files of a start that failed before anything ran."""
 
 
 def prepare_folder(out: Path, *, overwrite: bool) -> None:
@@ -54,7 +54,7 @@ def prepare_folder(out: Path, *, overwrite: bool) -> None:
 
 
 def is_refusal(error: Exception, out: Path) -> bool:
-    """Whether configuration or data were refused, by an engine in this process or in ``error.json``."""
+    """True if configuration or data were refused, by an engine in this process or in ``error.json``."""
     try:
         kind = json.loads((out / "error.json").read_text(encoding="utf-8"))["type"]
     except (OSError, ValueError, KeyError, TypeError):

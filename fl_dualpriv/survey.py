@@ -22,7 +22,7 @@ from fl_dualpriv.word_problems import word_problems
 
 
 def survey(config: RunConfig, *, seconds: float = SECONDS) -> list[str]:
-    """What a run would load, in lines for its operator.
+    """Say what a run would load, in lines for its operator.
 
     Guarantee:
         Nothing of this leaves the machine. It decides whether a run starts: a decision about participation, which

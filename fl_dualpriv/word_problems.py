@@ -11,7 +11,7 @@ _NAMED_CLASSES = 10
 
 
 def word_problems(config: RunConfig, layout: Layout) -> list[str]:
-    """What the text side of the model cannot read, as far as that shows without the model; one a line.
+    """Say what the text side of the model cannot read, as far as that shows without the model; one problem a line.
 
     Args:
         config: The run.
@@ -67,7 +67,7 @@ def _class_problems(
 
 
 def _reads_template(config: RunConfig) -> bool:
-    """Whether the run has a context in front of the class names."""
+    """True if the run has a context in front of the class names."""
     return config.prompt.learner != "head" and METHODS[config.method].learns not in ("linear-probe", "prototypes")
 
 

@@ -32,7 +32,7 @@ _OTHER_TOKENIZERS = ("hf_tokenizer_name", "hf_model_name", "tokenizer_kwargs")
 
 @dataclass(frozen=True, kw_only=True)
 class TextRules:
-    """What the text side of a model reads.
+    """Limits of the text side of a model.
 
     Attributes:
         context_length: Longest text in tokens, start and end included.
@@ -75,7 +75,7 @@ def text_rules(backbone: str) -> TextRules | None:
         if any(text.get(key) for key in _OTHER_TOKENIZERS):
             return None
         return TextRules(context_length=int(text.get("context_length", _CONTEXT_LENGTH)), known=None)
-    except (OSError, ValueError, KeyError, TypeError):  # whoever loads the model says what is wrong with it
+    except (OSError, ValueError, KeyError, TypeError):  # the loader of the model says what is wrong with it
         return None
 
 

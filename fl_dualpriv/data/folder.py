@@ -92,7 +92,7 @@ class FolderSplit:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """What `read_layout` found in a directory of images, with every problem of its folders, names and template.
+    """The findings of `read_layout` in a directory of images, with every problem of its folders, names and template.
 
     Attributes:
         splits: Files of each class folder, by split; without problems ``train``, ``val`` and ``test``.
@@ -345,7 +345,7 @@ def _decode(path: Path, prepare: Callable[[Image.Image], object] = lambda image:
 
 
 def file_fault(path: Path) -> tuple[str, str]:
-    """Why a file is no image that can be used: kind and words; both empty if it is one. Kept while it is unchanged."""
+    """Say why a file is no image that can be used: kind and words; both empty if it is one. Kept while it is unchanged."""
     try:
         return _fault_of(path, stamp_of(path.stat()))
     except FileNotFoundError:
@@ -373,7 +373,7 @@ def _fault_of(path: Path, stamp: tuple[int, ...]) -> tuple[str, str]:
 
 
 def size_fault(width: int, height: int) -> str:
-    """Why no image of this size can be used; empty if it can."""
+    """Say why no image of this size can be used; empty if it can."""
     # Resizing the shorter side of an extreme shape would need gigabytes.
     if max(width, height) > MAX_ASPECT * min(width, height):
         return f"out of proportion (one side more than {MAX_ASPECT} times the other)"

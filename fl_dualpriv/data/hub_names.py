@@ -1,4 +1,4 @@
-"""``datasets:NAME``: what a name means, before the library of that name is loaded. Standard library only."""
+"""The meaning of ``datasets:NAME``, before the library of that name is loaded. Standard library only."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def source_and_configuration(name: str) -> tuple[str, str]:
 
 
 def absolute_name(name: str, base: Path) -> str:
-    """A name with an absolute path, if it is a path from ``base``; any other name as it is, because the hub knows it.
+    """A name with an absolute path, if it is a path from ``base``; any other name does not change, because the hub knows it.
 
     Args:
         name: Without ``datasets:``.
@@ -32,7 +32,7 @@ def absolute_name(name: str, base: Path) -> str:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether the library of data sets saved this folder."""
+    """True if the library of data sets saved this folder."""
     return any((folder / mark).is_file() for mark in _SAVED)
 
 

@@ -1,4 +1,4 @@
-"""Which data a run is over: hashes of names and classes, so that a run that goes on notices other data."""
+"""Hashes of names and classes of a run's data, so that a run that goes on notices other data."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""How many records can be used, and why the others cannot: for the owner of the data, never for a server. No torch.
+"""Count the records that can be used, and say why the others cannot: for their owner, never for a server. No torch.
 
 Under differential privacy a record that cannot be used stays a record and adds zero. Its owner may know; nothing that
 leaves may depend on it.
@@ -23,7 +23,7 @@ _NAMED = 5
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Usable:
-    """What a look at records found.
+    """The result of a look at records.
 
     Attributes:
         what: Of the records, such as ``images``.
@@ -48,7 +48,7 @@ class Usable:
 
     @property
     def are_all(self) -> bool:
-        """Whether every record that was looked at can be used."""
+        """True if every record that was looked at can be used."""
         return not self.kinds
 
     def says(self) -> str:
@@ -129,12 +129,12 @@ _VERBS = {"cannot be read": "cannot be read", "missing": "is missing"}
 
 
 def image_fault(images: ImageDataset, index: int) -> tuple[str, str]:
-    """Why an image cannot be used: kind and words; both empty if it can."""
+    """Say why an image cannot be used: kind and words; both empty if it can."""
     if isinstance(images, FolderSplit):
         return file_fault(images.paths[index])
     try:
         width, height = images.image(index).size
-    except Exception as error:  # whatever a record makes a decoder raise
+    except Exception as error:  # decoders raise many kinds
         return "cannot be read", f"image {index} cannot be read: {error}"
     kind = size_fault(width, height)
     return kind, f"image {index} has {width} x {height} pixels: it is {kind}" if kind else ""

@@ -209,16 +209,15 @@ def test_an_image_that_decodes_but_cannot_be_resized_is_a_zero_too(configure: Co
 
 
 def test_without_dp_an_image_that_cannot_be_resized_is_refused_by_name(configure: Configure, tmp_path: Path):
-    root = write_splits(tmp_path / "thin")
-    changes: dict[str, ConfigValue] = {"privacy.record.mechanism": "none", "population": 1}
-    world = build_world(configure(changes, root))
+    config = configure({"privacy.record.mechanism": "none", "population": 1}, root := write_splits(tmp_path / "thin"))
+    world = build_world(config)
     for name in ("02", "04"):
         Image.new("RGB", (3300, 1)).save(root / "train" / "dog" / f"{name}.png")
     with pytest.raises(ConfigError, match=r"2 images cannot be used.*the first: number 8 of class 'dog'"):
-        world.client_data(0)  # they were exchanged since the start
+        world.client_data(0)
     load_data.cache_clear()
     with pytest.raises(ConfigError, match=r"2 of 36 images cannot be used.*\n.*dog/02\.png has 3300 x 1 pixels"):
-        build_world(configure(changes, root))
+        build_world(config)
 
 
 def test_client_level_alone_keeps_a_bad_record_counted(configure: Configure, damaged: Path):
