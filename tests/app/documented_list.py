@@ -72,7 +72,7 @@ COMMANDS: Mapping[str, Mapping[str, Run | Skip]] = {
         "fl-dualpriv node start /etc/fl-dualpriv/node.toml": Run(
             put={"/etc/fl-dualpriv": "etc"}, before="register_the_node", stays="SuperNode ID"
         ),
-        "python deploy/certificates.py certs --host fl.example.org --host localhost": Run(
+        "python deploy/certificates.py certs --host fl.example.org --host localhost --host 127.0.0.1": Run(
             leaves=("certs/ca.crt", "certs/server.pem", "certs/server.key", "certs/ca.key")
         ),
         "flwr supernode register a.key.pub federation": Run(before="make_another_key", says=("registered",)),
