@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fl_dualpriv import flower_env, supervisor
 from fl_dualpriv.app_bundle import build_bundle, digest_of
 from fl_dualpriv.data.demo import demo_categories, demo_template, load_demo
 from fl_dualpriv.flower_engine import to_toml
+from fl_dualpriv.privacy.ledger import Ledger
 
 NODES = 3
 _CATEGORIES = ("animal", "vehicle")
@@ -291,9 +292,8 @@ allowed = ["{self.digest}"]
         return [json.loads(line) for line in self.read("operator/progress.jsonl").splitlines()]
 
     def ledger(self, node: int) -> list[dict[str, Any]]:
-        """The events of a node."""
-        file = self.home(node) / "state" / "ledger.jsonl"
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+        """The events of a node, in order; not the header and the reserved plans of its ledger."""
+        return [asdict(event) for event in Ledger(self.home(node) / "state" / "ledger.jsonl").read().events]
 
     def export(self, node: int) -> Path:
         """``fl-dualpriv export`` of the prompt that lies on a node."""
