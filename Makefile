@@ -6,7 +6,7 @@ STAMP := $(VENV)/.set-up
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-programs test-docs test-slow lint bench vqa-assets cifar10 cifar10-clip baselines clean
+.PHONY: help setup demo test test-kernels test-programs test-docs test-slow lint bench vqa-assets cifar10 cifar10-clip baselines clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -29,6 +29,19 @@ demo: setup  ## ten clients, DP-FPL with Dual-Priv pruning, epsilon 4, on Flower
 # A process per core, and one file's tests in one process: they share what they set up.
 test: setup  ## the default tests: no network, no Ray
 	$(ONE_THREAD) $(BIN)/python -m pytest -n auto --dist loadfile
+
+# What depends on how a matrix library rounds. The variables choose its kernels: those of processors with AVX2 only, and
+# PyTorch's own without vectors of a later kind. `make test` takes the machine's.
+KERNEL_TESTS := tests/clients tests/guarantees/test_row_check.py tests/guarantees/test_per_example.py \
+	tests/guarantees/test_integer_arithmetic.py tests/guarantees/test_sensitivity.py \
+	tests/guarantees/test_soft_prompt_rows.py tests/guarantees/test_lora_rows.py \
+	tests/guarantees/test_pruning_isolation.py tests/fl_dualpriv/prompts tests/fl_dualpriv/heads \
+	tests/app/test_nodes.py tests/app/test_client_resources.py
+
+test-kernels: setup  ## the tests that depend on matrix kernels, with two other sets of them
+	MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 $(ONE_THREAD) \
+		$(BIN)/python -m pytest -n auto --dist loadfile $(KERNEL_TESTS)
+	ATEN_CPU_CAPABILITY=default $(ONE_THREAD) $(BIN)/python -m pytest -n auto --dist loadfile $(KERNEL_TESTS)
 
 test-programs: setup  ## the slow tests of the front and the app: the real Flower programs and Ray
 	$(ONE_THREAD) $(BIN)/python -m pytest -m slow tests/app/test_flwr_run.py tests/app/test_real_app.py \

@@ -64,8 +64,11 @@ def _setting(context: Context, owner: "NodeFile | None") -> "Setting":
 def _node(context: Context, owner: "NodeFile | None") -> "Node":
     """This node, and where it keeps what belongs to its clients."""
     from clients.hosting import Node
+    from fl_dualpriv.node_file import make_state_folder
     from fl_dualpriv.world import run_folder
 
+    if owner is not None and owner.state_dir is not None:
+        make_state_folder(owner.state_dir)  # before anything is written into it, a refusal included
     chosen = context.node_config.get("state-dir")
     setting = _setting(context, owner)
     state_dir = None if chosen is None else Path(str(chosen))

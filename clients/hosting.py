@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,15 +14,18 @@ from torch import Tensor
 from fl_dualpriv import wire
 from fl_dualpriv.client import ClientFolder
 from fl_dualpriv.config import RunConfig
+from fl_dualpriv.disclosure import held_out_is_given, may_score
 from fl_dualpriv.errors import ConfigError, PrivacyError, type_alone
 from fl_dualpriv.evaluation import Score, split_counts
 from fl_dualpriv.memory import peak_bytes
 from fl_dualpriv.methods import METHODS
+from fl_dualpriv.objective import Objective
 from fl_dualpriv.peak_memory import report_peak
-from fl_dualpriv.plans import held_out_is_given, may_score, record_level_plan
+from fl_dualpriv.plans import record_level_plan
 from fl_dualpriv.privacy.budget import Budget
 from fl_dualpriv.privacy.noise import random_sources
 from fl_dualpriv.privacy.plan import round_terms
+from fl_dualpriv.row_check import COMPANY, RowPath, checked_objective
 from fl_dualpriv.run_facts import keep_node_run, keep_scored
 from fl_dualpriv.world import Counts, build_world, held_groups
 
@@ -43,9 +46,10 @@ class Setting:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.world = build_world(config)
-        self.objective, self.regulariser = self.world.objective(config), self.world.regulariser(config)
-        self.parts = METHODS[config.method]
+        self.regulariser, self.parts = self.world.regulariser(config), METHODS[config.method]
         self.plan = record_level_plan(config)
+        self.row_path: RowPath | None
+        self.objective, self.row_path = self._checked()
         self.sources = random_sources(config.privacy.randomness)
         self.terms = round_terms(self.plan, config.train.sampling_rate, config.train.local_steps)
         self.reproducible = config.privacy.randomness == "seeded"
@@ -53,6 +57,28 @@ class Setting:
         self.may_score = may_score(config)
         self.held_out_is_given = held_out_is_given(config.data, config.evaluation)
         self._counts: tuple[tuple[str, bytes], Counts] | None = None
+
+    def _checked(self) -> tuple[Objective[Any], RowPath | None]:
+        """The form of the objective whose rows depend on nobody else here, see `row_check`; no path without training.
+
+        Raises:
+            PrivacyError: If records are protected and there is none.
+        """
+        config, world = self.config, self.world
+        objective = world.objective(config)
+        if not self.parts.trains:
+            return objective, None
+        hosted = -(-config.population // config.num_supernodes)
+        shared = world.initial_prompt(config).to(world.backbone.device)
+        generator = torch.Generator().manual_seed(0)
+        own = [torch.randn(shared.shape, generator=generator).to(shared) for _ in range(min(hosted, COMPANY))]
+        prompts = torch.stack([self.parts.effective(shared, 0.02 * personal) for personal in own])
+        return checked_objective(objective, world.made_up, prompts, private=self.plan is not None)
+
+    @property
+    def clients_apart(self) -> bool:
+        """Whether clients have to step one by one."""
+        return self.row_path in ("clients apart", "records and clients apart")
 
     @property
     def keeps_state(self) -> bool:
@@ -169,8 +195,8 @@ class Node:
 
     def cards(self) -> list[wire.ClientCard]:
         """Public metadata of all hosted clients."""
-        world = self.setting.world
-        return [wire.ClientCard(partition=p, num_examples=world.num_examples(p)) for p in self.hosted]
+        world, rows = self.setting.world, self.setting.row_path
+        return [wire.ClientCard(partition=p, num_examples=world.num_examples(p), rows=rows) for p in self.hosted]
 
     def folder(self, partition: int) -> ClientFolder:
         """A client's own folder."""

@@ -67,6 +67,8 @@ class TrainRound:
             raise
         # Half of the workspace for prompts on their way through the tower, half for rows on their way back.
         size = prompts_at_once(setting.objective, setting.config.resources.workspace_mib * 2**19, self._prompt.device)
+        if setting.clients_apart:
+            size = 1
         for group in chunks(partitions, min(size, _MOST_LOCKS) if setting.plan is not None else size):
             self._train(group)
         values = list(self._uploads.values())

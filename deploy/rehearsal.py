@@ -12,7 +12,6 @@ Exit status 0 if all of it held; ``OUT/report.json`` says what was seen, and the
 import argparse
 import contextlib
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from typing import Any
 
 from sites import NODES, Sites, wait_until
 
-from fl_dualpriv import supervisor
+from fl_dualpriv import programs, supervisor
 
 KILLED = 1
 """The node that is killed, while it works for round `KILLED_IN`; it comes back when that round has ended without it."""
@@ -180,8 +179,8 @@ def main() -> int:
         parser.error(f"--rounds: at least {KILLED_IN + 2}, for a node is killed in round {KILLED_IN}")
     if options.out.exists():
         parser.error(f"{options.out} exists: give a new folder")
-    if shutil.which("flower-superlink") is None and not Path(sys.executable).with_name("flower-superlink").exists():
-        parser.error("Flower is not installed beside this Python")
+    if programs.find("flower-superlink") is None:
+        parser.error(f"flower-superlink is in none of {programs.places()}")
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # so that namespaces go, too
     with Sites.prepared(options.out.absolute(), options.app.absolute(), not options.no_namespaces) as sites:
         rehearsal = Rehearsal(sites=sites, rounds=options.rounds)

@@ -4,18 +4,17 @@ Light on import, as the front is. The attacks belong to the app: they are loaded
 them by name alone.
 """
 
-import importlib
 import json
 import os
-import sys
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from fl_dualpriv.app_modules import import_from, put_first
+from fl_dualpriv.console import Output, write_line
 from fl_dualpriv.errors import ConfigError, PrivacyError
 
 _MODULE = "simulations.attacks.report"
@@ -58,21 +57,23 @@ def audit(
     """
     from fl_dualpriv import cli  # late: it knows this file
 
-    errors = Console(stderr=True)
+    errors = Output(stderr=True)
     changes = [*(assignments or []), *([] if seed is None else [f"seed={seed}"])]
     try:
         job = cli.prepare(config, changes, out, app_dir, overwrite=False)
         if (job.out / "audit.json").exists():
             raise ConfigError(f"{job.out} holds an earlier audit (audit.json): give another --out")
-    except ConfigError as error:
+    except (ConfigError, PrivacyError) as error:
         cli.fail(errors, str(error), 2)
+    for line in job.data:
+        typer.echo(line)
     # Before torch is loaded: many small products run fastest on one thread.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         attacks = load_attacks(job.app_dir)
         wanted = [a.value for a in Attack if attack in (a, Attack.ALL) and a is not Attack.ALL]
         options = {} if canaries is None else {"canaries": canaries}
-        found = attacks.run_attacks(job.config, wanted, typer.echo, **options)
+        found = attacks.run_attacks(job.config, wanted, write_line, **options)
         attacks.write_report(found, job.config, job.out)
     except KeyboardInterrupt:
         cli.fail(errors, "stopped by Ctrl-C", 130)
@@ -80,8 +81,8 @@ def audit(
         cli.fail(errors, str(error), 2)
     except Exception as error:
         cli.fail(errors, cli.describe(error, job.out), 1)
-    typer.echo(f"results: {job.out}")
-    typer.echo(json.dumps(found.summary(), allow_nan=False))
+    write_line(f"results: {job.out}")
+    write_line(json.dumps(found.summary(), allow_nan=False))
     if found.refuted:
         levels = " and ".join(f"{a.level} level" for a in found.refuted)
         cli.fail(errors, f"the audit refutes the claimed ε ({levels}): what is released does not keep its promise", 1)
@@ -93,10 +94,9 @@ def load_attacks(app_dir: Path) -> ModuleType:
     Raises:
         ConfigError: If the app has none: the bundle that Flower sends to nodes leaves them out.
     """
-    if str(app_dir) not in sys.path:
-        sys.path.insert(0, str(app_dir))
+    put_first(app_dir)
     try:
-        return importlib.import_module(_MODULE)
+        return import_from(app_dir, _MODULE)
     except ModuleNotFoundError as error:
         if not (error.name and _MODULE.startswith(error.name)):
             raise

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fl_dualpriv.console import Output, write_line
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.lifetime import lifetime_of
 
@@ -60,7 +60,7 @@ def budget(
 
     Of an owner's file: the rule that holds its lifetime budget, what is left, and what each rule would admit.
     """
-    errors = Console(stderr=True)
+    errors = Output(stderr=True)
     if delta is not None and not 0 < delta < 1:
         _refuse(errors, f"--delta {delta:g}: it must be between 0 and 1, both excluded")
     if folder.suffix == ".toml":
@@ -68,7 +68,7 @@ def budget(
             lifetime = lifetime_of(folder)
         except (ConfigError, PrivacyError) as error:
             _refuse(errors, str(error))
-        typer.echo(json.dumps(lifetime.jsonable()) if as_json else lifetime.words())
+        write_line(json.dumps(lifetime.jsonable()) if as_json else lifetime.words())
         return
     server, clients = _ledgers(folder)
     if not server and not clients:
@@ -78,9 +78,9 @@ def budget(
     own = [_read(path, path.parent.name, delta, deltas) for path in clients]
     if as_json:
         content = {"server": [_jsonable(s) for s in found], "clients": [_jsonable(s) for s in own]}
-        typer.echo(json.dumps(content | _statistics(own)))
+        write_line(json.dumps(content | _statistics(own)))
         return
-    console = Console()
+    console = Output()
     for title, some in (("server", found), ("clients", own)):
         if some:
             console.print(_table(title, some))
@@ -157,6 +157,6 @@ def _table(title: str, spent: list[Spent]) -> Table:
     return table
 
 
-def _refuse(errors: Console, message: str) -> NoReturn:
+def _refuse(errors: Output, message: str) -> NoReturn:
     errors.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True, highlight=False)
     raise typer.Exit(2)

@@ -7,7 +7,6 @@ with it is never made twice.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -20,11 +19,11 @@ from torch import Tensor
 
 from fl_dualpriv.config_rules import ConfigValue
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.files import write_bytes
+from fl_dualpriv.files import keep_previous, write_bytes
 
 _log = logging.getLogger("fl_dualpriv")
 
-FORMAT = 1
+FORMAT = 2
 FILES = ("checkpoint.bin", "checkpoint.previous.bin")
 # What never changes a result; all other keys must be as they were.
 _FREE = ("output.", "resources.", "join-timeout", "reply-timeout", "dead-actors")
@@ -77,12 +76,16 @@ class CheckpointFolder:
         folder: Of the run.
         run_config: Flat run configuration.
         cards: Public number of records of each client, in order: data that were exchanged make another run.
+        data: `data_identity` of the server's data. It is made of names of private files: it stays in the checkpoint,
+            which is an operator's file.
     """
 
-    def __init__(self, folder: Path, run_config: Mapping[str, ConfigValue], cards: list[int]) -> None:
+    def __init__(
+        self, folder: Path, run_config: Mapping[str, ConfigValue], cards: list[int], data: Mapping[str, str]
+    ) -> None:
         self._last, self._previous = (folder / name for name in FILES)
         kept = {key: value for key, value in sorted(run_config.items()) if not key.startswith(_FREE)}
-        self._made_by = {"version": version("fl-dualpriv"), "config": kept, "records": cards}
+        self._made_by = {"version": version("fl-dualpriv"), "config": kept, "records": cards, "data": dict(data)}
 
     def write(self, checkpoint: Checkpoint) -> None:
         """Replace the last checkpoint, which becomes the previous one.
@@ -100,10 +103,7 @@ class CheckpointFolder:
         header = json.dumps({**self._made_by, "progress": asdict(checkpoint.progress)}).encode()
         body = b"%d\n%s\n%s" % (FORMAT, header, payload)
         if self._last.exists():
-            link = self._previous.with_name(f".{self._previous.name}.{os.getpid()}.tmp")
-            link.unlink(missing_ok=True)
-            os.link(self._last, link)
-            link.replace(self._previous)
+            keep_previous(self._last, self._previous)
         content = hashlib.sha256(body).hexdigest().encode() + b"\n" + body
         write_bytes(self._last, content, synced=True, private=True)
 
@@ -198,4 +198,10 @@ class CheckpointFolder:
             raise ConfigError(
                 f"{file} is of a run over other data: the clients' numbers of records differ. Start a new run in "
                 "another folder"
+            )
+        then, now = found["data"], mine["data"]
+        if changed := [name for name in now if then.get(name) != now[name]]:
+            raise ConfigError(
+                f"{file} is of a run over other data: {', '.join(changed)} changed since. Put the data back as they "
+                "were, or start a new run in another folder"
             )

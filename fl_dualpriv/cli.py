@@ -7,7 +7,6 @@ Ray and torch come with the engine.
 import json
 import logging
 import os
-import shutil
 import signal
 import sys
 import time
@@ -16,30 +15,42 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from fl_dualpriv import flower_env, node_command, plugins
+from fl_dualpriv import flower_env, flower_hook, node_command, plugins
 from fl_dualpriv.audit_command import audit
 from fl_dualpriv.budget_command import budget
 from fl_dualpriv.config import RunConfig, app_defaults, merge, parse_assignment, read_toml
 from fl_dualpriv.config_rules import ConfigValue
+from fl_dualpriv.console import Output, spell_out_what_cannot_be_shown
+from fl_dualpriv.data.hub_names import HUB, absolute_name
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.export_command import export
 from fl_dualpriv.folder_lock import held_alone
 from fl_dualpriv.new_strategy_command import new_strategy
+from fl_dualpriv.out_folder import is_refusal, prepare_folder, progress_of
 from fl_dualpriv.peak_memory import describe_peaks
 from fl_dualpriv.predict_command import predict
 from fl_dualpriv.progress import shown
-from fl_dualpriv.run_files import RUN_FILES, read_totals, results_in
+from fl_dualpriv.run_files import read_totals, results_in
 from fl_dualpriv.tables import headline, privacy_table, results_table
+from fl_dualpriv.user_folders import expanded, home, settle_home
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+class _Front(typer.Typer):
+    """The commands, for an output of any encoding; help is printed before any function here is called."""
+
+    def __call__(self, *words: Any, **named: Any) -> Any:
+        spell_out_what_cannot_be_shown()
+        return super().__call__(*words, **named)
+
+
+app = _Front(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(node_command.app, name="node")
 app.command()(budget)
 app.command()(audit)
@@ -47,10 +58,6 @@ app.command()(new_strategy)
 app.command()(export)
 app.command()(predict)
 
-# All that a run leaves in its folder. --overwrite removes these and nothing else; the lock is held meanwhile.
-_LEFT = [PurePosixPath(file.pattern).parts for file in RUN_FILES if file.place == "run"]
-LEFT_FILES = sorted({parts[0] for parts in _LEFT if len(parts) == 1} - {"run.lock"})
-LEFT_FOLDERS = sorted({parts[0] for parts in _LEFT if len(parts) > 1} | {"clients"})
 _ENDING_SECONDS = 30.0
 _PIPE_WIDTH = 180  # a log has no width of its own; rich would take 80 and break the privacy table's words
 
@@ -72,11 +79,19 @@ class Job:
     out: Path
     name: str
     engine: Engine
+    data: tuple[str, ...] = ()  # what it loads, in lines for its operator
 
 
 @app.callback()
 def _root() -> None:
     """Federated prompt learning with differential privacy that is true."""
+    errors = Output(stderr=True)
+    try:
+        note = settle_home()
+    except ConfigError as error:
+        fail(errors, str(error), 2)
+    if note:
+        errors.print(f"note: {escape(note)}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -105,9 +120,7 @@ def run(
 
     CONFIG is a TOML file with the keys that differ from the app's pyproject.toml.
     """
-    console, errors = Console(), Console(stderr=True)
-    if not console.is_terminal:
-        console = Console(width=_PIPE_WIDTH)
+    console, errors = Output(pipe_width=_PIPE_WIDTH), Output(stderr=True)
     try:
         if resume is not None:
             if config or assignments or out or overwrite:
@@ -121,7 +134,7 @@ def run(
             job = prepare(config, assignments or [], out, app_dir, overwrite=overwrite, engine=engine or Engine.RAY)
             kept = {"name": job.name, "app": str(job.app_dir), "engine": job.engine, "config": job.flat}
             (job.out / "run.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-    except ConfigError as error:
+    except (ConfigError, PrivacyError) as error:
         fail(errors, str(error), 2)
     signal.signal(signal.SIGTERM, _terminated)  # so that the engine cleans up
     nodes = job.config.num_supernodes
@@ -129,26 +142,31 @@ def run(
     console.print(
         f"{job.name}: {job.config.method}, {job.config.population} clients{hosts}, engine {job.engine}", highlight=False
     )
+    for line in job.data:
+        console.print(escape(line), soft_wrap=True, highlight=False)
     if job.engine == Engine.RAY:
         console.print(
             f"starting Flower and Ray, half a minute before round 1; their log: {escape(str(job.out / 'flower.log'))}",
             soft_wrap=True,
             highlight=False,
         )
+    before = progress_of(job.out)
     try:
         with shown(console, job.out, job.config.rounds):
             run_engine(job.engine, job)
     except KeyboardInterrupt:
         fail(errors, f"stopped by Ctrl-C; what there is lies in {job.out}{how_to_go_on(job.out)}", 130)
     except Exception as error:
-        fail(errors, describe(error, job.out) + how_to_go_on(job.out), 1)
+        refused = is_refusal(error, job.out) and progress_of(job.out) == before
+        fail(errors, describe(error, job.out) + how_to_go_on(job.out), 2 if refused else 1)
     summary_file = job.out / "summary.json"
     if not summary_file.exists():
         fail(errors, f"the run ended without results: {summary_file} was not written", 1)
     summary = json.loads(summary_file.read_text(encoding="utf-8"))
     console.print(headline(summary, read_totals(job.out)), soft_wrap=True, highlight=False)
     console.print(results_table(summary))
-    console.print(privacy_table(summary["privacy"]))
+    if summary["privacy"]:
+        console.print(privacy_table(summary["privacy"]))
     for note in summary.get("notes", []):
         console.print(f"note: {escape(note)}", soft_wrap=True, highlight=False)
     if peaks := describe_peaks(job.out):
@@ -173,8 +191,16 @@ def env() -> None:
     try:
         variables = flower_env.installed()
     except FileNotFoundError:
-        variables = flower_env.for_user(Path.home() / ".fl-dualpriv" / "flower")
-    sys.stdout.write(flower_env.exports(variables) + "\n")
+        folder = home() / ".fl-dualpriv" / "flower"
+        try:
+            variables = flower_env.for_user(folder)
+        except OSError as error:
+            fail(
+                Output(stderr=True),
+                f"{folder} cannot be used: {error.strerror or error}; set HOME to another folder",
+                2,
+            )
+    sys.stdout.write(flower_env.exports(variables | flower_hook.proxy_changes(os.environ)) + "\n")
 
 
 def prepare(
@@ -186,10 +212,11 @@ def prepare(
     overwrite: bool,
     engine: Engine = Engine.RAY,
 ) -> Job:
-    """Check configuration and output folder before anything starts.
+    """Check configuration, data and output folder before anything starts.
 
     Raises:
-        ConfigError: With every problem of the configuration, or the one of the folder.
+        ConfigError: With every problem of the configuration or of the data, or the one of the folder.
+        PrivacyError: A δ says nothing about data of this size.
     """
     app_dir = find_app(config) if app_dir is None else app_dir.resolve()
     sets: dict[str, ConfigValue] = {}
@@ -202,7 +229,7 @@ def prepare(
             problems.append(f"--set: {error}")
     flat = merge(app_defaults(app_dir), read_toml(config), sets)
     out = Path(out or str(flat.get("output.dir") or "") or f"runs/{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-    out = Path(os.path.abspath(out.expanduser()))  # noqa: PTH100 - resolve() would also follow links
+    out = Path(os.path.abspath(expanded(out)))  # noqa: PTH100 - resolve() would also follow links
     flat = absolute_paths(flat | {"output.dir": str(out)}, Path.cwd())
     try:
         flat = plugins.find_module(flat, app_dir, (Path.cwd(), config.absolute().parent))
@@ -212,18 +239,24 @@ def prepare(
         raise ConfigError("\n".join([*problems, str(error)])) from error
     if problems:
         raise ConfigError("\n".join(problems))
-    _prepare_folder(out, overwrite=overwrite)
-    job = Job(app_dir=app_dir, flat=flat, config=checked, out=out, name=config.stem, engine=engine)
-    return job
+    data = _look_at_data(checked)  # before the folder: a run that does not start replaces nothing
+    prepare_folder(out, overwrite=overwrite)
+    return Job(app_dir=app_dir, flat=flat, config=checked, out=out, name=config.stem, engine=engine, data=data)
+
+
+def _look_at_data(config: RunConfig) -> tuple[str, ...]:
+    from fl_dualpriv.survey import survey  # late: it reads images
+
+    return tuple(survey(config))
 
 
 def resumed(out: Path, app_dir: Path | None, engine: Engine | None) -> Job:
     """The run that was cut off in ``out``; what the folder holds the server app checks.
 
     Raises:
-        ConfigError: If there is none, it has ended, or it is still going on.
+        ConfigError: If there is none, it has ended, it is still going on, or its data cannot be used.
     """
-    out = Path(os.path.abspath(out.expanduser()))  # noqa: PTH100 - as in `prepare`
+    out = Path(os.path.abspath(expanded(out)))  # noqa: PTH100 - as in `prepare`
     file = out / "run.json"
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
@@ -240,7 +273,8 @@ def resumed(out: Path, app_dir: Path | None, engine: Engine | None) -> Job:
         _refuse_ended(out)  # in these seconds they may have ended the run
         (out / "error.json").unlink(missing_ok=True)
     checked = RunConfig.from_run_config(flat)
-    return Job(app_dir=app_dir or app, flat=flat, config=checked, out=out, name=name, engine=engine or begun)
+    data = _look_at_data(checked)
+    return Job(app_dir=app_dir or app, flat=flat, config=checked, out=out, name=name, engine=engine or begun, data=data)
 
 
 def _refuse_ended(out: Path) -> None:
@@ -274,44 +308,20 @@ def absolute_paths(flat: Mapping[str, ConfigValue], base: Path) -> dict[str, Con
     result = dict(flat)
     for key in ("strategy.path", "data.path", "data.classes"):
         value = result.get(key)
-        if isinstance(value, str) and value:
-            result[key] = str(base / Path(value).expanduser())
+        if isinstance(value, str) and value.startswith(HUB):  # the hub's name, or a path
+            result[key] = HUB + absolute_name(value.removeprefix(HUB), base)
+        elif isinstance(value, str) and value:
+            result[key] = str(base / expanded(value))
     name, pretrained = result.get("backbone.name"), result.get("backbone.pretrained")
     if isinstance(name, str) and name.startswith("local-dir:"):
-        result["backbone.name"] = "local-dir:" + str(base / Path(name.removeprefix("local-dir:")).expanduser())
+        result["backbone.name"] = "local-dir:" + str(base / expanded(name.removeprefix("local-dir:")))
     if isinstance(name, str) and name.startswith("hf:"):  # a folder, or a name on the hub
-        folder = base / Path(name.removeprefix("hf:")).expanduser()
+        folder = base / expanded(name.removeprefix("hf:"))
         result["backbone.name"] = f"hf:{folder}" if folder.is_dir() else name
     # Else it is a tag.
     if isinstance(pretrained, str) and pretrained.endswith((".safetensors", ".pt", ".pth", ".bin")):
-        result["backbone.pretrained"] = str(base / Path(pretrained).expanduser())
+        result["backbone.pretrained"] = str(base / expanded(pretrained))
     return result
-
-
-def _prepare_folder(out: Path, *, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file: give a folder with --out")
-    if (out / "pyproject.toml").exists():
-        # Its clients/ is source code; a run's clients/ is removed by --overwrite.
-        raise ConfigError(f"{out} holds a project, not results: give another folder with --out")
-    marks = ("summary.json", "rounds.jsonl", "error.json", "flower.log", "checkpoint.bin")
-    used = [name for name in marks if (out / name).exists()]
-    if used and not overwrite:
-        ended = (out / "summary.json").exists() or not (out / "run.json").exists()
-        go_on = "" if ended else f", or go on with it: fl-dualpriv run --resume {out}"
-        raise ConfigError(
-            f"{out} holds an earlier run ({used[0]}): give another --out, or --overwrite to replace it{go_on}"
-        )
-    try:
-        with held_alone(out):  # a run that is going on loses nothing
-            if used:
-                for name in LEFT_FILES:
-                    (out / name).unlink(missing_ok=True)
-                for name in LEFT_FOLDERS:
-                    if (out / name).is_dir() and not (out / name).is_symlink():
-                        shutil.rmtree(out / name)
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be used for results: {error.strerror or error}; give another --out") from error
 
 
 def run_engine(engine: Engine, job: Job) -> None:
@@ -354,7 +364,7 @@ def _terminated(number: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def fail(errors: Console, message: str, status: int) -> NoReturn:
+def fail(errors: Output, message: str, status: int) -> NoReturn:
     """End the command with one message and this exit status."""
     errors.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True, highlight=False)
     raise typer.Exit(status)

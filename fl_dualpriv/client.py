@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fl_dualpriv.errors import PrivacyError
-from fl_dualpriv.files import append_json_line, read_metadata, read_tensors, write_tensors
+from fl_dualpriv.files import append_json_line, keep_previous, read_metadata, read_tensors, write_tensors
 from fl_dualpriv.history import History, HistoryShapes
 from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent, utc_now
 from fl_dualpriv.privacy.plan import RecordLevelPlan
@@ -167,10 +166,7 @@ class ClientFolder:
         The state of an earlier round of the run becomes the previous one; at no moment is there no state.
         """
         if self._prompt.exists() and _round_of(read_metadata(self._prompt), run_token) < state.server_round:
-            link = self._previous.with_name(f".{self._previous.name}.{os.getpid()}.tmp")
-            link.unlink(missing_ok=True)
-            os.link(self._prompt, link)
-            link.replace(self._previous)
+            keep_previous(self._prompt, self._previous)
         write_tensors(
             self._prompt,
             {**state.history, "personal": state.personal, "carrier": state.carrier, "global": global_prompt},

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from fl_dualpriv.privacy.limits import LARGEST_CLIP_NORM, SMALLEST_CLIP_NORM, is_clip_norm
+from fl_dualpriv.privacy.limits import LARGEST_CLIP_NORM, MOST_RELEASES, SMALLEST_CLIP_NORM, is_clip_norm
 
 Values = Mapping[str, Any]
 
@@ -25,6 +25,12 @@ _RULE, _BLOCK, _KEPT = "pruning.update-rule", "pruning.update-block", "pruning.u
 _PATH_NEEDED = 'must be the directory of the images when data.ref = "folder"'
 
 CROSS_RULES: tuple[CrossRule, ...] = (
+    CrossRule(
+        ("train.local-steps", "rounds", _RECORD),
+        lambda v: v[_RECORD] == "none" or v["train.local-steps"] * v["rounds"] <= MOST_RELEASES,
+        f"times rounds must be at most {MOST_RELEASES}: each step of each round is a release that is accounted for",
+        "lower one of them",
+    ),
     CrossRule(
         ("prompt.rank", "prompt.n-ctx", "prompt.learner"),
         lambda v: v["prompt.rank"] <= v["prompt.n-ctx"] or v["prompt.learner"] != "context",

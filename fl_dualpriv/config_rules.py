@@ -19,9 +19,12 @@ from fl_dualpriv.config_cross_rules import CROSS_RULES, CrossRule, Values
 from fl_dualpriv.config_method_rules import METHOD_RULES
 from fl_dualpriv.privacy.limits import (
     LARGEST_CLIP_NORM,
+    LARGEST_EPSILON,
     LARGEST_NOISE_MULTIPLIER,
+    MOST_RELEASES,
     SMALLEST_CLIP_NORM,
     SMALLEST_DELTA,
+    SMALLEST_EPSILON,
     SMALLEST_NOISE_MULTIPLIER,
     SMALLEST_SAMPLING_RATE,
     is_clip_norm,
@@ -56,15 +59,17 @@ def _is_options(text: str) -> bool:
     )
 
 
-def _at_least_one(advice: str) -> Range:
-    return Range(lambda x: x >= 1, "a whole number >= 1", advice)
+def _whole(least: int, most: int, advice: str) -> Range:
+    return Range(lambda x: least <= x <= most, f"a whole number from {least} to {most}", advice)
 
 
-def _positive(advice: str) -> Range:
-    return Range(lambda x: x > 0, "> 0", advice)
+def _number(least: float, most: float, advice: str) -> Range:
+    return Range(lambda x: least <= x <= most, f"from {least:g} to {most:g}", advice)
 
 
-_RATE = Range(lambda x: x >= 0, ">= 0", "0 freezes this part of the prompt")
+_MOST_CLIENTS = 100_000
+_SECONDS = _number(0.001, 1e7, "give seconds")
+_RATE = _number(0, 1e6, "0 freezes this part of the prompt")
 _FRACTION = Range(lambda x: 0 < x < 1, "between 0 and 1, both excluded", "give a share of train/, for example 0.2")
 _KEEP = Range(lambda x: 0 < x <= 1, "in (0, 1]", "1 switches this pruning off")
 _DELTA = Range(
@@ -72,7 +77,11 @@ _DELTA = Range(
     f"at least {SMALLEST_DELTA:g} and less than 1",
     "give at most 1 / (10 x number of units protected)",
 )
-_NOISE = _positive('without noise there is no privacy: to train without it set mechanism = "none" in this section')
+_NOISE = _number(
+    SMALLEST_EPSILON,
+    LARGEST_EPSILON,
+    'an ε above 10 promises little; to train without noise set mechanism = "none" in this section',
+)
 _MULTIPLIER = Range(
     lambda x: SMALLEST_NOISE_MULTIPLIER <= x <= LARGEST_NOISE_MULTIPLIER,
     f"from {SMALLEST_NOISE_MULTIPLIER:g} to {LARGEST_NOISE_MULTIPLIER:g}",
@@ -87,12 +96,12 @@ _CLIP = Range(
 _SEED = Range(lambda x: 0 <= x < 2**63, "a whole number from 0 to 2**63 - 1", "0 will do")
 
 RANGES: dict[str, Range] = {
-    "rounds": _at_least_one('for no training at all set method = "zero-shot"'),
-    "population": _at_least_one("give the number of clients"),
-    "supernodes": Range(lambda x: x >= 0, "a whole number >= 0", "0 gives every client a node of its own"),
+    "rounds": _whole(1, MOST_RELEASES, 'for no training at all set method = "zero-shot"'),
+    "population": _whole(1, _MOST_CLIENTS, "give the number of clients"),
+    "supernodes": _whole(0, _MOST_CLIENTS, "0 gives every client a node of its own"),
     "seed": _SEED,
-    "join-timeout": _positive("give seconds"),
-    "reply-timeout": _positive("give seconds"),
+    "join-timeout": _SECONDS,
+    "reply-timeout": _SECONDS,
     "strategy.ref": Range(_is_class_ref, "module:Class", 'for example "strategies.dpfpl:DPFPL"'),
     "strategy.path": Range(
         lambda x: x == "" or Path(x).is_absolute(), "empty or an absolute path", "give the folder of the module"
@@ -100,7 +109,7 @@ RANGES: dict[str, Range] = {
     "strategy.options": Range(
         _is_options, 'a JSON object of "plugin.CLASS.FIELD" keys', "fl-dualpriv run writes it for you"
     ),
-    "train.local-steps": _at_least_one('for no training at all set method = "zero-shot"'),
+    "train.local-steps": _whole(1, MOST_RELEASES, 'for no training at all set method = "zero-shot"'),
     "train.sampling-rate": Range(
         lambda x: SMALLEST_SAMPLING_RATE <= x <= 1,
         f"from {SMALLEST_SAMPLING_RATE:g} to 1",
@@ -109,43 +118,47 @@ RANGES: dict[str, Range] = {
     "train.global-learning-rate": _RATE,
     "train.local-learning-rate": _RATE,
     "train.top-m": Range(
-        lambda x: x == 0 or x >= 2, "0 or a whole number >= 2", "0 is exact; one class alone has nothing to balance it"
+        lambda x: x == 0 or 2 <= x <= 10**6,
+        "0 or a whole number from 2 to 1000000",
+        "0 is exact; one class alone has nothing to balance it",
     ),
-    "prompt.n-ctx": _at_least_one("4 is usual"),
-    "prompt.rank": _at_least_one('for no factorisation set method = "full"'),
+    "prompt.n-ctx": _whole(1, 1000, "4 is usual"),
+    "prompt.rank": _whole(1, 1000, 'for no factorisation set method = "full"'),
     "pruning.visual-keep-ratio": _KEEP,
     "pruning.visual-layer": Range(
-        lambda x: x >= 1 or x <= -2, "a whole number >= 1 or <= -2", "-2 is after all blocks but the last"
+        lambda x: 1 <= x <= 1000 or -1000 <= x <= -2,
+        "a whole number from 1 to 1000 or from -1000 to -2",
+        "-2 is after all blocks but the last",
     ),
-    "pruning.visual-fused": Range(lambda x: x >= 0, "a whole number >= 0", "0 drops the pruned tokens"),
-    "pruning.visual-fusion-std": Range(lambda x: x >= 0, ">= 0", "it is not privacy: 1 is what the paper's text says"),
+    "pruning.visual-fused": _whole(0, 10_000, "0 drops the pruned tokens"),
+    "pruning.visual-fusion-std": _number(0, 1e6, "it is not privacy: 1 is what the paper's text says"),
     "pruning.update-keep-ratio": _KEEP,
-    "pruning.update-warm-up": Range(lambda x: x >= 1, "a whole number >= 1", "a mask needs an earlier release"),
+    "pruning.update-warm-up": _whole(1, MOST_RELEASES, "a mask needs an earlier release"),
     "pruning.update-exploration": Range(lambda x: 0 <= x <= 1, "in [0, 1]", "0 never looks at a pruned block again"),
     "train.momentum": Range(lambda x: 0 <= x < 1, "in [0, 1)", "0.9 is usual"),
-    "data.max-tokens": Range(lambda x: x >= 2, "a whole number >= 2", "give what the longest question needs"),
-    "fedpgp.contrastive-weight": Range(lambda x: x >= 0, ">= 0", "0 switches the contrastive term off"),
-    "fedpgp.contrastive-temperature": _positive("0.5 is usual"),
+    "data.max-tokens": _whole(2, 100_000, "give what the longest question needs"),
+    "fedpgp.contrastive-weight": _number(0, 1e6, "0 switches the contrastive term off"),
+    "fedpgp.contrastive-temperature": _number(1e-6, 1e6, "0.5 is usual"),
     "fedotp.mass": Range(lambda x: 0 < x <= 1, "in (0, 1]", "1 uses every patch"),
-    "fedotp.regularisation": Range(lambda x: x >= 0.01, ">= 0.01", "0.1 is usual; below this exponentials overflow"),
-    "fedotp.iterations": _at_least_one("100 is usual"),
+    "fedotp.regularisation": _number(0.01, 1e6, "0.1 is usual; below this exponentials overflow"),
+    "fedotp.iterations": _whole(1, 10_000, "100 is usual"),
     "privacy.record.epsilon": _NOISE,
     "privacy.record.noise-multiplier": _MULTIPLIER,
     "privacy.record.delta": _DELTA,
     "privacy.record.clip-norm": _CLIP,
     "privacy.client.epsilon": _NOISE,
     "privacy.client.noise-multiplier": _MULTIPLIER,
-    "privacy.client.max-epsilon": Range(lambda x: x >= 0, ">= 0", "0 is what the run's own rounds spend"),
+    "privacy.client.max-epsilon": _number(0, 1e6, "0 is what the run's own rounds spend"),
     "privacy.client.delta": _DELTA,
     "privacy.client.clip-norm": _CLIP,
-    "privacy.client.expected-cohort": _positive("give the expected number of clients in a round"),
-    "privacy.client.bands": Range(lambda x: x >= 0, "a whole number >= 0", "0 takes the best number"),
+    "privacy.client.expected-cohort": _number(1e-9, _MOST_CLIENTS, "give the expected number of clients in a round"),
+    "privacy.client.bands": _whole(0, 4096, "0 takes the best number"),
     "privacy.client.target-quantile": Range(lambda x: 0 < x < 1, "between 0 and 1, both excluded", "0.5 is the median"),
-    "privacy.client.clip-learning-rate": _positive("0.2 is usual"),
+    "privacy.client.clip-learning-rate": _number(1e-6, 1e3, "0.2 is usual"),
     "privacy.client.bit-noise-share": Range(
         lambda x: 1e-6 <= x <= 1e3, "from 1e-6 to 1000", "0.05 is usual: a twentieth of the cohort"
     ),
-    "data.dirichlet-alpha": _positive("0.1 is very uneven, 100 nearly even"),
+    "data.dirichlet-alpha": _number(1e-3, 1e6, "0.1 is very uneven, 100 nearly even"),
     "data.val-fraction": _FRACTION,
     "data.test-fraction": _FRACTION,
     "backbone.name": Range(
@@ -153,13 +166,13 @@ RANGES: dict[str, Range] = {
         '"demo", an open_clip model name, local-dir:PATH or hf:NAME',
         "name one",
     ),
-    "evaluation.every": _at_least_one("for the last round only, give the number of rounds"),
+    "evaluation.every": _whole(1, MOST_RELEASES, "for the last round only, give the number of rounds"),
     "resources.device": Range(
         lambda x: re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", x) is not None, "auto, cpu, cuda or cuda:N", "auto will do"
     ),
-    "resources.cpus-per-client": _at_least_one("1 will do"),
-    "resources.gpus-per-client": Range(lambda x: x >= 0, ">= 0", "0 for CPU, a fraction to share a GPU"),
-    "resources.workspace-mib": Range(lambda x: x >= 16, "a whole number >= 16", "512 is usual"),
+    "resources.cpus-per-client": _whole(1, 1024, "1 will do"),
+    "resources.gpus-per-client": _number(0, 1024, "0 for CPU, a fraction to share a GPU"),
+    "resources.workspace-mib": _whole(16, 2**20, "512 is usual"),
     "resources.feature-cache": Range(
         lambda x: x in ("", "off") or Path(x).is_absolute(),
         'empty, "off" or an absolute path',

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from fl_dualpriv.console import Output
 from fl_dualpriv.errors import ConfigError, PrivacyError
 
 
@@ -48,7 +48,7 @@ def export(
 
     Exit status: 0, or 2 if it is not published; then nothing was written.
     """
-    errors = Console(stderr=True)
+    errors = Output(stderr=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: as in the run
     from fl_dualpriv import publishing  # late: torch takes seconds
     from fl_dualpriv.published import card_path, write_published
@@ -74,7 +74,7 @@ def export(
     except (ConfigError, PrivacyError, OSError) as error:
         errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(2) from None
-    console = Console()
+    console = Output()
     for line in (*published.facts.lines, *(f"note: {note}" for note in published.facts.notes)):
         console.print(escape(line), soft_wrap=True, highlight=False)
     console.print(escape(f"{target} and {card_path(target)}"), soft_wrap=True, highlight=False)

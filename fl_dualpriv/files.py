@@ -1,7 +1,9 @@
 """Files that are never half written: a temporary neighbour first, then one rename."""
 
+import contextlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,32 @@ def write_bytes(path: Path, content: bytes, *, synced: bool = False, private: bo
         temporary.replace(path)
         if synced:
             _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def keep_previous(path: Path, previous: Path) -> None:
+    """Make ``previous`` the file that ``path`` is now; ``path`` stays.
+
+    A second name for the file (a hard link) is made where the file system has hard links, and a copy elsewhere, as on
+    vfat, exFAT and many network mounts.
+
+    Guarantee:
+        A crash at any moment leaves whole files under both names: what was under ``previous``, or what is under
+        ``path``.
+    """
+    temporary = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(path, temporary)
+        except OSError:  # each file system has a number of its own for "no hard links here"
+            temporary.touch(mode=0o600)
+            shutil.copyfile(path, temporary)
+            with contextlib.suppress(OSError):
+                shutil.copymode(path, temporary)
+            _sync(temporary)
+        temporary.replace(previous)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import urllib.request
@@ -20,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fl_dualpriv import flower_env, supervisor
+from fl_dualpriv import flower_env, flower_hook, programs, supervisor
+from fl_dualpriv.cpus import usable_cpus
 
 RunConfigValues = Mapping[str, bool | int | float | str]
 
@@ -69,16 +69,7 @@ def run_flower(
         RunFailed: With the server app's own message if it left one, else with Flower's.
         ValueError: If the resources can never be met.
     """
-    cpus = os.cpu_count() or 1
-    if not 1 <= cpus_per_client <= cpus:
-        raise ValueError(f"resources.cpus-per-client = {cpus_per_client}: this machine has {cpus}; give 1 to {cpus}")
-    federation = {
-        "num-supernodes": num_supernodes,
-        "client-resources-num-cpus": cpus_per_client,
-        "client-resources-num-gpus": float(gpus_per_client),
-        # More actors than nodes would only cost memory: each loads its own backbone.
-        "init-args-num-cpus": min(cpus // cpus_per_client, num_supernodes) * cpus_per_client,
-    }
+    federation = federation_config(num_supernodes, cpus_per_client, gpus_per_client)
     work_dir.mkdir(parents=True, exist_ok=True)
     before = {name: _stamp(work_dir / name) for name in ("summary.json", "error.json")}
     deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
@@ -86,6 +77,26 @@ def run_flower(
         run_id = _submit(link, app_dir, run_config, federation)
         with _copied_log(link, run_id) as copying:
             _watch(link, run_id, work_dir, before, deadline, copying)
+
+
+def federation_config(num_supernodes: int, cpus_per_client: int, gpus_per_client: float) -> dict[str, int | float]:
+    """Settings of Flower's simulation: as many actors as the CPUs that this process may use allow.
+
+    Raises:
+        ValueError: If the resources can never be met.
+    """
+    cpus = usable_cpus()
+    if not 1 <= cpus_per_client <= cpus:
+        raise ValueError(
+            f"resources.cpus-per-client = {cpus_per_client}: this process may use {cpus} CPUs; give 1 to {cpus}"
+        )
+    return {
+        "num-supernodes": num_supernodes,
+        "client-resources-num-cpus": cpus_per_client,
+        "client-resources-num-gpus": float(gpus_per_client),
+        # More actors than nodes would only cost memory: each loads its own backbone.
+        "init-args-num-cpus": min(cpus // cpus_per_client, num_supernodes) * cpus_per_client,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,13 +154,15 @@ def _superlink_on(log: Path, port: int, control_port: int) -> Iterator[_SuperLin
 
 def _environment(home: Path, http_port: int, control_port: int) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("FLWR_")}
+    flower_hook.reach_loopback_directly(inherited)
     return {
         **inherited,
         **flower_env.environment(home, http_port, control_port),
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
         "RAY_TMPDIR": str(home),  # removed with it
         # Flower starts its programs by bare name.
-        "PATH": sysconfig.get_path("scripts") + os.pathsep + inherited.get("PATH", os.defpath),
+        "PATH": programs.search_path(),
+        **flower_env.TEXT,
         "PYTHONUNBUFFERED": "1",
     }
 
@@ -203,10 +216,12 @@ def _finish(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _script(name: str) -> str:
-    path = Path(sysconfig.get_path("scripts")) / name
-    if not path.exists():
-        raise RunFailed(f"{path} does not exist: Flower is not installed in this environment; run `make setup`")
-    return str(path)
+    path = programs.find(name)
+    if path is None:
+        raise RunFailed(
+            f"{name} is in none of {programs.places()}: install Flower for this Python, or run `make setup`"
+        )
+    return path
 
 
 def _comes_up(link: _SuperLink, port: int, logged: int) -> bool:
@@ -216,6 +231,7 @@ def _comes_up(link: _SuperLink, port: int, logged: int) -> bool:
         RunFailed: If it ended for another reason, or does not answer.
     """
     deadline = time.monotonic() + _START_SECONDS
+    directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy this process has
     while time.monotonic() < deadline:
         if link.process.poll() is not None:
             if _TAKEN in link.log.read_bytes()[logged:].lower():
@@ -223,7 +239,7 @@ def _comes_up(link: _SuperLink, port: int, logged: int) -> bool:
             raise RunFailed(_explain("Flower's SuperLink ended at once", link.log))
         # Only our own is asked. URLError and time-outs are OSErrors.
         if supervisor.listens(link.process.pid, port):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+            with contextlib.suppress(OSError), directly.open(f"http://127.0.0.1:{port}/health", timeout=2):
                 return True
         time.sleep(0.1)
     raise RunFailed(_explain(f"Flower's SuperLink did not answer within {_START_SECONDS:.0f} s", link.log))
@@ -238,7 +254,8 @@ def _flwr(link: _SuperLink, arguments: list[str]) -> dict[str, Any]:
             cwd=link.home,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=_CALL_SECONDS,
             check=False,
             start_new_session=True,

@@ -24,6 +24,8 @@ from fl_dualpriv import supervisor
 # Below the range that systems hand out for outgoing connections, so a port chosen at set-up is still free later.
 _PORTS = range(20_000, 32_000)
 _HOOK = "_fl_dualpriv_flower"
+TEXT = {"PYTHONIOENCODING": "utf-8"}
+"""For programs whose output we read: UTF-8, whatever the user's terminal can show. Flower writes emoji."""
 _HEADER = (
     "# Written by `make setup`: the simulation that plain `flwr run` starts. Yours to edit; the last set-up wins.\n"
 )
@@ -180,9 +182,11 @@ def for_user(home: Path) -> dict[str, str]:
     return json.loads(state.read_text(encoding="utf-8"))
 
 
-def exports(variables: Mapping[str, str]) -> str:
-    """Shell lines that set ``variables``."""
-    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items())
+def exports(variables: Mapping[str, str | None]) -> str:
+    """Shell lines that set ``variables``, and unset those that are None."""
+    return "\n".join(
+        f"unset {name}" if value is None else f"export {name}={shlex.quote(value)}" for name, value in variables.items()
+    )
 
 
 def stop(home: Path, timeout: float = 20.0) -> bool:
@@ -214,7 +218,9 @@ def main() -> None:
             if sys.prefix == sys.base_prefix:
                 sys.exit("this is not a virtual environment: run `make setup`, or see `fl-dualpriv env`")
             home = install(Path.cwd())
-            sys.stdout.write(f"`flwr run` in this environment uses {home}\n")
+            # A folder's name may have letters that this output has not.
+            shown = str(home).encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(errors="replace")
+            sys.stdout.write(f"`flwr run` in this environment uses {shown}\n")
         case ["stop"]:
             done = stop(Path(installed()["FLWR_HOME"]))
             sys.stdout.write("stopped the SuperLink\n" if done else "no SuperLink runs\n")

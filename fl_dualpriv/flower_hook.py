@@ -5,14 +5,18 @@ line that imports it and a JSON file with the variables. It imports nothing but 
 for by every start of the interpreter.
 """
 
+import importlib.util
 import json
 import os
 import re
 import sys
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 _FLOWER = re.compile(r"(flwr|flower)(-[a-z-]+)?(\.exe)?")
 _INTERPRETER_OPTIONS_WITH_VALUE = ("-X", "-W", "--check-hash-based-pycs")
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def program(orig_argv: list[str]) -> str:
@@ -27,6 +31,49 @@ def program(orig_argv: list[str]) -> str:
         else:
             return Path(word).name
     return ""
+
+
+def proxy_changes(environ: Mapping[str, str]) -> dict[str, str | None]:
+    """Say which variables to change so that programs of this machine reach each other without a proxy.
+
+    Flower's client (httpx) sends requests to 127.0.0.1 through ``http_proxy`` or ``all_proxy`` unless ``no_proxy``
+    names the address. It cannot even start with a proxy of a scheme that it does not know, as ``socks://``.
+
+    Args:
+        environ: The environment of a process. Names of proxy variables count in both cases.
+
+    Returns:
+        Name to new value; None means that the variable is to be removed. Empty if no proxy is set. A list that the user
+        has set keeps its entries, and a proxy for other addresses stays.
+    """
+    proxies = {name: value for name, value in environ.items() if name.lower() in _PROXIES and value}
+    if not proxies:
+        return {}
+    changes: dict[str, str | None] = {name: None for name, value in proxies.items() if not is_usable_proxy(value)}
+    lists = {name: environ[name] for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy") if name in environ}
+    # Some programs read one name only, and those that read both stop at the first one.
+    theirs = lists.get("no_proxy") or lists.get("NO_PROXY") or ""
+    for name, value in ({"no_proxy": theirs, "NO_PROXY": theirs} | {n: v for n, v in lists.items() if v}).items():
+        entries = [entry.strip() for entry in value.split(",") if entry.strip()]
+        missing = [] if "*" in entries else [address for address in _LOOPBACK if address not in entries]
+        changes[name] = ",".join([*entries, *missing])
+    return {name: value for name, value in changes.items() if value is None or environ.get(name) != value}
+
+
+def is_usable_proxy(value: str) -> bool:
+    """Whether Flower's client (httpx) can work with a proxy; it takes SOCKS only with the package socksio."""
+    scheme = value.partition("://")[0].lower() if "://" in value else "http"
+    socks = scheme in ("socks5", "socks5h") and importlib.util.find_spec("socksio") is not None
+    return scheme in ("http", "https") or socks
+
+
+def reach_loopback_directly(environ: MutableMapping[str, str]) -> None:
+    """Make the changes of `proxy_changes` in ``environ``."""
+    for name, value in proxy_changes(environ).items():
+        if value is None:
+            del environ[name]
+        else:
+            environ[name] = value
 
 
 def apply(name: str, state: Path) -> bool:
@@ -44,6 +91,7 @@ def apply(name: str, state: Path) -> bool:
     settings = json.loads(state.read_text(encoding="utf-8"))
     for key, value in settings["environment"].items():
         os.environ.setdefault(key, value)  # what the user has set stays
+    reach_loopback_directly(os.environ)
     # Flower starts flower-superlink, flower-superexec and flwr-simulation by bare name. First on PATH, they are this
     # environment's even where it is not activated, or where another one is.
     path = os.environ.get("PATH", "")
@@ -57,9 +105,16 @@ def apply(name: str, state: Path) -> bool:
         empty = home / "empty"
         empty.mkdir(exist_ok=True)
         os.chdir(empty)
+        _tell_ray_of_affinity()
     if name.startswith("flower-superlink"):
         (home / "superlink.pid").write_text(str(os.getpid()), encoding="utf-8")
     return True
+
+
+def _tell_ray_of_affinity() -> None:
+    """Make Ray count the CPUs that this process may use; it knows CPU quotas, but no affinity."""
+    if hasattr(os, "sched_getaffinity") and (allowed := len(os.sched_getaffinity(0))) < (os.cpu_count() or 1):
+        os.environ.setdefault("RAY_OVERRIDE_RESOURCES", json.dumps({"CPU": allowed}))
 
 
 def main(state: Path) -> None:

@@ -11,13 +11,12 @@ import torch
 from fl_dualpriv.backbones.backbone import ImageEncoder, input_shape
 from fl_dualpriv.data.datasets import ImageDataset
 from fl_dualpriv.data.feature_cache import SHARD, FeatureTable, cache_key
+from fl_dualpriv.data.folder import size_fault
 from fl_dualpriv.errors import ConfigError
 
 BATCH = 32
 """Images through the tower at once. Fixed, for another size rounds differently; small, for it bounds memory."""
 
-_MAX_PIXELS = 100_000_000
-_MAX_ASPECT = 100
 _LIBRARIES = (
     "fl-dualpriv",
     "torch",
@@ -50,7 +49,7 @@ class ImageFeatures:
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """Features of images as they are, float32 (len(indices), embed_dim)."""
         if self._backbone.visual_prompts:
-            return encode_images(self._backbone, self._images, indices, None)[0]
+            return encode_images(self._backbone, self._images, indices, None, pad=True)[0]
         return self._table.rows(indices)
 
     def mirrored_rows(self, indices: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
@@ -60,7 +59,7 @@ class ImageFeatures:
             indices: Which images.
             mirrored: Which of them are mirrored, bool (len(indices),).
         """
-        return encode_images(self._backbone, self._images, indices, mirrored)[0]
+        return encode_images(self._backbone, self._images, indices, mirrored, pad=True)[0]
 
     @functools.cached_property
     def _table(self) -> FeatureTable:
@@ -163,8 +162,7 @@ def _read(backbone: ImageEncoder, images: ImageDataset, index: int) -> tuple[tor
     final, tensor, failure = images.unchanged(index), None, None
     try:
         image = images.image(index)
-        # Resizing the shorter side of an extreme shape would need gigabytes.
-        if max(image.size) <= _MAX_ASPECT * min(image.size) and image.width * image.height <= _MAX_PIXELS:
+        if not size_fault(image.width, image.height):
             tensor = backbone.preprocess(image)
             if tensor.shape != input_shape(backbone):
                 tensor = None  # a batch has one shape: another one is this record's zero, not the client's failure

@@ -16,6 +16,7 @@ from fl_dualpriv.client import ClientData
 from fl_dualpriv.config import BackboneConfig, DataConfig, PromptConfig, RunConfig
 from fl_dualpriv.data.datasets import DataSplits, ImageDataset, load_data
 from fl_dualpriv.data.feature_cache import cache_root
+from fl_dualpriv.data.identity import data_identity
 from fl_dualpriv.data.partition import held_classes, partition
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.evaluation import count_by_class, count_logits
@@ -24,6 +25,7 @@ from fl_dualpriv.image_learners import ImageLearner, image_learner
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.objective import Objective
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
+from fl_dualpriv.privacy.per_example import rows_at_once
 from fl_dualpriv.prompts.contrast import PromptContrast
 from fl_dualpriv.prompts.head import LowRankHead
 from fl_dualpriv.prompts.learner import PromptedText
@@ -31,6 +33,7 @@ from fl_dualpriv.prompts.tower import PromptTower
 from fl_dualpriv.pruners import token_pruner
 from fl_dualpriv.pruning.in_tower import PatchReading
 from fl_dualpriv.pruning.visual_tokens import TokenPruner
+from fl_dualpriv.row_check import MADE_UP_BLOCKS
 from fl_dualpriv.world import Counts, build_world, one_thread
 
 
@@ -120,9 +123,17 @@ class ImageWorld:
         """Of the classes."""
         return self.data.class_names
 
+    @property
+    def data_identity(self) -> dict[str, str]:
+        """See `World`."""
+        return data_identity(self.data, self.partitions)
+
     def images(self, split: str) -> ImageDataset:
         """The images of ``train``, ``val`` or ``test``."""
         return {"train": self.data.train, "val": self.data.val, "test": self.data.test}[split]
+
+    def check_any_fits(self) -> None:
+        """See `World`: an image that can be opened can be read."""
 
     @torch.no_grad()
     def counts(self, prompts: Tensor, config: RunConfig) -> list[Counts]:
@@ -176,6 +187,21 @@ class ImageWorld:
             key = StreamKey(seed=self.seed, purpose="augment", partition=partition_id, server_round=server_round)
             mirrored = KeyedRandom(key).uniforms(len(indices)) < 0.5
         return self._client_data("train", indices, mirrored)
+
+    def made_up(self) -> ClientData:
+        """See `World`: random unit-norm features, and patches where a method reads them."""
+        backbone, generator = self.backbone, torch.Generator().manual_seed(0)
+        count = MADE_UP_BLOCKS * rows_at_once(backbone.device) + 1
+
+        def unit(*shape: int) -> Tensor:
+            random = torch.randn(*shape, backbone.embed_dim, generator=generator)
+            return torch.nn.functional.normalize(random, dim=-1).to(backbone.device)
+
+        return ClientData(
+            features=unit(count),
+            labels=(torch.arange(count) % len(self.data.class_names)).to(backbone.device),
+            patches=unit(count, backbone.n_patches) if self.patch_reading else None,
+        )
 
     def held_out(self, split: str) -> ClientData:
         """The ``val`` or ``test`` images as features; computed once a process.

@@ -135,6 +135,7 @@ def admissions(budget: Budget, run: tuple[int, float, float]) -> tuple[Admission
 
 
 def _admitted(budget: Budget, name: FilterName, run: tuple[int, float, float]) -> Admission:
+    from fl_dualpriv.privacy.filter_base import largest
     from fl_dualpriv.privacy.filters import filter_of
     from fl_dualpriv.privacy.ledger import LedgerContent
     from fl_dualpriv.privacy.reserve_filter import ReserveFilter
@@ -151,22 +152,20 @@ def _admitted(budget: Budget, name: FilterName, run: tuple[int, float, float]) -
         return Admission(
             filter=name, runs=chosen.affordable(LedgerContent(events=(), damaged=0), rate, noise) // releases, note=note
         )
-    cost, runs = chosen.cost(releases, rate, noise), 0
-    while runs < chosen.budget.filter.expected_runs and chosen.total([cost] * (runs + 1)) <= budget.epsilon:
-        runs += 1
+    cost = chosen.cost(releases, rate, noise)
+    runs = largest(lambda count: chosen.total([cost] * count) <= budget.epsilon)
     return Admission(filter=name, runs=runs, note=note)
 
 
 def _of_path(budget: Budget, run: tuple[int, float, float]) -> Admission:
-    from fl_dualpriv.privacy.accounting import COARSE_GRID, SampledGaussians, composed_epsilon
-    from fl_dualpriv.privacy.filter_base import largest
+    from fl_dualpriv.privacy.accounting import SampledGaussians
+    from fl_dualpriv.privacy.filter_base import most_releases
 
     releases, rate, noise = run
-
-    def fits(runs: int) -> bool:
-        charge = SampledGaussians(rate, noise, runs * releases)
-        return composed_epsilon((charge,), budget.delta, COARSE_GRID) <= budget.epsilon
-
-    return Admission(
-        filter="path", runs=largest(fits), note="no filter: the PLD of terms that somebody chose bounds nothing"
+    runs = most_releases(
+        lambda count: (SampledGaussians(rate, noise, count * releases),),
+        budget.delta,
+        budget.epsilon,
+        lambda epsilon: epsilon <= budget.epsilon,
     )
+    return Admission(filter="path", runs=runs, note="no filter: the PLD of terms that somebody chose bounds nothing")

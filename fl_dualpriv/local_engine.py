@@ -3,10 +3,8 @@
 For tests, debugging and small machines: real exit codes, no start-up, and bitwise the same prompts as the Ray engine.
 """
 
-import importlib
 import itertools
 import secrets
-import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +14,8 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
+
+from fl_dualpriv.app_modules import import_from, put_first
 
 Config = Mapping[str, bool | int | float | str]
 
@@ -92,16 +92,16 @@ class LocalGrid(Grid):
 
 def load_apps(app_dir: Path) -> tuple[ServerApp, ClientApp]:
     """Import the ServerApp and ClientApp that the app's pyproject.toml names."""
-    components = tomllib.loads((app_dir / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["components"]
-    if str(app_dir) not in sys.path:
-        sys.path.insert(0, str(app_dir))
-    server, client = (_load(components[name]) for name in ("serverapp", "clientapp"))
+    project = tomllib.loads((app_dir / "pyproject.toml").read_text(encoding="utf-8"))
+    components = project["tool"]["flwr"]["app"]["components"]
+    put_first(app_dir)
+    server, client = (_load(components[name], app_dir) for name in ("serverapp", "clientapp"))
     return server, client
 
 
-def _load(reference: str) -> Any:
-    module, name = reference.split(":")
-    return getattr(importlib.import_module(module), name)
+def _load(reference: str, app_dir: Path) -> Any:
+    module_name, name = reference.split(":")
+    return getattr(import_from(app_dir, module_name), name)
 
 
 def run_local(app_dir: Path, run_config: Config) -> None:

@@ -1,15 +1,16 @@
 """Will the run fit? An estimate of what one actor takes, and what the machine has, compared before the rounds start."""
 
 import math
-import os
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
 
+from fl_dualpriv import cgroups
 from fl_dualpriv.backbones.backbone import Backbone
 from fl_dualpriv.config import ResourcesConfig, RunConfig
+from fl_dualpriv.cpus import usable_cpus
 from fl_dualpriv.data.feature_cache import IN_MEMORY
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.image_features import BATCH
@@ -66,7 +67,7 @@ def _image_pixels(world: World) -> int:
 
 def actors_per_device(resources: ResourcesConfig, supernodes: int, device: torch.device) -> int:
     """Actors that share one machine's memory or one GPU: as many as Flower's simulation starts."""
-    by_cpu = max(1, (os.cpu_count() or 1) // resources.cpus_per_client)
+    by_cpu = max(1, usable_cpus() // resources.cpus_per_client)
     if device.type == "cuda" and resources.gpus_per_client > 0:
         by_gpu = max(1, math.floor(1 / resources.gpus_per_client + 1e-9))
         return min(by_cpu, by_gpu, supernodes)
@@ -86,51 +87,24 @@ def host_available_bytes(root: Path) -> int:
     Args:
         root: ``/``; tests put another tree there.
     """
-    left = [value * 1024 for value in _numbers(root / "proc/meminfo", "MemAvailable:")]
-    groups, names = root / "sys/fs/cgroup", _cgroup_names(root / "proc/self/cgroup")
-    for path in _and_above(names.get("")):
+    left = [value * 1024 for value in cgroups.numbers(root / "proc/meminfo", "MemAvailable:")]
+    groups, names = root / "sys/fs/cgroup", cgroups.group_names(root / "proc/self/cgroup")
+    for path in cgroups.and_above(names.get("")):
         left += _group_left(groups / path, "memory.max", "memory.current", "inactive_file")
-    for path in _and_above(names.get("memory")):
+    for path in cgroups.and_above(names.get("memory")):
         folder = groups / "memory" / path
         left += _group_left(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     # Without /proc nothing can be said, and a guess must not stop a run.
     return min(left, default=np.iinfo(np.int64).max)
 
 
-def _cgroup_names(file: Path) -> dict[str, str]:
-    """Controller → group of this process; the one of version 2 is called ''."""
-    try:
-        lines = [line.split(":", 2) for line in file.read_text(encoding="utf-8").splitlines()]
-    except OSError:
-        return {}
-    return {name: parts[2] for parts in lines if len(parts) == 3 for name in parts[1].split(",")}
-
-
-def _and_above(group: str | None) -> list[str]:
-    """A group's path and those above it, relative to the root of the hierarchy; inside a container only '' exists."""
-    if group is None:
-        return []
-    parts = [part for part in group.split("/") if part]
-    return ["/".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
-
-
 def _group_left(folder: Path, limit: str, used: str, reclaimable: str) -> list[int]:
-    bounds, usage = _numbers(folder / limit, ""), _numbers(folder / used, "")
+    bounds, usage = cgroups.numbers(folder / limit), cgroups.numbers(folder / used)
     if not bounds or not usage or bounds[0] >= _PSEUDO_UNLIMITED:
         return []
     # Cached files count as used, and the kernel drops them when memory is asked for.
-    cached = sum(_numbers(folder / "memory.stat", f"{reclaimable} "))
+    cached = sum(cgroups.numbers(folder / "memory.stat", f"{reclaimable} "))
     return [max(0, bounds[0] - usage[0] + cached)]
-
-
-def _numbers(file: Path, start: str) -> list[int]:
-    """The whole number after ``start`` on the lines that begin so."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    words = [line[len(start) :].split() for line in lines if line.startswith(start)]
-    return [int(found[0]) for found in words if found and found[0].isdigit()]
 
 
 def check_fits(per_actor: int, actors: int, device: torch.device, available: int) -> None:
@@ -146,7 +120,7 @@ def check_fits(per_actor: int, actors: int, device: torch.device, available: int
     if device.type == "cuda":
         fewer = f"raise resources.gpus-per-client to {int(1e4 / fitting) / 1e4:g}" if fitting else ""
     else:
-        cpus = (os.cpu_count() or 1) // (fitting + 1) + 1  # the fewest per actor with which no more than these start
+        cpus = usable_cpus() // (fitting + 1) + 1  # the fewest per actor with which no more than these start
         fewer = f"set resources.cpus-per-client = {cpus} or supernodes = {fitting}"
     advice = f"{fitting} would fit: {fewer}, or" if fitting else "Not one would fit:"
     raise ConfigError(

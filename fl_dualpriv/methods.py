@@ -1,10 +1,10 @@
-"""Which parts of DP-FPL a method has: every baseline is the same code with parts switched off."""
+"""Which parts of DP-FPL a method has: every baseline is the same code with parts switched off. Light on import."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Learns = Literal["prompt", "linear-probe", "prototypes", "dp-lora", "ffa-lora", "fedotp"]
 
@@ -43,9 +43,11 @@ class MethodParts:
         """Whether the loss reads p_G and p_L as two prompts, one above the other, and not their sum."""
         return self.learns == "fedotp"
 
-    def effective(self, shared: Tensor, personal: Tensor) -> Tensor:
+    def effective(self, shared: "Tensor", personal: "Tensor") -> "Tensor":
         """What the loss reads, from p_G and p_L, (…, n_ctx, ctx_dim)."""
         if self.pairs:
+            import torch  # late: the check of a run's data reads this file and needs no torch
+
             return torch.cat([shared, personal], dim=-2)
         return shared + personal if self.personal else shared
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from fl_dualpriv.console import Output
 from fl_dualpriv.errors import ConfigError
 
 _STRATEGY = '''"""{title}: say in a line what it does, and where it is published."""
@@ -65,7 +65,7 @@ def new_strategy(
 
     No file is overwritten.
     """
-    console, errors = Console(), Console(stderr=True)
+    console, errors = Output(), Output(stderr=True)
     try:
         module, files = write_strategy(name, Path.cwd())
     except ConfigError as error:

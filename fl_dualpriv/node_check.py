@@ -11,21 +11,18 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.node_contact import Contact, contact, key_fingerprint, root_validity
+from fl_dualpriv.node_contact import Contact, contact, key_fingerprint, proxy_on_the_way, root_validity
+from fl_dualpriv.node_data import asks_questions, look_at
 from fl_dualpriv.node_device import probe
-from fl_dualpriv.node_file import NodeFile, missing_folders
+from fl_dualpriv.node_file import NodeFile, make_state_folder, missing_folders
 from fl_dualpriv.node_tables import NodeServer
 
 _AHEAD, _BEHIND = 4.0, 300.0
 """Seconds by which this clock may differ: Flower's server refuses signed requests from 5 s ahead or 305 s behind."""
 _SOON = datetime.timedelta(days=14)
-_LOOKED_AT = 300  # images that are decoded
 _DISK_MIB = 500
 
 
@@ -63,6 +60,8 @@ def check(node: NodeFile, server: NodeServer | None, *, offline: bool = False) -
         yield _note("server", "not tried (--offline)")
         yield _note("clock", "not compared with the server's (--offline)")
         return
+    if proxy := proxy_on_the_way(server):
+        yield _note("proxy", f"the node would reach its server through {proxy}; the checks below went without it")
     found = contact(server)
     yield _guarded("server", lambda: _server(server, found))
     yield _guarded("clock", lambda: _clock(found))
@@ -103,7 +102,7 @@ def _state(node: NodeFile) -> Finding:
     if folder is None:
         return _note("state", "no state-dir: prompt and ledger go with each run")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_state_folder(folder)
         trial = folder / f".check-{os.getpid()}"
         with trial.open("wb") as file:
             file.write(b"\0" * 4096)
@@ -119,44 +118,15 @@ def _state(node: NodeFile) -> Finding:
 
 
 def _data(node: NodeFile) -> Finding:
-    path = node.data_path
-    if path is None:
+    if node.data_path is None:
         return _note("data", "no data-path: the run names it, and was not looked at")
-    if _asks(path):
-        return _questions(path)
-    from fl_dualpriv.data.datasets import load_data
-    from fl_dualpriv.data.folder import given_splits
-
-    data = load_data("folder", str(path), str(node.classes or ""), 0.1, 0.2, 0, "keep")
-    count = len(data.train)
-    looked = np.unique(np.linspace(0, count - 1, min(count, _LOOKED_AT)).astype(int))
-    unreadable = []
-    for index in looked:
-        try:
-            data.train.image(int(index))
-        except ValueError as error:
-            unreadable.append(str(error))
-    own = given_splits(path)
-    said = f"{count} training images of {len(data.class_names)} classes"
-    if unreadable:
-        few = f"{said}, but {len(unreadable)} of {len(looked)} that were looked at cannot be read: {unreadable[0]}"
-        return _bad("data", few) if len(unreadable) == len(looked) else _note("data", few)
-    held_out = "test/ of its own" if "test" in own else "test images cut out of them: their scores never leave"
-    return _good("data", f"{said}, {held_out}")
-
-
-def _asks(path: Path) -> bool:
-    """Whether the records are questions about images."""
-    return path.is_file() or any(path.glob("*.jsonl")) or any(path.glob("*.csv"))
-
-
-def _questions(path: Path) -> Finding:
-    from fl_dualpriv.data.questions import load_questions
-
-    data = load_questions("questions", str(path), 0.1, 0.2, 0, "keep")
-    usable = sum(bool(question) for question in data.train.questions)
-    said = f"{len(data.train)} training questions of {len(data.class_names)} types, {usable} usable"
-    return _good("data", said) if usable == len(data.train) else (_note if usable else _bad)("data", said)
+    data = look_at(node.data_path, node.classes)
+    if data.found.are_all and data.found.count:
+        return _good("data", "; ".join([data.says, *([data.note] if data.note else [])]))
+    said = "; ".join(
+        [f"{data.says}, but {data.found.says()}", *data.found.lines(), *([data.note] if data.note else [])]
+    )
+    return (_note if data.found.count else _bad)("data", said)
 
 
 def _device(node: NodeFile) -> Finding:
@@ -169,7 +139,7 @@ def _device(node: NodeFile) -> Finding:
 def _model(node: NodeFile) -> Finding:
     if node.model is None:
         return _note("model", "none named under [model]: the run names it, and it was not loaded")
-    if node.data_path is not None and _asks(node.data_path):
+    if node.data_path is not None and asks_questions(node.data_path):
         from fl_dualpriv.backbones.answering import load_answering_model
 
         load_answering_model(node.model.name, "cpu", None)
@@ -203,9 +173,8 @@ def _budget(node: NodeFile) -> Finding:
         said += f"; {content.damaged} damaged lines, each charged at the worst"
     if not share < 1:
         return _bad("budget", f"{said}: every further run will be refused")
-    if budget.filter.name == "reserve" and budget.filter.expected_runs == 1:
-        said += "; expected-runs = 1: no second run will fit"
-    elif not content.damaged and share <= 0.9:
+    one_run = budget.filter.name == "reserve" and budget.filter.expected_runs == 1
+    if not content.damaged and share <= 0.9 and not one_run:
         return _good("budget", said)
     return _note("budget", said)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from fl_dualpriv.app_bundle import load_bundle, read_bundle
+from fl_dualpriv.console import Output
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.node_pin import PinUnavailable
 
@@ -75,7 +75,7 @@ def start(
         any_app=any_app,
         health_seconds=health_seconds,
     )
-    console = Console(stderr=True)
+    console = Output(stderr=True)
     try:
         node = node_start.check_options(options)
         if any_app:
@@ -104,9 +104,7 @@ def check(
     from fl_dualpriv import node_check
     from fl_dualpriv.node_file import read_node_file
 
-    errors, console = Console(stderr=True), Console()
-    if not console.is_terminal:
-        console = Console(width=_PIPE_WIDTH)
+    errors, console = Output(stderr=True), Output(pipe_width=_PIPE_WIDTH)
     try:
         node = read_node_file(node_file.absolute())
     except ConfigError as error:
@@ -131,7 +129,7 @@ def hash_app(
     It is Flower's fab-hash of the run. Look at the app before you allow it: the digest says that it is this one, not
     that it is harmless.
     """
-    notes = Console(stderr=True)
+    notes = Output(stderr=True)
     try:
         content = load_bundle(source)
         bundle = read_bundle(content)
@@ -150,6 +148,6 @@ def hash_app(
     notes.print(f'[app]\nallowed = ["{bundle.digest}"]', markup=False, highlight=False, soft_wrap=True)
 
 
-def _exit(console: Console, message: str, status: int = 2) -> NoReturn:
+def _exit(console: Output, message: str, status: int = 2) -> NoReturn:
     console.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True, highlight=False)
     raise typer.Exit(status)

@@ -13,6 +13,7 @@ import http.client
 import os
 import socket
 import ssl
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,16 @@ def contact(server: NodeServer, seconds: float = _SECONDS) -> Contact:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
         return Contact(answered=False, problem=f"{host}:{port} cannot be reached ({reason})")
     return Contact(answered=True, expires=_expiry(der), ahead=ahead)
+
+
+def proxy_on_the_way(server: NodeServer) -> str:
+    """The proxy of the environment through which Flower's client would reach the server; empty: it goes directly."""
+    host, _ = server.host_and_port
+    if server.is_here or urllib.request.proxy_bypass(host):
+        return ""
+    proxies = urllib.request.getproxies()
+    scheme = "http" if server.insecure else "https"
+    return f"{scheme}_proxy" if proxies.get(scheme) else "all_proxy" if proxies.get("all") else ""
 
 
 def _ask(connection: http.client.HTTPConnection) -> tuple[float | None, bytes]:

@@ -5,10 +5,12 @@ whose driver may be gone after an update. ``python -m fl_dualpriv.node_device cu
 that a SuperNode, which needs no torch, can ask without loading it.
 """
 
+import os
 import subprocess
 import sys
 
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.flower_env import TEXT
 
 _PROBE_SECONDS = 120.0
 
@@ -47,7 +49,8 @@ def probe(device: str) -> tuple[str, str]:
             [sys.executable, "-P", "-m", "fl_dualpriv.node_device", device],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
+            env=os.environ | TEXT,
             check=True,
             timeout=_PROBE_SECONDS,
         )

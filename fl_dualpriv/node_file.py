@@ -58,10 +58,13 @@ from fl_dualpriv.node_filter import FILTER_KEYS, filter_problems, read_filter
 from fl_dualpriv.node_tables import NodeModel, NodeServer
 from fl_dualpriv.privacy.budget import Budget
 from fl_dualpriv.privacy.limits import (
+    LARGEST_BUDGET,
     LARGEST_CLIP_NORM,
     LARGEST_NOISE_MULTIPLIER,
+    SMALLEST_BUDGET,
     SMALLEST_CLIP_NORM,
     SMALLEST_DELTA,
+    SMALLEST_NOISE_MULTIPLIER,
     SMALLEST_SAMPLING_RATE,
     is_clip_norm,
 )
@@ -143,6 +146,15 @@ def missing_folders(node: NodeFile) -> str | None:
     return None
 
 
+def make_state_folder(folder: Path) -> None:
+    """Make an owner's state folder, readable by this user only (0700); one that is there keeps its mode.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
 def read_node_file(path: Path) -> NodeFile:
     """Read and check the owner's file.
 
@@ -221,10 +233,10 @@ def _budget(table: Any, problems: list[str]) -> Budget | None:
 
 
 _RANGES = {
-    "epsilon": "a finite number > 0",
+    "epsilon": f"from {SMALLEST_BUDGET:g} to {LARGEST_BUDGET:g}",
     "delta": f"at least {SMALLEST_DELTA:g} and less than 1",
     "max-sampling-rate": f"from {SMALLEST_SAMPLING_RATE:g} to 1",
-    "min-noise-multiplier": f"from 0 to {LARGEST_NOISE_MULTIPLIER:g}",
+    "min-noise-multiplier": f"0 or from {SMALLEST_NOISE_MULTIPLIER:g} to {LARGEST_NOISE_MULTIPLIER:g}",
     "max-clip-norm": f"from {SMALLEST_CLIP_NORM:g} to {LARGEST_CLIP_NORM:g}",
 }
 
@@ -233,9 +245,9 @@ def _allowed(key: str, value: float) -> bool:
     if not math.isfinite(value):
         return False
     return {
-        "epsilon": value > 0,
+        "epsilon": SMALLEST_BUDGET <= value <= LARGEST_BUDGET,
         "delta": SMALLEST_DELTA <= value < 1,
         "max-sampling-rate": SMALLEST_SAMPLING_RATE <= value <= 1,
-        "min-noise-multiplier": 0 <= value <= LARGEST_NOISE_MULTIPLIER,
+        "min-noise-multiplier": value == 0 or SMALLEST_NOISE_MULTIPLIER <= value <= LARGEST_NOISE_MULTIPLIER,
         "max-clip-norm": is_clip_norm(value),
     }[key]

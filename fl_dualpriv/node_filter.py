@@ -3,12 +3,19 @@
 Standard library only: a SuperNode reads them before anything else is loaded.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
 from fl_dualpriv.privacy.budget import Budget, FilterChoice
+from fl_dualpriv.privacy.limits import (
+    LARGEST_BUDGET,
+    LARGEST_NOISE_MULTIPLIER,
+    MOST_RELEASES,
+    SMALLEST_BUDGET,
+    SMALLEST_NOISE_MULTIPLIER,
+    SMALLEST_SAMPLING_RATE,
+)
 
 
 class _Key(NamedTuple):
@@ -19,31 +26,28 @@ class _Key(NamedTuple):
     filters: tuple[str, ...] = ()
 
 
-def _is_count(least: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and value >= least
+def _count(least: int, most: int, *filters: str) -> _Key:
+    return _Key(f"a whole number from {least} to {most}", lambda x: type(x) is int and least <= x <= most, filters)
 
 
-def _is_number(low: float, high: float) -> Callable[[Any], bool]:
-    """In (low, high], and finite."""
-    return lambda value: (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and low < float(value) <= high
-    )
+def _number(least: float, most: float, *filters: str) -> _Key:
+    def fits(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+
+    return _Key(f"from {least:g} to {most:g}", fits, filters)
 
 
 _KEYS: Mapping[str, _Key] = {
     "filter": _Key('"reserve", "renyi" or "worst-terms"', ("reserve", "renyi", "worst-terms").__contains__),
-    "expected-runs": _Key("a whole number >= 1", _is_count(1), ("reserve",)),
+    "expected-runs": _count(1, 10_000, "reserve"),
     "composition": _Key('"sum" or "advanced"', ("sum", "advanced").__contains__, ("reserve",)),
-    "delta-prime": _Key("a number > 0 and below delta", _is_number(0, 1), ("reserve",)),
-    "max-run-epsilon": _Key("a finite number > 0", _is_number(0, math.inf), ("reserve",)),
-    "max-round-releases": _Key("a whole number >= 1", _is_count(1)),
-    "expected-sampling-rate": _Key("in (0, 1]", _is_number(0, 1), ("renyi",)),
-    "expected-noise-multiplier": _Key("a finite number > 0", _is_number(0, math.inf), ("renyi",)),
-    "max-correlated-releases": _Key("a whole number >= 0", _is_count(0), ("worst-terms",)),
-    "min-correlated-noise-multiplier": _Key("a finite number > 0", _is_number(0, math.inf), ("worst-terms",)),
+    "delta-prime": _number(1e-15, 1, "reserve"),
+    "max-run-epsilon": _number(SMALLEST_BUDGET, LARGEST_BUDGET, "reserve"),
+    "max-round-releases": _count(1, MOST_RELEASES),
+    "expected-sampling-rate": _number(SMALLEST_SAMPLING_RATE, 1, "renyi"),
+    "expected-noise-multiplier": _number(SMALLEST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER, "renyi"),
+    "max-correlated-releases": _count(0, MOST_RELEASES, "worst-terms"),
+    "min-correlated-noise-multiplier": _number(SMALLEST_NOISE_MULTIPLIER, 1e12, "worst-terms"),
 }
 
 FILTER_KEYS = frozenset(_KEYS)

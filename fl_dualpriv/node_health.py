@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fl_dualpriv.flower_env import TEXT
 from fl_dualpriv.node_file import NodeFile, read_node_file
 
 _log = logging.getLogger("flwr")  # the SuperNode's own log
@@ -133,7 +134,8 @@ class HealthLine:
                 [sys.executable, "-P", "-m", "fl_dualpriv.node_health", str(self._file)],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
-                text=True,
+                encoding="utf-8",
+                env=os.environ | TEXT,
                 check=False,
                 timeout=_COUNT_SECONDS,
             )

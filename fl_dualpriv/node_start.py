@@ -8,17 +8,18 @@ start and closed to other users: only bundles that passed the pin are ever unpac
 import logging
 import os
 import sys
-import sysconfig
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fl_dualpriv import node_health, node_pin
+from fl_dualpriv import flower_hook, node_health, node_pin, programs
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower_engine import to_toml
+from fl_dualpriv.node_data import before_joining
 from fl_dualpriv.node_device import probe
 from fl_dualpriv.node_file import ENVIRONMENT, NodeFile, missing_folders, read_node_file
 from fl_dualpriv.node_tables import NodeServer, split_address
+from fl_dualpriv.user_folders import home as home_of_user
 
 ANY_APP = (
     "--any-app: this node runs whatever code its server sends, and against a hostile server it then has no budget at "
@@ -147,11 +148,22 @@ def start(options: NodeOptions, node: NodeFile) -> None:
         node: What `check_options` read.
 
     Raises:
+        ConfigError: If no record of the owner's data can be used.
         PinUnavailable: If the installed Flower is not one in which the pin holds.
         SystemExit: With Flower's own status, at the end.
     """
-    folder = Path.home() / ".fl-dualpriv" / "nodes"
-    folder.mkdir(parents=True, exist_ok=True)
+    for line in before_joining(node):
+        sys.stderr.write(f"{line}\n")
+    server = server_of(options, node)
+    settle_proxies(server)
+    folder = home_of_user() / ".fl-dualpriv" / "nodes"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be made ({error.strerror or error}), and a node keeps Flower's files in it: set HOME to "
+            "a folder of this user"
+        ) from error
     # Not in /tmp, which systems clean by age. Readable by nobody else (mkdtemp).
     with tempfile.TemporaryDirectory(prefix="node-", dir=folder, ignore_cleanup_errors=True) as home:
         os.environ |= environment(Path(home))
@@ -159,7 +171,7 @@ def start(options: NodeOptions, node: NodeFile) -> None:
         if not options.any_app:
             node_pin.install(node.apps)
         node_health.install(options.node_file, options.health_seconds)
-        server, device = server_of(options, node), chosen_device(node)
+        device = chosen_device(node)
         config = Path(home) / "node-config.toml"
         config.write_text(node_config_text(options, server, device), encoding="utf-8")
 
@@ -179,11 +191,28 @@ def chosen_device(node: NodeFile) -> str:
 
 def environment(home: Path) -> dict[str, str]:
     """Variables for the SuperNode and the processes of its apps, which inherit them."""
-    # Flower starts its own programs by bare name: those of this environment, whatever else is on the path.
-    scripts = sysconfig.get_path("scripts")
     return {
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")]),
+        # Flower starts its own programs by bare name: those of this environment, whatever else is on the path.
+        "PATH": programs.search_path(),
     }
+
+
+def settle_proxies(server: NodeServer) -> None:
+    """Let the node and its apps, which talk to each other on this machine, do so without the user's proxies.
+
+    The way to a server elsewhere stays as the user's proxies say.
+
+    Raises:
+        ConfigError: If a proxy stands on that way that Flower's client cannot use. Without it the node would go another
+            way than its owner has said.
+    """
+    unusable = [name for name, value in flower_hook.proxy_changes(os.environ).items() if value is None]
+    if unusable and not server.is_here:
+        raise ConfigError(
+            f"{unusable[0]} = {os.environ[unusable[0]]}: Flower's client cannot use a proxy of this kind; install "
+            "socksio for socks5://, give an http:// proxy, or unset it"
+        )
+    flower_hook.reach_loopback_directly(os.environ)

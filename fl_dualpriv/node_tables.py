@@ -51,6 +51,12 @@ class NodeServer:
         """The two parts of the address."""
         return split_address(self.address)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the address names this machine's loopback."""
+        host = self.host_and_port[0]
+        return host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host) is not None
+
 
 def split_address(address: str) -> tuple[str, int]:
     """``HOST:PORT`` in two; brackets of an IPv6 address are removed.

@@ -1,7 +1,7 @@
 """What a local method differentiates: the loss of each record under a prompt, seen only through sums over records."""
 
-from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -40,6 +40,14 @@ class StepGradients(Protocol):
             arithmetic: Of the sums, see `ClippedSum`.
             masks: Multiplies each gradient before it is clipped, (client, rows, cols) of 0 and 1; None: nothing. It
                 must come from public numbers, such as earlier releases.
+        """
+        ...
+
+    def rows(self, client: int) -> Iterator[Tensor]:
+        """A client's gradients before they are clipped, block by block, (row, …); what is behind the batch is padding.
+
+        `clipped_sums` adds up these very rows, by the same code on the same shapes: what holds for them, see
+        `row_check`, holds for its terms.
         """
         ...
 
@@ -82,4 +90,8 @@ class Objective(Protocol[Data]):
 
     def over(self, data: Sequence[Data]) -> PooledObjective:
         """The same over the data of these clients, in their order."""
+        ...
+
+    def apart(self) -> Self:
+        """The same with each record in products of its own: slower; see `row_check`."""
         ...

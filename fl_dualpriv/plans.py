@@ -1,12 +1,9 @@
-"""From a configuration to what it promises: the privacy plans of both levels, and whether scores may leave."""
+"""From a configuration to what it promises: the privacy plans of both levels."""
 
 import math
-from pathlib import Path
 from typing import TypeVar
 
-from fl_dualpriv.config import DataConfig, EvaluationConfig, RunConfig
-from fl_dualpriv.data.folder import given_splits
-from fl_dualpriv.data.questions import given_question_splits
+from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.privacy.limits import LARGEST_DRAWN_MULTIPLIER
@@ -130,32 +127,3 @@ def _bounded(plan: Plan, releases: int, section: str) -> Plan:
             "releases: no finite ε can be shown; raise delta or the noise"
         )
     return plan
-
-
-def claims_privacy(config: RunConfig) -> bool:
-    """Whether any ε, proved or nominal, is stated about the training data."""
-    return (config.privacy.record.mechanism, config.privacy.client.mechanism) != ("none", "none")
-
-
-def may_score(config: RunConfig) -> bool:
-    """Whether accuracies on the held-out images may leave: under DP only if those images are public."""
-    return not claims_privacy(config) or held_out_is_public(config.data, config.evaluation)
-
-
-def held_out_is_public(data: DataConfig, evaluation: EvaluationConfig) -> bool:
-    """``evaluation.held-out-data``; ``auto``: the demo's images and a split with a folder of its own are public.
-
-    Held-out images that are cut out of somebody's training folder are private like the rest of it.
-    """
-    if evaluation.held_out_data == "auto":
-        return held_out_is_given(data, evaluation)
-    return evaluation.held_out_data == "public"
-
-
-def held_out_is_given(data: DataConfig, evaluation: EvaluationConfig) -> bool:
-    """Whether the scored split is a demo's or has a folder or file of its own: no cut out of training data."""
-    if data.source in ("demo", "demo-vqa"):
-        return True
-    if data.source == "folder":
-        return evaluation.split in given_splits(Path(data.path).expanduser())
-    return evaluation.split in given_question_splits(data.path)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from fl_dualpriv.console import Output, write_line
 from fl_dualpriv.errors import ConfigError, PrivacyError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def predict(
 
     Exit status: 0; 1 if some images cannot be used, which is said of each and stops no other; 2 if PROMPT is refused.
     """
-    errors = Console(stderr=True)
+    errors = Output(stderr=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: as in the run
     from fl_dualpriv.prediction import load_prompt  # late: torch takes seconds
 
@@ -50,11 +50,11 @@ def predict(
         for found in loaded.predictions(images, question):
             is_whole = is_whole and not found.error
             if as_json:
-                typer.echo(json.dumps(_entry(found, top)))
+                write_line(json.dumps(_entry(found, top)))
             elif found.error:
                 _complain(errors, f"{found.image}: {found.error}")
             else:
-                typer.echo(shown(f"{found.image}: {_words(found, top or _TOP)}"))
+                write_line(shown(f"{found.image}: {_words(found, top or _TOP)}"))
     except (ConfigError, PrivacyError) as error:
         _complain(errors, str(error))
         raise typer.Exit(2) from None
@@ -62,7 +62,7 @@ def predict(
         raise typer.Exit(1)
 
 
-def _complain(errors: Console, message: str) -> None:
+def _complain(errors: Output, message: str) -> None:
     errors.print(f"[bold red]error:[/bold red] {escape(shown(message))}", soft_wrap=True, highlight=False)
 
 

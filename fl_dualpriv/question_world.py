@@ -13,14 +13,16 @@ from fl_dualpriv.backbones.answering import AnsweringModel, load_answering_model
 from fl_dualpriv.config import BackboneConfig, DataConfig, PromptConfig, RunConfig
 from fl_dualpriv.data.datasets import ImageDataset
 from fl_dualpriv.data.feature_cache import cache_root
+from fl_dualpriv.data.identity import data_identity
 from fl_dualpriv.data.partition import partition
 from fl_dualpriv.data.questions import QuestionSet, QuestionSplits, load_questions
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.image_features import ImageFeatures, refuse_unusable
-from fl_dualpriv.prompts.answers import AnswerObjective, AnswerRecords, answer_records
+from fl_dualpriv.prompts.answers import BLOCK, AnswerObjective, AnswerRecords, answer_records
 from fl_dualpriv.prompts.soft_prompt import SoftPromptObjective
 from fl_dualpriv.pruners import token_pruner
 from fl_dualpriv.pruning.visual_tokens import TokenPruner
+from fl_dualpriv.row_check import MADE_UP_BLOCKS
 from fl_dualpriv.world import Counts, one_thread, random_prompt
 
 if TYPE_CHECKING:
@@ -62,6 +64,11 @@ class QuestionWorld:
     def group_names(self) -> tuple[str, ...]:
         """Of the question types."""
         return self.data.class_names
+
+    @property
+    def data_identity(self) -> dict[str, str]:
+        """See `World`."""
+        return data_identity(self.data, self.partitions)
 
     def images(self, split: str) -> ImageDataset:
         """The images of ``train``, ``val`` or ``test``."""
@@ -137,6 +144,38 @@ class QuestionWorld:
         while len(self._recent) > _RECENT:
             del self._recent[next(iter(self._recent))]
         return kept
+
+    def made_up(self) -> AnswerRecords:
+        """See `World`: random visual tokens, and the template's words in any order as questions and answers."""
+        generator, count = torch.Generator().manual_seed(0), MADE_UP_BLOCKS * BLOCK + 1
+        ids = torch.tensor([*self.backbone.words(self.data.template), self.backbone.end])
+        return AnswerRecords(
+            visual=torch.randn(count, self.backbone.embed_dim, generator=generator),
+            image_of=torch.arange(count),
+            tokens=ids[torch.randint(len(ids), (count, self.max_tokens), generator=generator)],
+            answer_start=torch.full((count,), self.max_tokens // 2),
+            length=self.max_tokens - torch.arange(count) % max(1, self.max_tokens // 2),
+            labels=torch.zeros(count, dtype=torch.long),
+        )
+
+    def check_any_fits(self) -> None:
+        """See `World`: the words of one training question must fit into ``max_tokens``."""
+        train, first = self.data.train, ""
+        for question, answer in zip(train.questions, train.answers, strict=True):
+            if not question:
+                continue
+            try:
+                needed = len(self.backbone.question_tokens(question)) + len(self.backbone.answer_tokens(answer))
+            except ConfigError as error:
+                first = first or str(error)
+                continue
+            if needed <= self.max_tokens:
+                return
+            first = first or f"{question!r} with {answer!r} takes {needed} tokens, data.max-tokens = {self.max_tokens}"
+        raise ConfigError(
+            f"none of the {len(train)} training questions can be used with backbone.name = {self.backbone.name!r}; the "
+            f"first: {first}; raise data.max-tokens or repair the questions"
+        )
 
     def held_out(self, split: str) -> AnswerRecords:
         """The ``val`` or ``test`` questions; computed once a process."""

@@ -263,10 +263,14 @@ def build_summary(
     split: str,
     group_names: Sequence[str],
     releases: Sequence[Release],
+    rows: Mapping[str, int],
     notes: Sequence[str],
     config: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The content of ``summary.json``, a result: each argument is a function of releases and public numbers."""
+    """The content of ``summary.json``, a result: each argument is a function of releases and public numbers.
+
+    ``rows`` is how many clients compute their gradients in which way (`row_check`): a function of machine and shapes.
+    """
     nothing = Accuracy(local=None, neighbour=None)
     before, after = zero_shot or nothing, final or nothing
     # A node may have other groups than ours: then nobody's are named.
@@ -282,6 +286,7 @@ def build_summary(
         "groups": list(group_names) if is_told else [],
         "accuracy": {"zero_shot": _entry(before), "final": _entry(after)},
         "privacy": [asdict(release) for release in releases],
+        "rows": dict(rows),
         "notes": list(notes),
         "versions": versions(),
         "config": dict(config),

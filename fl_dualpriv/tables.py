@@ -28,7 +28,7 @@ def epsilon_text(epsilon: float | None) -> str:
 
 
 def headline(summary: Mapping[str, Any], totals: Mapping[str, Any]) -> str:
-    """What ran, in one line for its operator; says so if its noise can be reproduced by anyone who reads the seed.
+    """What ran, in one line for its operator; says so if it has noise that anyone who reads the seed can reproduce.
 
     Args:
         summary: Of the run.
@@ -39,7 +39,7 @@ def headline(summary: Mapping[str, Any], totals: Mapping[str, Any]) -> str:
         *(f"{summary['rounds']} rounds", f"{summary['population']} clients", f"{totals['failures']} failed"),
         f"{totals['seconds']:.0f} s",
     ]
-    return " · ".join(parts + ([SEEDED_NOTE] if summary["randomness"] == "seeded" else []))
+    return " · ".join(parts + ([SEEDED_NOTE] if _is_reproducible(summary) else []))
 
 
 def results_table(summary: Mapping[str, Any]) -> Table:
@@ -47,8 +47,7 @@ def results_table(summary: Mapping[str, Any]) -> Table:
 
     Of question types one line each, before → after, over the clients that hold the type.
     """
-    seeded = summary["randomness"] == "seeded"
-    table = Table(caption=SEEDED_NOTE if seeded else None, box=box.SIMPLE_HEAD)
+    table = Table(caption=SEEDED_NOTE if _is_reproducible(summary) else None, box=box.SIMPLE_HEAD)
     table.add_column("accuracy")
     table.add_column("local", justify="right")
     table.add_column("neighbour", justify="right")
@@ -60,6 +59,11 @@ def results_table(summary: Mapping[str, Any]) -> Table:
     for name, *pair in zip(names, before["by_group"], after["by_group"], strict=True) if names else ():
         table.add_row(f"  {escape(name) or 'all'}", " → ".join(percent(value) for value in pair), _MISSING)
     return table
+
+
+def _is_reproducible(summary: Mapping[str, Any]) -> bool:
+    """Whether the run has noise that protects, and from a seed: such noise stands in the table of releases."""
+    return summary["randomness"] == "seeded" and bool(summary["privacy"])
 
 
 def _points(before: float | None, after: float | None) -> str:

@@ -7,7 +7,7 @@ of ``partitions``.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fl_dualpriv.evaluation import Score
 from fl_dualpriv.privacy.plan import RoundTerms
+from fl_dualpriv.row_check import RowPath
 
 PromptKind = Literal["zero-shot", "global", "personal"]
 _COUNTS = {name.replace("_", "-"): name for name in (f.name for f in fields(Score)) if name != "by_group"}
@@ -47,10 +48,17 @@ class EvaluateTask:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientCard:
-    """What is said about a client before round 1: public metadata."""
+    """What is said about a client before round 1: public metadata.
+
+    Attributes:
+        partition: Which client.
+        num_examples: n_i.
+        rows: How its gradients are computed, see `row_check`, a function of its machine; None: it computes none.
+    """
 
     partition: int
     num_examples: int
+    rows: RowPath | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,14 +251,19 @@ def _read_groups(record: MetricRecord, clients: int) -> list[tuple[tuple[int, in
 def cards_content(cards: Sequence[ClientCard]) -> RecordDict:
     """Content of the reply to a query message: the clients that the node hosts."""
     record = {"partition-id": [c.partition for c in cards], "num-examples": [c.num_examples for c in cards]}
-    return RecordDict({"card": MetricRecord({**record})})
+    rows = ConfigRecord({"rows": [card.rows or "" for card in cards]})
+    return RecordDict({"card": MetricRecord({**record}), "machine": rows})
 
 
 def read_cards(reply: Message) -> list[ClientCard]:
     """Undo `cards_content`."""
     record = reply.content.metric_records["card"]
-    rows = zip(_ids(record["partition-id"]), _ids(record["num-examples"]), strict=True)
-    return [ClientCard(partition=partition, num_examples=count) for partition, count in rows]
+    paths: dict[object, RowPath] = {path: path for path in get_args(RowPath)}  # what a node says may be anything
+    said = reply.content.config_records["machine"]["rows"]
+    if not isinstance(said, list):
+        raise ValueError(f"rows = {said!r:.40} in the reply to a query")
+    found = zip(_ids(record["partition-id"]), _ids(record["num-examples"]), said, strict=True)
+    return [ClientCard(partition=p, num_examples=count, rows=paths.get(rows)) for p, count, rows in found]
 
 
 def _pack_clients(answer: Uploads | Scores) -> ConfigRecord:

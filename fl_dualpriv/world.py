@@ -11,10 +11,11 @@ from torch import Tensor
 from fl_dualpriv.backbones.backbone import ImageEncoder
 from fl_dualpriv.config import PromptConfig, RunConfig
 from fl_dualpriv.data.datasets import ImageDataset
+from fl_dualpriv.disclosure import delta_problems, keeps_bad_records
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.objective import Objective, Records, Regulariser
-from fl_dualpriv.plans import client_level_plan, record_level_plan
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey, gaussian_noise
+from fl_dualpriv.user_folders import home
 
 Counts = tuple[Tensor, Tensor]
 """Right answers and all held-out records of each group, both (group,) int64 on the CPU."""
@@ -56,6 +57,19 @@ class World(Protocol):
         """The images of ``train``, ``val`` or ``test``."""
         ...
 
+    @property
+    def data_identity(self) -> dict[str, str]:
+        """See `data.identity.data_identity`: an operator's."""
+        ...
+
+    def check_any_fits(self) -> None:
+        """For the operator of a simulation: refuse a data set none of whose training records the model can read.
+
+        Raises:
+            ConfigError: With the first reason.
+        """
+        ...
+
     def prompt_shape(self, config: RunConfig) -> tuple[int, int]:
         """Of what travels: a prompt, or what the method learns in place of one."""
         ...
@@ -92,6 +106,13 @@ class World(Protocol):
         """
         ...
 
+    def made_up(self) -> Records:
+        """Records that nobody owns, of the shapes of a client's; always the same.
+
+        For `row_check`: one more than `MADE_UP_BLOCKS` blocks. Features are random and labels any.
+        """
+        ...
+
     def counts(self, prompts: Tensor, config: RunConfig) -> Sequence[Counts]:
         """Score each prompt on the held-out split of the configuration; prompts (prompt, rows, cols)."""
         ...
@@ -108,8 +129,7 @@ def build_world(config: RunConfig) -> World:
         ConfigError: Data, model, prompt or partition do not work as configured; see the message.
         PrivacyError: A configured δ says nothing about data or populations of this size.
     """
-    private = record_level_plan(config) is not None or client_level_plan(config) is not None
-    on_bad = "keep" if private else "raise"
+    on_bad = "keep" if keeps_bad_records(config) else "raise"
     if config.data.asks_questions:
         from fl_dualpriv.question_world import build_question_world
 
@@ -118,20 +138,9 @@ def build_world(config: RunConfig) -> World:
         from fl_dualpriv.image_world import build_image_world
 
         world = build_image_world(config, on_bad)
-    record, client = config.privacy.record, config.privacy.client
-    if record.mechanism == "gaussian":
-        _check_delta("record", record.delta, max(len(indices) for indices in world.partitions), "records at one client")
-    if client.mechanism != "none":
-        _check_delta("client", client.delta, config.population, "clients")
+    if problems := delta_problems(config, max(len(indices) for indices in world.partitions)):
+        raise PrivacyError("\n  ".join(problems))
     return world
-
-
-def _check_delta(level: str, delta: float, units: int, what: str) -> None:
-    if delta * units >= 1:
-        raise PrivacyError(
-            f"privacy.{level}.delta = {delta:g} with {units} {what}; δ must be below 1/{units} to say anything: "
-            f"set it to {1 / (10 * units):.1g} or less"
-        )
 
 
 def held_groups(world: World) -> Tensor:
@@ -156,4 +165,4 @@ def one_thread(device: str) -> None:
 
 def run_folder(output_dir: str, run_id: int) -> Path:
     """Where a run writes: ``output.dir``, or a folder of its own under the user's home."""
-    return Path(output_dir) if output_dir else Path.home() / ".fl-dualpriv" / "runs" / str(run_id)
+    return Path(output_dir) if output_dir else home() / ".fl-dualpriv" / "runs" / str(run_id)

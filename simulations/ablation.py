@@ -6,7 +6,6 @@ that are already in ``--runs`` are not repeated. All settings are checked before
 
 import argparse
 import math
-import os
 import statistics
 import sys
 import tomllib
@@ -17,6 +16,8 @@ from typing import Any
 import scipy.stats
 
 from fl_dualpriv.config import app_defaults, merge, read_toml
+from fl_dualpriv.console import spell_out_what_cannot_be_shown
+from fl_dualpriv.cpus import usable_cpus
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import write_bytes
 from fl_dualpriv.tables import epsilon_text
@@ -119,10 +120,11 @@ def report(
 
 def main() -> None:
     """Check everything, run it, write the table."""
+    spell_out_what_cannot_be_shown()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ablation", type=Path)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablation")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=usable_cpus())
     parser.add_argument("--seeds", type=int, help="the first so many seeds only")
     parser.add_argument("--base", help="this base only")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "dualpriv-table.md")

@@ -6,7 +6,6 @@ table of those alone, and says what is missing.
 """
 
 import argparse
-import os
 import statistics
 import sys
 import tomllib
@@ -14,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fl_dualpriv.console import spell_out_what_cannot_be_shown
+from fl_dualpriv.cpus import usable_cpus
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import write_bytes
 from fl_dualpriv.tables import epsilon_text
@@ -138,10 +139,11 @@ def page(
 
 def main() -> None:
     """Check everything, run it, write the page."""
+    spell_out_what_cannot_be_shown()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("search", type=Path)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "baselines")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=usable_cpus())
     parser.add_argument("--base", help="run this base only")
     parser.add_argument("--seeds", type=int, help="run the first so many seeds only")
     parser.add_argument("--finished", action="store_true", help="run nothing: the table of what there is")

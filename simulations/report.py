@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fl_dualpriv.console import spell_out_what_cannot_be_shown
 from fl_dualpriv.files import write_bytes
 from fl_dualpriv.run_files import SUMMARY, TOTALS, read_totals
 from fl_dualpriv.tables import epsilon_text
@@ -123,6 +124,7 @@ def table(results: Mapping[Row, Sequence[Mapping[str, Any]]]) -> str:
 
 def main() -> None:
     """Run all rows, two at a time, and write the table."""
+    spell_out_what_cannot_be_shown()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="of zero-shot and DP-FPL")
     parser.add_argument("--baseline-seeds", type=int, default=3, help="of all other rows")

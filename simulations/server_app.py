@@ -4,6 +4,7 @@ import logging
 import math
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -14,13 +15,14 @@ from torch import Tensor
 from fl_dualpriv import wire
 from fl_dualpriv.checkpoint import CheckpointFolder
 from fl_dualpriv.config import RunConfig
+from fl_dualpriv.disclosure import claims_privacy, may_score
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.evaluation import Accuracy
 from fl_dualpriv.expiring_grid import ExpiringGrid
 from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.memory import check_memory
 from fl_dualpriv.methods import METHODS
-from fl_dualpriv.plans import claims_privacy, client_level_plan, may_score, noised_unit, record_level_plan
+from fl_dualpriv.plans import client_level_plan, noised_unit, record_level_plan
 from fl_dualpriv.privacy.accounting import joint_noise_multiplier
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import random_sources
@@ -42,6 +44,7 @@ from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy
 from fl_dualpriv.server_books import BudgetExhausted, ServerPrivacy
 from fl_dualpriv.strategy_ref import load_strategy
 from fl_dualpriv.strategy_rules import check_class
+from fl_dualpriv.survey import announce
 from fl_dualpriv.world import build_world, run_folder
 
 app = ServerApp()
@@ -69,7 +72,12 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
     if unit := noised_unit(config):
         check_class(strategy_class, RoundStrategy, unit, config.privacy.arithmetic)
     record, client = record_level_plan(config), client_level_plan(config)
+    simulated = engine_name(grid) != "deployment"  # then all data are the operator's, who may know what they are
+    if simulated:
+        announce(config, recorder.folder)
     world = build_world(config)
+    if simulated:
+        world.check_any_fits()
     if engine_name(grid) == "ray":  # actors are further processes on this machine
         check_memory(config, world)
     cards, hosts = join(grid, config)
@@ -86,7 +94,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
         )
 
     records = [card.num_examples for card in cards.values()]
-    checkpoints = CheckpointFolder(recorder.folder, context.run_config, records)
+    checkpoints = CheckpointFolder(recorder.folder, context.run_config, records, world.data_identity)
     kept = checkpoints.read(may_go_back=may_repeat(config)) if config.output.resume else None
     token = kept.progress.run_token if kept else None
     strategy = build_strategy(strategy_class, config, record, client, cards, hosts, recorder, report, options, token)
@@ -135,6 +143,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
             split=config.evaluation.split,
             group_names=world.group_names,
             releases=rounds.charged(list_releases(config, record, client, scored=strategy.evaluate_every > 0)),
+            rows=Counter(card.rows for card in cards.values() if card.rows),
             notes=found,
             config={**context.run_config, "output.resume": False},
         )

@@ -11,7 +11,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import statistics
 import tomllib
 import zlib
@@ -23,6 +22,8 @@ from typing import Any
 import numpy as np
 
 from fl_dualpriv.config import ConfigValue, RunConfig, app_defaults, read_toml
+from fl_dualpriv.console import spell_out_what_cannot_be_shown
+from fl_dualpriv.cpus import usable_cpus
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import write_bytes
 from fl_dualpriv.plans import client_level_plan, record_level_plan
@@ -268,10 +269,11 @@ def charge_line(entry: Entry, cells: Sequence[Cell]) -> str:
 
 def main() -> None:
     """Check everything, run the trials, write what was best."""
+    spell_out_what_cannot_be_shown()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("search", type=Path)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "tune")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=usable_cpus())
     parser.add_argument("--base", help="this base only; what was chosen on others stays")
     parser.add_argument("--method", help="this method only, likewise")
     parser.add_argument("--finished", action="store_true", help="run nothing: choose where all trials have been run")

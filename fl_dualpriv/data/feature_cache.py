@@ -25,6 +25,8 @@ from typing import IO
 
 import numpy as np
 
+from fl_dualpriv.user_folders import home
+
 SHARD = 256
 """Images in a shard. A shard is always encoded whole: the size of a batch changes float rounding."""
 
@@ -49,7 +51,7 @@ def cache_root(setting: str) -> Path | None:
     """Folder that ``resources.feature-cache`` means: empty is one under the user's home, ``off`` is None."""
     if setting == "off":
         return None
-    return Path(setting) if setting else Path.home() / ".fl-dualpriv" / "features"
+    return Path(setting) if setting else home() / ".fl-dualpriv" / "features"
 
 
 class FeatureTable:

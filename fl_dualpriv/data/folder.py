@@ -1,12 +1,10 @@
 """Images in directories: one folder per class, or ``train/ val/ test/`` with one folder per class in each."""
 
-import errno
 import functools
 import hashlib
 import json
-import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +12,15 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from fl_dualpriv.data.file_hash import NO_STAMP, file_hash, stamp_of
 from fl_dualpriv.errors import ConfigError
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 DEFAULT_TEMPLATE = "a photo of a {}"
 _SPLITS = ("train", "val", "test")
+MAX_PIXELS = 100_000_000
+MAX_ASPECT = 100
 _NAMED_FILES = 5
-_LASTING = frozenset({errno.ENOENT, errno.EACCES, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG})
-"""Errors that say something about the file: it is missing, closed to us or none. Any other may pass."""
 
 Files = dict[str, list[Path]]  # images of each class folder, in the order of their names
 
@@ -68,7 +67,7 @@ class FolderSplit:
         if hashed.errors[index]:
             return True
         try:
-            return tuple(hashed.stamps[index].tolist()) == _stamp(self.paths[index].stat())
+            return tuple(hashed.stamps[index].tolist()) == stamp_of(self.paths[index].stat())
         except OSError:
             return False
 
@@ -79,16 +78,37 @@ class FolderSplit:
     @functools.cached_property
     def _hashed(self) -> "_Hashed":
         digest, known = hashlib.sha256(), True
-        stamps = np.zeros((len(self.paths), len(_NO_STAMP)), dtype=np.int64)  # a data set may have millions of files
+        stamps = np.zeros((len(self.paths), len(NO_STAMP)), dtype=np.int64)  # a data set may have millions of files
         errors = np.zeros(len(self.paths), dtype=np.int16)
         for index, path in enumerate(self.paths):
-            content, stamps[index], error = _file_hash(path)
+            content, stamps[index], error = file_hash(path)
             digest.update(content)
             if error is None:
                 known = False
             else:
                 errors[index] = error
         return _Hashed(digest.hexdigest(), stamps, errors, known)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What `read_layout` found in a directory of images, with every problem of its folders, names and template.
+
+    Attributes:
+        splits: Files of each class folder, by split; without problems ``train``, ``val`` and ``test``.
+        names: Class name of each class folder.
+        template: With one ``{}`` for the class name.
+        problems: One a line; the directory can be used only if there is none.
+    """
+
+    splits: dict[str, Files]
+    names: dict[str, str]
+    template: str
+    problems: list[str]
+
+    def as_splits(self) -> dict[str, FolderSplit]:
+        """The splits that are there."""
+        return {name: _split(self.splits[name], self.names) for name in _SPLITS if name in self.splits}
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +150,25 @@ def load_folder(
     Raises:
         ConfigError: With every problem found, one a line.
     """
+    layout = read_layout(path, classes, val_fraction, test_fraction, seed)
+    splits = layout.as_splits()
+    problems = [*layout.problems, *(bad_images(splits.values()) if on_bad_image == "raise" else [])]
+    if problems:
+        raise unusable(path, problems)
+    return splits, layout.template
+
+
+def unusable(path: Path, problems: list[str]) -> ConfigError:
+    """The error that says what is wrong with a directory of images, one problem a line."""
+    return ConfigError("\n  ".join([f"the images in {path} cannot be used:", *problems]))
+
+
+def read_layout(path: Path, classes: str, val_fraction: float, test_fraction: float, seed: int) -> Layout:
+    """Look at folders, names and template, and cut what is missing out of train; opens no image. See `load_folder`.
+
+    Raises:
+        ConfigError: If there is no directory that can be read.
+    """
     if not path.exists():
         raise ConfigError(f"data.path = {str(path)!r}: {path.absolute()} does not exist; give an absolute path")
     if not path.is_dir():
@@ -138,33 +177,30 @@ def load_folder(
     try:
         splits = _scan(path, problems)
         names, template = _class_names(classes, sorted(splits.get("train", {})), problems)
-        if not problems:
-            splits = _cut_missing(splits, {"val": val_fraction, "test": test_fraction}, seed, problems)
-        if on_bad_image == "raise":
-            problems += _bad_images([file for split in splits.values() for files in split.values() for file in files])
     except OSError as error:
         raise ConfigError(f"data.path = {str(path)!r} cannot be read: {error}; check its permissions") from error
-    if problems:
-        raise ConfigError("\n  ".join([f"the images in {path} cannot be used:", *problems]))
-    return {name: _split(splits[name], names) for name in _SPLITS}, template
+    if "train" in splits:
+        splits = _cut_missing(splits, {"val": val_fraction, "test": test_fraction}, seed, problems)
+    return Layout(splits, names, template, problems)
 
 
-def _folders(path: Path) -> list[Path]:
+def class_folders(path: Path) -> list[Path]:
+    """The folders in a directory, hidden ones left out, by name."""
     return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def given_splits(path: Path) -> frozenset[str]:
     """Which of train/, val/ and test/ are splits of their own below ``path``; empty for a folder of classes."""
     # A class may be called "test": only a folder of folders is a split, and only beside others of its kind.
-    found = frozenset(folder.name for folder in _folders(path) if folder.name in _SPLITS and _folders(folder))
+    found = frozenset(folder.name for folder in class_folders(path) if folder.name in _SPLITS and class_folders(folder))
     return found if "train" in found else frozenset()
 
 
 def _scan(path: Path, problems: list[str]) -> dict[str, Files]:
     """Find the class folders and images of each split that exists."""
     # A class may be called "train": only a folder of folders is a split.
-    folders = _folders(path)
-    roots = {folder.name: folder for folder in folders if folder.name in _SPLITS and _folders(folder)}
+    folders = class_folders(path)
+    roots = {folder.name: folder for folder in folders if folder.name in _SPLITS and class_folders(folder)}
     if roots:
         others = [folder.name for folder in folders if folder.name not in roots]
         if others:
@@ -185,9 +221,9 @@ def _scan(path: Path, problems: list[str]) -> dict[str, Files]:
 
 def _scan_split(root: Path, path: Path, problems: list[str]) -> Files:
     found: Files = {}
-    for folder in _folders(root):
+    for folder in class_folders(root):
         shown = folder.relative_to(path)
-        if _folders(folder):
+        if class_folders(folder):
             problems.append(f"{shown}/ has sub-folders; put the images of a class directly into its folder")
         # A directory that is named like an image is no image; a broken link is an image that cannot be read.
         found[folder.name] = sorted(
@@ -261,6 +297,8 @@ def _cut_missing(
         return splits
     cut: dict[str, Files] = {**splits, "train": {}, **{name: {} for name in wanted}}
     for folder, files in splits["train"].items():
+        if not files:  # said already
+            continue
         # Keyed by the folder's name, so that adding a class leaves the cut of the others as it was.
         order = np.random.default_rng([seed, zlib.crc32(folder.encode())]).permutation(len(files))
         start = 0
@@ -285,34 +323,8 @@ def _split(files: Files, names: Mapping[str, str]) -> FolderSplit:
     return FolderSplit(
         tuple(file for folder in folders for file in files[folder]),
         labels,
-        tuple(names[folder] for folder in folders),
+        tuple(names.get(folder, folder) for folder in folders),  # the names of another split may be the problem
     )
-
-
-_NO_STAMP = (0, 0, 0, 0)
-
-
-def _stamp(status: os.stat_result) -> tuple[int, ...]:
-    """What changes when a file is written or replaced."""
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino % 2**63
-
-
-def _file_hash(path: Path) -> tuple[bytes, tuple[int, ...], int | None]:
-    """32 bytes, the file's stamp, and the number of the error that hid it: 0 for none, None for one that may pass.
-
-    A file that cannot be read has a hash too, or one bad record would stop a DP run: one of its own per lasting error,
-    and a new one each time if the error may pass, because the file's content is then not known.
-    """
-    try:
-        with path.open("rb") as file:
-            stamp = _stamp(os.fstat(file.fileno()))
-            content = hashlib.file_digest(file, "sha256").digest()
-            if _stamp(os.fstat(file.fileno())) == stamp:
-                return content, stamp, 0
-    except OSError as error:
-        if error.errno in _LASTING:
-            return error.errno.to_bytes(32, "big"), _NO_STAMP, error.errno
-    return os.urandom(32), _NO_STAMP, None
 
 
 def _decode(path: Path, prepare: Callable[[Image.Image], object] = lambda image: None) -> Image.Image:
@@ -332,15 +344,47 @@ def _decode(path: Path, prepare: Callable[[Image.Image], object] = lambda image:
         raise BadImageError(f"image {path} cannot be read: {error}") from error
 
 
-def _bad_images(files: list[Path]) -> list[str]:
-    bad: list[str] = []
-    for file in files:
-        try:
-            # JPEG decodes small here, several times faster; every byte is still read, so truncation shows.
-            _decode(file, lambda image: image.draft("RGB", (32, 32)))
-        except BadImageError as error:
-            bad.append(str(error))
+def file_fault(path: Path) -> tuple[str, str]:
+    """Why a file is no image that can be used: kind and words; both empty if it is one. Kept while it is unchanged."""
+    try:
+        return _fault_of(path, stamp_of(path.stat()))
+    except FileNotFoundError:
+        return "missing", f"image {path} is missing"
+    except (OSError, ValueError) as error:  # closed to us, too long a name, or a zero in it
+        return "cannot be read", f"image {path} cannot be read: {error}"
+
+
+@functools.lru_cache(maxsize=100_000)
+def _fault_of(path: Path, stamp: tuple[int, ...]) -> tuple[str, str]:
+    size = (1, 1)
+
+    def small(image: Image.Image) -> None:
+        nonlocal size
+        size = image.size
+        # JPEG decodes small here, several times faster; every byte is still read, so truncation shows.
+        image.draft("RGB", (32, 32))
+
+    try:
+        _decode(path, small)
+    except BadImageError as error:
+        return "cannot be read", str(error)
+    kind = size_fault(*size)
+    return kind, f"image {path} has {size[0]} x {size[1]} pixels: it is {kind}" if kind else ""
+
+
+def size_fault(width: int, height: int) -> str:
+    """Why no image of this size can be used; empty if it can."""
+    # Resizing the shorter side of an extreme shape would need gigabytes.
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        return f"out of proportion (one side more than {MAX_ASPECT} times the other)"
+    return f"larger than {MAX_PIXELS // 10**6} megapixels" if width * height > MAX_PIXELS else ""
+
+
+def bad_images(splits: Iterable[FolderSplit]) -> list[str]:
+    """Problem lines about files that are no images that can be used; empty if there is none."""
+    files = [file for split in splits for file in split.paths]
+    bad = [words for _, words in map(file_fault, files) if words]
     if not bad:
         return []
     more = [f"... and {len(bad) - _NAMED_FILES} more"] if len(bad) > _NAMED_FILES else []
-    return [f"{len(bad)} of {len(files)} images cannot be read; repair or remove them", *bad[:_NAMED_FILES], *more]
+    return [f"{len(bad)} of {len(files)} images cannot be used; repair or remove them", *bad[:_NAMED_FILES], *more]

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from fl_dualpriv.data.folder import BadImageError
+from fl_dualpriv.data.hub_names import PARQUET, is_saved, source_and_configuration
 from fl_dualpriv.data.questions import DEFAULT_TEMPLATE, QuestionSet, QuestionSplits, cut_by_image, subset
 from fl_dualpriv.errors import ConfigError
 
@@ -78,9 +79,10 @@ def load_hub_questions(
     Of several answers the most frequent counts. The type of a question is in ``type``, ``question_type`` or
     ``answer_type``, where there is one. ``NAME#CONFIGURATION`` picks a configuration of the hub.
     """
-    tables = _splits(name)
+    tables = dict(_splits(name))
     if "train" not in tables:
-        raise ConfigError(f"data.path = datasets:{name}: it has no split called train; it has {', '.join(tables)}")
+        found = f"it has {', '.join(tables)}" if tables else "nor one called validation or test"
+        raise ConfigError(f"data.path = datasets:{name}: it has no split called train; {found}")
     for split, table in tables.items():
         lacking = [column for column in ("image", "question") if column not in table.column_names]
         lacking += [] if {"answer", "answers"} & set(table.column_names) else ["answer"]
@@ -89,7 +91,8 @@ def load_hub_questions(
                 f"data.path = datasets:{name}: split {split} has no column {', '.join(lacking)}; it has "
                 f"{', '.join(table.column_names)}"
             )
-    kind = next((column for column in _TYPES if column in tables["train"].column_names), None)
+        tables[split] = _with_images(table, f"datasets:{name}, split {split}")
+    kind = next((c for c in _TYPES if all(c in table.column_names for table in tables.values())), None)
     types = tuple(sorted({str(t) for table in tables.values() for t in (table[kind] if kind else ("",))}))
     sets = {split: _question_set(table, kind, types, on_bad, f"datasets:{name}") for split, table in tables.items()}
     missing = {n: f for n, f in (("val", val_fraction), ("test", test_fraction)) if n not in sets}
@@ -109,19 +112,38 @@ def _splits(name: str) -> dict[str, Any]:
         raise ConfigError(
             f"data.path = datasets:{name} needs the package datasets; install fl-dualpriv[datasets]"
         ) from error
-    source, _, configuration = name.partition("#")
+    source, configuration = source_and_configuration(name)
+    place = Path(source).expanduser()
     datasets.disable_progress_bars()
     try:
-        if Path(source).expanduser().is_dir() and (Path(source).expanduser() / "dataset_dict.json").is_file():
-            found: Any = datasets.load_from_disk(str(Path(source).expanduser()))
+        if is_saved(place):
+            found: Any = datasets.load_from_disk(str(place))
+        elif place.is_file() and place.suffix.lower() == PARQUET:
+            found = datasets.load_dataset("parquet", data_files=str(place))
         else:
-            found = datasets.load_dataset(source, configuration or None)
+            found = datasets.load_dataset(str(place) if place.exists() else source, configuration or None)
     except Exception as error:  # the library, the hub and the network each raise their own kinds
-        raise ConfigError(
-            f"data.path = datasets:{name} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
+        words = (str(error).splitlines() or [""])[0]
+        raise ConfigError(f"data.path = datasets:{name} cannot be loaded: {type(error).__name__}: {words}") from error
+    if isinstance(found, datasets.Dataset):  # one table, saved without splits
+        found = {"train": found}
     names = {split: next((n for n in options if n in found), None) for split, options in _NAMES.items()}
     return {split: found[n] for split, n in names.items() if n is not None}
+
+
+def _with_images(table: Any, where: str) -> Any:
+    """The table with its images as images: a parquet file may name them by path, or hold their bytes."""
+    import datasets
+
+    if isinstance(table.features["image"], datasets.Image):
+        return table
+    try:
+        return table.cast_column("image", datasets.Image())
+    except Exception as error:  # pyarrow and the library each raise their own kinds
+        raise ConfigError(
+            f"data.path = {where}: column image holds {table.features['image']}, no images; it must hold images, their "
+            "bytes or their paths"
+        ) from error
 
 
 def _question_set(
@@ -129,20 +151,23 @@ def _question_set(
 ) -> QuestionSet:
     questions = tuple(str(q or "").strip() for q in table["question"])
     answers = tuple(_answer(a) for a in table["answer" if "answer" in table.column_names else "answers"])
-    if on_bad == "raise" and (
-        bad := [i for i, pair in enumerate(zip(questions, answers, strict=True)) if not all(pair)]
-    ):
+    bad = [i for i, pair in enumerate(zip(questions, answers, strict=True)) if not all(pair)]
+    if on_bad == "raise" and bad:
         raise ConfigError(f"data.path = {where}: {len(bad)} records without question or answer (the first: {bad[0]})")
+    faults = [""] * len(questions)
+    for i in bad:
+        faults[i] = f"record {i}: no question or no answer"
     number = {name: i for i, name in enumerate(types)}
     labels = [number[str(t)] for t in table[kind]] if kind else [0] * len(questions)
     rows, image_of = _distinct_images(table)
     return QuestionSet(
         images=HubImages(table, rows),
         image_of=image_of,
-        questions=questions,
+        questions=tuple("" if fault else question for question, fault in zip(questions, faults, strict=True)),
         answers=answers,
         labels=np.array(labels, dtype=np.int64),
         class_names=types,
+        faults=tuple(faults),
     )
 
 

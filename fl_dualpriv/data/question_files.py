@@ -102,6 +102,7 @@ def _question_set(rows: list[_Row], types: tuple[str, ...]) -> QuestionSet:
         answers=tuple(row.answer for row in rows),
         labels=np.array([kind[row.type] for row in rows], dtype=np.int64),
         class_names=types,
+        faults=tuple(row.fault for row in rows),
     )
 
 

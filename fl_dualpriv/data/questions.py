@@ -8,12 +8,11 @@ from typing import Literal
 import numpy as np
 
 from fl_dualpriv.data.datasets import ImageDataset
+from fl_dualpriv.data.hub_names import hub_name
 from fl_dualpriv.errors import ConfigError
 
 DEFAULT_TEMPLATE = "Answer the question with a single word or phrase."
 """What a prompt starts from unless a data set says otherwise: LLaVA-1.5's own request for short answers."""
-
-HUB = "datasets:"
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +26,7 @@ class QuestionSet:
         answers: One per record.
         labels: Question type of each record, (record,) int64, indices into ``class_names``; public metadata.
         class_names: Of the question types.
+        faults: Why the words of each record cannot be used, or empty, for the owner of the data; (): nothing is wrong.
     """
 
     images: ImageDataset
@@ -35,6 +35,7 @@ class QuestionSet:
     answers: tuple[str, ...]
     labels: np.ndarray
     class_names: tuple[str, ...]
+    faults: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -66,7 +67,8 @@ def load_questions(
     Args:
         ref: ``demo-vqa``: the embedded ones, no other argument is read. ``questions``: what ``path`` names.
         path: A .jsonl or .csv file; a folder of ``train``, ``val`` and ``test`` files of these kinds; or
-            ``datasets:NAME``, a data set of the Hugging Face hub or a folder that its library reads.
+            ``datasets:NAME``, a data set of the Hugging Face hub, a folder that its library reads or saved, or a
+            .parquet file. A saved folder and a .parquet file may stand without ``datasets:``.
         val_fraction: Share of the training images that become the validation set where there is none.
         test_fraction: The same for the test set.
         seed: Of that cut.
@@ -79,10 +81,10 @@ def load_questions(
         from fl_dualpriv.data.vqa_demo import load_vqa_demo
 
         return load_vqa_demo()
-    if path.startswith(HUB):
+    if (name := hub_name(path)) is not None:
         from fl_dualpriv.data.hub_questions import load_hub_questions
 
-        return load_hub_questions(path.removeprefix(HUB), val_fraction, test_fraction, seed, on_bad)
+        return load_hub_questions(name, val_fraction, test_fraction, seed, on_bad)
     from fl_dualpriv.data.question_files import load_question_files
 
     return load_question_files(path, val_fraction, test_fraction, seed, on_bad)
@@ -90,10 +92,10 @@ def load_questions(
 
 def given_question_splits(path: str) -> frozenset[str]:
     """Which of train, val and test are sets of their own in what ``data.path`` names."""
-    if path.startswith(HUB):
+    if (name := hub_name(path)) is not None:
         from fl_dualpriv.data.hub_questions import given_hub_splits
 
-        return given_hub_splits(path.removeprefix(HUB))
+        return given_hub_splits(name)
     from fl_dualpriv.data.question_files import given_file_splits
 
     return given_file_splits(Path(path).expanduser())
@@ -146,4 +148,5 @@ def subset(questions: QuestionSet, images: np.ndarray, chosen: ImageDataset) -> 
         answers=tuple(questions.answers[i] for i in records),
         labels=questions.labels[records],
         class_names=questions.class_names,
+        faults=tuple(questions.faults[i] for i in records) if questions.faults else (),
     )

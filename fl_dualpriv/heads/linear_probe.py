@@ -66,6 +66,10 @@ class LinearFeatures:
         """The identity's: cotangents as they are."""
         return cotangents
 
+    def vjp_apart(self, cotangents: Tensor) -> Tensor:
+        """The identity's."""
+        return cotangents
+
     def vjp_some(self, cotangents: Tensor, classes: Tensor) -> Tensor:
         """Cotangents of some classes per row, with zeros for the others."""
         whole = cotangents.new_zeros(*classes.shape[:2], *self.prompt_shape)

@@ -9,6 +9,7 @@ number of records, and the server takes the mean, weighted or not. Further steps
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -35,6 +36,10 @@ class PrototypeObjective:
     def bytes_per_prompt(self) -> int:
         """A sum in float64, and as much again to work in."""
         return 2 * 8 * self.shape[0] * self.shape[1]
+
+    def apart(self) -> Self:
+        """See `Objective`: a row is the record's feature, and there is no product."""
+        return self
 
     def over(self, data: Sequence[ClientData]) -> "PooledPrototypes":
         """See `Objective`."""
@@ -73,6 +78,11 @@ class PrototypeGradients:
                 total.index_add_(0, y, bounded_rows(rows, clip_norm, arithmetic), alpha=-1)
             found.append(as_clipped_sum(total, clip_norm, arithmetic))
         return found
+
+    def rows(self, client: int) -> Iterator[Tensor]:
+        """See `StepGradients`: each in the row of its class."""
+        for x, y in self._rows(client):
+            yield x.new_zeros(len(x), *self._shape).index_put_((torch.arange(len(x), device=x.device), y), -x)
 
     def to_prompts(self, noised: Tensor) -> Tensor:
         """See `StepGradients`: nothing to do."""

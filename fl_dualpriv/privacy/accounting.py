@@ -8,14 +8,27 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import dp_accounting
-from dp_accounting import pld, rdp
+import numpy as np
+from dp_accounting import gaussian_mechanism, pld, rdp
+from dp_accounting.pld import pld_pmf, privacy_loss_distribution, privacy_loss_mechanism
+from scipy.stats import binom
+
+from fl_dualpriv.privacy.loss_size import LOG_TAIL, error_share, grid_for, least_loss, pld_size
 
 # Both are upper bounds on the true ε; the coarse grid is for progress lines and searches.
 FINE_GRID = 1e-4
 COARSE_GRID = 1e-3
+
+PLAIN_CELLS, MOST_CELLS = 150_000, 400_000
+"""Of a PLD of one release, and a tenth of those of a composition: seconds, and less than 1 GiB.
+
+The first is for dp-accounting's own PLDs, which go through dictionaries.
+"""
+
+LARGEST_GRID = 100.0  # e to the power of a step must stay a usable float
 
 NEIGHBORING_RELATION = "add-or-remove-one"
 
@@ -53,22 +66,87 @@ def composed_epsilon(charges: tuple[SampledGaussians, ...], delta: float, grid: 
     """Return ε at ``delta`` of Poisson-sampled Gaussian releases whose terms are fixed beforehand, in any order.
 
     Guarantee:
-        An upper bound (pessimistic discretisation) for add-or-remove-one neighbours, unit = the sampled one. The data
-        may be queried adaptively; q, z and the number of releases must not follow from earlier releases.
+        An upper bound for add-or-remove-one neighbours, unit = the sampled one; see `bounded_epsilon`. The data may be
+        queried adaptively; q, z and the number of releases must not follow from earlier releases.
 
     Reference:
         dp-accounting's PLDAccountant; Koskela et al. 2020, arXiv:1906.03049.
     """
-    if not any(charge.releases for charge in charges):
-        return 0.0
-    return float(_accountant(charges, grid).get_epsilon(delta))
+    return bounded_epsilon(charges, delta, grid).epsilon
+
+
+class EpsilonBound(NamedTuple):
+    """An upper bound on ε.
+
+    Attributes:
+        epsilon: ε; infinite where no bound is finite.
+        bound: What it is: ``nothing`` is released; ``pld``: a privacy loss distribution on the grid that was asked for;
+            ``pld-refined``: one on another grid; ``gaussian``: the exact ε of unsampled releases; ``coins-shown``: as
+            if everybody knew which samples the unit was in; ``renyi``: Rényi divergences.
+    """
+
+    epsilon: float
+    bound: Literal["nothing", "pld", "pld-refined", "gaussian", "coins-shown", "renyi"]
+
+
+@functools.lru_cache(maxsize=4096)
+def bounded_epsilon(charges: tuple[SampledGaussians, ...], delta: float, grid: float = FINE_GRID) -> EpsilonBound:
+    """`composed_epsilon`, and what kind of bound it is. It answers within seconds and in less than 2 GiB.
+
+    The PLD of dp-accounting's `PLDAccountant` on ``grid`` is the answer wherever it fits into memory and the grid moves
+    ε by little: by about 0.5 % for the fine grid, 5 % for the coarse one. Elsewhere the answer is the smallest of PLDs
+    on other grids, of the exact formula for unsampled releases, and of two bounds without a grid.
+
+    Guarantee:
+        Each of these is an upper bound, so the smallest is. A PLD is pessimistic on every grid. It is asked for a δ
+        that is smaller by `rounding`, which is more than the rounding errors of its convolutions.
+    """
+    charges = tuple(charge for charge in _merged(charges) if charge.releases)
+    if not charges:
+        return EpsilonBound(0.0, "nothing")
+    found: list[EpsilonBound] = []
+    left, fine = delta - rounding(charges), grid <= FINE_GRID
+    tolerance, cells = (0.005, MOST_CELLS) if fine else (0.05, MOST_CELLS // 8)
+    if left > delta / 2:
+        if _is_plain(charges, grid, min(cells, PLAIN_CELLS)):
+            plain = float(_accountant(charges, grid).get_epsilon(left))
+            if error_share(charges, delta, grid, plain) <= tolerance:
+                return EpsilonBound(plain, "pld")
+            found.append(EpsilonBound(plain, "pld"))
+        if all(charge.sampling_rate < 1 for charge in charges):
+            start = found[0].epsilon if found else math.inf
+            refined = _refined(charges, delta, start, grid, tolerance / 5, cells)
+            found.append(EpsilonBound(refined, "pld-refined"))
+    if all(charge.sampling_rate == 1 for charge in charges):
+        found.append(EpsilonBound(_gaussian_epsilon(_precision(charges), delta), "gaussian"))
+    else:
+        found.append(EpsilonBound(_coins_shown(charges, delta), "coins-shown"))
+        found.append(EpsilonBound(_renyi_epsilon(charges, delta), "renyi"))
+    return min(found, key=lambda bound: bound.epsilon)
+
+
+def _is_plain(charges: tuple[SampledGaussians, ...], grid: float, cells: int) -> bool:
+    """Whether dp-accounting's own PLDs are small on a grid.
+
+    Of a PLD of up to 1000 cells it computes their number to the power of the releases.
+    """
+    size = pld_size(charges, LOG_TAIL)
+    return size.least_grid(cells) <= grid and all(charge.releases <= 2**20 for charge in charges)
 
 
 def composed_delta(charges: tuple[SampledGaussians, ...], epsilon: float, grid: float = FINE_GRID) -> float:
-    """Return δ at ``epsilon``; otherwise as `composed_epsilon`."""
+    """Return δ at ``epsilon`` by PLD; otherwise as `composed_epsilon`. For ordinary terms: it takes what it takes."""
     if not any(charge.releases for charge in charges):
         return 0.0
     return float(_accountant(charges, grid).get_delta(epsilon))
+
+
+def rounding(charges: Iterable[SampledGaussians]) -> float:
+    """What rounding may take from the δ of a PLD.
+
+    A power of a Fourier transform multiplies its relative errors by the number of releases.
+    """
+    return 2.0**-52 * sum(charge.releases for charge in charges)
 
 
 def _accountant(charges: tuple[SampledGaussians, ...], grid: float) -> pld.PLDAccountant:
@@ -78,6 +156,139 @@ def _accountant(charges: tuple[SampledGaussians, ...], grid: float) -> pld.PLDAc
     for charge in _merged(charges):
         accountant.compose(sampled_gaussian(*charge))
     return accountant
+
+
+def _refined(
+    charges: tuple[SampledGaussians, ...], delta: float, found: float, grid: float, share: float, cells: int
+) -> float:
+    """The smallest ε of PLDs on ever finer grids, until the grid moves ε by ``share`` or has ``cells`` cells."""
+    size = pld_size(charges, log_tail(charges, delta))
+    floor = size.least_grid(cells)
+    if not math.isfinite(floor) or floor > LARGEST_GRID:
+        return found
+    step = max(grid, size.least_grid(cells // 10))
+    for turn in range(4):
+        if turn or math.isfinite(found):
+            step = max(min(step, grid_for(charges, delta, found, share)), step / 16, floor)
+        better = grid_epsilon(charges, delta, step)
+        gained, found = found - better, min(found, better)
+        if step == floor or (turn and gained < share * found) or error_share(charges, delta, step, found) <= share:
+            break
+    return found
+
+
+def rough_epsilon(charges: tuple[SampledGaussians, ...], delta: float, about: float, cells: int = 4_000) -> float:
+    """ε by the PLD on a grid for an ε of ``about``, with so many cells at most: an upper bound, quickly, for searches.
+
+    Infinite where no such PLD can be made: some release is unsampled, or losses are too large.
+    """
+    if any(charge.sampling_rate == 1 for charge in charges) or delta < 2 * rounding(charges):
+        return math.inf
+    floor = pld_size(charges, log_tail(charges, delta)).least_grid(cells)
+    grid = max(floor, grid_for(charges, delta, about, 0.0005))
+    return grid_epsilon(charges, delta, grid) if grid <= LARGEST_GRID else math.inf
+
+
+def log_tail(charges: Iterable[SampledGaussians], delta: float) -> float:
+    """Logarithm of the noise's mass that a PLD may cut off: it moves δ by 1e-4 of δ."""
+    sampled = sum(charge.releases * charge.sampling_rate for charge in charges)
+    return min(max(math.log(1e-4 * delta / sampled), LOG_TAIL), -16.0)
+
+
+def grid_epsilon(charges: tuple[SampledGaussians, ...], delta: float, grid: float) -> float:
+    """ε by the PLD on one grid, whatever it moves ε by.
+
+    Guarantee:
+        An upper bound, as `bounded_epsilon`. Losses of the removal are those of dp-accounting's "connect the dots"
+        (arXiv:2207.04380): a pair of distributions whose hockey-stick divergence is at least the true one at every ε
+        above the least loss, negative ones included. H(Q‖P; e^ε) = 1 − e^ε + e^ε H(P‖Q; e^−ε), so the same pair turned
+        round bounds the addition, where the noise beyond the least loss counts as an infinite loss. Dp-accounting's own
+        PLD of the addition is the difference of nearly equal numbers where q is small.
+    """
+    tail = log_tail(charges, delta)
+    composed = None
+    for charge in charges:
+        one = _one_release(charge, grid, tail).self_compose(charge.releases)
+        composed = one if composed is None else composed.compose(one)
+    assert composed is not None
+    return float(composed.get_epsilon_for_delta(delta - rounding(charges)))
+
+
+def _one_release(
+    charge: SampledGaussians, grid: float, tail: float
+) -> privacy_loss_distribution.PrivacyLossDistribution:
+    removal = privacy_loss_mechanism.GaussianPrivacyLoss(
+        charge.noise_multiplier, log_mass_truncation_bound=tail, sampling_prob=charge.sampling_rate
+    )
+    most = removal.connect_dots_bounds().epsilon_upper
+    assert most is not None
+    first = math.floor(least_loss(charge) / grid)
+    losses = grid * np.arange(first, max(math.ceil(most / grid), first + 1) + 1)
+    deltas = np.minimum.accumulate(np.clip(removal.get_delta_for_epsilon(losses), 0.0, 1.0))
+    # Algorithm 1 of the paper, with equal steps.
+    falls = -np.diff(deltas)
+    up, down = falls / -math.expm1(-grid), falls / math.expm1(grid)  # what a fall gives to its upper and lower end
+    masses = np.maximum(np.concatenate([[1 - deltas[0]], up]) - np.concatenate([down, [0.0]]), 0.0)
+    turned = (masses * np.exp(-losses))[::-1]
+    beyond = max(0.0, 1 - math.fsum(turned)) + math.exp(LOG_TAIL)
+    make = pld_pmf.DensePLDPmf
+    return privacy_loss_distribution.PrivacyLossDistribution(
+        make(grid, first, masses, float(deltas[-1]), True),
+        make(grid, 1 - first - len(masses), turned, beyond, True),
+    )
+
+
+def _precision(charges: Iterable[SampledGaussians]) -> float:
+    """Σ z⁻² of unsampled releases."""
+    return math.fsum(charge.releases / max(charge.noise_multiplier, 1e-100) ** 2 for charge in charges)
+
+
+def _gaussian_epsilon(precision: float, delta: float) -> float:
+    """The exact ε of unsampled Gaussian releases (Balle and Wang 2018, arXiv:1805.06530), rounded up.
+
+    Where ε is above 5e8 it is the bound by the Gaussian tail exp(−t²/2).
+    """
+    if not 0 < precision < 1e200:
+        return math.inf if precision else 0.0
+    if precision > 1e9:  # the exact formula is a difference of large numbers; the loss is N(μ²/2, μ²)
+        return precision / 2 + math.sqrt(2 * precision * math.log(1 / delta))
+    with np.errstate(divide="ignore"):
+        return float(gaussian_mechanism.get_epsilon_gaussian(precision**-0.5, delta)) * (1 + 1e-9)
+
+
+def _coins_shown(charges: tuple[SampledGaussians, ...], delta: float) -> float:
+    """ε as if everybody knew which samples the unit is in; half of δ covers that it is in too many.
+
+    Guarantee:
+        An upper bound. The output with and without the unit is a mixture over its coins of unsampled Gaussian releases,
+        and the divergence of mixtures is at most the mean divergence (joint convexity). With P(K_i > k_i) at most
+        δ/(2m) for each of m kinds of terms, the mean is at most δ/2 plus the divergence at all k_i.
+    """
+    most = delta / 2 / len(charges)
+
+    def times(charge: SampledGaussians) -> int:
+        if charge.sampling_rate == 1 or charge.releases > 2**31:
+            return charge.releases
+        return min(charge.releases, int(binom.isf(most, charge.releases, charge.sampling_rate)) + 1)
+
+    return _gaussian_epsilon(_precision(c._replace(releases=times(c)) for c in charges), delta / 2)
+
+
+_ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512, 1024)
+
+
+def _renyi_epsilon(charges: tuple[SampledGaussians, ...], delta: float) -> float:
+    """ε by Rényi divergences at whole orders (Mironov et al. 2019, arXiv:1908.10530)."""
+    divergences = ((order, _renyi(charges, order)) for order in _ORDERS)
+    # Proposition 12 of Canonne, Kamath and Steinke, as `renyi_bound`.
+    bounds = [d + math.log1p(-1 / a) - (math.log(delta) + math.log(a)) / (a - 1) for a, d in divergences]
+    return max(0.0, min(bounds))
+
+
+def _renyi(charges: tuple[SampledGaussians, ...], order: float) -> float:
+    if any(charge.noise_multiplier < 1e-100 for charge in charges):
+        return math.inf
+    return math.fsum(c.releases * renyi_divergence(c.sampling_rate, c.noise_multiplier, order) for c in charges)
 
 
 def _merged(charges: tuple[SampledGaussians, ...]) -> tuple[SampledGaussians, ...]:
@@ -106,34 +317,6 @@ def epsilon(
 ) -> float:
     """`composed_epsilon` of releases that are all alike."""
     return composed_epsilon((SampledGaussians(sampling_rate, noise_multiplier, releases),), delta, grid)
-
-
-@functools.lru_cache(maxsize=256)
-def calibrate_noise_multiplier(target_epsilon: float, delta: float, sampling_rate: float, releases: int) -> float:
-    """Return a noise multiplier, rounded up to 1e-3, whose `epsilon` is at most ``target_epsilon``.
-
-    Guarantee:
-        ``epsilon(sampling_rate, result, releases, delta) <= target_epsilon``, checked on the fine grid.
-
-    Raises:
-        ValueError: If no multiplier below 10,000 is enough.
-    """
-
-    def spent(multiplier: float, grid: float = COARSE_GRID) -> float:
-        return epsilon(sampling_rate, multiplier, releases, delta, grid)
-
-    low, high = 0.05, 1.0
-    while spent(high) > target_epsilon:
-        low, high = high, 2 * high
-        if high > 10_000:
-            raise ValueError(f"ε = {target_epsilon} at δ = {delta} needs a noise multiplier above 10,000: raise ε or δ")
-    while high - low > 1e-3:
-        middle = (low + high) / 2
-        low, high = (middle, high) if spent(middle) > target_epsilon else (low, middle)
-    result = math.ceil(high * 1e3) / 1e3
-    while spent(result, FINE_GRID) > target_epsilon:
-        result = round(result + 1e-3, 3)
-    return result
 
 
 def joint_noise_multiplier(*noise_multipliers: float) -> float:

@@ -4,7 +4,6 @@ With integer arithmetic one grid unit is ``clip_norm / GRID_STEPS``: the clipped
 sums are exact, and with integer noise (`rounded_gaussian`) what is released is an integer whatever the data are.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,8 +17,6 @@ Arithmetic = Literal["float", "integer"]
 GRID_STEPS = 2**20  # units in a clip norm: an entry loses less than a millionth of it
 MOST_ROWS = 2**32  # rows of norm 2**20 add up to less than 2**52: exact in float64, with as much room for noise
 _SHRINK = 1 - 2.0**-20  # a row over the bound by rounding is under it after this
-_FEATURE_ROWS = 256
-_BLOCK_ENTRIES = 2**16  # of outer products at a time: half a MiB stays in a cache
 
 
 def clip_rows(rows: Tensor, clip_norm: float) -> tuple[Tensor, Tensor]:
@@ -73,10 +70,10 @@ def integer_rows(rows: Tensor, clip_norm: float) -> Tensor:
         ValueError: If ``clip_norm`` is not between 1e-30 and 1e30.
     """
     clipped, _ = clip_rows(rows, clip_norm)
-    return _cut(clipped.flatten(1) / clip_norm * GRID_STEPS).reshape(rows.shape)
+    return cut_rows(clipped.flatten(1) / clip_norm * GRID_STEPS).reshape(rows.shape)
 
 
-def _cut(scaled: Tensor) -> Tensor:
+def cut_rows(scaled: Tensor) -> Tensor:
     """Cut rows (batch, entry), in grid units, down to integers of norm GRID_STEPS at most, whatever their norm is."""
     whole = torch.trunc(scaled)
     over = _is_over(whole)
@@ -140,67 +137,3 @@ def clipped_sum(rows: Tensor, clip_norm: float, arithmetic: Arithmetic = "float"
         the same number in whatever order fewer than MOST_ROWS rows are added.
     """
     return as_clipped_sum(bounded_rows(rows, clip_norm, arithmetic).sum(dim=0), clip_norm, arithmetic)
-
-
-def clipped_feature_sum(
-    classes: Tensor, x: Tensor, y: Tensor, logit_scale: float, clip_norm: float, arithmetic: Arithmetic = "float"
-) -> ClippedSum:
-    """Clip and sum the gradients with respect to the *class features*, in closed form: noise space ``feature``.
-
-    Example i's gradient is the outer product s·(softmax_i − y_i) x_iᵀ, of Frobenius norm s·‖softmax_i − y_i‖·‖x_i‖.
-
-    Guarantee:
-        As `clipped_sum`: the value is a sum of per-example terms of norm at most ``clip_norm`` each (float64), so one
-        example moves it by at most that. An example with a non-finite value contributes zero. In integers the outer
-        products are formed, some at a time, and each is cut down to the grid: exact as in `clipped_sum`, and slower.
-
-    Args:
-        classes: Unit-norm class features (n_cls, embed_dim), released before.
-        x: Image features (batch, embed_dim); batch may be 0.
-        y: Class ids (batch,).
-        logit_scale: s.
-        clip_norm: C, in units of this gradient, 1e-30 to 1e30.
-        arithmetic: Floats, or integers in units of ``clip_norm / GRID_STEPS``.
-
-    Returns:
-        (n_cls, embed_dim), float64.
-
-    Raises:
-        ValueError: If ``clip_norm`` is not between 1e-30 and 1e30.
-    """
-    check_clip_norm(clip_norm)
-    total = torch.zeros(classes.shape, dtype=torch.float64, device=classes.device)
-    for start in range(0, len(x), _FEATURE_ROWS):  # what is held must not grow with a batch, whose size is private
-        here = slice(start, start + _FEATURE_ROWS)
-        total += _feature_terms(classes, x[here], y[here], logit_scale, clip_norm, arithmetic)
-    return as_clipped_sum(total, clip_norm, arithmetic)
-
-
-def _feature_terms(
-    classes: Tensor, x: Tensor, y: Tensor, logit_scale: float, clip_norm: float, arithmetic: Arithmetic
-) -> Tensor:
-    """The sum of some examples' terms, in real or in grid units."""
-    x = x.to(torch.float64)
-    residual = torch.softmax(logit_scale * x @ classes.to(torch.float64).T, dim=1)
-    residual = residual.scatter_add(1, y[:, None], torch.full_like(residual[:, :1], -1.0))
-    norms = logit_scale * torch.linalg.vector_norm(residual, dim=1) * torch.linalg.vector_norm(x, dim=1)
-    finite = torch.isfinite(norms)
-    # NaN times zero is NaN: bad rows are replaced, not multiplied away.
-    x, residual = (torch.where(finite[:, None], t, torch.zeros_like(t)) for t in (x, residual))
-    scale = torch.clamp(clip_norm / torch.clamp(norms, min=torch.finfo(torch.float64).tiny), max=1.0)
-    scale = torch.where(finite, scale, torch.zeros_like(scale))
-    left = logit_scale * scale[:, None] * residual
-    if arithmetic == "float":
-        return left.T @ x
-    total = torch.zeros(classes.shape, dtype=torch.float64, device=classes.device)
-    for rows in _outer_products(left / clip_norm * GRID_STEPS, x):
-        total += _cut(rows.flatten(1)).sum(dim=0).reshape(total.shape)
-    return total
-
-
-def _outer_products(left: Tensor, right: Tensor) -> Iterator[Tensor]:
-    """Each row's outer product, (some rows, n_cls, embed_dim): as many rows as fit, whatever the batch's size."""
-    step = max(1, _BLOCK_ENTRIES // (left.shape[1] * right.shape[1]))
-    for start in range(0, len(left), step):
-        here = slice(start, start + step)
-        yield left[here, :, None] * right[here, None, :]

@@ -1,12 +1,14 @@
-"""The protocol of privacy filters, and the parts that all of them share. Each filter has a file of its own."""
+"""The protocol of privacy filters, and the parts that all of them share. Each filter has its own file."""
 
 from collections.abc import Callable
 from typing import Protocol
 
+from fl_dualpriv.privacy.accounting import COARSE_GRID, SampledGaussians, composed_epsilon, rough_epsilon
 from fl_dualpriv.privacy.budget import Budget
 from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent, ReservedPlan
 
 _MOST_RELEASES = 2**24  # the end of searches for a number of releases
+_EXACT_RELEASES = 10_000
 
 
 class PrivacyFilter(Protocol):
@@ -14,8 +16,8 @@ class PrivacyFilter(Protocol):
 
     Guarantee:
         If `check` admitted every event of a ledger before its releases, everything in the ledger together is (ε, δ)-DP
-        for one unit under add-or-remove-one, whatever terms anybody chose after whatever releases, in interleaved runs
-        and on several servers too.
+        for one unit under add-or-remove-one. The terms of each run may be chosen after any earlier releases, and runs
+        of several servers may interleave.
     """
 
     @property
@@ -59,16 +61,38 @@ def header_of(budget: Budget, numbers: dict[str, object]) -> dict[str, object]:
 
 
 def largest(fits: Callable[[int], bool]) -> int:
-    """The largest number that fits, where every smaller one does; 0 if 1 does not."""
+    """The largest number that fits, where every smaller one does; 0 if 1 does not.
+
+    From `_EXACT_RELEASES` on it may be too small by a thousandth: each trial of a large number takes a while.
+    """
     if not fits(1):
         return 0
     low, high = 1, 2
     while high < _MOST_RELEASES and fits(high):
         low, high = high, 2 * high
-    while high - low > 1:
+    while high - low > max(1, low // 1000 if low >= _EXACT_RELEASES else 1):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def most_releases(
+    charges: Callable[[int], tuple[SampledGaussians, ...]], delta: float, about: float, fits: Callable[[float], bool]
+) -> int:
+    """The `largest` number of releases whose ε fits; a quick bound on ε is tried before the exact one.
+
+    Args:
+        charges: From a number of releases to what is charged.
+        delta: δ.
+        about: The ε that may fit at most, or a guess.
+        fits: Whether an ε fits.
+    """
+
+    def is_within(releases: int) -> bool:
+        charged = charges(releases)
+        return fits(rough_epsilon(charged, delta, about)) or fits(composed_epsilon(charged, delta, COARSE_GRID))
+
+    return largest(is_within)
 
 
 def rest_buys(chosen: PrivacyFilter, made: LedgerContent, plan: ReservedPlan) -> str:

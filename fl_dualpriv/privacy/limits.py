@@ -28,6 +28,15 @@ SMALLEST_SAMPLING_RATE = 1e-9
 SMALLEST_DELTA = 1e-12
 """Least δ. Below, the accountant's own rounding and the cut tails of float noise are as large as δ."""
 
+SMALLEST_EPSILON, LARGEST_EPSILON = 1e-3, 1e3
+"""Range of an ε that noise is calibrated to. Above, e to its power ends float64, and nothing is promised."""
+
+SMALLEST_BUDGET, LARGEST_BUDGET = 1e-6, 1e6
+"""Range of an owner's ε for ever."""
+
+MOST_RELEASES = 1_000_000
+"""Of one unit's data in a run: for so many, ε is computed in seconds. Its rounding grows with their number."""
+
 
 def is_clip_norm(value: float) -> bool:
     """Whether a row can be clipped to this norm; False for nan."""

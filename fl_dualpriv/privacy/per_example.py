@@ -88,12 +88,23 @@ class Batches:
         """Each block of rows, and how many prompts have a row in it."""
         step = rows_at_once(self.features.device)
         for start in range(0, max(self.counts, default=0), step):
-            yield slice(start, start + step), sum(count > start for count in self.counts)
+            # On a GPU kernels are chosen by the size of a batch of products as well: there everybody runs to the end.
+            everybody = self.features.is_cuda
+            prompts = len(self.counts) if everybody else sum(count > start for count in self.counts)
+            yield slice(start, start + step), prompts
 
 
 def residuals(classes: Tensor, x: Tensor, y: Tensor, logit_scale: float) -> Tensor:
-    """Softmax minus one-hot of each example: (prompt, row, n_cls) from class features (prompt, n_cls, embed_dim)."""
-    residual = torch.softmax((x @ classes.transpose(-1, -2)).mul_(logit_scale), dim=-1)
+    """Softmax minus one-hot of each example: (prompt, row, n_cls) from class features (prompt, n_cls, embed_dim).
+
+    Each cosine is a sum of its own, which no matrix kernel arranges by its place: a row has so few of them that a check
+    of some rows would not show all that a kernel can do. No larger than the cotangent that is made of them.
+    """
+    return _softmax_minus_one_hot((x[:, :, None] * classes[:, None]).sum(dim=-1), y, logit_scale)
+
+
+def _softmax_minus_one_hot(cosines: Tensor, y: Tensor, logit_scale: float) -> Tensor:
+    residual = torch.softmax(cosines.mul_(logit_scale), dim=-1)
     return residual.scatter_add_(-1, y[..., None], torch.full_like(residual[..., :1], -1.0))
 
 
@@ -119,7 +130,13 @@ def largest(residual: Tensor, top_m: int) -> tuple[Tensor, Tensor]:
 
 
 def gradient_blocks(
-    features: ClassFeatures, batches: Batches, logit_scale: float, *, workspace_bytes: int, top_m: int = 0
+    features: ClassFeatures,
+    batches: Batches,
+    logit_scale: float,
+    *,
+    workspace_bytes: int,
+    top_m: int = 0,
+    apart: bool = False,
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Differentiate each example's cross-entropy with respect to its client's prompt, some rows at a time.
 
@@ -129,6 +146,8 @@ def gradient_blocks(
         within the workspace changes nothing, and what is held never grows with a batch, whose size is private. A
         non-finite image feature makes its own row non-finite and no other; `clip_rows` turns such a row into zero.
         Padding gives exact zeros.
+        Whether a row is the same bit by bit at another place of its block, or beside other prompts, is a matter of the
+        machine's kernels; `row_check` tries it. With ``apart`` no product holds two rows.
 
     Args:
         features: The forward pass of the prompts, in the order of ``batches``.
@@ -136,6 +155,7 @@ def gradient_blocks(
         logit_scale: s, CLIP's inverse temperature.
         workspace_bytes: Bound on the memory of one backward pass; one block of rows of one prompt always runs.
         top_m: 0: exact. Else the m largest absolute residuals of each example are back-propagated, see `largest`.
+        apart: Each row in products of its own.
 
     Yields:
         Which prompts, which rows, and their gradients of -log softmax(logits)[label], (prompt, row, n_ctx, ctx_dim).
@@ -144,7 +164,8 @@ def gradient_blocks(
     classes = features.values
     some = 0 < top_m < classes.shape[1]
     budget = workspace_bytes if classes.is_cuda else min(workspace_bytes, _CPU_CACHE_BYTES)
-    together = max(1, budget // max(1, features.bytes_per_row * rows_at_once(classes.device)))
+    copies = 2 if apart else 1  # see `SharedPrefixFeatures.vjp_apart`
+    together = max(1, budget // max(1, copies * features.bytes_per_row * rows_at_once(classes.device)))
     for block, prompts in batches.blocks():
         for start in range(0, prompts, together):
             here = slice(start, min(start + together, prompts))
@@ -156,17 +177,24 @@ def gradient_blocks(
                 kept, kept_classes = largest(residual, top_m)
                 rows = narrow.vjp_some(logit_scale * kept[..., None] * x[:, :, None], kept_classes)
             else:
-                rows = narrow.vjp(logit_scale * residual[..., None] * x[:, :, None])
+                pull = narrow.vjp_apart if apart else narrow.vjp
+                rows = pull(logit_scale * residual[..., None] * x[:, :, None])
             yield here, block, torch.where(batches.is_row(here, block)[..., None, None], rows, 0.0)
 
 
 def per_example_gradients(
-    features: ClassFeatures, batches: Batches, logit_scale: float, *, workspace_bytes: int, top_m: int = 0
+    features: ClassFeatures,
+    batches: Batches,
+    logit_scale: float,
+    *,
+    workspace_bytes: int,
+    top_m: int = 0,
+    apart: bool = False,
 ) -> Tensor:
     """All of `gradient_blocks` at once, (prompt, row, n_ctx, ctx_dim), with padding: for tests and small batches."""
     rows = features.values.new_zeros(*batches.index.shape, *features.prompt_shape)
     for prompts, block, gradients in gradient_blocks(
-        features, batches, logit_scale, workspace_bytes=workspace_bytes, top_m=top_m
+        features, batches, logit_scale, workspace_bytes=workspace_bytes, top_m=top_m, apart=apart
     ):
         rows[prompts, block] = gradients
     return rows
@@ -182,6 +210,7 @@ def clipped_sums(
     top_m: int = 0,
     arithmetic: Arithmetic = "float",
     masks: Tensor | None = None,
+    apart: bool = False,
 ) -> list[ClippedSum]:
     """Each client's sum of clipped per-example gradients, in the order of ``batches``; arguments as `gradient_blocks`.
 
@@ -190,13 +219,13 @@ def clipped_sums(
     Guarantee:
         As `clipped_sum` of that client's rows: adding or removing one of its records moves its value by at most
         ``clip_norm`` and no other client's. Float64. An empty batch gives zero. In integers the move is exactly that
-        record's own integer row, as far as the rows of the others are the same bit by bit without it
-        (tests/guarantees/test_per_example.py). A mask is the same for all records of a client, so each term stays a
-        function of its own record, as long as the mask is made of public numbers.
+        record's own integer row, where the rows of the others are the same bit by bit without it: `row_check` tries
+        that before a run, and a run whose rows fail has ``apart``. A mask is the same for all records of a client, so
+        each term stays a function of its own record, as long as the mask is made of public numbers.
     """
     totals = features.values.new_zeros(len(batches.counts), *features.prompt_shape, dtype=torch.float64)
     for prompts, _, rows in gradient_blocks(
-        features, batches, logit_scale, workspace_bytes=workspace_bytes, top_m=top_m
+        features, batches, logit_scale, workspace_bytes=workspace_bytes, top_m=top_m, apart=apart
     ):
         rows = rows if masks is None else rows * masks[prompts, None]
         terms = bounded_rows(rows.flatten(0, 1), clip_norm, arithmetic)
@@ -212,8 +241,12 @@ def summed_gradient(features: ClassFeatures, batches: Batches, logit_scale: floa
     """
     classes = features.values
     x, y, usable = batches.readable
-    residual = residuals(classes, x, y, logit_scale).mul_((logit_scale * usable)[..., None])
+    step = rows_at_once(classes.device)  # products of one size, to which padding adds exact zeros
+    blocks = [slice(start, start + step) for start in range(0, x.shape[1], step)]
     cotangent = torch.zeros_like(classes)
-    for block, _ in batches.blocks():  # block by block, so that padding adds exact zeros
-        cotangent.baddbmm_(residual[:, block].transpose(1, 2), x[:, block])
+    if blocks:
+        cosines = torch.cat([x[:, block] @ classes.mT for block in blocks], dim=1)
+        residual = _softmax_minus_one_hot(cosines, y, logit_scale).mul_((logit_scale * usable)[..., None])
+        for block in blocks:
+            cotangent.baddbmm_(residual[:, block].mT, x[:, block])
     return features.vjp(cotangent[:, None])[:, 0]

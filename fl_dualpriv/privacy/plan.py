@@ -11,11 +11,11 @@ from fl_dualpriv.privacy.accounting import (
     COARSE_GRID,
     FINE_GRID,
     NEIGHBORING_RELATION,
-    calibrate_noise_multiplier,
     composed_epsilon,
     epsilon,
     gathered,
 )
+from fl_dualpriv.privacy.calibration import calibrate_noise_multiplier
 from fl_dualpriv.privacy.clipping import Arithmetic
 from fl_dualpriv.privacy.ledger import ReservedPlan
 from fl_dualpriv.privacy.limits import check_clip_norm

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.accounting import COARSE_GRID, SampledGaussians, composed_epsilon
 from fl_dualpriv.privacy.budget import Budget
-from fl_dualpriv.privacy.filter_base import budget_words, header_of, largest, plan_words, rest_buys
+from fl_dualpriv.privacy.filter_base import budget_words, header_of, most_releases, plan_words, rest_buys
 from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent, ReservedPlan
 
 
@@ -113,11 +113,15 @@ class ReserveFilter:
         """As `PrivacyFilter.affordable`."""
         spent, most = self.charges(made), self.budget.filter.max_run_epsilon
 
-        def fits(releases: int) -> bool:
-            cost = self.cost(releases, sampling_rate, noise_multiplier)
+        def fits(cost: float) -> bool:
             return self.total([*spent, cost]) <= self.budget.epsilon and (most is None or cost <= most)
 
-        return largest(fits)
+        return most_releases(
+            lambda releases: (SampledGaussians(sampling_rate, noise_multiplier, releases),),
+            self.run_delta,
+            self.budget.epsilon if most is None else most,
+            fits,
+        )
 
     def share(self, made: LedgerContent) -> float:
         """As `PrivacyFilter.share`: of ε or of the runs, whichever is larger."""
@@ -141,7 +145,7 @@ class ReserveFilter:
         how = "added up" if choice.composition == "sum" else f"by advanced composition, δ′ = {choice.delta_prime:g}"
         return (
             f"reserve: whole plans of at most {choice.expected_runs} runs, each charged before its first release at "
-            f"δ = {self.run_delta:.3g}, {how}"
+            f"δ = {self.run_delta:.3g}, {how}" + ("; no second run will fit" if choice.expected_runs == 1 else "")
         )
 
 

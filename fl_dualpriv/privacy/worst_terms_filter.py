@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.accounting import COARSE_GRID, FINE_GRID, SampledGaussians, composed_epsilon, gathered
 from fl_dualpriv.privacy.budget import Budget
-from fl_dualpriv.privacy.filter_base import budget_words, header_of, largest, rest_buys
+from fl_dualpriv.privacy.filter_base import budget_words, header_of, largest, most_releases, rest_buys
 from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent, ReservedPlan
 
 
@@ -46,12 +46,15 @@ class WorstTermsFilter:
 
     def epsilon(self, releases: int) -> float:
         """ε of so many releases at the worst terms, with those that are charged beforehand."""
+        return composed_epsilon(self._charges(releases), self.budget.delta, self.grid)
+
+    def _charges(self, releases: int) -> tuple[SampledGaussians, ...]:
         choice = self.budget.filter
         charges = [SampledGaussians(self.budget.max_sampling_rate, self.budget.min_noise_multiplier, releases)]
         if choice.max_correlated_releases:
             other = choice.min_correlated_noise_multiplier
             charges.append(SampledGaussians(1.0, other, choice.max_correlated_releases))
-        return composed_epsilon(tuple(charges), self.budget.delta, self.grid)
+        return tuple(charges)
 
     def fits(self, releases: int) -> bool:
         """Whether ε of so many releases stays within the budget."""
@@ -110,7 +113,9 @@ class WorstTermsFilter:
     @functools.cached_property
     def most(self) -> int:
         """The largest number of releases that fits."""
-        return largest(self.fits)
+        if self.grid != COARSE_GRID:
+            return largest(self.fits)
+        return most_releases(self._charges, self.budget.delta, self.budget.epsilon, lambda x: x <= self.budget.epsilon)
 
     def affordable(self, made: LedgerContent, sampling_rate: float, noise_multiplier: float) -> int:
         """As `PrivacyFilter.affordable`; the same for all terms within the worst."""

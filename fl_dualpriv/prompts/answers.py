@@ -7,7 +7,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -168,6 +168,10 @@ class AnswerObjective(ABC):
         Guarantee owed by an implementation:
             Row i is a function of the prompt and of row i of the block alone.
         """
+
+    @abstractmethod
+    def apart(self) -> Self:
+        """See `Objective`: blocks of one record."""
 
     def over(self, data: Sequence[AnswerRecords]) -> "PooledAnswers":
         """See `Objective`."""

@@ -1,8 +1,8 @@
 """`Objective` of a CLIP classifier: cross-entropy of cached image features against the class features of a prompt."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fl_dualpriv.client import ClientData
 from fl_dualpriv.objective import Picked
-from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, clipped_feature_sum
-from fl_dualpriv.privacy.per_example import Batches, clipped_sums, summed_gradient
+from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum
+from fl_dualpriv.privacy.feature_rows import clipped_feature_sum, feature_blocks
+from fl_dualpriv.privacy.per_example import Batches, clipped_sums, gradient_blocks, summed_gradient
 from fl_dualpriv.prompts.tower import ClassFeatures, PromptTower
 
 
@@ -25,6 +26,7 @@ class Classification:
         top_m: Residuals that each example back-propagates; 0 = all, exact.
         noise_space: Where to clip and noise: gradients of the prompt, or of the class features.
         workspace_bytes: Bound on the activations of one backward pass.
+        rows_apart: Each record in products of its own.
     """
 
     tower: PromptTower
@@ -32,6 +34,11 @@ class Classification:
     top_m: int
     noise_space: Literal["prompt", "feature"]
     workspace_bytes: int
+    rows_apart: bool = False
+
+    def apart(self) -> Self:
+        """See `Objective`."""
+        return replace(self, rows_apart=True)
 
     @property
     def bytes_per_prompt(self) -> int:
@@ -104,8 +111,29 @@ class ClassificationGradients:
                 top_m=objective.top_m,
                 arithmetic=arithmetic,
                 masks=None if masks is None else _reordered(masks, self._order),
+                apart=objective.rows_apart,
             )
         return found if self._inverse is None else [found[i] for i in self._inverse.tolist()]
+
+    def rows(self, client: int) -> Iterator[Tensor]:
+        """See `StepGradients`; all clients run, as in a step, and the rows of one are kept."""
+        objective, batches = self._objective, self._batches
+        place = client if self._inverse is None else int(self._inverse[client])
+        if objective.noise_space == "feature":
+            own, classes = batches.rows()[place], self._features.values[place]
+            for left, x in feature_blocks(classes, batches.features[own], batches.labels[own], objective.logit_scale):
+                yield left[:, :, None] * x[:, None, :]
+            return
+        for prompts, _, rows in gradient_blocks(
+            self._features,
+            batches,
+            objective.logit_scale,
+            workspace_bytes=objective.workspace_bytes,
+            top_m=objective.top_m,
+            apart=objective.rows_apart,
+        ):
+            if prompts.start <= place < prompts.stop:
+                yield rows[place - prompts.start]
 
     def to_prompts(self, noised: Tensor) -> Tensor:
         """See `StepGradients`: one backward pass of noised class-feature gradients, or nothing to do."""

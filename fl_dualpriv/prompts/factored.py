@@ -97,6 +97,10 @@ class FactoredFeatures:
         """Pull cotangents (prompt, row, n_cls, embed_dim) back to the factors: (prompt, row, rank, …)."""
         return self._to_factors(self._inner.vjp(cotangents))
 
+    def vjp_apart(self, cotangents: Tensor) -> Tensor:
+        """As `vjp`; the products with the factors are of one row each, anyway."""
+        return self._to_factors(self._inner.vjp_apart(cotangents))
+
     def vjp_some(self, cotangents: Tensor, classes: Tensor) -> Tensor:
         """The same for some classes per row, (prompt, row, m, embed_dim)."""
         return self._to_factors(self._inner.vjp_some(cotangents, classes))

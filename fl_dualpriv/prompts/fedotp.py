@@ -10,7 +10,8 @@ stand one above the other, it is one row, with one clip and one noise.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ class TransportObjective:
         regularisation: λ of the plan.
         iterations: Of the plan.
         workspace_bytes: For the plans of images that are scored together.
+        rows_apart: Each record in products of its own.
     """
 
     tower: PromptTower
@@ -50,6 +52,11 @@ class TransportObjective:
     regularisation: float
     iterations: int
     workspace_bytes: int
+    rows_apart: bool = False
+
+    def apart(self) -> Self:
+        """See `Objective`."""
+        return replace(self, rows_apart=True)
 
     @property
     def bytes_per_prompt(self) -> int:
@@ -138,13 +145,18 @@ class TransportGradients:
         found = []
         for client in range(len(self._data)):
             total = torch.zeros(self._shape, dtype=torch.float64, device=self._classes.device)
-            for patches, labels, count in self._blocks(client):
-                cotangents = self._objective.cotangents(patches, labels, self._classes[client])
-                rows = self._pull(client, cotangents.transpose(0, 1)).transpose(0, 1).flatten(1, 2)[:count]
+            for rows, (_, _, count) in zip(self.rows(client), self._blocks(client), strict=True):
                 rows = rows if masks is None else rows * masks[client]
-                total += bounded_rows(rows, clip_norm, arithmetic).sum(dim=0)
+                total += bounded_rows(rows, clip_norm, arithmetic)[:count].sum(dim=0)
             found.append(as_clipped_sum(total, clip_norm, arithmetic))
         return found
+
+    @torch.no_grad()
+    def rows(self, client: int) -> Iterator[Tensor]:
+        """See `StepGradients`."""
+        for patches, labels, _ in self._blocks(client):
+            cotangents = self._objective.cotangents(patches, labels, self._classes[client])
+            yield self._pull(client, cotangents.transpose(0, 1)).transpose(0, 1).flatten(1, 2)
 
     def to_prompts(self, noised: Tensor) -> Tensor:
         """See `StepGradients`: nothing to do."""
@@ -172,7 +184,7 @@ class TransportGradients:
     def _blocks(self, client: int) -> Iterator[tuple[Tensor, Tensor, int]]:
         """Patches and classes of some records, and how many of them are no padding."""
         data, picked = self._data[client], self._picked[client]
-        size = rows_at_once(data.labels.device)
+        size = 1 if self._objective.rows_apart else rows_at_once(data.labels.device)
         for start in range(0, len(picked), size):
             here = picked[start : start + size]
             padded = np.pad(here, (0, size - len(here)), mode="edge")

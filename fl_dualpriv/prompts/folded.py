@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fl_dualpriv.prompts.products import prompt_products
 from fl_dualpriv.prompts.text_stack import Activation, Linear, Norm, TextStack
 
 
@@ -80,21 +81,16 @@ def fold(stack: TextStack) -> FoldedStack:
     )
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """X wᵀ in the precision of ``weight``; the result is float32."""
-    return (x.to(weight.dtype) @ weight.T).to(x.dtype)
-
-
 def affine(x: Tensor, linear: Linear) -> Tensor:
-    """X wᵀ + b."""
+    """X wᵀ + b of each prompt, (prompt, …, ctx_dim), see `prompt_products`."""
     if linear.weight.dtype == x.dtype:
-        return torch.nn.functional.linear(x, linear.weight, linear.bias)
-    return product(x, linear.weight).add_(linear.bias)
+        return prompt_products(x, linear.weight.T, linear.bias)
+    return prompt_products(x.to(linear.weight.dtype), linear.weight.T).to(x.dtype).add_(linear.bias)
 
 
 def pull(gradient: Tensor, weight: Tensor) -> Tensor:
-    """G w: the product of the backward pass, in the precision of ``weight``; the result is float32."""
-    return (gradient.to(weight.dtype) @ weight).to(gradient.dtype)
+    """G w, the product of the backward pass, of each prompt; in the precision of ``weight``, the result is float32."""
+    return prompt_products(gradient.to(weight.dtype), weight).to(gradient.dtype)
 
 
 def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -86,6 +86,10 @@ class HeadFeatures:
         d_u = self._v[:, None] @ g.transpose(-1, -2)
         return torch.cat([d_u, self._u[:, None] @ g], dim=-1)
 
+    def vjp_apart(self, cotangents: Tensor) -> Tensor:
+        """As `vjp`, whose products are of one row each."""
+        return self.vjp(cotangents)
+
     @torch.no_grad()
     def vjp_some(self, cotangents: Tensor, classes: Tensor) -> Tensor:
         """Pull back cotangents of some classes per row, (prompt, row, m, embed_dim)."""

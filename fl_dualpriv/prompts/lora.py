@@ -5,6 +5,7 @@ gradients, and no prefix can be kept.
 """
 
 import math
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ class LoraObjective(AnswerObjective):
     def __init__(self, lora: LoraModel, words: Tensor, *, block: int = BLOCK) -> None:
         super().__init__(lora.backbone, block)
         self._lora, self._words = lora, words
+
+    def apart(self) -> Self:
+        """See `Objective`: blocks of one record."""
+        return type(self)(self._lora, self._words, block=1)
 
     @property
     def bytes_per_prompt(self) -> int:

@@ -60,6 +60,12 @@ class DifferentiableFeatures:
             rows.append(pulled.detach())
         return torch.stack(rows)
 
+    def vjp_apart(self, cotangents: Tensor) -> Tensor:
+        """As `vjp`, in a backward pass for each row."""
+        if cotangents.shape[1] == 0:
+            return self.vjp(cotangents)
+        return torch.cat([self.vjp(cotangents[:, row : row + 1]) for row in range(cotangents.shape[1])], dim=1)
+
     def vjp_some(self, cotangents: Tensor, classes: Tensor) -> Tensor:
         """As `vjp`, with cotangents (prompt, row, m, embed_dim) of the ``classes`` (prompt, row, m) of each row."""
         prompts, rows, _, embed_dim = cotangents.shape

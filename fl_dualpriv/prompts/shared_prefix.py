@@ -89,7 +89,7 @@ class SharedPrefixTower:
         ]
         suffix = torch.cat(rows)
         first = stack.blocks[0]
-        return _Constants(place, sos, suffix, affine(normalise(suffix, first.eps_1)[0], first.qkv))
+        return _Constants(place, sos, suffix, affine(normalise(suffix[None], first.eps_1)[0], first.qkv)[0])
 
     @torch.no_grad()
     def _run(self, prompts: Tensor, tape: list[BlockTape] | None) -> tuple[_Constants, Tensor]:

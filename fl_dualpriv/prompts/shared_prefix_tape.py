@@ -106,8 +106,8 @@ class BlockTape:
     rstd_2: Tensor
     slope: Tensor
 
-    def narrow(self, here: slice) -> Self:
-        """The same for some prompts; views."""
+    def take(self, here: slice | Tensor) -> Self:
+        """The same for some prompts: views of a slice, copies of prompts that an index names, several times or not."""
         return type(self)(*(getattr(self, f.name)[here] for f in fields(self)))
 
 
@@ -121,10 +121,10 @@ class Tape:
     units: Tensor
     norms: Tensor
 
-    def narrow(self, here: slice) -> Self:
-        """The same for some prompts; views."""
+    def take(self, here: slice | Tensor) -> Self:
+        """See `BlockTape.take`."""
         rest = (t[here] for t in (self.x_final, self.rstd_final, self.units, self.norms))
-        return type(self)([block.narrow(here) for block in self.blocks], *rest)
+        return type(self)([block.take(here) for block in self.blocks], *rest)
 
 
 def by_class(x: Tensor, rows: slice, span: Span) -> Tensor:

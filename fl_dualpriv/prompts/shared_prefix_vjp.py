@@ -44,18 +44,27 @@ class SharedPrefixFeatures:
 
     @property
     def bytes_per_row(self) -> int:
-        """About 14 numbers per channel and token live at once."""
+        """About 14 numbers per channel and token live at once; with `vjp_apart` a copy of the tape, too."""
         return 4 * 14 * self._layout.tokens * self._stack.positions.shape[1]
 
     def narrow(self, start: int, stop: int) -> Self:
         """The same pass for some prompts; a view."""
-        return type(self)(self._stack, self._layout, self._order, self._tape.narrow(slice(start, stop)))
+        return type(self)(self._stack, self._layout, self._order, self._tape.take(slice(start, stop)))
 
     @torch.no_grad()
     def vjp(self, cotangents: Tensor) -> Tensor:
         """Pull cotangents (prompt, row, n_cls, embed_dim) back: (prompt, row, n_ctx, ctx_dim)."""
         rows = cotangents.index_select(2, self._order).transpose(1, 2)
         return _backward(self._stack, self._layout, self._tape, rows).transpose(1, 2)
+
+    @torch.no_grad()
+    def vjp_apart(self, cotangents: Tensor) -> Tensor:
+        """As `vjp`; each row becomes a prompt of its own, for which `prompt_products` makes products of one size."""
+        prompts, rows = cotangents.shape[:2]
+        owner = torch.arange(prompts, device=cotangents.device).repeat_interleave(rows)
+        flat = cotangents.index_select(2, self._order).flatten(0, 1)[:, :, None]
+        gradients = _backward(self._stack, self._layout, self._tape.take(owner), flat)
+        return gradients[:, :, 0].unflatten(0, (prompts, rows))
 
     @torch.no_grad()
     def vjp_some(self, cotangents: Tensor, classes: Tensor) -> Tensor:

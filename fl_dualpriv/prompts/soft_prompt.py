@@ -6,6 +6,7 @@ gradient, exactly, at the price of one with a shared prompt: nothing but the cop
 
 import functools
 import weakref
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -30,8 +31,13 @@ class SoftPromptObjective(AnswerObjective):
         self, model: AnsweringModel, *, block: int = BLOCK, checkpointing: bool = False, kept_bytes: int = 0
     ) -> None:
         super().__init__(model, block)
-        self._checkpointing = checkpointing
+        self._checkpointing, self._kept_bytes = checkpointing, kept_bytes
         self._prefixes = _Prefixes(model, kept_bytes)
+
+    def apart(self) -> Self:
+        """See `Objective`: blocks of one record; prefixes are computed one by one, too."""
+        checkpointing, kept_bytes = self._checkpointing, self._kept_bytes
+        return type(self)(self._model, block=1, checkpointing=checkpointing, kept_bytes=kept_bytes)
 
     @property
     def bytes_per_prompt(self) -> int:

@@ -32,6 +32,10 @@ class ClassFeatures(Protocol):
         """Pull cotangents (prompt, row, n_cls, embed_dim) back to the prompts: (prompt, row, n_ctx, ctx_dim)."""
         ...
 
+    def vjp_apart(self, cotangents: Tensor) -> Tensor:
+        """As `vjp`, with each row in products of its own: slower, and no row's rounding can depend on its place."""
+        ...
+
     def vjp_some(self, cotangents: Tensor, classes: Tensor) -> Tensor:
         """Pull back cotangents of some classes per row, (prompt, row, m, embed_dim); the others' are zero.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_dualpriv.config import ConfigValue, RunConfig, app_defaults, merge, read_toml
+from fl_dualpriv.console import spell_out_what_cannot_be_shown
 from fl_dualpriv.files import write_bytes, write_json
 from fl_dualpriv.tables import epsilon_text
 from simulations.attacks.inversion import audit_inversion
@@ -239,6 +240,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run what is missing, then write the page of what there is."""
+    spell_out_what_cannot_be_shown()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "attacks")
     parser.add_argument("--cells", default="", help="run only cells whose name starts so")

@@ -18,7 +18,7 @@ import pytest
 from flwr.app import Message
 from PIL import Image
 
-from fl_dualpriv import flower_env, supervisor
+from fl_dualpriv import flower_env, flower_hook, programs, supervisor
 from fl_dualpriv.flower_engine import to_toml
 from fl_dualpriv.local_engine import LocalGrid
 
@@ -108,8 +108,10 @@ class Deployment:
         command = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)]
         self._start(name, command, environ)
 
+        directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
         def healthy() -> bool:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+            with contextlib.suppress(OSError), directly.open(f"http://127.0.0.1:{port}/health", timeout=2):
                 return True
             return False
 
@@ -135,8 +137,13 @@ class Deployment:
 
     def _environ(self, home: Path) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FLWR_", "FL_DUALPRIV"))}
-        scripts = sysconfig.get_path("scripts") + os.pathsep + inherited.get("PATH", os.defpath)
-        return inherited | {"HOME": str(home), "PATH": scripts, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        flower_hook.reach_loopback_directly(inherited)
+        return inherited | {
+            "HOME": str(home),
+            "PATH": programs.search_path(),
+            "PYTHONUNBUFFERED": "1",
+            "OMP_NUM_THREADS": "1",
+        }
 
     def _start(self, name: str, command: list[str], environ: dict[str, str]) -> Program:
         (self.root / name).mkdir(exist_ok=True)

@@ -61,10 +61,15 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def events_of(ledger: Path) -> list[dict[str, Any]]:
+    """The events of a ledger, without its header and the plans that are reserved in it."""
+    return [line for line in lines(ledger) if "server_round" in line] if ledger.exists() else []
+
+
 def ledgers(out: Path) -> dict[str, list[dict[str, Any]]]:
-    """All events but for their times; the token only says whether they are of one run."""
+    """All events and headers but for their times; the token only says whether they are of one run."""
     found = {str(p.relative_to(out)): lines(p) for p in sorted(out.rglob("ledger.jsonl"))}
-    assert len({event["run"] for events in found.values() for event in events}) <= 1
+    assert len({event["run"] for events in found.values() for event in events if "header" not in event}) <= 1
     return {name: [{k: e[k] for k in e if k not in ("run", "time")} for e in found[name]] for name in found}
 
 

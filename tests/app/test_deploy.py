@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,14 @@ from cryptography import x509
 from deploy import certificates
 from fl_dualpriv import supervisor
 from fl_dualpriv.app_bundle import build_bundle, digest_of
-from fl_dualpriv.node_file import read_node_file
+from fl_dualpriv.config import RunConfig
+from fl_dualpriv.errors import PrivacyError
+from fl_dualpriv.node_file import NodeFile, read_node_file
+from fl_dualpriv.plans import record_level_plan
+from fl_dualpriv.privacy.filters import filter_of, spend_budget
+from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 from fl_dualpriv.run_files import PROGRESS
+from tests.app.run_folders import events_of
 from tests.app.test_rogue_server import BUDGET, DEFAULTS, write_app
 
 ROOT = Path(__file__).parents[2]
@@ -116,21 +123,58 @@ def test_systemd_accepts_the_units(tmp_path: Path):
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 
-def test_the_walk_through_is_a_file_that_a_node_reads(tmp_path: Path):
+def walk_through(folder: Path) -> tuple[str, NodeFile, dict[str, Any]]:
+    """docs/deploy.md: its text, its node's file as read, and its run's settings by their full names."""
     text = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL)
-    node = tmp_path / "node.toml"
+    node = folder / "node.toml"
     node.write_text(blocks[0].replace("…", "0a" * 32), encoding="utf-8")
-    found = read_node_file(node)
+    return text, read_node_file(node), flat(tomllib.loads(blocks[2]))
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, ``{"a.b.c": 1}``."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def test_the_walk_through_is_a_file_that_a_node_reads(tmp_path: Path):
+    text, found, run = walk_through(tmp_path)
     assert found.server is not None
     assert found.server.address == "fl.example.org:8000"
     assert found.budget is not None
-    run = tomllib.loads(blocks[2])
-    flat = {f"{a}.{b}": v for a, t in run.items() if isinstance(t, dict) for b, v in t.items()}
-    flat |= {a: v for a, v in run.items() if not isinstance(v, dict)}
-    assert flat.keys() <= DEFAULTS.keys()
+    assert run.keys() <= DEFAULTS.keys()
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (ROOT / "docs" / link).exists(), link
+
+
+def test_the_node_of_the_walk_through_admits_its_run_as_often_as_it_says(tmp_path: Path):
+    """And the health line that is printed there is the one after the first such run."""
+    text, node, settings = walk_through(tmp_path)
+    config = RunConfig.from_run_config(DEFAULTS | settings)
+    plan, budget = record_level_plan(config), node.budget
+    assert plan is not None
+    assert budget is not None
+    budget.check_plan(plan, reproducible=False)
+    ledger, runs = Ledger(tmp_path / "ledger.jsonl"), budget.filter.expected_runs
+    event = LedgerEvent(
+        run="0",
+        unit="record",
+        server_round=1,
+        releases=config.train.local_steps,
+        sampling_rate=plan.sampling_rate,
+        noise_multiplier=plan.noise_multiplier,
+    )
+    for number in range(runs):
+        spend_budget(ledger, budget, plan.reserved(str(number)), replace(event, run=str(number)))
+        if number == 0:
+            said = f"{config.rounds} rounds answered; {filter_of(budget).balance(ledger.read())}`"
+            assert said in re.sub(r"\s+", " ", text)
+    assert f"a node as above admits {runs} such runs" in text
+    with pytest.raises(PrivacyError, match="0 runs are left"):
+        spend_budget(ledger, budget, plan.reserved("more"), replace(event, run="more"))
 
 
 # --- real programs ----------------------------------------------------------------------------------------------------
@@ -175,8 +219,7 @@ def test_a_node_that_stops_in_mid_round_is_a_zero_and_another_version_of_the_app
         return home / "node.toml"
 
     def ledger(number: int) -> list[dict[str, Any]]:
-        file = tmp_path / f"owner-{number}" / "state" / "ledger.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return events_of(tmp_path / f"owner-{number}" / "state" / "ledger.jsonl")
 
     def run(app: Path, name: str, rounds: int) -> Path:
         out = tmp_path / name

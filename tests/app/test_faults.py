@@ -2,7 +2,9 @@
 
 import errno
 import itertools
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from fl_dualpriv.checkpoint import FILES, CheckpointFolder
+from fl_dualpriv.data.datasets import load_data
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.folder_lock import held_alone
 from fl_dualpriv.privacy import ledger
@@ -78,8 +81,8 @@ def test_what_is_not_of_this_run_is_not_resumed(start: Start, tmp_path: Path, mo
     with pytest.raises(ConfigError, match="another configuration: rounds = 3, was 2; seed = 1, was 0"):
         start("cut", TWO_ROUNDS | {"rounds": 3, "seed": 1}, resume=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fl_dualpriv.checkpoint.FORMAT", 2)
-        with pytest.raises(ConfigError, match="has format 1, this version reads 2"):
+        patch.setattr("fl_dualpriv.checkpoint.FORMAT", 3)
+        with pytest.raises(ConfigError, match="has format 2, this version reads 3"):
             start("cut", TWO_ROUNDS, resume=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fl_dualpriv.checkpoint.version", lambda name: "0.0.1")
@@ -101,6 +104,48 @@ def test_what_is_not_of_this_run_is_not_resumed(start: Start, tmp_path: Path, mo
     start("cut", TWO_ROUNDS | {"resources.workspace-mib": 512, "reply-timeout": 10.0}, resume=True)  # change no result
     with pytest.raises(ConfigError, match="its run has ended"):
         start("cut", TWO_ROUNDS, resume=True)
+
+
+def test_a_run_over_other_data_is_not_resumed(images: Path, tiny_clip_dir: Path, tmp_path: Path):
+    """The same numbers of records each time, so that only names and classes say it."""
+    here = tmp_path / "images"
+    shutil.copytree(images, here)
+    start = starter(here, tiny_clip_dir, tmp_path)
+    cut_off_after(start, "cut", 2)
+
+    def refused(words: str) -> None:
+        load_data.cache_clear()
+        with pytest.raises(ConfigError, match=f"over other data: {words} changed since"):
+            start("cut", TWO_ROUNDS, resume=True)
+
+    (here / "cat").rename(here / "zebra")  # goes from the second class to the last
+    refused("the class list, the training records, .*the held-out records")
+    (here / "zebra").rename(here / "cat")
+    (here / "cat" / "00.png").rename(here / "cat" / "zz.png")
+    refused("the training records|the held-out records")
+    (here / "cat" / "zz.png").rename(here / "cat" / "00.png")
+    load_data.cache_clear()
+    expected = ending(start("whole", TWO_ROUNDS))
+    assert ending(start("cut", TWO_ROUNDS, resume=True)) == expected
+
+
+def test_a_class_list_in_a_file_is_data_too(images: Path, tiny_clip_dir: Path, tmp_path: Path):
+    file = tmp_path / "classes.json"
+    names = {"cat": "cat", "dog": "dog", "bus": "bus", "tree": "tree"}
+    file.write_text(json.dumps({"class-names": names}))
+    start, changes = starter(images, tiny_clip_dir, tmp_path), TWO_ROUNDS | {"data.classes": str(file)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunRecorder, "add_round", _cut)
+        with pytest.raises(CutOff):
+            start("cut", changes)
+    file.write_text(json.dumps({"class-names": names | {"cat": "dog", "dog": "cat"}}))
+    load_data.cache_clear()
+    with pytest.raises(ConfigError, match=r"over other data: the class list changed since\. Put the data back"):
+        start("cut", changes, resume=True)
+
+
+def _cut(*_: Any, **__: Any) -> None:
+    raise CutOff
 
 
 @pytest.mark.parametrize("write", ["checkpoint.bin", "rounds.jsonl", "ledger.jsonl"])

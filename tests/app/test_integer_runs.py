@@ -14,6 +14,7 @@ from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.local_engine import run_local
 from fl_dualpriv.server import RoundStrategy
+from tests.app.run_folders import events_of
 
 APP_DIR = Path(__file__).parents[2]
 CLIENT_LEVEL: dict[str, Any] = {
@@ -73,12 +74,12 @@ def test_an_integer_run_is_the_float_run_up_to_the_grid(
 
 
 def ledgers(out: Path) -> dict[str, list[dict[str, Any]]]:
-    """All lines of all ledgers, without what tells runs apart."""
+    """All events of all ledgers, without what tells runs apart."""
     found = {}
     for path in sorted(out.glob("**/ledger.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
         found[str(path.relative_to(out))] = [
-            {key: line[key] for key in ("unit", "server_round", "sampling_rate", "noise_multiplier")} for line in lines
+            {key: event[key] for key in ("unit", "server_round", "sampling_rate", "noise_multiplier")}
+            for event in events_of(path)
         ]
     return found
 

@@ -4,17 +4,20 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+import clients.hosting
 import clients.training
+from fl_dualpriv import row_check
 from fl_dualpriv.config import app_defaults
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.local_engine import LocalGrid, run_local
+from fl_dualpriv.row_check import RowPath
 from fl_dualpriv.run_files import read_totals
 
 APP_DIR = Path(__file__).parents[2]
@@ -104,9 +107,7 @@ def test_few_nodes_give_the_numbers_of_many(run: Run, level: str):
         found = prompts(few)
         assert list(found) == list(expected)
         for name, tensor in expected.items():
-            # Equal bit by bit on the CPUs this was run on; other matrix kernels may sum in an order of their own.
-            difference = float(torch.linalg.vector_norm((found[name] - tensor).double()))
-            assert difference <= 1e-6 * float(torch.linalg.vector_norm(tensor.double())), name
+            assert torch.equal(found[name], tensor), name  # bit by bit, see `prompt_products` and `row_check`
         assert ledgers(few) == ledgers(many)
         assert scores(few) == scores(many)
     clients_with_a_ledger = sum(name.startswith("clients/") for name in ledgers(many))
@@ -130,7 +131,9 @@ def test_a_failing_client_among_many_is_one_counted_zero(run: Run, tmp_path: Pat
     ]
 
 
-def test_clients_step_together(run: Run, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("apart", [False, True])
+def test_clients_step_together_unless_their_numbers_would_mix(run: Run, monkeypatch: pytest.MonkeyPatch, apart: bool):
+    monkeypatch.setattr(clients.hosting.Setting, "clients_apart", apart)
     update, sizes = clients.training.cohort_update, []
 
     def counting(**arguments: Any) -> Any:
@@ -139,7 +142,23 @@ def test_clients_step_together(run: Run, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(clients.training, "cohort_update", counting)
     run(2)
-    assert sizes == [[0, 2, 4], [1, 3, 5]] * 2
+    assert sizes == ([[0], [2], [4], [1], [3], [5]] if apart else [[0, 2, 4], [1, 3, 5]]) * 2
+
+
+def test_a_summary_says_how_rows_were_computed(run: Run):
+    found = json.loads((run(2) / "summary.json").read_text())["rows"]
+    assert set(found) <= set(get_args(RowPath))
+    assert sum(found.values()) == POPULATION
+
+
+def test_on_a_machine_whose_rows_do_not_hold_a_run_ends_before_its_first_release(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(row_check, "_rows_do_not_mix", lambda *_: False)
+    with pytest.raises(ConfigError, match="the sensitivity of a step cannot be stated, and nothing is released"):
+        run(2)
+    assert not list(tmp_path.rglob("ledger.jsonl"))
+    assert run(2, {"method": "promptfl", "privacy.record.mechanism": "none", "output.dir": str(tmp_path / "open")})
 
 
 def test_the_wrong_number_of_nodes_is_an_error_that_quotes_the_flag(run: Run, monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,6 @@
 """On a deployed node its owner's file decides where data, features, model and device are, whatever a run names."""
 
+import stat
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ def test_features_of_the_data_are_kept_where_the_owner_says(nodes: Nodes, tmp_pa
     uploads(train(grid))
     assert list((tmp_path / "state" / "features").rglob("*.npy"))
     assert (tmp_path / "state" / "ledger.jsonl").exists()
+    assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700  # made by the run: for its owner only
     assert not named.exists()
 
 

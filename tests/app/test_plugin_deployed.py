@@ -9,7 +9,7 @@ import torch
 
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.run_files import read_totals
-from tests.app.run_folders import lines
+from tests.app.run_folders import events_of
 from tests.app.test_rogue_server import run_config, write_app, write_node_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # a process a message, and each imports torch
@@ -69,4 +69,4 @@ def test_a_strategy_in_a_folder_of_the_server_runs_on_a_deployed_superlink(
     assert float(start.abs().max()) < 0.2  # N(0, 0.02²), as it was drawn
     assert float(start.std()) > 0.01
     assert torch.isfinite(prompt).all()
-    assert [event["server_round"] for event in lines(tmp_path / "state" / "ledger.jsonl")] == [1, 2]
+    assert [event["server_round"] for event in events_of(tmp_path / "state" / "ledger.jsonl")] == [1, 2]

@@ -90,7 +90,8 @@ def personal_prompts(out: Path) -> list[Tensor]:
 
 
 def ledger(path: Path) -> list[dict[str, Any]]:
-    return [strict(line) for line in path.read_text().splitlines()]
+    """Events only; a ledger with a limit has a header before them."""
+    return [event for line in path.read_text().splitlines() if "header" not in (event := strict(line))]
 
 
 # --- every method and level -------------------------------------------------------------------------------------------

@@ -163,5 +163,5 @@ def test_clients_in_step_get_what_each_gets_alone():
     together = updates(1, 0, 2)
     for (upload, state), p in zip(together, (1, 0, 2), strict=True):
         ((alone, own),) = updates(p)
-        torch.testing.assert_close(upload, alone, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(state.personal, own.personal, rtol=1e-6, atol=1e-6)
+        assert torch.equal(upload, alone)  # `FunctionTower` runs each prompt by itself, the rest are sums per client
+        assert torch.equal(state.personal, own.personal)

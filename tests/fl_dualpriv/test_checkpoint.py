@@ -16,7 +16,7 @@ DEFAULTS = app_defaults(Path(__file__).parents[2])
 
 
 def two_rounds(folder: Path) -> CheckpointFolder:
-    checkpoints = CheckpointFolder(folder, {}, [5])
+    checkpoints = CheckpointFolder(folder, {}, [5], {})
     for done in (0, 1):
         progress = Progress(run_token="t", rounds_done=done, events=done, deliveries=0, failures=0, last_failure=None)
         state = {"mechanism.secret-noise": torch.ones(2)}

@@ -184,14 +184,14 @@ def test_assignments_override_the_file_which_overrides_the_app(invoke: Callable[
         pytest.param(ZeroDivisionError("oops"), "ZeroDivisionError: oops\n  traceback: ", id="bug"),
     ],
 )
-def test_a_failing_engine_exits_1_with_one_message(
+def test_a_failing_engine_exits_1_with_one_message_and_2_if_nothing_began(
     error: Exception, expected: str, invoke: Callable[..., Result], tmp_path: Path
 ) -> None:
     def fail(_engine: cli.Engine, _job: cli.Job) -> None:
         raise error
 
     result = invoke(engine=fail)
-    assert result.exit_code == 1
+    assert result.exit_code == (2 if isinstance(error, ConfigError) else 1)
     assert expected in result.output
     assert "Traceback" not in result.output
     assert (tmp_path / "out" / "error.log").exists() is isinstance(error, ZeroDivisionError)
@@ -338,6 +338,19 @@ def test_a_line_that_is_being_written_waits(tmp_path: Path) -> None:
 def test_a_round_without_scores_and_privacy_is_empty() -> None:
     nothing = {"accuracy": None, "epsilon": {"record_level": None, "client_level": None}}
     assert round_text(ROUND | nothing) == ""
+
+
+def test_a_run_without_noise_prints_no_table_of_releases(invoke: Callable[..., Result]) -> None:
+    def engine(chosen: cli.Engine, job: cli.Job) -> None:
+        good_engine(chosen, job)
+        bare = {"randomness": "seeded", "privacy": [], "notes": ["no differential privacy"]}
+        (job.out / "summary.json").write_text(json.dumps(SUMMARY | bare))
+
+    result = invoke(engine=engine)
+    assert result.exit_code == 0, result.output
+    assert "note: no differential privacy" in result.output
+    for word in ("guarantee", "release", "reproducible"):
+        assert word not in result.output
 
 
 def test_help_is_light() -> None:

@@ -8,8 +8,9 @@ from dp_accounting import pld
 
 from fl_dualpriv import plans
 from fl_dualpriv.config import RunConfig, app_defaults, merge
+from fl_dualpriv.disclosure import claims_privacy
 from fl_dualpriv.errors import PrivacyError
-from fl_dualpriv.plans import claims_privacy, client_level_plan
+from fl_dualpriv.plans import client_level_plan
 from fl_dualpriv.privacy.accounting import COARSE_GRID
 from fl_dualpriv.privacy.matrix_mechanism import BandedNoise, TreeNoise
 from fl_dualpriv.privacy.plan import ClientLevelPlan, client_level_notes, client_level_releases

@@ -130,7 +130,7 @@ def test_no_float_may_be_nan_or_infinite(key, value):
 @pytest.mark.parametrize("key", COUNT_KEYS)
 def test_counts_start_at_one(key):
     (line,) = problem_lines({key: 0})
-    assert line.startswith(f"{key} = 0: must be a whole number >= 1; ")
+    assert line.startswith(f"{key} = 0: must be a whole number from 1 to ")
 
 
 @pytest.mark.parametrize(

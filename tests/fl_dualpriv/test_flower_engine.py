@@ -1,7 +1,6 @@
 """What of the Ray engine can be tried without starting Flower; the rest is in tests/app/test_flwr_run.py."""
 
 import json
-import os
 import tempfile
 import tomllib
 from pathlib import Path
@@ -9,18 +8,19 @@ from pathlib import Path
 import pytest
 
 from fl_dualpriv import flower_engine
+from fl_dualpriv.cpus import usable_cpus
 from fl_dualpriv.flower_engine import RunFailed, run_flower, to_toml
 
 
 @pytest.mark.parametrize("cpus", [0, -1, 10_000])
 def test_cpus_that_the_machine_does_not_have_are_refused(cpus: int, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"cpus-per-client = {cpus}: this machine has {os.cpu_count()}"):
+    with pytest.raises(ValueError, match=rf"cpus-per-client = {cpus}: this process may use {usable_cpus()}"):
         run_flower(tmp_path, {}, num_supernodes=1, cpus_per_client=cpus, gpus_per_client=0.0, work_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_flower_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flower_engine.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(flower_engine.programs, "find", lambda _: None)
     make, made = tempfile.mkdtemp, []
     monkeypatch.setattr(flower_engine.tempfile, "mkdtemp", lambda **words: made.append(make(**words)) or made[-1])
     with pytest.raises(RunFailed, match="make setup"):

@@ -131,7 +131,7 @@ def test_the_workspace_is_counted():
 def test_actors_are_as_many_as_flower_starts(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], supernodes: int, device: torch.device, actors: int
 ):
-    monkeypatch.setattr(memory.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(memory, "usable_cpus", lambda: 8)
     assert actors_per_device(resources(**changes), supernodes, device) == actors
 
 
@@ -213,7 +213,7 @@ def test_what_fits_is_silent():
 
 
 def test_what_does_not_fit_is_said_with_numbers_and_advice(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(memory.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(memory, "usable_cpus", lambda: 8)
     with pytest.raises(ConfigError) as caught:
         check_fits(1000 * MIB, 4, CPU, 3999 * MIB)
     message = str(caught.value)
@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_said_with_numbers_and_advice(monkeypatch: pytest.M
 @pytest.mark.parametrize("cpus", [2, 3, 5, 8, 16, 61])
 @pytest.mark.parametrize("fitting", [1, 2, 3, 7])
 def test_the_advice_on_cpus_is_right(monkeypatch: pytest.MonkeyPatch, cpus: int, fitting: int):
-    monkeypatch.setattr(memory.os, "cpu_count", lambda: cpus)
+    monkeypatch.setattr(memory, "usable_cpus", lambda: cpus)
     with pytest.raises(ConfigError) as caught:
         check_fits(10, 100, CPU, 10 * fitting + 5)
     advised = int(str(caught.value).split("cpus-per-client = ")[1].split()[0])
@@ -234,7 +234,7 @@ def test_the_advice_on_cpus_is_right(monkeypatch: pytest.MonkeyPatch, cpus: int,
 
 @pytest.mark.parametrize("fitting", [1, 2, 3, 6, 7, 9])
 def test_the_advice_on_gpus_is_right(monkeypatch: pytest.MonkeyPatch, fitting: int):
-    monkeypatch.setattr(memory.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(memory, "usable_cpus", lambda: 64)
     with pytest.raises(ConfigError) as caught:
         check_fits(10, 40, CUDA, 10 * fitting)
     advised = float(str(caught.value).split("gpus-per-client to ")[1].split(",")[0])
@@ -248,7 +248,7 @@ def test_where_not_even_one_fits_fewer_are_no_advice(device: torch.device):
 
 
 def test_a_run_is_checked_with_the_machines_numbers(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(memory.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(memory, "usable_cpus", lambda: 4)
     need = 4 * actor_bytes(world(CPU), CONFIG)
     monkeypatch.setattr(memory, "available_bytes", lambda device: need)
     check_memory(CONFIG, world(CPU))
@@ -258,7 +258,7 @@ def test_a_run_is_checked_with_the_machines_numbers(monkeypatch: pytest.MonkeyPa
 
 
 def test_on_a_gpu_device_and_host_are_checked(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(memory.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(memory, "usable_cpus", lambda: 4)
     config = dataclasses.replace(CONFIG, resources=resources(gpus_per_client=0.5))
     free = {"cuda": 2 * actor_bytes(world(CUDA), CONFIG), "cpu": 2 * 3600 * MIB}  # host: libraries 3000, weights 600
     monkeypatch.setattr(memory, "available_bytes", lambda device: free[device.type])

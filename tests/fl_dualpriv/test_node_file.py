@@ -68,7 +68,7 @@ def test_an_owner_can_demand_integer_arithmetic(tmp_path: Path) -> None:
     ("old", "new", "words"),
     [
         ("epsilon = 8", "", "budget.epsilon is missing"),
-        ("epsilon = 8", "epsilon = -1", "budget.epsilon = -1; it must be a finite number > 0"),
+        ("epsilon = 8", "epsilon = -1", "budget.epsilon = -1; it must be from 1e-06 to 1e+06"),
         ("epsilon = 8", "epsilon = inf", "budget.epsilon = inf"),
         ("epsilon = 8", "epsilon = true", "budget.epsilon = True"),
         ("delta = 1e-5", "delta = 1", "budget.delta = 1; it must be at least 1e-12 and less than 1"),

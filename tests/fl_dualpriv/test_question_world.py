@@ -164,6 +164,13 @@ def test_lora_starts_from_the_untuned_model(configure: Configure):
         build(configure(**lora, **{"data.max-tokens": 60}))
 
 
+def test_questions_none_of_which_fits_are_refused_in_a_simulation(configure: Configure):
+    changes = {"privacy__record__mechanism": "gaussian", "method": "promptfl"}
+    build(configure(**changes)).check_any_fits()
+    with pytest.raises(ConfigError, match=r"none of the 45 training questions can be used.*data.max-tokens = 2; raise"):
+        build(configure(**changes, **{"data__max-tokens": 2})).check_any_fits()
+
+
 def test_pruned_visual_tokens_reach_the_records(configure: Configure):
     plain = build(configure())
     pruned = build(

@@ -42,6 +42,7 @@ def summary(**changes: Any) -> dict[str, Any]:
         "group_names": ("cat", "dog"),
         "split": "test",
         "releases": [RELEASE],
+        "rows": {"together": 3},
         "notes": ["a note"],
         "config": {"rounds": 2, "train.sampling-rate": 0.1},
     }

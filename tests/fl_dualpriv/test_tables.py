@@ -28,6 +28,7 @@ SUMMARY: dict[str, Any] = {
     "rounds": 10,
     "population": 10,
     "randomness": "os",
+    "privacy": [RELEASE],
     "accuracy": {
         "zero_shot": {"local": 0.5, "neighbour": 0.456},
         "final": {"local": 0.6123, "neighbour": None},
@@ -68,6 +69,12 @@ def test_seeded_randomness_is_flagged(randomness: str, marked: bool) -> None:
     summary = SUMMARY | {"randomness": randomness}
     assert (SEEDED_NOTE in text(results_table(summary)).replace("\n", " ")) is marked
     assert (SEEDED_NOTE in headline(summary, TOTALS)) is marked
+
+
+def test_a_run_without_noise_has_none_that_could_be_reproduced() -> None:
+    summary = SUMMARY | {"randomness": "seeded", "privacy": []}
+    assert SEEDED_NOTE not in text(results_table(summary)).replace("\n", " ")
+    assert SEEDED_NOTE not in headline(summary)
 
 
 def test_a_theorem_has_its_epsilon_rounded_up() -> None:

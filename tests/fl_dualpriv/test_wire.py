@@ -177,8 +177,14 @@ def test_unexpected_uploads_are_refused_by_name(arrays: dict[str, torch.Tensor],
 
 
 def test_cards_survive():
-    cards = [wire.ClientCard(partition=3, num_examples=120), wire.ClientCard(partition=7, num_examples=1)]
-    assert wire.read_cards(message(wire.cards_content(cards), MessageType.QUERY)) == cards
+    cards = [
+        wire.ClientCard(partition=3, num_examples=120, rows="records apart"),
+        wire.ClientCard(partition=7, num_examples=1),
+    ]
+    content = wire.cards_content(cards)
+    assert wire.read_cards(message(content, MessageType.QUERY)) == cards
+    content.config_records["machine"]["rows"] = ["a page of text", "together"]  # a node may say anything
+    assert [card.rows for card in wire.read_cards(message(content, MessageType.QUERY))] == [None, "together"]
 
 
 SCORES = wire.Scores(

@@ -14,17 +14,14 @@ from PIL import Image
 
 from fl_dualpriv import plans
 from fl_dualpriv.config import ConfigValue, RunConfig, app_defaults
+from fl_dualpriv.data.datasets import load_data
+from fl_dualpriv.disclosure import may_score
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.image_world import ImageWorld
-from fl_dualpriv.plans import may_score
+from fl_dualpriv.plans import client_level_plan, record_level_plan
 from fl_dualpriv.privacy.clipping import clipped_sum
 from fl_dualpriv.privacy.per_example import Batches, per_example_gradients
-from fl_dualpriv.world import (
-    build_world,
-    client_level_plan,
-    record_level_plan,
-    run_folder,
-)
+from fl_dualpriv.world import build_world, run_folder
 
 DEFAULTS = app_defaults(Path(__file__).parents[2])
 CLASSES = ("cat", "dog", "red_bus", "tree")
@@ -172,7 +169,7 @@ def damaged(tmp_path: Path) -> Path:
 
 
 def test_without_dp_an_unreadable_image_is_one_error_that_names_it(configure: Configure, damaged: Path):
-    with pytest.raises(ConfigError, match=r"1 of 36 images cannot be read.*\n.*dog/02\.png"):
+    with pytest.raises(ConfigError, match=r"1 of 36 images cannot be used.*\n.*dog/02\.png"):
         build_world(configure({"privacy.record.mechanism": "none"}, damaged))
 
 
@@ -211,13 +208,17 @@ def test_an_image_that_decodes_but_cannot_be_resized_is_a_zero_too(configure: Co
     assert sum(world.client_data(i).num_examples for i in range(3)) == 24
 
 
-def test_without_dp_an_image_that_cannot_be_resized_stops_the_client_and_is_named(configure: Configure, tmp_path: Path):
+def test_without_dp_an_image_that_cannot_be_resized_is_refused_by_name(configure: Configure, tmp_path: Path):
     root = write_splits(tmp_path / "thin")
+    changes: dict[str, ConfigValue] = {"privacy.record.mechanism": "none", "population": 1}
+    world = build_world(configure(changes, root))
     for name in ("02", "04"):
         Image.new("RGB", (3300, 1)).save(root / "train" / "dog" / f"{name}.png")
-    world = build_world(configure({"privacy.record.mechanism": "none", "population": 1}, root))
     with pytest.raises(ConfigError, match=r"2 images cannot be used.*the first: number 8 of class 'dog'"):
-        world.client_data(0)
+        world.client_data(0)  # they were exchanged since the start
+    load_data.cache_clear()
+    with pytest.raises(ConfigError, match=r"2 of 36 images cannot be used.*\n.*dog/02\.png has 3300 x 1 pixels"):
+        build_world(configure(changes, root))
 
 
 def test_client_level_alone_keeps_a_bad_record_counted(configure: Configure, damaged: Path):
@@ -232,7 +233,7 @@ def test_client_level_alone_keeps_a_bad_record_counted(configure: Configure, dam
 
 
 def test_the_nominal_procedure_refuses_a_bad_record_like_no_dp(configure: Configure, damaged: Path):
-    with pytest.raises(ConfigError, match="1 of 36 images cannot be read"):
+    with pytest.raises(ConfigError, match="1 of 36 images cannot be used"):
         build_world(configure({"method": "dpfpl-paper"}, damaged))
 
 

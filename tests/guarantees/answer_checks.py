@@ -14,6 +14,7 @@ from fl_dualpriv.backbones.answering import AnsweringModel
 from fl_dualpriv.privacy.clipping import GRID_STEPS, Arithmetic, clip_rows
 from fl_dualpriv.prompts import answers
 from fl_dualpriv.prompts.answers import BLOCK, AnswerObjective, AnswerRecords, answer_records
+from fl_dualpriv.row_check import checked_objective
 from tests.tiny_llava import ANSWERS, QUESTIONS
 
 
@@ -32,6 +33,12 @@ class Case:
         visual = torch.randn(count, self.model.embed_dim, generator=torch.Generator().manual_seed(0))
         asked = [QUESTIONS[i % 5] for i in range(count)], [ANSWERS[i * 3 % 5] for i in range(count)]
         return answer_records(self.model, *asked, np.arange(count), np.zeros(count), visual, 14, "raise")
+
+    def checked(self) -> "Case":
+        """With the form of the objective that a run has on this machine, see `row_check`."""
+        form, _ = checked_objective(self.objective, lambda: self.records(25), self.prompt[None], private=True)
+        assert isinstance(form, AnswerObjective)
+        return replace(self, objective=form)
 
     def rows(self, data: AnswerRecords, picked: list[int]) -> Tensor:
         step = self.objective.over([data]).at(self.prompt[None], [np.array(picked, dtype=np.int64)])

@@ -47,6 +47,7 @@ def clip_the_batch_mean(patch: Patch) -> None:
         top_m: int = 0,
         arithmetic: Arithmetic = "float",
         masks: Tensor | None = None,
+        apart: bool = False,
     ) -> list[ClippedSum]:
         rows = per_example_gradients(features, batches, logit_scale, workspace_bytes=workspace_bytes, top_m=top_m)
         found = []
@@ -193,7 +194,8 @@ def features_normalised_by_batch(patch: Patch) -> None:
     make = per_example.residuals
 
     def mixed(classes: Tensor, x: Tensor, y: Tensor, logit_scale: float) -> Tensor:
-        return make(classes, (x - x.mean(dim=-2, keepdim=True)) / (x.std(dim=-2, keepdim=True) + 1e-5), y, logit_scale)
+        normal = (x - x.mean(dim=-2, keepdim=True)) / (x.std(dim=-2, keepdim=True) + 1e-5)
+        return make(classes, normal, y, logit_scale)
 
     patch.setattr(per_example, "residuals", mixed)
 

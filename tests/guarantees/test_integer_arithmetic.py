@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.special import ndtr, ndtri
 from torch import Tensor
 
-from fl_dualpriv.privacy import clipping
+from fl_dualpriv.privacy import feature_rows
 from fl_dualpriv.privacy.clipping import (
     GRID_STEPS,
     MOST_ROWS,
@@ -18,11 +18,12 @@ from fl_dualpriv.privacy.clipping import (
     as_clipped_sum,
     check_exact,
     clip_rows,
-    clipped_feature_sum,
     clipped_sum,
+    cut_rows,
     integer_rows,
 )
 from fl_dualpriv.privacy.cohort_sum import client_sum, trusting_sum
+from fl_dualpriv.privacy.feature_rows import clipped_feature_sum
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 from fl_dualpriv.privacy.per_example import Batches, clipped_sums
 from fl_dualpriv.privacy.release import release
@@ -94,7 +95,7 @@ def test_rows_that_end_on_the_sphere_stay_inside(width: int, clip_norm: float) -
 
 def test_a_row_over_the_bound_by_rounding_is_shrunk_and_a_hopeless_one_is_zero() -> None:
     over = torch.tensor([[2.0**20, 1.0], [2.0**20, 0.0], [2.0**22, 0.0], [1e200, 3.0]], dtype=torch.float64)
-    cut = clipping._cut(over)
+    cut = cut_rows(over)
     assert cut[1].tolist() == [2.0**20, 0.0]  # on the bound
     assert cut[0].tolist() == [2.0**20 - 1, 0.0]  # 2**40 + 1 is over
     assert not cut[2:].any()
@@ -172,7 +173,7 @@ def test_feature_sums_are_sums_of_each_examples_integers(monkeypatch: pytest.Mon
     assert all(squared_norm(row.flatten()) <= GRID_STEPS**2 for row in one_by_one)
     assert not one_by_one[2].any()
     # How many are formed at a time changes nothing.
-    monkeypatch.setattr(clipping, "_BLOCK_ENTRIES", 50)
+    monkeypatch.setattr(feature_rows, "_BLOCK_ENTRIES", 50)
     assert torch.equal(feature_sum(x, y, clip_norm), whole)
     # The float form of the same sum, to within one unit a record and entry.
     floats = clipped_feature_sum(CLASSES, x, y, 30.0, clip_norm).value / clip_norm * GRID_STEPS

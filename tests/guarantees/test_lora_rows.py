@@ -32,7 +32,7 @@ def case(llava_dir: Path) -> Case:
         prompt=0.2 * torch.randn(lora.shape, generator=torch.Generator().manual_seed(1)),
         clip=1.5,
         mask=blocks.spread(open_matrix)[0],
-    )
+    ).checked()
 
 
 @pytest.mark.parametrize("check", answer_checks.CHECKS, ids=lambda check: check.__name__)

@@ -22,12 +22,14 @@ from tests.guarantees.mutation import Check, Mutation
 from tests.guarantees.noise_mutations import NOISE_MUTATIONS
 from tests.guarantees.pruning_mutations import PRUNING_MUTATIONS
 from tests.guarantees.result_mutations import RESULT_MUTATIONS
+from tests.guarantees.row_mutations import ROW_MUTATIONS
 from tests.guarantees.run_checks import Federation
 from tests.guarantees.server_mutations import SERVER_MUTATIONS
 from tests.guarantees.step_mutations import STEP_MUTATIONS
 
 MUTATIONS = (
     *STEP_MUTATIONS,
+    *ROW_MUTATIONS,
     *PRUNING_MUTATIONS,
     *NOISE_MUTATIONS,
     *SERVER_MUTATIONS,

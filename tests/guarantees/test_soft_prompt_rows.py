@@ -30,7 +30,7 @@ def case(request: pytest.FixtureRequest, llava_dir: Path) -> Case:
         prompt=0.5 * torch.randn(N_CTX, 32, generator=torch.Generator().manual_seed(1)),
         clip=0.05,
         mask=mask,
-    )
+    ).checked()
 
 
 @pytest.mark.parametrize("check", answer_checks.CHECKS, ids=lambda check: check.__name__)

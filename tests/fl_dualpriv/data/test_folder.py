@@ -172,7 +172,7 @@ def test_all_layout_problems_at_once(tmp_path):
     assert "train/empty/ holds no image" in message
     assert "train/b/ has sub-folders" in message
     assert "test/ and train/ have different class folders: missing b, empty; extra z" in message
-    assert "1 of 11 images cannot be read" in message  # 4 + 4 + 1 in train, 2 in test
+    assert "1 of 11 images cannot be used" in message  # 4 + 4 + 1 in train, 2 in test
 
 
 def test_train_is_missing(tmp_path):
@@ -194,7 +194,7 @@ def damaged(tmp_path):
 
 def test_unreadable_images_are_named(damaged):
     message = fault(damaged)
-    assert "7 of 16 images cannot be read" in message
+    assert "7 of 16 images cannot be used" in message
     assert message.count("\n  image ") == 5
     assert "... and 2 more" in message
 
@@ -226,7 +226,7 @@ def test_kinds_of_damage(tmp_path, name):
         noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(noise).save(file)
         file.write_bytes(file.read_bytes()[:-2000])  # the header is whole, the pixels are not
-    assert f"1 of 9 images cannot be read; repair or remove them\n  image {file}" in fault(tmp_path)
+    assert f"1 of 9 images cannot be used; repair or remove them\n  image {file}" in fault(tmp_path)
 
 
 def test_sixteen_bit_samples_are_scaled(tmp_path):

@@ -150,6 +150,51 @@ def test_a_saved_data_set_of_the_hubs_library(tmp_path: Path):
     assert splits.train.images.content_hash != splits.test.images.content_hash
 
 
+@pytest.mark.parametrize("kind", ["saved", "parquet", "paths", "folder"])
+def test_one_table_without_splits(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
+    """A single data set that was saved; a parquet file with images or with their paths; a folder of such files."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = records(tmp_path / "images", 8)
+    columns = {
+        "image": [str(tmp_path / "images" / row["image"]) for row in rows],
+        "question": [row["question"] for row in rows],
+        "answer": ["" if i == 3 else row["answer"] for i, row in enumerate(rows)],
+    }
+    table = datasets.Dataset.from_dict(columns)
+    place = tmp_path / "saved"
+    if kind == "saved":
+        table.cast_column("image", datasets.Image()).save_to_disk(str(place))
+    elif kind == "folder":
+        place.mkdir()
+        table.cast_column("image", datasets.Image()).to_parquet(str(place / "train.parquet"))
+    else:
+        place = tmp_path / "all.parquet"
+        (table if kind == "paths" else table.cast_column("image", datasets.Image())).to_parquet(str(place))
+    for name in [f"datasets:{place}"] + ([] if kind == "folder" else [str(place)]):
+        splits = load(name, "keep")
+        everything = [splits.train, splits.val, splits.test]
+        assert sum(map(len, everything)) == 16
+        assert sum(question == "" for s in everything for question in s.questions) == 1  # the one without an answer
+        assert splits.train.images.image(0).mode == "RGB"
+        assert given_question_splits(name) == {"train"}
+        with pytest.raises(ConfigError, match="1 records without question or answer"):
+            load(name)
+
+
+def test_a_name_reaches_the_librarys_loader_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    asked: list[tuple[Any, ...]] = []
+
+    def unreachable(*arguments: Any) -> None:
+        asked.append(arguments)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    for name in ("owner/name", "owner/name#part"):
+        with pytest.raises(ConfigError, match=f"data.path = datasets:{name} cannot be loaded: ConnectionError"):
+            load(f"datasets:{name}")
+    assert asked == [("owner/name", None), ("owner/name", "part")]
+
+
 _RGB = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255)}
 
 
@@ -161,6 +206,10 @@ def test_data_sets_that_do_not_fit(tmp_path: Path):
     datasets.DatasetDict({"train": few.cast_column("image", datasets.Image())}).save_to_disk(str(tmp_path / "few"))
     with pytest.raises(ConfigError, match="2 images are too few to cut val and test"):
         load(f"datasets:{tmp_path / 'few'}")
+    numbers = datasets.Dataset.from_dict({"image": [1.5], "question": ["q"], "answer": ["a"]})
+    numbers.save_to_disk(str(tmp_path / "numbers"))
+    with pytest.raises(ConfigError, match=r"column image holds .*, no images"):
+        load(f"datasets:{tmp_path / 'numbers'}")
     table = datasets.Dataset.from_dict({"text": ["a"]})
     datasets.DatasetDict({"train": table}).save_to_disk(str(tmp_path / "texts"))
     with pytest.raises(ConfigError, match="no column image, question, answer"):

@@ -1,0 +1,139 @@
+"""CLIP's byte-pair encoding without torch and open_clip, to check class names and template before a model is loaded.
+
+open_clip's `SimpleTokenizer` says the same (tests/fl_dualpriv/backbones/test_clip_words.py); its import takes several
+seconds, because torch comes with it.
+"""
+
+import functools
+import gzip
+import html
+import importlib.util
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ftfy
+import regex
+
+from fl_dualpriv.data.demo import demo_folder
+
+_SPECIAL = ("<start_of_text>", "<end_of_text>")
+_MERGES = 49152 - 256 - 2
+_PATTERN = regex.compile(
+    "|".join(_SPECIAL) + r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE
+)
+_LOCAL = "local-dir:"
+_CONTEXT_LENGTH = 77
+_OTHER_TOKENIZERS = ("hf_tokenizer_name", "hf_model_name", "tokenizer_kwargs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRules:
+    """What the text side of a model reads.
+
+    Attributes:
+        context_length: Longest text in tokens, start and end included.
+        known: Ids of CLIP's encoding that the model knows; None: all of them.
+    """
+
+    context_length: int
+    known: frozenset[int] | None
+
+    def count(self, text: str) -> int:
+        """Tokens of a text without start and end."""
+        return len(encode(text))
+
+    def unknown(self, text: str) -> list[str]:
+        """The words that the model does not know."""
+        if self.known is None:
+            return []
+        return [word for word in text.split() if not self.known.issuperset(encode(word))]
+
+
+@functools.lru_cache(maxsize=4)
+def text_rules(backbone: str) -> TextRules | None:
+    """The rules of a model that reads CLIP's encoding; None: they are not known before it is loaded.
+
+    Args:
+        backbone: As ``backbone.name``.
+    """
+    try:
+        if backbone == "demo" or backbone.startswith(_LOCAL):
+            folder = demo_folder() if backbone == "demo" else Path(backbone.removeprefix(_LOCAL)).expanduser()
+            vocabulary = folder / "vocabulary.json"
+            if vocabulary.is_file():
+                content = json.loads(vocabulary.read_text(encoding="utf-8"))
+                known = frozenset(content["bpe_ids"][1:])  # entry 0 is padding
+                return TextRules(context_length=content["context_length"], known=known)
+            config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
+        else:
+            config = json.loads((_open_clip() / "model_configs" / f"{backbone}.json").read_text(encoding="utf-8"))
+        text: Mapping[str, Any] = config["text_cfg"]
+        if any(text.get(key) for key in _OTHER_TOKENIZERS):
+            return None
+        return TextRules(context_length=int(text.get("context_length", _CONTEXT_LENGTH)), known=None)
+    except (OSError, ValueError, KeyError, TypeError):  # whoever loads the model says what is wrong with it
+        return None
+
+
+@functools.lru_cache(maxsize=4096)
+def encode(text: str) -> tuple[int, ...]:
+    """Ids of a text in CLIP's encoding, without start and end."""
+    ids, ranks, letters = _table()
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    found: list[int] = []
+    for token in _PATTERN.findall(" ".join(text.split()).lower()):
+        if token in _SPECIAL:
+            found.append(ids[token])
+            continue
+        parts = [letters[byte] for byte in token.encode("utf-8")]
+        parts[-1] += "</w>"
+        found += [ids[part] for part in _merged(parts, ranks)]
+    return tuple(found)
+
+
+def _merged(parts: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
+    """Join neighbours, the pair of the lowest rank first and everywhere, until no pair has a rank."""
+    while len(parts) > 1:
+        pairs = itertools.pairwise(parts)
+        best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
+        if best not in ranks:
+            break
+        joined: list[str] = []
+        for part in parts:
+            # The part before is whole: a part that has just been joined is none of the pair.
+            if joined and (joined[-1], part) == best:
+                joined[-1] += part
+            else:
+                joined.append(part)
+        parts = joined
+    return parts
+
+
+def _open_clip() -> Path:
+    """The folder of open_clip, which is not imported.
+
+    Raises:
+        OSError: If it is not installed.
+    """
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError("open_clip is not installed")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+@functools.lru_cache(maxsize=1)
+def _table() -> tuple[dict[str, int], dict[tuple[str, str], int], dict[int, str]]:
+    """Id of each part, rank of each pair, and the letter that stands for each byte."""
+    with gzip.open(_open_clip() / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as stream:
+        lines = stream.read().split("\n")[1 : 1 + _MERGES]
+    merges = [(first, second) for first, second in (line.split() for line in lines)]
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    letters = {byte: chr(byte) for byte in shown} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
+    single = list(letters.values())
+    parts = [*single, *(letter + "</w>" for letter in single), *(a + b for a, b in merges), *_SPECIAL]
+    return {part: i for i, part in enumerate(parts)}, {pair: i for i, pair in enumerate(merges)}, letters

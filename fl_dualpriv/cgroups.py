@@ -1,0 +1,45 @@
+"""Linux control groups: which ones this process is in, and the numbers that their files hold. Standard library only."""
+
+from pathlib import Path
+
+
+def group_names(file: Path) -> dict[str, str]:
+    """Read ``/proc/self/cgroup``.
+
+    Args:
+        file: That file; tests give another one.
+
+    Returns:
+        Controller to group of this process. The group of version 2 stands under the empty name. Empty without the file.
+    """
+    try:
+        lines = [line.split(":", 2) for line in file.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return {}
+    return {name: parts[2] for parts in lines if len(parts) == 3 for name in parts[1].split(",")}
+
+
+def and_above(group: str | None) -> list[str]:
+    """A group's path and those above it, relative to the root of the hierarchy; inside a container only '' exists."""
+    if group is None:
+        return []
+    parts = [part for part in group.split("/") if part]
+    return ["/".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
+
+
+def numbers(file: Path, start: str = "") -> list[int]:
+    """The whole number after ``start`` on the lines that begin so; none if the file cannot be read."""
+    words = [line[len(start) :].split() for line in _lines(file) if line.startswith(start)]
+    return [int(found[0]) for found in words if found and found[0].isdigit()]
+
+
+def words(file: Path) -> list[str]:
+    """The words of a file's first line; none if the file cannot be read."""
+    return (_lines(file) or [""])[0].split()
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []

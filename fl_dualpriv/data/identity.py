@@ -1,0 +1,49 @@
+"""Which data a run is over: hashes of names and classes, so that a run that goes on notices other data."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from fl_dualpriv.data.datasets import DataSplits, ImageDataset
+from fl_dualpriv.data.folder import FolderSplit
+from fl_dualpriv.data.questions import QuestionSet, QuestionSplits
+
+
+def data_identity(data: DataSplits | QuestionSplits, partitions: Sequence[np.ndarray]) -> dict[str, str]:
+    """SHA-256 of each part of the data by its name in messages; pixels are not read.
+
+    It is a function of private file names, questions and labels: it may lie beside the operator's files only.
+
+    Args:
+        data: Images or questions.
+        partitions: Record indices of each client.
+
+    Returns:
+        The class list with the template, the training records in order with their classes, their division among
+        clients, and the held-out records.
+    """
+    words = _hash(json.dumps([data.class_names, data.template]).encode())
+    division = _hash(*(part.astype(np.int64).tobytes() for part in partitions))
+    return {
+        "the class list": words,
+        "the training records": _hash(*_of_split(data.train)),
+        "the division among clients": division,
+        "the held-out records": _hash(*_of_split(data.val), *_of_split(data.test)),
+    }
+
+
+def _of_split(split: ImageDataset | QuestionSet) -> list[bytes]:
+    if isinstance(split, QuestionSet):
+        texts = json.dumps([split.questions, split.answers]).encode()
+        return [texts, split.labels.tobytes(), split.image_of.tobytes(), *_of_split(split.images)]
+    names = [str(path) for path in split.paths] if isinstance(split, FolderSplit) else [str(len(split))]
+    return [json.dumps(names).encode(), np.asarray(split.labels, dtype=np.int64).tobytes()]
+
+
+def _hash(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:  # with its length: no two lists of parts read alike
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()

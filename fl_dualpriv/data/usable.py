@@ -1,0 +1,161 @@
+"""How many records can be used, and why the others cannot: for the owner of the data, never for a server. No torch.
+
+Under differential privacy a record that cannot be used stays a record and adds zero. Its owner may know; nothing that
+leaves may depend on it.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fl_dualpriv.data.datasets import ImageDataset
+from fl_dualpriv.data.folder import EXTENSIONS, FolderSplit, class_folders, file_fault, given_splits, size_fault
+from fl_dualpriv.data.questions import QuestionSet
+
+SECONDS = 20.0
+"""After so long a look ends, once it has found a record that can be used."""
+_NAMED = 5
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Usable:
+    """What a look at records found.
+
+    Attributes:
+        what: Of the records, such as ``images``.
+        looked: Which records were looked at, (looked,) int64.
+        usable: Which of these can be used, bool (looked,).
+        total: Number of all records.
+        kinds: Number of the others, by what is wrong.
+        named: What is wrong with the first of them, with names.
+    """
+
+    what: str
+    looked: np.ndarray
+    usable: np.ndarray
+    total: int
+    kinds: Counter[str]
+    named: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        """Records that can be used, of those that were looked at."""
+        return int(self.usable.sum())
+
+    @property
+    def are_all(self) -> bool:
+        """Whether every record that was looked at can be used."""
+        return not self.kinds
+
+    def says(self) -> str:
+        """Counts by kind in one line, without names."""
+        if len(self.looked) < self.total:
+            of = f"{self.count} usable of {len(self.looked)} that were looked at"
+        else:
+            of = f"{self.count} usable of {self.total}"
+        kinds = [f"{count} {kind}" for kind, count in self.kinds.most_common()]
+        return ", ".join([of, *kinds])
+
+    def refusal(self) -> list[str]:
+        """Problem lines if no record can be used; else none."""
+        if self.count or not self.total:
+            return []
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common())
+        return [f"none of the {self.total} {self.what} can be used: {kinds}", *self.lines()]
+
+    def lines(self) -> list[str]:
+        """The first records that cannot be used, by name, one a line."""
+        more = sum(self.kinds.values()) - len(self.named)
+        return [*self.named, *([f"... and {more} more"] if more > 0 else [])]
+
+
+def look(records: ImageDataset | QuestionSet, what: str, seconds: float = SECONDS) -> Usable:
+    """Open each record as a run would, in an order that is drawn, so that a look that ends early is a fair sample.
+
+    Args:
+        records: Images, or questions about images.
+        what: They are, in the plural, for messages.
+        seconds: After which the look ends if a record that can be used was found; without one it goes on to the end.
+    """
+    images: dict[int, tuple[str, str]] = {}
+    kinds: Counter[str] = Counter()
+    faults: list[tuple[int, str]] = []
+    looked: list[int] = []
+    deadline, found = time.monotonic() + seconds, False
+    for index in np.random.default_rng(0).permutation(len(records)).tolist():
+        if found and time.monotonic() > deadline:
+            break
+        kind, words = _record_fault(records, index, images)
+        looked.append(index)
+        if kind:
+            kinds[kind] += 1
+            faults.append((index, words))
+        found = found or not kind
+    order = np.argsort(np.array(looked, dtype=np.int64), kind="stable")
+    bad = {index for index, _ in faults}
+    return Usable(
+        what=what,
+        looked=np.array(looked, dtype=np.int64)[order],
+        usable=np.array([index not in bad for index in looked], dtype=bool)[order],
+        total=len(records),
+        kinds=kinds,
+        named=tuple(words for _, words in sorted(faults)[:_NAMED]),
+    )
+
+
+def _record_fault(
+    records: ImageDataset | QuestionSet, index: int, images: dict[int, tuple[str, str]]
+) -> tuple[str, str]:
+    """Kind and words of what is wrong with a record; ``images`` keeps those of images that several ask about."""
+    if not isinstance(records, QuestionSet):
+        return image_fault(records, index)
+    if not records.questions[index]:
+        words = records.faults[index] if records.faults else ""
+        return "without usable words", words or f"record {index} has no usable words"
+    image = int(records.image_of[index])
+    if image not in images:
+        kind, words = image_fault(records.images, image)
+        backslash = isinstance(records.images, FolderSplit) and "\\" in str(records.images.paths[image])
+        hint = "; write its path with / in place of \\" if kind and backslash else ""
+        images[image] = (f"whose image {_VERBS.get(kind, f'is {kind}')}", words + hint) if kind else ("", "")
+    return images[image]
+
+
+_VERBS = {"cannot be read": "cannot be read", "missing": "is missing"}
+
+
+def image_fault(images: ImageDataset, index: int) -> tuple[str, str]:
+    """Why an image cannot be used: kind and words; both empty if it can."""
+    if isinstance(images, FolderSplit):
+        return file_fault(images.paths[index])
+    try:
+        width, height = images.image(index).size
+    except Exception as error:  # whatever a record makes a decoder raise
+        return "cannot be read", f"image {index} cannot be read: {error}"
+    kind = size_fault(width, height)
+    return kind, f"image {index} has {width} x {height} pixels: it is {kind}" if kind else ""
+
+
+def without_usable(partitions: Sequence[np.ndarray], found: Usable) -> int | None:
+    """Clients none of whose records can be used; None if not every record was looked at."""
+    if len(found.looked) < found.total:
+        return None
+    return sum(not found.usable[part].any() for part in partitions)
+
+
+def skipped_files(path: Path) -> Counter[str]:
+    """Files in a directory of images that no run reads: by ending, and ``outside`` for images in no class folder."""
+    found: Counter[str] = Counter()
+    for top in class_folders(path) if given_splits(path) else [path]:
+        found["outside"] += sum(file.suffix.lower() in EXTENSIONS for file in _files(top))
+        for folder in class_folders(top):
+            found.update(file.suffix.lower() for file in _files(folder) if file.suffix.lower() not in EXTENSIONS)
+    return +found
+
+
+def _files(folder: Path) -> list[Path]:
+    return [entry for entry in folder.iterdir() if not entry.name.startswith(".") and not entry.is_dir()]

@@ -1,0 +1,84 @@
+"""What lies in the folder of a node's owner, opened as a run would open it. For the owner only: no torch, no network.
+
+A server never gets these counts. They decide whether the node joins, and nothing after that.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fl_dualpriv.data.datasets import load_data
+from fl_dualpriv.data.folder import given_splits
+from fl_dualpriv.data.hub_names import hub_name
+from fl_dualpriv.data.questions import load_questions
+from fl_dualpriv.data.usable import SECONDS, Usable, look, skipped_files
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.node_file import NodeFile
+
+_CUT = (0.1, 0.2, 0)
+"""Fractions and seed of a cut are the run's; only counts depend on them."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NodeData:
+    """The training records of a node.
+
+    Attributes:
+        says: How many there are, of what.
+        found: Which of them can be used.
+        note: What else the owner should know.
+    """
+
+    says: str
+    found: Usable
+    note: str
+
+    def lines(self) -> list[str]:
+        """For the owner's log: counts, names of records that cannot be used, and the note."""
+        return [f"data: {self.says}, {self.found.says()}", *self.found.lines(), *([self.note] if self.note else [])]
+
+
+def asks_questions(path: Path) -> bool:
+    """Whether the records are questions about images."""
+    return path.is_file() or hub_name(str(path)) is not None or any(path.glob("*.jsonl")) or any(path.glob("*.csv"))
+
+
+def look_at(path: Path, classes: Path | None, seconds: float = SECONDS) -> NodeData:
+    """Open the training records.
+
+    Args:
+        path: ``data-path`` of the owner's file.
+        classes: ``classes`` of it.
+        seconds: See `look`.
+
+    Raises:
+        ConfigError: If no run could load them.
+    """
+    if asks_questions(path):
+        questions = load_questions("questions", str(path), *_CUT, "keep")
+        says = f"{len(questions.train)} training questions of {len(questions.class_names)} types"
+        return NodeData(says=says, found=look(questions.train, "training questions", seconds), note="")
+    images = load_data("folder", str(path), str(classes or ""), *_CUT, "keep")
+    own = "test" in given_splits(path)
+    says = f"{len(images.train)} training images of {len(images.class_names)} classes, "
+    says += "test/ of its own" if own else "test images cut out of them: their scores never leave"
+    skipped = ", ".join(f"{count} {kind or 'without ending'}" for kind, count in skipped_files(path).most_common())
+    note = f"skipped because of their ending or place: {skipped}" if skipped else ""
+    return NodeData(says=says, found=look(images.train, "training images", seconds), note=note)
+
+
+def before_joining(node: NodeFile) -> list[str]:
+    """Lines for the owner's log, before a node joins.
+
+    Guarantee:
+        The node joins or not: that is participation, which docs/privacy.md §2 does not protect. It is decided before
+        the server hears of this node, and what the server hears after that does not depend on these counts.
+
+    Raises:
+        ConfigError: If no run could use a record of the owner's folder; with counts and names.
+    """
+    if node.data_path is None:
+        return []
+    data = look_at(node.data_path, node.classes)
+    if refusal := data.found.refusal():
+        raise ConfigError("\n  ".join([f"data-path = {str(node.data_path)!r}: this node does not join:", *refusal]))
+    return data.lines()

@@ -1,0 +1,74 @@
+"""The folder that the front gives a run: whether it may be used, what is removed from it, and whether a run began."""
+
+import json
+import shutil
+from pathlib import Path, PurePosixPath
+
+from fl_dualpriv.errors import ConfigError, PrivacyError
+from fl_dualpriv.folder_lock import held_alone
+from fl_dualpriv.run_files import RUN_FILES
+
+# All that a run leaves in its folder. --overwrite removes these and nothing else; the lock is held meanwhile.
+_LEFT = [PurePosixPath(file.pattern).parts for file in RUN_FILES if file.place == "run"]
+LEFT_FILES = sorted({parts[0] for parts in _LEFT if len(parts) == 1} - {"run.lock"})
+LEFT_FOLDERS = sorted({parts[0] for parts in _LEFT if len(parts) > 1} | {"clients"})
+_OF_A_START = ("error.json", "error.log", "flower.log", "run.json")
+"""What a start leaves that failed before anything ran."""
+
+
+def prepare_folder(out: Path, *, overwrite: bool) -> None:
+    """Make the folder of a run, without what an earlier start that failed left in it.
+
+    Args:
+        out: The folder.
+        overwrite: Remove the results of an earlier run.
+
+    Raises:
+        ConfigError: If it cannot be used, or holds a run and shall not be overwritten.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file: give a folder with --out")
+    if (out / "pyproject.toml").exists():
+        # Its clients/ is source code; a run's clients/ is removed by --overwrite.
+        raise ConfigError(f"{out} holds a project, not results: give another folder with --out")
+    # A start that failed leaves error.json and a log: nothing ran, and nothing is lost.
+    marks = ("summary.json", "rounds.jsonl", "checkpoint.bin", "checkpoint.previous.bin", "ledger.jsonl")
+    ran = [name for name in marks if (out / name).exists()]
+    ran += ["clients/"] if any(out.glob("clients/client-*")) else []
+    if ran and not overwrite:
+        ended = (out / "summary.json").exists() or not (out / "run.json").exists()
+        go_on = "" if ended else f", or go on with it: fl-dualpriv run --resume {out}"
+        raise ConfigError(
+            f"{out} holds an earlier run ({ran[0]}): give another --out, or --overwrite to replace it{go_on}"
+        )
+    try:
+        with held_alone(out):  # a run that is going on loses nothing
+            if ran or (out / "error.json").exists() or (out / "flower.log").exists():
+                for name in LEFT_FILES if ran else _OF_A_START:
+                    (out / name).unlink(missing_ok=True)
+                for name in LEFT_FOLDERS if ran else ["actors"]:
+                    if (out / name).is_dir() and not (out / name).is_symlink():
+                        shutil.rmtree(out / name)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be used for results: {error.strerror or error}; give another --out") from error
+
+
+def is_refusal(error: Exception, out: Path) -> bool:
+    """Whether configuration or data were refused, by an engine in this process or in ``error.json``."""
+    try:
+        kind = json.loads((out / "error.json").read_text(encoding="utf-8"))["type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        kind = ""
+    return bool({kind, type(error).__name__} & {ConfigError.__name__, PrivacyError.__name__})
+
+
+def progress_of(out: Path) -> list[tuple[int, int] | None]:
+    """Changes when a run in the folder has begun, or has gone on."""
+    stamps: list[tuple[int, int] | None] = []
+    for name in ("checkpoint.bin", "rounds.jsonl"):
+        try:
+            status = (out / name).stat()
+            stamps.append((status.st_mtime_ns, status.st_ino))
+        except OSError:
+            stamps.append(None)
+    return stamps

@@ -1,0 +1,99 @@
+"""Clip and sum gradients with respect to the *class features*, in closed form: noise space ``feature``.
+
+Example i's gradient is the outer product s·(softmax_i − y_i) x_iᵀ, of Frobenius norm s·‖softmax_i − y_i‖·‖x_i‖.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fl_dualpriv.privacy.clipping import GRID_STEPS, Arithmetic, ClippedSum, as_clipped_sum, cut_rows
+from fl_dualpriv.privacy.limits import check_clip_norm
+
+_MOST_ROWS = 256
+_BLOCK_ENTRIES = 2**16  # of outer products at a time: half a MiB stays in a cache
+
+
+def feature_blocks(classes: Tensor, x: Tensor, y: Tensor, logit_scale: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both factors of each example's gradient, in blocks of one size for every batch; padding is zero.
+
+    Guarantee:
+        Row i is a function of ``classes`` and of example i only, bit by bit: each cosine is a separate sum. A matrix
+        kernel, which may round a row by its place or by the number of rows, has no part in it. The memory does not grow
+        with a batch, whose size is private.
+
+    Args:
+        classes: Unit-norm class features (n_cls, embed_dim).
+        x: Image features (batch, embed_dim); batch may be 0.
+        y: Class ids (batch,).
+        logit_scale: s.
+
+    Yields:
+        s·(softmax_i − y_i), (row, n_cls), and x_i, (row, embed_dim), float64.
+    """
+    wide = classes.to(torch.float64)
+    size = max(1, min(_MOST_ROWS, _BLOCK_ENTRIES // wide.numel()))
+    for start in range(0, len(x), size):
+        own, labels = x[start : start + size].to(torch.float64), y[start : start + size]
+        lacking = size - len(own)
+        if lacking:
+            own = torch.cat([own, own.new_zeros(lacking, own.shape[1])])
+            labels = torch.cat([labels, labels.new_zeros(lacking)])
+        residual = torch.softmax(logit_scale * (own[:, None] * wide).sum(dim=-1), dim=1)
+        residual = residual.scatter_add_(1, labels[:, None], torch.full_like(residual[:, :1], -1.0))
+        if lacking:
+            residual[-lacking:] = 0.0
+        yield logit_scale * residual, own
+
+
+def clipped_feature_sum(
+    classes: Tensor, x: Tensor, y: Tensor, logit_scale: float, clip_norm: float, arithmetic: Arithmetic = "float"
+) -> ClippedSum:
+    """Clip and sum the gradients with respect to the class features; arguments as `feature_blocks`.
+
+    Guarantee:
+        As `clipped_sum`: the value is a sum of per-example terms of norm at most ``clip_norm`` each (float64), so one
+        example moves it by at most that. An example with a non-finite value contributes zero. In integers the outer
+        products are formed, some at a time, and each is cut down to the grid: one example moves the value by exactly
+        its own integer row, since all others are the same bit by bit without it; slower.
+
+    Args:
+        classes: Released before.
+        x: See `feature_blocks`.
+        y: See `feature_blocks`.
+        logit_scale: s.
+        clip_norm: C, in units of this gradient, 1e-30 to 1e30.
+        arithmetic: Floats, or integers in units of ``clip_norm / GRID_STEPS``.
+
+    Returns:
+        (n_cls, embed_dim), float64.
+
+    Raises:
+        ValueError: If ``clip_norm`` is not between 1e-30 and 1e30.
+    """
+    check_clip_norm(clip_norm)
+    total = torch.zeros(classes.shape, dtype=torch.float64, device=classes.device)
+    for residual, own in feature_blocks(classes, x, y, logit_scale):
+        left, right = clipped_factors(residual, own, clip_norm)
+        if arithmetic == "float":
+            total += left.T @ right
+        else:
+            total += integer_feature_rows(left, right, clip_norm).sum(dim=0)
+    return as_clipped_sum(total, clip_norm, arithmetic)
+
+
+def clipped_factors(residual: Tensor, x: Tensor, clip_norm: float) -> tuple[Tensor, Tensor]:
+    """Factors (row, n_cls) and (row, embed_dim) of the clipped gradients; zeros where something is not finite."""
+    norms = torch.linalg.vector_norm(residual, dim=1) * torch.linalg.vector_norm(x, dim=1)
+    finite = torch.isfinite(norms)
+    # NaN times zero is NaN: bad rows are replaced, not multiplied away.
+    x, residual = (torch.where(finite[:, None], t, torch.zeros_like(t)) for t in (x, residual))
+    scale = torch.clamp(clip_norm / torch.clamp(norms, min=torch.finfo(torch.float64).tiny), max=1.0)
+    return torch.where(finite, scale, torch.zeros_like(scale))[:, None] * residual, x
+
+
+def integer_feature_rows(left: Tensor, right: Tensor, clip_norm: float) -> Tensor:
+    """Each clipped gradient in whole grid units, (row, n_cls, embed_dim) float64, of norm GRID_STEPS at most."""
+    scaled = (left / clip_norm * GRID_STEPS)[:, :, None] * right[:, None, :]
+    return cut_rows(scaled.flatten(1)).unflatten(1, (left.shape[1], right.shape[1]))

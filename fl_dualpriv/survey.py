@@ -1,0 +1,192 @@
+"""A look at the data of a run before it starts: what is there, and every problem at once. No torch, no model.
+
+For the operator of a simulation, whose data all of it is, and who reads the lines on a console or in a log; they are
+in no file of results.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fl_dualpriv.config import RunConfig
+from fl_dualpriv.data.datasets import DataSplits, ImageDataset, load_data
+from fl_dualpriv.data.folder import bad_images, read_layout
+from fl_dualpriv.data.partition import partition
+from fl_dualpriv.data.questions import QuestionSet, QuestionSplits, load_questions
+from fl_dualpriv.data.usable import SECONDS, Usable, look, skipped_files, without_usable
+from fl_dualpriv.disclosure import claims_privacy, delta_problems, held_out_is_given, keeps_bad_records, may_score
+from fl_dualpriv.errors import ConfigError, PrivacyError
+from fl_dualpriv.word_problems import word_problems
+
+
+def survey(config: RunConfig, *, seconds: float = SECONDS) -> list[str]:
+    """What a run would load, in lines for its operator.
+
+    Guarantee:
+        Nothing of this leaves the machine. It decides whether a run starts: a decision about participation, which
+        docs/privacy.md §2 does not protect. In a run that has started nothing depends on it.
+
+    Args:
+        config: The run.
+        seconds: After which a look at records ends, once one that can be used was found.
+
+    Raises:
+        ConfigError: With every problem of data, class names, template and division among clients.
+        PrivacyError: Only a δ says nothing about data of this size.
+    """
+    lines = _questions(config, seconds) if config.data.asks_questions else _images(config, seconds)
+    return [_writable(line) for line in lines]
+
+
+def announce(config: RunConfig, folder: Path) -> None:
+    """Refuse data that no run can use, and tell the operator of a simulation what there is.
+
+    Args:
+        config: The run.
+        folder: Of its results. With a ``run.json`` the front began the run and has told the operator.
+
+    Raises:
+        ConfigError: See `survey`.
+        PrivacyError: See `survey`.
+    """
+    if (folder / "run.json").exists():
+        survey(config, seconds=0.0)
+        return
+    for line in survey(config):
+        sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def _images(config: RunConfig, seconds: float) -> list[str]:
+    data, path = config.data, Path(config.data.path).expanduser()
+    if data.source == "demo":
+        demo = load_data("demo", "", "", data.val_fraction, data.test_fraction, config.seed, "keep")
+        parts, problems = _divided(config, demo.train.labels)
+        _raise("the demo's images cannot be used:", problems, _delta_problems(config, parts))
+        what = f"{len(demo.train)} training images of {len(demo.class_names)} classes, the demo's"
+        return [*_record_lines(what, None, parts), *_held_out_lines(config, len(_scored(config, demo)), "images", None)]
+    if not data.path.strip():
+        raise ConfigError('data.path is empty; give the directory of the images, or set data.ref = "demo"')
+    layout = read_layout(path, data.classes, data.val_fraction, data.test_fraction, config.seed)
+    splits = layout.as_splits()
+    problems = [*layout.problems, *word_problems(config, layout)]
+    parts, found, held_out = [], None, None
+    if not keeps_bad_records(config):
+        problems += bad_images(splits.values())
+    if not layout.problems:  # else a split may be missing
+        parts, undivided = _divided(config, splits["train"].labels)
+        problems += undivided
+        found = look(splits["train"], "training images", seconds)
+        held_out = look(splits[config.evaluation.split], f"{config.evaluation.split} images", seconds)
+        if keeps_bad_records(config):
+            problems += found.refusal() + (held_out.refusal() if may_score(config) else [])
+    _raise(f"the images in {path} cannot be used:", problems, _delta_problems(config, parts))
+    assert held_out is not None
+    what = f"{len(splits['train'])} training images of {len(layout.names)} classes"
+    return [
+        *_record_lines(what, found, parts),
+        *_skipped_lines(path),
+        *_held_out_lines(config, held_out.total, "images", held_out),
+    ]
+
+
+def _questions(config: RunConfig, seconds: float) -> list[str]:
+    data = config.data
+    assert data.source in ("demo-vqa", "questions")
+    on_bad = "keep" if keeps_bad_records(config) else "raise"
+    questions = load_questions(data.source, data.path, data.val_fraction, data.test_fraction, config.seed, on_bad)
+    train, scored = questions.train, _scored(config, questions)
+    parts, problems = _divided(config, train.image_of if data.partition == "by-image" else train.labels)
+    found, held_out = None, None
+    if data.source == "questions":
+        found = look(train, "training questions", seconds)
+        held_out = look(scored, f"{config.evaluation.split} questions", seconds)
+        refused = found.refusal() + (held_out.refusal() if may_score(config) else [])
+        if on_bad == "raise" and not refused:
+            for part in (found, held_out):
+                if not part.are_all:
+                    refused += [f"{part.what}: {part.says()}; repair or remove them", *part.lines()]
+        problems += refused
+    _raise(f"the questions in {data.path} cannot be used:", problems, _delta_problems(config, parts))
+    types = [name for name in questions.class_names if name]
+    of_types = f" of {len(types)} types" if types else ""
+    what = f"{len(train)} training questions{of_types} about {len(train.images)} images"
+    return [*_record_lines(what, found, parts), *_held_out_lines(config, len(scored), "questions", held_out)]
+
+
+def _raise(head: str, problems: list[str], deltas: list[str]) -> None:
+    if problems:
+        raise ConfigError(_writable("\n  ".join([head, *problems, *deltas])))
+    if deltas:
+        raise PrivacyError("\n  ".join(deltas))
+
+
+def _writable(text: str) -> str:
+    """Names of files may hold bytes that are no UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _scored(config: RunConfig, data: DataSplits | QuestionSplits) -> ImageDataset | QuestionSet:
+    return data.val if config.evaluation.split == "val" else data.test
+
+
+def _divided(config: RunConfig, labels: np.ndarray) -> tuple[list[np.ndarray], list[str]]:
+    """Record indices per client, as the worlds divide them; and why that cannot be."""
+    data = config.data
+    scheme = "by-class" if data.partition == "by-image" else data.partition
+    try:
+        return partition(labels, scheme, config.population, data.dirichlet_alpha, config.seed), []
+    except ConfigError as error:
+        return [], [str(error)]
+
+
+def _delta_problems(config: RunConfig, parts: Sequence[np.ndarray]) -> list[str]:
+    return delta_problems(config, max(map(len, parts))) if len(parts) else []
+
+
+def _record_lines(what: str, found: Usable | None, parts: Sequence[np.ndarray]) -> list[str]:
+    sizes = [len(part) for part in parts]
+    count = f": {found.says()}" if found is not None else ""
+    lines = [
+        f"data: {what}{count}",
+        *([f"  {line}" for line in found.lines()] if found is not None else []),
+        f"clients: {len(parts)}; records per client: minimum {min(sizes)}, median {np.median(sizes):g}, maximum "
+        f"{max(sizes)}",
+    ]
+    if found is not None and (none := without_usable(parts, found)):
+        lines.append(f"warning: {none} of {len(parts)} clients have no usable record; their prompts will be noise")
+    return lines
+
+
+def _skipped_lines(path: Path) -> list[str]:
+    skipped = skipped_files(path)
+    outside = skipped.pop("outside", 0)
+    lines = []
+    if skipped:
+        endings = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in skipped.most_common())
+        lines.append(f"skipped because of their ending: {endings}")
+    if outside:
+        lines.append(f"skipped because they lie in no class folder: {outside} images")
+    return lines
+
+
+def _held_out_lines(config: RunConfig, count: int, plural: str, found: Usable | None) -> list[str]:
+    split, data = config.evaluation.split, config.data
+    said = f": {found.says()}" if found is not None and not found.are_all else ""
+    line = f"held out: {count} {split} {plural}{said}"
+    if not claims_privacy(config):
+        return [f"{line}; their scores are shown"]
+    if may_score(config):
+        return [f"{line}, public; their scores may leave"]
+    if held_out_is_given(data, config.evaluation):
+        why = 'evaluation.held-out-data = "private"'
+    else:
+        why = "they are cut out of the training data, and are private like them"
+    own = f"a {split}/ folder" if data.source == "folder" else f"a {split} set"
+    return [
+        f"{line}, private",
+        f"warning: nothing will be scored: {why}. Give {own} of its own whose scores may be known, or set "
+        'evaluation.held-out-data = "public" if these may be known',
+    ]
