@@ -13,7 +13,7 @@ MOST_SKIPPED = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A command that is run as it is documented, with something real for its placeholders.
+    """A command that is run, with something real for its placeholders.
 
     Attributes:
         more: Arguments that are added to make it shorter; the printed list says so.

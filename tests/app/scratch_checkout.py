@@ -1,4 +1,4 @@
-"""A checkout of its own with an environment of its own, in which the documented commands are run one after another.
+"""A fresh checkout with its virtual environment, in which the documented commands are run one after another.
 
 It is what a reader has after ``make setup``: the files of the checkout, ``.venv`` with its programs on PATH, a home.
 The environment shares the installed packages. Its programs import this checkout and no other.
