@@ -1,7 +1,8 @@
 """Make what a federation needs to know itself: a CA, the server's certificate, and, if wanted, keys for nodes.
 
-    python deploy/certificates.py certs --host fl.example.org --host 10.0.0.5 [--nodes 3] [--days 365]
+    python deploy/certificates.py certs --host fl.example.org --host localhost --host 127.0.0.1 [--nodes 3] [--days 365]
 
+The SuperLink's process that runs the server's side of an app connects to 127.0.0.1: the certificate must name it.
 ``ca.key`` signs servers: keep it off the server, and off the nodes. ``ca.crt`` goes to every node and to whoever starts
 runs; ``server.pem`` and ``server.key`` to the server. A node's key is best made on the node, so that it never travels:
 ``ssh-keygen -t ecdsa -b 384 -N "" -f node.key``; only its ``node.key.pub`` goes to the server, to be registered.

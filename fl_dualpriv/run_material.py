@@ -191,12 +191,12 @@ def _ledgers_of_run(folder: Path, summary: Mapping[str, Any], *, deployed: bool)
 
 
 def _may_be_idle(folder: Path, theorems: Set[str]) -> bool:
-    """Whether a client of this run can have released nothing: cohorts are sampled, or calls of clients failed."""
+    """True if a client of this run can have released nothing: cohorts are sampled, or calls of clients failed."""
     return "client" in theorems or read_totals(folder)["failures"] > 0
 
 
 def _has_answered(client: Path) -> bool:
-    """Whether a client's folder holds what a round leaves there, see `ClientFolder`."""
+    """True if a client's folder holds a file that every round leaves there, see `ClientFolder`."""
     return any((client / name).exists() for name in ("prompt.safetensors", "sent.safetensors"))
 
 

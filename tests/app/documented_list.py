@@ -13,7 +13,7 @@ MOST_SKIPPED = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A command that is run as it is documented, with something real for its placeholders.
+    """A command that is run, with something real for its placeholders.
 
     Attributes:
         more: Arguments that are added to make it shorter; the printed list says so.
@@ -72,7 +72,7 @@ COMMANDS: Mapping[str, Mapping[str, Run | Skip]] = {
         "fl-dualpriv node start /etc/fl-dualpriv/node.toml": Run(
             put={"/etc/fl-dualpriv": "etc"}, before="register_the_node", stays="SuperNode ID"
         ),
-        "python deploy/certificates.py certs --host fl.example.org --host localhost": Run(
+        "python deploy/certificates.py certs --host fl.example.org --host localhost --host 127.0.0.1": Run(
             leaves=("certs/ca.crt", "certs/server.pem", "certs/server.key", "certs/ca.key")
         ),
         "flwr supernode register a.key.pub federation": Run(before="make_another_key", says=("registered",)),

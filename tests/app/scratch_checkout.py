@@ -1,4 +1,4 @@
-"""A checkout of its own with an environment of its own, in which the documented commands are run one after another.
+"""A fresh checkout with its virtual environment, in which the documented commands are run one after another.
 
 It is what a reader has after ``make setup``: the files of the checkout, ``.venv`` with its programs on PATH, a home.
 The environment shares the installed packages. Its programs import this checkout and no other.
@@ -27,7 +27,7 @@ from PIL import Image
 
 from fl_dualpriv import flower_env, supervisor
 from fl_dualpriv.data.demo import load_demo
-from tests.app.documented_commands import ROOT, blocks_of
+from tests.app.documented_commands import ROOT, blocks_of, commands_of
 from tests.app.run_folders import write_images
 
 _COPIED = ("clients", "deploy", "docs", "fl_dualpriv", "simulations", "strategies", "tests", "CHANGELOG.md", "LICENSE",
@@ -231,7 +231,8 @@ class ScratchCheckout:
 
     def start_server(self) -> None:
         """A SuperLink with the options of deploy/systemd, and the node file of docs/deploy.md for it."""
-        self.call("python deploy/certificates.py etc --host localhost")
+        (certificates,) = [c.text for c in commands_of("docs/deploy.md") if "certificates.py" in c.text]
+        self.call(certificates.replace(" certs ", " etc "))
         connection = self._document("docs/deploy.md", "[superlink]")
         connection = connection.replace("/abs/path", str(self.path / "etc"))
         file = self.path / ".venv" / "flower" / "config.toml"

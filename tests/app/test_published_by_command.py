@@ -1,7 +1,7 @@
 """Publish and use what `fl-dualpriv run` left: its folder holds more than the folder of a run in this process.
 
-`test_publish.py` makes its runs in this process. The command adds files of its own (run.json), and they must not be
-taken for something else.
+`test_publish.py` makes its runs in this process. The command adds a file (run.json) that must not be taken for
+another.
 """
 
 import json
@@ -132,7 +132,7 @@ def test_clients_that_were_never_sampled_have_released_nothing(config: Path):
     call("export", "x", "--client", one, "--level", "record", seeded)
     done = call("export", "x", "--client", other, "--level", "record", seeded, status=2)
     assert "it took part in no round" in done.stderr
-    # A client that did take part must have its ledger, whatever the run samples.
+    # A client that did take part must have its ledger, also in a run that samples its clients.
     Path(f"x/clients/client-{one:03d}/ledger.jsonl").unlink()
     done = call("export", "x", "--client", "global", seeded, "--overwrite", status=2)
     assert "without the client's ledger nothing says what was released" in done.stderr
