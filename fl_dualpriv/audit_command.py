@@ -66,7 +66,7 @@ def audit(
     except (ConfigError, PrivacyError) as error:
         cli.fail(errors, str(error), 2)
     for line in job.data:
-        typer.echo(line)
+        typer.echo(line, err=True)  # stdout has the results only
     # Before torch is loaded: many small products run fastest on one thread.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:

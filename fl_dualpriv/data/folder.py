@@ -345,7 +345,7 @@ def _decode(path: Path, prepare: Callable[[Image.Image], object] = lambda image:
 
 
 def file_fault(path: Path) -> tuple[str, str]:
-    """Say why a file is no image that can be used: kind and words; both empty if it is one. Kept while it is unchanged."""
+    """Say why a file is no usable image: kind and words; both empty if it is one. Kept while the file is unchanged."""
     try:
         return _fault_of(path, stamp_of(path.stat()))
     except FileNotFoundError:

@@ -17,7 +17,7 @@ def source_and_configuration(name: str) -> tuple[str, str]:
 
 
 def absolute_name(name: str, base: Path) -> str:
-    """A name with an absolute path, if it is a path from ``base``; any other name does not change, because the hub knows it.
+    """Make a path from ``base`` absolute; any other name does not change, because the hub knows it.
 
     Args:
         name: Without ``datasets:``.
