@@ -2,11 +2,9 @@
 
 import datetime
 import json
-import os
 import re
 import socket
 import ssl
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -321,21 +319,6 @@ def test_a_demand_for_integers_is_shown(tmp_path: Path):
     node = replace(whole(tmp_path, images=1), budget=replace(BUDGET, integer_arithmetic=True))
     assert 'only with privacy.arithmetic = "integer"' in node_check._budget(node).says
     assert "integer" not in node_check._budget(replace(node, budget=BUDGET)).says
-
-
-def test_a_check_does_not_complain_of_the_folder_that_it_made(tmp_path: Path):
-    before = os.umask(0o022)  # as most systems have it
-    try:
-        node = replace(whole(tmp_path), state_dir=tmp_path / "made" / "state")
-        for _ in range(2):
-            found = node_check._state(node)
-            assert (found.verdict, "can be written to" in found.says) == ("good", True), found.says
-        assert stat.S_IMODE((tmp_path / "made" / "state").stat().st_mode) == 0o700
-        (tmp_path / "made" / "state").chmod(0o755)  # the owner's decision stays, and is named
-        assert node_check._state(node).verdict == "note"
-        assert stat.S_IMODE((tmp_path / "made" / "state").stat().st_mode) == 0o755
-    finally:
-        os.umask(before)
 
 
 def test_the_command_prints_one_table_and_its_status_is_true(tmp_path: Path, certs: Path, serve: Serve):
