@@ -22,7 +22,7 @@ from fl_dualpriv.privacy.loss_size import LOG_TAIL, error_share, grid_for, least
 FINE_GRID = 1e-4
 COARSE_GRID = 1e-3
 
-PLAIN_CELLS, MOST_CELLS = 150_000, 400_000
+PLAIN_CELLS, MOST_CELLS = 150_000, 200_000
 """Of a PLD of one release, and a tenth of those of a composition: seconds, and less than 1 GiB.
 
 The first is for dp-accounting's own PLDs, which go through dictionaries.
@@ -106,7 +106,7 @@ def bounded_epsilon(charges: tuple[SampledGaussians, ...], delta: float, grid: f
         return EpsilonBound(0.0, "nothing")
     found: list[EpsilonBound] = []
     left, fine = delta - rounding(charges), grid <= FINE_GRID
-    tolerance, cells = (0.005, MOST_CELLS) if fine else (0.05, MOST_CELLS // 8)
+    tolerance, cells = (0.005, MOST_CELLS) if fine else (0.05, MOST_CELLS // 4)
     if left > delta / 2:
         if _is_plain(charges, grid, min(cells, PLAIN_CELLS)):
             plain = float(_accountant(charges, grid).get_epsilon(left))
@@ -120,8 +120,8 @@ def bounded_epsilon(charges: tuple[SampledGaussians, ...], delta: float, grid: f
     if all(charge.sampling_rate == 1 for charge in charges):
         found.append(EpsilonBound(_gaussian_epsilon(_precision(charges), delta), "gaussian"))
     else:
-        found.append(EpsilonBound(_coins_shown(charges, delta), "coins-shown"))
-        found.append(EpsilonBound(_renyi_epsilon(charges, delta), "renyi"))
+        found.append(EpsilonBound(coins_shown_epsilon(charges, delta), "coins-shown"))
+        found.append(EpsilonBound(renyi_epsilon(charges, delta), "renyi"))
     return min(found, key=lambda bound: bound.epsilon)
 
 
@@ -131,7 +131,9 @@ def _is_plain(charges: tuple[SampledGaussians, ...], grid: float, cells: int) ->
     Of a PLD of up to 1000 cells it computes their number to the power of the releases.
     """
     size = pld_size(charges, LOG_TAIL)
-    return size.least_grid(cells) <= grid and all(charge.releases <= 2**20 for charge in charges)
+    return size.least_grid(cells) <= grid and (
+        size.one > 1000 * grid or all(charge.releases <= 2**16 for charge in charges)
+    )
 
 
 def composed_delta(charges: tuple[SampledGaussians, ...], epsilon: float, grid: float = FINE_GRID) -> float:
@@ -208,15 +210,22 @@ def grid_epsilon(charges: tuple[SampledGaussians, ...], delta: float, grid: floa
     tail = log_tail(charges, delta)
     composed = None
     for charge in charges:
-        one = _one_release(charge, grid, tail).self_compose(charge.releases)
+        one = one_release_pld(charge, grid, tail).self_compose(charge.releases)
         composed = one if composed is None else composed.compose(one)
     assert composed is not None
     return float(composed.get_epsilon_for_delta(delta - rounding(charges)))
 
 
-def _one_release(
+def one_release_pld(
     charge: SampledGaussians, grid: float, tail: float
 ) -> privacy_loss_distribution.PrivacyLossDistribution:
+    """The PLD of one release at a rate below 1, by which `grid_epsilon` bounds ε.
+
+    Args:
+        charge: Its terms.
+        grid: Of the losses.
+        tail: Logarithm of the mass of noise that is cut off, and counts as an infinite loss.
+    """
     removal = privacy_loss_mechanism.GaussianPrivacyLoss(
         charge.noise_multiplier, log_mass_truncation_bound=tail, sampling_prob=charge.sampling_rate
     )
@@ -224,7 +233,7 @@ def _one_release(
     assert most is not None
     first = math.floor(least_loss(charge) / grid)
     losses = grid * np.arange(first, max(math.ceil(most / grid), first + 1) + 1)
-    deltas = np.minimum.accumulate(np.clip(removal.get_delta_for_epsilon(losses), 0.0, 1.0))
+    deltas = np.minimum.accumulate(np.clip(removal.get_delta_for_epsilon(losses.tolist()), 0.0, 1.0))
     # Algorithm 1 of the paper, with equal steps.
     falls = -np.diff(deltas)
     up, down = falls / -math.expm1(-grid), falls / math.expm1(grid)  # what a fall gives to its upper and lower end
@@ -256,7 +265,7 @@ def _gaussian_epsilon(precision: float, delta: float) -> float:
         return float(gaussian_mechanism.get_epsilon_gaussian(precision**-0.5, delta)) * (1 + 1e-9)
 
 
-def _coins_shown(charges: tuple[SampledGaussians, ...], delta: float) -> float:
+def coins_shown_epsilon(charges: tuple[SampledGaussians, ...], delta: float) -> float:
     """ε as if everybody knew which samples the unit is in; half of δ covers that it is in too many.
 
     Guarantee:
@@ -277,7 +286,7 @@ def _coins_shown(charges: tuple[SampledGaussians, ...], delta: float) -> float:
 _ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512, 1024)
 
 
-def _renyi_epsilon(charges: tuple[SampledGaussians, ...], delta: float) -> float:
+def renyi_epsilon(charges: tuple[SampledGaussians, ...], delta: float) -> float:
     """ε by Rényi divergences at whole orders (Mironov et al. 2019, arXiv:1908.10530)."""
     divergences = ((order, _renyi(charges, order)) for order in _ORDERS)
     # Proposition 12 of Canonne, Kamath and Steinke, as `renyi_bound`.

@@ -119,7 +119,7 @@ def error_share(terms: Sequence[Terms], delta: float, grid: float, epsilon: floa
 
 def grid_for(terms: Sequence[Terms], delta: float, epsilon: float, share: float) -> float:
     """The coarsest grid, to a factor of 1.3, whose `error_share` is at most ``share``; a fiftieth of ε at most."""
-    grid = epsilon / 50
+    grid = min(epsilon / 50, 1e3)
     while grid > 1e-12 and error_share(terms, delta, grid, epsilon) > share:
         grid /= 1.3
     return grid

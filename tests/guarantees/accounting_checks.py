@@ -1,12 +1,15 @@
 """What must hold of every ε that is stated, checked on the accountant, the plans and the ledger that state it."""
 
 import functools
+import math
 from pathlib import Path
 
 import dp_accounting
 from dp_accounting import pld
+from scipy.stats import norm
 
 from fl_dualpriv.privacy import accounting
+from fl_dualpriv.privacy.accounting import SampledGaussians
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 from fl_dualpriv.privacy.plan import ClientLevelPlan, RecordLevelPlan
 
@@ -69,3 +72,51 @@ def two_views_of_a_trusting_plan_compose_to_what_it_claims() -> None:
     assert alone.server_noise_multiplier == alone.noise_multiplier
     honest = record_plan(trusts_server=False, personal=True)
     assert (honest.local_noise_multiplier, honest.server_noise_multiplier) == (1.3, 0.0)
+
+
+def exact_delta(rate: float, noise: float, epsilon: float) -> float:
+    """Of one Gaussian release on a Poisson sample, both directions, by its closed form."""
+    from_loss = noise * noise * math.log1p(math.expm1(epsilon) / rate) + 0.5  # where the removal's loss is epsilon
+    upper, lower = norm.sf((from_loss - 1) / noise), norm.sf(from_loss / noise)
+    removal = rate * upper + (1 - rate) * lower - math.exp(epsilon) * lower
+    inner = (math.exp(-epsilon) - (1 - rate)) / rate
+    if inner <= 0:
+        return float(removal)
+    to_loss = noise * noise * math.log(inner) + 0.5
+    under = rate * norm.cdf((to_loss - 1) / noise) + (1 - rate) * norm.cdf(to_loss / noise)
+    return float(max(removal, norm.cdf(to_loss / noise) - math.exp(epsilon) * under))
+
+
+def a_pld_on_any_grid_is_an_upper_bound() -> None:
+    for rate, noise, grid in (
+        (1e-4, 0.4, 1e-3),
+        (0.15, 1.0, 0.05),
+        (0.15, 1.0, 1e-4),
+        (0.9, 0.3, 0.5),
+        (0.01, 3, 1e-3),
+    ):
+        found = accounting.grid_epsilon((SampledGaussians(rate, noise, 1),), 1e-5, grid)
+        # What is stated must hold for the exact curve; 1e-9 of δ is more than its own rounding.
+        assert exact_delta(rate, noise, found) <= 1e-5 * (1 + 1e-9), (
+            f"q = {rate}, z = {noise}: ε = {found} is too small"
+        )
+    # With q near 1 a product of T mixtures is at least q^T times the product of the shifted Gaussians.
+    rate = 1 - 1e-9
+    for releases, noise, grid in ((50, 5.0, 1e-3), (10_000, 100.0, 1e-3), (10_000, 2000.0, 1e-5)):
+        found = accounting.grid_epsilon((SampledGaussians(rate, noise, releases),), 1e-5, grid)
+        scale = rate**releases
+        mu = releases**0.5 / noise
+        shifted = found - math.log(scale)
+        least = scale * (norm.sf(shifted / mu - mu / 2) - math.exp(shifted) * norm.sf(shifted / mu + mu / 2))
+        assert least <= 1e-5 * (1 + 1e-9), f"{releases} releases at z = {noise}: ε = {found} is too small"
+
+
+def bounds_without_a_grid_are_upper_bounds() -> None:
+    """Against a PLD on a finer grid, which is off by less than the slack of these bounds."""
+    for rate, noise, releases in ((0.15, 0.05, 3), (0.01, 0.1, 100), (0.5, 1.0, 1), (0.9, 5.0, 30)):
+        charges = (SampledGaussians(rate, noise, releases),)
+        exact = accounting.grid_epsilon(charges, 1e-5, 1e-3)
+        for bound in (accounting.coins_shown_epsilon, accounting.renyi_epsilon):
+            assert bound(charges, 1e-5) >= exact * 0.999, f"{bound.__name__} of {charges[0]} is below the truth"
+    # One release at rate 1e-5 and δ = 1e-5 in half: the unit is in no sample but with probability 1e-5 > δ/2.
+    assert accounting.coins_shown_epsilon((SampledGaussians(1e-5, 1e-3, 1),), 1e-5) > 1e5

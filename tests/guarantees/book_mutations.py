@@ -149,6 +149,33 @@ def the_accountant_is_a_central_limit(patch: Patch) -> None:
     patch.setattr(ledger, "composed_epsilon", approximate)
 
 
+def a_refined_pld_rounds_losses_down(patch: Patch) -> None:
+    make = accounting.one_release_pld
+
+    def shifted(charge: SampledGaussians, grid: float, tail: float) -> Any:
+        made: Any = make(charge, grid, tail)
+        for masses in (made._pmf_remove, made._pmf_add):
+            masses._lower_loss -= 1
+        return made
+
+    patch.setattr(accounting, "one_release_pld", shifted)
+
+
+def the_addition_is_not_turned_round(patch: Patch) -> None:
+    make = accounting.one_release_pld
+
+    def plain(charge: SampledGaussians, grid: float, tail: float) -> Any:
+        made: Any = make(charge, grid, tail)
+        made._pmf_remove = made._pmf_add
+        return made
+
+    patch.setattr(accounting, "one_release_pld", plain)
+
+
+def shown_coins_are_the_mean_number(patch: Patch) -> None:
+    patch.setattr(accounting.binom, "isf", lambda mass, releases, rate: releases * rate)
+
+
 def seeded_noise_for_the_kernels(patch: Patch) -> None:
     patch.setattr(clients.hosting, "random_sources", lambda randomness: KeyedRandom)
 
@@ -246,6 +273,24 @@ BOOK_MUTATIONS = (
             accounting_checks.epsilon_is_dp_accountings_and_the_reference_table_s,
             accounting_checks.plans_and_ledgers_state_dp_accountings_epsilon,
         ),
+    ),
+    Mutation(
+        name="the PLD of a chosen grid rounds losses down",
+        where="fl_dualpriv.privacy.accounting.one_release_pld",
+        plant=a_refined_pld_rounds_losses_down,
+        caught_by=(accounting_checks.a_pld_on_any_grid_is_an_upper_bound,),
+    ),
+    Mutation(
+        name="the PLD of a chosen grid knows the addition of a record only",
+        where="fl_dualpriv.privacy.accounting.one_release_pld",
+        plant=the_addition_is_not_turned_round,
+        caught_by=(accounting_checks.a_pld_on_any_grid_is_an_upper_bound,),
+    ),
+    Mutation(
+        name="shown coins count the mean number of samples",
+        where="fl_dualpriv.privacy.accounting.binom.isf",
+        plant=shown_coins_are_the_mean_number,
+        caught_by=(accounting_checks.bounds_without_a_grid_are_upper_bounds,),
     ),
     Mutation(
         name="noise from a seed is reported as the kernel's",

@@ -11,10 +11,10 @@ from scipy.stats import norm
 
 from fl_dualpriv.privacy.accounting import (
     COARSE_GRID,
-    calibrate_noise_multiplier,
     epsilon,
     joint_noise_multiplier,
 )
+from fl_dualpriv.privacy.calibration import calibrate_noise_multiplier
 from fl_dualpriv.privacy.plan import ClientLevelPlan
 from tests.guarantees import accounting_checks
 from tests.guarantees.accounting_checks import record_plan
@@ -67,7 +67,15 @@ def test_calibration_meets_the_target_and_wastes_little(target: float, rate: flo
 
 def test_an_impossible_target_is_refused() -> None:
     with pytest.raises(ValueError, match="noise multiplier above"):
-        calibrate_noise_multiplier(1e-4, 1e-9, 1.0, 1000)
+        calibrate_noise_multiplier(1e-4, 1e-9, 1.0, 100_000)
+
+
+def test_a_pld_on_any_grid_is_an_upper_bound() -> None:
+    accounting_checks.a_pld_on_any_grid_is_an_upper_bound()
+
+
+def test_bounds_without_a_grid_are_upper_bounds() -> None:
+    accounting_checks.bounds_without_a_grid_are_upper_bounds()
 
 
 def test_two_views_of_one_sum_leak_like_one_with_the_joint_multiplier() -> None:
