@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from fl_dualpriv.cpus import usable_cpus
 from tests.app.run_folders import write_images
 from tests.no_hard_links import cannot_refuse
 
@@ -88,6 +90,15 @@ def test_outputs_without_utf_8(engine: str, encoding: str, config: Path, tmp_pat
     heads = [line for line in text.splitlines() if line.startswith(("| release ", "| client upload "))]
     assert len(heads) == 2
     assert len(heads[0]) == len(heads[1])
+
+
+@pytest.mark.skipif(usable_cpus() < 2, reason="one CPU: there is nothing to leave out")
+def test_one_cpu_of_two_starts_one_actor(config: Path, tmp_path: Path) -> None:
+    if shutil.which("taskset") is None:
+        pytest.skip("no taskset")
+    out, first = tmp_path / "out", str(min(os.sched_getaffinity(0)))
+    finished(call(["taskset", "-c", first, *COMMAND, *words(config, out, "ray")], cwd=tmp_path), out)
+    assert len(list(out.glob("actors/actor-*.json"))) == 1
 
 
 @ENGINES
