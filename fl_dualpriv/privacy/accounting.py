@@ -90,6 +90,7 @@ class EpsilonBound(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
+@np.errstate(over="ignore", divide="ignore")  # dp-accounting takes logarithms of subnormal masses: ±inf is meant
 def bounded_epsilon(charges: tuple[SampledGaussians, ...], delta: float, grid: float = FINE_GRID) -> EpsilonBound:
     """`composed_epsilon`, and what kind of bound it is. It answers within seconds and in less than 2 GiB.
 
@@ -197,6 +198,7 @@ def log_tail(charges: Iterable[SampledGaussians], delta: float) -> float:
     return min(max(math.log(1e-4 * delta / sampled), LOG_TAIL), -16.0)
 
 
+@np.errstate(over="ignore", divide="ignore")  # as `bounded_epsilon`
 def grid_epsilon(charges: tuple[SampledGaussians, ...], delta: float, grid: float) -> float:
     """ε by the PLD on one grid, whatever it moves ε by.
 

@@ -398,27 +398,3 @@ def test_app_without_config(tmp_path, content):
     (tmp_path / "pyproject.toml").write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"has no \[tool.flwr.app.config\] table"):
         app_defaults(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "key",
-    sorted(key for key, value in DEFAULTS.items() if type(value) in (int, float) and not key.startswith("plugin.")),
-)
-def test_every_number_has_two_bounds(key):
-    huge = 2**70 if isinstance(DEFAULTS[key], int) else 1e300
-    for value in (huge, -huge):
-        (line,) = [line for line in problem_lines({key: value}) if line.startswith(f"{key} = {value}: must be")]
-        assert "; " in line
-
-
-def test_a_million_releases_are_the_most():
-    RunConfig.from_run_config(merge(DEFAULTS, {"rounds": 1000, "train.local-steps": 1000}))
-    (line,) = problem_lines({"rounds": 1000, "train.local-steps": 1001})
-    assert line.startswith("train.local-steps = 1001: times rounds must be at most 1000000")
-    without = {"rounds": 1000, "train.local-steps": 1001, "privacy.record.mechanism": "none"}
-    RunConfig.from_run_config(merge(DEFAULTS, without))
-
-
-def test_correlated_noise_has_rounds_that_a_table_holds():
-    (line,) = problem_lines({**TREE, "rounds": 20_000, "population": 20_000, "privacy.client.expected-cohort": 1.0})
-    assert line.startswith("rounds = 20000: must be at most 100000 with correlated noise")
