@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from fl_dualpriv.app_modules import import_from, put_first
 from fl_dualpriv.console import Output, write_line
@@ -66,7 +67,7 @@ def audit(
     except (ConfigError, PrivacyError) as error:
         cli.fail(errors, str(error), 2)
     for line in job.data:
-        typer.echo(line, err=True)  # stdout has the results only
+        errors.print(escape(line), soft_wrap=True, highlight=False)  # stdout has the results only
     # Before torch is loaded: many small products run fastest on one thread.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:

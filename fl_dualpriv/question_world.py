@@ -146,13 +146,12 @@ class QuestionWorld:
         return kept
 
     def made_up(self) -> AnswerRecords:
-        """See `World`: random visual tokens, and the template's words in any order as questions and answers."""
+        """See `World`: random visual tokens, and the end token as every word, which each tokenizer has."""
         generator, count = torch.Generator().manual_seed(0), MADE_UP_BLOCKS * BLOCK + 1
-        ids = torch.tensor([*self.backbone.words(self.data.template), self.backbone.end])
         return AnswerRecords(
             visual=torch.randn(count, self.backbone.embed_dim, generator=generator),
             image_of=torch.arange(count),
-            tokens=ids[torch.randint(len(ids), (count, self.max_tokens), generator=generator)],
+            tokens=torch.full((count, self.max_tokens), self.backbone.end),
             answer_start=torch.full((count,), self.max_tokens // 2),
             length=self.max_tokens - torch.arange(count) % max(1, self.max_tokens // 2),
             labels=torch.zeros(count, dtype=torch.long),

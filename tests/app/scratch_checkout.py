@@ -35,7 +35,7 @@ _COPIED = ("clients", "deploy", "docs", "fl_dualpriv", "simulations", "strategie
 _QUESTIONS = ("what color is the circle ?", "is the square red ?", "which shape is there ?", "is there a circle ?",
               "what is this ?", "which color is there ?")  # fmt: skip
 _ANSWERS = ("red", "yes", "circle", "no", "a square", "blue")
-LONGEST_SECONDS = 600.0
+LONGEST_SECONDS = 900.0
 
 
 @dataclass(kw_only=True)

@@ -100,7 +100,7 @@ def checkout(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("command", ALL, ids=lambda command: command.place)
 def test_the_documented_command(
     command: Command, checkout: ScratchCheckout, record_property: Callable[[str, object], None]

@@ -21,7 +21,7 @@ ROUNDS = 3
 
 
 def checkpoints(folder: Path) -> None:
-    kept = CheckpointFolder(folder, {}, [5])
+    kept = CheckpointFolder(folder, {}, [5], {})
     for done in range(1, ROUNDS + 1):
         progress = Progress(run_token="t", rounds_done=done, events=done, deliveries=0, failures=0, last_failure=None)
         kept.write(Checkpoint(progress=progress, prompt=torch.full((2, 3), float(done)), state={}))

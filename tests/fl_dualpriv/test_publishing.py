@@ -95,16 +95,20 @@ def test_epsilon_is_never_below_the_fullest_ledger(material: Material):
     "ledgers",
     [
         {},
-        {"record": []},
         {"record": [ledger(0)]},
         {"record": [ledger(3, run="other")]},
         {"client": [ledger(2, "client")]},
     ],
-    ids=["none", "no-file", "empty", "of-another-run", "of-another-unit"],
+    ids=["none", "empty", "of-another-run", "of-another-unit"],
 )
 def test_no_guarantee_without_a_ledger_of_the_run(ledgers: Any):
     with pytest.raises(PrivacyError, match="no line of this run"):
         only(replace(MATERIAL, ledgers=ledgers))
+
+
+def test_a_run_in_which_no_sampled_client_took_part_states_its_plan():
+    """`run_material` gives an empty list only there; a missing ledger of anybody else is refused before."""
+    assert only(replace(MATERIAL, ledgers={"record": []})).epsilon == PLANNED
 
 
 def test_a_ledger_of_damaged_lines_gives_none():

@@ -74,7 +74,7 @@ def test_seeded_randomness_is_flagged(randomness: str, marked: bool) -> None:
 def test_a_run_without_noise_has_none_that_could_be_reproduced() -> None:
     summary = SUMMARY | {"randomness": "seeded", "privacy": []}
     assert SEEDED_NOTE not in text(results_table(summary)).replace("\n", " ")
-    assert SEEDED_NOTE not in headline(summary)
+    assert SEEDED_NOTE not in headline(summary, TOTALS)
 
 
 def test_a_theorem_has_its_epsilon_rounded_up() -> None:

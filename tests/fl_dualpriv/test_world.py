@@ -242,7 +242,7 @@ def test_a_delta_below_the_accountants_reach_is_refused(configure: Configure):
     plan = record_level_plan(configure({}))
     assert plan is not None
     with pytest.raises(PrivacyError, match="no finite ε can be shown"):  # whatever the configuration allows
-        plans._bounded(dataclasses.replace(plan, delta=1e-17), plan.releases, "privacy.record")
+        plans._bounded(dataclasses.replace(plan, noise_multiplier=1e-120), plan.releases, "privacy.record")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-from fl_dualpriv.privacy.clipping import GRID_STEPS, clip_rows, clipped_feature_sum, integer_rows
+from fl_dualpriv.privacy.clipping import GRID_STEPS, clip_rows, integer_rows
+from fl_dualpriv.privacy.feature_rows import clipped_feature_sum
 from fl_dualpriv.privacy.limits import LARGEST_CLIP_NORM, SMALLEST_CLIP_NORM
 from fl_dualpriv.privacy.quantile import AdaptiveClip
 

@@ -13,7 +13,8 @@ from fl_dualpriv.config import RunConfig, app_defaults, merge
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.node_file import read_node_file
 from fl_dualpriv.plans import client_level_plan
-from fl_dualpriv.privacy.clipping import GRID_STEPS, clip_rows, clipped_feature_sum, clipped_sum, integer_rows
+from fl_dualpriv.privacy.clipping import GRID_STEPS, clip_rows, clipped_sum, integer_rows
+from fl_dualpriv.privacy.feature_rows import clipped_feature_sum
 from fl_dualpriv.privacy.limits import (
     LARGEST_CLIP_NORM,
     LARGEST_DRAWN_MULTIPLIER,
@@ -141,9 +142,15 @@ def test_a_configuration_keeps_within_what_is_proved(key: str, least: float, mos
         assert problems({key: bad}).startswith(f"{key} = {bad!r}: must be ")
 
 
-@pytest.mark.parametrize("rate", [1e-300, 1e300])
-def test_a_learning_rate_that_takes_a_trusted_servers_bound_out_of_range_is_refused(rate: float) -> None:
-    trusts = {"privacy.record.trusts-server": True, "train.local-steps": 1}
+@pytest.mark.parametrize(("rate", "clip_norm"), [(1e-300, 1.0), (1e6, 1e25)])
+def test_a_learning_rate_that_takes_a_trusted_servers_bound_out_of_range_is_refused(
+    rate: float, clip_norm: float
+) -> None:
+    trusts = {
+        "privacy.record.trusts-server": True,
+        "privacy.record.clip-norm": clip_norm,
+        "train.local-steps": 1,
+    }
     line = problems({**trusts, "train.global-learning-rate": rate})
     assert "times the clip norm must be 0 or from 1e-30 to 1e+30" in line
     RunConfig.from_run_config(merge(DEFAULTS, {**trusts, "train.global-learning-rate": 0.0}))
@@ -191,7 +198,7 @@ def test_the_largest_draw_is_what_integers_can_hold() -> None:
 def test_noise_of_counts_that_leaves_none_to_draw_for_the_sum_is_refused(share: float) -> None:
     """2 σ_b a hair above z leaves the sum a multiplier of 7e7; 1000 cohorts of 1e5 clients are noise of 2e8."""
     changes: dict[str, Any] = {
-        "population": 20 if share < 1 else 10**6,
+        "population": 20 if share < 1 else 10**5,
         "privacy.client.mechanism": "gaussian",
         "privacy.client.clipping": "adaptive",
         "privacy.client.calibrate-to": "noise-multiplier",
