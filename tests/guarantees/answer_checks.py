@@ -174,3 +174,14 @@ PLANTED = (
     (clip_before_the_mask, masks_come_before_the_clip),
     (let_bad_records_in, bad_records_are_zeros),
 )
+
+MIX_A_BLOCK = frozenset(
+    {
+        "add_up_over_the_batch",
+        "shift_the_examples",
+        "share_one_prompt",
+        normalise_images_together.__name__,
+        clip_the_block.__name__,
+    }
+)
+"""Planted bugs that change nothing in blocks of one record."""

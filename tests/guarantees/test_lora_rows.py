@@ -92,6 +92,8 @@ def test_a_planted_bug_is_caught(
     plant: Callable[[pytest.MonkeyPatch], None],
     check: Callable[[Case], None],
 ):
+    if case.objective.block == 1 and plant.__name__ in answer_checks.MIX_A_BLOCK:
+        pytest.skip("with these kernels a run takes records one by one (row_check): there is no block to mix")
     plant(monkeypatch)
     with pytest.raises(AssertionError):
         check(case)
