@@ -94,8 +94,8 @@ def test_six_clients_on_two_nodes(config: Path, tmp_path: Path) -> None:
     assert 1 <= actors <= min(2, usable_cpus())
 
 
-def test_a_missing_data_path_is_one_message_and_exit_code_1(config: Path, tmp_path: Path) -> None:
+def test_a_missing_data_path_is_one_message_and_exit_code_2(config: Path, tmp_path: Path) -> None:
     done = command(config, tmp_path / "out", "--engine", "ray", "--set", "data.path=/no/such/images")
-    assert done.returncode == 1
+    assert done.returncode == 2  # nothing was started
     assert "/no/such/images" in done.stderr
     assert "does not exist" in done.stderr
