@@ -99,7 +99,7 @@ def test_a_seeded_run_is_published_alike_by_both_engines(config: Path):
     ("changes", "personal", "shared"),
     [
         pytest.param({"supernodes": 4}, [], [], id="a-node-for-each"),
-        pytest.param(TRUSTING, [], [], id="trusts-server"),
+        pytest.param(TRUSTING | {"train.local-steps": 1}, [], [], id="trusts-server"),
         pytest.param(CLIENT | {"method": "promptfl"}, None, [], id="client"),
         pytest.param(BOTH, ["--level", "record"], [], id="both"),
         pytest.param(NO_DP, ["--not-private"], ["--not-private"], id="no-dp"),

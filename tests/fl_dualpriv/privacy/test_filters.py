@@ -19,22 +19,12 @@ from fl_dualpriv.privacy.accounting import (
 )
 from fl_dualpriv.privacy.budget import Budget, FilterChoice
 from fl_dualpriv.privacy.filters import check_header, filter_of, spend_budget
-from fl_dualpriv.privacy.ledger import Ledger, LedgerContent, LedgerEvent, ReservedPlan
+from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent, ReservedPlan
 from fl_dualpriv.privacy.renyi_filter import RenyiFilter
 from fl_dualpriv.privacy.reserve_filter import ReserveFilter
 from fl_dualpriv.privacy.worst_terms_filter import WorstTermsFilter
+from tests.guarantees.filter_checks import BUDGET, NOTHING
 
-BUDGET = Budget(
-    epsilon=8.0,
-    delta=1e-5,
-    max_sampling_rate=0.2,
-    min_noise_multiplier=0.8,
-    max_clip_norm=1.0,
-    trusts_server=False,
-    scores=False,
-    seeded_noise=False,
-)
-NOTHING = LedgerContent(events=(), damaged=0)
 RUN = (0.15, 4.211)
 """q and z of a run of 50 steps with ε = 1 at δ = 1e-5."""
 
