@@ -19,6 +19,7 @@ from fl_dualpriv.errors import ConfigError, PrivacyError, type_alone
 from fl_dualpriv.evaluation import Score, split_counts
 from fl_dualpriv.memory import peak_bytes
 from fl_dualpriv.methods import METHODS
+from fl_dualpriv.node_run import keep_node_run, keep_scored
 from fl_dualpriv.objective import Objective
 from fl_dualpriv.peak_memory import report_peak
 from fl_dualpriv.plans import record_level_plan
@@ -26,8 +27,8 @@ from fl_dualpriv.privacy.budget import Budget
 from fl_dualpriv.privacy.noise import random_sources
 from fl_dualpriv.privacy.plan import round_terms
 from fl_dualpriv.row_check import COMPANY, RowPath, checked_objective
-from fl_dualpriv.run_facts import keep_node_run, keep_scored
-from fl_dualpriv.world import Counts, build_world, held_groups
+from fl_dualpriv.world import Counts, held_groups
+from fl_dualpriv.world_build import build_world
 
 _log = logging.getLogger("fl_dualpriv")
 

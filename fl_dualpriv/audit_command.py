@@ -17,6 +17,7 @@ from rich.markup import escape
 from fl_dualpriv.app_modules import import_from, put_first
 from fl_dualpriv.console import Output, write_line
 from fl_dualpriv.errors import ConfigError, PrivacyError
+from fl_dualpriv.run_job import describe, fail, prepare
 
 _MODULE = "simulations.attacks.report"
 
@@ -56,16 +57,14 @@ def audit(
     The last line is one JSON object. It and a plot are left in the results' folder, as audit.json and audit.png. Exit
     status: 0, 1 if the audit failed or refuted the claim, 2 if it was not started.
     """
-    from fl_dualpriv import cli  # late: it knows this file
-
     errors = Output(stderr=True)
     changes = [*(assignments or []), *([] if seed is None else [f"seed={seed}"])]
     try:
-        job = cli.prepare(config, changes, out, app_dir, overwrite=False)
+        job = prepare(config, changes, out, app_dir, overwrite=False)
         if (job.out / "audit.json").exists():
             raise ConfigError(f"{job.out} holds an earlier audit (audit.json): give another --out")
     except (ConfigError, PrivacyError) as error:
-        cli.fail(errors, str(error), 2)
+        fail(errors, str(error), 2)
     for line in job.data:
         errors.print(escape(line), soft_wrap=True, highlight=False)  # stdout has the results only
     # Before torch is loaded: many small products run fastest on one thread.
@@ -77,16 +76,16 @@ def audit(
         found = attacks.run_attacks(job.config, wanted, write_line, **options)
         attacks.write_report(found, job.config, job.out)
     except KeyboardInterrupt:
-        cli.fail(errors, "stopped by Ctrl-C", 130)
+        fail(errors, "stopped by Ctrl-C", 130)
     except (ConfigError, PrivacyError) as error:
-        cli.fail(errors, str(error), 2)
+        fail(errors, str(error), 2)
     except Exception as error:
-        cli.fail(errors, cli.describe(error, job.out), 1)
+        fail(errors, describe(error, job.out), 1)
     write_line(f"results: {job.out}")
     write_line(json.dumps(found.summary(), allow_nan=False))
     if found.refuted:
         levels = " and ".join(f"{a.level} level" for a in found.refuted)
-        cli.fail(errors, f"the audit refutes the claimed ε ({levels}): what is released does not keep its promise", 1)
+        fail(errors, f"the audit refutes the claimed ε ({levels}): what is released does not keep its promise", 1)
 
 
 def load_attacks(app_dir: Path) -> ModuleType:

@@ -23,26 +23,6 @@ _MOST_REFUSED_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClientData:
-    """A client's records, ready for prompt learning.
-
-    Attributes:
-        features: (record, embed_dim), unit norm; the row of an unreadable record is NaN, so that it stays counted.
-        labels: (record,).
-        patches: (record, patch, embed_dim), each of unit norm, where a method reads them; else None.
-    """
-
-    features: Tensor
-    labels: Tensor
-    patches: Tensor | None = None
-
-    @property
-    def num_examples(self) -> int:
-        """n_i, public metadata."""
-        return len(self.labels)
-
-
-@dataclass(frozen=True, kw_only=True)
 class PersonalState:
     """p_L and the power iteration's memory. It never travels.
 

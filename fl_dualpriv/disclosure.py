@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fl_dualpriv.config import DataConfig, EvaluationConfig, RunConfig
 from fl_dualpriv.data.folder import given_splits
-from fl_dualpriv.data.questions import given_question_splits
+from fl_dualpriv.data.load import given_question_splits
 from fl_dualpriv.methods import METHODS
 
 

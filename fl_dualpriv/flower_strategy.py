@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.plugins import FLOWER_TABLE, Value, read_table
+from fl_dualpriv.privacy.plan import ServerUnit
 from fl_dualpriv.server import RoundStrategy
-from fl_dualpriv.strategy_rules import ServerUnit
 
 _ARRAY = "global-prompt"
 _OURS = {

@@ -10,20 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.backbone import Backbone, load_backbone
+from fl_dualpriv.backbones.backbone import Backbone
+from fl_dualpriv.backbones.load import load_backbone
 from fl_dualpriv.backbones.patches import PatchEncoder
-from fl_dualpriv.client import ClientData
 from fl_dualpriv.config import BackboneConfig, DataConfig, PromptConfig, RunConfig
-from fl_dualpriv.data.datasets import DataSplits, ImageDataset, load_data
+from fl_dualpriv.data.datasets import DataSplits, ImageDataset
 from fl_dualpriv.data.feature_cache import cache_root
 from fl_dualpriv.data.identity import data_identity
+from fl_dualpriv.data.load import load_data
 from fl_dualpriv.data.partition import held_classes, partition
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.evaluation import count_by_class, count_logits
 from fl_dualpriv.image_features import ImageFeatures, refuse_unusable
 from fl_dualpriv.image_learners import ImageLearner, image_learner
 from fl_dualpriv.methods import METHODS
-from fl_dualpriv.objective import Objective
+from fl_dualpriv.objective import ClientData, Objective
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 from fl_dualpriv.privacy.per_example import rows_at_once
 from fl_dualpriv.prompts.contrast import PromptContrast
@@ -34,7 +35,9 @@ from fl_dualpriv.pruners import token_pruner
 from fl_dualpriv.pruning.in_tower import PatchReading
 from fl_dualpriv.pruning.visual_tokens import TokenPruner
 from fl_dualpriv.row_check import MADE_UP_BLOCKS
-from fl_dualpriv.world import Counts, build_world, one_thread
+from fl_dualpriv.use_description import describe_use
+from fl_dualpriv.use_facts import UseFacts
+from fl_dualpriv.world import Counts, one_thread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +130,18 @@ class ImageWorld:
     def data_identity(self) -> dict[str, str]:
         """See `World`."""
         return data_identity(self.data, self.partitions)
+
+    def use_facts(self, config: RunConfig) -> UseFacts | None:
+        """See `World`."""
+        return describe_use(
+            config,
+            self.backbone,
+            self.backbone.pruner,
+            fingerprint=self.backbone.fingerprint,
+            classes=self.data.class_names,
+            template=self.data.template,
+            max_tokens=0,
+        )
 
     def images(self, split: str) -> ImageDataset:
         """The images of ``train``, ``val`` or ``test``."""
@@ -315,23 +330,3 @@ def _build_world(
         seed=seed,
         patch_reading=patch_reading,
     )
-
-
-def image_world(config: RunConfig) -> ImageWorld:
-    """`build_world` for what knows prompts of image classification alone, such as the attacks.
-
-    Raises:
-        ConfigError: If the run answers questions or learns no prompt, or as `build_world`.
-    """
-    if METHODS[config.method].learns != "prompt" or METHODS[config.method].contrast:
-        raise ConfigError(
-            f"method = {config.method!r} learns no prompt, or not from records alone, and this works on such prompts; "
-            'set it to "promptfl" or "dpfpl", for example'
-        )
-    world = build_world(config)
-    if not isinstance(world, ImageWorld):
-        raise ConfigError(
-            f"data.ref = {config.data.ref!r}: this needs a run of image classification, on a folder of images or on "
-            'the demo (data.ref = "demo")'
-        )
-    return world

@@ -6,10 +6,9 @@ A server never gets these counts. They decide whether the node joins, and nothin
 from dataclasses import dataclass
 from pathlib import Path
 
-from fl_dualpriv.data.datasets import load_data
 from fl_dualpriv.data.folder import given_splits
 from fl_dualpriv.data.hub_names import hub_name
-from fl_dualpriv.data.questions import load_questions
+from fl_dualpriv.data.load import load_data, load_questions
 from fl_dualpriv.data.usable import SECONDS, Usable, look, skipped_files
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.node_file import NodeFile

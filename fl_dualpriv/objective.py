@@ -1,6 +1,7 @@
 """What a local method differentiates: the loss of each record under a prompt, seen only through sums over records."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar
 
 import numpy as np
@@ -19,6 +20,26 @@ class Records(Protocol):
     def num_examples(self) -> int:
         """n_i, public metadata."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientData:
+    """A client's records, ready for prompt learning.
+
+    Attributes:
+        features: (record, embed_dim), unit norm; the row of an unreadable record is NaN, so that it stays counted.
+        labels: (record,).
+        patches: (record, patch, embed_dim), each of unit norm, where a method reads them; else None.
+    """
+
+    features: Tensor
+    labels: Tensor
+    patches: Tensor | None = None
+
+    @property
+    def num_examples(self) -> int:
+        """n_i, public metadata."""
+        return len(self.labels)
 
 
 Data = TypeVar("Data", bound=Records, contravariant=True)

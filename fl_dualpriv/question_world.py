@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.answering import AnsweringModel, load_answering_model
+from fl_dualpriv.backbones.answering import AnsweringModel
+from fl_dualpriv.backbones.load import load_answering_model
 from fl_dualpriv.config import BackboneConfig, DataConfig, PromptConfig, RunConfig
 from fl_dualpriv.data.datasets import ImageDataset
 from fl_dualpriv.data.feature_cache import cache_root
 from fl_dualpriv.data.identity import data_identity
+from fl_dualpriv.data.load import load_questions
 from fl_dualpriv.data.partition import partition
-from fl_dualpriv.data.questions import QuestionSet, QuestionSplits, load_questions
+from fl_dualpriv.data.questions import QuestionSet, QuestionSplits
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.image_features import ImageFeatures, refuse_unusable
 from fl_dualpriv.prompts.answers import BLOCK, AnswerObjective, AnswerRecords, answer_records
@@ -23,6 +25,8 @@ from fl_dualpriv.prompts.soft_prompt import SoftPromptObjective
 from fl_dualpriv.pruners import token_pruner
 from fl_dualpriv.pruning.visual_tokens import TokenPruner
 from fl_dualpriv.row_check import MADE_UP_BLOCKS
+from fl_dualpriv.use_description import describe_use
+from fl_dualpriv.use_facts import UseFacts
 from fl_dualpriv.world import Counts, one_thread, random_prompt
 
 if TYPE_CHECKING:
@@ -69,6 +73,18 @@ class QuestionWorld:
     def data_identity(self) -> dict[str, str]:
         """See `World`."""
         return data_identity(self.data, self.partitions)
+
+    def use_facts(self, config: RunConfig) -> UseFacts | None:
+        """See `World`."""
+        return describe_use(
+            config,
+            self.backbone,
+            self.backbone.pruner,
+            fingerprint=self.backbone.fingerprint,
+            classes=(),
+            template=self.words(config.prompt),
+            max_tokens=self.max_tokens,
+        )
 
     def images(self, split: str) -> ImageDataset:
         """The images of ``train``, ``val`` or ``test``."""

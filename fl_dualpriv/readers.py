@@ -8,17 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.answering import AnsweringModel, load_answering_model
-from fl_dualpriv.backbones.backbone import Backbone, ImageEncoder, load_backbone
-from fl_dualpriv.data.probe import probe_image
+from fl_dualpriv.backbones.answering import AnsweringModel
+from fl_dualpriv.backbones.backbone import Backbone, ImageEncoder
+from fl_dualpriv.backbones.load import load_answering_model, load_backbone
+from fl_dualpriv.data.datasets import probe_image
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.heads.linear_probe import LinearProbe
 from fl_dualpriv.heads.prototypes import prototype_directions
-from fl_dualpriv.prompt_facts import BackboneFacts, UseFacts
 from fl_dualpriv.prompts.answers import BLOCK
 from fl_dualpriv.prompts.head import LowRankHead
 from fl_dualpriv.prompts.learner import PromptedText
 from fl_dualpriv.pruning.visual_tokens import VisualTokenPruner
+from fl_dualpriv.use_facts import BackboneFacts, UseFacts
 
 _TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 """Of a probe, relative to its largest entry, by precision of products: another device rounds otherwise."""

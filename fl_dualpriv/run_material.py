@@ -14,10 +14,11 @@ from torch import Tensor
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.methods import METHODS
+from fl_dualpriv.node_run import NODE_RUN_FILE, SCORED_FILE, NodeRun
 from fl_dualpriv.privacy.ledger import Ledger, LedgerContent
-from fl_dualpriv.prompt_facts import ScoreFacts, SourceFacts, UseFacts, parse_use
-from fl_dualpriv.run_facts import NODE_RUN_FILE, SCORED_FILE, NodeRun
+from fl_dualpriv.prompt_facts import ScoreFacts, SourceFacts, parse_use
 from fl_dualpriv.run_files import read_totals
+from fl_dualpriv.use_facts import UseFacts
 
 GLOBAL_ROW, PERSONAL_ROW = "global prompt", "published personal prompt"
 """Names of releases in a run's privacy table."""

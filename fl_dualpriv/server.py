@@ -24,13 +24,13 @@ from fl_dualpriv.evaluation import Accuracy, mean_accuracy
 from fl_dualpriv.privacy.clipping import ClippedSum, check_exact, clip_rows
 from fl_dualpriv.privacy.cohort_sum import client_sum, trusting_sum
 from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey, gaussian_noise, poisson_sample
-from fl_dualpriv.privacy.plan import RoundTerms
+from fl_dualpriv.privacy.plan import RoundTerms, ServerUnit
 from fl_dualpriv.privacy.quantile import AdaptiveClip
 from fl_dualpriv.privacy.release import release
 from fl_dualpriv.round_memory import CLIP_NORM, check_next, hidden, next_noise
 from fl_dualpriv.round_messages import score_messages, train_messages
 from fl_dualpriv.server_books import ServerBooks, ServerPrivacy
-from fl_dualpriv.strategy_rules import ServerUnit, check_bound, check_class
+from fl_dualpriv.strategy_rules import check_bound, check_class
 
 _log = logging.getLogger("fl_dualpriv")
 

@@ -4,13 +4,12 @@ Under server-side privacy the mechanism (cohort, clip, noise, divisor, books) is
 it, or whose `combine` has no proof, would make the run's ε untrue.
 """
 
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Protocol
 
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.clipping import Arithmetic
 from fl_dualpriv.privacy.limits import LARGEST_CLIP_NORM, SMALLEST_CLIP_NORM, is_clip_norm
-
-ServerUnit = Literal["client", "record", "nominal"]
+from fl_dualpriv.privacy.plan import ServerUnit
 
 HOOKS = ("weight", "combine", "sensitivity", "server_update", "check_options", "summary")
 """What a strategy may override under server-side privacy; everything else of the base is part of the mechanism."""

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from fl_dualpriv.config import RunConfig
-from fl_dualpriv.data.datasets import DataSplits, ImageDataset, load_data
+from fl_dualpriv.data.datasets import DataSplits, ImageDataset
 from fl_dualpriv.data.folder import bad_images, read_layout
+from fl_dualpriv.data.load import load_data, load_questions
 from fl_dualpriv.data.partition import partition
-from fl_dualpriv.data.questions import QuestionSet, QuestionSplits, load_questions
+from fl_dualpriv.data.questions import QuestionSet, QuestionSplits
 from fl_dualpriv.data.usable import SECONDS, Usable, look, skipped_files, without_usable
 from fl_dualpriv.disclosure import claims_privacy, delta_problems, held_out_is_given, keeps_bad_records, may_score
 from fl_dualpriv.errors import ConfigError, PrivacyError

@@ -19,12 +19,12 @@ from fl_dualpriv import wire
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.privacy.clipping import clip_rows
 from fl_dualpriv.privacy.noise import KeyedRandom
-from fl_dualpriv.privacy.plan import round_terms
+from fl_dualpriv.privacy.plan import ServerUnit, round_terms
 from fl_dualpriv.privacy.quantile import AdaptiveClip
 from fl_dualpriv.round_memory import CLIP_NORM
 from fl_dualpriv.server import RoundStrategy, Update
 from fl_dualpriv.server_books import ServerPrivacy
-from fl_dualpriv.strategy_rules import ServerUnit, check_class
+from fl_dualpriv.strategy_rules import check_class
 
 Uploads = Mapping[int, Tensor]
 """Partition → update, of those that answered."""

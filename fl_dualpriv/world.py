@@ -1,4 +1,4 @@
-"""From a configuration to the objects a process needs: data, partition, frozen model, objective. Once a process."""
+"""Protocol of a task: the objects that all clients of a process share, built once from the configuration."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +11,9 @@ from torch import Tensor
 from fl_dualpriv.backbones.backbone import ImageEncoder
 from fl_dualpriv.config import PromptConfig, RunConfig
 from fl_dualpriv.data.datasets import ImageDataset
-from fl_dualpriv.disclosure import delta_problems, keeps_bad_records
-from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.objective import Objective, Records, Regulariser
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey, gaussian_noise
+from fl_dualpriv.use_facts import UseFacts
 from fl_dualpriv.user_folders import home
 
 Counts = tuple[Tensor, Tensor]
@@ -121,26 +120,9 @@ class World(Protocol):
         """Score the model without learning."""
         ...
 
-
-def build_world(config: RunConfig) -> World:
-    """Load and check everything the run needs; cached for what it depends on, so that methods share features.
-
-    Raises:
-        ConfigError: Data, model, prompt or partition do not work as configured; see the message.
-        PrivacyError: A configured δ says nothing about data or populations of this size.
-    """
-    on_bad = "keep" if keeps_bad_records(config) else "raise"
-    if config.data.asks_questions:
-        from fl_dualpriv.question_world import build_question_world
-
-        world: World = build_question_world(config, on_bad)
-    else:
-        from fl_dualpriv.image_world import build_image_world
-
-        world = build_image_world(config, on_bad)
-    if problems := delta_problems(config, max(len(indices) for indices in world.partitions)):
-        raise PrivacyError("\n  ".join(problems))
-    return world
+    def use_facts(self, config: RunConfig) -> UseFacts | None:
+        """How a prompt of this run is used; None if it cannot be used without the run."""
+        ...
 
 
 def held_groups(world: World) -> Tensor:

@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fl_dualpriv.data.vqa_demo import RIGHT_WORDS, TYPES, VQA_DEMO_FOLDER, load_questions
+from fl_dualpriv.assets import VQA_DEMO_FOLDER
+from fl_dualpriv.data.vqa_demo import RIGHT_WORDS, TYPES, load_questions
 from fl_dualpriv.files import write_bytes
 from simulations import vqa_questions as vqa
 from simulations.vqa_model import (

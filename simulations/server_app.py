@@ -38,14 +38,15 @@ from fl_dualpriv.privacy.plan import (
 )
 from fl_dualpriv.results import RunRecorder, build_summary
 from fl_dualpriv.rounds import Rounds
-from fl_dualpriv.run_facts import metadata_of_global
 from fl_dualpriv.run_files import PLUGINS, without_kind
 from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy
 from fl_dualpriv.server_books import BudgetExhausted, ServerPrivacy
 from fl_dualpriv.strategy_ref import load_strategy
 from fl_dualpriv.strategy_rules import check_class
 from fl_dualpriv.survey import announce
-from fl_dualpriv.world import build_world, run_folder
+from fl_dualpriv.use_description import metadata_of_global
+from fl_dualpriv.world import run_folder
+from fl_dualpriv.world_build import build_world
 
 app = ServerApp()
 _log = logging.getLogger("fl_dualpriv")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.privacy.plan import ServerUnit
 from fl_dualpriv.server import RoundStrategy, Update
-from fl_dualpriv.strategy_rules import ServerUnit
 
 
 @dataclass(kw_only=True)

@@ -1,4 +1,4 @@
-"""What a frozen multimodal language model offers: image and question in, words out; and the function that loads one.
+"""Protocol of a frozen multimodal language model, which reads an image and a question and writes words.
 
 A sequence is ``[before][visual tokens][prompt][after: the question …][answer, end]``. The language model is causal, so
 the keys and values of what stands before the prompt do not depend on it: a `Prefix` is computed without gradients and
@@ -10,11 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fl_dualpriv.backbones.backbone import HUGGING_FACE, ImageEncoder, Precision
-from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.backbones.backbone import ImageEncoder
 from fl_dualpriv.pruning.visual_tokens import TokenPruner
-
-DEMO = "demo-vqa"
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,32 +133,3 @@ class AnsweringModel(ImageEncoder, Protocol):
     def fingerprint(self) -> str:
         """First 16 hex digits of a SHA-256 over names, types, shapes and bytes of the weights."""
         ...
-
-
-def load_answering_model(
-    name: str, device: str, pruner: TokenPruner | None, precision: Precision = "fp32"
-) -> AnsweringModel:
-    """Load and freeze a model; the weights are read once per process and never random.
-
-    Args:
-        name: ``demo-vqa`` (the embedded demo), or ``hf:NAME``, a folder or hub name of a transformers model of type
-            llava with its processor.
-        device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-        pruner: Prunes the visual tokens of each image; None keeps all.
-        precision: Of the weights and the products.
-
-    Raises:
-        ConfigError: If the model cannot be used exactly as asked for.
-    """
-    from fl_dualpriv.backbones.llava import load_llava
-
-    if name == DEMO:
-        from fl_dualpriv.data.vqa_demo import VQA_DEMO_FOLDER
-
-        return load_llava(name, str(VQA_DEMO_FOLDER), device, pruner, precision)
-    if not name.startswith(HUGGING_FACE):
-        raise ConfigError(
-            f"backbone.name = {name!r} answers no questions; name {DEMO} or {HUGGING_FACE}NAME, a folder or hub name "
-            "of a LLaVA model"
-        )
-    return load_llava(name, name.removeprefix(HUGGING_FACE), device, pruner, precision)

@@ -1,7 +1,4 @@
-"""What every frozen vision-language model offers to the rest of the library, and the one function that loads them.
-
-No heavy library is imported here: open_clip and transformers come in when a model of theirs is asked for.
-"""
+"""Protocol of every frozen vision-language model."""
 
 import functools
 from collections.abc import Sequence
@@ -146,34 +143,6 @@ class Backbone(ImageEncoder, Protocol):
     def fingerprint(self) -> str:
         """First 16 hex digits of a SHA-256 over names, types, shapes and bytes of the weights."""
         ...
-
-
-def load_backbone(
-    name: str,
-    pretrained: str,
-    device: str,
-    pruner: TokenPruner | None = None,
-    precision: Precision = "fp32",
-) -> Backbone:
-    """Load and freeze a backbone; the weights are read once per process and never random.
-
-    Args:
-        name: ``demo`` (the embedded CLIP), ``local-dir:PATH`` (a folder with open_clip_config.json and
-            open_clip_model.safetensors), the name of an open_clip model, or ``hf:NAME``, a folder or hub name of a
-            transformers model (CLIP or SigLIP) with its tokenizer and image processor.
-        pretrained: For an open_clip model name, a tag or a .safetensors, .pt or .pth file; else empty.
-        device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-        pruner: Prunes visual tokens inside the image tower; None: off.
-        precision: Of the matrix products of the image tower and of the shared-prefix text tower.
-
-    Raises:
-        ConfigError: If the model cannot be used exactly as asked for.
-    """
-    if name.startswith(HUGGING_FACE):
-        from fl_dualpriv.backbones.transformers import load_backbone as load
-    else:
-        from fl_dualpriv.backbones.open_clip import load_backbone as load
-    return load(name, pretrained, device, pruner, precision)
 
 
 @functools.lru_cache(maxsize=4)

@@ -18,7 +18,7 @@ from typing import Any
 import ftfy
 import regex
 
-from fl_dualpriv.data.demo import demo_folder
+from fl_dualpriv.assets import demo_folder
 
 _SPECIAL = ("<start_of_text>", "<end_of_text>")
 _MERGES = 49152 - 256 - 2

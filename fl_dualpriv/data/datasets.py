@@ -1,16 +1,12 @@
-"""The one form in which every data set reaches the rest of the library, and the function that loads it."""
+"""Protocol of a set of labelled images, and a probe image."""
 
-import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
-from fl_dualpriv.data.folder import load_folder
-from fl_dualpriv.errors import ConfigError
+_HEIGHT, _WIDTH = 180, 240
 
 
 class ImageDataset(Protocol):
@@ -59,42 +55,11 @@ class DataSplits:
     template: str
 
 
-@functools.lru_cache(maxsize=8)
-def load_data(
-    ref: Literal["demo", "folder"],
-    path: str,
-    classes: str,
-    val_fraction: float,
-    test_fraction: float,
-    seed: int,
-    on_bad_image: Literal["raise", "keep"],
-) -> DataSplits:
-    """Load a data set once per process; a directory that changes later is not read again.
+def probe_image() -> Image.Image:
+    """One image that belongs to nobody and is always the same, to tell by its features which model made them.
 
-    Args:
-        ref: ``demo``: the embedded images, no other argument is read. ``folder``: a directory of class folders.
-        path: Directory of the images; ``~`` is expanded.
-        classes: JSON file with the template and class names, or empty.
-        val_fraction: Share of train/ that becomes the validation set where there is no val/.
-        test_fraction: The same for test/.
-        seed: Of that cut.
-        on_bad_image: ``raise``: an unreadable image is an error now. ``keep``: it stays a record, so that counts stay
-            public under DP, and ``image`` raises ``BadImageError`` for it.
-
-    Raises:
-        ConfigError: If the data set is not usable as given.
+    It shows smooth coloured waves. It is not square, and no model reads its size.
     """
-    if ref == "demo":
-        from fl_dualpriv.data.demo import demo_template, load_demo  # heavy: only where it is asked for
-
-        return _splits(load_demo(), demo_template())
-    if ref == "folder":
-        if not path.strip():
-            raise ConfigError('data.path is empty; give the directory of the images, or set data.ref = "demo"')
-        return _splits(*load_folder(Path(path).expanduser(), classes, val_fraction, test_fraction, seed, on_bad_image))
-    raise ConfigError(f"data.ref = {ref!r}: must be one of demo, folder")
-
-
-def _splits(splits: Mapping[str, ImageDataset], template: str) -> DataSplits:
-    train = splits["train"]
-    return DataSplits(train, splits["val"], splits["test"], train.class_names, template)
+    y, x = np.mgrid[0:_HEIGHT, 0:_WIDTH]
+    waves = [np.sin(x / 9 + y / 31), np.sin(y / 13 - x / 57), np.cos((x + 2 * y) / 23)]
+    return Image.fromarray(np.rint(127.5 + 127.5 * np.stack(waves, axis=-1)).astype(np.uint8))

@@ -8,14 +8,13 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fl_dualpriv.assets import demo_folder
 from fl_dualpriv.data import rendering
 from fl_dualpriv.data.drawn import DrawnImages
 from fl_dualpriv.data.rendering import DOMAINS, render_private
@@ -47,11 +46,6 @@ class DemoSplit(DrawnImages):
 
     def _drawn_from(self) -> tuple[Path, Sequence[NDArray]]:
         return Path(rendering.__file__), (self.sketches, self.domains, self.seeds)
-
-
-def demo_folder() -> Traversable:
-    """Folder of the demo's files, inside the installed package."""
-    return resources.files("fl_dualpriv.assets") / "demo"
 
 
 @functools.lru_cache(maxsize=1)

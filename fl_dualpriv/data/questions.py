@@ -1,14 +1,10 @@
-"""Questions about images, in the one form in which they reach the rest of the library, and what loads them."""
+"""Questions about images, in the one form in which they reach the rest of the library."""
 
-import functools
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from fl_dualpriv.data.datasets import ImageDataset
-from fl_dualpriv.data.hub_names import hub_name
 from fl_dualpriv.errors import ConfigError
 
 DEFAULT_TEMPLATE = "Answer the question with a single word or phrase."
@@ -51,54 +47,6 @@ class QuestionSplits:
     test: QuestionSet
     class_names: tuple[str, ...]
     template: str
-
-
-@functools.lru_cache(maxsize=4)
-def load_questions(
-    ref: Literal["demo-vqa", "questions"],
-    path: str,
-    val_fraction: float,
-    test_fraction: float,
-    seed: int,
-    on_bad: Literal["raise", "keep"],
-) -> QuestionSplits:
-    """Load questions once per process.
-
-    Args:
-        ref: ``demo-vqa``: the embedded ones, no other argument is read. ``questions``: what ``path`` names.
-        path: A .jsonl or .csv file; a folder of ``train``, ``val`` and ``test`` files of these kinds; or
-            ``datasets:NAME``, a data set of the Hugging Face hub, a folder that its library reads or saved, or a
-            .parquet file. A saved folder and a .parquet file may stand without ``datasets:``.
-        val_fraction: Share of the training images that become the validation set where there is none.
-        test_fraction: The same for the test set.
-        seed: Of that cut.
-        on_bad: ``raise``: a record that cannot be read is an error. ``keep``: it stays counted and cannot be used.
-
-    Raises:
-        ConfigError: If the questions cannot be used; it says all that is wrong.
-    """
-    if ref == "demo-vqa":
-        from fl_dualpriv.data.vqa_demo import load_vqa_demo
-
-        return load_vqa_demo()
-    if (name := hub_name(path)) is not None:
-        from fl_dualpriv.data.hub_questions import load_hub_questions
-
-        return load_hub_questions(name, val_fraction, test_fraction, seed, on_bad)
-    from fl_dualpriv.data.question_files import load_question_files
-
-    return load_question_files(path, val_fraction, test_fraction, seed, on_bad)
-
-
-def given_question_splits(path: str) -> frozenset[str]:
-    """Which of train, val and test are sets of their own in what ``data.path`` names."""
-    if (name := hub_name(path)) is not None:
-        from fl_dualpriv.data.hub_questions import given_hub_splits
-
-        return given_hub_splits(name)
-    from fl_dualpriv.data.question_files import given_file_splits
-
-    return given_file_splits(Path(path).expanduser())
 
 
 def cut_by_image(images: int, fractions: dict[str, float], seed: int) -> dict[str, np.ndarray]:

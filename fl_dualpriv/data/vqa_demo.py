@@ -17,12 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-import fl_dualpriv.assets
+from fl_dualpriv.assets import VQA_DEMO_FOLDER
 from fl_dualpriv.data.drawn import DrawnImages
 from fl_dualpriv.data.questions import QuestionSet, QuestionSplits
-
-VQA_DEMO_FOLDER = Path(next(iter(fl_dualpriv.assets.__path__))) / "vqa"
-"""Folder of the model, in the form that transformers reads, and of `sheets.npz`."""
 
 PANEL_SIDE = 48
 """Side of a panel, in pixels; a sheet has two by two."""

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fl_dualpriv.client import ClientData
+from fl_dualpriv.objective import ClientData
 from fl_dualpriv.prompts.classification import Classification, PooledClassification
 
 

@@ -22,6 +22,9 @@ from fl_dualpriv.privacy.limits import check_clip_norm
 from fl_dualpriv.privacy.matrix_mechanism import CorrelatedNoise
 from fl_dualpriv.privacy.quantile import AdaptiveClip
 
+ServerUnit = Literal["client", "record", "nominal"]
+"""Unit whose data the server's noise protects; the noise of ``nominal`` proves nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoundTerms:

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.client import ClientData
-from fl_dualpriv.objective import Picked
+from fl_dualpriv.objective import ClientData, Picked
 from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum
 from fl_dualpriv.privacy.feature_rows import clipped_feature_sum, feature_blocks
 from fl_dualpriv.privacy.per_example import Batches, clipped_sums, gradient_blocks, summed_gradient

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.client import ClientData
-from fl_dualpriv.objective import Picked
+from fl_dualpriv.objective import ClientData, Picked
 from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, as_clipped_sum, bounded_rows
 from fl_dualpriv.privacy.per_example import rows_at_once
 from fl_dualpriv.prompts.tower import ClassFeatures, PromptTower

@@ -28,7 +28,6 @@ from torch import Tensor
 from fl_dualpriv import wire
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.image_world import image_world
 from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.plans import client_level_plan, record_level_plan
 from fl_dualpriv.plugins import load_class, plugin_options
@@ -36,6 +35,7 @@ from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 from fl_dualpriv.privacy.plan import ClientLevelPlan
 from fl_dualpriv.results import RunRecorder
 from fl_dualpriv.server import RoundReport, RoundStrategy
+from fl_dualpriv.world_build import image_world
 from simulations.attacks.verdict import CANARIES, AuditResult, coins, judge, silenced
 from simulations.server_app import build_strategy
 

@@ -16,17 +16,18 @@ from clients.dualpriv import Participant, cohort_update
 from clients.hosting import chunks, prompts_at_once
 from clients.training import local_training, published_training
 from fl_dualpriv import wire
-from fl_dualpriv.client import ClientData, PersonalState, fresh_state
+from fl_dualpriv.client import PersonalState, fresh_state
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.image_world import image_world
 from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.methods import METHODS
+from fl_dualpriv.objective import ClientData
 from fl_dualpriv.plans import client_level_plan, record_level_plan
 from fl_dualpriv.plugins import load_class, plugin_options
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from fl_dualpriv.results import RunRecorder
 from fl_dualpriv.server import RoundReport, RoundStrategy
+from fl_dualpriv.world_build import image_world
 from simulations.server_app import build_strategy
 
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from clients.dpfpl_paper import CLIP, published_updates
 from clients.dualpriv import Participant, cohort_update
 from clients.training import local_training, published_training
-from fl_dualpriv.client import ClientData, fresh_state
+from fl_dualpriv.client import fresh_state
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.objective import ClientData
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from simulations.attacks.federation import Federation
 from simulations.attacks.membership import claimed

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.client import ClientData
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.objective import ClientData
 from simulations.attacks.federation import Federation
 from simulations.attacks.roc import Roc, auc_ceiling, roc
 

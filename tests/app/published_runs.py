@@ -13,7 +13,8 @@ from fl_dualpriv.image_world import ImageWorld
 from fl_dualpriv.prediction import LoadedPrompt
 from fl_dualpriv.published import write_published
 from fl_dualpriv.publishing import publish
-from fl_dualpriv.world import build_world, held_groups
+from fl_dualpriv.world import held_groups
+from fl_dualpriv.world_build import build_world
 
 APP_DIR = Path(__file__).parents[2]
 CLIENTS = 3

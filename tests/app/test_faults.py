@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fl_dualpriv.checkpoint import FILES, CheckpointFolder
-from fl_dualpriv.data.datasets import load_data
+from fl_dualpriv.data.load import load_data
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.folder_lock import held_alone
 from fl_dualpriv.privacy import ledger

@@ -15,7 +15,7 @@ from clients.app import app
 from fl_dualpriv import wire
 from fl_dualpriv.config import app_defaults
 from fl_dualpriv.data import hub_questions
-from fl_dualpriv.data.questions import load_questions
+from fl_dualpriv.data.load import load_questions
 from fl_dualpriv.local_engine import LocalGrid
 from tests.app.client_node import OFFERED, ask, evaluate, train
 from tests.app.test_hostile_config import BUDGET

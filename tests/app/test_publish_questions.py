@@ -15,7 +15,7 @@ from fl_dualpriv.prompts.answers import answer_records
 from fl_dualpriv.published import read_published, write_published
 from fl_dualpriv.publishing import publish
 from fl_dualpriv.question_world import QuestionWorld
-from fl_dualpriv.world import build_world
+from fl_dualpriv.world_build import build_world
 from tests.app.published_runs import APP_DIR
 
 pytestmark = pytest.mark.slow

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fl_dualpriv.backbones.answering import load_answering_model
+from fl_dualpriv.backbones.load import load_answering_model
 from fl_dualpriv.backbones.lora import load_lora
 from fl_dualpriv.config import app_defaults
-from fl_dualpriv.data.questions import load_questions
+from fl_dualpriv.data.load import load_questions
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.local_engine import run_local
 from fl_dualpriv.privacy.accounting import epsilon

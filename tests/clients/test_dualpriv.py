@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from clients.dualpriv import LocalTraining, Participant, cohort_update
-from fl_dualpriv.client import ClientData, PersonalState, fresh_state
+from fl_dualpriv.client import PersonalState, fresh_state
 from fl_dualpriv.methods import METHODS
+from fl_dualpriv.objective import ClientData
 from fl_dualpriv.privacy.clipping import clipped_sum
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, poisson_sample
 from fl_dualpriv.privacy.per_example import Batches, per_example_gradients

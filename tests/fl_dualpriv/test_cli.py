@@ -14,7 +14,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from fl_dualpriv import cli
+from fl_dualpriv import cli, run_command, run_job
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower_engine import RunFailed
 from fl_dualpriv.progress import Follower, round_text
@@ -50,10 +50,10 @@ SUMMARY: dict[str, Any] = {
         }
     ],
 }
-Engine = Callable[[cli.Engine, cli.Job], None]
+Engine = Callable[[run_job.Engine, run_job.Job], None]
 
 
-def good_engine(_engine: cli.Engine, job: cli.Job) -> None:
+def good_engine(_engine: run_job.Engine, job: run_job.Job) -> None:
     (job.out / "operator").mkdir()
     with (job.out / PROGRESS).open("a") as stream:
         stream.write(json.dumps(TOLD) + "\n" + json.dumps(TOLD | {"round": 2, "failures": 1}) + "\n")
@@ -76,15 +76,15 @@ def invoke(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     """Run the command with an engine that is a stand-in."""
 
     def call(*words: str, engine: Engine = good_engine, out: Path | None = None) -> Result:
-        monkeypatch.setattr(cli, "run_engine", engine)
-        monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+        monkeypatch.setattr(run_command, "run_engine", engine)
+        monkeypatch.setattr(run_command.signal, "signal", lambda *_: None)
         place = ["--out", str(out or tmp_path / "out")]
         return CliRunner().invoke(cli.app, ["run", str(config), "--app", str(ROOT), *place, *words])
 
     return call
 
 
-def never(_engine: cli.Engine, _job: cli.Job) -> None:
+def never(_engine: run_job.Engine, _job: run_job.Job) -> None:
     raise AssertionError("the engine was started")
 
 
@@ -100,7 +100,7 @@ def test_a_good_run_prints_rounds_tables_and_place(invoke: Callable[..., Result]
 
 
 def test_without_a_theorem_no_file_is_said_to_be_covered(invoke: Callable[..., Result]) -> None:
-    def engine(kind: cli.Engine, job: cli.Job) -> None:
+    def engine(kind: run_job.Engine, job: run_job.Job) -> None:
         good_engine(kind, job)
         nominal = [release | {"guarantee": "nominal"} for release in SUMMARY["privacy"]]
         (job.out / "summary.json").write_text(json.dumps(SUMMARY | {"privacy": nominal}))
@@ -128,7 +128,7 @@ def test_the_first_line_says_how_many_nodes_host_the_clients(
 def test_peak_memory_is_printed_from_the_files_of_the_actors(
     invoke: Callable[..., Result], tmp_path: Path, peaks: list[float], line: str | None
 ) -> None:
-    def engine(kind: cli.Engine, job: cli.Job) -> None:
+    def engine(kind: run_job.Engine, job: run_job.Job) -> None:
         good_engine(kind, job)
         (job.out / "actors").mkdir()
         (job.out / "actors" / "actor-0.json").write_text("{")  # a damaged file is left out
@@ -171,7 +171,7 @@ def test_assignments_override_the_file_which_overrides_the_app(invoke: Callable[
     jobs = []
     result = invoke("--set", "population=3", engine=lambda _, job: (jobs.append(job), good_engine(_, job))[1])
     assert result.exit_code == 0, result.output
-    job: cli.Job = jobs[0]
+    job: run_job.Job = jobs[0]
     assert (job.config.population, job.config.rounds, job.config.prompt.n_ctx) == (3, 2, 4)
     assert job.flat["output.dir"] == job.config.output.dir == str(tmp_path / "out")
 
@@ -187,7 +187,7 @@ def test_assignments_override_the_file_which_overrides_the_app(invoke: Callable[
 def test_a_failing_engine_exits_1_with_one_message_and_2_if_nothing_began(
     error: Exception, expected: str, invoke: Callable[..., Result], tmp_path: Path
 ) -> None:
-    def fail(_engine: cli.Engine, _job: cli.Job) -> None:
+    def fail(_engine: run_job.Engine, _job: run_job.Job) -> None:
         raise error
 
     result = invoke(engine=fail)
@@ -204,7 +204,7 @@ def test_an_engine_that_leaves_no_results_exits_1(invoke: Callable[..., Result])
 
 
 def test_ctrl_c_exits_130(invoke: Callable[..., Result]) -> None:
-    def interrupted(_engine: cli.Engine, _job: cli.Job) -> None:
+    def interrupted(_engine: run_job.Engine, _job: run_job.Job) -> None:
         raise KeyboardInterrupt
 
     result = invoke(engine=interrupted)
@@ -250,7 +250,7 @@ def test_a_run_that_was_cut_off_is_resumed_with_its_own_configuration(
 ) -> None:
     out, jobs = tmp_path / "out", []
 
-    def cut_off(_engine: cli.Engine, job: cli.Job) -> None:
+    def cut_off(_engine: run_job.Engine, job: run_job.Job) -> None:
         (job.out / "checkpoint.bin").write_bytes(b"")
         raise RunFailed("the server was killed")
 
@@ -259,15 +259,15 @@ def test_a_run_that_was_cut_off_is_resumed_with_its_own_configuration(
     config.unlink()
     resume = ["run", "--resume", str(out)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "run_engine", lambda engine, job: (jobs.append(job), good_engine(engine, job)))
-        patch.setattr(cli.signal, "signal", lambda *_: None)
+        patch.setattr(run_command, "run_engine", lambda engine, job: (jobs.append(job), good_engine(engine, job)))
+        patch.setattr(run_command.signal, "signal", lambda *_: None)
         for words in (["--set", "rounds=3"], ["--overwrite"], ["--out", str(out)]):
             assert CliRunner().invoke(cli.app, [*resume, *words]).exit_code == 2
         assert CliRunner().invoke(cli.app, resume).exit_code == 0
         ended = CliRunner().invoke(cli.app, resume)
         nothing = CliRunner().invoke(cli.app, ["run", "--resume", str(tmp_path)])
     (job,) = jobs
-    assert (job.engine, job.name, job.config.population, job.config.rounds) == (cli.Engine.LOCAL, "quick", 3, 2)
+    assert (job.engine, job.name, job.config.population, job.config.rounds) == (run_job.Engine.LOCAL, "quick", 3, 2)
     assert (job.flat["output.dir"], job.flat["output.resume"]) == (str(out), True)
     assert (ended.exit_code, nothing.exit_code) == (2, 2)
     assert "its run has ended" in ended.output
@@ -279,7 +279,7 @@ def test_a_run_that_ends_while_its_resumption_waits_for_the_folder_is_not_resume
 ) -> None:
     """The processes of a front that was killed live for seconds, and a run needs no more for its last round."""
 
-    def cut_off(_engine: cli.Engine, _job: cli.Job) -> None:
+    def cut_off(_engine: run_job.Engine, _job: run_job.Job) -> None:
         raise RunFailed("the front was killed")
 
     @contextlib.contextmanager
@@ -288,13 +288,13 @@ def test_a_run_that_ends_while_its_resumption_waits_for_the_folder_is_not_resume
         yield
 
     invoke("--engine", "local", engine=cut_off)
-    monkeypatch.setattr(cli, "held_alone", busy)
+    monkeypatch.setattr(run_job, "held_alone", busy)
     with pytest.raises(ConfigError, match="its run has ended"):
-        cli.resumed(tmp_path / "out", None, None)
+        run_job.resumed(tmp_path / "out", None, None)
 
 
 def test_default_folder_is_named_after_the_config(config: Path, tmp_path: Path) -> None:
-    job = cli.prepare(config, [], None, ROOT, overwrite=False)
+    job = run_job.prepare(config, [], None, ROOT, overwrite=False)
     assert re.fullmatch(re.escape(str(tmp_path)) + r"/runs/quick-\d{8}-\d{6}", str(job.out))
 
 
@@ -303,23 +303,23 @@ def test_the_app_is_the_nearest_one_around_the_config(tmp_path: Path, monkeypatc
     inner.mkdir(parents=True)
     (app / "pyproject.toml").write_text("[tool.flwr.app]\npublisher = 'x'\n")
     (inner / "pyproject.toml").write_text("[tool.other]\n")  # no Flower app
-    assert cli.find_app(inner / "c.toml") == app
+    assert run_job.find_app(inner / "c.toml") == app
     monkeypatch.chdir(inner)
-    assert cli.find_app(Path("/nowhere/c.toml")) == app
+    assert run_job.find_app(Path("/nowhere/c.toml")) == app
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="--app"):
-        cli.find_app(tmp_path / "c.toml")
+        run_job.find_app(tmp_path / "c.toml")
 
 
 def test_paths_become_absolute_and_tags_stay() -> None:
     flat = {"data.path": "images", "data.classes": "", "backbone.name": "local-dir:m", "backbone.pretrained": "openai"}
-    assert cli.absolute_paths(flat, Path("/base")) == {
+    assert run_job.absolute_paths(flat, Path("/base")) == {
         "data.path": "/base/images",
         "data.classes": "",
         "backbone.name": "local-dir:/base/m",
         "backbone.pretrained": "openai",
     }
-    assert cli.absolute_paths({"backbone.pretrained": "w/x.pt"}, Path("/b")) == {"backbone.pretrained": "/b/w/x.pt"}
+    assert run_job.absolute_paths({"backbone.pretrained": "w/x.pt"}, Path("/b")) == {"backbone.pretrained": "/b/w/x.pt"}
 
 
 def test_a_line_that_is_being_written_waits(tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_a_round_without_scores_and_privacy_is_empty() -> None:
 
 
 def test_a_run_without_noise_prints_no_table_of_releases(invoke: Callable[..., Result]) -> None:
-    def engine(chosen: cli.Engine, job: cli.Job) -> None:
+    def engine(chosen: run_job.Engine, job: run_job.Job) -> None:
         good_engine(chosen, job)
         bare = {"randomness": "seeded", "privacy": [], "notes": ["no differential privacy"]}
         (job.out / "summary.json").write_text(json.dumps(SUMMARY | bare))

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from fl_dualpriv import client
-from fl_dualpriv.client import ClientData, ClientFolder, PersonalState, check_round, check_single_run, fresh_state
+from fl_dualpriv.client import ClientFolder, PersonalState, check_round, check_single_run, fresh_state
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.files import read_tensors, write_tensors
 from fl_dualpriv.history import HistoryShapes
+from fl_dualpriv.objective import ClientData
 from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fl_dualpriv import cli, node_device
+from fl_dualpriv import cli, node_device, run_command, run_job
 from fl_dualpriv.console import ERRORS, WORDS, Output, spell_out_what_cannot_be_shown, spelled, write_line
 from fl_dualpriv.node_health import HealthLine, Pulse
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
@@ -63,14 +63,14 @@ def columns(text: str, *starts: str) -> set[int]:
 
 
 def test_a_run(call: Call, encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def engine(chosen: cli.Engine, job: cli.Job) -> None:
+    def engine(chosen: run_job.Engine, job: run_job.Job) -> None:
         good_engine(chosen, job)
         grouped = {kind: SUMMARY["accuracy"][kind] | {"by_group": [0.25, 0.5]} for kind in ("zero_shot", "final")}
         more = {"accuracy": grouped, "groups": ["Straße", "猫"], "notes": ["ε is nominal ± 1 …"]}
         (job.out / "summary.json").write_text(json.dumps(SUMMARY | more))
 
-    monkeypatch.setattr(cli, "run_engine", engine)
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(run_command, "run_engine", engine)
+    monkeypatch.setattr(run_command.signal, "signal", lambda *_: None)
     (tmp_path / "quick.toml").write_text("rounds = 2\n")
     out = tmp_path / "folder with ε"
     status, text = call("run", str(tmp_path / "quick.toml"), "--app", str(ROOT), "--out", str(out))

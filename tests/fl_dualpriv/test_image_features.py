@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fl_dualpriv.backbones.backbone import Backbone, load_backbone
+from fl_dualpriv.backbones.backbone import Backbone
+from fl_dualpriv.backbones.load import load_backbone
 from fl_dualpriv.data.feature_cache import SHARD
 from fl_dualpriv.data.folder import FolderSplit, load_folder
 from fl_dualpriv.image_features import BATCH, ImageFeatures, feature_cache_key

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from deploy import certificates
 from fl_dualpriv import cli, node_check
-from fl_dualpriv.data.datasets import load_data
+from fl_dualpriv.data.load import load_data
 from fl_dualpriv.node_check import Finding, check
 from fl_dualpriv.node_contact import contact, key_fingerprint
 from fl_dualpriv.node_device import probe, usable_device

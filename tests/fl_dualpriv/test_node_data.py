@@ -7,8 +7,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fl_dualpriv import cli, node_check
-from fl_dualpriv.data.datasets import load_data
-from fl_dualpriv.data.questions import load_questions
+from fl_dualpriv.data.load import load_data, load_questions
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.node_data import before_joining
 from fl_dualpriv.node_file import NodeFile

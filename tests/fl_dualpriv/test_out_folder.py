@@ -8,14 +8,14 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from fl_dualpriv import cli
+from fl_dualpriv import cli, run_command, run_job
 from fl_dualpriv.flower_engine import RunFailed
 
 ROOT = Path(__file__).parents[2]
-Engine = Callable[[cli.Engine, cli.Job], None]
+Engine = Callable[[run_job.Engine, run_job.Job], None]
 
 
-def ended(_engine: cli.Engine, job: cli.Job) -> None:
+def ended(_engine: run_job.Engine, job: run_job.Job) -> None:
     (job.out / "operator").mkdir()
     (job.out / "operator" / "totals.json").write_text('{"failures": 0, "seconds": 1.0}')
     accuracy = {"zero_shot": {"local": None, "neighbour": None}, "final": {"local": None, "neighbour": None}}
@@ -23,7 +23,7 @@ def ended(_engine: cli.Engine, job: cli.Job) -> None:
     (job.out / "summary.json").write_text(json.dumps({**about, "accuracy": accuracy, "privacy": []}))
 
 
-def never(_engine: cli.Engine, _job: cli.Job) -> None:
+def never(_engine: run_job.Engine, _job: run_job.Job) -> None:
     raise AssertionError("the engine was started")
 
 
@@ -35,8 +35,8 @@ def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Res
     config.write_text("rounds = 2\n")
 
     def call(*words: str, engine: Engine = ended, out: Path | None = None) -> Result:
-        monkeypatch.setattr(cli, "run_engine", engine)
-        monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+        monkeypatch.setattr(run_command, "run_engine", engine)
+        monkeypatch.setattr(run_command.signal, "signal", lambda *_: None)
         place = ["--out", str(out or tmp_path / "out")]
         return CliRunner().invoke(cli.app, ["run", str(config), "--app", str(ROOT), *place, *words])
 
@@ -46,11 +46,11 @@ def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Res
 def test_a_refusal_after_the_start_is_a_failure(invoke: Callable[..., Result]) -> None:
     """Flower's engine raises its own error, and the server app's lies in error.json."""
 
-    def refused(_engine: cli.Engine, job: cli.Job) -> None:
+    def refused(_engine: run_job.Engine, job: run_job.Job) -> None:
         (job.out / "error.json").write_text(json.dumps({"type": "ConfigError", "message": "no", "traceback": ""}))
         raise RunFailed("ConfigError: no")
 
-    def later(_engine: cli.Engine, job: cli.Job) -> None:
+    def later(_engine: run_job.Engine, job: run_job.Job) -> None:
         (job.out / "checkpoint.bin").write_bytes(b"")
         refused(_engine, job)
 
@@ -60,7 +60,7 @@ def test_a_refusal_after_the_start_is_a_failure(invoke: Callable[..., Result]) -
 def test_a_folder_in_which_nothing_ran_is_used_again(invoke: Callable[..., Result], tmp_path: Path) -> None:
     out = tmp_path / "out"
 
-    def failed(_engine: cli.Engine, job: cli.Job) -> None:
+    def failed(_engine: run_job.Engine, job: run_job.Job) -> None:
         assert not (job.out / "error.json").exists()
         for name in ("error.json", "flower.log", "curve.png"):
             (job.out / name).write_text("")
@@ -102,5 +102,5 @@ def test_names_of_data_sets_stay_and_their_paths_become_absolute(tmp_path: Path)
         ("all.parquet", f"{tmp_path}/all.parquet"),
         ("/else/where", "/else/where"),
     ):
-        found = cli.absolute_paths({"data.path": f"datasets:{name}"}, tmp_path)
+        found = run_job.absolute_paths({"data.path": f"datasets:{name}"}, tmp_path)
         assert found == {"data.path": f"datasets:{expected}"}

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from fl_dualpriv.config import RunConfig, app_defaults
-from fl_dualpriv.data.questions import load_questions
+from fl_dualpriv.data.load import load_questions
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.question_world import QuestionWorld
-from fl_dualpriv.world import build_world, held_groups
+from fl_dualpriv.world import held_groups
+from fl_dualpriv.world_build import build_world
 from tests.tiny_llava import ANSWERS, QUESTIONS
 
 DEFAULTS = app_defaults(Path(__file__).parents[2])

@@ -15,10 +15,9 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
-from fl_dualpriv import cli
+from fl_dualpriv import cli, run_command, run_job
 from fl_dualpriv.config import RunConfig, app_defaults
-from fl_dualpriv.data.datasets import load_data
-from fl_dualpriv.data.questions import load_questions
+from fl_dualpriv.data.load import load_data, load_questions
 from fl_dualpriv.disclosure import keeps_bad_records
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.methods import METHODS
@@ -61,13 +60,13 @@ def spoil(folder: Path) -> None:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """The command; the engine must not start."""
 
-    def never(_engine: cli.Engine, _job: cli.Job) -> None:
+    def never(_engine: run_job.Engine, _job: run_job.Job) -> None:
         raise AssertionError("the engine was started")
 
     def call(changes: dict[str, Any], *words: str) -> Result:
         file = tmp_path / "own.toml"
         file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in changes.items()))
-        monkeypatch.setattr(cli, "run_engine", never)
+        monkeypatch.setattr(run_command, "run_engine", never)
         place = ["--app", str(ROOT), "--out", str(tmp_path / "out")]
         return CliRunner().invoke(cli.app, ["run", str(file), *place, *words])
 
@@ -226,7 +225,7 @@ def test_every_form_of_questions_is_found_from_where_it_is_typed(
     typed = write_questions(tmp_path / "asked", kind, "red")
     file = tmp_path / "own.toml"
     file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in ASKING.items()))
-    job = cli.prepare(file, [f"data.path={typed}"], tmp_path / "out", ROOT, overwrite=False)
+    job = run_job.prepare(file, [f"data.path={typed}"], tmp_path / "out", ROOT, overwrite=False)
     monkeypatch.chdir("/")
     load_questions.cache_clear()
     assert survey(RunConfig.from_run_config(job.flat)) == list(job.data)

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.client import ClientData
-from fl_dualpriv.objective import Objective
+from fl_dualpriv.objective import ClientData, Objective
 from fl_dualpriv.privacy.clipping import Arithmetic
 
 CLIP = 0.3

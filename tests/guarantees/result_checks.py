@@ -23,7 +23,7 @@ from torch import Tensor
 import clients.dualpriv
 import clients.training
 from fl_dualpriv import server
-from fl_dualpriv.data.datasets import load_data
+from fl_dualpriv.data.load import load_data
 from fl_dualpriv.privacy.clipping import ClippedSum
 from fl_dualpriv.privacy.noise import RandomSource, gaussian_noise
 from fl_dualpriv.privacy.plan import RecordLevelPlan

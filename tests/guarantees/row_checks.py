@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv import row_check
-from fl_dualpriv.client import ClientData
-from fl_dualpriv.objective import Objective
+from fl_dualpriv.objective import ClientData, Objective
 from fl_dualpriv.privacy import feature_rows
 from fl_dualpriv.privacy.clipping import GRID_STEPS
 from fl_dualpriv.prompts.classification import Classification

@@ -17,8 +17,9 @@ from torch import Tensor
 
 import clients.dualpriv
 import clients.training
-from fl_dualpriv.client import ClientData, PersonalState, fresh_state
+from fl_dualpriv.client import PersonalState, fresh_state
 from fl_dualpriv.methods import METHODS
+from fl_dualpriv.objective import ClientData
 from fl_dualpriv.optimizers import SGD, Optimizer
 from fl_dualpriv.privacy import noise
 from fl_dualpriv.privacy.clipping import Arithmetic, clipped_sum

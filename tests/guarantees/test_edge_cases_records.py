@@ -19,8 +19,9 @@ import clients.dualpriv
 from clients.dualpriv import LocalTraining, Participant, cohort_update
 from clients.hosting import Setting
 from fl_dualpriv import wire
-from fl_dualpriv.client import ClientData, fresh_state
+from fl_dualpriv.client import fresh_state
 from fl_dualpriv.methods import METHODS
+from fl_dualpriv.objective import ClientData
 from fl_dualpriv.privacy.clipping import GRID_STEPS
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, gaussian_noise

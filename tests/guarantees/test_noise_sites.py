@@ -20,8 +20,9 @@ from torch import Tensor
 
 from clients.dualpriv import LocalTraining, Participant, cohort_update
 from fl_dualpriv import wire
-from fl_dualpriv.client import ClientData, PersonalState, fresh_state
+from fl_dualpriv.client import PersonalState, fresh_state
 from fl_dualpriv.methods import METHODS
+from fl_dualpriv.objective import ClientData
 from fl_dualpriv.privacy.clipping import Arithmetic
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey

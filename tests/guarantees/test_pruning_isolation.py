@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.backbone import Backbone, load_backbone
+from fl_dualpriv.backbones.backbone import Backbone
+from fl_dualpriv.backbones.load import load_backbone
 from fl_dualpriv.pruning import fusion, towers, visual_tokens
 from fl_dualpriv.pruning.in_tower import encode_pruned
 from fl_dualpriv.pruning.published import pruned_hidden

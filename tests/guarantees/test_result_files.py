@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from fl_dualpriv.config import app_defaults, read_toml
-from fl_dualpriv.data import datasets
 from fl_dualpriv.data.demo import DemoSplit, load_demo
+from fl_dualpriv.data.load import load_data
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.local_engine import run_local
 from fl_dualpriv.run_files import PROGRESS, RUN_FILES, kind_of, kinds_in, path_of, read_totals, results_in, without_kind
@@ -89,13 +89,13 @@ def test_the_demo_over_other_images_leaves_the_same_results(
     with result_checks.releases_fixed():
         for train, moved in ((splits["train"], False), (exchanged(splits["train"]), True)):
             monkeypatch.setattr("fl_dualpriv.data.demo.load_demo", lambda train=train: splits | {"train": train})
-            datasets.load_data.cache_clear()
+            load_data.cache_clear()
             with result_checks.secrets_moved(level) if moved else contextlib.nullcontext():
                 run_local(APP_DIR, flat)
             found.append({name: (out / name).read_bytes() for name in results_in(out)})
             told.append(read_totals(out))
             out.rename(tmp_path / f"moved-{moved}")
-    datasets.load_data.cache_clear()
+    load_data.cache_clear()
     assert told[0]["seconds"] != told[1]["seconds"]
     assert (told[0]["failures"], told[1]["failures"] > 0) == (0, level == "client")
     assert json.loads(found[0]["summary.json"])["accuracy"]["final"]["local"] is not None

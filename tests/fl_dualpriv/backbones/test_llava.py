@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fl_dualpriv.backbones.answering import load_answering_model
 from fl_dualpriv.backbones.llava import LlavaBackbone
+from fl_dualpriv.backbones.load import load_answering_model
 from fl_dualpriv.backbones.transformers import transformers
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.pruning.published import pruned_hidden

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv import torchvision_shim
-from fl_dualpriv.backbones.answering import load_answering_model
 from fl_dualpriv.backbones.frozen import fingerprint
 from fl_dualpriv.backbones.llava import LlavaBackbone
+from fl_dualpriv.backbones.load import load_answering_model
 from fl_dualpriv.backbones.lora import LoraModel
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.prompts.answers import AnswerRecords, answer_records

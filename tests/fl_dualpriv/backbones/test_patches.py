@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.backbone import load_backbone
+from fl_dualpriv.backbones.load import load_backbone
 from fl_dualpriv.backbones.patches import PatchEncoder
 from fl_dualpriv.data.feature_cache import SHARD
 from fl_dualpriv.errors import ConfigError

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fl_dualpriv.backbones.backbone import load_backbone
+from fl_dualpriv.backbones.load import load_backbone
 from fl_dualpriv.backbones.transformers import TransformersBackbone, transformers
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.prompts.learner import PromptedText

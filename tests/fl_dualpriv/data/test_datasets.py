@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fl_dualpriv.data.datasets import load_data
 from fl_dualpriv.data.folder import FolderSplit
+from fl_dualpriv.data.load import load_data
 from fl_dualpriv.errors import ConfigError
 
 

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from fl_dualpriv.data.folder import FolderSplit
-from fl_dualpriv.data.questions import QuestionSet, QuestionSplits, load_questions
+from fl_dualpriv.data.load import load_questions
+from fl_dualpriv.data.questions import QuestionSet, QuestionSplits
 from fl_dualpriv.errors import ConfigError
 
 GOOD = 12

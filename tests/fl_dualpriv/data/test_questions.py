@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fl_dualpriv.data.questions import QuestionSet, given_question_splits, load_questions
+from fl_dualpriv.data.load import given_question_splits, load_questions
+from fl_dualpriv.data.questions import QuestionSet
 from fl_dualpriv.errors import ConfigError
 
 COLOURS = ("red", "green", "blue")

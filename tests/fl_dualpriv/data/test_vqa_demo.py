@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fl_dualpriv import torchvision_shim
+from fl_dualpriv.assets import VQA_DEMO_FOLDER
 from fl_dualpriv.data.questions import QuestionSet
 from fl_dualpriv.data.vqa_demo import (
     COLOURS,
@@ -20,7 +21,6 @@ from fl_dualpriv.data.vqa_demo import (
     RIGHT_WORDS,
     SHAPES,
     TYPES,
-    VQA_DEMO_FOLDER,
     SheetSplit,
     draw_sheet,
     load_vqa_demo,

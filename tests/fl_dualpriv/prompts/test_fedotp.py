@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.client import ClientData
+from fl_dualpriv.objective import ClientData
 from fl_dualpriv.privacy.clipping import Arithmetic, clip_rows
 from fl_dualpriv.prompts import fedotp
 from fl_dualpriv.prompts.fedotp import TransportObjective

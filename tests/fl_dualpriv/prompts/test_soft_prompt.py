@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.answering import load_answering_model
 from fl_dualpriv.backbones.llava import LlavaBackbone
+from fl_dualpriv.backbones.load import load_answering_model
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.prompts.answers import BLOCK, AnswerRecords, answer_records
 from fl_dualpriv.prompts.soft_prompt import SoftPromptObjective

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.backbone import load_backbone
+from fl_dualpriv.backbones.load import load_backbone
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.pruning.attention import importance, read_attention
 from fl_dualpriv.pruning.in_tower import check_prunable, encode_pruned, open_clip_tower

@@ -1,0 +1,64 @@
+"""Load a frozen model by its name. open_clip and transformers are imported only for a model of theirs."""
+
+from fl_dualpriv.assets import VQA_DEMO_FOLDER
+from fl_dualpriv.backbones.answering import AnsweringModel
+from fl_dualpriv.backbones.backbone import HUGGING_FACE, Backbone, Precision
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.pruning.visual_tokens import TokenPruner
+
+DEMO = "demo-vqa"
+
+
+def load_backbone(
+    name: str,
+    pretrained: str,
+    device: str,
+    pruner: TokenPruner | None = None,
+    precision: Precision = "fp32",
+) -> Backbone:
+    """Load and freeze a backbone; the weights are read once per process and never random.
+
+    Args:
+        name: ``demo`` (the embedded CLIP), ``local-dir:PATH`` (a folder with open_clip_config.json and
+            open_clip_model.safetensors), the name of an open_clip model, or ``hf:NAME``, a folder or hub name of a
+            transformers model (CLIP or SigLIP) with its tokenizer and image processor.
+        pretrained: For an open_clip model name, a tag or a .safetensors, .pt or .pth file; else empty.
+        device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        pruner: Prunes visual tokens inside the image tower; None: off.
+        precision: Of the matrix products of the image tower and of the shared-prefix text tower.
+
+    Raises:
+        ConfigError: If the model cannot be used exactly as asked for.
+    """
+    if name.startswith(HUGGING_FACE):
+        from fl_dualpriv.backbones.transformers import load_backbone as load
+    else:
+        from fl_dualpriv.backbones.open_clip import load_backbone as load
+    return load(name, pretrained, device, pruner, precision)
+
+
+def load_answering_model(
+    name: str, device: str, pruner: TokenPruner | None, precision: Precision = "fp32"
+) -> AnsweringModel:
+    """Load and freeze a model; the weights are read once per process and never random.
+
+    Args:
+        name: ``demo-vqa`` (the embedded demo), or ``hf:NAME``, a folder or hub name of a transformers model of type
+            llava with its processor.
+        device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        pruner: Prunes the visual tokens of each image; None keeps all.
+        precision: Of the weights and the products.
+
+    Raises:
+        ConfigError: If the model cannot be used exactly as asked for.
+    """
+    from fl_dualpriv.backbones.llava import load_llava
+
+    if name == DEMO:
+        return load_llava(name, str(VQA_DEMO_FOLDER), device, pruner, precision)
+    if not name.startswith(HUGGING_FACE):
+        raise ConfigError(
+            f"backbone.name = {name!r} answers no questions; name {DEMO} or {HUGGING_FACE}NAME, a folder or hub name "
+            "of a LLaVA model"
+        )
+    return load_llava(name, name.removeprefix(HUGGING_FACE), device, pruner, precision)

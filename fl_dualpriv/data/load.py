@@ -1,0 +1,101 @@
+"""Load images or questions by the names of the configuration."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from fl_dualpriv.data.datasets import DataSplits, ImageDataset
+from fl_dualpriv.data.folder import load_folder
+from fl_dualpriv.data.hub_names import hub_name
+from fl_dualpriv.data.questions import QuestionSplits
+from fl_dualpriv.errors import ConfigError
+
+
+@functools.lru_cache(maxsize=8)
+def load_data(
+    ref: Literal["demo", "folder"],
+    path: str,
+    classes: str,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    on_bad_image: Literal["raise", "keep"],
+) -> DataSplits:
+    """Load a data set once per process; a directory that changes later is not read again.
+
+    Args:
+        ref: ``demo``: the embedded images, no other argument is read. ``folder``: a directory of class folders.
+        path: Directory of the images; ``~`` is expanded.
+        classes: JSON file with the template and class names, or empty.
+        val_fraction: Share of train/ that becomes the validation set where there is no val/.
+        test_fraction: The same for test/.
+        seed: Of that cut.
+        on_bad_image: ``raise``: an unreadable image is an error now. ``keep``: it stays a record, so that counts stay
+            public under DP, and ``image`` raises ``BadImageError`` for it.
+
+    Raises:
+        ConfigError: If the data set is not usable as given.
+    """
+    if ref == "demo":
+        from fl_dualpriv.data.demo import demo_template, load_demo  # heavy: only where it is asked for
+
+        return _splits(load_demo(), demo_template())
+    if ref == "folder":
+        if not path.strip():
+            raise ConfigError('data.path is empty; give the directory of the images, or set data.ref = "demo"')
+        return _splits(*load_folder(Path(path).expanduser(), classes, val_fraction, test_fraction, seed, on_bad_image))
+    raise ConfigError(f"data.ref = {ref!r}: must be one of demo, folder")
+
+
+def _splits(splits: Mapping[str, ImageDataset], template: str) -> DataSplits:
+    train = splits["train"]
+    return DataSplits(train, splits["val"], splits["test"], train.class_names, template)
+
+
+@functools.lru_cache(maxsize=4)
+def load_questions(
+    ref: Literal["demo-vqa", "questions"],
+    path: str,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    on_bad: Literal["raise", "keep"],
+) -> QuestionSplits:
+    """Load questions once per process.
+
+    Args:
+        ref: ``demo-vqa``: the embedded ones, no other argument is read. ``questions``: what ``path`` names.
+        path: A .jsonl or .csv file; a folder of ``train``, ``val`` and ``test`` files of these kinds; or
+            ``datasets:NAME``, a data set of the Hugging Face hub, a folder that its library reads or saved, or a
+            .parquet file. A saved folder and a .parquet file may stand without ``datasets:``.
+        val_fraction: Share of the training images that become the validation set where there is none.
+        test_fraction: The same for the test set.
+        seed: Of that cut.
+        on_bad: ``raise``: a record that cannot be read is an error. ``keep``: it stays counted and cannot be used.
+
+    Raises:
+        ConfigError: If the questions cannot be used; it says all that is wrong.
+    """
+    if ref == "demo-vqa":
+        from fl_dualpriv.data.vqa_demo import load_vqa_demo
+
+        return load_vqa_demo()
+    if (name := hub_name(path)) is not None:
+        from fl_dualpriv.data.hub_questions import load_hub_questions
+
+        return load_hub_questions(name, val_fraction, test_fraction, seed, on_bad)
+    from fl_dualpriv.data.question_files import load_question_files
+
+    return load_question_files(path, val_fraction, test_fraction, seed, on_bad)
+
+
+def given_question_splits(path: str) -> frozenset[str]:
+    """Which of train, val and test are sets of their own in what ``data.path`` names."""
+    if (name := hub_name(path)) is not None:
+        from fl_dualpriv.data.hub_questions import given_hub_splits
+
+        return given_hub_splits(name)
+    from fl_dualpriv.data.question_files import given_file_splits
+
+    return given_file_splits(Path(path).expanduser())

@@ -1,0 +1,188 @@
+"""A run or an audit that has been checked and may start; shared by the commands. Light on import."""
+
+import json
+import os
+import time
+import tomllib
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+from rich.markup import escape
+
+from fl_dualpriv import plugins
+from fl_dualpriv.config import RunConfig, app_defaults, merge, parse_assignment, read_toml
+from fl_dualpriv.config_rules import ConfigValue
+from fl_dualpriv.console import Output
+from fl_dualpriv.data.hub_names import HUB, absolute_name
+from fl_dualpriv.errors import ConfigError, PrivacyError
+from fl_dualpriv.folder_lock import held_alone
+from fl_dualpriv.out_folder import prepare_folder
+from fl_dualpriv.user_folders import expanded
+
+_ENDING_SECONDS = 30.0
+
+
+class Engine(StrEnum):
+    """What carries messages between server and clients; results are the same."""
+
+    RAY = "ray"
+    LOCAL = "local"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run that has been checked and may start."""
+
+    app_dir: Path
+    flat: dict[str, ConfigValue]
+    config: RunConfig
+    out: Path
+    name: str
+    engine: Engine
+    data: tuple[str, ...] = ()  # what it loads, in lines for its operator
+
+
+def prepare(
+    config: Path,
+    assignments: list[str],
+    out: Path | None,
+    app_dir: Path | None,
+    *,
+    overwrite: bool,
+    engine: Engine = Engine.RAY,
+) -> Job:
+    """Check configuration, data and output folder before anything starts.
+
+    Raises:
+        ConfigError: With every problem of the configuration or of the data, or the one of the folder.
+        PrivacyError: A δ says nothing about data of this size.
+    """
+    app_dir = find_app(config) if app_dir is None else app_dir.resolve()
+    sets: dict[str, ConfigValue] = {}
+    problems = []
+    for text in assignments:
+        try:
+            key, value = parse_assignment(text)
+            sets[key] = value
+        except ConfigError as error:
+            problems.append(f"--set: {error}")
+    flat = merge(app_defaults(app_dir), read_toml(config), sets)
+    out = Path(out or str(flat.get("output.dir") or "") or f"runs/{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    out = Path(os.path.abspath(expanded(out)))  # noqa: PTH100 - resolve() would also follow links
+    flat = absolute_paths(flat | {"output.dir": str(out)}, Path.cwd())
+    try:
+        flat = plugins.find_module(flat, app_dir, (Path.cwd(), config.absolute().parent))
+        flat = plugins.pack_options(flat, app_defaults(app_dir))
+        checked = RunConfig.from_run_config(flat)
+    except (ConfigError, PrivacyError) as error:
+        raise ConfigError("\n".join([*problems, str(error)])) from error
+    if problems:
+        raise ConfigError("\n".join(problems))
+    data = _look_at_data(checked)  # before the folder: a run that does not start replaces nothing
+    prepare_folder(out, overwrite=overwrite)
+    return Job(app_dir=app_dir, flat=flat, config=checked, out=out, name=config.stem, engine=engine, data=data)
+
+
+def _look_at_data(config: RunConfig) -> tuple[str, ...]:
+    from fl_dualpriv.survey import survey  # late: it reads images
+
+    return tuple(survey(config))
+
+
+def resumed(out: Path, app_dir: Path | None, engine: Engine | None) -> Job:
+    """The run that was cut off in ``out``; what the folder holds the server app checks.
+
+    Raises:
+        ConfigError: If there is none, it has ended, it is still going on, or its data cannot be used.
+    """
+    out = Path(os.path.abspath(expanded(out)))  # noqa: PTH100 - as in `prepare`
+    file = out / "run.json"
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        flat: dict[str, ConfigValue] = kept["config"] | {"output.dir": str(out), "output.resume": True}
+        name, app, begun = str(kept["name"]), Path(kept["app"]), Engine(kept["engine"])
+    except FileNotFoundError:
+        raise ConfigError(f"{out} holds no run of `fl-dualpriv run` (run.json): nothing to resume") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{file} cannot be read: {type(error).__name__}: {error}; the run cannot be resumed"
+        ) from error
+    _refuse_ended(out)
+    with held_alone(out, _ENDING_SECONDS):  # processes of a front that was killed are ended within seconds
+        _refuse_ended(out)  # in these seconds they may have ended the run
+        (out / "error.json").unlink(missing_ok=True)
+    checked = RunConfig.from_run_config(flat)
+    data = _look_at_data(checked)
+    return Job(app_dir=app_dir or app, flat=flat, config=checked, out=out, name=name, engine=engine or begun, data=data)
+
+
+def _refuse_ended(out: Path) -> None:
+    if (out / "summary.json").exists():
+        raise ConfigError(f"{out}: its run has ended (summary.json); nothing is to be resumed")
+
+
+def find_app(config: Path) -> Path:
+    """The nearest folder around ``config``, else around the working directory, that holds a Flower app.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    for start in (config.resolve().parent, Path.cwd()):
+        for folder in (start, *start.parents):
+            file = folder / "pyproject.toml"
+            if file.is_file() and "app" in _table(file).get("tool", {}).get("flwr", {}):
+                return folder
+    raise ConfigError(f"no Flower app around {config} or {Path.cwd()}: give the folder of the checkout with --app")
+
+
+def _table(file: Path) -> dict:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def absolute_paths(flat: Mapping[str, ConfigValue], base: Path) -> dict[str, ConfigValue]:
+    """Make file paths absolute: the engines run in other folders than the one the user types in."""
+    result = dict(flat)
+    for key in ("strategy.path", "data.path", "data.classes"):
+        value = result.get(key)
+        if isinstance(value, str) and value.startswith(HUB):  # the hub's name, or a path
+            result[key] = HUB + absolute_name(value.removeprefix(HUB), base)
+        elif isinstance(value, str) and value:
+            result[key] = str(base / expanded(value))
+    name, pretrained = result.get("backbone.name"), result.get("backbone.pretrained")
+    if isinstance(name, str) and name.startswith("local-dir:"):
+        result["backbone.name"] = "local-dir:" + str(base / expanded(name.removeprefix("local-dir:")))
+    if isinstance(name, str) and name.startswith("hf:"):  # a folder, or a name on the hub
+        folder = base / expanded(name.removeprefix("hf:"))
+        result["backbone.name"] = f"hf:{folder}" if folder.is_dir() else name
+    # Else it is a tag.
+    if isinstance(pretrained, str) and pretrained.endswith((".safetensors", ".pt", ".pth", ".bin")):
+        result["backbone.pretrained"] = str(base / expanded(pretrained))
+    return result
+
+
+def describe(error: Exception, out: Path) -> str:
+    """One message for the user; where the error is not one of ours, the traceback goes to a file."""
+    if isinstance(error, ValueError | RuntimeError) and type(error).__module__.startswith("fl_dualpriv"):
+        return str(error)
+    file = out / "error.log"
+    file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    return f"{type(error).__name__}: {error}\n  traceback: {file}"
+
+
+def how_to_go_on(out: Path) -> str:
+    """What to call when the cause of a failure is gone; nothing if the run left nothing to go on from."""
+    return f"\n  to go on from there: fl-dualpriv run --resume {out}" if (out / "checkpoint.bin").exists() else ""
+
+
+def fail(errors: Output, message: str, status: int) -> NoReturn:
+    """End the command with one message and this exit status."""
+    errors.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True, highlight=False)
+    raise typer.Exit(status)

@@ -1,0 +1,109 @@
+"""Describe how the prompts of a run are used outside it.
+
+A model that lies in a folder may be exchanged after a run. The description therefore names the weights and the classes
+that a prompt was trained on, while they are there.
+"""
+
+import json
+import re
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from fl_dualpriv.backbones.backbone import HUGGING_FACE, ImageEncoder
+from fl_dualpriv.backbones.checkpoints import CHECKPOINT_SUFFIXES
+from fl_dualpriv.config import RunConfig
+from fl_dualpriv.methods import METHODS
+from fl_dualpriv.pruning.visual_tokens import TokenPruner, VisualTokenPruner
+from fl_dualpriv.use_facts import BackboneFacts, Kind, PrunerFacts, UseFacts
+from fl_dualpriv.world import World
+
+_LOCAL = "local-dir:"
+
+
+def kind_of(config: RunConfig) -> Kind | None:
+    """What a run learns; None if that cannot be used without the run."""
+    learns, learner = METHODS[config.method].learns, config.prompt.learner
+    if config.data.asks_questions:
+        return "lora" if learner == "lora" else "soft-prompt"
+    if learns == "prompt":
+        return "head" if learner == "head" else "context"
+    if learns in ("dp-lora", "ffa-lora"):
+        return "context"  # what the factors amount to
+    return learns if learns in ("linear-probe", "prototypes") else None
+
+
+def describe_use(
+    config: RunConfig,
+    backbone: ImageEncoder,
+    pruner: TokenPruner | None,
+    *,
+    fingerprint: str,
+    classes: tuple[str, ...],
+    template: str,
+    max_tokens: int,
+) -> UseFacts | None:
+    """Describe how a prompt of this run is used.
+
+    Args:
+        config: Configuration of the run.
+        backbone: The frozen model.
+        pruner: Pruner of visual tokens, or None.
+        fingerprint: Fingerprint of the model's weights.
+        classes: Class names in the order of the classifier; empty for questions.
+        template: Template with one ``{}``, or the words of the un-tuned model for questions.
+        max_tokens: Tokens of a question and its answer; 0 for images.
+
+    Returns:
+        The facts, or None if the prompt cannot be used without the run.
+    """
+    kind = kind_of(config)
+    is_known = pruner is None or (isinstance(pruner, VisualTokenPruner) and pruner.keep_ratio is not None)
+    if kind is None or not is_known:
+        return None
+    return UseFacts(
+        kind=kind,
+        classes=classes,
+        template=template,
+        max_tokens=max_tokens,
+        backbone=_backbone_facts(config, backbone, fingerprint),
+        pruner=_pruner_facts(pruner),
+    )
+
+
+def _backbone_facts(config: RunConfig, backbone: ImageEncoder, fingerprint: str) -> BackboneFacts:
+    name, pretrained = config.backbone.name, config.backbone.pretrained
+    prefix = next((p for p in (_LOCAL, HUGGING_FACE) if name.startswith(p)), "")
+    source = Path(name.removeprefix(prefix)).expanduser()
+    is_folder = prefix == _LOCAL or (prefix == HUGGING_FACE and source.is_dir())
+    is_local = is_folder or pretrained.endswith(CHECKPOINT_SUFFIXES)
+    return BackboneFacts(
+        name=prefix + _label(source.name) if is_folder else name,
+        pretrained=_label(Path(pretrained).name),
+        is_local=is_local,
+        precision=config.backbone.precision,
+        fingerprint=fingerprint,
+        image_side=backbone.feature_key,
+    )
+
+
+def _label(name: str) -> str:
+    """The last part of a path, in plain letters."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip(".")
+
+
+def _pruner_facts(pruner: object) -> PrunerFacts | None:
+    if pruner is None:
+        return None
+    return PrunerFacts(**{field.name: getattr(pruner, field.name) for field in fields(PrunerFacts)})
+
+
+def metadata_of_global(config: RunConfig, world: World, run_token: str) -> dict[str, str]:
+    """Metadata of the global prompt in a run's folder."""
+    use = world.use_facts(config)
+    return {
+        "method": config.method,
+        "backbone": config.backbone.name,
+        "randomness": config.privacy.randomness,
+        "run-token": run_token,
+        "use": json.dumps(None if use is None else asdict(use)),
+    }

@@ -1,0 +1,55 @@
+"""Build the task of a configuration: data, partition, frozen model and objective, once per process."""
+
+from typing import TYPE_CHECKING
+
+from fl_dualpriv.config import RunConfig
+from fl_dualpriv.disclosure import delta_problems, keeps_bad_records
+from fl_dualpriv.errors import ConfigError, PrivacyError
+from fl_dualpriv.methods import METHODS
+from fl_dualpriv.world import World
+
+if TYPE_CHECKING:
+    from fl_dualpriv.image_world import ImageWorld
+
+
+def build_world(config: RunConfig) -> World:
+    """Load and check everything the run needs; cached for what it depends on, so that methods share features.
+
+    Raises:
+        ConfigError: Data, model, prompt or partition do not work as configured; see the message.
+        PrivacyError: A configured δ says nothing about data or populations of this size.
+    """
+    on_bad = "keep" if keeps_bad_records(config) else "raise"
+    if config.data.asks_questions:
+        from fl_dualpriv.question_world import build_question_world  # late: a run of images needs none of it
+
+        world: World = build_question_world(config, on_bad)
+    else:
+        from fl_dualpriv.image_world import build_image_world
+
+        world = build_image_world(config, on_bad)
+    if problems := delta_problems(config, max(len(indices) for indices in world.partitions)):
+        raise PrivacyError("\n  ".join(problems))
+    return world
+
+
+def image_world(config: RunConfig) -> "ImageWorld":
+    """`build_world` for what knows prompts of image classification alone, such as the attacks.
+
+    Raises:
+        ConfigError: If the run answers questions or learns no prompt, or as `build_world`.
+    """
+    from fl_dualpriv.image_world import ImageWorld
+
+    if METHODS[config.method].learns != "prompt" or METHODS[config.method].contrast:
+        raise ConfigError(
+            f"method = {config.method!r} learns no prompt, or not from records alone, and this works on such prompts; "
+            'set it to "promptfl" or "dpfpl", for example'
+        )
+    world = build_world(config)
+    if not isinstance(world, ImageWorld):
+        raise ConfigError(
+            f"data.ref = {config.data.ref!r}: this needs a run of image classification, on a folder of images or on "
+            'the demo (data.ref = "demo")'
+        )
+    return world
