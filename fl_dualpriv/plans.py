@@ -7,10 +7,16 @@ from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.privacy.limits import LARGEST_DRAWN_MULTIPLIER
-from fl_dualpriv.privacy.matrix_mechanism import BandedNoise, CorrelatedNoise, TreeNoise, best_bands
+from fl_dualpriv.privacy.matrix_mechanism import (
+    BandedNoise,
+    CorrelatedNoise,
+    RoundRobin,
+    TreeNoise,
+    best_bands,
+    separation_for,
+)
 from fl_dualpriv.privacy.plan import ClientLevelPlan, RecordLevelPlan, ServerUnit, noise_multiplier_for
 from fl_dualpriv.privacy.quantile import AdaptiveClip
-from fl_dualpriv.privacy.schedule import RoundRobin, separation_for
 
 _MOST_BANDS = 64  # unless asked for: the server remembers so many arrays of the prompt's size
 

@@ -21,8 +21,7 @@ from fl_dualpriv import wire
 from fl_dualpriv.cohort import Asked, by_node, collect
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.evaluation import Accuracy, mean_accuracy
-from fl_dualpriv.privacy.clipping import ClippedSum, check_exact, clip_rows
-from fl_dualpriv.privacy.cohort_sum import client_sum, trusting_sum
+from fl_dualpriv.privacy.clipping import ClippedSum, check_exact, client_sum, clip_rows, trusting_sum
 from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey, gaussian_noise, poisson_sample
 from fl_dualpriv.privacy.plan import RoundTerms, ServerUnit
 from fl_dualpriv.privacy.quantile import AdaptiveClip

@@ -9,8 +9,7 @@ from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy import worst_terms_filter
 from fl_dualpriv.privacy.accounting import SampledGaussians, composed_epsilon, epsilon
 from fl_dualpriv.privacy.ledger import Ledger
-from fl_dualpriv.privacy.matrix_mechanism import BandedNoise
-from fl_dualpriv.privacy.schedule import RoundRobin
+from fl_dualpriv.privacy.matrix_mechanism import BandedNoise, RoundRobin
 from fl_dualpriv.server_books import BudgetExhausted, ServerBooks, ServerPrivacy
 
 

@@ -17,12 +17,13 @@ from fl_dualpriv.privacy.clipping import (
     ClippedSum,
     as_clipped_sum,
     check_exact,
+    client_sum,
     clip_rows,
     clipped_sum,
     cut_rows,
     integer_rows,
+    trusting_sum,
 )
-from fl_dualpriv.privacy.cohort_sum import client_sum, trusting_sum
 from fl_dualpriv.privacy.feature_rows import clipped_feature_sum
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 from fl_dualpriv.privacy.per_example import Batches, clipped_sums

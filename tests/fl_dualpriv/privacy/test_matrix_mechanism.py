@@ -15,12 +15,13 @@ from fl_dualpriv.privacy.accounting import COARSE_GRID, composed_epsilon, gather
 from fl_dualpriv.privacy.matrix_mechanism import (
     BandedNoise,
     CorrelatedNoise,
+    RoundRobin,
     TreeNoise,
     best_bands,
+    separation_for,
     square_root_coefficients,
 )
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey, gaussian_noise
-from fl_dualpriv.privacy.schedule import RoundRobin, separation_for
 
 
 def plan(rounds: int, separation: int) -> RoundRobin:
