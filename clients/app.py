@@ -110,21 +110,21 @@ def _reply(message: Message, context: Context, answer: "Callable[[Node], RecordD
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Say which clients are here and how many records each holds (public metadata), after checking data and model."""
-    from fl_dualpriv import wire
+    from fl_dualpriv import messages
 
-    return _reply(message, context, lambda node: wire.cards_content(node.cards()))
+    return _reply(message, context, lambda node: messages.cards_content(node.cards()))
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Move the prompts of the clients that are asked for one round; upload the move of p_G, keep p_L."""
     from clients.training import TrainRound
-    from fl_dualpriv import wire
+    from fl_dualpriv import messages
 
     def answer(node: "Node") -> RecordDict:
-        uploads = TrainRound(node, wire.read_train(message)).run()
+        uploads = TrainRound(node, messages.read_train(message)).run()
         node.report_memory()
-        return wire.uploads_content(uploads)
+        return messages.uploads_content(uploads)
 
     return _reply(message, context, answer)
 
@@ -132,6 +132,6 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Score the zero-shot, the global or the personal prompts on held-out images."""
-    from fl_dualpriv import wire
+    from fl_dualpriv import messages
 
-    return _reply(message, context, lambda node: wire.scores_content(node.score(wire.read_evaluate(message))))
+    return _reply(message, context, lambda node: messages.scores_content(node.score(messages.read_evaluate(message))))

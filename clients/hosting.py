@@ -11,14 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.client import ClientFolder
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.disclosure import held_out_is_given, may_score
 from fl_dualpriv.errors import ConfigError, PrivacyError, type_alone
-from fl_dualpriv.evaluation import Score, split_counts
 from fl_dualpriv.memory import peak_bytes
 from fl_dualpriv.methods import METHODS
+from fl_dualpriv.metrics import Score, split_counts
 from fl_dualpriv.node_run import keep_node_run, keep_scored
 from fl_dualpriv.objective import Objective
 from fl_dualpriv.peak_memory import report_peak
@@ -91,7 +91,7 @@ class Setting:
         """Whether a client holds a group, (population, group) bool; public metadata."""
         return held_groups(self.world)
 
-    def shared_counts(self, kind: wire.PromptKind, prompt: Tensor) -> Counts:
+    def shared_counts(self, kind: messages.PromptKind, prompt: Tensor) -> Counts:
         """Right and all held-out records per group for a prompt that all clients share; the last one is kept."""
         key = (kind, b"" if kind == "zero-shot" else prompt.numpy().tobytes())
         if self._counts is None or self._counts[0] != key:
@@ -194,10 +194,10 @@ class Node:
         config = self.setting.config
         return range(self.index, config.population, config.num_supernodes)
 
-    def cards(self) -> list[wire.ClientCard]:
+    def cards(self) -> list[messages.ClientCard]:
         """Public metadata of all hosted clients."""
         world, rows = self.setting.world, self.setting.row_path
-        return [wire.ClientCard(partition=p, num_examples=world.num_examples(p), rows=rows) for p in self.hosted]
+        return [messages.ClientCard(partition=p, num_examples=world.num_examples(p), rows=rows) for p in self.hosted]
 
     def folder(self, partition: int) -> ClientFolder:
         """A client's own folder."""
@@ -219,7 +219,7 @@ class Node:
             raise PrivacyError("a message names a client twice, or one that this node does not host; it is refused")
         return sorted(partitions)
 
-    def score(self, task: wire.EvaluateTask) -> wire.Scores:
+    def score(self, task: messages.EvaluateTask) -> messages.Scores:
         """Score the zero-shot, the global or the personal prompt of each client that is asked on held-out images.
 
         Raises:
@@ -238,10 +238,10 @@ class Node:
             kind = "zero-shot" if task.prompt == "zero-shot" else "global"
             counts, held = setting.shared_counts(kind, task.global_prompt), setting.held[partitions]
             scores = split_counts(*counts, held, by_group=setting.config.data.asks_questions)
-            return wire.Scores(partitions=tuple(partitions), values=scores)
+            return messages.Scores(partitions=tuple(partitions), values=scores)
         return self._score_personal(task, partitions)
 
-    def _score_personal(self, task: wire.EvaluateTask, partitions: list[int]) -> wire.Scores:
+    def _score_personal(self, task: messages.EvaluateTask, partitions: list[int]) -> messages.Scores:
         setting = self.setting
         failed = Failures(private=setting.plan is not None)
         scores: dict[int, Score] = {}
@@ -266,7 +266,7 @@ class Node:
                 if self.state_dir is not None:  # the last global prompt of a run comes with its last score
                     with contextlib.suppress(OSError):
                         keep_scored(self.state_dir, prompts[p], scores[p], task.run_token, task.server_round)
-        return wire.Scores(partitions=tuple(scores), values=list(scores.values()), failed=failed)
+        return messages.Scores(partitions=tuple(scores), values=list(scores.values()), failed=failed)
 
     def report_memory(self) -> None:
         """Log the process's peak when it grew; beside the results it is written down too."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from clients.dpfpl_paper import PublishedTraining, nominal_sigma, published_updates
 from clients.dualpriv import LocalTraining, Participant, cohort_update
 from clients.hosting import Failures, Node, chunks, prompts_at_once
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.client import PersonalState, check_round, check_single_run, fresh_state, is_same_release
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import PrivacyError
@@ -44,7 +44,7 @@ class TrainRound:
         task: What is asked.
     """
 
-    def __init__(self, node: Node, task: wire.TrainTask) -> None:
+    def __init__(self, node: Node, task: messages.TrainTask) -> None:
         self._node, self._setting, self._task = node, node.setting, task
         self._prompt = task.global_prompt.to(self._setting.world.backbone.device)
         config = self._setting.config
@@ -52,7 +52,7 @@ class TrainRound:
         self._uploads: dict[int, Tensor] = {}
         self._failed = Failures(private=self._setting.plan is not None)
 
-    def run(self) -> wire.Uploads:
+    def run(self) -> messages.Uploads:
         """Train everybody; a client that fails takes nobody with it.
 
         Raises:
@@ -72,7 +72,7 @@ class TrainRound:
         for group in chunks(partitions, min(size, _MOST_LOCKS) if setting.plan is not None else size):
             self._train(group)
         values = list(self._uploads.values())
-        return wire.Uploads(
+        return messages.Uploads(
             partitions=tuple(self._uploads),
             values=torch.stack(values).cpu() if values else torch.zeros(0, *setting.prompt_shape),
             failed=self._failed,

@@ -6,9 +6,9 @@ from typing import Generic, TypeVar
 
 from flwr.app import Message
 
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 
-Answer = TypeVar("Answer", wire.Uploads, wire.Scores)
+Answer = TypeVar("Answer", messages.Uploads, messages.Scores)
 Asked = Mapping[int, tuple[int, ...]]
 """Node id → the clients that it was asked about."""
 
@@ -61,7 +61,7 @@ def collect(
         answered.add(node)
         members = asked[node]
         if reply.has_error():
-            failed |= dict.fromkeys(members, wire.failure_reason(reply))
+            failed |= dict.fromkeys(members, messages.failure_reason(reply))
             continue
         try:
             answer = read(reply)

@@ -20,10 +20,10 @@ from fl_dualpriv.data.identity import data_identity
 from fl_dualpriv.data.load import load_data
 from fl_dualpriv.data.partition import held_classes, partition
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.evaluation import count_by_class, count_logits
 from fl_dualpriv.image_features import ImageFeatures, refuse_unusable
 from fl_dualpriv.image_learners import ImageLearner, image_learner
 from fl_dualpriv.methods import METHODS
+from fl_dualpriv.metrics import count_by_class, count_logits
 from fl_dualpriv.objective import ClientData, Objective
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 from fl_dualpriv.privacy.per_example import rows_at_once

@@ -3,7 +3,7 @@
 from flwr.app import ArrayRecord, Message, MessageType
 from torch import Tensor
 
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.cohort import Asked
 from fl_dualpriv.privacy.plan import RoundTerms
 
@@ -14,23 +14,23 @@ def train_messages(
     """Ask each node to train its clients from ``prompt``, packed in ``arrays`` once for all."""
     messages = []
     for node, partitions in asked.items():
-        task = wire.TrainTask(
+        task = messages.TrainTask(
             partitions=partitions, global_prompt=prompt, server_round=server_round, run_token=run_token, terms=terms
         )
-        content = wire.train_content(task, arrays)
+        content = messages.train_content(task, arrays)
         messages.append(Message(content, node, MessageType.TRAIN, group_id=str(server_round)))
     return messages
 
 
 def score_messages(
-    asked: Asked, prompt: Tensor, server_round: int, run_token: str, kind: wire.PromptKind
+    asked: Asked, prompt: Tensor, server_round: int, run_token: str, kind: messages.PromptKind
 ) -> list[Message]:
     """Ask each node for its clients' scores of ``prompt``, or of their personal ones."""
-    arrays, messages = wire.to_arrays(prompt), []
+    arrays, messages = messages.to_arrays(prompt), []
     for node, partitions in asked.items():
-        task = wire.EvaluateTask(
+        task = messages.EvaluateTask(
             partitions=partitions, global_prompt=prompt, server_round=server_round, run_token=run_token, prompt=kind
         )
-        content = wire.evaluate_content(task, arrays)
+        content = messages.evaluate_content(task, arrays)
         messages.append(Message(content, node, MessageType.EVALUATE, group_id=str(server_round)))
     return messages

@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.checkpoint import Checkpoint, CheckpointFolder, Progress
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.privacy.plan import Release
@@ -114,23 +114,23 @@ class Rounds:
             ClientFailure: If an actor died and the run shall stop at that.
         """
         strategy, config = self._strategy, ConfigRecord()
-        arrays = wire.to_arrays(prompt)
+        arrays = messages.to_arrays(prompt)
         for server_round in range(reported + 1, strategy.num_rounds + 1):
             if server_round > strategy.rounds_done:
                 asked = strategy.configure_train(server_round, arrays, config, grid)
                 moved, _ = strategy.aggregate_train(server_round, self._replies(grid, asked, timeout))
                 arrays = arrays if moved is None else moved
-                self._keep(wire.from_arrays(arrays))
+                self._keep(messages.from_arrays(arrays))
             asked = strategy.configure_evaluate(server_round, arrays, config, grid)
             strategy.aggregate_evaluate(server_round, self._replies(grid, asked, timeout))
-        return wire.from_arrays(arrays)
+        return messages.from_arrays(arrays)
 
     def _replies(self, grid: Grid, asked: Iterable[Message], timeout: float) -> Iterator[Message]:
         """The replies as they are; says once what a dead actor means where the run goes on without it."""
         for reply in grid.send_and_receive(asked, timeout=timeout):
-            dead = self._strategy.tolerates_failures and wire.dead_actor(reply) is not None
+            dead = self._strategy.tolerates_failures and messages.dead_actor(reply) is not None
             if dead and self._stops:
-                raise ClientFailure(f'dead-actors = "stop": {wire.failure_reason(reply)}')
+                raise ClientFailure(f'dead-actors = "stop": {messages.failure_reason(reply)}')
             if dead and not self._warned:
                 self._warned = True
                 _log.warning(

@@ -17,10 +17,10 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.cohort import Asked, by_node, collect
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.evaluation import Accuracy, mean_accuracy
+from fl_dualpriv.metrics import Accuracy, mean_accuracy
 from fl_dualpriv.privacy.clipping import ClippedSum, check_exact, client_sum, clip_rows, trusting_sum
 from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey, gaussian_noise, poisson_sample
 from fl_dualpriv.privacy.plan import RoundTerms, ServerUnit
@@ -90,12 +90,12 @@ class RoundStrategy(Strategy):
     proved_for: ClassVar[tuple[ServerUnit, ...]] = ("client", "record", "nominal")
     unproved_because: ClassVar[str] = ""
 
-    cards: dict[int, wire.ClientCard]
+    cards: dict[int, messages.ClientCard]
     hosts: dict[int, int]
     masses: dict[int, float]
     num_rounds: int
     evaluate_every: int
-    prompt_kind: wire.PromptKind
+    prompt_kind: messages.PromptKind
     run_token: str
     terms: RoundTerms
     tolerates_failures: bool
@@ -213,7 +213,7 @@ class RoundStrategy(Strategy):
         Raises:
             BudgetExhausted: If the round would exceed the budget at the server; nobody was sampled or asked then.
         """
-        self._prompt = wire.from_arrays(arrays)
+        self._prompt = messages.from_arrays(arrays)
         if self._books is not None:
             self._books.check(server_round)
         self._round_failures = 0
@@ -232,7 +232,7 @@ class RoundStrategy(Strategy):
             raise ValueError(f"{type(self).__name__} made a prompt of shape {tuple(moved.shape)}; expected {expected}")
         self._prompt = moved.to(self._prompt.dtype)
         self.rounds_done = server_round
-        return wire.to_arrays(self._prompt), None
+        return messages.to_arrays(self._prompt), None
 
     def _step(self, server_round: int, partitions: Sequence[int], diffs: Tensor) -> Tensor:
         """The prompt after the round. The ledger is written before the noise is drawn."""
@@ -320,7 +320,7 @@ class RoundStrategy(Strategy):
         """Good uploads, ordered by partition so that float sums repeat; the rest are failures."""
         shape = tuple(self._prompt.shape)
         found = collect(
-            self._asked, replies, lambda reply: wire.read_uploads(reply, shape), "upload", str(server_round)
+            self._asked, replies, lambda reply: messages.read_uploads(reply, shape), "upload", str(server_round)
         )
         self._fail(server_round, found.failed)
         partitions = [partition for answer in found.answers for partition in answer.partitions]
@@ -364,16 +364,16 @@ class RoundStrategy(Strategy):
         if not due:
             self._asked = {}
             return []
-        return self.evaluation_messages(server_round, wire.from_arrays(arrays), self.prompt_kind)
+        return self.evaluation_messages(server_round, messages.from_arrays(arrays), self.prompt_kind)
 
-    def evaluation_messages(self, server_round: int, prompt: Tensor, kind: wire.PromptKind) -> list[Message]:
+    def evaluation_messages(self, server_round: int, prompt: Tensor, kind: messages.PromptKind) -> list[Message]:
         """Messages that make every client score ``prompt``."""
         self._asked = self._everyone
         return score_messages(self._asked, prompt, server_round, self.run_token, kind)
 
     def read_scores(self, server_round: int, replies: Iterable[Message]) -> Accuracy | None:
         """Mean accuracy of the clients that answered; None if none did."""
-        found = collect(self._asked, replies, wire.read_scores, "score", str(server_round))
+        found = collect(self._asked, replies, messages.read_scores, "score", str(server_round))
         self._fail(server_round, {p: f"evaluation: {reason}" for p, reason in found.failed.items()})
         scores = {p: s for answer in found.answers for p, s in zip(answer.partitions, answer.values, strict=True)}
         return mean_accuracy([scores[p] for p in sorted(scores)]) if scores else None

@@ -15,7 +15,7 @@ from flwr.app import ConfigRecord, Message
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.privacy.clipping import clip_rows
 from fl_dualpriv.privacy.noise import KeyedRandom
@@ -117,7 +117,7 @@ def _build(
     )
     try:
         return cls(
-            cards={p: wire.ClientCard(partition=p, num_examples=n) for p, n in enumerate(_SIZES)},
+            cards={p: messages.ClientCard(partition=p, num_examples=n) for p, n in enumerate(_SIZES)},
             hosts={p: 100 + p % 2 for p in range(len(_SIZES))},
             masses={p: 0.1 * n if unit == "record" else 1.0 for p, n in enumerate(_SIZES)},
             num_rounds=_ROUNDS,
@@ -140,7 +140,7 @@ def _build(
 
 
 def _begin(strategy: RoundStrategy, server_round: int, start: Tensor) -> list[Message]:
-    return list(strategy.configure_train(server_round, wire.to_arrays(start), ConfigRecord(), None))  # type: ignore[arg-type]
+    return list(strategy.configure_train(server_round, messages.to_arrays(start), ConfigRecord(), None))  # type: ignore[arg-type]
 
 
 def _play(
@@ -149,14 +149,14 @@ def _play(
     """One round as the server plays it; whoever is asked and not in ``uploads`` does not answer."""
     replies, turn = [], -1 if backwards else 1
     for message in _begin(strategy, server_round, start):
-        answered = tuple(p for p in wire.read_train(message).partitions if p in uploads)[::turn]
+        answered = tuple(p for p in messages.read_train(message).partitions if p in uploads)[::turn]
         if answered:
-            sent = wire.Uploads(partitions=answered, values=torch.stack([uploads[p] for p in answered]))
-            replies.append(Message(wire.uploads_content(sent), reply_to=message))
+            sent = messages.Uploads(partitions=answered, values=torch.stack([uploads[p] for p in answered]))
+            replies.append(Message(messages.uploads_content(sent), reply_to=message))
     arrays, _ = strategy.aggregate_train(server_round, replies[::turn])
     _require(arrays is not None, "a round gave no prompt")
     assert arrays is not None
-    return wire.from_arrays(arrays)
+    return messages.from_arrays(arrays)
 
 
 def _draw(key: str, count: int = len(_SIZES), size: float = 1.0) -> dict[int, Tensor]:

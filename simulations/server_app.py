@@ -12,16 +12,16 @@ from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.checkpoint import CheckpointFolder
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.disclosure import claims_privacy, may_score
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.evaluation import Accuracy
 from fl_dualpriv.expiring_grid import ExpiringGrid
 from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.memory import check_memory
 from fl_dualpriv.methods import METHODS
+from fl_dualpriv.metrics import Accuracy
 from fl_dualpriv.plans import client_level_plan, noised_unit, record_level_plan
 from fl_dualpriv.privacy.accounting import joint_noise_multiplier
 from fl_dualpriv.privacy.ledger import Ledger
@@ -167,7 +167,7 @@ def round_of_epsilon(server_round: int, rounds: int) -> int:
     return min(math.ceil(server_round / stride) * stride, rounds)
 
 
-def join(grid: Grid, config: RunConfig) -> tuple[dict[int, wire.ClientCard], dict[int, int]]:
+def join(grid: Grid, config: RunConfig) -> tuple[dict[int, messages.ClientCard], dict[int, int]]:
     """Wait for all nodes, then ask each for the clients it hosts. Nothing is sampled before that (Flower races).
 
     Returns:
@@ -186,7 +186,7 @@ def join(grid: Grid, config: RunConfig) -> tuple[dict[int, wire.ClientCard], dic
             f'with --federation-config "num-supernodes={expected}", or set {key} = {len(nodes)}'
         )
     messages = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
-    found: list[tuple[wire.ClientCard, int]] = []
+    found: list[tuple[messages.ClientCard, int]] = []
     replies = list(grid.send_and_receive(messages, timeout=config.reply_timeout))
     if silent := len(nodes) - len(replies):
         raise ConfigError(
@@ -195,8 +195,8 @@ def join(grid: Grid, config: RunConfig) -> tuple[dict[int, wire.ClientCard], dic
         )
     for reply in replies:
         if reply.has_error():
-            raise ConfigError(f"a client cannot start: {wire.failure_reason(reply)}")
-        found += [(card, reply.metadata.src_node_id) for card in wire.read_cards(reply)]
+            raise ConfigError(f"a client cannot start: {messages.failure_reason(reply)}")
+        found += [(card, reply.metadata.src_node_id) for card in messages.read_cards(reply)]
     found.sort(key=lambda pair: pair[0].partition)
     partitions = [card.partition for card, _ in found]
     if partitions != list(range(config.population)):
@@ -218,7 +218,7 @@ def build_strategy(
     config: RunConfig,
     record: RecordLevelPlan | None,
     client: ClientLevelPlan | None,
-    cards: dict[int, wire.ClientCard],
+    cards: dict[int, messages.ClientCard],
     hosts: dict[int, int],
     recorder: RunRecorder,
     report: Callable[[RoundReport], None],
@@ -253,7 +253,7 @@ def server_privacy(
     config: RunConfig,
     record: RecordLevelPlan | None,
     client: ClientLevelPlan | None,
-    cards: dict[int, wire.ClientCard],
+    cards: dict[int, messages.ClientCard],
     ledger: Ledger,
 ) -> ServerPrivacy | None:
     """What the server noises: client updates, clipped sums of trusting clients, the DP-FPL paper's p_G, or nothing."""
@@ -307,7 +307,7 @@ def server_privacy(
 
 
 def score_now(
-    strategy: RoundStrategy, grid: Grid, prompt: Tensor, kind: wire.PromptKind, timeout: float
+    strategy: RoundStrategy, grid: Grid, prompt: Tensor, kind: messages.PromptKind, timeout: float
 ) -> Accuracy | None:
     """Score one prompt outside the rounds."""
     return strategy.read_scores(

@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, Message
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, RandomSources, StreamKey
 from fl_dualpriv.privacy.plan import RoundTerms, round_terms
 from fl_dualpriv.server import RoundReport, RoundStrategy, ServerPrivacy
@@ -62,7 +62,7 @@ def made_strategy(
     # Messages cannot be made outside a Flower task.
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 1, 0
     return cls(
-        cards={p: wire.ClientCard(partition=p, num_examples=n) for p, n in enumerate(sizes)},
+        cards={p: messages.ClientCard(partition=p, num_examples=n) for p, n in enumerate(sizes)},
         hosts={p: nodes[p] if nodes else 70 + p for p in range(len(sizes))},
         masses=dict(masses or dict.fromkeys(range(len(sizes)), 1.0)),
         num_rounds=rounds,
@@ -81,4 +81,4 @@ def made_strategy(
 
 def training_messages(strategy: RoundStrategy, server_round: int, start: Tensor) -> list[Message]:
     """The messages of training of a round that begins at a prompt."""
-    return list(strategy.configure_train(server_round, wire.to_arrays(start), ConfigRecord(), None))  # type: ignore[arg-type]
+    return list(strategy.configure_train(server_round, messages.to_arrays(start), ConfigRecord(), None))  # type: ignore[arg-type]

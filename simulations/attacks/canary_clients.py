@@ -25,7 +25,7 @@ from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.local_engine import LocalGrid
@@ -98,13 +98,13 @@ def _moves(config: RunConfig, plan: ClientLevelPlan, start: Tensor, updates: Ten
         strategy = _strategy(config, plan, Path(folder))
         if not noisy:
             strategy.sources = silenced(strategy.sources, frozenset({"server-noise"}))
-        arrays, prompts = wire.to_arrays(start), [start]
+        arrays, prompts = messages.to_arrays(start), [start]
         for server_round in range(1, config.rounds + 1):
             messages = strategy.configure_train(server_round, arrays, nothing, grid)
             released, _ = strategy.aggregate_train(server_round, grid.send_and_receive(messages))
             assert released is not None
             arrays = released
-            prompts.append(wire.from_arrays(arrays))
+            prompts.append(messages.from_arrays(arrays))
     if strategy.failures:
         raise RuntimeError(f"the audited rounds failed: {strategy.last_failure}")
     return torch.stack(prompts).to(torch.float64).diff(dim=0).flatten(1).numpy()
@@ -116,9 +116,9 @@ def _canary_app(updates: Tensor) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        asked = wire.read_train(message).partitions
+        asked = messages.read_train(message).partitions
         return Message(
-            wire.uploads_content(wire.Uploads(partitions=asked, values=updates[list(asked)])), reply_to=message
+            messages.uploads_content(messages.Uploads(partitions=asked, values=updates[list(asked)])), reply_to=message
         )
 
     return app
@@ -127,7 +127,7 @@ def _canary_app(updates: Tensor) -> ClientApp:
 def _strategy(config: RunConfig, plan: ClientLevelPlan, folder: Path) -> RoundStrategy:
     """The strategy of a run, its books included; they are this federation's own and end with it."""
     strategy_class = load_class("strategy.ref", config.strategy.ref, RoundStrategy)
-    cards = {p: wire.ClientCard(partition=p, num_examples=1) for p in range(config.population)}
+    cards = {p: messages.ClientCard(partition=p, num_examples=1) for p in range(config.population)}
     return build_strategy(
         strategy_class,
         config,

@@ -15,7 +15,7 @@ from clients.dpfpl_paper import published_updates
 from clients.dualpriv import Participant, cohort_update
 from clients.hosting import chunks, prompts_at_once
 from clients.training import local_training, published_training
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.client import PersonalState, fresh_state
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import ConfigError
@@ -88,7 +88,7 @@ class Federation:
         """
         training = _Training(self, members, seed)
         grid = LocalGrid(training.client_app(), 1, self.config.to_run_config())
-        arrays, nothing = wire.to_arrays(self.start), ConfigRecord()
+        arrays, nothing = messages.to_arrays(self.start), ConfigRecord()
         with tempfile.TemporaryDirectory() as folder:
             strategy = self._strategy(members, seed, Path(folder))
             for server_round in range(1, self.config.rounds + 1):
@@ -99,12 +99,12 @@ class Federation:
         if strategy.failures:
             raise RuntimeError(f"the training under attack failed: {strategy.last_failure}")
         personal = torch.stack([state.personal for state in training.states])
-        return wire.from_arrays(arrays).to(self.device) + personal
+        return messages.from_arrays(arrays).to(self.device) + personal
 
     def _strategy(self, members: Sequence[ClientData], seed: int, folder: Path) -> RoundStrategy:
         config = self.config
         strategy_class = load_class("strategy.ref", config.strategy.ref, RoundStrategy)
-        cards = {p: wire.ClientCard(partition=p, num_examples=data.num_examples) for p, data in enumerate(members)}
+        cards = {p: messages.ClientCard(partition=p, num_examples=data.num_examples) for p, data in enumerate(members)}
         return build_strategy(
             strategy_class,
             replace(config, seed=seed),
@@ -133,11 +133,11 @@ class _Training:
 
         @app.train()
         def train(message: Message, context: Context) -> Message:
-            return Message(wire.uploads_content(self._round(wire.read_train(message))), reply_to=message)
+            return Message(messages.uploads_content(self._round(messages.read_train(message))), reply_to=message)
 
         return app
 
-    def _round(self, task: wire.TrainTask) -> wire.Uploads:
+    def _round(self, task: messages.TrainTask) -> messages.Uploads:
         federation, prompt = self._federation, task.global_prompt.to(self._federation.device)
         # As a node divides its clients.
         size = prompts_at_once(federation.tower, federation.config.resources.workspace_mib * 2**19, prompt.device)
@@ -147,7 +147,7 @@ class _Training:
             for participant, (upload, state) in zip(participants, self._updates(prompt, participants), strict=True):
                 self.states[participant.partition] = state
                 uploads.append(upload)
-        return wire.Uploads(partitions=tuple(sorted(task.partitions)), values=torch.stack(uploads).cpu())
+        return messages.Uploads(partitions=tuple(sorted(task.partitions)), values=torch.stack(uploads).cpu())
 
     def _participant(self, partition: int, server_round: int) -> Participant:
         def random(purpose: str, step: int) -> RandomSource:

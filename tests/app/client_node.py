@@ -11,14 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 from clients.app import app
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.config import app_defaults
 from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.privacy.plan import RoundTerms
 
 DEFAULTS = app_defaults(Path(__file__).parents[2])
 PROMPT = torch.zeros(4, 32)
-KINDS: tuple[wire.PromptKind, ...] = ("zero-shot", "global", "personal")
+KINDS: tuple[messages.PromptKind, ...] = ("zero-shot", "global", "personal")
 
 Nodes = Callable[..., LocalGrid]
 # What the run configuration below promises, and what its honest server asks for.
@@ -73,20 +73,22 @@ def train(
     partitions: tuple[int, ...] = (0,),
     prompt: Tensor = PROMPT,
 ) -> Message:
-    task = wire.TrainTask(
+    task = messages.TrainTask(
         partitions=partitions, global_prompt=prompt, server_round=server_round, run_token=token, terms=terms
     )
-    return ask(grid, wire.train_content(task), MessageType.TRAIN)
+    return ask(grid, messages.train_content(task), MessageType.TRAIN)
 
 
-def uploads(reply: Message) -> wire.Uploads:
+def uploads(reply: Message) -> messages.Uploads:
     assert not reply.has_error(), reply.error.reason
-    return wire.read_uploads(reply, (4, 32))
+    return messages.read_uploads(reply, (4, 32))
 
 
-def evaluate(grid: LocalGrid, prompt: wire.PromptKind = "personal", partitions: tuple[int, ...] = (0,)) -> Message:
-    task = wire.EvaluateTask(partitions=partitions, global_prompt=PROMPT, server_round=1, run_token="t", prompt=prompt)
-    return ask(grid, wire.evaluate_content(task), MessageType.EVALUATE)
+def evaluate(grid: LocalGrid, prompt: messages.PromptKind = "personal", partitions: tuple[int, ...] = (0,)) -> Message:
+    task = messages.EvaluateTask(
+        partitions=partitions, global_prompt=PROMPT, server_round=1, run_token="t", prompt=prompt
+    )
+    return ask(grid, messages.evaluate_content(task), MessageType.EVALUATE)
 
 
 def ledger_lines(tmp_path: Path, partition: int = 0) -> int:

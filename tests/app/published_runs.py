@@ -8,8 +8,8 @@ import torch
 
 from fl_dualpriv import load_prompt
 from fl_dualpriv.config import RunConfig, app_defaults
-from fl_dualpriv.evaluation import mean_accuracy, split_counts
 from fl_dualpriv.image_world import ImageWorld
+from fl_dualpriv.metrics import mean_accuracy, split_counts
 from fl_dualpriv.prediction import LoadedPrompt
 from fl_dualpriv.published import write_published
 from fl_dualpriv.publishing import publish

@@ -13,7 +13,7 @@ from flwr.app import Message, MessageType, RecordDict
 
 import clients.hosting
 import clients.training
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.files import read_tensors, write_tensors
 from fl_dualpriv.privacy import ledger as ledger_module
 from fl_dualpriv.privacy.ledger import Ledger
@@ -42,7 +42,7 @@ def nodes(tiny_clip_dir: Path, tmp_path: Path) -> Nodes:
 def test_a_query_says_who_and_how_many(nodes: Nodes):
     reply = ask(nodes(), RecordDict(), MessageType.QUERY)
     # 8 images a class, less max(1, round(0.1 * 8)) = 1 for val and round(0.2 * 8) = 2 for test; one class a client
-    (card,) = wire.read_cards(reply)
+    (card,) = messages.read_cards(reply)
     assert (card.partition, card.num_examples) == (0, 5)
     assert card.rows in get_args(RowPath)  # which one is a matter of the machine
 
@@ -163,7 +163,7 @@ def test_what_one_server_was_trusted_with_is_not_sent_to_another(
         assert found.partitions == ()
         assert "the run of this token was on other terms" in found.failed[0]
     assert ledger_lines(tmp_path) == lines
-    scores = wire.read_scores(evaluate(other))
+    scores = messages.read_scores(evaluate(other))
     assert scores.partitions == ()
 
 
@@ -209,7 +209,7 @@ def test_private_held_out_data_are_not_scored_for_any_server(nodes: Nodes):
 def test_personal_and_global_scores_count_the_same_images(nodes: Nodes):
     grid = nodes()
     train(grid)
-    scores = [s for kind in KINDS for s in wire.read_scores(evaluate(grid, kind)).values]
+    scores = [s for kind in KINDS for s in messages.read_scores(evaluate(grid, kind)).values]
     assert len(scores) == 3
     assert {(s.local_total, s.neighbour_total) for s in scores} == {(2, 2)}  # one class of two is the client's
 
@@ -218,7 +218,7 @@ def test_personal_and_global_scores_count_the_same_images(nodes: Nodes):
 
 
 def test_a_node_hosts_every_kth_client(nodes: Nodes):
-    cards = wire.read_cards(ask(nodes({"population": 5}), RecordDict(), MessageType.QUERY))
+    cards = messages.read_cards(ask(nodes({"population": 5}), RecordDict(), MessageType.QUERY))
     assert [card.partition for card in cards] == [0, 2, 4]
     assert all(card.num_examples > 0 for card in cards)
 
@@ -278,7 +278,7 @@ def test_a_client_whose_prompt_is_damaged_takes_nobody_down(nodes: Nodes, tmp_pa
     grid = nodes({"population": 4}, num_supernodes=1)
     train(grid, partitions=(0, 1, 2, 3))
     (tmp_path / "out" / "clients" / "client-002" / "prompt.safetensors").write_bytes(b"junk")
-    scores = wire.read_scores(evaluate(grid, partitions=(0, 1, 2, 3)))
+    scores = messages.read_scores(evaluate(grid, partitions=(0, 1, 2, 3)))
     assert (scores.partitions, list(scores.failed)) == ((0, 1, 3), [2])
     again = uploads(train(grid, server_round=2, partitions=(0, 1, 2, 3)))
     assert (again.partitions, list(again.failed)) == ((0, 1, 3), [2])
@@ -301,7 +301,7 @@ def test_a_client_whose_state_has_another_form_takes_nobody_down(nodes: Nodes, t
         case "missing":
             del tensors["carrier"]
     write_tensors(file, tensors, metadata)
-    scores = wire.read_scores(evaluate(grid, partitions=(0, 1, 2, 3)))
+    scores = messages.read_scores(evaluate(grid, partitions=(0, 1, 2, 3)))
     assert (scores.partitions, list(scores.failed)) == ((0, 1, 3), [2])
     again = uploads(train(grid, server_round=2, partitions=(0, 1, 2, 3)))
     assert (again.partitions, list(again.failed)) == ((0, 1, 3), [2])

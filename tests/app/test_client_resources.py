@@ -9,7 +9,7 @@ import torch
 
 import clients.hosting
 import clients.training
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from tests.app.client_node import KINDS, Nodes, evaluate, tiny_nodes, train, uploads
 
 
@@ -19,11 +19,11 @@ def nodes(tiny_clip_dir: Path, tmp_path: Path) -> Nodes:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_of_many_clients_at_once_are_those_of_each_alone(nodes: Nodes, kind: wire.PromptKind):
+def test_scores_of_many_clients_at_once_are_those_of_each_alone(nodes: Nodes, kind: messages.PromptKind):
     grid = nodes({"population": 4, "data.partition": "iid"}, num_supernodes=1)
     train(grid, partitions=(0, 1, 3))  # client 2 has no personal prompt yet
-    together = wire.read_scores(evaluate(grid, kind, (0, 1, 2, 3)))
-    alone = [wire.read_scores(evaluate(grid, kind, (p,))).values[0] for p in range(4)]
+    together = messages.read_scores(evaluate(grid, kind, (0, 1, 2, 3)))
+    alone = [messages.read_scores(evaluate(grid, kind, (p,))).values[0] for p in range(4)]
     assert together.partitions == (0, 1, 2, 3)
     assert together.values == alone
 
@@ -39,7 +39,7 @@ def test_the_workspace_splits_the_work_and_changes_no_result(
         grid = nodes(changes, num_supernodes=1)
         done = uploads(train(grid, partitions=everyone))
         assert done.partitions == everyone
-        found.append((done.values, wire.read_scores(evaluate(grid, partitions=everyone)).values))
+        found.append((done.values, messages.read_scores(evaluate(grid, partitions=everyone)).values))
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
 

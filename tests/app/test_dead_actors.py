@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from flwr.app import Error, Message, RecordDict
 
-from fl_dualpriv import supervisor, wire
+from fl_dualpriv import messages, supervisor
 from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.results import RunRecorder
 from fl_dualpriv.run_files import PROGRESS, read_totals
@@ -52,12 +52,12 @@ def failed(reason: str, code: int = 0) -> Message:
 
 
 def test_a_dead_actor_is_told_from_a_client_that_raises(flower_task: None):
-    assert wire.dead_actor(failed(DIED)) == "9021"
-    assert wire.failure_reason(failed(DIED)).startswith(TOLD)
-    assert "--resume" in wire.failure_reason(failed(DIED))
-    assert wire.dead_actor(failed(DIED.split("\n")[0])) == "?"
-    assert wire.dead_actor(failed(RAISED)) is None  # a client that quotes it
-    assert wire.dead_actor(Message(RecordDict(), reply_to=Message(RecordDict(), 1, "train"))) is None
+    assert messages.dead_actor(failed(DIED)) == "9021"
+    assert messages.failure_reason(failed(DIED)).startswith(TOLD)
+    assert "--resume" in messages.failure_reason(failed(DIED))
+    assert messages.dead_actor(failed(DIED.split("\n")[0])) == "?"
+    assert messages.dead_actor(failed(RAISED)) is None  # a client that quotes it
+    assert messages.dead_actor(Message(RecordDict(), reply_to=Message(RecordDict(), 1, "train"))) is None
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from flwr.app import Message, MessageType, RecordDict
 from PIL import Image
 
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.backbones.open_clip import OpenClipBackbone
 from fl_dualpriv.image_world import ImageWorld
 from fl_dualpriv.local_engine import LocalGrid
@@ -90,11 +90,11 @@ def test_an_owner_who_demands_integers_gets_them(owned: Start, tmp_path: Path) -
     limits = BUDGET + "integer-arithmetic = true\ntrusts-server = true\n"
     grid = owned({"privacy.arithmetic": "integer", "privacy.record.trusts-server": True}, limits)
     floats = replace(OFFERED, trusts_server=True)
-    refused = wire.read_uploads(train(grid, terms=floats), (4, 32))
+    refused = messages.read_uploads(train(grid, terms=floats), (4, 32))
     assert "arithmetic 'float', here 'integer'" in refused.failed[0]
     assert not (tmp_path / "mine" / "ledger.jsonl").exists()
     for server_round in (1, 2):  # a batch may be empty: q n = 1.5
-        found = wire.read_uploads(train(grid, server_round, replace(floats, arithmetic="integer")), (4, 32))
+        found = messages.read_uploads(train(grid, server_round, replace(floats, arithmetic="integer")), (4, 32))
         assert found.partitions == (0,)
         assert bool((found.values == found.values.trunc()).all())
         assert float(found.values.abs().max()) <= 10 * 2**20  # ten images
@@ -106,7 +106,7 @@ def test_the_owner_says_which_images_a_run_is_for(owned: Start, tmp_path: Path) 
     (elsewhere / "secret").mkdir(parents=True)
     grid = owned({"data.path": str(elsewhere)})
     reply = ask(grid, RecordDict(), MessageType.QUERY)
-    assert wire.read_cards(reply)[0].num_examples == 10  # all of the tiny images
+    assert messages.read_cards(reply)[0].num_examples == 10  # all of the tiny images
 
 
 def test_the_words_of_an_error_stay_on_the_node(owned: Start, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_no_image_is_read_for_a_refused_round(owned: Start, monkeypatch: pytest.
     grid = owned(limits=BUDGET.replace("1000", "0.001") if why == "over the budget" else BUDGET)
     if why in ("replay", "over the plan"):
         for server_round in range(1, 2 if why == "replay" else 3):
-            assert wire.read_uploads(train(grid, server_round), (4, 32)).partitions == (0,)
+            assert messages.read_uploads(train(grid, server_round), (4, 32)).partitions == (0,)
 
     def never(*arguments: object) -> None:
         raise AssertionError("read")
@@ -173,5 +173,5 @@ def test_no_image_is_read_for_a_refused_round(owned: Start, monkeypatch: pytest.
     # The same round with the same prompt would be what was sent, once more: docs/resume.md.
     prompt = PROMPT + 1 if why == "replay" else PROMPT
     reply = train(grid, 3 if why == "over the plan" else 1, terms=terms, prompt=prompt)
-    (reason,) = wire.read_uploads(reply, (4, 32)).failed.values()
+    (reason,) = messages.read_uploads(reply, (4, 32)).failed.values()
     assert reason.startswith("PrivacyError")

@@ -12,7 +12,7 @@ from flwr.app import Message, MessageType, RecordDict
 from PIL import Image
 
 from clients.app import app
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.config import app_defaults
 from fl_dualpriv.data import hub_questions
 from fl_dualpriv.data.load import load_questions
@@ -116,7 +116,7 @@ def test_a_run_reads_the_owners_questions_whatever_it_names(
     monkeypatch.setattr(hub_questions, "_splits", fetched)
     reply = ask(owned(changes), RecordDict(), MessageType.QUERY)
     # 8 images: 1 for val, 2 for test; two questions about each of 5, all of them this node's client's.
-    assert wire.read_cards(reply)[0].num_examples == 10
+    assert messages.read_cards(reply)[0].num_examples == 10
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_spoiled_record_changes_no_reply(owned: Start, mine: Path, tmp_path: P
 
 def test_a_client_without_a_usable_record_releases_noise(owned: Start, mine: Path) -> None:
     (mine / "train.jsonl").write_text("\n".join(lines(IMAGES)).replace("?", "zebra"))
-    (upload,) = wire.read_uploads(train(owned()), (4, 32)).values
+    (upload,) = messages.read_uploads(train(owned()), (4, 32)).values
     assert bool(torch.isfinite(upload).all())
     assert bool(upload.any())
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.config import app_defaults
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors
@@ -106,7 +106,7 @@ def test_trusting_clients_upload_whole_numbers(
 
 def test_the_wire_keeps_integers_up_to_the_exact_range() -> None:
     whole = torch.tensor([[2.0**52 - 1, -(2.0**52) + 1, 1.0]], dtype=torch.float64)
-    content = wire.uploads_content(wire.Uploads(partitions=(0,), values=whole))
+    content = messages.uploads_content(messages.Uploads(partitions=(0,), values=whole))
     array = content.array_records["arrays"]["upload"].numpy()
     assert array.dtype == "float64"
     assert torch.equal(torch.from_numpy(array.copy()), whole)

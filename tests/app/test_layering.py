@@ -120,7 +120,7 @@ def test_images_are_opened_by_data_and_backbones_alone():
 def test_messages_are_read_and_written_by_wire_alone():
     # Keys inside messages: whoever indexes records knows them.
     readers = [f for f in of(*CODE) if any(w in (ROOT / f).read_text() for w in ("array_records", "metric_records"))]
-    assert readers == ["fl_dualpriv/wire.py"]
+    assert readers == ["fl_dualpriv/messages.py"]
 
 
 @pytest.mark.parametrize("module", ["flwr.common", "flwr.client", "flwr.server"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from flwr.app import Context, MessageType, RecordDict
 
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.data.partition import partition
 from fl_dualpriv.errors import ConfigError
@@ -32,10 +32,10 @@ def test_all_images_of_the_owners_folder_are_its_clients_own(nodes: Nodes, tmp_p
     # 16 images; 2 of them cut out for validation and 4 for tests, 1 and 2 of each class (shares 0.1 and 0.2 of 8).
     grid = nodes({"data.path": "/srv/of/the/server", "data.ref": "folder"})
     own(grid, tmp_path, "")
-    (card,) = wire.read_cards(ask(grid, RecordDict(), MessageType.QUERY))
+    (card,) = messages.read_cards(ask(grid, RecordDict(), MessageType.QUERY))
     assert (card.partition, card.num_examples) == (0, 10)
     simulated = nodes()
-    (half,) = wire.read_cards(ask(simulated, RecordDict(), MessageType.QUERY))
+    (half,) = messages.read_cards(ask(simulated, RecordDict(), MessageType.QUERY))
     assert half.num_examples == 5  # one of two clients of one folder
 
 

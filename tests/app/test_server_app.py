@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.config import RunConfig, app_defaults
 from fl_dualpriv.plans import client_level_plan, record_level_plan
 from fl_dualpriv.results import RunRecorder
@@ -32,8 +32,8 @@ BASE: dict[str, Any] = {
     "privacy.client.expected-cohort": 1.0,
 }
 CARDS = {
-    0: wire.ClientCard(partition=0, num_examples=100),
-    1: wire.ClientCard(partition=1, num_examples=300),
+    0: messages.ClientCard(partition=0, num_examples=100),
+    1: messages.ClientCard(partition=1, num_examples=300),
 }
 HOSTS = {0: 11, 1: 5}
 TRUSTING = {"privacy.record.trusts-server": True}

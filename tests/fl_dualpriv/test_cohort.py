@@ -10,9 +10,9 @@ from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.cohort import by_node, collect
-from fl_dualpriv.evaluation import Accuracy, Score
+from fl_dualpriv.metrics import Accuracy, Score
 from fl_dualpriv.privacy.noise import KeyedRandom
 from fl_dualpriv.privacy.plan import round_terms
 from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy, ServerPrivacy
@@ -37,7 +37,7 @@ def server_privacy(unit: Any, noise: float = 1.0, rate: float = 0.5) -> ServerPr
 
 def make(nodes: int, privacy: ServerPrivacy | None, cls: type[RoundStrategy] = DPFPL, **changes: Any) -> RoundStrategy:
     arguments: dict[str, Any] = {
-        "cards": {i: wire.ClientCard(partition=i, num_examples=10 * (i + 1)) for i in range(CLIENTS)},
+        "cards": {i: messages.ClientCard(partition=i, num_examples=10 * (i + 1)) for i in range(CLIENTS)},
         "hosts": hosts(nodes),
         "masses": {i: 1.0 + i for i in range(CLIENTS)},
         "num_rounds": 5,
@@ -55,7 +55,7 @@ def make(nodes: int, privacy: ServerPrivacy | None, cls: type[RoundStrategy] = D
 
 
 def ask(strategy: RoundStrategy, server_round: int = 1, prompt: Tensor | None = None) -> list[Message]:
-    arrays = wire.to_arrays(torch.zeros(SHAPE) if prompt is None else prompt)
+    arrays = messages.to_arrays(torch.zeros(SHAPE) if prompt is None else prompt)
     return list(strategy.configure_train(server_round, arrays, ConfigRecord(), grid=None))  # type: ignore[arg-type]
 
 
@@ -65,16 +65,16 @@ def upload_of(partition: int) -> Tensor:
 
 def reply(message: Message, answered: Sequence[int] | None = None, failed: dict[int, str] | None = None) -> Message:
     """What an honest node answers; ``answered``: about these clients only."""
-    partitions = wire.read_train(message).partitions if answered is None else tuple(answered)
+    partitions = messages.read_train(message).partitions if answered is None else tuple(answered)
     values = torch.stack([upload_of(p) for p in partitions]) if partitions else torch.zeros(0, *SHAPE)
-    content = wire.uploads_content(wire.Uploads(partitions=partitions, values=values, failed=failed or {}))
+    content = messages.uploads_content(messages.Uploads(partitions=partitions, values=values, failed=failed or {}))
     return Message(content, reply_to=message)
 
 
 def step(strategy: RoundStrategy, replies: Sequence[Message], server_round: int = 1) -> Tensor:
     arrays, _ = strategy.aggregate_train(server_round, replies)
     assert arrays is not None
-    return wire.from_arrays(arrays)
+    return messages.from_arrays(arrays)
 
 
 # --- the same numbers -------------------------------------------------------------------------------------------------
@@ -97,8 +97,8 @@ def test_fewer_nodes_give_bitwise_the_same_prompts(nodes: int, cls: type[RoundSt
     prompt = torch.zeros(SHAPE)
     for server_round in range(1, 6):
         asked, one_each = ask(few, server_round, prompt), ask(many, server_round, prompt)
-        members = sorted(p for m in asked for p in wire.read_train(m).partitions)
-        assert members == [p for m in one_each for p in wire.read_train(m).partitions]
+        members = sorted(p for m in asked for p in messages.read_train(m).partitions)
+        assert members == [p for m in one_each for p in messages.read_train(m).partitions]
         assert len(asked) <= nodes
         # Replies arrive in any order.
         moved = step(few, [reply(m) for m in reversed(asked)], server_round)
@@ -113,7 +113,7 @@ def test_the_cohort_is_drawn_over_clients_and_only_their_nodes_are_asked():
     sizes = []
     for server_round in range(1, 301):
         asked = ask(strategy, server_round)
-        groups = [wire.read_train(m).partitions for m in asked]
+        groups = [messages.read_train(m).partitions for m in asked]
         assert all(group for group in groups)
         assert all(hosts(3)[p] == m.metadata.dst_node_id for m, g in zip(asked, groups, strict=True) for p in g)
         sizes.append(sum(map(len, groups)))
@@ -209,7 +209,7 @@ def test_a_reply_counts_only_from_the_node_that_was_asked():
 def test_a_second_copy_of_a_reply_does_not_count():
     strategy, asked = everyone()
     values = 9 * torch.ones(4, *SHAPE)
-    other = wire.uploads_content(wire.Uploads(partitions=(0, 2, 4, 6), values=values))
+    other = messages.uploads_content(messages.Uploads(partitions=(0, 2, 4, 6), values=values))
     moved = step(strategy, [reply(asked[71]), Message(other, reply_to=asked[71]), reply(asked[12]), reply(asked[12])])
     assert torch.equal(moved, without())
     assert (strategy.deliveries, strategy.failures) == (7, 0)
@@ -220,7 +220,9 @@ def test_a_non_finite_upload_in_a_stack_is_zero_for_its_client_alone(value: floa
     strategy, asked = everyone()
     values = torch.stack([upload_of(p) for p in (0, 2, 4, 6)])
     values[1, 0, 2] = value
-    bad = Message(wire.uploads_content(wire.Uploads(partitions=(0, 2, 4, 6), values=values)), reply_to=asked[71])
+    bad = Message(
+        messages.uploads_content(messages.Uploads(partitions=(0, 2, 4, 6), values=values)), reply_to=asked[71]
+    )
     assert torch.equal(step(strategy, [bad, reply(asked[12])]), without(2))
     assert (strategy.failures, strategy.deliveries) == (0, 7)  # silent: it may have been learned from the data
 
@@ -233,7 +235,9 @@ def test_without_dp_the_client_is_named(how: str):
     values[1] = math.nan
     bad = {
         "failed": reply(two, (1, 5), {3: "RuntimeError: boom"}),
-        "not finite": Message(wire.uploads_content(wire.Uploads(partitions=(1, 3, 5), values=values)), reply_to=two),
+        "not finite": Message(
+            messages.uploads_content(messages.Uploads(partitions=(1, 3, 5), values=values)), reply_to=two
+        ),
         "left out": reply(two, (1, 5)),
     }[how]
     reason = {"failed": "RuntimeError: boom", "not finite": "the upload is not finite", "left out": "no upload"}[how]
@@ -253,7 +257,9 @@ def test_every_client_ends_up_in_one_place():
     _, asked = everyone()
     replies = [reply(asked[12], (5,), {3: "boom"})]
     group = asked[12].metadata.group_id
-    found = collect({71: (0, 2, 4, 6), 12: (1, 3, 5)}, replies, lambda m: wire.read_uploads(m, SHAPE), "upload", group)
+    found = collect(
+        {71: (0, 2, 4, 6), 12: (1, 3, 5)}, replies, lambda m: messages.read_uploads(m, SHAPE), "upload", group
+    )
     answered = [p for answer in found.answers for p in answer.partitions]
     assert sorted([*answered, *found.failed]) == list(range(CLIENTS))
     assert list(found.failed) == [0, 1, 2, 3, 4, 6]
@@ -264,9 +270,11 @@ def test_every_client_ends_up_in_one_place():
 
 
 def answer(message: Message, failed: Sequence[int] = ()) -> Message:
-    good = tuple(p for p in wire.read_evaluate(message).partitions if p not in failed)
+    good = tuple(p for p in messages.read_evaluate(message).partitions if p not in failed)
     values = [Score(local_correct=p, local_total=7, neighbour_correct=1, neighbour_total=4) for p in good]
-    content = wire.scores_content(wire.Scores(partitions=good, values=values, failed=dict.fromkeys(failed, "boom")))
+    content = messages.scores_content(
+        messages.Scores(partitions=good, values=values, failed=dict.fromkeys(failed, "boom"))
+    )
     return Message(content, reply_to=message)
 
 
@@ -274,7 +282,7 @@ def test_scores_of_all_clients_come_in_one_message_per_node():
     reports: list[RoundReport] = []
     few, many = (make(n, None, report=reports.append) for n in (2, CLIENTS))
     for strategy in (few, many):
-        asked = list(strategy.configure_evaluate(2, wire.to_arrays(torch.ones(SHAPE)), ConfigRecord(), grid=None))  # type: ignore[arg-type]
+        asked = list(strategy.configure_evaluate(2, messages.to_arrays(torch.ones(SHAPE)), ConfigRecord(), grid=None))  # type: ignore[arg-type]
         strategy.aggregate_evaluate(2, [answer(m) for m in reversed(asked)])
     assert reports[0] == reports[1]
     assert reports[0].accuracy == Accuracy(local=pytest.approx(3 / 7), neighbour=0.25)  # mean of 0 ... 6 is 3

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fl_dualpriv.evaluation import Accuracy, Score, count_by_class, mean_accuracy, score, split_counts
+from fl_dualpriv.metrics import Accuracy, Score, count_by_class, mean_accuracy, score, split_counts
 
 CLASSES = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
 # nearest classes: 0, 1, 2, 0, 1

@@ -11,7 +11,7 @@ import torch
 from flwr.app import Message
 from torch import Tensor
 
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.clipping import integer_rows
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
@@ -52,14 +52,14 @@ def step(strategy: RoundStrategy, uploads: Sequence[Tensor | None], order: Seque
     messages = training_messages(strategy, 1, torch.zeros(SHAPE, dtype=torch.float64))
     replies = []
     for message in messages:
-        (partition,) = wire.read_train(message).partitions
+        (partition,) = messages.read_train(message).partitions
         value = uploads[partition]
         if value is not None:
-            content = wire.uploads_content(wire.Uploads(partitions=(partition,), values=value[None]))
+            content = messages.uploads_content(messages.Uploads(partitions=(partition,), values=value[None]))
             replies.append(Message(content, reply_to=message))
     arrays, _ = strategy.aggregate_train(1, [replies[i] for i in order] if order else replies)
     assert arrays is not None
-    return wire.from_arrays(arrays) * strategy.divisor() / UNIT
+    return messages.from_arrays(arrays) * strategy.divisor() / UNIT
 
 
 def whole(value: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fl_dualpriv.evaluation import Accuracy
 from fl_dualpriv.files import read_tensors
+from fl_dualpriv.metrics import Accuracy
 from fl_dualpriv.privacy.plan import Release
 from fl_dualpriv.results import PACKAGES, RunRecorder, build_summary, versions
 from fl_dualpriv.run_files import PROGRESS, read_totals

@@ -12,7 +12,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from torch import Tensor
 
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, RandomSources, StreamKey
 from fl_dualpriv.server import ClientFailure, RoundStrategy, ServerPrivacy
@@ -51,13 +51,13 @@ def ask(strategy: RoundStrategy, server_round: int = 1, start: Tensor | None = N
 
 
 def upload_content(partition: int, value: Tensor) -> RecordDict:
-    return wire.uploads_content(wire.Uploads(partitions=(partition,), values=value[None]))
+    return messages.uploads_content(messages.Uploads(partitions=(partition,), values=value[None]))
 
 
 def replies_to(asked: Iterable[Message], updates: dict[int, Tensor]) -> list[Message]:
     """Answers of nodes that host one client each."""
     return [
-        Message(upload_content(*wire.read_train(m).partitions, updates[m.metadata.dst_node_id]), reply_to=m)
+        Message(upload_content(*messages.read_train(m).partitions, updates[m.metadata.dst_node_id]), reply_to=m)
         for m in asked
         if m.metadata.dst_node_id in updates
     ]
@@ -67,7 +67,7 @@ def step(strategy: RoundStrategy, replies: Iterable[Message], server_round: int 
     arrays, metrics = strategy.aggregate_train(server_round, replies)
     assert arrays is not None
     assert metrics is None  # nothing but the prompt leaves
-    return wire.from_arrays(arrays)
+    return messages.from_arrays(arrays)
 
 
 def unit(index: int, length: float = 1.0) -> Tensor:

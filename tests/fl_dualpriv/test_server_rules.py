@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.evaluation import Accuracy, Score
+from fl_dualpriv.metrics import Accuracy, Score
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSources
 from fl_dualpriv.privacy.plan import RoundTerms
 from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy, ServerPrivacy, Update
@@ -57,11 +57,11 @@ def step(strategy: RoundStrategy, asked: list[Message], updates: dict[int, Tenso
     answers = []
     for m in asked:
         value = updates[m.metadata.dst_node_id][None]
-        content = wire.uploads_content(wire.Uploads(partitions=wire.read_train(m).partitions, values=value))
+        content = messages.uploads_content(messages.Uploads(partitions=messages.read_train(m).partitions, values=value))
         answers.append(Message(content, reply_to=m))
     arrays, _ = strategy.aggregate_train(1, answers)
     assert arrays is not None
-    return wire.from_arrays(arrays)
+    return messages.from_arrays(arrays)
 
 
 # --- cohorts ----------------------------------------------------------------------------------------------------------
@@ -71,8 +71,8 @@ def test_without_client_level_everybody_is_asked_with_the_whole_task():
     strategy = make()
     asked = ask(strategy, 4)
     assert [m.metadata.dst_node_id for m in asked] == list(NODES)  # by partition
-    task = wire.read_train(asked[2])
-    assert [wire.read_train(m).partitions for m in asked] == [(0,), (1,), (2,), (3,)]
+    task = messages.read_train(asked[2])
+    assert [messages.read_train(m).partitions for m in asked] == [(0,), (1,), (2,), (3,)]
     assert (task.server_round, task.run_token, task.terms) == (4, "token", TERMS)
     assert torch.equal(task.global_prompt, torch.zeros(SHAPE))
     assert {m.metadata.message_type for m in asked} == {MessageType.TRAIN}
@@ -247,22 +247,22 @@ def test_a_useless_weight_never_gives_a_prompt(weight: float):
 
 
 def evaluate(strategy: RoundStrategy, server_round: int) -> list[Message]:
-    arrays = wire.to_arrays(torch.ones(SHAPE))
+    arrays = messages.to_arrays(torch.ones(SHAPE))
     return list(strategy.configure_evaluate(server_round, arrays, ConfigRecord(), grid=None))  # type: ignore[arg-type]
 
 
 def answer(message: Message, correct: int) -> Message:
     score = Score(local_correct=correct, local_total=4, neighbour_correct=0, neighbour_total=0)
-    partitions = wire.read_evaluate(message).partitions
-    scores = wire.Scores(partitions=partitions, values=[score] * len(partitions))
-    return Message(wire.scores_content(scores), reply_to=message)
+    partitions = messages.read_evaluate(message).partitions
+    scores = messages.Scores(partitions=partitions, values=[score] * len(partitions))
+    return Message(messages.scores_content(scores), reply_to=message)
 
 
 @pytest.mark.parametrize(("server_round", "scored"), [(1, False), (2, True), (3, False), (4, True), (5, True)])
 def test_every_second_round_and_the_last_are_scored(server_round: int, scored: bool):
     asked = evaluate(make(), server_round)
     assert len(asked) == (4 if scored else 0)
-    assert all(wire.read_evaluate(m).prompt == "personal" for m in asked)
+    assert all(messages.read_evaluate(m).prompt == "personal" for m in asked)
 
 
 def test_scores_average_the_clients_that_answer_and_count_the_others():

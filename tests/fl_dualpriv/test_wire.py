@@ -9,8 +9,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fl_dualpriv import wire
-from fl_dualpriv.evaluation import Score
+from fl_dualpriv import messages
+from fl_dualpriv.metrics import Score
 from fl_dualpriv.privacy.plan import RoundTerms
 
 PROMPT = torch.arange(6, dtype=torch.float32).reshape(2, 3) / 7
@@ -26,12 +26,12 @@ def keys(content: RecordDict) -> set[str]:
 
 
 def test_the_prompt_survives_bitwise_and_is_a_copy():
-    arrays = wire.to_arrays(PROMPT.clone().requires_grad_(True))
-    back = wire.from_arrays(arrays)
+    arrays = messages.to_arrays(PROMPT.clone().requires_grad_(True))
+    back = messages.from_arrays(arrays)
     assert torch.equal(back, PROMPT)
     assert back.dtype == torch.float32
     back += 1  # the record's own memory is read-only
-    assert torch.equal(wire.from_arrays(arrays), PROMPT)
+    assert torch.equal(messages.from_arrays(arrays), PROMPT)
 
 
 TERMS = RoundTerms(
@@ -43,12 +43,12 @@ TERMS = RoundTerms(
     releases=3,
     arithmetic="integer",
 )
-TRAIN = wire.TrainTask(partitions=(0, 4), global_prompt=PROMPT, server_round=7, run_token="abc", terms=TERMS)
+TRAIN = messages.TrainTask(partitions=(0, 4), global_prompt=PROMPT, server_round=7, run_token="abc", terms=TERMS)
 
 
-@pytest.mark.parametrize("arrays", [None, wire.to_arrays(PROMPT)], ids=["packed here", "packed before"])
+@pytest.mark.parametrize("arrays", [None, messages.to_arrays(PROMPT)], ids=["packed here", "packed before"])
 def test_train_task_survives(arrays: ArrayRecord | None):
-    back = wire.read_train(message(wire.train_content(TRAIN, arrays)))
+    back = messages.read_train(message(messages.train_content(TRAIN, arrays)))
     assert torch.equal(back.global_prompt, PROMPT)
     assert [getattr(back, f.name) for f in fields(back) if f.name != "global_prompt"] == [(0, 4), 7, "abc", TERMS]
 
@@ -68,24 +68,24 @@ def test_train_task_survives(arrays: ArrayRecord | None):
     ],
 )
 def test_a_task_of_another_type_is_no_task(key: str, value: Any):
-    content = wire.train_content(TRAIN)
+    content = messages.train_content(TRAIN)
     content.config_records["config"][key] = value
     with pytest.raises(ValueError, match="in a"):
-        wire.read_train(message(content))
+        messages.read_train(message(content))
 
 
 @pytest.mark.parametrize(
     "key", ["mechanism", "trusts-server", "clip-norm", "noise-multiplier", "local-steps", "arithmetic"]
 )
 def test_a_task_without_terms_is_no_task(key: str):
-    content = wire.train_content(TRAIN)
+    content = messages.train_content(TRAIN)
     del content.config_records["config"][key]
     with pytest.raises(KeyError):
-        wire.read_train(message(content))
+        messages.read_train(message(content))
 
 
 def test_the_server_sends_one_tensor_and_says_who_when_and_on_what_terms():
-    assert keys(wire.train_content(TRAIN)) == {
+    assert keys(messages.train_content(TRAIN)) == {
         "arrays/global-prompt",
         "config/partitions",
         "config/server-round",
@@ -101,9 +101,9 @@ def test_the_server_sends_one_tensor_and_says_who_when_and_on_what_terms():
 
 
 @pytest.mark.parametrize("kind", ["zero-shot", "global", "personal"])
-def test_evaluate_task_survives(kind: wire.PromptKind):
-    task = wire.EvaluateTask(partitions=(3,), global_prompt=PROMPT, server_round=2, run_token="abc", prompt=kind)
-    back = wire.read_evaluate(message(wire.evaluate_content(task)))
+def test_evaluate_task_survives(kind: messages.PromptKind):
+    task = messages.EvaluateTask(partitions=(3,), global_prompt=PROMPT, server_round=2, run_token="abc", prompt=kind)
+    back = messages.read_evaluate(message(messages.evaluate_content(task)))
     assert torch.equal(back.global_prompt, PROMPT)
     assert (back.partitions, back.server_round, back.run_token, back.prompt) == ((3,), 2, "abc", kind)
 
@@ -111,28 +111,28 @@ def test_evaluate_task_survives(kind: wire.PromptKind):
 def test_an_unknown_prompt_kind_is_refused():
     content = RecordDict(
         {
-            "arrays": wire.to_arrays(PROMPT),
+            "arrays": messages.to_arrays(PROMPT),
             "config": ConfigRecord({"partitions": [0], "server-round": 1, "run-token": "abc", "prompt": "clean"}),
         }
     )
     with pytest.raises(ValueError, match=r"'clean'.*allowed: zero-shot, global, personal"):
-        wire.read_evaluate(message(content))
+        messages.read_evaluate(message(content))
 
 
 @pytest.mark.parametrize("partitions", [1, "0, 1", [0.5], ["0"], [True]], ids=str)
 def test_clients_are_a_list_of_whole_numbers(partitions: object):
-    content = wire.train_content(TRAIN)
+    content = messages.train_content(TRAIN)
     content["config"]["partitions"] = partitions
     with pytest.raises(ValueError, match="expected a list of whole numbers"):
-        wire.read_train(message(content))
+        messages.read_train(message(content))
 
 
 def uploads(values: torch.Tensor, partitions: tuple[int, ...] = (3,), failed: dict[int, str] | None = None):
-    return wire.Uploads(partitions=partitions, values=values, failed=failed or {})
+    return messages.Uploads(partitions=partitions, values=values, failed=failed or {})
 
 
 def test_uploads_are_one_tensor_and_say_whose_they_are():
-    assert keys(wire.uploads_content(uploads(PROMPT[None]))) == {
+    assert keys(messages.uploads_content(uploads(PROMPT[None]))) == {
         "arrays/upload",
         "clients/partitions",
         "clients/failed",
@@ -143,7 +143,7 @@ def test_uploads_are_one_tensor_and_say_whose_they_are():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_uploads_come_out_in_double(dtype: torch.dtype):
     values = torch.stack([PROMPT, -PROMPT]).to(dtype)
-    back = wire.read_uploads(message(wire.uploads_content(uploads(values, (5, 2), {9: "boom"}))), (2, 3))
+    back = messages.read_uploads(message(messages.uploads_content(uploads(values, (5, 2), {9: "boom"}))), (2, 3))
     assert back.values.dtype == torch.float64
     assert torch.equal(back.values, values.double())
     assert (back.partitions, back.failed) == ((5, 2), {9: "boom"})
@@ -151,7 +151,7 @@ def test_uploads_come_out_in_double(dtype: torch.dtype):
 
 def test_a_node_where_all_failed_answers_too():
     nothing = uploads(torch.zeros(0, 2, 3), (), {0: "boom", 1: "bang"})
-    back = wire.read_uploads(message(wire.uploads_content(nothing)), (2, 3))
+    back = messages.read_uploads(message(messages.uploads_content(nothing)), (2, 3))
     assert (back.partitions, back.failed) == ((), {0: "boom", 1: "bang"})
 
 
@@ -170,24 +170,24 @@ def test_a_node_where_all_failed_answers_too():
     ids=["none", "other name", "extra", "transposed", "no stack", "two for one", "integers", "complex"],
 )
 def test_unexpected_uploads_are_refused_by_name(arrays: dict[str, torch.Tensor], named: str):
-    content = wire.uploads_content(uploads(PROMPT[None]))
+    content = messages.uploads_content(uploads(PROMPT[None]))
     content["arrays"] = ArrayRecord({name: Array(np.ascontiguousarray(v.numpy())) for name, v in arrays.items()})
     with pytest.raises(ValueError, match=named):
-        wire.read_uploads(message(content), (2, 3))
+        messages.read_uploads(message(content), (2, 3))
 
 
 def test_cards_survive():
     cards = [
-        wire.ClientCard(partition=3, num_examples=120, rows="records apart"),
-        wire.ClientCard(partition=7, num_examples=1),
+        messages.ClientCard(partition=3, num_examples=120, rows="records apart"),
+        messages.ClientCard(partition=7, num_examples=1),
     ]
-    content = wire.cards_content(cards)
-    assert wire.read_cards(message(content, MessageType.QUERY)) == cards
+    content = messages.cards_content(cards)
+    assert messages.read_cards(message(content, MessageType.QUERY)) == cards
     content.config_records["machine"]["rows"] = ["a page of text", "together"]  # a node may say anything
-    assert [card.rows for card in wire.read_cards(message(content, MessageType.QUERY))] == [None, "together"]
+    assert [card.rows for card in messages.read_cards(message(content, MessageType.QUERY))] == [None, "together"]
 
 
-SCORES = wire.Scores(
+SCORES = messages.Scores(
     partitions=(4, 1),
     values=[
         Score(local_correct=1, local_total=2, neighbour_correct=3, neighbour_total=4),
@@ -198,21 +198,21 @@ SCORES = wire.Scores(
 
 
 @pytest.mark.parametrize(
-    "scores", [SCORES, wire.Scores(partitions=(), values=[], failed={0: "boom"})], ids=["two", "none"]
+    "scores", [SCORES, messages.Scores(partitions=(), values=[], failed={0: "boom"})], ids=["two", "none"]
 )
-def test_scores_survive(scores: wire.Scores):
-    assert wire.read_scores(message(wire.scores_content(scores), MessageType.EVALUATE)) == scores
+def test_scores_survive(scores: messages.Scores):
+    assert messages.read_scores(message(messages.scores_content(scores), MessageType.EVALUATE)) == scores
 
 
 def test_a_score_is_counts_of_held_out_images_and_nothing_about_training():
-    content = wire.scores_content(SCORES)
+    content = messages.scores_content(SCORES)
     counts = {f.name.replace("_", "-") for f in fields(Score)} - {"by-group"}  # not told here
     assert keys(RecordDict({"score": content["score"]})) == {f"score/{name}" for name in counts}
 
 
 def test_counts_by_group_go_and_come():
     told = replace(SCORES, values=[replace(s, by_group=((i, 2), (0, 0), (1, 3))) for i, s in enumerate(SCORES.values)])
-    assert wire.read_scores(message(wire.scores_content(told))) == told
+    assert messages.read_scores(message(messages.scores_content(told))) == told
 
 
 @pytest.mark.parametrize(
@@ -225,10 +225,10 @@ def test_counts_by_group_go_and_come():
     ],
 )
 def test_counts_by_group_from_outside_are_checked(correct: list, total: list, reason: str):
-    content = wire.scores_content(SCORES)
+    content = messages.scores_content(SCORES)
     content["score"] = MetricRecord({**content["score"], "group-correct": correct, "group-total": total})
     with pytest.raises(ValueError, match=reason):
-        wire.read_scores(message(content))
+        messages.read_scores(message(content))
 
 
 @pytest.mark.parametrize(
@@ -242,10 +242,10 @@ def test_counts_by_group_from_outside_are_checked(correct: list, total: list, re
     ],
 )
 def test_counts_that_cannot_be_are_refused(key: str, value: list[int], reason: str):
-    content = wire.scores_content(SCORES)
+    content = messages.scores_content(SCORES)
     content["score"][key] = value
     with pytest.raises(ValueError, match=reason):
-        wire.read_scores(message(content))
+        messages.read_scores(message(content))
 
 
 RAY = """<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'\x1b[36mray::ClientAppActor.run()\x1b[39m (pid=7)
@@ -271,4 +271,4 @@ flwr.clientapp.client_app.ClientAppException: \nException ClientAppException occ
 )
 def test_a_failure_is_told_in_the_clients_own_words(reason: str, expected: str):
     asked = Message(RecordDict(), 1, "train")
-    assert wire.failure_reason(Message(Error(2, reason), reply_to=asked)) == expected
+    assert messages.failure_reason(Message(Error(2, reason), reply_to=asked)) == expected

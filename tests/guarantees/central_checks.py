@@ -11,7 +11,7 @@ import torch
 from flwr.app import Message
 from torch import Tensor
 
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.matrix_mechanism import BandedNoise, CorrelatedNoise, RoundRobin, TreeNoise
@@ -130,9 +130,9 @@ def the_clip_norm_reaches_the_quantile_from_both_sides() -> None:
 
 
 def answer(message: Message, uploads: dict[int, Tensor]) -> Message:
-    partitions = wire.read_train(message).partitions
+    partitions = messages.read_train(message).partitions
     values = torch.stack([uploads[p] for p in partitions])
-    return Message(wire.uploads_content(wire.Uploads(partitions=partitions, values=values)), reply_to=message)
+    return Message(messages.uploads_content(messages.Uploads(partitions=partitions, values=values)), reply_to=message)
 
 
 # --- correlated noise -------------------------------------------------------------------------------------------------
@@ -167,10 +167,10 @@ def answer_those_asked(
     """A round, in which one client fails."""
     shape = tuple(next(iter(uploads.values())).shape)
     messages = ask(strategy, server_round, shape)
-    kept = [m for m in messages if absent not in wire.read_train(m).partitions]
+    kept = [m for m in messages if absent not in messages.read_train(m).partitions]
     arrays, _ = strategy.aggregate_train(server_round, [answer(m, uploads) for m in kept])
     assert arrays is not None
-    return wire.from_arrays(arrays)
+    return messages.from_arrays(arrays)
 
 
 def a_whole_run_moves_by_no_more_than_planned() -> None:
@@ -215,7 +215,7 @@ def clients_are_asked_in_their_turns_alone() -> None:
         strategy = make(correlated_privacy(correlated), rounds=ROUNDS)
         zeros = dict.fromkeys(range(CLIENTS), torch.zeros(1, 1))
         for server_round in range(1, ROUNDS + 1):
-            asked = [p for m in ask(strategy, server_round, (1, 1)) for p in wire.read_train(m).partitions]
+            asked = [p for m in ask(strategy, server_round, (1, 1)) for p in messages.read_train(m).partitions]
             turns = [p for p in range(CLIENTS) if p % SEPARATION == server_round % SEPARATION]
             assert asked == turns, f"round {server_round} asks {asked}, and it is the turn of {turns}"
             answer_those_asked(strategy, zeros, server_round)

@@ -23,7 +23,7 @@ from fl_dualpriv.privacy.budget import Budget
 
 if TYPE_CHECKING:
     from clients.hosting import Setting
-    from fl_dualpriv import wire
+    from fl_dualpriv import messages
 
 ROOT = Path(__file__).parents[2]
 OURS = {
@@ -61,14 +61,14 @@ class TinyNode:
     folder: Path
     budget: Budget | None = None
 
-    def train(self, server_round: int, token: str = "t", prompt: Tensor | None = None) -> "wire.Uploads":
+    def train(self, server_round: int, token: str = "t", prompt: Tensor | None = None) -> "messages.Uploads":
         # Late: most tests here need no model, and its import takes seconds.
         from clients.hosting import Node
         from clients.training import TrainRound
-        from fl_dualpriv import wire
+        from fl_dualpriv import messages
 
         node = Node(setting=self.setting, index=0, run_folder=self.folder, state_dir=self.folder, budget=self.budget)
-        task = wire.TrainTask(
+        task = messages.TrainTask(
             partitions=(0,),
             global_prompt=torch.zeros(self.setting.prompt_shape) if prompt is None else prompt,
             server_round=server_round,

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from clients.app import app
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.config import app_defaults
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.local_engine import LocalGrid, run_local
@@ -101,17 +101,17 @@ class Federation:
 
 def train(grid: LocalGrid, server_round: int, terms: RoundTerms = TERMS, token: str = "t") -> Message:
     """Ask the first client for a round."""
-    task = wire.TrainTask(
+    task = messages.TrainTask(
         partitions=(0,), global_prompt=PROMPT, server_round=server_round, run_token=token, terms=terms
     )
-    (reply,) = grid.send_and_receive([Message(wire.train_content(task), 1, MessageType.TRAIN)])
+    (reply,) = grid.send_and_receive([Message(messages.train_content(task), 1, MessageType.TRAIN)])
     return reply
 
 
 def upload_of(reply: Message) -> Tensor | None:
     """What left; None: the client refused or failed."""
     assert not reply.has_error(), reply.error.reason
-    uploads = wire.read_uploads(reply, tuple(PROMPT.shape))
+    uploads = messages.read_uploads(reply, tuple(PROMPT.shape))
     assert len(uploads.partitions) + len(uploads.failed) == 1
     return uploads.values[0] if uploads.partitions else None
 
@@ -200,8 +200,8 @@ def floats_are_refused_where_the_owner_demands_integers(federation: Federation) 
 def private_scores_stay(federation: Federation) -> None:
     """Held-out images that were cut out of a client's own folder are private: their scores are no release."""
     grid = federation.nodes()
-    task = wire.EvaluateTask(partitions=(0,), global_prompt=PROMPT, server_round=1, run_token="t", prompt="global")
-    (reply,) = grid.send_and_receive([Message(wire.evaluate_content(task), 1, MessageType.EVALUATE)])
+    task = messages.EvaluateTask(partitions=(0,), global_prompt=PROMPT, server_round=1, run_token="t", prompt="global")
+    (reply,) = grid.send_and_receive([Message(messages.evaluate_content(task), 1, MessageType.EVALUATE)])
     assert reply.has_error(), "scores on private images left"
     assert "unaccounted release" in (reply.error.reason or "")
 

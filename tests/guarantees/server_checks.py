@@ -11,7 +11,7 @@ from flwr.app import Error, Message
 from torch import Tensor
 
 import strategies.dpfpl
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.privacy.clipping import GRID_STEPS, Arithmetic
 from fl_dualpriv.privacy.ledger import Ledger
@@ -69,15 +69,15 @@ def one_round(strategy: RoundStrategy, uploads: Mapping[int, Tensor], server_rou
     shape = tuple(next(iter(uploads.values())).shape) if uploads else SHAPE
     replies = []
     for message in ask(strategy, server_round, shape):
-        (p,) = wire.read_train(message).partitions
+        (p,) = messages.read_train(message).partitions
         if p in uploads:
-            content = wire.uploads_content(wire.Uploads(partitions=(p,), values=uploads[p][None]))
+            content = messages.uploads_content(messages.Uploads(partitions=(p,), values=uploads[p][None]))
             replies += [Message(content, reply_to=message)] * copies
         else:
             replies.append(Message(Error(0, "failed"), reply_to=message))
     arrays, _ = strategy.aggregate_train(server_round, replies)
     assert arrays is not None
-    return wire.from_arrays(arrays)
+    return messages.from_arrays(arrays)
 
 
 def orthogonal(length: float) -> dict[int, Tensor]:
@@ -135,7 +135,7 @@ def cohorts_are_independent_coins() -> None:
     strategy = make(client_level(0.25), sizes=(1,) * 24)
     joined = np.zeros((400, 24))
     for r, row in enumerate(joined):
-        row[[p for message in ask(strategy, r + 1, (1, 1)) for p in wire.read_train(message).partitions]] = 1
+        row[[p for message in ask(strategy, r + 1, (1, 1)) for p in messages.read_train(message).partitions]] = 1
     # standard error sqrt(q (1 - q) / 400) = 0.022, 6 of them
     assert np.abs(joined.mean(axis=0) - 0.25).max() < 0.13, "clients join at another rate"
     # Sizes are binomial with variance n q (1 - q) = 4.5, standard error 7 %; a cohort of fixed size has none.

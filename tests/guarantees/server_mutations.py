@@ -10,7 +10,7 @@ from torch import Tensor
 
 import strategies.dpfpl
 import strategies.fedavg
-from fl_dualpriv import server, wire
+from fl_dualpriv import messages, server
 from fl_dualpriv.cohort import Asked, Collected
 from fl_dualpriv.privacy.noise import RandomSource, gaussian_noise
 from fl_dualpriv.server import RoundStrategy, Update
@@ -40,8 +40,8 @@ def duplicates_count(patch: Patch) -> None:
     collect = server.collect
 
     def careless(
-        asked: Asked, replies: Iterable[Message], read: Callable[[Message], wire.Uploads], what: str, group: str
-    ) -> Collected[wire.Uploads]:
+        asked: Asked, replies: Iterable[Message], read: Callable[[Message], messages.Uploads], what: str, group: str
+    ) -> Collected[messages.Uploads]:
         one_by_one = [collect(asked, [reply], read, what, group) for reply in replies]
         return Collected(answers=[answer for found in one_by_one for answer in found.answers], failed={})
 

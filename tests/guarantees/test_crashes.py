@@ -18,7 +18,7 @@ import pytest
 
 import clients.training
 from clients.hosting import Setting
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.client import digest
 from fl_dualpriv.privacy import ledger as ledger_module
 from fl_dualpriv.privacy import release
@@ -223,7 +223,7 @@ def event_is_a_buffer(patch: pytest.MonkeyPatch) -> None:
     record, run = Ledger.record, clients.training.TrainRound.run
     waiting: list[tuple[Ledger, LedgerEvent]] = []
 
-    def flushing(self: Any) -> wire.Uploads:
+    def flushing(self: Any) -> messages.Uploads:
         uploads = run(self)
         while waiting:
             record(*waiting.pop())

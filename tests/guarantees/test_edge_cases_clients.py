@@ -18,7 +18,7 @@ from torch import Tensor
 
 import clients.training
 import fl_dualpriv.server
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.config import app_defaults
 from fl_dualpriv.local_engine import LocalGrid, run_local
 from fl_dualpriv.privacy import release
@@ -89,7 +89,7 @@ def noise_of(strategy: RoundStrategy, server_round: int = 1) -> Tensor:
 
 def ask(strategy: RoundStrategy, server_round: int = 1, start: Tensor | None = None) -> list[Message]:
     prompt = torch.zeros(SHAPE, dtype=torch.float64) if start is None else start
-    return list(strategy.configure_train(server_round, wire.to_arrays(prompt), ConfigRecord(), grid=None))  # type: ignore[arg-type]
+    return list(strategy.configure_train(server_round, messages.to_arrays(prompt), ConfigRecord(), grid=None))  # type: ignore[arg-type]
 
 
 def clean_sum(strategy: RoundStrategy, replies: Iterable[Message], server_round: int = 1) -> Tensor:
@@ -97,7 +97,7 @@ def clean_sum(strategy: RoundStrategy, replies: Iterable[Message], server_round:
     arrays, metrics = strategy.aggregate_train(server_round, replies)
     assert arrays is not None
     assert metrics is None
-    return wire.from_arrays(arrays) * strategy.divisor() - noise_of(strategy, server_round)
+    return messages.from_arrays(arrays) * strategy.divisor() - noise_of(strategy, server_round)
 
 
 def good(strategy: RoundStrategy, partition: int) -> Tensor:
@@ -118,7 +118,9 @@ def expected(partitions: Iterable[int]) -> Tensor:
 
 def answer(message: Message, value: Tensor | RecordDict) -> Message:
     if isinstance(value, Tensor):
-        value = wire.uploads_content(wire.Uploads(partitions=wire.read_train(message).partitions, values=value[None]))
+        value = messages.uploads_content(
+            messages.Uploads(partitions=messages.read_train(message).partitions, values=value[None])
+        )
     return Message(value, reply_to=message)
 
 
@@ -263,7 +265,7 @@ def test_noise_has_full_scale_over_many_draws_of_broken_rounds(unit: Unit, arith
         strategy = server(unit, arithmetic, seed=seed)
         arrays, _ = strategy.aggregate_train(1, [answer(m, b) for m, b in zip(ask(strategy), broken, strict=True)])
         assert arrays is not None
-        draws.append(wire.from_arrays(arrays) * strategy.divisor())
+        draws.append(messages.from_arrays(arrays) * strategy.divisor())
     # 100 · 6 draws: the standard error of the deviation is 1/sqrt(1200) = 2.9 %, 5 of them
     assert float(torch.stack(draws).std()) == pytest.approx(MULTIPLIER * BOUND, rel=0.145)
 
@@ -310,7 +312,7 @@ def test_a_late_reply_is_a_zero_in_its_round_and_in_the_next(
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        task = wire.read_train(message)
+        task = messages.read_train(message)
         (partition,) = task.partitions
         if partition == 0:
             prompts.append(task.global_prompt)
@@ -318,8 +320,8 @@ def test_a_late_reply_is_a_zero_in_its_round_and_in_the_next(
         return answer(message, good(strategy, 5 if task.server_round == 1 and partition == 0 else partition))
 
     start = torch.zeros(SHAPE, dtype=torch.float64)
-    result = strategy.start(SlowGrid(app, len(SIZES)), wire.to_arrays(start), 2, 1.0)
-    end = wire.from_arrays(result.arrays)
+    result = strategy.start(SlowGrid(app, len(SIZES)), messages.to_arrays(start), 2, 1.0)
+    end = messages.from_arrays(result.arrays)
     first, second = (prompts[1] - prompts[0], end - prompts[1])
     assert_sum(first * strategy.divisor() - noise_of(strategy, 1), expected((1, 2, 3)))
     assert_sum(second * strategy.divisor() - noise_of(strategy, 2), expected((0, 1, 2, 3)))

@@ -18,7 +18,7 @@ from torch import Tensor
 import clients.dualpriv
 from clients.dualpriv import LocalTraining, Participant, cohort_update
 from clients.hosting import Setting
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.client import fresh_state
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.objective import ClientData
@@ -346,11 +346,11 @@ def test_no_global_prompt_makes_a_release_without_an_event_or_noise(
 def test_a_message_with_missing_or_extra_tensors_is_not_read(
     setting: Setting, flower_task: None, arrays: dict[str, Tensor]
 ) -> None:
-    task = wire.TrainTask(
+    task = messages.TrainTask(
         partitions=(0,), global_prompt=torch.zeros(4, 32), server_round=1, run_token="t", terms=setting.terms
     )
-    content = wire.train_content(task)
+    content = messages.train_content(task)
     record = ArrayRecord({name: Array(value.numpy()) for name, value in arrays.items()})
     message = Message(RecordDict({**content, "arrays": record}), 1, MessageType.TRAIN)
     with pytest.raises(ValueError, match="expected 'global-prompt' alone"):
-        wire.read_train(message)
+        messages.read_train(message)

@@ -19,7 +19,7 @@ from scipy.special import ndtr
 from torch import Tensor
 
 from clients.dualpriv import LocalTraining, Participant, cohort_update
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.client import PersonalState, fresh_state
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.objective import ClientData
@@ -130,13 +130,15 @@ def server_noise(seed: int, arithmetic: Arithmetic, privacy: ServerPrivacy) -> n
     found = []
     for r in range(1, SERVER_ROUNDS + 1):
         replies = [
-            Message(wire.uploads_content(wire.Uploads(partitions=p, values=torch.zeros(len(p), *SHAPE))), reply_to=m)
+            Message(
+                messages.uploads_content(messages.Uploads(partitions=p, values=torch.zeros(len(p), *SHAPE))), reply_to=m
+            )
             for m in training_messages(strategy, r, start)
-            for p in [wire.read_train(m).partitions]
+            for p in [messages.read_train(m).partitions]
         ]
         arrays, _ = strategy.aggregate_train(r, replies)
         assert arrays is not None
-        found.append(wire.from_arrays(arrays))
+        found.append(messages.from_arrays(arrays))
     return torch.stack(found)[:, None, None].numpy() * strategy.divisor()
 
 

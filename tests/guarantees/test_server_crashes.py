@@ -11,7 +11,7 @@ import torch
 from flwr.app import ConfigRecord, Message
 from torch import Tensor
 
-from fl_dualpriv import server, wire
+from fl_dualpriv import messages, server
 from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.server_books import BudgetExhausted, ServerPrivacy
@@ -53,14 +53,14 @@ class Server:
             arithmetic=self._arithmetic,
         )
         strategy = made_strategy(DPFPL, privacy, sizes=[10] * 4)
-        arrays = wire.to_arrays(torch.zeros(2, 3))
+        arrays = messages.to_arrays(torch.zeros(2, 3))
         for server_round in (1, 2, 3):
             note("doing", server_round)
             try:
                 asked = strategy.configure_train(server_round, arrays, ConfigRecord(), grid=None)  # type: ignore[arg-type]
             except BudgetExhausted:
                 return
-            answers = [Message(_upload(wire.read_train(m).partitions), reply_to=m) for m in asked]
+            answers = [Message(_upload(messages.read_train(m).partitions), reply_to=m) for m in asked]
             found, _ = strategy.aggregate_train(server_round, answers)
             assert found is not None
             arrays = found
@@ -69,7 +69,7 @@ class Server:
 
 def _upload(partitions: tuple[int, ...]) -> Any:
     values: Tensor = torch.ones(len(partitions), 2, 3)
-    return wire.uploads_content(wire.Uploads(partitions=partitions, values=values))
+    return messages.uploads_content(messages.Uploads(partitions=partitions, values=values))
 
 
 @pytest.mark.parametrize(("unit", "arithmetic"), [("client", "float"), ("record", "integer")])

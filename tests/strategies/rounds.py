@@ -7,7 +7,7 @@ import torch
 from flwr.app import Message
 from torch import Tensor
 
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.server import RoundStrategy, ServerPrivacy
 from tests.made_strategy import made_strategy, quiet, training_messages
 
@@ -38,10 +38,10 @@ def play(strategy: RoundStrategy, uploads: Sequence[Tensor | None], server_round
     """One round; a client whose upload is None does not answer."""
     replies = []
     for message in training_messages(strategy, server_round, start):
-        (partition,) = wire.read_train(message).partitions
+        (partition,) = messages.read_train(message).partitions
         if (upload := uploads[partition]) is not None:
-            content = wire.uploads_content(wire.Uploads(partitions=(partition,), values=upload[None]))
+            content = messages.uploads_content(messages.Uploads(partitions=(partition,), values=upload[None]))
             replies.append(Message(content, reply_to=message))
     arrays, _ = strategy.aggregate_train(server_round, replies)
     assert arrays is not None
-    return wire.from_arrays(arrays).to(torch.float64)
+    return messages.from_arrays(arrays).to(torch.float64)

@@ -15,7 +15,7 @@ import torch
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from fl_dualpriv import wire
+from fl_dualpriv import messages
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.plans import record_level_plan
 from fl_dualpriv.privacy.plan import round_terms
@@ -23,7 +23,7 @@ from fl_dualpriv.privacy.plan import round_terms
 app = ServerApp()
 
 
-def tasks(honest: wire.TrainTask) -> dict[str, wire.TrainTask]:
+def tasks(honest: messages.TrainTask) -> dict[str, messages.TrainTask]:
     """What may be asked, by name; ``honest`` is what our server asks in round 1."""
     second, terms = replace(honest, server_round=2), honest.terms
     changes: dict[str, dict[str, Any]] = {
@@ -56,7 +56,7 @@ def main(grid: Grid, context: Context) -> None:
     node = join(grid, config)
     model = json.loads((Path(config.backbone.name.removeprefix("local-dir:")) / "open_clip_config.json").read_text())
     known = tasks(
-        wire.TrainTask(
+        messages.TrainTask(
             partitions=(0,),
             global_prompt=torch.zeros(config.prompt.n_ctx, model["model_cfg"]["text_cfg"]["width"]),
             server_round=1,
@@ -79,13 +79,13 @@ def join(grid: Grid, config: RunConfig) -> int:
         return nodes[0]
     messages = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
     replies = grid.send_and_receive(messages, timeout=config.reply_timeout)
-    (host,) = [r.metadata.src_node_id for r in replies for card in wire.read_cards(r) if card.partition == 0]
+    (host,) = [r.metadata.src_node_id for r in replies for card in messages.read_cards(r) if card.partition == 0]
     return host
 
 
-def ask(grid: Grid, node: int, asked: dict[str, wire.TrainTask], timeout: float) -> dict[str, Any]:
+def ask(grid: Grid, node: int, asked: dict[str, messages.TrainTask], timeout: float) -> dict[str, Any]:
     """Send some messages at once; wait for all answers."""
-    messages = [Message(wire.train_content(task), node, MessageType.TRAIN) for task in asked.values()]
+    messages = [Message(messages.train_content(task), node, MessageType.TRAIN) for task in asked.values()]
     names = dict(zip(grid.push_messages(messages), asked, strict=True))
     answers: dict[str, Any] = {}
     deadline = time.monotonic() + timeout

@@ -14,7 +14,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fl_dualpriv.evaluation import Score
+from fl_dualpriv.metrics import Score
 from fl_dualpriv.privacy.plan import RoundTerms
 from fl_dualpriv.row_check import RowPath
 
