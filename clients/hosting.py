@@ -23,7 +23,7 @@ from fl_dualpriv.node_run import keep_node_run, keep_scored
 from fl_dualpriv.objective import Objective
 from fl_dualpriv.peak_memory import report_peak
 from fl_dualpriv.plans import record_level_plan
-from fl_dualpriv.privacy.budget import Budget
+from fl_dualpriv.privacy.filters.budget import Budget
 from fl_dualpriv.privacy.noise import random_sources
 from fl_dualpriv.privacy.plan import round_terms
 from fl_dualpriv.row_check import COMPANY, RowPath, checked_objective

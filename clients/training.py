@@ -17,7 +17,7 @@ from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.optimizers import Optimizer
-from fl_dualpriv.privacy.filters import spend_budget
+from fl_dualpriv.privacy.filters.choose import spend_budget
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey
 from fl_dualpriv.privacy.plan import check_terms

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.node_file import read_node_file
-from fl_dualpriv.privacy.budget import Budget, FilterName
+from fl_dualpriv.privacy.filters.budget import Budget, FilterName
 
 if TYPE_CHECKING:  # the accountant takes a second to load
     from fl_dualpriv.privacy.ledger import LedgerContent
@@ -95,7 +95,7 @@ def lifetime_of(file: Path) -> Lifetime:
     node = read_node_file(file.resolve())
     if node.budget is None or node.state_dir is None:
         raise ConfigError(f"node file {file}: it needs a [budget] and a state-dir")
-    from fl_dualpriv.privacy.filters import check_header, filter_of
+    from fl_dualpriv.privacy.filters.choose import check_header, filter_of
     from fl_dualpriv.privacy.ledger import Ledger
 
     budget, content = node.budget, Ledger(node.state_dir / "ledger.jsonl").read()
@@ -135,10 +135,10 @@ def admissions(budget: Budget, run: tuple[int, float, float]) -> tuple[Admission
 
 
 def _admitted(budget: Budget, name: FilterName, run: tuple[int, float, float]) -> Admission:
-    from fl_dualpriv.privacy.filter_base import largest
-    from fl_dualpriv.privacy.filters import filter_of
+    from fl_dualpriv.privacy.filters.base import largest
+    from fl_dualpriv.privacy.filters.choose import filter_of
+    from fl_dualpriv.privacy.filters.reserve import ReserveFilter
     from fl_dualpriv.privacy.ledger import LedgerContent
-    from fl_dualpriv.privacy.reserve_filter import ReserveFilter
 
     releases, rate, noise = run
     if name == "worst-terms" and not budget.min_noise_multiplier > 0:
@@ -159,7 +159,7 @@ def _admitted(budget: Budget, name: FilterName, run: tuple[int, float, float]) -
 
 def _of_path(budget: Budget, run: tuple[int, float, float]) -> Admission:
     from fl_dualpriv.privacy.accounting import SampledGaussians
-    from fl_dualpriv.privacy.filter_base import most_releases
+    from fl_dualpriv.privacy.filters.base import most_releases
 
     releases, rate, noise = run
     runs = most_releases(

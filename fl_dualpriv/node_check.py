@@ -156,7 +156,7 @@ def _budget(node: NodeFile) -> Finding:
     if budget is None:
         return _note("budget", "no [budget]: the configuration of each run alone limits what leaves")
     assert node.state_dir is not None  # `_state` said so
-    from fl_dualpriv.privacy.filters import check_header, filter_of
+    from fl_dualpriv.privacy.filters.choose import check_header, filter_of
     from fl_dualpriv.privacy.ledger import Ledger
 
     content = Ledger(node.state_dir / "ledger.jsonl").read()

@@ -56,7 +56,7 @@ from fl_dualpriv import node_tables
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.node_filter import FILTER_KEYS, filter_problems, read_filter
 from fl_dualpriv.node_tables import NodeModel, NodeServer
-from fl_dualpriv.privacy.budget import Budget
+from fl_dualpriv.privacy.filters.budget import Budget
 from fl_dualpriv.privacy.limits import (
     LARGEST_BUDGET,
     LARGEST_CLIP_NORM,

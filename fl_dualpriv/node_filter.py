@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-from fl_dualpriv.privacy.budget import Budget, FilterChoice
+from fl_dualpriv.privacy.filters.budget import Budget, FilterChoice
 from fl_dualpriv.privacy.limits import (
     LARGEST_BUDGET,
     LARGEST_NOISE_MULTIPLIER,

@@ -70,7 +70,7 @@ def count(node: NodeFile) -> str:
     """The ledger in words: rounds, and the budget that is left. Loads the accountant."""
     if node.state_dir is None:
         return "no state-dir, so no ledger of its own"
-    from fl_dualpriv.privacy.filters import filter_of
+    from fl_dualpriv.privacy.filters.choose import filter_of
     from fl_dualpriv.privacy.ledger import Ledger
 
     content = Ledger(node.state_dir / "ledger.jsonl").read()

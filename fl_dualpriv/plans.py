@@ -6,8 +6,8 @@ from typing import TypeVar
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.methods import METHODS
-from fl_dualpriv.privacy.limits import LARGEST_DRAWN_MULTIPLIER
-from fl_dualpriv.privacy.matrix_mechanism import (
+from fl_dualpriv.privacy.adaptive import AdaptiveClip
+from fl_dualpriv.privacy.correlated import (
     BandedNoise,
     CorrelatedNoise,
     RoundRobin,
@@ -15,8 +15,8 @@ from fl_dualpriv.privacy.matrix_mechanism import (
     best_bands,
     separation_for,
 )
+from fl_dualpriv.privacy.limits import LARGEST_DRAWN_MULTIPLIER
 from fl_dualpriv.privacy.plan import ClientLevelPlan, RecordLevelPlan, ServerUnit, noise_multiplier_for
-from fl_dualpriv.privacy.quantile import AdaptiveClip
 
 _MOST_BANDS = 64  # unless asked for: the server remembers so many arrays of the prompt's size
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.errors import PrivacyError
-from fl_dualpriv.privacy.matrix_mechanism import CorrelatedNoise
+from fl_dualpriv.privacy.correlated import CorrelatedNoise
 
 CLIP_NORM = "mechanism.clip-norm"
 SECRET_NOISE, NOISE_ROUND = "mechanism.secret-noise", "mechanism.secret-noise-round"

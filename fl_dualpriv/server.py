@@ -21,10 +21,10 @@ from fl_dualpriv import messages
 from fl_dualpriv.cohort import Asked, by_node, collect
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.metrics import Accuracy, mean_accuracy
+from fl_dualpriv.privacy.adaptive import AdaptiveClip
 from fl_dualpriv.privacy.clipping import ClippedSum, check_exact, client_sum, clip_rows, trusting_sum
 from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey, gaussian_noise, poisson_sample
 from fl_dualpriv.privacy.plan import RoundTerms, ServerUnit
-from fl_dualpriv.privacy.quantile import AdaptiveClip
 from fl_dualpriv.privacy.release import release
 from fl_dualpriv.round_memory import CLIP_NORM, check_next, hidden, next_noise
 from fl_dualpriv.round_messages import score_messages, train_messages

@@ -11,13 +11,13 @@ from typing import Literal
 
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.accounting import FINE_GRID
-from fl_dualpriv.privacy.budget import Budget, FilterChoice
+from fl_dualpriv.privacy.adaptive import AdaptiveClip
 from fl_dualpriv.privacy.clipping import Arithmetic
-from fl_dualpriv.privacy.filters import check_header
+from fl_dualpriv.privacy.correlated import CorrelatedNoise
+from fl_dualpriv.privacy.filters.budget import Budget, FilterChoice
+from fl_dualpriv.privacy.filters.choose import check_header
+from fl_dualpriv.privacy.filters.worst_terms import GaussianSumFilter, WorstTermsFilter
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
-from fl_dualpriv.privacy.matrix_mechanism import CorrelatedNoise
-from fl_dualpriv.privacy.quantile import AdaptiveClip
-from fl_dualpriv.privacy.worst_terms_filter import GaussianSumFilter, WorstTermsFilter
 
 
 class BudgetExhausted(PrivacyError):

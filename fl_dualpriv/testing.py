@@ -17,10 +17,10 @@ from torch import Tensor
 
 from fl_dualpriv import messages
 from fl_dualpriv.errors import ConfigError, PrivacyError
+from fl_dualpriv.privacy.adaptive import AdaptiveClip
 from fl_dualpriv.privacy.clipping import clip_rows
 from fl_dualpriv.privacy.noise import KeyedRandom
 from fl_dualpriv.privacy.plan import ServerUnit, round_terms
-from fl_dualpriv.privacy.quantile import AdaptiveClip
 from fl_dualpriv.round_memory import CLIP_NORM
 from fl_dualpriv.server import RoundStrategy, Update
 from fl_dualpriv.server_books import ServerPrivacy

@@ -15,12 +15,12 @@ from fl_dualpriv.privacy.accounting import (
     epsilon,
     gathered,
 )
+from fl_dualpriv.privacy.adaptive import AdaptiveClip
 from fl_dualpriv.privacy.calibration import calibrate_noise_multiplier
 from fl_dualpriv.privacy.clipping import Arithmetic
+from fl_dualpriv.privacy.correlated import CorrelatedNoise
 from fl_dualpriv.privacy.ledger import ReservedPlan
 from fl_dualpriv.privacy.limits import check_clip_norm
-from fl_dualpriv.privacy.matrix_mechanism import CorrelatedNoise
-from fl_dualpriv.privacy.quantile import AdaptiveClip
 
 ServerUnit = Literal["client", "record", "nominal"]
 """Unit whose data the server's noise protects; the noise of ``nominal`` proves nothing."""

@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from fl_dualpriv.privacy.clipping import ClippedSum
+from fl_dualpriv.privacy.integer import rounded_gaussian
 from fl_dualpriv.privacy.noise import RandomSource, gaussian_noise
-from fl_dualpriv.privacy.rounded_gaussian import rounded_gaussian
 
 
 def release(clean: ClippedSum, noise_multiplier: float, source: RandomSource) -> Tensor:

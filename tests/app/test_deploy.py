@@ -27,7 +27,7 @@ from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.node_file import NodeFile, read_node_file
 from fl_dualpriv.plans import record_level_plan
-from fl_dualpriv.privacy.filters import filter_of, spend_budget
+from fl_dualpriv.privacy.filters.choose import filter_of, spend_budget
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 from fl_dualpriv.run_files import PROGRESS
 from tests.app.run_folders import events_of

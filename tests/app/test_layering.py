@@ -44,7 +44,7 @@ SITES = {
         "simulations/benchmarks/growth.py",  # asks it directly, to compare with what a run reports
     },
     "matplotlib": {"fl_dualpriv/results.py", "simulations/attacks/report.py"},
-    "mpmath": {"fl_dualpriv/privacy/rounded_gaussian.py"},
+    "mpmath": {"fl_dualpriv/privacy/integer.py"},
     "ray": set(),  # Flower drives it
     "typer": {
         "fl_dualpriv/cli.py",

@@ -12,7 +12,7 @@ from fl_dualpriv.disclosure import claims_privacy
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.plans import client_level_plan
 from fl_dualpriv.privacy.accounting import COARSE_GRID
-from fl_dualpriv.privacy.matrix_mechanism import BandedNoise, TreeNoise
+from fl_dualpriv.privacy.correlated import BandedNoise, TreeNoise
 from fl_dualpriv.privacy.plan import ClientLevelPlan, client_level_notes, client_level_releases
 
 DEFAULTS = app_defaults(Path(__file__).parents[2])

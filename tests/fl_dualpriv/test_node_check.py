@@ -28,9 +28,9 @@ from fl_dualpriv.node_contact import contact, key_fingerprint
 from fl_dualpriv.node_device import probe, usable_device
 from fl_dualpriv.node_file import NodeFile, read_node_file
 from fl_dualpriv.node_tables import NodeModel, NodeServer
-from fl_dualpriv.privacy.budget import Budget, FilterChoice
+from fl_dualpriv.privacy.filters.budget import Budget, FilterChoice
+from fl_dualpriv.privacy.filters.reserve import ReserveFilter
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
-from fl_dualpriv.privacy.reserve_filter import ReserveFilter
 
 BUDGET = Budget(
     epsilon=2.0,

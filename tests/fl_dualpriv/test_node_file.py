@@ -6,7 +6,7 @@ import pytest
 
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.node_file import ENVIRONMENT, NodeFile, find_node_file, read_node_file
-from fl_dualpriv.privacy.budget import Budget
+from fl_dualpriv.privacy.filters.budget import Budget
 
 WHOLE = f"""
 state-dir = "/var/lib/fl-dualpriv"

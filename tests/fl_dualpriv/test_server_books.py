@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from fl_dualpriv.errors import PrivacyError
-from fl_dualpriv.privacy import worst_terms_filter
 from fl_dualpriv.privacy.accounting import SampledGaussians, composed_epsilon, epsilon
+from fl_dualpriv.privacy.correlated import BandedNoise, RoundRobin
+from fl_dualpriv.privacy.filters.choose import worst_terms as worst_terms_filter
 from fl_dualpriv.privacy.ledger import Ledger
-from fl_dualpriv.privacy.matrix_mechanism import BandedNoise, RoundRobin
 from fl_dualpriv.server_books import BudgetExhausted, ServerBooks, ServerPrivacy
 
 

@@ -15,11 +15,11 @@ from clients.training import TrainRound
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy import accounting, ledger
 from fl_dualpriv.privacy.accounting import SampledGaussians
-from fl_dualpriv.privacy.budget import Budget
+from fl_dualpriv.privacy.filters.budget import Budget
+from fl_dualpriv.privacy.filters.worst_terms import WorstTermsFilter
 from fl_dualpriv.privacy.ledger import Ledger, LedgerContent, LedgerEvent, ReservedPlan
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource
 from fl_dualpriv.privacy.plan import RecordLevelPlan
-from fl_dualpriv.privacy.worst_terms_filter import WorstTermsFilter
 from fl_dualpriv.server import RoundStrategy
 from fl_dualpriv.server_books import BudgetExhausted, ServerBooks, ServerPrivacy
 from fl_dualpriv.tables import SEEDED_NOTE

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fl_dualpriv import messages
 from fl_dualpriv.errors import PrivacyError
+from fl_dualpriv.privacy.adaptive import AdaptiveClip
+from fl_dualpriv.privacy.correlated import BandedNoise, CorrelatedNoise, RoundRobin, TreeNoise
 from fl_dualpriv.privacy.ledger import Ledger
-from fl_dualpriv.privacy.matrix_mechanism import BandedNoise, CorrelatedNoise, RoundRobin, TreeNoise
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
-from fl_dualpriv.privacy.quantile import AdaptiveClip
 from fl_dualpriv.round_memory import SECRET_NOISE
 from fl_dualpriv.server import RoundStrategy, Update
 from fl_dualpriv.server_books import ServerPrivacy

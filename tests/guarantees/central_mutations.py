@@ -7,12 +7,12 @@ import numpy as np
 from torch import Tensor
 
 from fl_dualpriv import round_memory, server
-from fl_dualpriv.privacy import quantile
+from fl_dualpriv.privacy import adaptive as quantile
 from fl_dualpriv.privacy.accounting import SampledGaussians
+from fl_dualpriv.privacy.adaptive import AdaptiveClip
 from fl_dualpriv.privacy.clipping import Arithmetic
-from fl_dualpriv.privacy.matrix_mechanism import BandedNoise, CorrelatedNoise, TreeNoise
+from fl_dualpriv.privacy.correlated import BandedNoise, CorrelatedNoise, TreeNoise
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, poisson_sample
-from fl_dualpriv.privacy.quantile import AdaptiveClip
 from fl_dualpriv.server import RoundStrategy
 from tests.guarantees import central_checks, limit_checks
 from tests.guarantees.book_mutations import the_server_writes_its_ledger_afterwards
@@ -113,7 +113,7 @@ CENTRAL_MUTATIONS = (
     ),
     Mutation(
         name="the clip norm moves to where rounding breaks it",
-        where="fl_dualpriv.privacy.quantile.clamped_clip_norm",
+        where="fl_dualpriv.privacy.adaptive.clamped_clip_norm",
         plant=a_clip_norm_moves_out_of_range,
         caught_by=(limit_checks.a_moving_clip_norm_stays_one,),
     ),

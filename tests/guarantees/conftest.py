@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from fl_dualpriv.config import RunConfig, app_defaults
-from fl_dualpriv.privacy.budget import Budget
+from fl_dualpriv.privacy.filters.budget import Budget
 
 if TYPE_CHECKING:
     from clients.hosting import Setting
@@ -35,7 +35,7 @@ OURS = {
         "fl_dualpriv/files.py",
         "fl_dualpriv/server.py",
         "fl_dualpriv/server_books.py",
-        "fl_dualpriv/privacy/budget.py",
+        "fl_dualpriv/privacy/filters/budget.py",
         "fl_dualpriv/privacy/ledger.py",
         "fl_dualpriv/privacy/noise.py",
         "fl_dualpriv/privacy/release.py",

@@ -12,13 +12,13 @@ import pytest
 
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.accounting import SampledGaussians, composed_epsilon, renyi_divergence
-from fl_dualpriv.privacy.budget import Budget, FilterChoice
-from fl_dualpriv.privacy.filter_base import PrivacyFilter
-from fl_dualpriv.privacy.filters import filter_of, spend_budget
+from fl_dualpriv.privacy.filters.base import PrivacyFilter
+from fl_dualpriv.privacy.filters.budget import Budget, FilterChoice
+from fl_dualpriv.privacy.filters.choose import filter_of, spend_budget
+from fl_dualpriv.privacy.filters.renyi import RenyiFilter
+from fl_dualpriv.privacy.filters.reserve import ReserveFilter
+from fl_dualpriv.privacy.filters.worst_terms import WorstTermsFilter
 from fl_dualpriv.privacy.ledger import Ledger, LedgerContent, LedgerEvent, ReservedPlan
-from fl_dualpriv.privacy.renyi_filter import RenyiFilter
-from fl_dualpriv.privacy.reserve_filter import ReserveFilter
-from fl_dualpriv.privacy.worst_terms_filter import WorstTermsFilter
 from tests.guarantees.adaptive_attack import Grid, State, Strategy, action_losses, after_action
 
 BUDGET = Budget(

@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from fl_dualpriv.errors import PrivacyError
-from fl_dualpriv.privacy import filters
 from fl_dualpriv.privacy.accounting import COARSE_GRID, renyi_bound, renyi_divergence
-from fl_dualpriv.privacy.budget import FilterChoice
+from fl_dualpriv.privacy.filters.budget import FilterChoice
+from fl_dualpriv.privacy.filters.choose import choose as filters
+from fl_dualpriv.privacy.filters.renyi import RENYI_ORDERS, RenyiFilter
+from fl_dualpriv.privacy.filters.reserve import ReserveFilter
+from fl_dualpriv.privacy.filters.worst_terms import WorstTermsFilter
 from fl_dualpriv.privacy.ledger import Ledger, LedgerContent, LedgerEvent, ReservedPlan
-from fl_dualpriv.privacy.renyi_filter import RENYI_ORDERS, RenyiFilter
-from fl_dualpriv.privacy.reserve_filter import ReserveFilter
-from fl_dualpriv.privacy.worst_terms_filter import WorstTermsFilter
 from tests.guarantees import filter_checks
 from tests.guarantees.mutation import Mutation, Patch
 
@@ -140,13 +140,13 @@ FILTER_MUTATIONS = (
     ),
     Mutation(
         name="the Rényi order is read from the ledger",
-        where="fl_dualpriv.privacy.filters.check_header",
+        where="fl_dualpriv.privacy.filters.choose.check_header",
         plant=the_order_is_read_from_the_ledger,
         caught_by=(filter_checks.the_numbers_of_a_filter_come_from_the_owners_file,),
     ),
     Mutation(
         name="a ledger goes on under another filter",
-        where="fl_dualpriv.privacy.filters.check_header",
+        where="fl_dualpriv.privacy.filters.choose.check_header",
         plant=a_changed_header_is_ignored,
         caught_by=(filter_checks.the_numbers_of_a_filter_come_from_the_owners_file,),
     ),

@@ -23,7 +23,7 @@ from fl_dualpriv.client import digest
 from fl_dualpriv.privacy import ledger as ledger_module
 from fl_dualpriv.privacy import release
 from fl_dualpriv.privacy.accounting import COARSE_GRID, epsilon
-from fl_dualpriv.privacy.budget import Budget, FilterChoice
+from fl_dualpriv.privacy.filters.budget import Budget, FilterChoice
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to learn what was synced")

@@ -15,11 +15,11 @@ import torch
 from clients.hosting import Setting
 from fl_dualpriv.client import digest
 from fl_dualpriv.files import read_tensors
-from fl_dualpriv.privacy.budget import Budget, FilterChoice
-from fl_dualpriv.privacy.filters import filter_of
+from fl_dualpriv.privacy.filters.budget import Budget, FilterChoice
+from fl_dualpriv.privacy.filters.choose import filter_of
+from fl_dualpriv.privacy.filters.reserve import ReserveFilter
+from fl_dualpriv.privacy.filters.worst_terms import WorstTermsFilter
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
-from fl_dualpriv.privacy.reserve_filter import ReserveFilter
-from fl_dualpriv.privacy.worst_terms_filter import WorstTermsFilter
 
 STEPS = 2
 """Releases of a round."""

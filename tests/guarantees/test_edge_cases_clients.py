@@ -23,9 +23,9 @@ from fl_dualpriv.config import app_defaults
 from fl_dualpriv.local_engine import LocalGrid, run_local
 from fl_dualpriv.privacy import release
 from fl_dualpriv.privacy.clipping import GRID_STEPS
+from fl_dualpriv.privacy.integer import rounded_gaussian
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, gaussian_noise
-from fl_dualpriv.privacy.rounded_gaussian import rounded_gaussian
 from fl_dualpriv.server import ClientFailure, RoundStrategy
 from fl_dualpriv.server_books import ServerPrivacy
 from strategies.dpfpl import DPFPL

@@ -23,10 +23,10 @@ from fl_dualpriv.client import fresh_state
 from fl_dualpriv.methods import METHODS
 from fl_dualpriv.objective import ClientData
 from fl_dualpriv.privacy.clipping import GRID_STEPS
+from fl_dualpriv.privacy.integer import rounded_gaussian
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, gaussian_noise
 from fl_dualpriv.privacy.plan import RecordLevelPlan
-from fl_dualpriv.privacy.rounded_gaussian import rounded_gaussian
 from fl_dualpriv.prompts.classification import Classification
 from fl_dualpriv.prompts.plain_tower import FunctionTower
 

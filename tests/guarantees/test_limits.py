@@ -15,6 +15,7 @@ from fl_dualpriv.node_file import read_node_file
 from fl_dualpriv.plans import client_level_plan
 from fl_dualpriv.privacy.clipping import GRID_STEPS, clip_rows, clipped_sum, integer_rows
 from fl_dualpriv.privacy.feature_rows import clipped_feature_sum
+from fl_dualpriv.privacy.integer import LARGEST_STD
 from fl_dualpriv.privacy.limits import (
     LARGEST_CLIP_NORM,
     LARGEST_DRAWN_MULTIPLIER,
@@ -27,7 +28,6 @@ from fl_dualpriv.privacy.limits import (
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey, poisson_sample
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.privacy.release import release
-from fl_dualpriv.privacy.rounded_gaussian import LARGEST_STD
 from fl_dualpriv.server import ServerPrivacy
 from strategies.fedavg import FedAvg
 from tests.guarantees import limit_checks

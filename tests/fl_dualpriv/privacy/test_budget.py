@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fl_dualpriv.errors import PrivacyError
-from fl_dualpriv.privacy.budget import Budget
+from fl_dualpriv.privacy.filters.budget import Budget
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 
 BUDGET = Budget(

@@ -17,12 +17,12 @@ from fl_dualpriv.privacy.accounting import (
     renyi_bound,
     renyi_divergence,
 )
-from fl_dualpriv.privacy.budget import Budget, FilterChoice
-from fl_dualpriv.privacy.filters import check_header, filter_of, spend_budget
+from fl_dualpriv.privacy.filters.budget import Budget, FilterChoice
+from fl_dualpriv.privacy.filters.choose import check_header, filter_of, spend_budget
+from fl_dualpriv.privacy.filters.renyi import RenyiFilter
+from fl_dualpriv.privacy.filters.reserve import ReserveFilter
+from fl_dualpriv.privacy.filters.worst_terms import WorstTermsFilter
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent, ReservedPlan
-from fl_dualpriv.privacy.renyi_filter import RenyiFilter
-from fl_dualpriv.privacy.reserve_filter import ReserveFilter
-from fl_dualpriv.privacy.worst_terms_filter import WorstTermsFilter
 from tests.guarantees.filter_checks import BUDGET, NOTHING
 
 RUN = (0.15, 4.211)

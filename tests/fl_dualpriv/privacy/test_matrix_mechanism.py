@@ -12,7 +12,7 @@ from dp_accounting import pld
 from numpy.linalg import inv
 
 from fl_dualpriv.privacy.accounting import COARSE_GRID, composed_epsilon, gathered
-from fl_dualpriv.privacy.matrix_mechanism import (
+from fl_dualpriv.privacy.correlated import (
     BandedNoise,
     CorrelatedNoise,
     RoundRobin,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.privacy.accounting import joint_noise_multiplier
+from fl_dualpriv.privacy.adaptive import AdaptiveClip
 from fl_dualpriv.privacy.clipping import Arithmetic, clip_rows
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
-from fl_dualpriv.privacy.quantile import AdaptiveClip
 
 ARITHMETICS: tuple[Arithmetic, ...] = ("float", "integer")
 

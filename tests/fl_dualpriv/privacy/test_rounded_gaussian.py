@@ -10,9 +10,9 @@ import torch
 from scipy import stats
 from scipy.special import ndtri
 
-from fl_dualpriv.privacy import rounded_gaussian as module
+from fl_dualpriv.privacy import integer as module
+from fl_dualpriv.privacy.integer import LARGEST_STD, NDTRI_ERROR, rounded_gaussian
 from fl_dualpriv.privacy.noise import KeyedRandom, OsRandom, StreamKey, gaussian_noise
-from fl_dualpriv.privacy.rounded_gaussian import LARGEST_STD, NDTRI_ERROR, rounded_gaussian
 
 
 def keyed(purpose: str = "test") -> KeyedRandom:

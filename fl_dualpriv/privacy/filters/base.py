@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from fl_dualpriv.privacy.accounting import COARSE_GRID, SampledGaussians, composed_epsilon, rough_epsilon
-from fl_dualpriv.privacy.budget import Budget
+from fl_dualpriv.privacy.filters.budget import Budget
 from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent, ReservedPlan
 
 _MOST_RELEASES = 2**24  # the end of searches for a number of releases

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.accounting import COARSE_GRID, SampledGaussians, composed_epsilon
-from fl_dualpriv.privacy.budget import Budget
-from fl_dualpriv.privacy.filter_base import budget_words, header_of, most_releases, plan_words, rest_buys
+from fl_dualpriv.privacy.filters.base import budget_words, header_of, most_releases, plan_words, rest_buys
+from fl_dualpriv.privacy.filters.budget import Budget
 from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent, ReservedPlan
 
 

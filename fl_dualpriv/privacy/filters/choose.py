@@ -10,12 +10,12 @@ import functools
 from collections.abc import Mapping
 
 from fl_dualpriv.errors import PrivacyError
-from fl_dualpriv.privacy.budget import Budget
-from fl_dualpriv.privacy.filter_base import PrivacyFilter
+from fl_dualpriv.privacy.filters.base import PrivacyFilter
+from fl_dualpriv.privacy.filters.budget import Budget
+from fl_dualpriv.privacy.filters.renyi import RenyiFilter
+from fl_dualpriv.privacy.filters.reserve import ReserveFilter
+from fl_dualpriv.privacy.filters.worst_terms import WorstTermsFilter
 from fl_dualpriv.privacy.ledger import Ledger, LedgerContent, LedgerEvent, ReservedPlan
-from fl_dualpriv.privacy.renyi_filter import RenyiFilter
-from fl_dualpriv.privacy.reserve_filter import ReserveFilter
-from fl_dualpriv.privacy.worst_terms_filter import WorstTermsFilter
 
 
 def filter_of(budget: Budget) -> PrivacyFilter:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.accounting import renyi_bound, renyi_divergence
-from fl_dualpriv.privacy.budget import Budget
-from fl_dualpriv.privacy.filter_base import budget_words, header_of, largest, rest_buys
+from fl_dualpriv.privacy.filters.base import budget_words, header_of, largest, rest_buys
+from fl_dualpriv.privacy.filters.budget import Budget
 from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent, ReservedPlan
 
 RENYI_ORDERS = (*(2 + i / 4 for i in range(33)), *range(11, 65), 80, 96, 128, 192, 256)
