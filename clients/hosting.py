@@ -17,7 +17,7 @@ from fl_dualpriv.config import RunConfig
 from fl_dualpriv.disclosure import held_out_is_given, may_score
 from fl_dualpriv.errors import ConfigError, PrivacyError, type_alone
 from fl_dualpriv.memory import peak_bytes
-from fl_dualpriv.methods import METHODS
+from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.metrics import Score, split_counts
 from fl_dualpriv.node_run import keep_node_run, keep_scored
 from fl_dualpriv.objective import Objective

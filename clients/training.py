@@ -15,7 +15,7 @@ from fl_dualpriv import messages
 from fl_dualpriv.client import PersonalState, check_round, check_single_run, fresh_state, is_same_release
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import PrivacyError
-from fl_dualpriv.methods import METHODS
+from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.optimizers import Optimizer
 from fl_dualpriv.privacy.filters.choose import spend_budget
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent

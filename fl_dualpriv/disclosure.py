@@ -5,7 +5,7 @@ from pathlib import Path
 from fl_dualpriv.config import DataConfig, EvaluationConfig, RunConfig
 from fl_dualpriv.data.folder import given_splits
 from fl_dualpriv.data.load import given_question_splits
-from fl_dualpriv.methods import METHODS
+from fl_dualpriv.methods.base import METHODS
 
 
 def claims_privacy(config: RunConfig) -> bool:

@@ -22,7 +22,7 @@ from fl_dualpriv.data.partition import held_classes, partition
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.image_features import ImageFeatures, refuse_unusable
 from fl_dualpriv.image_learners import ImageLearner, image_learner
-from fl_dualpriv.methods import METHODS
+from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.metrics import count_by_class, count_logits
 from fl_dualpriv.objective import ClientData, Objective
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey

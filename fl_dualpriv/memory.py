@@ -14,7 +14,7 @@ from fl_dualpriv.cpus import usable_cpus
 from fl_dualpriv.data.feature_cache import IN_MEMORY
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.image_features import BATCH
-from fl_dualpriv.methods import METHODS
+from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.peak_memory import resident_peak
 from fl_dualpriv.world import World
 

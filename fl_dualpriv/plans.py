@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import PrivacyError
-from fl_dualpriv.methods import METHODS
+from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.adaptive import AdaptiveClip
 from fl_dualpriv.privacy.correlated import (
     BandedNoise,

@@ -20,7 +20,7 @@ from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.expiring_grid import ExpiringGrid
 from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.memory import check_memory
-from fl_dualpriv.methods import METHODS
+from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.metrics import Accuracy
 from fl_dualpriv.plans import client_level_plan, noised_unit, record_level_plan
 from fl_dualpriv.privacy.accounting import joint_noise_multiplier

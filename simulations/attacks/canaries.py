@@ -31,7 +31,7 @@ from fl_dualpriv.client import PersonalState, fresh_state
 from fl_dualpriv.config import RunConfig
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.image_world import ImageWorld
-from fl_dualpriv.methods import METHODS
+from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.objective import ClientData
 from fl_dualpriv.plans import record_level_plan
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, RandomSources, StreamKey, random_sources

@@ -17,7 +17,7 @@ from fl_dualpriv.config import app_defaults
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.local_engine import LocalGrid, run_local
-from fl_dualpriv.methods import METHODS
+from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.run_files import PROGRESS, read_totals
 from fl_dualpriv.server import ClientFailure

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from clients.dualpriv import LocalTraining, Participant, cohort_update
 from fl_dualpriv.client import PersonalState, fresh_state
-from fl_dualpriv.methods import METHODS
+from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.optimizers import Optimizer
 from fl_dualpriv.privacy.clipping import Arithmetic
 from fl_dualpriv.privacy.plan import RecordLevelPlan

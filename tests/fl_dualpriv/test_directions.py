@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fl_dualpriv.directions import Directions
+from fl_dualpriv.methods.lowrank import carriers
 from fl_dualpriv.optimizers import SGD
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
-from fl_dualpriv.prompts.lowrank import carriers
 from fl_dualpriv.pruning.updates import KEEP_ALL, Rule, UpdatePruning
 
 ROWS, COLS = 4, 6

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from fl_dualpriv.config import Method
-from fl_dualpriv.methods import METHODS
+from fl_dualpriv.methods.base import METHODS
 
 
 def test_methods_are_those_of_the_configuration():

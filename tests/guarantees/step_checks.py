@@ -18,7 +18,7 @@ from torch import Tensor
 import clients.dualpriv
 import clients.training
 from fl_dualpriv.client import PersonalState, fresh_state
-from fl_dualpriv.methods import METHODS
+from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.objective import ClientData
 from fl_dualpriv.optimizers import SGD, Optimizer
 from fl_dualpriv.privacy import noise

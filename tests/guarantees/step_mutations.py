@@ -10,7 +10,8 @@ from torch import Tensor
 import clients.dualpriv
 from clients.dualpriv import Participant
 from fl_dualpriv.directions import Directions
-from fl_dualpriv.methods import MethodParts
+from fl_dualpriv.methods.base import MethodParts
+from fl_dualpriv.methods.lowrank import carriers
 from fl_dualpriv.objective import StepGradients
 from fl_dualpriv.privacy import clipping, feature_rows, per_example
 from fl_dualpriv.privacy import release as release_module
@@ -23,7 +24,6 @@ from fl_dualpriv.privacy.noise import (
 from fl_dualpriv.privacy.per_example import Batches, per_example_gradients
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.prompts import classification
-from fl_dualpriv.prompts.lowrank import carriers
 from fl_dualpriv.prompts.tower import ClassFeatures
 from tests.guarantees import audit_checks, limit_checks, run_checks, step_checks
 from tests.guarantees.mutation import Mutation, Patch

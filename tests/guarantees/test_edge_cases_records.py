@@ -20,7 +20,7 @@ from clients.dualpriv import LocalTraining, Participant, cohort_update
 from clients.hosting import Setting
 from fl_dualpriv import messages
 from fl_dualpriv.client import fresh_state
-from fl_dualpriv.methods import METHODS
+from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.objective import ClientData
 from fl_dualpriv.privacy.clipping import GRID_STEPS
 from fl_dualpriv.privacy.integer import rounded_gaussian

@@ -21,7 +21,7 @@ from torch import Tensor
 from clients.dualpriv import LocalTraining, Participant, cohort_update
 from fl_dualpriv import messages
 from fl_dualpriv.client import PersonalState, fresh_state
-from fl_dualpriv.methods import METHODS
+from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.objective import ClientData
 from fl_dualpriv.privacy.clipping import Arithmetic
 from fl_dualpriv.privacy.ledger import Ledger

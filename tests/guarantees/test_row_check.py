@@ -12,7 +12,7 @@ from torch import Tensor
 from clients.hosting import Setting
 from fl_dualpriv.config import RunConfig, app_defaults
 from fl_dualpriv.errors import PrivacyError
-from fl_dualpriv.methods import METHODS
+from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.per_example import Batches
 from fl_dualpriv.prompts.products import prompt_products
 from fl_dualpriv.prompts.shared_prefix_vjp import SharedPrefixFeatures

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fl_dualpriv.client import fresh_state
-from fl_dualpriv.prompts.lowrank import carriers, cut_to_rank, tangent_projection
+from fl_dualpriv.methods.lowrank import carriers, cut_to_rank, tangent_projection
 
 N, D = 6, 20
 

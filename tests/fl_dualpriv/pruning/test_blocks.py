@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.prompts.lowrank import carriers, tangent_projection
+from fl_dualpriv.methods.lowrank import carriers, tangent_projection
 from fl_dualpriv.pruning.blocks import Blocks, ComponentBlocks, CoordinateBlocks
 
 CLIENTS, ROWS, COLS, RANK = 3, 5, 8, 2
