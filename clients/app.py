@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 
 if TYPE_CHECKING:
     from clients.hosting import Node, Setting
-    from fl_dualpriv.config_rules import ConfigValue
+    from fl_dualpriv.config.ranges import ConfigValue
     from fl_dualpriv.node_file import NodeFile
 
 # torch and open_clip are imported inside the handlers: Flower's driver imports this file too and needs neither.
@@ -46,8 +46,8 @@ def _setting(context: Context, owner: "NodeFile | None") -> "Setting":
         PrivacyError: If the run is outside of what the owner of the node allows: then no image is read for it.
     """
     from clients.hosting import Setting
-    from fl_dualpriv.config import RunConfig
-    from fl_dualpriv.plans import record_level_plan
+    from fl_dualpriv.config.plans import record_level_plan
+    from fl_dualpriv.config.schema import RunConfig
 
     found = _settings.get(context.run_id)
     if found is None:

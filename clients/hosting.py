@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fl_dualpriv import messages
 from fl_dualpriv.client import ClientFolder
-from fl_dualpriv.config import RunConfig
+from fl_dualpriv.config.plans import record_level_plan
+from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.disclosure import held_out_is_given, may_score
 from fl_dualpriv.errors import ConfigError, PrivacyError, type_alone
 from fl_dualpriv.memory import peak_bytes
@@ -22,7 +23,6 @@ from fl_dualpriv.metrics import Score, split_counts
 from fl_dualpriv.node_run import keep_node_run, keep_scored
 from fl_dualpriv.objective import Objective
 from fl_dualpriv.peak_memory import report_peak
-from fl_dualpriv.plans import record_level_plan
 from fl_dualpriv.privacy.filters.budget import Budget
 from fl_dualpriv.privacy.noise import random_sources
 from fl_dualpriv.privacy.plan import round_terms

@@ -13,7 +13,7 @@ from clients.dualpriv import LocalTraining, Participant, cohort_update
 from clients.hosting import Failures, Node, chunks, prompts_at_once
 from fl_dualpriv import messages
 from fl_dualpriv.client import PersonalState, check_round, check_single_run, fresh_state, is_same_release
-from fl_dualpriv.config import RunConfig
+from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.optimizers import Optimizer

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fl_dualpriv.config_rules import ConfigValue
+from fl_dualpriv.config.ranges import ConfigValue
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import keep_previous, write_bytes
 

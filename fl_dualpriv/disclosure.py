@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fl_dualpriv.config import DataConfig, EvaluationConfig, RunConfig
+from fl_dualpriv.config.schema import DataConfig, EvaluationConfig, RunConfig
 from fl_dualpriv.data.folder import given_splits
 from fl_dualpriv.data.load import given_question_splits
 from fl_dualpriv.methods.base import METHODS

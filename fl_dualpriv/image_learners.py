@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.backbones.backbone import Backbone
-from fl_dualpriv.config import RunConfig
+from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.heads.linear_probe import LinearProbe, ProbeObjective, with_bias
 from fl_dualpriv.heads.prototypes import PrototypeObjective, prototype_directions
 from fl_dualpriv.methods.base import METHODS

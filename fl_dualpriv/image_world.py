@@ -13,7 +13,7 @@ from torch import Tensor
 from fl_dualpriv.backbones.backbone import Backbone
 from fl_dualpriv.backbones.load import load_backbone
 from fl_dualpriv.backbones.patches import PatchEncoder
-from fl_dualpriv.config import BackboneConfig, DataConfig, PromptConfig, RunConfig
+from fl_dualpriv.config.schema import BackboneConfig, DataConfig, PromptConfig, RunConfig
 from fl_dualpriv.data.datasets import DataSplits, ImageDataset
 from fl_dualpriv.data.feature_cache import cache_root
 from fl_dualpriv.data.identity import data_identity

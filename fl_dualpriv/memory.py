@@ -9,7 +9,7 @@ import torch
 
 from fl_dualpriv import cgroups
 from fl_dualpriv.backbones.backbone import Backbone
-from fl_dualpriv.config import ResourcesConfig, RunConfig
+from fl_dualpriv.config.schema import ResourcesConfig, RunConfig
 from fl_dualpriv.cpus import usable_cpus
 from fl_dualpriv.data.feature_cache import IN_MEMORY
 from fl_dualpriv.errors import ConfigError

@@ -10,11 +10,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fl_dualpriv import __version__
-from fl_dualpriv.config import RunConfig
+from fl_dualpriv.config.plans import client_level_plan, record_level_plan
+from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.files import write_json, write_tensors
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.metrics import Score
-from fl_dualpriv.plans import client_level_plan, record_level_plan
 from fl_dualpriv.privacy.plan import record_level_releases
 from fl_dualpriv.world import World
 

@@ -1,7 +1,7 @@
 """From a configuration to its visual token pruner."""
 
-from fl_dualpriv.config import RunConfig
-from fl_dualpriv.plans import record_level_plan
+from fl_dualpriv.config.plans import record_level_plan
+from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.pruning.visual_tokens import VisualTokenPruner
 
 

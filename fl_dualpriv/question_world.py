@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fl_dualpriv.backbones.answering import AnsweringModel
 from fl_dualpriv.backbones.load import load_answering_model
-from fl_dualpriv.config import BackboneConfig, DataConfig, PromptConfig, RunConfig
+from fl_dualpriv.config.schema import BackboneConfig, DataConfig, PromptConfig, RunConfig
 from fl_dualpriv.data.datasets import ImageDataset
 from fl_dualpriv.data.feature_cache import cache_root
 from fl_dualpriv.data.identity import data_identity

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from flwr.serverapp.strategy import Strategy
 
-from fl_dualpriv.config import StrategyConfig
+from fl_dualpriv.config.schema import StrategyConfig
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower_strategy import adapt
 from fl_dualpriv.plugins import FLOWER_TABLE, Value, load_class, plugin_options, unpack_options

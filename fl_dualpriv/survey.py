@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fl_dualpriv.config import RunConfig
+from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.data.datasets import DataSplits, ImageDataset
 from fl_dualpriv.data.folder import bad_images, read_layout
 from fl_dualpriv.data.load import load_data, load_questions

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from fl_dualpriv.config import RunConfig
+from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.disclosure import delta_problems, keeps_bad_records
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.methods.base import METHODS

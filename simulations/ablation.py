@@ -15,7 +15,7 @@ from typing import Any
 
 import scipy.stats
 
-from fl_dualpriv.config import app_defaults, merge, read_toml
+from fl_dualpriv.config.schema import app_defaults, merge, read_toml
 from fl_dualpriv.console import spell_out_what_cannot_be_shown
 from fl_dualpriv.cpus import usable_cpus
 from fl_dualpriv.errors import ConfigError

@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from fl_dualpriv.config import ConfigValue, RunConfig, merge
+from fl_dualpriv.config.schema import ConfigValue, RunConfig, merge
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import write_json
 from fl_dualpriv.run_files import SUMMARY, TOTALS, read_totals

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fl_dualpriv import messages
 from fl_dualpriv.checkpoint import CheckpointFolder
-from fl_dualpriv.config import RunConfig
+from fl_dualpriv.config.plans import client_level_plan, noised_unit, record_level_plan
+from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.disclosure import claims_privacy, may_score
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.expiring_grid import ExpiringGrid
@@ -22,7 +23,6 @@ from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.memory import check_memory
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.metrics import Accuracy
-from fl_dualpriv.plans import client_level_plan, noised_unit, record_level_plan
 from fl_dualpriv.privacy.accounting import joint_noise_multiplier
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import random_sources

@@ -28,12 +28,12 @@ from clients.dualpriv import Participant, cohort_update
 from clients.hosting import chunks, prompts_at_once
 from clients.training import local_training
 from fl_dualpriv.client import PersonalState, fresh_state
-from fl_dualpriv.config import RunConfig
+from fl_dualpriv.config.plans import record_level_plan
+from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.image_world import ImageWorld
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.objective import ClientData
-from fl_dualpriv.plans import record_level_plan
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, RandomSources, StreamKey, random_sources
 from fl_dualpriv.privacy.per_example import Batches, per_example_gradients
 from fl_dualpriv.privacy.plan import RecordLevelPlan

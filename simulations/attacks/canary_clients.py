@@ -26,10 +26,10 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fl_dualpriv import messages
-from fl_dualpriv.config import RunConfig
+from fl_dualpriv.config.plans import client_level_plan, record_level_plan
+from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.local_engine import LocalGrid
-from fl_dualpriv.plans import client_level_plan, record_level_plan
 from fl_dualpriv.plugins import load_class, plugin_options
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 from fl_dualpriv.privacy.plan import ClientLevelPlan

@@ -20,7 +20,7 @@ from clients.dpfpl_paper import CLIP, published_updates
 from clients.dualpriv import Participant, cohort_update
 from clients.training import local_training, published_training
 from fl_dualpriv.client import fresh_state
-from fl_dualpriv.config import RunConfig
+from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.objective import ClientData
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.config import RunConfig
+from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.objective import ClientData
 from simulations.attacks.federation import Federation

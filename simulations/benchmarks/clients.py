@@ -22,7 +22,7 @@ machine.one_thread()
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from fl_dualpriv.config_rules import ConfigValue  # noqa: E402
+from fl_dualpriv.config.ranges import ConfigValue  # noqa: E402
 from simulations.benchmarks.harness import (  # noqa: E402
     BENCH_DIR,
     CHECKOUT,

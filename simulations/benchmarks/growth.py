@@ -18,7 +18,7 @@ from simulations.benchmarks import machine
 
 machine.one_thread()
 
-from fl_dualpriv.config_rules import ConfigValue  # noqa: E402
+from fl_dualpriv.config.ranges import ConfigValue  # noqa: E402
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey, poisson_sample  # noqa: E402
 from simulations.benchmarks.harness import BENCH_DIR, Cost, assert_equal, emit, interleaved  # noqa: E402
 from simulations.benchmarks.images import sketch_folder  # noqa: E402

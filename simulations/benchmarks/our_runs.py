@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from safetensors.torch import save_file
 
-from fl_dualpriv.config import RunConfig, app_defaults, merge
-from fl_dualpriv.config_rules import ConfigValue
+from fl_dualpriv.config.ranges import ConfigValue
+from fl_dualpriv.config.schema import RunConfig, app_defaults, merge
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.flower_engine import to_toml
 from fl_dualpriv.run_files import SUMMARY, read_totals

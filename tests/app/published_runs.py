@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fl_dualpriv import load_prompt
-from fl_dualpriv.config import RunConfig, app_defaults
+from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.image_world import ImageWorld
 from fl_dualpriv.metrics import mean_accuracy, split_counts
 from fl_dualpriv.prediction import LoadedPrompt

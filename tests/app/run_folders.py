@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from fl_dualpriv import supervisor
-from fl_dualpriv.config import app_defaults
+from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.local_engine import run_local
 from fl_dualpriv.run_files import PROGRESS, ROUNDS, read_totals

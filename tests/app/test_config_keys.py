@@ -7,7 +7,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from fl_dualpriv.config import RunConfig, app_defaults, merge, read_toml
+from fl_dualpriv.config.schema import RunConfig, app_defaults, merge, read_toml
 
 APP_DIR = Path(__file__).parents[2]
 DEFAULTS = app_defaults(APP_DIR)

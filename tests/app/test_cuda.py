@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from fl_dualpriv.config import app_defaults, merge, read_toml
+from fl_dualpriv.config.schema import app_defaults, merge, read_toml
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.local_engine import run_local
 

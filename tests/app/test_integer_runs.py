@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv import messages
-from fl_dualpriv.config import app_defaults
+from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.local_engine import run_local

@@ -135,7 +135,7 @@ def test_no_relative_imports():
 
 
 def test_configuration_imports_the_standard_library_only():
-    assert tops("fl_dualpriv/config.py") | tops("fl_dualpriv/config_rules.py") <= {
+    assert tops("fl_dualpriv/config/schema.py") | tops("fl_dualpriv/config/ranges.py") <= {
         *("dataclasses", "difflib", "functools", "tomllib", "collections", "math", "json", "re", "pathlib", "typing"),
         "fl_dualpriv",
     }

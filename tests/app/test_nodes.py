@@ -13,7 +13,7 @@ from torch import Tensor
 import clients.hosting
 import clients.training
 from fl_dualpriv import row_check
-from fl_dualpriv.config import app_defaults
+from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.local_engine import LocalGrid, run_local

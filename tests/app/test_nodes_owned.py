@@ -7,7 +7,7 @@ import pytest
 from flwr.app import Context, MessageType, RecordDict
 
 from fl_dualpriv import messages
-from fl_dualpriv.config import RunConfig
+from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.data.partition import partition
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.local_engine import LocalGrid

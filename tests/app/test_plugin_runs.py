@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from fl_dualpriv import cli
-from fl_dualpriv.config import app_defaults
+from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.local_engine import run_local

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fl_dualpriv import load_prompt
-from fl_dualpriv.config import RunConfig, app_defaults
+from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.local_engine import run_local
 from fl_dualpriv.prompts.answers import answer_records

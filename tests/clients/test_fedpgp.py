@@ -10,10 +10,10 @@ from torch import Tensor
 import clients.dualpriv
 from clients.dualpriv import LocalTraining, Participant, cohort_update
 from fl_dualpriv.client import PersonalState, fresh_state
-from fl_dualpriv.config import RunConfig, app_defaults
+from fl_dualpriv.config.plans import record_level_plan
+from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.objective import ClientData
-from fl_dualpriv.plans import record_level_plan
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.prompts.classification import Classification
 from fl_dualpriv.prompts.contrast import PromptContrast, contrastive_loss

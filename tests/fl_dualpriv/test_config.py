@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fl_dualpriv.config import RunConfig, app_defaults, flatten, merge, parse_assignment, read_toml
+from fl_dualpriv.config.schema import RunConfig, app_defaults, flatten, merge, parse_assignment, read_toml
 from fl_dualpriv.errors import ConfigError
 
 APP_DIR = Path(__file__).parents[2]

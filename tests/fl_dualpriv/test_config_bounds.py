@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fl_dualpriv.config import RunConfig, app_defaults, merge
+from fl_dualpriv.config.schema import RunConfig, app_defaults, merge
 from fl_dualpriv.errors import ConfigError
 
 DEFAULTS = app_defaults(Path(__file__).parents[2])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fl_dualpriv.config import RunConfig, app_defaults
+from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.errors import ConfigError
 
 DEFAULTS = app_defaults(Path(__file__).parents[2])

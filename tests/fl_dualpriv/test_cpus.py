@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fl_dualpriv import flower_hook, memory
-from fl_dualpriv.config import RunConfig, app_defaults
+from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.cpus import usable_cpus
 from fl_dualpriv.flower_engine import federation_config
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fl_dualpriv import memory
-from fl_dualpriv.config import RunConfig, app_defaults
+from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.memory import (
     actor_bytes,

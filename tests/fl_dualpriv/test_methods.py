@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 
-from fl_dualpriv.config import Method
+from fl_dualpriv.config.schema import Method
 from fl_dualpriv.methods.base import METHODS
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fl_dualpriv.config import StrategyConfig
+from fl_dualpriv.config.schema import StrategyConfig
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower_strategy import FlowerStrategy
 from fl_dualpriv.plugins import find_module, load_class, pack_options, plugin_options, unpack_options

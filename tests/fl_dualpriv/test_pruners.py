@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from fl_dualpriv.config import RunConfig, app_defaults
-from fl_dualpriv.plans import record_level_plan
+from fl_dualpriv.config.plans import record_level_plan
+from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.pruners import token_pruner
 
 DEFAULTS = app_defaults(Path(__file__).parents[2])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fl_dualpriv.config import RunConfig, app_defaults
+from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.data.load import load_questions
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.question_world import QuestionWorld

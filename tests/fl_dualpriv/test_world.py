@@ -12,13 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fl_dualpriv import plans
-from fl_dualpriv.config import ConfigValue, RunConfig, app_defaults
+from fl_dualpriv.config.plans import client_level_plan, record_level_plan
+from fl_dualpriv.config.schema import ConfigValue, RunConfig, app_defaults, plans
 from fl_dualpriv.data.load import load_data
 from fl_dualpriv.disclosure import may_score
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.image_world import ImageWorld
-from fl_dualpriv.plans import client_level_plan, record_level_plan
 from fl_dualpriv.privacy.clipping import clipped_sum
 from fl_dualpriv.privacy.per_example import Batches, per_example_gradients
 from fl_dualpriv.world import run_folder

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fl_dualpriv.config_methods import Method
+from fl_dualpriv.config.methods import Method
 
 HERE = Path(__file__).parent
 

@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from fl_dualpriv.config import RunConfig, app_defaults, flatten
+from fl_dualpriv.config.schema import RunConfig, app_defaults, flatten
 from simulations.attacks.canaries import audit_record_level
 from simulations.attacks.canary_clients import audit_client_level
 from simulations.attacks.verdict import AuditResult

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fl_dualpriv.config import RunConfig, app_defaults
+from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.privacy.filters.budget import Budget
 
 if TYPE_CHECKING:

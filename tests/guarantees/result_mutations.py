@@ -13,7 +13,7 @@ from torch import Tensor
 import simulations.server_app
 import strategies.dpfpl
 from fl_dualpriv import published, results, run_files
-from fl_dualpriv.config import RunConfig
+from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.files import write_tensors
 from fl_dualpriv.results import RunRecorder
 from fl_dualpriv.run_files import PROGRESS, ROUNDS

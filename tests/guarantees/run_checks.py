@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clients.app import app
 from fl_dualpriv import messages
-from fl_dualpriv.config import app_defaults
+from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.local_engine import LocalGrid, run_local
 from fl_dualpriv.privacy import release

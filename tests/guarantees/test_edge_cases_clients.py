@@ -19,7 +19,7 @@ from torch import Tensor
 import clients.training
 import fl_dualpriv.server
 from fl_dualpriv import messages
-from fl_dualpriv.config import app_defaults
+from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.local_engine import LocalGrid, run_local
 from fl_dualpriv.privacy import release
 from fl_dualpriv.privacy.clipping import GRID_STEPS

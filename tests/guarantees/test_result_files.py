@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fl_dualpriv.config import app_defaults, read_toml
+from fl_dualpriv.config.schema import app_defaults, read_toml
 from fl_dualpriv.data.demo import DemoSplit, load_demo
 from fl_dualpriv.data.load import load_data
 from fl_dualpriv.errors import ConfigError

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clients.hosting import Setting
-from fl_dualpriv.config import RunConfig, app_defaults
+from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.per_example import Batches

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.client import PersonalState, fresh_state
-from fl_dualpriv.config import RunConfig
+from fl_dualpriv.config.plans import record_level_plan
+from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.objective import ClientData
 from fl_dualpriv.optimizers import Name, Optimizer
-from fl_dualpriv.plans import record_level_plan
 from fl_dualpriv.privacy.clipping import clipped_sum
 from fl_dualpriv.privacy.ledger import LedgerEvent
 from fl_dualpriv.privacy.noise import RandomSource

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import fl_dualpriv.privacy.release
 import fl_dualpriv.server
 from fl_dualpriv import audit_command, cli
-from fl_dualpriv.config import ConfigValue, RunConfig, app_defaults, merge, read_toml
+from fl_dualpriv.config.schema import ConfigValue, RunConfig, app_defaults, merge, read_toml
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.privacy.clipping import ClippedSum
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, gaussian_noise

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fl_dualpriv.config import RunConfig, app_defaults, merge, read_toml
+from fl_dualpriv.config.schema import RunConfig, app_defaults, merge, read_toml
 from fl_dualpriv.errors import ConfigError
 from simulations.attacks.federation import Federation
 from simulations.attacks.inversion import audit_inversion

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fl_dualpriv.config import RunConfig, app_defaults, merge, read_toml
+from fl_dualpriv.config.schema import RunConfig, app_defaults, merge, read_toml
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.local_engine import run_local

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fl_dualpriv.config import RunConfig, app_defaults, merge, read_toml
+from fl_dualpriv.config.plans import record_level_plan
+from fl_dualpriv.config.schema import RunConfig, app_defaults, merge, read_toml
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.plans import record_level_plan
 from fl_dualpriv.privacy.accounting import COARSE_GRID
 from fl_dualpriv.privacy.accounting import epsilon as epsilon_of
 from simulations import baselines, tune

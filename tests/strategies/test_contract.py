@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from flwr.serverapp import strategy as flower
 
-from fl_dualpriv.config import app_defaults
+from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.flower_strategy import adapt
 from fl_dualpriv.plugins import plugin_options
 from fl_dualpriv.server import RoundStrategy

@@ -16,8 +16,8 @@ from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fl_dualpriv import messages
-from fl_dualpriv.config import RunConfig
-from fl_dualpriv.plans import record_level_plan
+from fl_dualpriv.config.plans import record_level_plan
+from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.privacy.plan import round_terms
 
 app = ServerApp()

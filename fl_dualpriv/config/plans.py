@@ -3,7 +3,7 @@
 import math
 from typing import TypeVar
 
-from fl_dualpriv.config import RunConfig
+from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.adaptive import AdaptiveClip

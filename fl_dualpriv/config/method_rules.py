@@ -1,6 +1,6 @@
 """Rules of the baselines that have mathematics of their own: which keys speak of them, and which cannot."""
 
-from fl_dualpriv.config_cross_rules import CrossRule
+from fl_dualpriv.config.rules import CrossRule
 
 _HEADS = ("linear-probe", "prototypes")
 _IMAGES_ALONE = (*_HEADS, "fedpgp", "dp-lora", "ffa-lora", "fedotp")

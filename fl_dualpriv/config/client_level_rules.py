@@ -1,6 +1,6 @@
 """What the keys of client-level privacy must satisfy together; see ``config_cross_rules.py``."""
 
-from fl_dualpriv.config_cross_rules import CrossRule
+from fl_dualpriv.config.rules import CrossRule
 from fl_dualpriv.privacy.limits import SMALLEST_SAMPLING_RATE
 
 _MECHANISM, _CLIPPING = "privacy.client.mechanism", "privacy.client.clipping"

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from fl_dualpriv.config_client_level_rules import CLIENT_LEVEL_RULES
-from fl_dualpriv.config_cross_rules import CROSS_RULES, CrossRule, Values
-from fl_dualpriv.config_method_rules import METHOD_RULES
+from fl_dualpriv.config.client_level_rules import CLIENT_LEVEL_RULES
+from fl_dualpriv.config.method_rules import METHOD_RULES
+from fl_dualpriv.config.rules import CROSS_RULES, CrossRule, Values
 from fl_dualpriv.privacy.limits import (
     LARGEST_CLIP_NORM,
     LARGEST_EPSILON,

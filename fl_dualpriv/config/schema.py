@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, cast, get_type_hints
 
-from fl_dualpriv.config_methods import FedOTPConfig, FedPGPConfig, Method
-from fl_dualpriv.config_rules import ConfigValue, check
+from fl_dualpriv.config.methods import FedOTPConfig, FedPGPConfig, Method
+from fl_dualpriv.config.ranges import ConfigValue, check
 from fl_dualpriv.errors import ConfigError
 
 T = TypeVar("T")
