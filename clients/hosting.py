@@ -22,11 +22,11 @@ from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.metrics import Score, split_counts
 from fl_dualpriv.node_run import keep_node_run, keep_scored
 from fl_dualpriv.objective import Objective
-from fl_dualpriv.peak_memory import report_peak
 from fl_dualpriv.privacy.filters.budget import Budget
 from fl_dualpriv.privacy.noise import random_sources
 from fl_dualpriv.privacy.plan import round_terms
 from fl_dualpriv.row_check import COMPANY, RowPath, checked_objective
+from fl_dualpriv.run.peak_memory import report_peak
 from fl_dualpriv.world import Counts, held_groups
 from fl_dualpriv.world_build import build_world
 

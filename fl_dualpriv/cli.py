@@ -15,9 +15,9 @@ from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.export_command import export
 from fl_dualpriv.new_strategy_command import new_strategy
 from fl_dualpriv.predict_command import predict
+from fl_dualpriv.run.user_folders import home, settle_home
 from fl_dualpriv.run_command import run
 from fl_dualpriv.run_job import fail
-from fl_dualpriv.user_folders import home, settle_home
 
 
 class _Front(typer.Typer):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_dualpriv import flower_env, flower_hook, programs, supervisor
-from fl_dualpriv.cpus import usable_cpus
+from fl_dualpriv.run.cpus import usable_cpus
 
 RunConfigValues = Mapping[str, bool | int | float | str]
 

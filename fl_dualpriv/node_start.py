@@ -19,7 +19,7 @@ from fl_dualpriv.node_data import before_joining
 from fl_dualpriv.node_device import probe
 from fl_dualpriv.node_file import ENVIRONMENT, NodeFile, missing_folders, read_node_file
 from fl_dualpriv.node_tables import NodeServer, split_address
-from fl_dualpriv.user_folders import home as home_of_user
+from fl_dualpriv.run.user_folders import home as home_of_user
 
 ANY_APP = (
     "--any-app: this node runs whatever code its server sends, and against a hostile server it then has no budget at "

@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fl_dualpriv.run_files import PROGRESS, ROUNDS
-from fl_dualpriv.tables import epsilon_text, percent
+from fl_dualpriv.run.file_kinds import PROGRESS, ROUNDS
+from fl_dualpriv.run.tables import epsilon_text, percent
 
 _EVERY_SECONDS = 0.3
 

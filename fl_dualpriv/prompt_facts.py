@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.tables import epsilon_text
+from fl_dualpriv.run.tables import epsilon_text
 from fl_dualpriv.use_facts import UseFacts
 
 FORMAT = 1

@@ -20,9 +20,9 @@ from fl_dualpriv.config.schema import RunConfig, app_defaults, merge, parse_assi
 from fl_dualpriv.console import Output
 from fl_dualpriv.data.hub_names import HUB, absolute_name
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.folder_lock import held_alone
-from fl_dualpriv.out_folder import prepare_folder
-from fl_dualpriv.user_folders import expanded
+from fl_dualpriv.run.folder_lock import held_alone
+from fl_dualpriv.run.out_folder import prepare_folder
+from fl_dualpriv.run.user_folders import expanded
 
 _ENDING_SECONDS = 30.0
 

@@ -13,8 +13,8 @@ from fl_dualpriv.config.schema import PromptConfig, RunConfig
 from fl_dualpriv.data.datasets import ImageDataset
 from fl_dualpriv.objective import Objective, Records, Regulariser
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey, gaussian_noise
+from fl_dualpriv.run.user_folders import home
 from fl_dualpriv.use_facts import UseFacts
-from fl_dualpriv.user_folders import home
 
 Counts = tuple[Tensor, Tensor]
 """Right answers and all held-out records of each group, both (group,) int64 on the CPU."""

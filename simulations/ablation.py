@@ -17,10 +17,10 @@ import scipy.stats
 
 from fl_dualpriv.config.schema import app_defaults, merge, read_toml
 from fl_dualpriv.console import spell_out_what_cannot_be_shown
-from fl_dualpriv.cpus import usable_cpus
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import write_bytes
-from fl_dualpriv.tables import epsilon_text
+from fl_dualpriv.run.cpus import usable_cpus
+from fl_dualpriv.run.tables import epsilon_text
 from simulations.cells import Cell, make_cell, run_all
 from simulations.report import CONFIGS, ROOT, spread
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from fl_dualpriv.console import spell_out_what_cannot_be_shown
-from fl_dualpriv.cpus import usable_cpus
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import write_bytes
-from fl_dualpriv.tables import epsilon_text
+from fl_dualpriv.run.cpus import usable_cpus
+from fl_dualpriv.run.tables import epsilon_text
 from simulations.cells import Cell, run, run_all
 from simulations.report import ROOT, level, spread
 from simulations.tune import CHOSEN, Entry, cell_of, entries, kind_of, read, space

@@ -17,7 +17,7 @@ from typing import Any
 from fl_dualpriv.config.schema import ConfigValue, RunConfig, merge
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import write_json
-from fl_dualpriv.run_files import SUMMARY, TOTALS, read_totals
+from fl_dualpriv.run.file_kinds import SUMMARY, TOTALS, read_totals
 from simulations.report import ROOT
 
 FAILED = "failed.json"

@@ -17,8 +17,8 @@ from typing import Any
 
 from fl_dualpriv.console import spell_out_what_cannot_be_shown
 from fl_dualpriv.files import write_bytes
-from fl_dualpriv.run_files import SUMMARY, TOTALS, read_totals
-from fl_dualpriv.tables import epsilon_text
+from fl_dualpriv.run.file_kinds import SUMMARY, TOTALS, read_totals
+from fl_dualpriv.run.tables import epsilon_text
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "simulations" / "configs"

@@ -13,7 +13,6 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from fl_dualpriv import messages
-from fl_dualpriv.checkpoint import CheckpointFolder
 from fl_dualpriv.config.plans import client_level_plan, noised_unit, record_level_plan
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.disclosure import claims_privacy, may_score
@@ -36,9 +35,10 @@ from fl_dualpriv.privacy.plan import (
     record_level_releases,
     round_terms,
 )
-from fl_dualpriv.results import RunRecorder, build_summary
 from fl_dualpriv.rounds import Rounds
-from fl_dualpriv.run_files import PLUGINS, without_kind
+from fl_dualpriv.run.checkpoint import CheckpointFolder
+from fl_dualpriv.run.file_kinds import PLUGINS, without_kind
+from fl_dualpriv.run.recorder import RunRecorder, build_summary
 from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy
 from fl_dualpriv.server_books import BudgetExhausted, ServerPrivacy
 from fl_dualpriv.strategy_ref import load_strategy

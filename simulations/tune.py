@@ -24,9 +24,9 @@ import numpy as np
 from fl_dualpriv.config.plans import client_level_plan, record_level_plan
 from fl_dualpriv.config.schema import ConfigValue, RunConfig, app_defaults, read_toml
 from fl_dualpriv.console import spell_out_what_cannot_be_shown
-from fl_dualpriv.cpus import usable_cpus
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import write_bytes
+from fl_dualpriv.run.cpus import usable_cpus
 from simulations.cells import Cell, make_cell, run_all, was_run
 from simulations.report import CONFIGS, ROOT
 

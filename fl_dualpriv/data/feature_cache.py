@@ -25,7 +25,7 @@ from typing import IO
 
 import numpy as np
 
-from fl_dualpriv.user_folders import home
+from fl_dualpriv.run.user_folders import home
 
 SHARD = 256
 """Images in a shard. A shard is always encoded whole: the size of a batch changes float rounding."""

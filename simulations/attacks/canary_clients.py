@@ -33,7 +33,7 @@ from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.plugins import load_class, plugin_options
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 from fl_dualpriv.privacy.plan import ClientLevelPlan
-from fl_dualpriv.results import RunRecorder
+from fl_dualpriv.run.recorder import RunRecorder
 from fl_dualpriv.server import RoundReport, RoundStrategy
 from fl_dualpriv.world_build import image_world
 from simulations.attacks.verdict import CANARIES, AuditResult, coins, judge, silenced

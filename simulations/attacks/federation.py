@@ -25,7 +25,7 @@ from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.objective import ClientData
 from fl_dualpriv.plugins import load_class, plugin_options
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
-from fl_dualpriv.results import RunRecorder
+from fl_dualpriv.run.recorder import RunRecorder
 from fl_dualpriv.server import RoundReport, RoundStrategy
 from fl_dualpriv.world_build import image_world
 from simulations.server_app import build_strategy

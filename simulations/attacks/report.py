@@ -10,7 +10,7 @@ from fl_dualpriv.config.plans import client_level_plan, record_level_plan
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import write_bytes, write_json
-from fl_dualpriv.tables import epsilon_text
+from fl_dualpriv.run.tables import epsilon_text
 from simulations.attacks.canaries import audit_record_level
 from simulations.attacks.canary_clients import audit_client_level
 from simulations.attacks.inversion import InversionResult, audit_inversion

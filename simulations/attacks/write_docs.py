@@ -17,7 +17,7 @@ from typing import Any
 from fl_dualpriv.config.schema import ConfigValue, RunConfig, app_defaults, merge, read_toml
 from fl_dualpriv.console import spell_out_what_cannot_be_shown
 from fl_dualpriv.files import write_bytes, write_json
-from fl_dualpriv.tables import epsilon_text
+from fl_dualpriv.run.tables import epsilon_text
 from simulations.attacks.inversion import audit_inversion
 from simulations.attacks.membership import audit_membership
 

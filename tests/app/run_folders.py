@@ -15,7 +15,7 @@ from fl_dualpriv import supervisor
 from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.local_engine import run_local
-from fl_dualpriv.run_files import PROGRESS, ROUNDS, read_totals
+from fl_dualpriv.run.file_kinds import PROGRESS, ROUNDS, read_totals
 
 APP_DIR = Path(__file__).parents[2]
 DEFAULTS = app_defaults(APP_DIR)

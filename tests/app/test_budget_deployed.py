@@ -26,7 +26,7 @@ from fl_dualpriv.privacy.accounting import (
     renyi_bound,
     renyi_divergence,
 )
-from fl_dualpriv.run_files import PROGRESS, read_totals
+from fl_dualpriv.run.file_kinds import PROGRESS, read_totals
 from tests.app.run_folders import events_of, lines
 from tests.app.test_rogue_server import ROOT, run_config, write_app
 

@@ -29,7 +29,7 @@ from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.node_file import NodeFile, read_node_file
 from fl_dualpriv.privacy.filters.choose import filter_of, spend_budget
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
-from fl_dualpriv.run_files import PROGRESS
+from fl_dualpriv.run.file_kinds import PROGRESS
 from tests.app.run_folders import events_of
 from tests.app.test_rogue_server import BUDGET, DEFAULTS, write_app
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fl_dualpriv.run_files import RUN_FILES
+from fl_dualpriv.run.file_kinds import RUN_FILES
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

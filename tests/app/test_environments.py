@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fl_dualpriv.cpus import usable_cpus
+from fl_dualpriv.run.cpus import usable_cpus
 from tests.app.run_folders import write_images
 from tests.no_hard_links import cannot_refuse
 

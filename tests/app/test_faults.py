@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from fl_dualpriv.checkpoint import FILES, CheckpointFolder
 from fl_dualpriv.data.load import load_data
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.folder_lock import held_alone
 from fl_dualpriv.privacy import ledger
-from fl_dualpriv.results import RunRecorder
+from fl_dualpriv.run.checkpoint import FILES, CheckpointFolder
+from fl_dualpriv.run.folder_lock import held_alone
+from fl_dualpriv.run.recorder import RunRecorder
 from tests.app.run_folders import BOTH, Start, ending, lines, starter
 
 ROOT = Path(__file__).parents[2]
@@ -81,11 +81,11 @@ def test_what_is_not_of_this_run_is_not_resumed(start: Start, tmp_path: Path, mo
     with pytest.raises(ConfigError, match="another configuration: rounds = 3, was 2; seed = 1, was 0"):
         start("cut", TWO_ROUNDS | {"rounds": 3, "seed": 1}, resume=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fl_dualpriv.checkpoint.FORMAT", 3)
+        patch.setattr("fl_dualpriv.run.checkpoint.FORMAT", 3)
         with pytest.raises(ConfigError, match="has format 2, this version reads 3"):
             start("cut", TWO_ROUNDS, resume=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fl_dualpriv.checkpoint.version", lambda name: "0.0.1")
+        patch.setattr("fl_dualpriv.run.checkpoint.version", lambda name: "0.0.1")
         with pytest.raises(ConfigError, match=r"was written by fl-dualpriv .*, this is 0\.0\.1"):
             start("cut", TWO_ROUNDS, resume=True)
     events = (out / "ledger.jsonl").read_bytes()
@@ -175,7 +175,7 @@ def test_a_full_disk_does_not_hide_an_error(tmp_path: Path, monkeypatch: pytest.
     def full(path: Path, value: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fl_dualpriv.results.write_json", full)
+    monkeypatch.setattr("fl_dualpriv.run.recorder.write_json", full)
     with pytest.raises(KeyError, match="the cause"), RunRecorder(tmp_path).claimed(resume=False):
         raise KeyError("the cause")
 
@@ -194,7 +194,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_has_crashed(tmp_pat
     code = f"""
 import time
 from pathlib import Path
-from fl_dualpriv.folder_lock import held_alone
+from fl_dualpriv.run.folder_lock import held_alone
 with held_alone(Path({str(tmp_path)!r})):
     print("held", flush=True)
     time.sleep(600)

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from fl_dualpriv import flower_env
-from fl_dualpriv.cpus import usable_cpus
 from fl_dualpriv.flower_engine import RunFailed, run_flower
+from fl_dualpriv.run.cpus import usable_cpus
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

@@ -43,7 +43,7 @@ SITES = {
         "fl_dualpriv/privacy/accounting.py",
         "simulations/benchmarks/growth.py",  # asks it directly, to compare with what a run reports
     },
-    "matplotlib": {"fl_dualpriv/results.py", "simulations/attacks/report.py"},
+    "matplotlib": {"fl_dualpriv/run/recorder.py", "simulations/attacks/report.py"},
     "mpmath": {"fl_dualpriv/privacy/integer.py"},
     "ray": set(),  # Flower drives it
     "typer": {

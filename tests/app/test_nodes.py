@@ -18,7 +18,7 @@ from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.local_engine import LocalGrid, run_local
 from fl_dualpriv.row_check import RowPath
-from fl_dualpriv.run_files import read_totals
+from fl_dualpriv.run.file_kinds import read_totals
 
 APP_DIR = Path(__file__).parents[2]
 DEFAULTS = app_defaults(APP_DIR)

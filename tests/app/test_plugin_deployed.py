@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fl_dualpriv.files import read_tensors
-from fl_dualpriv.run_files import read_totals
+from fl_dualpriv.run.file_kinds import read_totals
 from tests.app.run_folders import events_of
 from tests.app.test_rogue_server import run_config, write_app, write_node_file
 

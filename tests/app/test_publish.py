@@ -19,7 +19,7 @@ from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.published import card_path, write_published
 from fl_dualpriv.publishing import publish
-from fl_dualpriv.run_files import TOTALS
+from fl_dualpriv.run.file_kinds import TOTALS
 from tests.app.published_runs import APP_DIR, CLIENTS, exported, scores, settings_for
 
 PRUNED = {"pruning.visual-keep-ratio": 0.5, "pruning.visual-fused": 2, "pruning.visual-merge": "average"}

@@ -15,7 +15,7 @@ from fl_dualpriv.local_engine import LocalGrid, load_apps
 from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.published import read_published, write_published
 from fl_dualpriv.publishing import publish
-from fl_dualpriv.run_files import kinds_in
+from fl_dualpriv.run.file_kinds import kinds_in
 from tests.app.published_runs import APP_DIR, CLIENTS, exported, scores, settings_for
 
 

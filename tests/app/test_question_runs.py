@@ -18,7 +18,7 @@ from fl_dualpriv.data.load import load_questions
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.local_engine import run_local
 from fl_dualpriv.privacy.accounting import epsilon
-from fl_dualpriv.run_files import read_totals
+from fl_dualpriv.run.file_kinds import read_totals
 from tests.tiny_llava import ANSWERS, QUESTIONS
 
 APP_DIR = Path(__file__).parents[2]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fl_dualpriv.cpus import usable_cpus
 from fl_dualpriv.files import read_tensors
-from fl_dualpriv.run_files import read_totals, results_in, without_kind
+from fl_dualpriv.run.cpus import usable_cpus
+from fl_dualpriv.run.file_kinds import read_totals, results_in, without_kind
 from tests.app.run_folders import results, write_images
 
 ROOT = Path(__file__).parents[2]

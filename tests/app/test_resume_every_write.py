@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fl_dualpriv.privacy.ledger import Ledger
-from fl_dualpriv.results import RunRecorder
+from fl_dualpriv.run.recorder import RunRecorder
 from tests.app.run_folders import BOTH, Start, ending, starter
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -13,7 +13,7 @@ import pytest
 
 from fl_dualpriv import supervisor
 from fl_dualpriv.privacy.ledger import Ledger
-from fl_dualpriv.results import RunRecorder
+from fl_dualpriv.run.recorder import RunRecorder
 from tests.app.run_folders import (
     BOTH,
     NO_DP,

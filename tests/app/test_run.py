@@ -19,7 +19,7 @@ from fl_dualpriv.files import read_tensors
 from fl_dualpriv.local_engine import LocalGrid, run_local
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.accounting import epsilon
-from fl_dualpriv.run_files import PROGRESS, read_totals
+from fl_dualpriv.run.file_kinds import PROGRESS, read_totals
 from fl_dualpriv.server import ClientFailure
 from fl_dualpriv.server_books import BudgetExhausted
 from strategies.dpfpl import DPFPL

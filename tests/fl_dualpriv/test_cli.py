@@ -18,7 +18,7 @@ from fl_dualpriv import cli, run_command, run_job
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower_engine import RunFailed
 from fl_dualpriv.progress import Follower, round_text
-from fl_dualpriv.run_files import PROGRESS, TOTALS
+from fl_dualpriv.run.file_kinds import PROGRESS, TOTALS
 
 ROOT = Path(__file__).parents[2]
 ROUND: dict[str, Any] = {

@@ -14,8 +14,8 @@ import torch
 
 from fl_dualpriv import flower_hook, memory
 from fl_dualpriv.config.schema import RunConfig, app_defaults
-from fl_dualpriv.cpus import usable_cpus
 from fl_dualpriv.flower_engine import federation_config
+from fl_dualpriv.run.cpus import usable_cpus
 
 ROOT = Path(__file__).parents[2]
 CONFIG = RunConfig.from_run_config(app_defaults(ROOT))
@@ -139,7 +139,7 @@ def limited() -> Iterator[Path]:
 def test_a_real_quota_counts(limited: Path, two_cpus: None) -> None:
     code = (
         f"import os; open({str(limited)!r}, 'w').write(str(os.getpid()))\n"
-        "from fl_dualpriv.cpus import usable_cpus; print(usable_cpus())"
+        "from fl_dualpriv.run.cpus import usable_cpus; print(usable_cpus())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fl_dualpriv import flower_engine
-from fl_dualpriv.cpus import usable_cpus
 from fl_dualpriv.flower_engine import RunFailed, run_flower, to_toml
+from fl_dualpriv.run.cpus import usable_cpus
 
 
 @pytest.mark.parametrize("cpus", [0, -1, 10_000])

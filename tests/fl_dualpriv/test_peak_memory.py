@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fl_dualpriv.peak_memory import describe_peaks, report_peak, resident_peak
+from fl_dualpriv.run.peak_memory import describe_peaks, report_peak, resident_peak
 
 MIB = 2**20
 
@@ -32,7 +32,7 @@ def test_the_peak_holds_what_was_allocated():
 def test_what_the_starter_held_is_not_counted():
     block = bytearray(512 * MIB)
     block[::4096] = b"x" * len(block[::4096])
-    program = "from fl_dualpriv.peak_memory import resident_peak; print(resident_peak())"
+    program = "from fl_dualpriv.run.peak_memory import resident_peak; print(resident_peak())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert 1 * MIB < int(done.stdout) < 256 * MIB < len(block) < resident_peak()
 

@@ -13,9 +13,9 @@ from PIL import Image
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.metrics import Accuracy
 from fl_dualpriv.privacy.plan import Release
-from fl_dualpriv.results import PACKAGES, RunRecorder, build_summary, versions
-from fl_dualpriv.run_files import PROGRESS, read_totals
-from fl_dualpriv.tables import results_table
+from fl_dualpriv.run.file_kinds import PROGRESS, read_totals
+from fl_dualpriv.run.recorder import PACKAGES, RunRecorder, build_summary, versions
+from fl_dualpriv.run.tables import results_table
 
 RELEASE = Release(
     release="client upload",

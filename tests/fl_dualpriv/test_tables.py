@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from fl_dualpriv.tables import SEEDED_NOTE, epsilon_text, headline, percent, privacy_table, results_table
+from fl_dualpriv.run.tables import SEEDED_NOTE, epsilon_text, headline, percent, privacy_table, results_table
 
 RELEASE: dict[str, Any] = {
     "release": "client upload",

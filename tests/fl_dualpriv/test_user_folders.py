@@ -19,7 +19,7 @@ from fl_dualpriv import cli
 from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.data.feature_cache import cache_root
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.user_folders import expanded, home, settle_home
+from fl_dualpriv.run.user_folders import expanded, home, settle_home
 
 ROOT = Path(__file__).parents[2]
 NOBODY = 12345

@@ -20,9 +20,9 @@ from fl_dualpriv.privacy.filters.worst_terms import WorstTermsFilter
 from fl_dualpriv.privacy.ledger import Ledger, LedgerContent, LedgerEvent, ReservedPlan
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource
 from fl_dualpriv.privacy.plan import RecordLevelPlan
+from fl_dualpriv.run.tables import SEEDED_NOTE
 from fl_dualpriv.server import RoundStrategy
 from fl_dualpriv.server_books import BudgetExhausted, ServerBooks, ServerPrivacy
-from fl_dualpriv.tables import SEEDED_NOTE
 from tests.guarantees import accounting_checks, run_checks, server_checks
 from tests.guarantees.mutation import Mutation, Patch
 

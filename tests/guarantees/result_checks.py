@@ -29,7 +29,7 @@ from fl_dualpriv.privacy.noise import RandomSource, gaussian_noise
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.published import card_path, write_published
 from fl_dualpriv.publishing import publish
-from fl_dualpriv.run_files import read_totals, results_in, without_kind
+from fl_dualpriv.run.file_kinds import read_totals, results_in, without_kind
 from fl_dualpriv.server import RoundStrategy, Update
 from tests.guarantees.run_checks import Federation
 

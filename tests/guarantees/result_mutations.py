@@ -12,11 +12,13 @@ from torch import Tensor
 
 import simulations.server_app
 import strategies.dpfpl
-from fl_dualpriv import published, results, run_files
+from fl_dualpriv import published
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.files import write_tensors
-from fl_dualpriv.results import RunRecorder
-from fl_dualpriv.run_files import PROGRESS, ROUNDS
+from fl_dualpriv.run import file_kinds as run_files
+from fl_dualpriv.run import recorder as results
+from fl_dualpriv.run.file_kinds import PROGRESS, ROUNDS
+from fl_dualpriv.run.recorder import RunRecorder
 from fl_dualpriv.server import RoundStrategy
 from fl_dualpriv.world import World
 from tests.guarantees import result_checks

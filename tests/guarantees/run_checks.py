@@ -25,7 +25,7 @@ from fl_dualpriv.privacy.accounting import COARSE_GRID, epsilon
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from fl_dualpriv.privacy.plan import RoundTerms
-from fl_dualpriv.tables import SEEDED_NOTE
+from fl_dualpriv.run.tables import SEEDED_NOTE
 
 APP_DIR = Path(__file__).parents[2]
 STEPS = 2

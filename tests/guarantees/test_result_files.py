@@ -15,7 +15,16 @@ from fl_dualpriv.data.demo import DemoSplit, load_demo
 from fl_dualpriv.data.load import load_data
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.local_engine import run_local
-from fl_dualpriv.run_files import PROGRESS, RUN_FILES, kind_of, kinds_in, path_of, read_totals, results_in, without_kind
+from fl_dualpriv.run.file_kinds import (
+    PROGRESS,
+    RUN_FILES,
+    kind_of,
+    kinds_in,
+    path_of,
+    read_totals,
+    results_in,
+    without_kind,
+)
 from tests.guarantees import result_checks, run_checks
 from tests.guarantees.run_checks import APP_DIR, Federation
 
@@ -146,7 +155,7 @@ def test_every_file_of_a_run_that_failed_and_went_on_has_a_kind(
     changes = result_checks.RUN | {"data.path": str(federation.folder / "data")}
     out = federation.folder / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fl_dualpriv.results.RunRecorder.write_curve", lambda self, caption: 1 / 0)
+        patch.setattr("fl_dualpriv.run.recorder.RunRecorder.write_curve", lambda self, caption: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             federation.run("out", changes)
     (out / f".{'summary.json'}.123.tmp").write_text("{")

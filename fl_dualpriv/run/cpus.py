@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from fl_dualpriv import cgroups
+from fl_dualpriv.run import cgroups
 
 _ROOT = Path("/")
 

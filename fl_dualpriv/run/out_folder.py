@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path, PurePosixPath
 
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.folder_lock import held_alone
-from fl_dualpriv.run_files import RUN_FILES
+from fl_dualpriv.run.file_kinds import RUN_FILES
+from fl_dualpriv.run.folder_lock import held_alone
 
 # All that a run leaves in its folder. --overwrite removes these and nothing else; the lock is held meanwhile.
 _LEFT = [PurePosixPath(file.pattern).parts for file in RUN_FILES if file.place == "run"]

@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fl_dualpriv.checkpoint import FILES
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import append_json_line, write_bytes, write_json, write_tensors
-from fl_dualpriv.folder_lock import held_alone
 from fl_dualpriv.metrics import Accuracy
 from fl_dualpriv.privacy.plan import Release
-from fl_dualpriv.run_files import CURVE, PROGRESS, PROMPT, ROUNDS, SUMMARY, TOTALS, Kind, path_of
+from fl_dualpriv.run.checkpoint import FILES
+from fl_dualpriv.run.file_kinds import CURVE, PROGRESS, PROMPT, ROUNDS, SUMMARY, TOTALS, Kind, path_of
+from fl_dualpriv.run.folder_lock import held_alone
 
 PACKAGES = ("fl-dualpriv", "flwr", "ray", "torch", "open_clip_torch", "dp-accounting", "numpy")
 
