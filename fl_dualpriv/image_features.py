@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fl_dualpriv.backbones.backbone import ImageEncoder, input_shape
 from fl_dualpriv.data.datasets import ImageDataset
 from fl_dualpriv.data.feature_cache import SHARD, FeatureTable, cache_key
 from fl_dualpriv.data.folder import size_fault
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.models.base import ImageEncoder, input_shape
 
 BATCH = 32
 """Images through the tower at once. Fixed, for another size rounds differently; small, for it bounds memory."""

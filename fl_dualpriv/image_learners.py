@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.backbone import Backbone
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.heads.linear_probe import LinearProbe, ProbeObjective, with_bias
 from fl_dualpriv.heads.prototypes import PrototypeObjective, prototype_directions
 from fl_dualpriv.methods.base import METHODS
+from fl_dualpriv.models.base import Backbone
 from fl_dualpriv.objective import ClientData, Objective
 from fl_dualpriv.prompts.classification import Classification
 from fl_dualpriv.prompts.factored import FactoredTower

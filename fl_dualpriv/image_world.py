@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.backbone import Backbone
-from fl_dualpriv.backbones.load import load_backbone
 from fl_dualpriv.backbones.patches import PatchEncoder
 from fl_dualpriv.config.schema import BackboneConfig, DataConfig, PromptConfig, RunConfig
 from fl_dualpriv.data.datasets import DataSplits, ImageDataset
@@ -24,6 +22,10 @@ from fl_dualpriv.image_features import ImageFeatures, refuse_unusable
 from fl_dualpriv.image_learners import ImageLearner, image_learner
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.metrics import count_by_class, count_logits
+from fl_dualpriv.models.base import Backbone
+from fl_dualpriv.models.load import load_backbone
+from fl_dualpriv.models.pruning.in_tower import PatchReading
+from fl_dualpriv.models.pruning.tokens import TokenPruner
 from fl_dualpriv.objective import ClientData, Objective
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 from fl_dualpriv.privacy.per_example import rows_at_once
@@ -32,8 +34,6 @@ from fl_dualpriv.prompts.head import LowRankHead
 from fl_dualpriv.prompts.learner import PromptedText
 from fl_dualpriv.prompts.tower import PromptTower
 from fl_dualpriv.pruners import token_pruner
-from fl_dualpriv.pruning.in_tower import PatchReading
-from fl_dualpriv.pruning.visual_tokens import TokenPruner
 from fl_dualpriv.row_check import MADE_UP_BLOCKS
 from fl_dualpriv.use_description import describe_use
 from fl_dualpriv.use_facts import UseFacts

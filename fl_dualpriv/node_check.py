@@ -140,11 +140,11 @@ def _model(node: NodeFile) -> Finding:
     if node.model is None:
         return _note("model", "none named under [model]: the run names it, and it was not loaded")
     if node.data_path is not None and asks_questions(node.data_path):
-        from fl_dualpriv.backbones.load import load_answering_model
+        from fl_dualpriv.models.load import load_answering_model
 
         load_answering_model(node.model.name, "cpu", None)
         return _good("model", f"{node.model.name} loads")
-    from fl_dualpriv.backbones.load import load_backbone
+    from fl_dualpriv.models.load import load_backbone
 
     backbone = load_backbone(node.model.name, node.model.pretrained, "cpu")
     said = f"{node.model.name} loads: {backbone.weight_bytes / 2**20:.0f} MiB of weights, prompts of {backbone.ctx_dim}"

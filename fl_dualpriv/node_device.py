@@ -28,7 +28,7 @@ def usable_device(device: str) -> tuple[str, str]:
         return device, ""
     import torch
 
-    from fl_dualpriv.backbones.checkpoints import resolve_device
+    from fl_dualpriv.models.checkpoints import resolve_device
 
     try:
         torch.zeros(1, device=resolve_device(device))

@@ -2,7 +2,7 @@
 
 from fl_dualpriv.config.plans import record_level_plan
 from fl_dualpriv.config.schema import RunConfig
-from fl_dualpriv.pruning.visual_tokens import VisualTokenPruner
+from fl_dualpriv.models.pruning.tokens import VisualTokenPruner
 
 
 def token_pruner(config: RunConfig, records: int) -> VisualTokenPruner | None:

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.answering import AnsweringModel
-from fl_dualpriv.backbones.load import load_answering_model
 from fl_dualpriv.config.schema import BackboneConfig, DataConfig, PromptConfig, RunConfig
 from fl_dualpriv.data.datasets import ImageDataset
 from fl_dualpriv.data.feature_cache import cache_root
@@ -20,17 +18,19 @@ from fl_dualpriv.data.partition import partition
 from fl_dualpriv.data.questions import QuestionSet, QuestionSplits
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.image_features import ImageFeatures, refuse_unusable
+from fl_dualpriv.models.answering import AnsweringModel
+from fl_dualpriv.models.load import load_answering_model
+from fl_dualpriv.models.pruning.tokens import TokenPruner
 from fl_dualpriv.prompts.answers import BLOCK, AnswerObjective, AnswerRecords, answer_records
 from fl_dualpriv.prompts.soft_prompt import SoftPromptObjective
 from fl_dualpriv.pruners import token_pruner
-from fl_dualpriv.pruning.visual_tokens import TokenPruner
 from fl_dualpriv.row_check import MADE_UP_BLOCKS
 from fl_dualpriv.use_description import describe_use
 from fl_dualpriv.use_facts import UseFacts
 from fl_dualpriv.world import Counts, one_thread, random_prompt
 
 if TYPE_CHECKING:
-    from fl_dualpriv.backbones.lora import LoraModel
+    from fl_dualpriv.models.lora import LoraModel
 
 _RECENT = 8
 """Clients whose records stay in memory from round to round."""
@@ -110,7 +110,7 @@ class QuestionWorld:
         Raises:
             ConfigError: If peft is not there.
         """
-        from fl_dualpriv.backbones.lora import load_lora  # late: peft is an extra
+        from fl_dualpriv.models.lora import load_lora  # late: peft is an extra
 
         return load_lora(self.backbone, prompt.rank)
 

@@ -8,17 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.answering import AnsweringModel
-from fl_dualpriv.backbones.backbone import Backbone, ImageEncoder
-from fl_dualpriv.backbones.load import load_answering_model, load_backbone
 from fl_dualpriv.data.datasets import probe_image
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.heads.linear_probe import LinearProbe
 from fl_dualpriv.heads.prototypes import prototype_directions
+from fl_dualpriv.models.answering import AnsweringModel
+from fl_dualpriv.models.base import Backbone, ImageEncoder
+from fl_dualpriv.models.load import load_answering_model, load_backbone
+from fl_dualpriv.models.pruning.tokens import VisualTokenPruner
 from fl_dualpriv.prompts.answers import BLOCK
 from fl_dualpriv.prompts.head import LowRankHead
 from fl_dualpriv.prompts.learner import PromptedText
-from fl_dualpriv.pruning.visual_tokens import VisualTokenPruner
 from fl_dualpriv.use_facts import BackboneFacts, UseFacts
 
 _TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
@@ -125,8 +125,8 @@ class Answerer:
         self._max_tokens, self._lora = use.max_tokens, None
         words = len(prompt)
         if use.kind == "lora":
-            from fl_dualpriv.backbones.llava import LlavaBackbone
-            from fl_dualpriv.backbones.lora import load_lora  # late: peft is an extra
+            from fl_dualpriv.models.llava import LlavaBackbone
+            from fl_dualpriv.models.lora import load_lora  # late: peft is an extra
 
             assert isinstance(model, LlavaBackbone)
             self._lora = load_lora(model, len(prompt))

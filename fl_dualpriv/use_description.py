@@ -9,11 +9,11 @@ import re
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from fl_dualpriv.backbones.backbone import HUGGING_FACE, ImageEncoder
-from fl_dualpriv.backbones.checkpoints import CHECKPOINT_SUFFIXES
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.methods.base import METHODS
-from fl_dualpriv.pruning.visual_tokens import TokenPruner, VisualTokenPruner
+from fl_dualpriv.models.base import HUGGING_FACE, ImageEncoder
+from fl_dualpriv.models.checkpoints import CHECKPOINT_SUFFIXES
+from fl_dualpriv.models.pruning.tokens import TokenPruner, VisualTokenPruner
 from fl_dualpriv.use_facts import BackboneFacts, Kind, PrunerFacts, UseFacts
 from fl_dualpriv.world import World
 

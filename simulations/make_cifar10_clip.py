@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_dualpriv import torchvision_shim
-from fl_dualpriv.backbones.open_clip import load_backbone
-from fl_dualpriv.backbones.tokenizer import TrimmedTokenizer
 from fl_dualpriv.files import write_bytes
+from fl_dualpriv.models import torchvision_shim
+from fl_dualpriv.models.open_clip import load_backbone
+from fl_dualpriv.models.tokenizer import TrimmedTokenizer
 from fl_dualpriv.prompts.learner import PromptedText
 from simulations import cifar10_images
 from simulations.cifar10_images import DOMAINS, N_PUBLIC, NAMES, PRIVATE, PUBLIC, Images

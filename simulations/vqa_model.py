@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 
-from fl_dualpriv import torchvision_shim
+from fl_dualpriv.models import torchvision_shim
 from simulations import vqa_questions as vqa
 
 torchvision_shim.install()

@@ -70,7 +70,7 @@ def make_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
     # Late: most tests need no CLIP, and its import takes seconds.
     from safetensors.torch import save_file
 
-    from fl_dualpriv import torchvision_shim
+    from fl_dualpriv.models import torchvision_shim
 
     torchvision_shim.install()
     import open_clip
@@ -101,7 +101,7 @@ def tiny_clip_dir(make_clip_dir: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def tiny_clip_name(tiny_clip_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The tiny architecture under a name of its own, as a user of open_clip registers one; needs a checkpoint."""
-    from fl_dualpriv.backbones.open_clip import open_clip
+    from fl_dualpriv.models.open_clip import open_clip
 
     path = tmp_path_factory.mktemp("names") / "Tiny-Test-8.json"
     path.write_text(json.dumps(json.loads((tiny_clip_dir / "open_clip_config.json").read_text())["model_cfg"]))

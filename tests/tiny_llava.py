@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from fl_dualpriv.backbones.transformers import transformers
+from fl_dualpriv.models.transformers import transformers
 
 WORDS = ("what", "which", "color", "shape", "is", "the", "a", "there", "red", "blue", "green", "circle", "square",
          "yes", "no", "?", ":", "USER", "ASSISTANT", "look", "at", "this")  # fmt: skip

@@ -3,8 +3,8 @@
 import PIL.Image
 from torch import Tensor
 
-from fl_dualpriv.backbones.backbone import Backbone
-from fl_dualpriv.pruning.in_tower import PatchReading
+from fl_dualpriv.models.base import Backbone
+from fl_dualpriv.models.pruning.in_tower import PatchReading
 
 
 class PatchEncoder:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.answering import AnsweringModel
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.models.answering import AnsweringModel
 from fl_dualpriv.objective import Picked
 from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, as_clipped_sum, bounded_rows
 

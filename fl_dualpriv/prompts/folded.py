@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fl_dualpriv.models.text_stack import Activation, Linear, Norm, TextStack
 from fl_dualpriv.prompts.products import prompt_products
-from fl_dualpriv.prompts.text_stack import Activation, Linear, Norm, TextStack
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ import logging
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.backbone import Backbone
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.models.base import Backbone
 from fl_dualpriv.prompts.plain_tower import PlainTower
 from fl_dualpriv.prompts.shared_prefix import SharedPrefixTower
 from fl_dualpriv.prompts.tower import PromptTower

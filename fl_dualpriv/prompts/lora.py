@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.lora import LoraModel
+from fl_dualpriv.models.lora import LoraModel
 from fl_dualpriv.prompts.answers import BLOCK, AnswerObjective, Block
 
 

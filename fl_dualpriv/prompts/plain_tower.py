@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fl_dualpriv.backbones.backbone import Backbone
+from fl_dualpriv.models.base import Backbone
 
 _BACKWARD_COPIES = 4  # a backward pass holds a few tensors of the largest kind at a time
 _PROBE_TOKENS = 8

@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.answering import AnsweringModel, Prefix
+from fl_dualpriv.models.answering import AnsweringModel, Prefix
 from fl_dualpriv.prompts.answers import BLOCK, AnswerObjective, AnswerRecords, Block
 
 

@@ -23,9 +23,9 @@ machine.one_thread()
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from fl_dualpriv.backbones.backbone import Precision  # noqa: E402
-from fl_dualpriv.backbones.llava import LlavaBackbone  # noqa: E402
-from fl_dualpriv.pruning.visual_tokens import VisualTokenPruner  # noqa: E402
+from fl_dualpriv.models.base import Precision  # noqa: E402
+from fl_dualpriv.models.llava import LlavaBackbone  # noqa: E402
+from fl_dualpriv.models.pruning.tokens import VisualTokenPruner  # noqa: E402
 from fl_dualpriv.run.peak_memory import resident_peak  # noqa: E402
 from simulations.benchmarks.harness import (  # noqa: E402
     CHECKOUT,

@@ -14,7 +14,7 @@ from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 from torch import Tensor, nn
 
-from fl_dualpriv.backbones.llava import LlavaBackbone
+from fl_dualpriv.models.llava import LlavaBackbone
 from fl_dualpriv.prompts.answers import BLOCK, AnswerRecords
 from fl_dualpriv.prompts.soft_prompt import SoftPromptObjective
 

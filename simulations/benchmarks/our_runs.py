@@ -32,7 +32,7 @@ def random_clip(folder: Path) -> Path:
     """A small CLIP with seeded random weights, saved as a user's own model; made once."""
     weights = folder / "open_clip_model.safetensors"
     if not weights.exists():
-        from fl_dualpriv.backbones.open_clip import open_clip
+        from fl_dualpriv.models.open_clip import open_clip
 
         folder.mkdir(parents=True, exist_ok=True)
         config = {"model_cfg": HEAD_CLIP, "preprocess_cfg": {}}

@@ -115,7 +115,7 @@ class _Head:
 
 class _Tower:
     def __init__(self, task: PeerTask) -> None:
-        from fl_dualpriv.backbones.open_clip import load_backbone
+        from fl_dualpriv.models.open_clip import load_backbone
 
         self._backbone = load_backbone(task.backbone, "", "cpu")
         self._sos, self._suffix, self._ends = (task.frozen[name] for name in ("sos", "suffix", "ends"))

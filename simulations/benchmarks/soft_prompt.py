@@ -18,8 +18,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from fl_dualpriv.backbones.answering import Prefix  # noqa: E402
-from fl_dualpriv.backbones.llava import LlavaBackbone  # noqa: E402
+from fl_dualpriv.models.answering import Prefix  # noqa: E402
+from fl_dualpriv.models.llava import LlavaBackbone  # noqa: E402
 from fl_dualpriv.privacy.clipping import clip_rows  # noqa: E402
 from fl_dualpriv.prompts.answers import BLOCK, AnswerRecords  # noqa: E402
 from fl_dualpriv.prompts.soft_prompt import SoftPromptObjective  # noqa: E402

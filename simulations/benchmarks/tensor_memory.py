@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fl_dualpriv.backbones.transformers import transformers
+from fl_dualpriv.models.transformers import transformers
 
 
 class LiveStorages(TorchDispatchMode):

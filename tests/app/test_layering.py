@@ -20,20 +20,20 @@ MAY_IMPORT = {
 
 SITES = {
     "open_clip": {
-        "fl_dualpriv/backbones/open_clip.py",
-        "fl_dualpriv/backbones/tokenizer.py",  # its tokenizer's base class
+        "fl_dualpriv/models/open_clip.py",
+        "fl_dualpriv/models/tokenizer.py",  # its tokenizer's base class
         "simulations/make_demo_assets.py",  # trains the demo model; no part of a run
         "simulations/make_cifar10_clip.py",  # likewise
     },
     "transformers": {
-        "fl_dualpriv/backbones/transformers.py",
-        "fl_dualpriv/backbones/llava.py",
+        "fl_dualpriv/models/transformers.py",
+        "fl_dualpriv/models/llava.py",
         "simulations/make_vqa_assets.py",  # trains the demo model; no part of a run
         "simulations/vqa_model.py",
         "simulations/benchmarks/llava_models.py",  # random weights in given shapes
     },
     "datasets": {"fl_dualpriv/data/hub_questions.py"},
-    "peft": {"fl_dualpriv/backbones/lora.py"},
+    "peft": {"fl_dualpriv/models/lora.py"},
     "torchvision": set(),  # only ever through open_clip and transformers, behind the shim
     "opacus": {  # its per-sample gradients are compared with ours
         "simulations/benchmarks/per_example.py",
@@ -90,7 +90,7 @@ def of(*folders: str) -> list[str]:
 def test_there_is_something_to_check():
     assert {"fl_dualpriv/server.py", "clients/app.py", "strategies/dpfpl.py", "simulations/server_app.py"} <= set(FILES)
     assert "fl_dualpriv.privacy.clipping" in imports("clients/dualpriv.py")
-    assert "open_clip" in tops("fl_dualpriv/backbones/tokenizer.py")  # an import inside a function counts
+    assert "open_clip" in tops("fl_dualpriv/models/tokenizer.py")  # an import inside a function counts
 
 
 @pytest.mark.parametrize("file", of(*CODE))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from clients.dualpriv import LocalTraining, Participant, cohort_update
-from fl_dualpriv.backbones.open_clip import load_backbone
 from fl_dualpriv.client import PersonalState, fresh_state
 from fl_dualpriv.methods.base import METHODS
+from fl_dualpriv.models.open_clip import load_backbone
 from fl_dualpriv.objective import ClientData
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from fl_dualpriv.privacy.plan import RecordLevelPlan

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.answering import AnsweringModel
+from fl_dualpriv.models.answering import AnsweringModel
 from fl_dualpriv.privacy.clipping import GRID_STEPS, Arithmetic, clip_rows
 from fl_dualpriv.prompts import answers
 from fl_dualpriv.prompts.answers import BLOCK, AnswerObjective, AnswerRecords, answer_records

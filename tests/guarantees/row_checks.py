@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv import row_check
+from fl_dualpriv.models.text_stack import Linear, Norm, TextBlock, TextStack
 from fl_dualpriv.objective import ClientData, Objective
 from fl_dualpriv.privacy import feature_rows
 from fl_dualpriv.privacy.clipping import GRID_STEPS
 from fl_dualpriv.prompts.classification import Classification
 from fl_dualpriv.prompts.shared_prefix import SharedPrefixTower
-from fl_dualpriv.prompts.text_stack import Linear, Norm, TextBlock, TextStack
 from fl_dualpriv.row_check import COMPANY, RowPath
 
 N_CTX = 4

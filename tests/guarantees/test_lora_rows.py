@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.load import load_answering_model
-from fl_dualpriv.backbones.lora import LoraModel, load_lora
+from fl_dualpriv.models.load import load_answering_model
+from fl_dualpriv.models.lora import LoraModel, load_lora
 from fl_dualpriv.privacy.clipping import integer_rows
 from fl_dualpriv.prompts.lora import LoraObjective
 from fl_dualpriv.pruning.blocks import CoordinateBlocks

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.open_clip import load_backbone
+from fl_dualpriv.models.open_clip import load_backbone
 from fl_dualpriv.privacy.clipping import clip_rows, clipped_sum
 from fl_dualpriv.privacy.per_example import (
     Batches,

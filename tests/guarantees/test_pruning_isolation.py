@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.backbone import Backbone
-from fl_dualpriv.backbones.load import load_backbone
-from fl_dualpriv.pruning import fusion, towers, visual_tokens
-from fl_dualpriv.pruning.in_tower import encode_pruned
-from fl_dualpriv.pruning.published import pruned_hidden
-from fl_dualpriv.pruning.visual_tokens import VisualTokenPruner
+from fl_dualpriv.models.base import Backbone
+from fl_dualpriv.models.load import load_backbone
+from fl_dualpriv.models.pruning import fusion, towers
+from fl_dualpriv.models.pruning import tokens as visual_tokens
+from fl_dualpriv.models.pruning.in_tower import encode_pruned
+from fl_dualpriv.models.pruning.published import pruned_hidden
+from fl_dualpriv.models.pruning.tokens import VisualTokenPruner
 from tests.fl_dualpriv.pruning.small_towers import KINDS, images_for, small, vision_model
 
 # In a batch of another size, or at another place, matrix products may sum in another order. To first order each sum

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.answering import AnsweringModel
-from fl_dualpriv.backbones.load import load_answering_model
+from fl_dualpriv.models.answering import AnsweringModel
+from fl_dualpriv.models.load import load_answering_model
 from fl_dualpriv.privacy.clipping import integer_rows
 from fl_dualpriv.prompts import answers, soft_prompt
 from fl_dualpriv.prompts.soft_prompt import SoftPromptObjective

@@ -92,7 +92,7 @@ def test_the_folder_loader_reads_what_is_written(tmp_path: Path):
 def test_a_model_is_trained_written_and_read_back(tmp_path: Path):
     import torch
 
-    from fl_dualpriv.backbones.open_clip import load_backbone
+    from fl_dualpriv.models.open_clip import load_backbone
     from simulations import make_cifar10_clip as make
 
     rng = np.random.default_rng(0)

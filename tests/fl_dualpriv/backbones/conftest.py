@@ -43,7 +43,7 @@ def _save(folder: Path, model: Any, tokenizer: Any, image_processor: Any) -> Pat
 @pytest.fixture(scope="session")
 def make_hf_clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Folder of a tiny `CLIPModel`: ``make_hf_clip(text={...})``; byte-level tokens, as CLIP's without any merge."""
-    from fl_dualpriv.backbones.transformers import transformers
+    from fl_dualpriv.models.transformers import transformers
 
     def make(text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None) -> Path:
         from open_clip.tokenizer import bytes_to_unicode
@@ -78,7 +78,7 @@ def hf_siglip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny `SiglipModel`: whole words, no start token, padded with its end token as SigLIP's own."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    from fl_dualpriv.backbones.transformers import transformers
+    from fl_dualpriv.models.transformers import transformers
 
     words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1} | {w: 2 + i for i, w in enumerate(WORDS)}, "<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]

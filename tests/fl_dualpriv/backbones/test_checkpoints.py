@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fl_dualpriv.backbones.checkpoints import resolve_device
-from fl_dualpriv.backbones.open_clip import OpenClipBackbone, load_backbone
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.models.checkpoints import resolve_device
+from fl_dualpriv.models.open_clip import OpenClipBackbone, load_backbone
 
 
 def load(folder: Path) -> OpenClipBackbone:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fl_dualpriv.backbones.llava import LlavaBackbone
-from fl_dualpriv.backbones.load import load_answering_model
-from fl_dualpriv.backbones.transformers import transformers
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.pruning.published import pruned_hidden
-from fl_dualpriv.pruning.visual_tokens import TokenPruner, VisualTokenPruner
+from fl_dualpriv.models.llava import LlavaBackbone
+from fl_dualpriv.models.load import load_answering_model
+from fl_dualpriv.models.pruning.published import pruned_hidden
+from fl_dualpriv.models.pruning.tokens import TokenPruner, VisualTokenPruner
+from fl_dualpriv.models.transformers import transformers
 from tests.tiny_llava import IMAGE_ID, QUESTIONS
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv import torchvision_shim
-from fl_dualpriv.backbones.frozen import fingerprint
-from fl_dualpriv.backbones.llava import LlavaBackbone
-from fl_dualpriv.backbones.load import load_answering_model
-from fl_dualpriv.backbones.lora import LoraModel
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.models import torchvision_shim
+from fl_dualpriv.models.frozen import fingerprint
+from fl_dualpriv.models.llava import LlavaBackbone
+from fl_dualpriv.models.load import load_answering_model
+from fl_dualpriv.models.lora import LoraModel
+from fl_dualpriv.models.pruning.tokens import VisualTokenPruner
 from fl_dualpriv.prompts.answers import AnswerRecords, answer_records
 from fl_dualpriv.prompts.lora import LoraObjective
 from fl_dualpriv.prompts.soft_prompt import SoftPromptObjective
-from fl_dualpriv.pruning.visual_tokens import VisualTokenPruner
 from tests.tiny_llava import ANSWERS, END_ID, QUESTIONS
 
 torchvision_shim.install()
@@ -228,6 +228,6 @@ def test_clients_step_side_by_side(llava_dir: Path):
 
 def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    monkeypatch.delitem(sys.modules, "fl_dualpriv.backbones.lora")
+    monkeypatch.delitem(sys.modules, "fl_dualpriv.models.lora")
     with pytest.raises(ConfigError, match=r"needs the package peft; install fl-dualpriv\[lora\]"):
-        __import__("fl_dualpriv.backbones.lora")
+        __import__("fl_dualpriv.models.lora")

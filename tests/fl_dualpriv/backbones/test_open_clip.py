@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fl_dualpriv.backbones.open_clip import OpenClipBackbone, load_backbone, open_clip
-from fl_dualpriv.backbones.open_clip_text import OpenClipText
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.models.open_clip import OpenClipBackbone, load_backbone, open_clip
+from fl_dualpriv.models.open_clip_text import OpenClipText
+from fl_dualpriv.models.pruning.tokens import VisualTokenPruner
 from fl_dualpriv.prompts.learner import PromptedText
-from fl_dualpriv.pruning.visual_tokens import VisualTokenPruner
 
 TEXTS = ["a photo of a cat", "a very small red sketch of an old house", ""]
 ROUNDING = 1e-6  # float32 sums in another order, relative to the largest value (at least 1)

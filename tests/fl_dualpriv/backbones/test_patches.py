@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.load import load_backbone
 from fl_dualpriv.backbones.patches import PatchEncoder
 from fl_dualpriv.data.feature_cache import SHARD
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.image_features import ImageFeatures
-from fl_dualpriv.pruning.in_tower import PatchReading
+from fl_dualpriv.models.load import load_backbone
+from fl_dualpriv.models.pruning.in_tower import PatchReading
 from tests.fl_dualpriv.test_image_features import Drawn
 
 

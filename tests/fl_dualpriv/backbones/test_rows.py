@@ -2,8 +2,8 @@
 
 import pytest
 
-from fl_dualpriv.backbones.rows import TokenRows, read_rows
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.models.rows import TokenRows, read_rows
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from fl_dualpriv import torchvision_shim
 from fl_dualpriv.assets import VQA_DEMO_FOLDER
 from fl_dualpriv.data.questions import QuestionSet
 from fl_dualpriv.data.vqa_demo import (
@@ -25,6 +24,7 @@ from fl_dualpriv.data.vqa_demo import (
     draw_sheet,
     load_vqa_demo,
 )
+from fl_dualpriv.models import torchvision_shim
 
 SPLITS = ("train", "val", "test")
 

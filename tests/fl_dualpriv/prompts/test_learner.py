@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fl_dualpriv.backbones.open_clip import OpenClipBackbone, load_backbone
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.models.open_clip import OpenClipBackbone, load_backbone
 from fl_dualpriv.prompts import learner
 from fl_dualpriv.prompts.learner import PromptedText
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fl_dualpriv.backbones.open_clip import load_backbone
+from fl_dualpriv.models.open_clip import load_backbone
 from fl_dualpriv.prompts.learner import PromptedText
 from fl_dualpriv.prompts.plain_tower import FunctionTower, PlainTower
 

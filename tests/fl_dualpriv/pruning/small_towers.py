@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fl_dualpriv.backbones import open_clip as site
-from fl_dualpriv.backbones.transformers import transformers
-from fl_dualpriv.pruning.in_tower import open_clip_tower, transformers_tower
-from fl_dualpriv.pruning.towers import ImageTower
+from fl_dualpriv.models import open_clip as site
+from fl_dualpriv.models.pruning.in_tower import open_clip_tower, transformers_tower
+from fl_dualpriv.models.pruning.towers import ImageTower
+from fl_dualpriv.models.transformers import transformers
 
 open_clip: Any = site.open_clip
 SIZE = {"image_size": 32, "patch_size": 8, "num_attention_heads": 2, "num_hidden_layers": 3}  # 16 patches

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.pruning.attention import cls_attention, importance, mean_attention, read_attention
+from fl_dualpriv.models.pruning.attention import cls_attention, importance, mean_attention, read_attention
 from tests.fl_dualpriv.pruning.small_towers import KINDS, images, images_for, small, vision_model
 
 # Same sums in another order: float32 rounding of values below 1.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.pruning.fusion import attention_weights, cluster_weights, fusion_noise, mix
+from fl_dualpriv.models.pruning.fusion import attention_weights, cluster_weights, fusion_noise, mix
 from tests.fl_dualpriv.pruning.small_towers import images
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.load import load_backbone
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.pruning.attention import importance, read_attention
-from fl_dualpriv.pruning.in_tower import check_prunable, encode_pruned, open_clip_tower
-from fl_dualpriv.pruning.visual_tokens import VisualTokenPruner
+from fl_dualpriv.models.load import load_backbone
+from fl_dualpriv.models.pruning.attention import importance, read_attention
+from fl_dualpriv.models.pruning.in_tower import check_prunable, encode_pruned, open_clip_tower
+from fl_dualpriv.models.pruning.tokens import VisualTokenPruner
 from tests.fl_dualpriv.pruning.small_towers import KINDS, images, images_for, open_clip, small
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fl_dualpriv.backbones.transformers import transformers
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.pruning.published import n_visual_tokens, pruned_hidden
-from fl_dualpriv.pruning.visual_tokens import VisualTokenPruner
+from fl_dualpriv.models.pruning.published import n_visual_tokens, pruned_hidden
+from fl_dualpriv.models.pruning.tokens import VisualTokenPruner
+from fl_dualpriv.models.transformers import transformers
 from tests.fl_dualpriv.pruning.small_towers import images, vision_model
 
 TOWERS = [("CLIP", 1), ("Siglip", 0)]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.pruning.fusion import fusion_noise
-from fl_dualpriv.pruning.visual_tokens import VisualTokenPruner, depth_of
+from fl_dualpriv.models.pruning.fusion import fusion_noise
+from fl_dualpriv.models.pruning.tokens import VisualTokenPruner, depth_of
 from tests.fl_dualpriv.pruning.small_towers import images
 
 N, PATCHES, DIM = 3, 16, 8

@@ -10,8 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fl_dualpriv.backbones.backbone import ImageEncoder
-from fl_dualpriv.pruning.visual_tokens import TokenPruner
+from fl_dualpriv.models.base import ImageEncoder
+from fl_dualpriv.models.pruning.tokens import TokenPruner
 
 
 @dataclass(frozen=True, eq=False)

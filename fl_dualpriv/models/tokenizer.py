@@ -28,7 +28,7 @@ class TrimmedTokenizer:
     """
 
     def __init__(self, bpe_ids: Sequence[int], context_length: int) -> None:
-        from fl_dualpriv import torchvision_shim
+        from fl_dualpriv.models import torchvision_shim
 
         torchvision_shim.install()
         from open_clip.tokenizer import SimpleTokenizer  # heavy, and needs the shim: not at import time

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fl_dualpriv.backbones import checkpoints
-from fl_dualpriv.backbones.answering import Prefix
-from fl_dualpriv.backbones.backbone import Precision
-from fl_dualpriv.backbones.chat_layout import ChatLayout
-from fl_dualpriv.backbones.frozen import FrozenModel
-from fl_dualpriv.backbones.transformers import find_place, load_part, load_weights, transformers
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.pruning.published import n_visual_tokens, pruned_hidden
-from fl_dualpriv.pruning.visual_tokens import OFF, TokenPruner
+from fl_dualpriv.models import checkpoints
+from fl_dualpriv.models.answering import Prefix
+from fl_dualpriv.models.base import Precision
+from fl_dualpriv.models.chat_layout import ChatLayout
+from fl_dualpriv.models.frozen import FrozenModel
+from fl_dualpriv.models.pruning.published import n_visual_tokens, pruned_hidden
+from fl_dualpriv.models.pruning.tokens import OFF, TokenPruner
+from fl_dualpriv.models.transformers import find_place, load_part, load_weights, transformers
 
 _VISION = ("clip_vision_model", "siglip_vision_model")
 _LANGUAGE = ("llama", "mistral", "qwen2")

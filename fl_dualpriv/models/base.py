@@ -7,10 +7,10 @@ from typing import Literal, Protocol
 import PIL.Image
 from torch import Size, Tensor, device
 
-from fl_dualpriv.backbones.rows import TokenRows
-from fl_dualpriv.prompts.text_stack import TextStack
-from fl_dualpriv.pruning.in_tower import PatchReading
-from fl_dualpriv.pruning.visual_tokens import TokenPruner
+from fl_dualpriv.models.pruning.in_tower import PatchReading
+from fl_dualpriv.models.pruning.tokens import TokenPruner
+from fl_dualpriv.models.rows import TokenRows
+from fl_dualpriv.models.text_stack import TextStack
 
 Precision = Literal["fp32", "bf16"]
 HUGGING_FACE = "hf:"

@@ -1,10 +1,10 @@
 """Load a frozen model by its name. open_clip and transformers are imported only for a model of theirs."""
 
 from fl_dualpriv.assets import VQA_DEMO_FOLDER
-from fl_dualpriv.backbones.answering import AnsweringModel
-from fl_dualpriv.backbones.backbone import HUGGING_FACE, Backbone, Precision
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.pruning.visual_tokens import TokenPruner
+from fl_dualpriv.models.answering import AnsweringModel
+from fl_dualpriv.models.base import HUGGING_FACE, Backbone, Precision
+from fl_dualpriv.models.pruning.tokens import TokenPruner
 
 DEMO = "demo-vqa"
 
@@ -31,9 +31,9 @@ def load_backbone(
         ConfigError: If the model cannot be used exactly as asked for.
     """
     if name.startswith(HUGGING_FACE):
-        from fl_dualpriv.backbones.transformers import load_backbone as load
+        from fl_dualpriv.models.transformers import load_backbone as load
     else:
-        from fl_dualpriv.backbones.open_clip import load_backbone as load
+        from fl_dualpriv.models.open_clip import load_backbone as load
     return load(name, pretrained, device, pruner, precision)
 
 
@@ -52,7 +52,7 @@ def load_answering_model(
     Raises:
         ConfigError: If the model cannot be used exactly as asked for.
     """
-    from fl_dualpriv.backbones.llava import load_llava
+    from fl_dualpriv.models.llava import load_llava
 
     if name == DEMO:
         return load_llava(name, str(VQA_DEMO_FOLDER), device, pruner, precision)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fl_dualpriv.backbones.answering import AnsweringModel
-from fl_dualpriv.backbones.llava import LlavaBackbone
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.models.answering import AnsweringModel
+from fl_dualpriv.models.llava import LlavaBackbone
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 
 try:

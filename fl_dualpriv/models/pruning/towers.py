@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.pruning.attention import importance, read_attention
-from fl_dualpriv.pruning.visual_tokens import OFF, TokenPruner
+from fl_dualpriv.models.pruning.attention import importance, read_attention
+from fl_dualpriv.models.pruning.tokens import OFF, TokenPruner
 
 
 @dataclass(frozen=True, kw_only=True)

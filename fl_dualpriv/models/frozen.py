@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.prompts.text_stack import Linear, Norm, TextStack
-from fl_dualpriv.pruning.in_tower import PatchReading, encode_patches
-from fl_dualpriv.pruning.towers import ImageTower
+from fl_dualpriv.models.pruning.in_tower import PatchReading, encode_patches
+from fl_dualpriv.models.pruning.towers import ImageTower
+from fl_dualpriv.models.text_stack import Linear, Norm, TextStack
 
 
 @torch.no_grad()  # not inference_mode: its tensors may not enter a later backward pass

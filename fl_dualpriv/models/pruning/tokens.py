@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.models.pruning.fusion import attention_weights, cluster_weights, fusion_noise, mix
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
-from fl_dualpriv.pruning.fusion import attention_weights, cluster_weights, fusion_noise, mix
 
 OFF = "set pruning.visual-keep-ratio = 1"
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.pruning.attention import read_attention
-from fl_dualpriv.pruning.towers import ImageTower, vision_tower
-from fl_dualpriv.pruning.visual_tokens import OFF, TokenPruner, depth_of
+from fl_dualpriv.models.pruning.attention import read_attention
+from fl_dualpriv.models.pruning.tokens import OFF, TokenPruner, depth_of
+from fl_dualpriv.models.pruning.towers import ImageTower, vision_tower
 
 PatchReading = Literal["token", "alone"]
 

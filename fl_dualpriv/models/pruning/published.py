@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from fl_dualpriv.pruning.towers import ImageTower, vision_tower
-from fl_dualpriv.pruning.visual_tokens import TokenPruner, depth_of
+from fl_dualpriv.models.pruning.tokens import TokenPruner, depth_of
+from fl_dualpriv.models.pruning.towers import ImageTower, vision_tower
 
 
 def n_visual_tokens(vision_model: nn.Module, pruner: TokenPruner) -> int:

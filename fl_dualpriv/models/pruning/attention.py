@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.pruning.visual_tokens import OFF
+from fl_dualpriv.models.pruning.tokens import OFF
 
 _QUERIES_AT_ONCE = 64
 """Bounds the memory of `mean_attention`, which is (n, head, these, token)."""

@@ -14,16 +14,15 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 
-from fl_dualpriv import torchvision_shim
-from fl_dualpriv.backbones import checkpoints
-from fl_dualpriv.backbones.backbone import HUGGING_FACE, Precision
-from fl_dualpriv.backbones.frozen import FrozenModel, encode_images, read_linear, read_norm
-from fl_dualpriv.backbones.rows import PROBE, TokenRows, read_rows
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.prompts.text_stack import Activation, Linear, TextBlock, TextStack
-from fl_dualpriv.pruning.in_tower import check_prunable, encode_pruned, transformers_tower
-from fl_dualpriv.pruning.towers import ImageTower
-from fl_dualpriv.pruning.visual_tokens import TokenPruner
+from fl_dualpriv.models import checkpoints, torchvision_shim
+from fl_dualpriv.models.base import HUGGING_FACE, Precision
+from fl_dualpriv.models.frozen import FrozenModel, encode_images, read_linear, read_norm
+from fl_dualpriv.models.pruning.in_tower import check_prunable, encode_pruned, transformers_tower
+from fl_dualpriv.models.pruning.tokens import TokenPruner
+from fl_dualpriv.models.pruning.towers import ImageTower
+from fl_dualpriv.models.rows import PROBE, TokenRows, read_rows
+from fl_dualpriv.models.text_stack import Activation, Linear, TextBlock, TextStack
 
 torchvision_shim.install()  # transformers' image models import torchvision, which CPU torch cannot import by itself
 
