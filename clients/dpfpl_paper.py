@@ -32,7 +32,7 @@ from fl_dualpriv.methods.lowrank import carriers
 from fl_dualpriv.objective import ClientData
 from fl_dualpriv.privacy.noise import gaussian_noise
 from fl_dualpriv.privacy.per_example import Batches, summed_gradient
-from fl_dualpriv.prompts.tower import PromptTower
+from fl_dualpriv.towers.base import PromptTower
 
 CLIP = 10.0  # C_th of the paper
 LOCAL_DIVISOR = 10.0  # hard-coded in the authors' code and not in the paper

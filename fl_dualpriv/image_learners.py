@@ -17,7 +17,7 @@ from fl_dualpriv.prompts.factored import FactoredTower
 from fl_dualpriv.prompts.fedotp import TransportObjective
 from fl_dualpriv.prompts.head import LowRankHead
 from fl_dualpriv.prompts.learner import PromptedText
-from fl_dualpriv.prompts.tower import PromptTower
+from fl_dualpriv.towers.base import PromptTower
 from fl_dualpriv.world import random_prompt
 
 

@@ -32,9 +32,9 @@ from fl_dualpriv.privacy.per_example import rows_at_once
 from fl_dualpriv.prompts.contrast import PromptContrast
 from fl_dualpriv.prompts.head import LowRankHead
 from fl_dualpriv.prompts.learner import PromptedText
-from fl_dualpriv.prompts.tower import PromptTower
 from fl_dualpriv.pruners import token_pruner
 from fl_dualpriv.row_check import MADE_UP_BLOCKS
+from fl_dualpriv.towers.base import PromptTower
 from fl_dualpriv.use_description import describe_use
 from fl_dualpriv.use_facts import UseFacts
 from fl_dualpriv.world import Counts, one_thread

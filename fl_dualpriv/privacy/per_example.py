@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, as_clipped_sum, bounded_rows
-from fl_dualpriv.prompts.tower import ClassFeatures
+from fl_dualpriv.towers.base import ClassFeatures
 
 # Rows go backward in blocks of one size, the last one padded: the size of a matrix product can change the order of its
 # sums, and so a client's numbers do not depend on who steps beside it. 8 rows fill a CPU core, a GPU wants more.

@@ -12,7 +12,7 @@ from fl_dualpriv.objective import ClientData, Picked
 from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum
 from fl_dualpriv.privacy.feature_rows import clipped_feature_sum, feature_blocks
 from fl_dualpriv.privacy.per_example import Batches, clipped_sums, gradient_blocks, summed_gradient
-from fl_dualpriv.prompts.tower import ClassFeatures, PromptTower
+from fl_dualpriv.towers.base import ClassFeatures, PromptTower
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fl_dualpriv.prompts.tower import PromptTower
+from fl_dualpriv.towers.base import PromptTower
 
 
 def contrastive_loss(shared: Tensor, personal: Tensor, words: Tensor, temperature: float) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey, gaussian_noise
-from fl_dualpriv.prompts.tower import ClassFeatures, PromptTower
+from fl_dualpriv.towers.base import ClassFeatures, PromptTower
 
 
 class FactoredTower:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.models.base import Backbone
-from fl_dualpriv.prompts.plain_tower import PlainTower
-from fl_dualpriv.prompts.shared_prefix import SharedPrefixTower
-from fl_dualpriv.prompts.tower import PromptTower
+from fl_dualpriv.towers.base import PromptTower
+from fl_dualpriv.towers.plain import PlainTower
+from fl_dualpriv.towers.shared_prefix import SharedPrefixTower
 
 _logger = logging.getLogger("fl_dualpriv")
 _CHECKED_CLASSES = 12

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.prompts.tower import ClassFeatures
+from fl_dualpriv.towers.base import ClassFeatures
 
 _MOST_BYTES = 2**30
 _MOST_STARTS, _LEADERS = 128, 6

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fl_dualpriv.models.open_clip import open_clip
 from fl_dualpriv.models.open_clip_text import OpenClipText
 from fl_dualpriv.privacy.per_example import Batches, summed_gradient
-from fl_dualpriv.prompts.shared_prefix import SharedPrefixTower
+from fl_dualpriv.towers.shared_prefix import SharedPrefixTower
 from simulations.benchmarks.flops import TowerShape
 
 VIT_B_16: dict[str, Any] = {

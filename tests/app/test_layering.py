@@ -100,7 +100,7 @@ def test_imports_point_one_way(file: str):
 
 def test_privacy_knows_no_federation_no_model_and_no_configuration():
     # Of a prompt learner the types alone: class features and their vector-Jacobian products.
-    allowed = {"fl_dualpriv.privacy", "fl_dualpriv.errors", "fl_dualpriv.prompts.tower"}
+    allowed = {"fl_dualpriv.privacy", "fl_dualpriv.errors", "fl_dualpriv.towers.base"}
     for file in of("fl_dualpriv/privacy"):
         assert not tops(file) & {"flwr", "open_clip", "transformers", "ray", "PIL", "opacus"}, file
         ours = {name for name in imports(file) if name.startswith("fl_dualpriv")}

@@ -18,9 +18,9 @@ from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.prompts.classification import Classification
 from fl_dualpriv.prompts.head import LowRankHead
 from fl_dualpriv.prompts.learner import PromptedText
-from fl_dualpriv.prompts.tower import PromptTower
 from fl_dualpriv.pruning.updates import KEEP_ALL
 from fl_dualpriv.row_check import checked_objective
+from fl_dualpriv.towers.base import PromptTower
 
 NAMES = ("cat", "red fire truck", "dog", "the great wall of china", "tree")
 SIZES = (17, 3, 40, 1, 24)

@@ -15,7 +15,7 @@ from fl_dualpriv.methods.lowrank import carriers, tangent_projection
 from fl_dualpriv.objective import ClientData
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from fl_dualpriv.privacy.per_example import Batches, summed_gradient
-from fl_dualpriv.prompts.plain_tower import FunctionTower
+from fl_dualpriv.towers.plain import FunctionTower
 
 GENERATOR = torch.Generator().manual_seed(0)
 MAP = torch.randn(6, 12, generator=GENERATOR) / 3

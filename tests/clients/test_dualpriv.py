@@ -21,8 +21,8 @@ from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, pois
 from fl_dualpriv.privacy.per_example import Batches, per_example_gradients
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.prompts.classification import Classification
-from fl_dualpriv.prompts.plain_tower import FunctionTower
 from fl_dualpriv.pruning.updates import KEEP_ALL
+from fl_dualpriv.towers.plain import FunctionTower
 
 N_CTX, CTX_DIM, RANK, N_CLS, EMBED, RECORDS = 5, 6, 2, 3, 4, 40
 SCALE = 10.0

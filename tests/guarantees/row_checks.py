@@ -16,8 +16,8 @@ from fl_dualpriv.objective import ClientData, Objective
 from fl_dualpriv.privacy import feature_rows
 from fl_dualpriv.privacy.clipping import GRID_STEPS
 from fl_dualpriv.prompts.classification import Classification
-from fl_dualpriv.prompts.shared_prefix import SharedPrefixTower
 from fl_dualpriv.row_check import COMPANY, RowPath
+from fl_dualpriv.towers.shared_prefix import SharedPrefixTower
 
 N_CTX = 4
 

@@ -10,8 +10,8 @@ from fl_dualpriv import row_check
 from fl_dualpriv.objective import Objective, Records
 from fl_dualpriv.privacy import feature_rows
 from fl_dualpriv.privacy.per_example import Batches
-from fl_dualpriv.prompts.shared_prefix_vjp import SharedPrefixFeatures
 from fl_dualpriv.row_check import RowPath
+from fl_dualpriv.towers.shared_prefix_vjp import SharedPrefixFeatures
 from tests.guarantees import row_checks
 from tests.guarantees.mutation import Mutation, Patch
 
@@ -102,7 +102,7 @@ ROW_MUTATIONS = (
     ),
     Mutation(
         name="kernels round rows by their place in every form of the products",
-        where="fl_dualpriv.prompts.shared_prefix_vjp.SharedPrefixFeatures.vjp, vjp_apart, vjp_some",
+        where="fl_dualpriv.towers.shared_prefix_vjp.SharedPrefixFeatures.vjp, vjp_apart, vjp_some",
         plant=rows_by_place_in_every_form,
         caught_by=(row_checks.a_record_that_goes_leaves_the_other_rows_bit_by_bit,),
         refused=True,
@@ -115,7 +115,7 @@ ROW_MUTATIONS = (
     ),
     Mutation(
         name="a client's sums are rounded by how many clients step together, and the self-check is skipped",
-        where="fl_dualpriv.prompts.shared_prefix_vjp.SharedPrefixFeatures.vjp",
+        where="fl_dualpriv.towers.shared_prefix_vjp.SharedPrefixFeatures.vjp",
         plant=clients_by_their_number,
         caught_by=(row_checks.clients_get_what_each_gets_alone,),
     ),

@@ -28,9 +28,9 @@ from fl_dualpriv.privacy.per_example import Batches, per_example_gradients
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.privacy.release import release
 from fl_dualpriv.prompts.classification import Classification
-from fl_dualpriv.prompts.plain_tower import FunctionTower
-from fl_dualpriv.prompts.tower import PromptTower
 from fl_dualpriv.pruning.updates import KEEP_ALL, UpdatePruning
+from fl_dualpriv.towers.base import PromptTower
+from fl_dualpriv.towers.plain import FunctionTower
 from tests.made_strategy import Silent
 
 N_CTX, CTX_DIM, N_CLS, EMBED = 4, 64, 5, 8

@@ -24,7 +24,7 @@ from fl_dualpriv.privacy.noise import (
 from fl_dualpriv.privacy.per_example import Batches, per_example_gradients
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.prompts import classification
-from fl_dualpriv.prompts.tower import ClassFeatures
+from fl_dualpriv.towers.base import ClassFeatures
 from tests.guarantees import audit_checks, limit_checks, run_checks, step_checks
 from tests.guarantees.mutation import Mutation, Patch
 

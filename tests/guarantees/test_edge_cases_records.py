@@ -28,7 +28,7 @@ from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, gaussian_noise
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.prompts.classification import Classification
-from fl_dualpriv.prompts.plain_tower import FunctionTower
+from fl_dualpriv.towers.plain import FunctionTower
 
 N_CTX, CTX_DIM, N_CLS, EMBED, RECORDS = 4, 6, 3, 5, 11
 SCALE, CLIP, MULTIPLIER = 10.0, 0.8, 1.3

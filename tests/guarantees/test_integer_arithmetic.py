@@ -28,7 +28,7 @@ from fl_dualpriv.privacy.feature_rows import clipped_feature_sum
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 from fl_dualpriv.privacy.per_example import Batches, clipped_sums
 from fl_dualpriv.privacy.release import release
-from fl_dualpriv.prompts.plain_tower import FunctionTower
+from fl_dualpriv.towers.plain import FunctionTower
 
 SPECIAL = [0.0, -0.0, 1e-45, 1e-38, 1.0, -3.5, 1e19, 3e38, float("inf"), float("-inf"), float("nan")]
 NORMS = [1e-30, 1e-3, 0.1, 1.0, 3.7, 1e6, 1e30]

@@ -18,7 +18,7 @@ from fl_dualpriv.privacy.per_example import (
 )
 from fl_dualpriv.prompts.head import LowRankHead
 from fl_dualpriv.prompts.learner import PromptedText
-from fl_dualpriv.prompts.plain_tower import FunctionTower
+from fl_dualpriv.towers.plain import FunctionTower
 from tests.guarantees.step_checks import rows_do_not_mix
 
 NAMES = ("cat", "red fire truck", "dog", "the great wall of china", "tree")

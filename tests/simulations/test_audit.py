@@ -26,7 +26,7 @@ from fl_dualpriv.privacy.clipping import ClippedSum
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, gaussian_noise
 from fl_dualpriv.privacy.per_example import Batches, per_example_gradients
 from fl_dualpriv.prompts import classification
-from fl_dualpriv.prompts.tower import ClassFeatures
+from fl_dualpriv.towers.base import ClassFeatures
 from simulations.attacks import canaries as record_audit
 from simulations.attacks.canaries import audit_record_level
 from simulations.attacks.canary_clients import audit_client_level

@@ -10,8 +10,8 @@ from fl_dualpriv.privacy import per_example
 from fl_dualpriv.privacy.clipping import Arithmetic, clip_rows
 from fl_dualpriv.prompts.classification import Classification
 from fl_dualpriv.prompts.factored import FactoredTower
-from fl_dualpriv.prompts.plain_tower import FunctionTower
-from fl_dualpriv.prompts.tower import PromptTower
+from fl_dualpriv.towers.base import PromptTower
+from fl_dualpriv.towers.plain import FunctionTower
 from tests.guarantees import objective_checks
 from tests.guarantees.step_checks import CTX_DIM, N_CTX, SCALE, START, TOWER, class_features, records
 

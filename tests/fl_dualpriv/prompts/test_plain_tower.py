@@ -7,7 +7,7 @@ import torch
 
 from fl_dualpriv.models.open_clip import load_backbone
 from fl_dualpriv.prompts.learner import PromptedText
-from fl_dualpriv.prompts.plain_tower import FunctionTower, PlainTower
+from fl_dualpriv.towers.plain import FunctionTower, PlainTower
 
 NAMES = ("cat", "red fire truck", "dog", "the great wall of china", "tree")
 

@@ -11,8 +11,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fl_dualpriv.prompts.folded import FoldedBlock, FoldedStack, pull
-from fl_dualpriv.prompts.shared_prefix_tape import BlockTape, Layout, Span, Tape, by_class, layout
+from fl_dualpriv.towers.folded import FoldedBlock, FoldedStack, pull
+from fl_dualpriv.towers.shared_prefix_tape import BlockTape, Layout, Span, Tape, by_class, layout
 
 
 class SharedPrefixFeatures:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.models.text_stack import Activation, Linear, Norm, TextStack
-from fl_dualpriv.prompts.products import prompt_products
+from fl_dualpriv.towers.products import prompt_products
 
 
 @dataclass(frozen=True, kw_only=True)
