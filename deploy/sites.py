@@ -20,7 +20,7 @@ from network import Network
 
 from fl_dualpriv import flower_env, programs, supervisor
 from fl_dualpriv.app_bundle import build_bundle, digest_of
-from fl_dualpriv.data.demo import demo_categories, demo_template, load_demo
+from fl_dualpriv.data.demo.images import demo_categories, demo_template, load_demo
 from fl_dualpriv.flower_engine import to_toml
 
 NODES = 3

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.patches import PatchEncoder
 from fl_dualpriv.config.schema import BackboneConfig, DataConfig, PromptConfig, RunConfig
-from fl_dualpriv.data.datasets import DataSplits, ImageDataset
-from fl_dualpriv.data.feature_cache import cache_root
+from fl_dualpriv.data.cache import cache_root
+from fl_dualpriv.data.features import ImageFeatures, refuse_unusable
 from fl_dualpriv.data.identity import data_identity
+from fl_dualpriv.data.images import DataSplits, ImageDataset
 from fl_dualpriv.data.load import load_data
 from fl_dualpriv.data.partition import held_classes, partition
+from fl_dualpriv.data.patches import PatchEncoder
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.image_features import ImageFeatures, refuse_unusable
 from fl_dualpriv.image_learners import ImageLearner, image_learner
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.metrics import count_by_class, count_logits

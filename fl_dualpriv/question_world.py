@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.config.schema import BackboneConfig, DataConfig, PromptConfig, RunConfig
-from fl_dualpriv.data.datasets import ImageDataset
-from fl_dualpriv.data.feature_cache import cache_root
+from fl_dualpriv.data.cache import cache_root
+from fl_dualpriv.data.features import ImageFeatures, refuse_unusable
 from fl_dualpriv.data.identity import data_identity
+from fl_dualpriv.data.images import ImageDataset
 from fl_dualpriv.data.load import load_questions
 from fl_dualpriv.data.partition import partition
 from fl_dualpriv.data.questions import QuestionSet, QuestionSplits
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.image_features import ImageFeatures, refuse_unusable
 from fl_dualpriv.models.answering import AnsweringModel
 from fl_dualpriv.models.load import load_answering_model
 from fl_dualpriv.models.pruning.tokens import TokenPruner

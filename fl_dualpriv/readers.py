@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.data.datasets import probe_image
+from fl_dualpriv.data.images import probe_image
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.heads.linear_probe import LinearProbe
 from fl_dualpriv.heads.prototypes import prototype_directions

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from fl_dualpriv.config.schema import RunConfig
-from fl_dualpriv.data.datasets import DataSplits, ImageDataset
 from fl_dualpriv.data.folder import bad_images, read_layout
+from fl_dualpriv.data.images import DataSplits, ImageDataset
 from fl_dualpriv.data.load import load_data, load_questions
 from fl_dualpriv.data.partition import partition
 from fl_dualpriv.data.questions import QuestionSet, QuestionSplits

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.config.schema import PromptConfig, RunConfig
-from fl_dualpriv.data.datasets import ImageDataset
+from fl_dualpriv.data.images import ImageDataset
 from fl_dualpriv.models.base import ImageEncoder
 from fl_dualpriv.objective import Objective, Records, Regulariser
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey, gaussian_noise

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from fl_dualpriv.data.rendering import ATTRIBUTES, DOMAINS, Style, render_private, render_public, sample_style
+from fl_dualpriv.data.demo.rendering import ATTRIBUTES, DOMAINS, Style, render_private, render_public, sample_style
 
 PROVENANCE = """# Where the demo's files come from
 

@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
-from fl_dualpriv.data.rendering import render_public
+from fl_dualpriv.data.demo.rendering import render_public
 from fl_dualpriv.files import write_bytes
 from fl_dualpriv.models import torchvision_shim
 from fl_dualpriv.models.open_clip import OpenClipBackbone, load_backbone

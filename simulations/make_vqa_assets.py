@@ -5,7 +5,7 @@
 
 Source: easy-VQA 1.0 by Victor Zhou (MIT), 4,000 + 1,000 pictures of one shape each. Of 3,837 training pictures whose
 shape is known the model sees 1,350, and 150 measure it; 1,900 and 437 are the private train and validation pictures;
-the private test pictures are easy-VQA's own test set. `fl_dualpriv/data/vqa_demo.py` says what clients hold.
+the private test pictures are easy-VQA's own test set. `fl_dualpriv/data/demo_questions.py` says what clients hold.
 
 Time: about 16 minutes of one core (labels 3.5, answers 12). Numbers to expect, seed 0:
 greedy exact match on test questions 37.8 % under the template, 99.2 % under words that name panel and dye. `--check`
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fl_dualpriv.assets import VQA_DEMO_FOLDER
-from fl_dualpriv.data.vqa_demo import RIGHT_WORDS, TYPES, load_questions
+from fl_dualpriv.data.demo_questions import RIGHT_WORDS, TYPES, load_questions
 from fl_dualpriv.files import write_bytes
 from simulations import vqa_questions as vqa
 from simulations.vqa_model import (

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fl_dualpriv.data.vqa_demo import COLOURS, DYES, PANEL_SIDE, PANELS, PRIVATE_PANEL, SHAPES, TYPES, draw_sheet
+from fl_dualpriv.data.demo_questions import COLOURS, DYES, PANEL_SIDE, PANELS, PRIVATE_PANEL, SHAPES, TYPES, draw_sheet
 
 COLOUR_NAMES = tuple(COLOURS)
 DYE_NAMES = tuple(DYES)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fl_dualpriv.data.datasets import DataSplits, ImageDataset
 from fl_dualpriv.data.folder import FolderSplit
+from fl_dualpriv.data.images import DataSplits, ImageDataset
 from fl_dualpriv.data.questions import QuestionSet, QuestionSplits
 
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from fl_dualpriv.data.datasets import DataSplits, ImageDataset
 from fl_dualpriv.data.folder import load_folder
 from fl_dualpriv.data.hub_names import hub_name
+from fl_dualpriv.data.images import DataSplits, ImageDataset
 from fl_dualpriv.data.questions import QuestionSplits
 from fl_dualpriv.errors import ConfigError
 
@@ -38,7 +38,7 @@ def load_data(
         ConfigError: If the data set is not usable as given.
     """
     if ref == "demo":
-        from fl_dualpriv.data.demo import demo_template, load_demo  # heavy: only where it is asked for
+        from fl_dualpriv.data.demo.images import demo_template, load_demo  # heavy: only where it is asked for
 
         return _splits(load_demo(), demo_template())
     if ref == "folder":
@@ -78,11 +78,11 @@ def load_questions(
         ConfigError: If the questions cannot be used; it says all that is wrong.
     """
     if ref == "demo-vqa":
-        from fl_dualpriv.data.vqa_demo import load_vqa_demo
+        from fl_dualpriv.data.demo_questions import load_vqa_demo
 
         return load_vqa_demo()
     if (name := hub_name(path)) is not None:
-        from fl_dualpriv.data.hub_questions import load_hub_questions
+        from fl_dualpriv.data.hub import load_hub_questions
 
         return load_hub_questions(name, val_fraction, test_fraction, seed, on_bad)
     from fl_dualpriv.data.question_files import load_question_files
@@ -93,7 +93,7 @@ def load_questions(
 def given_question_splits(path: str) -> frozenset[str]:
     """Which of train, val and test are sets of their own in what ``data.path`` names."""
     if (name := hub_name(path)) is not None:
-        from fl_dualpriv.data.hub_questions import given_hub_splits
+        from fl_dualpriv.data.hub import given_hub_splits
 
         return given_hub_splits(name)
     from fl_dualpriv.data.question_files import given_file_splits

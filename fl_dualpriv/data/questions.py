@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fl_dualpriv.data.datasets import ImageDataset
+from fl_dualpriv.data.images import ImageDataset
 from fl_dualpriv.errors import ConfigError
 
 DEFAULT_TEMPLATE = "Answer the question with a single word or phrase."

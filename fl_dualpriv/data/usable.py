@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fl_dualpriv.data.datasets import ImageDataset
 from fl_dualpriv.data.folder import EXTENSIONS, FolderSplit, class_folders, file_fault, given_splits, size_fault
+from fl_dualpriv.data.images import ImageDataset
 from fl_dualpriv.data.questions import QuestionSet
 
 SECONDS = 20.0

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fl_dualpriv.data.demo import demo_template, load_demo
-from fl_dualpriv.data.rendering import DOMAINS, render_private
+from fl_dualpriv.data.demo.images import demo_template, load_demo
+from fl_dualpriv.data.demo.rendering import DOMAINS, render_private
 from fl_dualpriv.files import write_json
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from clients.app import app
 from fl_dualpriv import messages
 from fl_dualpriv.config.schema import app_defaults
-from fl_dualpriv.data import hub_questions
+from fl_dualpriv.data import hub as hub_questions
 from fl_dualpriv.data.load import load_questions
 from fl_dualpriv.local_engine import LocalGrid
 from tests.app.client_node import OFFERED, ask, evaluate, train

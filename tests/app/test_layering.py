@@ -32,7 +32,7 @@ SITES = {
         "simulations/vqa_model.py",
         "simulations/benchmarks/llava_models.py",  # random weights in given shapes
     },
-    "datasets": {"fl_dualpriv/data/hub_questions.py"},
+    "datasets": {"fl_dualpriv/data/hub.py"},
     "peft": {"fl_dualpriv/models/lora.py"},
     "torchvision": set(),  # only ever through open_clip and transformers, behind the shim
     "opacus": {  # its per-sample gradients are compared with ours

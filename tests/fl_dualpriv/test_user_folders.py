@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from fl_dualpriv import cli
 from fl_dualpriv.config.schema import app_defaults
-from fl_dualpriv.data.feature_cache import cache_root
+from fl_dualpriv.data.cache import cache_root
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.run.user_folders import expanded, home, settle_home
 

@@ -280,14 +280,14 @@ def test_the_feature_cache_changes_no_bit_and_is_part_of_the_world(configure: Co
 def test_a_world_holds_nothing_per_client(configure: Configure, monkeypatch: pytest.MonkeyPatch):
     world = build_world(configure({"population": 24}))
     world.client_data(0)
-    monkeypatch.setattr("fl_dualpriv.image_features.encode_images", None)  # whoever calls it now fails
+    monkeypatch.setattr("fl_dualpriv.data.features.encode_images", None)  # whoever calls it now fails
     for i in range(24):
         assert world.client_data(i).num_examples == world.num_examples(i) == len(world.held_classes(i)) == 1
     assert world.client_data(3) is not world.client_data(3)
 
 
 def test_public_metadata_reads_no_image(configure: Configure, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("fl_dualpriv.image_features.encode_images", None)
+    monkeypatch.setattr("fl_dualpriv.data.features.encode_images", None)
     world = build_world(configure({"seed": 11}))
     assert [world.num_examples(i) for i in range(3)] == [8, 8, 8]
     assert sorted({c for i in range(3) for c in world.held_classes(i).tolist()}) == [0, 1, 2, 3]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fl_dualpriv.config.schema import app_defaults, read_toml
-from fl_dualpriv.data.demo import DemoSplit, load_demo
+from fl_dualpriv.data.demo.images import DemoSplit, load_demo
 from fl_dualpriv.data.load import load_data
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.local_engine import run_local
@@ -97,7 +97,7 @@ def test_the_demo_over_other_images_leaves_the_same_results(
     found, told = [], []
     with result_checks.releases_fixed():
         for train, moved in ((splits["train"], False), (exchanged(splits["train"]), True)):
-            monkeypatch.setattr("fl_dualpriv.data.demo.load_demo", lambda train=train: splits | {"train": train})
+            monkeypatch.setattr("fl_dualpriv.data.demo.images.load_demo", lambda train=train: splits | {"train": train})
             load_data.cache_clear()
             with result_checks.secrets_moved(level) if moved else contextlib.nullcontext():
                 run_local(APP_DIR, flat)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.backbones.patches import PatchEncoder
-from fl_dualpriv.data.feature_cache import SHARD
+from fl_dualpriv.data.cache import SHARD
+from fl_dualpriv.data.features import ImageFeatures
+from fl_dualpriv.data.patches import PatchEncoder
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.image_features import ImageFeatures
 from fl_dualpriv.models.load import load_backbone
 from fl_dualpriv.models.pruning.in_tower import PatchReading
 from tests.fl_dualpriv.test_image_features import Drawn

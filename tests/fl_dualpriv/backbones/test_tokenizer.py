@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fl_dualpriv.assets import demo_folder
-from fl_dualpriv.data.demo import demo_template, load_demo
+from fl_dualpriv.data.demo.images import demo_template, load_demo
 from fl_dualpriv.models.tokenizer import PADDING_ID, TrimmedTokenizer
 
 

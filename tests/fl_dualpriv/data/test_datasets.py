@@ -62,9 +62,9 @@ def test_home_is_expanded(images, monkeypatch):
 def test_demo_is_imported_on_demand(monkeypatch):
     labels = np.zeros(1, dtype=np.int64)
     splits = {name: FolderSplit((Path(name),), labels, ("thing",)) for name in ("train", "val", "test")}
-    module = types.ModuleType("fl_dualpriv.data.demo")
+    module = types.ModuleType("fl_dualpriv.data.demo.images")
     module.__dict__.update(load_demo=lambda: splits, demo_template=lambda: "a drawing of a {}")
-    monkeypatch.setitem(sys.modules, "fl_dualpriv.data.demo", module)
+    monkeypatch.setitem(sys.modules, "fl_dualpriv.data.demo.images", module)
     data = load_data("demo", "", "", 0.1, 0.2, 0, "keep")
     assert (data.train, data.val, data.test) == (splits["train"], splits["val"], splits["test"])
     assert (data.class_names, data.template) == (("thing",), "a drawing of a {}")

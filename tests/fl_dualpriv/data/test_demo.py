@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fl_dualpriv.assets import demo_folder
-from fl_dualpriv.data.demo import demo_categories, demo_template, load_demo
+from fl_dualpriv.data.demo.images import demo_categories, demo_template, load_demo
 
 MEGABYTE = 1_000_000
 

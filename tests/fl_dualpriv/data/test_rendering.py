@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from fl_dualpriv.data.rendering import ATTRIBUTES, DOMAINS, SIDE, Style, render_private, render_public, sample_style
+from fl_dualpriv.data.demo.rendering import (
+    ATTRIBUTES,
+    DOMAINS,
+    SIDE,
+    Style,
+    render_private,
+    render_public,
+    sample_style,
+)
 
 
 def a_sketch() -> np.ndarray:

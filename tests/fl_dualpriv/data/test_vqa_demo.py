@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from fl_dualpriv.assets import VQA_DEMO_FOLDER
-from fl_dualpriv.data.questions import QuestionSet
-from fl_dualpriv.data.vqa_demo import (
+from fl_dualpriv.data.demo_questions import (
     COLOURS,
     DYES,
     PANEL_SIDE,
@@ -24,6 +23,7 @@ from fl_dualpriv.data.vqa_demo import (
     draw_sheet,
     load_vqa_demo,
 )
+from fl_dualpriv.data.questions import QuestionSet
 from fl_dualpriv.models import torchvision_shim
 
 SPLITS = ("train", "val", "test")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fl_dualpriv.assets import VQA_DEMO_FOLDER
-from fl_dualpriv.data.drawn import DrawnImages
+from fl_dualpriv.data.demo.drawn import DrawnImages
 from fl_dualpriv.data.questions import QuestionSet, QuestionSplits
 
 PANEL_SIDE = 48

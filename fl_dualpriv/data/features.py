@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fl_dualpriv.data.datasets import ImageDataset
-from fl_dualpriv.data.feature_cache import SHARD, FeatureTable, cache_key
+from fl_dualpriv.data.cache import SHARD, FeatureTable, cache_key
 from fl_dualpriv.data.folder import size_fault
+from fl_dualpriv.data.images import ImageDataset
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.models.base import ImageEncoder, input_shape
 
