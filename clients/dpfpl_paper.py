@@ -28,10 +28,10 @@ from torch import Tensor
 
 from clients.dualpriv import Participant
 from fl_dualpriv.client import PersonalState
+from fl_dualpriv.learners.base import ClientData
+from fl_dualpriv.learners.rows import Batches, summed_gradient
 from fl_dualpriv.methods.lowrank import carriers
-from fl_dualpriv.objective import ClientData
 from fl_dualpriv.privacy.noise import gaussian_noise
-from fl_dualpriv.privacy.per_example import Batches, summed_gradient
 from fl_dualpriv.towers.base import PromptTower
 
 CLIP = 10.0  # C_th of the paper

@@ -17,9 +17,9 @@ from torch import Tensor
 from fl_dualpriv.client import PersonalState
 from fl_dualpriv.directions import Directions
 from fl_dualpriv.history import HistoryShapes
+from fl_dualpriv.learners.base import Objective, Records, Regulariser, StepGradients
 from fl_dualpriv.methods.base import MethodParts
 from fl_dualpriv.methods.lowrank import carriers, cut_to_rank, tangent_projection
-from fl_dualpriv.objective import Objective, Records, Regulariser, StepGradients
 from fl_dualpriv.optimizers import SGD, Optimizer
 from fl_dualpriv.privacy.clipping import ClippedSum, check_exact
 from fl_dualpriv.privacy.noise import RandomSource, poisson_sample

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.config.schema import RunConfig
-from fl_dualpriv.heads.linear_probe import LinearProbe, ProbeObjective, with_bias
-from fl_dualpriv.heads.prototypes import PrototypeObjective, prototype_directions
+from fl_dualpriv.learners.base import ClientData, Objective
+from fl_dualpriv.learners.classification import Classification
+from fl_dualpriv.learners.context import PromptedText
+from fl_dualpriv.learners.factored import FactoredTower
+from fl_dualpriv.learners.fedotp import TransportObjective
+from fl_dualpriv.learners.head import LowRankHead
+from fl_dualpriv.learners.linear_probe import LinearProbe, ProbeObjective, with_bias
+from fl_dualpriv.learners.prototypes import PrototypeObjective, prototype_directions
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.models.base import Backbone
-from fl_dualpriv.objective import ClientData, Objective
-from fl_dualpriv.prompts.classification import Classification
-from fl_dualpriv.prompts.factored import FactoredTower
-from fl_dualpriv.prompts.fedotp import TransportObjective
-from fl_dualpriv.prompts.head import LowRankHead
-from fl_dualpriv.prompts.learner import PromptedText
 from fl_dualpriv.towers.base import PromptTower
 from fl_dualpriv.world import random_prompt
 

@@ -20,20 +20,20 @@ from fl_dualpriv.data.partition import held_classes, partition
 from fl_dualpriv.data.patches import PatchEncoder
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.image_learners import ImageLearner, image_learner
+from fl_dualpriv.learners.base import ClientData, Objective
+from fl_dualpriv.learners.context import PromptedText
+from fl_dualpriv.learners.contrast import PromptContrast
+from fl_dualpriv.learners.head import LowRankHead
+from fl_dualpriv.learners.row_check import MADE_UP_BLOCKS
+from fl_dualpriv.learners.rows import rows_at_once
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.metrics import count_by_class, count_logits
 from fl_dualpriv.models.base import Backbone
 from fl_dualpriv.models.load import load_backbone
 from fl_dualpriv.models.pruning.in_tower import PatchReading
 from fl_dualpriv.models.pruning.tokens import TokenPruner
-from fl_dualpriv.objective import ClientData, Objective
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
-from fl_dualpriv.privacy.per_example import rows_at_once
-from fl_dualpriv.prompts.contrast import PromptContrast
-from fl_dualpriv.prompts.head import LowRankHead
-from fl_dualpriv.prompts.learner import PromptedText
 from fl_dualpriv.pruners import token_pruner
-from fl_dualpriv.row_check import MADE_UP_BLOCKS
 from fl_dualpriv.towers.base import PromptTower
 from fl_dualpriv.use_description import describe_use
 from fl_dualpriv.use_facts import UseFacts

@@ -14,9 +14,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from fl_dualpriv.learners.row_check import RowPath
 from fl_dualpriv.metrics import Score
 from fl_dualpriv.privacy.plan import RoundTerms
-from fl_dualpriv.row_check import RowPath
 
 PromptKind = Literal["zero-shot", "global", "personal"]
 _COUNTS = {name.replace("_", "-"): name for name in (f.name for f in fields(Score)) if name != "by_group"}

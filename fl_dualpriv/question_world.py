@@ -18,13 +18,13 @@ from fl_dualpriv.data.load import load_questions
 from fl_dualpriv.data.partition import partition
 from fl_dualpriv.data.questions import QuestionSet, QuestionSplits
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.learners.answers import BLOCK, AnswerObjective, AnswerRecords, answer_records
+from fl_dualpriv.learners.row_check import MADE_UP_BLOCKS
+from fl_dualpriv.learners.soft_prompt import SoftPromptObjective
 from fl_dualpriv.models.answering import AnsweringModel
 from fl_dualpriv.models.load import load_answering_model
 from fl_dualpriv.models.pruning.tokens import TokenPruner
-from fl_dualpriv.prompts.answers import BLOCK, AnswerObjective, AnswerRecords, answer_records
-from fl_dualpriv.prompts.soft_prompt import SoftPromptObjective
 from fl_dualpriv.pruners import token_pruner
-from fl_dualpriv.row_check import MADE_UP_BLOCKS
 from fl_dualpriv.use_description import describe_use
 from fl_dualpriv.use_facts import UseFacts
 from fl_dualpriv.world import Counts, one_thread, random_prompt
@@ -135,7 +135,7 @@ class QuestionWorld:
     def objective(self, config: RunConfig) -> AnswerObjective:
         """Cross-entropy of the answer's tokens."""
         if config.prompt.learner == "lora":
-            from fl_dualpriv.prompts.lora import LoraObjective
+            from fl_dualpriv.learners.lora import LoraObjective
 
             return LoraObjective(self.lora(config.prompt), self._template(config.prompt))
         return _objective(self.backbone, config.resources.workspace_mib * 2**20)

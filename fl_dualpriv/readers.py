@@ -10,15 +10,15 @@ from torch import Tensor
 
 from fl_dualpriv.data.images import probe_image
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.heads.linear_probe import LinearProbe
-from fl_dualpriv.heads.prototypes import prototype_directions
+from fl_dualpriv.learners.answers import BLOCK
+from fl_dualpriv.learners.context import PromptedText
+from fl_dualpriv.learners.head import LowRankHead
+from fl_dualpriv.learners.linear_probe import LinearProbe
+from fl_dualpriv.learners.prototypes import prototype_directions
 from fl_dualpriv.models.answering import AnsweringModel
 from fl_dualpriv.models.base import Backbone, ImageEncoder
 from fl_dualpriv.models.load import load_answering_model, load_backbone
 from fl_dualpriv.models.pruning.tokens import VisualTokenPruner
-from fl_dualpriv.prompts.answers import BLOCK
-from fl_dualpriv.prompts.head import LowRankHead
-from fl_dualpriv.prompts.learner import PromptedText
 from fl_dualpriv.use_facts import BackboneFacts, UseFacts
 
 _TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}

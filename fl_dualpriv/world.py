@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fl_dualpriv.config.schema import PromptConfig, RunConfig
 from fl_dualpriv.data.images import ImageDataset
+from fl_dualpriv.learners.base import Objective, Records, Regulariser
 from fl_dualpriv.models.base import ImageEncoder
-from fl_dualpriv.objective import Objective, Records, Regulariser
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey, gaussian_noise
 from fl_dualpriv.run.user_folders import home
 from fl_dualpriv.use_facts import UseFacts

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_dualpriv.files import write_bytes
+from fl_dualpriv.learners.context import PromptedText
 from fl_dualpriv.models import torchvision_shim
 from fl_dualpriv.models.open_clip import load_backbone
 from fl_dualpriv.models.tokenizer import TrimmedTokenizer
-from fl_dualpriv.prompts.learner import PromptedText
 from simulations import cifar10_images
 from simulations.cifar10_images import DOMAINS, N_PUBLIC, NAMES, PRIVATE, PUBLIC, Images
 from simulations.make_demo_assets import optimizer_for, soft_cross_entropy, text_features, to_json

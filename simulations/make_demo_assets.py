@@ -39,10 +39,10 @@ from torch.utils.data import DataLoader
 
 from fl_dualpriv.data.demo.rendering import render_public
 from fl_dualpriv.files import write_bytes
+from fl_dualpriv.learners.context import PromptedText
 from fl_dualpriv.models import torchvision_shim
 from fl_dualpriv.models.open_clip import OpenClipBackbone, load_backbone
 from fl_dualpriv.models.tokenizer import TrimmedTokenizer
-from fl_dualpriv.prompts.learner import PromptedText
 from simulations import demo_captions, report
 from simulations.demo_captions import N_CAPTIONS, N_PRIVATE, TEMPLATE, VALUES, PublicImages, Sketches
 

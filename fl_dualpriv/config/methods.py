@@ -22,7 +22,7 @@ Method = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class FedPGPConfig:
-    """μ and τ of the contrastive term, see ``prompts/contrast.py``."""
+    """μ and τ of the contrastive term, see ``learners/contrast.py``."""
 
     contrastive_weight: float
     contrastive_temperature: float
@@ -30,7 +30,7 @@ class FedPGPConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FedOTPConfig:
-    """Features of patches; γ, λ and the iterations of the transport plan, see ``prompts/transport.py``."""
+    """Features of patches; γ, λ and the iterations of the transport plan, see ``learners/transport.py``."""
 
     patch_reading: Literal["token", "alone"]
     mass: float

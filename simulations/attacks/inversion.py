@@ -22,7 +22,7 @@ from clients.training import local_training, published_training
 from fl_dualpriv.client import fresh_state
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.objective import ClientData
+from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from simulations.attacks.federation import Federation
 from simulations.attacks.membership import claimed

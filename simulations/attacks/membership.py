@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.objective import ClientData
+from fl_dualpriv.learners.base import ClientData
 from simulations.attacks.federation import Federation
 from simulations.attacks.roc import Roc, auc_ceiling, roc
 

@@ -24,12 +24,12 @@ from torch import Tensor, nn  # noqa: E402
 from clients.dpfpl_paper import CLIP, LOCAL_DIVISOR, PublishedTraining, nominal_sigma, published_updates  # noqa: E402
 from clients.dualpriv import LocalTraining, Participant, cohort_update  # noqa: E402
 from fl_dualpriv.client import PersonalState, fresh_state  # noqa: E402
+from fl_dualpriv.learners.base import ClientData  # noqa: E402
+from fl_dualpriv.learners.classification import Classification  # noqa: E402
 from fl_dualpriv.methods.base import METHODS  # noqa: E402
 from fl_dualpriv.methods.lowrank import carriers  # noqa: E402
-from fl_dualpriv.objective import ClientData  # noqa: E402
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, gaussian_noise  # noqa: E402
 from fl_dualpriv.privacy.plan import RecordLevelPlan  # noqa: E402
-from fl_dualpriv.prompts.classification import Classification  # noqa: E402
 from simulations.benchmarks.harness import assert_equal, emit, interleaved, relative_difference, timed  # noqa: E402
 from simulations.benchmarks.towers import TOY, VIT_B_16, Setting, make_model, make_setting  # noqa: E402
 

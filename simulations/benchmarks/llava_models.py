@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from fl_dualpriv.learners.answers import AnswerRecords, answer_records
 from fl_dualpriv.models.base import Precision
 from fl_dualpriv.models.llava import LlavaBackbone
 from fl_dualpriv.models.pruning.tokens import TokenPruner
 from fl_dualpriv.models.transformers import transformers
-from fl_dualpriv.prompts.answers import AnswerRecords, answer_records
 
 _IMAGE_ID, _END_ID, _FIRST_WORD = 1, 2, 3
 

@@ -14,9 +14,9 @@ from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 from torch import Tensor, nn
 
+from fl_dualpriv.learners.answers import BLOCK, AnswerRecords
+from fl_dualpriv.learners.soft_prompt import SoftPromptObjective
 from fl_dualpriv.models.llava import LlavaBackbone
-from fl_dualpriv.prompts.answers import BLOCK, AnswerRecords
-from fl_dualpriv.prompts.soft_prompt import SoftPromptObjective
 
 CLIP = 1.0  # whole, for Opacus' sake
 _STEP = 1e-3

@@ -18,11 +18,11 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from fl_dualpriv.learners.answers import BLOCK, AnswerRecords  # noqa: E402
+from fl_dualpriv.learners.soft_prompt import SoftPromptObjective  # noqa: E402
 from fl_dualpriv.models.answering import Prefix  # noqa: E402
 from fl_dualpriv.models.llava import LlavaBackbone  # noqa: E402
 from fl_dualpriv.privacy.clipping import clip_rows  # noqa: E402
-from fl_dualpriv.prompts.answers import BLOCK, AnswerRecords  # noqa: E402
-from fl_dualpriv.prompts.soft_prompt import SoftPromptObjective  # noqa: E402
 from simulations.benchmarks.harness import Costs, assert_equal, emit, interleaved, relative_difference, timed  # noqa: E402
 from simulations.benchmarks.llava_models import DEMO, LARGER, TOY, LlavaShape, make_backbone, make_parts, make_records  # noqa: E402
 

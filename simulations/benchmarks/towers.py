@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fl_dualpriv.learners.rows import Batches, summed_gradient
 from fl_dualpriv.models.open_clip import open_clip
 from fl_dualpriv.models.open_clip_text import OpenClipText
-from fl_dualpriv.privacy.per_example import Batches, summed_gradient
 from fl_dualpriv.towers.shared_prefix import SharedPrefixTower
 from simulations.benchmarks.flops import TowerShape
 

@@ -15,10 +15,10 @@ import clients.hosting
 import clients.training
 from fl_dualpriv import messages
 from fl_dualpriv.files import read_tensors, write_tensors
+from fl_dualpriv.learners.row_check import RowPath
 from fl_dualpriv.privacy import ledger as ledger_module
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.plan import RoundTerms
-from fl_dualpriv.row_check import RowPath
 from tests.app.client_node import (
     KINDS,
     NO_PRIVACY,

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from clients.dualpriv import LocalTraining, Participant, cohort_update
 from fl_dualpriv.client import PersonalState, fresh_state
+from fl_dualpriv.learners.base import ClientData
+from fl_dualpriv.learners.classification import Classification
+from fl_dualpriv.learners.context import PromptedText
+from fl_dualpriv.learners.head import LowRankHead
+from fl_dualpriv.learners.row_check import checked_objective
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.models.open_clip import load_backbone
-from fl_dualpriv.objective import ClientData
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from fl_dualpriv.privacy.plan import RecordLevelPlan
-from fl_dualpriv.prompts.classification import Classification
-from fl_dualpriv.prompts.head import LowRankHead
-from fl_dualpriv.prompts.learner import PromptedText
 from fl_dualpriv.pruning.updates import KEEP_ALL
-from fl_dualpriv.row_check import checked_objective
 from fl_dualpriv.towers.base import PromptTower
 
 NAMES = ("cat", "red fire truck", "dog", "the great wall of china", "tree")

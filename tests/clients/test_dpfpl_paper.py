@@ -11,10 +11,10 @@ from torch import Tensor
 from clients.dpfpl_paper import CLIP, PublishedTraining, _clip_batch, nominal_sigma, published_updates
 from clients.dualpriv import Participant
 from fl_dualpriv.client import PersonalState, fresh_state
+from fl_dualpriv.learners.base import ClientData
+from fl_dualpriv.learners.rows import Batches, summed_gradient
 from fl_dualpriv.methods.lowrank import carriers, tangent_projection
-from fl_dualpriv.objective import ClientData
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
-from fl_dualpriv.privacy.per_example import Batches, summed_gradient
 from fl_dualpriv.towers.plain import FunctionTower
 
 GENERATOR = torch.Generator().manual_seed(0)

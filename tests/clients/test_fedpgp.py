@@ -12,11 +12,11 @@ from clients.dualpriv import LocalTraining, Participant, cohort_update
 from fl_dualpriv.client import PersonalState, fresh_state
 from fl_dualpriv.config.plans import record_level_plan
 from fl_dualpriv.config.schema import RunConfig, app_defaults
+from fl_dualpriv.learners.base import ClientData
+from fl_dualpriv.learners.classification import Classification
+from fl_dualpriv.learners.contrast import PromptContrast, contrastive_loss
 from fl_dualpriv.methods.base import METHODS
-from fl_dualpriv.objective import ClientData
 from fl_dualpriv.privacy.plan import RecordLevelPlan
-from fl_dualpriv.prompts.classification import Classification
-from fl_dualpriv.prompts.contrast import PromptContrast, contrastive_loss
 from tests.guarantees import step_checks
 from tests.guarantees.step_checks import CLIP, EMBED, N_CLS, SCALE, START, TOWER, as_a_client_draws, records
 

@@ -13,7 +13,7 @@ from fl_dualpriv.client import ClientFolder, PersonalState, check_round, check_s
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.files import read_tensors, write_tensors
 from fl_dualpriv.history import HistoryShapes
-from fl_dualpriv.objective import ClientData
+from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 

@@ -18,8 +18,8 @@ from fl_dualpriv.data.load import load_data
 from fl_dualpriv.disclosure import may_score
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.image_world import ImageWorld
+from fl_dualpriv.learners.rows import Batches, per_example_gradients
 from fl_dualpriv.privacy.clipping import clipped_sum
-from fl_dualpriv.privacy.per_example import Batches, per_example_gradients
 from fl_dualpriv.world import run_folder
 from fl_dualpriv.world_build import build_world
 

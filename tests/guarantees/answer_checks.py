@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fl_dualpriv.learners import answers
+from fl_dualpriv.learners.answers import BLOCK, AnswerObjective, AnswerRecords, answer_records
+from fl_dualpriv.learners.row_check import checked_objective
 from fl_dualpriv.models.answering import AnsweringModel
 from fl_dualpriv.privacy.clipping import GRID_STEPS, Arithmetic, clip_rows
-from fl_dualpriv.prompts import answers
-from fl_dualpriv.prompts.answers import BLOCK, AnswerObjective, AnswerRecords, answer_records
-from fl_dualpriv.row_check import checked_objective
 from tests.tiny_llava import ANSWERS, QUESTIONS
 
 

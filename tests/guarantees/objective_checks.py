@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.objective import ClientData, Objective
+from fl_dualpriv.learners.base import ClientData, Objective
 from fl_dualpriv.privacy.clipping import Arithmetic
 
 CLIP = 0.3

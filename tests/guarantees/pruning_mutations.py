@@ -7,7 +7,7 @@ from torch import Tensor
 
 import clients.dualpriv
 from fl_dualpriv.history import History
-from fl_dualpriv.objective import StepGradients
+from fl_dualpriv.learners.base import StepGradients
 from fl_dualpriv.optimizers import Optimizer
 from fl_dualpriv.privacy.clipping import ClippedSum
 from fl_dualpriv.privacy.plan import RecordLevelPlan

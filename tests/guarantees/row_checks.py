@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv import row_check
+from fl_dualpriv.learners import row_check
+from fl_dualpriv.learners.base import ClientData, Objective
+from fl_dualpriv.learners.classification import Classification
+from fl_dualpriv.learners.row_check import COMPANY, RowPath
 from fl_dualpriv.models.text_stack import Linear, Norm, TextBlock, TextStack
-from fl_dualpriv.objective import ClientData, Objective
 from fl_dualpriv.privacy import feature_rows
 from fl_dualpriv.privacy.clipping import GRID_STEPS
-from fl_dualpriv.prompts.classification import Classification
-from fl_dualpriv.row_check import COMPANY, RowPath
 from fl_dualpriv.towers.shared_prefix import SharedPrefixTower
 
 N_CTX = 4

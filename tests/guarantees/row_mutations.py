@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fl_dualpriv import row_check
-from fl_dualpriv.objective import Objective, Records
+from fl_dualpriv.learners import row_check
+from fl_dualpriv.learners.base import Objective, Records
+from fl_dualpriv.learners.row_check import RowPath
+from fl_dualpriv.learners.rows import Batches
 from fl_dualpriv.privacy import feature_rows
-from fl_dualpriv.privacy.per_example import Batches
-from fl_dualpriv.row_check import RowPath
 from fl_dualpriv.towers.shared_prefix_vjp import SharedPrefixFeatures
 from tests.guarantees import row_checks
 from tests.guarantees.mutation import Mutation, Patch
@@ -90,13 +90,13 @@ def clients_by_their_number(patch: Patch) -> None:
 ROW_MUTATIONS = (
     Mutation(
         name="a kernel rounds rows by their place, and the self-check is skipped",
-        where="fl_dualpriv.row_check.checked_objective",
+        where="fl_dualpriv.learners.row_check.checked_objective",
         plant=rows_by_place_and_nobody_looks,
         caught_by=(row_checks.a_record_that_goes_leaves_the_other_rows_bit_by_bit,),
     ),
     Mutation(
         name="a kernel rounds rows by how many there are, blocks are not padded, and the self-check is skipped",
-        where="fl_dualpriv.privacy.per_example.Batches.blocks",
+        where="fl_dualpriv.learners.rows.Batches.blocks",
         plant=rows_by_their_number_and_nobody_looks,
         caught_by=(row_checks.a_record_that_goes_leaves_the_other_rows_bit_by_bit,),
     ),

@@ -10,10 +10,13 @@ from torch import Tensor
 import clients.dualpriv
 from clients.dualpriv import Participant
 from fl_dualpriv.directions import Directions
+from fl_dualpriv.learners import classification
+from fl_dualpriv.learners import rows as per_example
+from fl_dualpriv.learners.base import StepGradients
+from fl_dualpriv.learners.rows import Batches, per_example_gradients
 from fl_dualpriv.methods.base import MethodParts
 from fl_dualpriv.methods.lowrank import carriers
-from fl_dualpriv.objective import StepGradients
-from fl_dualpriv.privacy import clipping, feature_rows, per_example
+from fl_dualpriv.privacy import clipping, feature_rows
 from fl_dualpriv.privacy import release as release_module
 from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, clip_rows
 from fl_dualpriv.privacy.noise import (
@@ -21,9 +24,7 @@ from fl_dualpriv.privacy.noise import (
     RandomSource,
     StreamKey,
 )
-from fl_dualpriv.privacy.per_example import Batches, per_example_gradients
 from fl_dualpriv.privacy.plan import RecordLevelPlan
-from fl_dualpriv.prompts import classification
 from fl_dualpriv.towers.base import ClassFeatures
 from tests.guarantees import audit_checks, limit_checks, run_checks, step_checks
 from tests.guarantees.mutation import Mutation, Patch
@@ -222,20 +223,20 @@ STEP_MUTATIONS = (
     ),
     Mutation(
         name="the batch mean is clipped",
-        where="fl_dualpriv.prompts.classification.clipped_sums",
+        where="fl_dualpriv.learners.classification.clipped_sums",
         plant=clip_the_batch_mean,
         caught_by=(step_checks.one_record_moves_a_release_by_at_most_c,),
         audited_by=audit_checks.the_claim_about_records_stands,
     ),
     Mutation(
         name="each class of a record's gradient is clipped by itself",
-        where="fl_dualpriv.prompts.classification.clipped_feature_sum",
+        where="fl_dualpriv.learners.classification.clipped_feature_sum",
         plant=clip_per_class,
         caught_by=(step_checks.one_record_moves_a_feature_release_by_at_most_c,),
     ),
     Mutation(
         name="a row that is not finite passes the clip",
-        where="fl_dualpriv.privacy.per_example.bounded_rows",
+        where="fl_dualpriv.learners.rows.bounded_rows",
         plant=clip_without_looking_for_nan,
         caught_by=(step_checks.a_bad_record_is_a_zero,),
     ),
@@ -266,13 +267,13 @@ STEP_MUTATIONS = (
     ),
     Mutation(
         name="a batch's features are normalised together",
-        where="fl_dualpriv.privacy.per_example.residuals",
+        where="fl_dualpriv.learners.rows.residuals",
         plant=features_normalised_by_batch,
         caught_by=(step_checks.exact_rows_do_not_mix, step_checks.top_m_rows_do_not_mix),
     ),
     Mutation(
         name="top-m classes are chosen by the batch",
-        where="fl_dualpriv.privacy.per_example.largest",
+        where="fl_dualpriv.learners.rows.largest",
         plant=top_m_chosen_by_the_batch,
         caught_by=(step_checks.top_m_rows_do_not_mix,),
     ),

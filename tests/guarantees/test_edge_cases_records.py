@@ -20,14 +20,14 @@ from clients.dualpriv import LocalTraining, Participant, cohort_update
 from clients.hosting import Setting
 from fl_dualpriv import messages
 from fl_dualpriv.client import fresh_state
+from fl_dualpriv.learners.base import ClientData
+from fl_dualpriv.learners.classification import Classification
 from fl_dualpriv.methods.base import METHODS
-from fl_dualpriv.objective import ClientData
 from fl_dualpriv.privacy.clipping import GRID_STEPS
 from fl_dualpriv.privacy.integer import rounded_gaussian
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, gaussian_noise
 from fl_dualpriv.privacy.plan import RecordLevelPlan
-from fl_dualpriv.prompts.classification import Classification
 from fl_dualpriv.towers.plain import FunctionTower
 
 N_CTX, CTX_DIM, N_CLS, EMBED, RECORDS = 4, 6, 3, 5, 11

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.special import ndtr, ndtri
 from torch import Tensor
 
+from fl_dualpriv.learners.rows import Batches, clipped_sums
 from fl_dualpriv.privacy import feature_rows
 from fl_dualpriv.privacy.clipping import (
     GRID_STEPS,
@@ -26,7 +27,6 @@ from fl_dualpriv.privacy.clipping import (
 )
 from fl_dualpriv.privacy.feature_rows import clipped_feature_sum
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
-from fl_dualpriv.privacy.per_example import Batches, clipped_sums
 from fl_dualpriv.privacy.release import release
 from fl_dualpriv.towers.plain import FunctionTower
 

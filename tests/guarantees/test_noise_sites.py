@@ -21,13 +21,13 @@ from torch import Tensor
 from clients.dualpriv import LocalTraining, Participant, cohort_update
 from fl_dualpriv import messages
 from fl_dualpriv.client import PersonalState, fresh_state
+from fl_dualpriv.learners.base import ClientData
+from fl_dualpriv.learners.classification import Classification
 from fl_dualpriv.methods.base import METHODS
-from fl_dualpriv.objective import ClientData
 from fl_dualpriv.privacy.clipping import Arithmetic
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from fl_dualpriv.privacy.plan import RecordLevelPlan
-from fl_dualpriv.prompts.classification import Classification
 from fl_dualpriv.server_books import ServerPrivacy
 from fl_dualpriv.towers.plain import FunctionTower
 from strategies.dpfpl import DPFPL

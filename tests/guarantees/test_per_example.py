@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.models.open_clip import load_backbone
-from fl_dualpriv.privacy.clipping import clip_rows, clipped_sum
-from fl_dualpriv.privacy.per_example import (
+from fl_dualpriv.learners.context import PromptedText
+from fl_dualpriv.learners.head import LowRankHead
+from fl_dualpriv.learners.rows import (
     Batches,
     clipped_sums,
     gradient_blocks,
@@ -16,8 +16,8 @@ from fl_dualpriv.privacy.per_example import (
     per_example_gradients,
     summed_gradient,
 )
-from fl_dualpriv.prompts.head import LowRankHead
-from fl_dualpriv.prompts.learner import PromptedText
+from fl_dualpriv.models.open_clip import load_backbone
+from fl_dualpriv.privacy.clipping import clip_rows, clipped_sum
 from fl_dualpriv.towers.plain import FunctionTower
 from tests.guarantees.step_checks import rows_do_not_mix
 

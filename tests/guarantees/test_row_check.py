@@ -12,9 +12,9 @@ from torch import Tensor
 from clients.hosting import Setting
 from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.errors import PrivacyError
+from fl_dualpriv.learners.row_check import RowPath, checked_objective
+from fl_dualpriv.learners.rows import Batches
 from fl_dualpriv.methods.base import METHODS
-from fl_dualpriv.privacy.per_example import Batches
-from fl_dualpriv.row_check import RowPath, checked_objective
 from fl_dualpriv.towers.products import prompt_products
 from fl_dualpriv.towers.shared_prefix_vjp import SharedPrefixFeatures
 from tests.guarantees import row_checks, run_checks

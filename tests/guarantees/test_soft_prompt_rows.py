@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fl_dualpriv.learners import answers, soft_prompt
+from fl_dualpriv.learners.soft_prompt import SoftPromptObjective
 from fl_dualpriv.models.answering import AnsweringModel
 from fl_dualpriv.models.load import load_answering_model
 from fl_dualpriv.privacy.clipping import integer_rows
-from fl_dualpriv.prompts import answers, soft_prompt
-from fl_dualpriv.prompts.soft_prompt import SoftPromptObjective
 from tests.guarantees import answer_checks
 from tests.guarantees.answer_checks import Case
 

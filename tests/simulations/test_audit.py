@@ -22,10 +22,10 @@ import fl_dualpriv.server
 from fl_dualpriv import audit_command, cli
 from fl_dualpriv.config.schema import ConfigValue, RunConfig, app_defaults, merge, read_toml
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.learners import classification
+from fl_dualpriv.learners.rows import Batches, per_example_gradients
 from fl_dualpriv.privacy.clipping import ClippedSum
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, gaussian_noise
-from fl_dualpriv.privacy.per_example import Batches, per_example_gradients
-from fl_dualpriv.prompts import classification
 from fl_dualpriv.towers.base import ClassFeatures
 from simulations.attacks import canaries as record_audit
 from simulations.attacks.canaries import audit_record_level

@@ -13,10 +13,10 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.learners.answers import AnswerRecords, answer_records
+from fl_dualpriv.learners.soft_prompt import SoftPromptObjective
 from fl_dualpriv.models.llava import LlavaBackbone
 from fl_dualpriv.models.load import load_answering_model
-from fl_dualpriv.prompts.answers import AnswerRecords, answer_records
-from fl_dualpriv.prompts.soft_prompt import SoftPromptObjective
 from tests.tiny_llava import WORDS
 
 

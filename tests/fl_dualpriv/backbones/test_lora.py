@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.learners.answers import AnswerRecords, answer_records
+from fl_dualpriv.learners.lora import LoraObjective
+from fl_dualpriv.learners.soft_prompt import SoftPromptObjective
 from fl_dualpriv.models import torchvision_shim
 from fl_dualpriv.models.frozen import fingerprint
 from fl_dualpriv.models.llava import LlavaBackbone
 from fl_dualpriv.models.load import load_answering_model
 from fl_dualpriv.models.lora import LoraModel
 from fl_dualpriv.models.pruning.tokens import VisualTokenPruner
-from fl_dualpriv.prompts.answers import AnswerRecords, answer_records
-from fl_dualpriv.prompts.lora import LoraObjective
-from fl_dualpriv.prompts.soft_prompt import SoftPromptObjective
 from tests.tiny_llava import ANSWERS, END_ID, QUESTIONS
 
 torchvision_shim.install()

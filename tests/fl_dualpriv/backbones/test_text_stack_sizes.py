@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fl_dualpriv.assets import demo_folder
+from fl_dualpriv.learners.context import PromptedText
 from fl_dualpriv.models.open_clip import OpenClipBackbone, open_clip
 from fl_dualpriv.models.tokenizer import TrimmedTokenizer
-from fl_dualpriv.prompts.learner import PromptedText
 
 VISION = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
 NAMES = ("cat", "t-shirt")

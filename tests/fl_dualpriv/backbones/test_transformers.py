@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.learners.context import PromptedText
 from fl_dualpriv.models.load import load_backbone
 from fl_dualpriv.models.transformers import TransformersBackbone, transformers
-from fl_dualpriv.prompts.learner import PromptedText
 
 TEXTS = ["a photo of a cat", "the great wall of china", "dog"]
 NAMES = ("cat", "red fire truck", "dog", "the great wall of china", "tree")

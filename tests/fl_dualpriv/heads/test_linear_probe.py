@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.heads.linear_probe import LinearProbe, ProbeObjective, with_bias
-from fl_dualpriv.objective import ClientData
-from fl_dualpriv.privacy import per_example
+from fl_dualpriv.learners import rows as per_example
+from fl_dualpriv.learners.base import ClientData
+from fl_dualpriv.learners.linear_probe import LinearProbe, ProbeObjective, with_bias
 from fl_dualpriv.privacy.clipping import Arithmetic, clip_rows
 from tests.guarantees import objective_checks
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.heads import prototypes
-from fl_dualpriv.heads.prototypes import PrototypeObjective, prototype_directions
-from fl_dualpriv.objective import ClientData
+from fl_dualpriv.learners import prototypes
+from fl_dualpriv.learners.base import ClientData
+from fl_dualpriv.learners.prototypes import PrototypeObjective, prototype_directions
 from fl_dualpriv.privacy.clipping import Arithmetic, clip_rows
 from tests.guarantees import objective_checks
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.prompts.contrast import PromptContrast, contrastive_loss
+from fl_dualpriv.learners.contrast import PromptContrast, contrastive_loss
 from fl_dualpriv.towers.plain import FunctionTower
 
 WEIGHT, TEMPERATURE = 0.7, 0.5

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.privacy import per_example
+from fl_dualpriv.learners import rows as per_example
+from fl_dualpriv.learners.classification import Classification
+from fl_dualpriv.learners.factored import FactoredTower
 from fl_dualpriv.privacy.clipping import Arithmetic, clip_rows
-from fl_dualpriv.prompts.classification import Classification
-from fl_dualpriv.prompts.factored import FactoredTower
 from fl_dualpriv.towers.base import PromptTower
 from fl_dualpriv.towers.plain import FunctionTower
 from tests.guarantees import objective_checks

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.objective import ClientData
+from fl_dualpriv.learners import fedotp
+from fl_dualpriv.learners.base import ClientData
+from fl_dualpriv.learners.fedotp import TransportObjective
+from fl_dualpriv.learners.transport import transport_plan
 from fl_dualpriv.privacy.clipping import Arithmetic, clip_rows
-from fl_dualpriv.prompts import fedotp
-from fl_dualpriv.prompts.fedotp import TransportObjective
-from fl_dualpriv.prompts.transport import transport_plan
 from fl_dualpriv.towers.plain import FunctionTower
 from tests.guarantees import objective_checks
 from tests.guarantees.step_checks import CTX_DIM, EMBED, N_CLS, N_CTX, START, TOWER, class_features

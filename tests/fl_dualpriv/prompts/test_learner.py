@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.learners import context as learner
+from fl_dualpriv.learners.context import PromptedText
 from fl_dualpriv.models.open_clip import OpenClipBackbone, load_backbone
-from fl_dualpriv.prompts import learner
-from fl_dualpriv.prompts.learner import PromptedText
 
 NAMES = ("cat", "red fire truck", "dog", "the great wall of china", "tree")
 SHAPES = {

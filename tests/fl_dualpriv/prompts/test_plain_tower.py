@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fl_dualpriv.learners.context import PromptedText
 from fl_dualpriv.models.open_clip import load_backbone
-from fl_dualpriv.prompts.learner import PromptedText
 from fl_dualpriv.towers.plain import FunctionTower, PlainTower
 
 NAMES = ("cat", "red fire truck", "dog", "the great wall of china", "tree")

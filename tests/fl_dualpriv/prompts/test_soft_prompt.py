@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.learners.answers import BLOCK, AnswerRecords, answer_records
+from fl_dualpriv.learners.soft_prompt import SoftPromptObjective
 from fl_dualpriv.models.llava import LlavaBackbone
 from fl_dualpriv.models.load import load_answering_model
 from fl_dualpriv.models.pruning.tokens import VisualTokenPruner
-from fl_dualpriv.prompts.answers import BLOCK, AnswerRecords, answer_records
-from fl_dualpriv.prompts.soft_prompt import SoftPromptObjective
 from tests.tiny_llava import ANSWERS, END_ID, QUESTIONS
 
 N_CTX, MAX_TOKENS = 3, 14

@@ -11,8 +11,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from fl_dualpriv.learners.answers import BLOCK, AnswerObjective, AnswerRecords, Block
 from fl_dualpriv.models.answering import AnsweringModel, Prefix
-from fl_dualpriv.prompts.answers import BLOCK, AnswerObjective, AnswerRecords, Block
 
 
 class SoftPromptObjective(AnswerObjective):

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.objective import ClientData, Picked
+from fl_dualpriv.learners.base import ClientData, Picked
+from fl_dualpriv.learners.rows import Batches, clipped_sums, gradient_blocks, summed_gradient
 from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum
 from fl_dualpriv.privacy.feature_rows import clipped_feature_sum, feature_blocks
-from fl_dualpriv.privacy.per_example import Batches, clipped_sums, gradient_blocks, summed_gradient
 from fl_dualpriv.towers.base import ClassFeatures, PromptTower
 
 

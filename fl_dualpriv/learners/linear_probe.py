@@ -13,8 +13,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fl_dualpriv.objective import ClientData
-from fl_dualpriv.prompts.classification import Classification, PooledClassification
+from fl_dualpriv.learners.base import ClientData
+from fl_dualpriv.learners.classification import Classification, PooledClassification
 
 
 def with_bias(data: ClientData) -> ClientData:

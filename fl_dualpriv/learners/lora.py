@@ -10,8 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from fl_dualpriv.learners.answers import BLOCK, AnswerObjective, Block
 from fl_dualpriv.models.lora import LoraModel
-from fl_dualpriv.prompts.answers import BLOCK, AnswerObjective, Block
 
 
 class LoraObjective(AnswerObjective):

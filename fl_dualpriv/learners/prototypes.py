@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fl_dualpriv.objective import ClientData, Picked
+from fl_dualpriv.learners.base import ClientData, Picked
 from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, as_clipped_sum, bounded_rows
 
 _ROWS = 1024

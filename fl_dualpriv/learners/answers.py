@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.learners.base import Picked
 from fl_dualpriv.models.answering import AnsweringModel
-from fl_dualpriv.objective import Picked
 from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, as_clipped_sum, bounded_rows
 
 BLOCK = 8

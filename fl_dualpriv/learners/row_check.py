@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.errors import PrivacyError
-from fl_dualpriv.objective import Objective, Picked, Records, StepGradients
+from fl_dualpriv.learners.base import Objective, Picked, Records, StepGradients
 
 RowPath = Literal["together", "records apart", "clients apart", "records and clients apart"]
 """The products that are shared: those of records and of clients, of clients only, of records only, or none."""

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.objective import ClientData, Picked
+from fl_dualpriv.learners.base import ClientData, Picked
+from fl_dualpriv.learners.rows import rows_at_once
+from fl_dualpriv.learners.transport import transport_plan
 from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, as_clipped_sum, bounded_rows
-from fl_dualpriv.privacy.per_example import rows_at_once
-from fl_dualpriv.prompts.transport import transport_plan
 from fl_dualpriv.towers.base import ClassFeatures, PromptTower
 
 _IMAGES = 64

@@ -1,1 +1,0 @@
-"""Classifiers on cached image features that need no text tower."""
