@@ -65,7 +65,7 @@ def _node(context: Context, owner: "NodeFile | None") -> "Node":
     """This node, and where it keeps what belongs to its clients."""
     from clients.hosting import Node
     from fl_dualpriv.node_file import make_state_folder
-    from fl_dualpriv.world import run_folder
+    from fl_dualpriv.tasks.base import run_folder
 
     if owner is not None and owner.state_dir is not None:
         make_state_folder(owner.state_dir)  # before anything is written into it, a refusal included

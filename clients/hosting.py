@@ -15,11 +15,9 @@ from fl_dualpriv import messages
 from fl_dualpriv.client import ClientFolder
 from fl_dualpriv.config.plans import record_level_plan
 from fl_dualpriv.config.schema import RunConfig
-from fl_dualpriv.disclosure import held_out_is_given, may_score
 from fl_dualpriv.errors import ConfigError, PrivacyError, type_alone
 from fl_dualpriv.learners.base import Objective
 from fl_dualpriv.learners.row_check import COMPANY, RowPath, checked_objective
-from fl_dualpriv.memory import peak_bytes
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.metrics import Score, split_counts
 from fl_dualpriv.node_run import keep_node_run, keep_scored
@@ -27,8 +25,10 @@ from fl_dualpriv.privacy.filters.budget import Budget
 from fl_dualpriv.privacy.noise import random_sources
 from fl_dualpriv.privacy.plan import round_terms
 from fl_dualpriv.run.peak_memory import report_peak
-from fl_dualpriv.world import Counts, held_groups
-from fl_dualpriv.world_build import build_world
+from fl_dualpriv.tasks.base import Counts, held_groups
+from fl_dualpriv.tasks.build import build_world
+from fl_dualpriv.tasks.disclosure import held_out_is_given, may_score
+from fl_dualpriv.tasks.memory import peak_bytes
 
 _log = logging.getLogger("fl_dualpriv")
 

@@ -16,7 +16,7 @@ from fl_dualpriv.files import write_json, write_tensors
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.metrics import Score
 from fl_dualpriv.privacy.plan import record_level_releases
-from fl_dualpriv.world import World
+from fl_dualpriv.tasks.base import World
 
 NODE_RUN_FILE, SCORED_FILE = "node-run.json", "scored.safetensors"
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.run.tables import epsilon_text
-from fl_dualpriv.use_facts import UseFacts
+from fl_dualpriv.tasks.use_facts import UseFacts
 
 FORMAT = 1
 """Of the file; a reader refuses another."""

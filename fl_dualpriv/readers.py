@@ -19,7 +19,7 @@ from fl_dualpriv.models.answering import AnsweringModel
 from fl_dualpriv.models.base import Backbone, ImageEncoder
 from fl_dualpriv.models.load import load_answering_model, load_backbone
 from fl_dualpriv.models.pruning.tokens import VisualTokenPruner
-from fl_dualpriv.use_facts import BackboneFacts, UseFacts
+from fl_dualpriv.tasks.use_facts import BackboneFacts, UseFacts
 
 _TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 """Of a probe, relative to its largest entry, by precision of products: another device rounds otherwise."""

@@ -89,7 +89,7 @@ def prepare(
 
 
 def _look_at_data(config: RunConfig) -> tuple[str, ...]:
-    from fl_dualpriv.survey import survey  # late: it reads images
+    from fl_dualpriv.tasks.survey import survey  # late: it reads images
 
     return tuple(survey(config))
 

@@ -18,7 +18,7 @@ from fl_dualpriv.node_run import NODE_RUN_FILE, SCORED_FILE, NodeRun
 from fl_dualpriv.privacy.ledger import Ledger, LedgerContent
 from fl_dualpriv.prompt_facts import ScoreFacts, SourceFacts, parse_use
 from fl_dualpriv.run.file_kinds import read_totals
-from fl_dualpriv.use_facts import UseFacts
+from fl_dualpriv.tasks.use_facts import UseFacts
 
 GLOBAL_ROW, PERSONAL_ROW = "global prompt", "published personal prompt"
 """Names of releases in a run's privacy table."""

@@ -15,11 +15,9 @@ from torch import Tensor
 from fl_dualpriv import messages
 from fl_dualpriv.config.plans import client_level_plan, noised_unit, record_level_plan
 from fl_dualpriv.config.schema import RunConfig
-from fl_dualpriv.disclosure import claims_privacy, may_score
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.expiring_grid import ExpiringGrid
 from fl_dualpriv.local_engine import LocalGrid
-from fl_dualpriv.memory import check_memory
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.metrics import Accuracy
 from fl_dualpriv.privacy.accounting import joint_noise_multiplier
@@ -43,10 +41,12 @@ from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy
 from fl_dualpriv.server_books import BudgetExhausted, ServerPrivacy
 from fl_dualpriv.strategy_ref import load_strategy
 from fl_dualpriv.strategy_rules import check_class
-from fl_dualpriv.survey import announce
-from fl_dualpriv.use_description import metadata_of_global
-from fl_dualpriv.world import run_folder
-from fl_dualpriv.world_build import build_world
+from fl_dualpriv.tasks.base import run_folder
+from fl_dualpriv.tasks.build import build_world
+from fl_dualpriv.tasks.disclosure import claims_privacy, may_score
+from fl_dualpriv.tasks.memory import check_memory
+from fl_dualpriv.tasks.survey import announce
+from fl_dualpriv.tasks.use_description import metadata_of_global
 
 app = ServerApp()
 _log = logging.getLogger("fl_dualpriv")

@@ -31,13 +31,13 @@ from fl_dualpriv.client import PersonalState, fresh_state
 from fl_dualpriv.config.plans import record_level_plan
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.image_world import ImageWorld
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.rows import Batches, per_example_gradients
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, RandomSources, StreamKey, random_sources
 from fl_dualpriv.privacy.plan import RecordLevelPlan
-from fl_dualpriv.world_build import image_world
+from fl_dualpriv.tasks.build import image_world
+from fl_dualpriv.tasks.images import ImageWorld
 from simulations.attacks.verdict import CANARIES, AuditResult, coins, judge, silenced
 
 _MOST_PER_CLIENT = 96

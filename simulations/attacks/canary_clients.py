@@ -35,7 +35,7 @@ from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 from fl_dualpriv.privacy.plan import ClientLevelPlan
 from fl_dualpriv.run.recorder import RunRecorder
 from fl_dualpriv.server import RoundReport, RoundStrategy
-from fl_dualpriv.world_build import image_world
+from fl_dualpriv.tasks.build import image_world
 from simulations.attacks.verdict import CANARIES, AuditResult, coins, judge, silenced
 from simulations.server_app import build_strategy
 

@@ -27,7 +27,7 @@ from fl_dualpriv.plugins import load_class, plugin_options
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from fl_dualpriv.run.recorder import RunRecorder
 from fl_dualpriv.server import RoundReport, RoundStrategy
-from fl_dualpriv.world_build import image_world
+from fl_dualpriv.tasks.build import image_world
 from simulations.server_app import build_strategy
 
 

@@ -93,7 +93,7 @@ def export_task(kind: Kind, changes: Mapping[str, ConfigValue]) -> PeerTask:
     Raises:
         ValueError: If the clients do not hold equally many records; the peers here take the plain mean.
     """
-    from fl_dualpriv.world_build import image_world
+    from fl_dualpriv.tasks.build import image_world
 
     config = full_config(changes)
     world = image_world(config)

@@ -20,8 +20,8 @@ from torch import Tensor, nn  # noqa: E402
 from fl_dualpriv.learners.rows import clipped_sums, per_example_gradients, residuals  # noqa: E402
 from fl_dualpriv.privacy.clipping import clipped_sum  # noqa: E402
 from fl_dualpriv.privacy.feature_rows import clipped_feature_sum  # noqa: E402
+from fl_dualpriv.tasks.build import image_world  # noqa: E402
 from fl_dualpriv.towers.shared_prefix import SharedPrefixTower  # noqa: E402
-from fl_dualpriv.world_build import image_world  # noqa: E402
 from simulations.benchmarks.harness import BENCH_DIR, assert_equal, emit, interleaved, relative_difference, timed  # noqa: E402
 from simulations.benchmarks.our_runs import full_config  # noqa: E402
 from simulations.benchmarks.towers import (  # noqa: E402

@@ -14,8 +14,8 @@ from fl_dualpriv.learners.answers import answer_records
 from fl_dualpriv.local_engine import run_local
 from fl_dualpriv.published import read_published, write_published
 from fl_dualpriv.publishing import publish
-from fl_dualpriv.question_world import QuestionWorld
-from fl_dualpriv.world_build import build_world
+from fl_dualpriv.tasks.build import build_world
+from fl_dualpriv.tasks.questions import QuestionWorld
 from tests.app.published_runs import APP_DIR
 
 pytestmark = pytest.mark.slow

@@ -8,11 +8,11 @@ from dp_accounting import pld
 
 from fl_dualpriv.config.plans import client_level_plan
 from fl_dualpriv.config.schema import RunConfig, app_defaults, merge, plans
-from fl_dualpriv.disclosure import claims_privacy
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.accounting import COARSE_GRID
 from fl_dualpriv.privacy.correlated import BandedNoise, TreeNoise
 from fl_dualpriv.privacy.plan import ClientLevelPlan, client_level_notes, client_level_releases
+from fl_dualpriv.tasks.disclosure import claims_privacy
 
 DEFAULTS = app_defaults(Path(__file__).parents[2])
 

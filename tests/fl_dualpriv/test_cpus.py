@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fl_dualpriv import flower_hook, memory
+from fl_dualpriv import flower_hook
 from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.flower_engine import federation_config
 from fl_dualpriv.run.cpus import usable_cpus
+from fl_dualpriv.tasks import memory
 
 ROOT = Path(__file__).parents[2]
 CONFIG = RunConfig.from_run_config(app_defaults(ROOT))

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fl_dualpriv import memory
 from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.memory import (
+from fl_dualpriv.tasks import memory
+from fl_dualpriv.tasks.memory import (
     actor_bytes,
     actors_per_device,
     available_bytes,

@@ -7,7 +7,7 @@ import pytest
 
 from fl_dualpriv.config.plans import record_level_plan
 from fl_dualpriv.config.schema import RunConfig, app_defaults
-from fl_dualpriv.pruners import token_pruner
+from fl_dualpriv.tasks.pruners import token_pruner
 
 DEFAULTS = app_defaults(Path(__file__).parents[2])
 FUSED = {"pruning.visual-keep-ratio": 0.5, "pruning.visual-fused": 2, "pruning.visual-merge": "average"}

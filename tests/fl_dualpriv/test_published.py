@@ -20,7 +20,7 @@ from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.model_card import model_card
 from fl_dualpriv.prompt_facts import Guarantee, PublishedFacts, ScoreFacts, SourceFacts, parse_facts
 from fl_dualpriv.published import KEY, PublishedPrompt, card_path, parse_published, read_published, write_published
-from fl_dualpriv.use_facts import BackboneFacts, PrunerFacts, UseFacts
+from fl_dualpriv.tasks.use_facts import BackboneFacts, PrunerFacts, UseFacts
 
 FACTS = PublishedFacts(
     use=UseFacts(

@@ -13,9 +13,9 @@ from PIL import Image
 from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.data.load import load_questions
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.question_world import QuestionWorld
-from fl_dualpriv.world import held_groups
-from fl_dualpriv.world_build import build_world
+from fl_dualpriv.tasks.base import held_groups
+from fl_dualpriv.tasks.build import build_world
+from fl_dualpriv.tasks.questions import QuestionWorld
 from tests.tiny_llava import ANSWERS, QUESTIONS
 
 DEFAULTS = app_defaults(Path(__file__).parents[2])

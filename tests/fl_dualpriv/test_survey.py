@@ -19,10 +19,10 @@ from fl_dualpriv import cli, run_command, run_job
 from fl_dualpriv.config.plans import client_level_plan, record_level_plan
 from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.data.load import load_data, load_questions
-from fl_dualpriv.disclosure import keeps_bad_records
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.methods.base import METHODS
-from fl_dualpriv.survey import survey
+from fl_dualpriv.tasks.disclosure import keeps_bad_records
+from fl_dualpriv.tasks.survey import survey
 
 ROOT = Path(__file__).parents[2]
 DEFAULTS = app_defaults(ROOT)

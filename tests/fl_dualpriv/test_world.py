@@ -15,13 +15,13 @@ from PIL import Image
 from fl_dualpriv.config.plans import client_level_plan, record_level_plan
 from fl_dualpriv.config.schema import ConfigValue, RunConfig, app_defaults, plans
 from fl_dualpriv.data.load import load_data
-from fl_dualpriv.disclosure import may_score
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.image_world import ImageWorld
 from fl_dualpriv.learners.rows import Batches, per_example_gradients
 from fl_dualpriv.privacy.clipping import clipped_sum
-from fl_dualpriv.world import run_folder
-from fl_dualpriv.world_build import build_world
+from fl_dualpriv.tasks.base import run_folder
+from fl_dualpriv.tasks.build import build_world
+from fl_dualpriv.tasks.disclosure import may_score
+from fl_dualpriv.tasks.images import ImageWorld
 
 DEFAULTS = app_defaults(Path(__file__).parents[2])
 CLASSES = ("cat", "dog", "red_bus", "tree")

@@ -20,7 +20,7 @@ from fl_dualpriv.run import recorder as results
 from fl_dualpriv.run.file_kinds import PROGRESS, ROUNDS
 from fl_dualpriv.run.recorder import RunRecorder
 from fl_dualpriv.server import RoundStrategy
-from fl_dualpriv.world import World
+from fl_dualpriv.tasks.base import World
 from tests.guarantees import result_checks
 from tests.guarantees.mutation import Mutation, Patch
 

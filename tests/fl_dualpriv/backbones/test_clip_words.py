@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fl_dualpriv.backbones.clip_words import encode, text_rules
 from fl_dualpriv.models import torchvision_shim
+from fl_dualpriv.tasks.clip_words import encode, text_rules
 
 ODD = [
     "it's",

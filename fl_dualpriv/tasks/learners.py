@@ -17,8 +17,8 @@ from fl_dualpriv.learners.linear_probe import LinearProbe, ProbeObjective, with_
 from fl_dualpriv.learners.prototypes import PrototypeObjective, prototype_directions
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.models.base import Backbone
+from fl_dualpriv.tasks.base import random_prompt
 from fl_dualpriv.towers.base import PromptTower
-from fl_dualpriv.world import random_prompt
 
 
 @dataclass(frozen=True, kw_only=True)

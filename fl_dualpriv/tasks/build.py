@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING
 
 from fl_dualpriv.config.schema import RunConfig
-from fl_dualpriv.disclosure import delta_problems, keeps_bad_records
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.methods.base import METHODS
-from fl_dualpriv.world import World
+from fl_dualpriv.tasks.base import World
+from fl_dualpriv.tasks.disclosure import delta_problems, keeps_bad_records
 
 if TYPE_CHECKING:
-    from fl_dualpriv.image_world import ImageWorld
+    from fl_dualpriv.tasks.images import ImageWorld
 
 
 def build_world(config: RunConfig) -> World:
@@ -21,11 +21,11 @@ def build_world(config: RunConfig) -> World:
     """
     on_bad = "keep" if keeps_bad_records(config) else "raise"
     if config.data.asks_questions:
-        from fl_dualpriv.question_world import build_question_world  # late: a run of images needs none of it
+        from fl_dualpriv.tasks.questions import build_question_world  # late: a run of images needs none of it
 
         world: World = build_question_world(config, on_bad)
     else:
-        from fl_dualpriv.image_world import build_image_world
+        from fl_dualpriv.tasks.images import build_image_world
 
         world = build_image_world(config, on_bad)
     if problems := delta_problems(config, max(len(indices) for indices in world.partitions)):
@@ -39,7 +39,7 @@ def image_world(config: RunConfig) -> "ImageWorld":
     Raises:
         ConfigError: If the run answers questions or learns no prompt, or as `build_world`.
     """
-    from fl_dualpriv.image_world import ImageWorld
+    from fl_dualpriv.tasks.images import ImageWorld
 
     if METHODS[config.method].learns != "prompt" or METHODS[config.method].contrast:
         raise ConfigError(

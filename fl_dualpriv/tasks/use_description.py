@@ -14,8 +14,8 @@ from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.models.base import HUGGING_FACE, ImageEncoder
 from fl_dualpriv.models.checkpoints import CHECKPOINT_SUFFIXES
 from fl_dualpriv.models.pruning.tokens import TokenPruner, VisualTokenPruner
-from fl_dualpriv.use_facts import BackboneFacts, Kind, PrunerFacts, UseFacts
-from fl_dualpriv.world import World
+from fl_dualpriv.tasks.base import World
+from fl_dualpriv.tasks.use_facts import BackboneFacts, Kind, PrunerFacts, UseFacts
 
 _LOCAL = "local-dir:"
 

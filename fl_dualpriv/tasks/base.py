@@ -14,7 +14,7 @@ from fl_dualpriv.learners.base import Objective, Records, Regulariser
 from fl_dualpriv.models.base import ImageEncoder
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey, gaussian_noise
 from fl_dualpriv.run.user_folders import home
-from fl_dualpriv.use_facts import UseFacts
+from fl_dualpriv.tasks.use_facts import UseFacts
 
 Counts = tuple[Tensor, Tensor]
 """Right answers and all held-out records of each group, both (group,) int64 on the CPU."""

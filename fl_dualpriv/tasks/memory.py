@@ -16,7 +16,7 @@ from fl_dualpriv.models.base import Backbone
 from fl_dualpriv.run import cgroups
 from fl_dualpriv.run.cpus import usable_cpus
 from fl_dualpriv.run.peak_memory import resident_peak
-from fl_dualpriv.world import World
+from fl_dualpriv.tasks.base import World
 
 _MIB = 2**20
 _PROCESS = 480 * _MIB

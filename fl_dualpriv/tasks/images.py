@@ -19,7 +19,6 @@ from fl_dualpriv.data.load import load_data
 from fl_dualpriv.data.partition import held_classes, partition
 from fl_dualpriv.data.patches import PatchEncoder
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.image_learners import ImageLearner, image_learner
 from fl_dualpriv.learners.base import ClientData, Objective
 from fl_dualpriv.learners.context import PromptedText
 from fl_dualpriv.learners.contrast import PromptContrast
@@ -33,11 +32,12 @@ from fl_dualpriv.models.load import load_backbone
 from fl_dualpriv.models.pruning.in_tower import PatchReading
 from fl_dualpriv.models.pruning.tokens import TokenPruner
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
-from fl_dualpriv.pruners import token_pruner
+from fl_dualpriv.tasks.base import Counts, one_thread
+from fl_dualpriv.tasks.learners import ImageLearner, image_learner
+from fl_dualpriv.tasks.pruners import token_pruner
+from fl_dualpriv.tasks.use_description import describe_use
+from fl_dualpriv.tasks.use_facts import UseFacts
 from fl_dualpriv.towers.base import PromptTower
-from fl_dualpriv.use_description import describe_use
-from fl_dualpriv.use_facts import UseFacts
-from fl_dualpriv.world import Counts, one_thread
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from fl_dualpriv.backbones.clip_words import TextRules, text_rules
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.data.folder import Layout
 from fl_dualpriv.methods.base import METHODS
+from fl_dualpriv.tasks.clip_words import TextRules, text_rules
 
 _NAMED_CLASSES = 10
 

@@ -24,10 +24,10 @@ from fl_dualpriv.learners.soft_prompt import SoftPromptObjective
 from fl_dualpriv.models.answering import AnsweringModel
 from fl_dualpriv.models.load import load_answering_model
 from fl_dualpriv.models.pruning.tokens import TokenPruner
-from fl_dualpriv.pruners import token_pruner
-from fl_dualpriv.use_description import describe_use
-from fl_dualpriv.use_facts import UseFacts
-from fl_dualpriv.world import Counts, one_thread, random_prompt
+from fl_dualpriv.tasks.base import Counts, one_thread, random_prompt
+from fl_dualpriv.tasks.pruners import token_pruner
+from fl_dualpriv.tasks.use_description import describe_use
+from fl_dualpriv.tasks.use_facts import UseFacts
 
 if TYPE_CHECKING:
     from fl_dualpriv.models.lora import LoraModel

@@ -17,9 +17,9 @@ from fl_dualpriv.data.load import load_data, load_questions
 from fl_dualpriv.data.partition import partition
 from fl_dualpriv.data.questions import QuestionSet, QuestionSplits
 from fl_dualpriv.data.usable import SECONDS, Usable, look, skipped_files, without_usable
-from fl_dualpriv.disclosure import claims_privacy, delta_problems, held_out_is_given, keeps_bad_records, may_score
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.word_problems import word_problems
+from fl_dualpriv.tasks.disclosure import claims_privacy, delta_problems, held_out_is_given, keeps_bad_records, may_score
+from fl_dualpriv.tasks.word_problems import word_problems
 
 
 def survey(config: RunConfig, *, seconds: float = SECONDS) -> list[str]:

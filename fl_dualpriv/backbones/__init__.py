@@ -1,1 +1,0 @@
-"""Frozen vision-language models; each heavy library has one import site here."""
