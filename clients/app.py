@@ -83,7 +83,7 @@ def _node(context: Context, owner: "NodeFile | None") -> "Node":
 
 def _reply(message: Message, context: Context, answer: "Callable[[Node], RecordDict]") -> Message:
     """Answer; on a node whose owner holds a budget no error but a refusal leaves in words: they may quote data."""
-    from fl_dualpriv.client import ClientFolder
+    from fl_dualpriv.client.state import ClientFolder
     from fl_dualpriv.errors import PrivacyError, type_alone
     from fl_dualpriv.node_file import find_node_file
 

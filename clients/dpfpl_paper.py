@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from clients.dualpriv import Participant
-from fl_dualpriv.client import PersonalState
+from fl_dualpriv.client.state import PersonalState
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.rows import Batches, summed_gradient
 from fl_dualpriv.methods.lowrank import carriers

@@ -14,18 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.client import PersonalState
-from fl_dualpriv.directions import Directions
-from fl_dualpriv.history import HistoryShapes
+from fl_dualpriv.client.optimizers import SGD, Optimizer
+from fl_dualpriv.client.pruning import KEEP_ALL, UpdatePruning
+from fl_dualpriv.client.release_memory import HistoryShapes
+from fl_dualpriv.client.state import PersonalState
+from fl_dualpriv.client.updates import Directions
 from fl_dualpriv.learners.base import Objective, Records, Regulariser, StepGradients
 from fl_dualpriv.methods.base import MethodParts
 from fl_dualpriv.methods.lowrank import carriers, cut_to_rank, tangent_projection
-from fl_dualpriv.optimizers import SGD, Optimizer
 from fl_dualpriv.privacy.clipping import ClippedSum, check_exact
 from fl_dualpriv.privacy.noise import RandomSource, poisson_sample
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.privacy.release import release
-from fl_dualpriv.pruning.updates import KEEP_ALL, UpdatePruning
 
 _LEFT = "left-factor"
 

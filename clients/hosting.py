@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv import messages
-from fl_dualpriv.client import ClientFolder
+from fl_dualpriv.client.node_run import keep_node_run, keep_scored
+from fl_dualpriv.client.state import ClientFolder
 from fl_dualpriv.config.plans import record_level_plan
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError, PrivacyError, type_alone
@@ -20,7 +21,6 @@ from fl_dualpriv.learners.base import Objective
 from fl_dualpriv.learners.row_check import COMPANY, RowPath, checked_objective
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.metrics import Score, split_counts
-from fl_dualpriv.node_run import keep_node_run, keep_scored
 from fl_dualpriv.privacy.filters.budget import Budget
 from fl_dualpriv.privacy.noise import random_sources
 from fl_dualpriv.privacy.plan import round_terms

@@ -12,17 +12,17 @@ from clients.dpfpl_paper import PublishedTraining, nominal_sigma, published_upda
 from clients.dualpriv import LocalTraining, Participant, cohort_update
 from clients.hosting import Failures, Node, chunks, prompts_at_once
 from fl_dualpriv import messages
-from fl_dualpriv.client import PersonalState, check_round, check_single_run, fresh_state, is_same_release
+from fl_dualpriv.client.optimizers import Optimizer
+from fl_dualpriv.client.pruning import UpdatePruning
+from fl_dualpriv.client.state import PersonalState, check_round, check_single_run, fresh_state, is_same_release
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.learners.classification import Classification
 from fl_dualpriv.methods.base import METHODS
-from fl_dualpriv.optimizers import Optimizer
 from fl_dualpriv.privacy.filters.choose import spend_budget
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey
 from fl_dualpriv.privacy.plan import check_terms
-from fl_dualpriv.pruning.updates import UpdatePruning
 
 _MOST_LOCKS = 256  # a lock is an open file, and a process may have about a thousand
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from fl_dualpriv.client.node_run import NODE_RUN_FILE, SCORED_FILE, NodeRun
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.methods.base import METHODS
-from fl_dualpriv.node_run import NODE_RUN_FILE, SCORED_FILE, NodeRun
 from fl_dualpriv.privacy.ledger import Ledger, LedgerContent
 from fl_dualpriv.prompt_facts import ScoreFacts, SourceFacts, parse_use
 from fl_dualpriv.run.file_kinds import read_totals

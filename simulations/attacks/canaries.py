@@ -27,7 +27,7 @@ from torch import Tensor
 from clients.dualpriv import Participant, cohort_update
 from clients.hosting import chunks, prompts_at_once
 from clients.training import local_training
-from fl_dualpriv.client import PersonalState, fresh_state
+from fl_dualpriv.client.state import PersonalState, fresh_state
 from fl_dualpriv.config.plans import record_level_plan
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError

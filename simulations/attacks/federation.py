@@ -16,7 +16,7 @@ from clients.dualpriv import Participant, cohort_update
 from clients.hosting import chunks, prompts_at_once
 from clients.training import local_training, published_training
 from fl_dualpriv import messages
-from fl_dualpriv.client import PersonalState, fresh_state
+from fl_dualpriv.client.state import PersonalState, fresh_state
 from fl_dualpriv.config.plans import client_level_plan, record_level_plan
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError

@@ -19,7 +19,7 @@ from torch import Tensor
 from clients.dpfpl_paper import CLIP, published_updates
 from clients.dualpriv import Participant, cohort_update
 from clients.training import local_training, published_training
-from fl_dualpriv.client import fresh_state
+from fl_dualpriv.client.state import fresh_state
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.learners.base import ClientData

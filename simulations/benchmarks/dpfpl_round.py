@@ -23,7 +23,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from clients.dpfpl_paper import CLIP, LOCAL_DIVISOR, PublishedTraining, nominal_sigma, published_updates  # noqa: E402
 from clients.dualpriv import LocalTraining, Participant, cohort_update  # noqa: E402
-from fl_dualpriv.client import PersonalState, fresh_state  # noqa: E402
+from fl_dualpriv.client.state import PersonalState, fresh_state  # noqa: E402
 from fl_dualpriv.learners.base import ClientData  # noqa: E402
 from fl_dualpriv.learners.classification import Classification  # noqa: E402
 from fl_dualpriv.methods.base import METHODS  # noqa: E402

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from clients.dualpriv import LocalTraining, Participant, cohort_update
-from fl_dualpriv.client import PersonalState, fresh_state
+from fl_dualpriv.client.pruning import KEEP_ALL
+from fl_dualpriv.client.state import PersonalState, fresh_state
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.classification import Classification
 from fl_dualpriv.learners.context import PromptedText
@@ -19,7 +20,6 @@ from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.models.open_clip import load_backbone
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from fl_dualpriv.privacy.plan import RecordLevelPlan
-from fl_dualpriv.pruning.updates import KEEP_ALL
 from fl_dualpriv.towers.base import PromptTower
 
 NAMES = ("cat", "red fire truck", "dog", "the great wall of china", "tree")

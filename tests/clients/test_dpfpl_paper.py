@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clients.dpfpl_paper import CLIP, PublishedTraining, _clip_batch, nominal_sigma, published_updates
 from clients.dualpriv import Participant
-from fl_dualpriv.client import PersonalState, fresh_state
+from fl_dualpriv.client.state import PersonalState, fresh_state
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.rows import Batches, summed_gradient
 from fl_dualpriv.methods.lowrank import carriers, tangent_projection

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from clients.dualpriv import LocalTraining, Participant, cohort_update
-from fl_dualpriv.client import PersonalState, fresh_state
+from fl_dualpriv.client.pruning import KEEP_ALL
+from fl_dualpriv.client.state import PersonalState, fresh_state
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.classification import Classification
 from fl_dualpriv.learners.rows import Batches, per_example_gradients
@@ -21,7 +22,6 @@ from fl_dualpriv.methods.lowrank import tangent_projection
 from fl_dualpriv.privacy.clipping import clipped_sum
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, poisson_sample
 from fl_dualpriv.privacy.plan import RecordLevelPlan
-from fl_dualpriv.pruning.updates import KEEP_ALL
 from fl_dualpriv.towers.plain import FunctionTower
 
 N_CTX, CTX_DIM, RANK, N_CLS, EMBED, RECORDS = 5, 6, 2, 3, 4, 40

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from clients.dualpriv import LocalTraining, Participant, cohort_update
-from fl_dualpriv.client import PersonalState, fresh_state
+from fl_dualpriv.client.optimizers import Optimizer
+from fl_dualpriv.client.state import PersonalState, fresh_state
 from fl_dualpriv.methods.base import METHODS
-from fl_dualpriv.optimizers import Optimizer
 from fl_dualpriv.privacy.clipping import Arithmetic
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from tests.fl_dualpriv.prompts.test_fedotp import OBJECTIVE, loss, records

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import clients.dualpriv
 from clients.dualpriv import LocalTraining, Participant, cohort_update
-from fl_dualpriv.client import PersonalState, fresh_state
+from fl_dualpriv.client.state import PersonalState, fresh_state
 from fl_dualpriv.config.plans import record_level_plan
 from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.learners.base import ClientData

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fl_dualpriv import client
-from fl_dualpriv.client import ClientFolder, PersonalState, check_round, check_single_run, fresh_state
+from fl_dualpriv.client.release_memory import HistoryShapes
+from fl_dualpriv.client.state import ClientFolder, PersonalState, check_round, check_single_run, fresh_state
+from fl_dualpriv.client.state import state as client
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.files import read_tensors, write_tensors
-from fl_dualpriv.history import HistoryShapes
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent
 from fl_dualpriv.privacy.plan import RecordLevelPlan

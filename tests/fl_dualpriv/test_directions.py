@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from fl_dualpriv.directions import Directions
+from fl_dualpriv.client.optimizers import SGD
+from fl_dualpriv.client.pruning import KEEP_ALL, Rule, UpdatePruning
+from fl_dualpriv.client.updates import Directions
 from fl_dualpriv.methods.lowrank import carriers
-from fl_dualpriv.optimizers import SGD
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
-from fl_dualpriv.pruning.updates import KEEP_ALL, Rule, UpdatePruning
 
 ROWS, COLS = 4, 6
 RELEASES = torch.randn(3, 2, ROWS, COLS, generator=torch.Generator().manual_seed(0))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fl_dualpriv.history import empty_history, noise_left, stack_histories, unbiased
+from fl_dualpriv.client.release_memory import empty_history, noise_left, stack_histories, unbiased
 
 
 def test_unbiased_takes_the_start_at_zero_out():

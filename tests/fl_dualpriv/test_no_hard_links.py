@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fl_dualpriv import files
-from fl_dualpriv.client import ClientFolder, PersonalState
+from fl_dualpriv.client.state import ClientFolder, PersonalState
 from fl_dualpriv.files import keep_previous
 from fl_dualpriv.run.checkpoint import FILES, Checkpoint, CheckpointFolder, Progress
 from tests.no_hard_links import cannot_refuse, refuse_hard_links

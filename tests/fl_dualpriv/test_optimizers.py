@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.history import empty_history, stack_histories
-from fl_dualpriv.optimizers import Name, Optimizer
+from fl_dualpriv.client.optimizers import Name, Optimizer
+from fl_dualpriv.client.release_memory import empty_history, stack_histories
 
 CLIENTS, ROWS, COLS = 2, 3, 4
 GENERATOR = torch.Generator().manual_seed(0)

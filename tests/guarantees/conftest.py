@@ -31,7 +31,7 @@ OURS = {
     for name in (
         "clients/training.py",
         "clients/dualpriv.py",
-        "fl_dualpriv/client.py",
+        "fl_dualpriv/client/state.py",
         "fl_dualpriv/files.py",
         "fl_dualpriv/server.py",
         "fl_dualpriv/server_books.py",

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import clients.dualpriv
-from fl_dualpriv.optimizers import Optimizer
+from fl_dualpriv.client.optimizers import Optimizer
+from fl_dualpriv.client.pruning import Rule, UpdatePruning
 from fl_dualpriv.privacy.clipping import ClippedSum
 from fl_dualpriv.privacy.plan import RecordLevelPlan
-from fl_dualpriv.pruning.updates import Rule, UpdatePruning
 from tests.guarantees import step_checks
 from tests.guarantees.step_checks import CLIP, CTX_DIM, MULTIPLIER, N_CTX, START, TOWER, as_a_client_draws, records
 

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 import clients.dualpriv
-from fl_dualpriv.history import History
+from fl_dualpriv.client.blocks import Blocks, CoordinateBlocks
+from fl_dualpriv.client.optimizers import Optimizer
+from fl_dualpriv.client.pruning import Draw, Pruned, UpdatePruning
+from fl_dualpriv.client.release_memory import History
 from fl_dualpriv.learners.base import StepGradients
-from fl_dualpriv.optimizers import Optimizer
 from fl_dualpriv.privacy.clipping import ClippedSum
 from fl_dualpriv.privacy.plan import RecordLevelPlan
-from fl_dualpriv.pruning.blocks import Blocks, CoordinateBlocks
-from fl_dualpriv.pruning.updates import Draw, Pruned, UpdatePruning
 from tests.guarantees import pruning_checks, step_checks
 from tests.guarantees.mutation import Mutation, Patch
 from tests.guarantees.step_mutations import keep_clean_sums
@@ -83,7 +83,7 @@ def noise_scaled_to_the_share_that_is_open(patch: Patch) -> None:
 PRUNING_MUTATIONS = (
     Mutation(
         name="the mask of pruned updates is taken from clean gradients",
-        where="fl_dualpriv.pruning.updates.UpdatePruning.prune",
+        where="fl_dualpriv.client.pruning.UpdatePruning.prune",
         plant=mask_from_clean_gradients,
         caught_by=(
             step_checks.masks_and_factors_see_the_release_alone,
@@ -92,13 +92,13 @@ PRUNING_MUTATIONS = (
     ),
     Mutation(
         name="masks before the clip are scored on earlier clean gradients",
-        where="fl_dualpriv.pruning.updates.UpdatePruning.remember",
+        where="fl_dualpriv.client.pruning.UpdatePruning.remember",
         plant=past_scored_on_clean_gradients,
         caught_by=(pruning_checks.masks_see_past_releases_alone, pruning_checks.pruned_updates_see_the_release_alone),
     ),
     Mutation(
         name="Adam's second moment is taken from clean gradients",
-        where="fl_dualpriv.optimizers.Optimizer._advance",
+        where="fl_dualpriv.client.optimizers.Optimizer._advance",
         plant=moments_from_clean_gradients,
         caught_by=(pruning_checks.pruned_updates_see_the_release_alone,),
     ),

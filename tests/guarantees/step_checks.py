@@ -17,18 +17,18 @@ from torch import Tensor
 
 import clients.dualpriv
 import clients.training
-from fl_dualpriv.client import PersonalState, fresh_state
+from fl_dualpriv.client.optimizers import SGD, Optimizer
+from fl_dualpriv.client.pruning import KEEP_ALL, UpdatePruning
+from fl_dualpriv.client.state import PersonalState, fresh_state
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.classification import Classification
 from fl_dualpriv.learners.rows import Batches, per_example_gradients
 from fl_dualpriv.methods.base import METHODS
-from fl_dualpriv.optimizers import SGD, Optimizer
 from fl_dualpriv.privacy import noise
 from fl_dualpriv.privacy.clipping import Arithmetic, clipped_sum
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.privacy.release import release
-from fl_dualpriv.pruning.updates import KEEP_ALL, UpdatePruning
 from fl_dualpriv.towers.base import PromptTower
 from fl_dualpriv.towers.plain import FunctionTower
 from tests.made_strategy import Silent

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import clients.dualpriv
 from clients.dualpriv import Participant
-from fl_dualpriv.directions import Directions
+from fl_dualpriv.client.updates import Directions
 from fl_dualpriv.learners import classification
 from fl_dualpriv.learners import rows as per_example
 from fl_dualpriv.learners.base import StepGradients
@@ -260,7 +260,7 @@ STEP_MUTATIONS = (
     ),
     Mutation(
         name="the upload of p_G has no noise",
-        where="fl_dualpriv.directions.Directions.direction",
+        where="fl_dualpriv.client.updates.Directions.direction",
         plant=clean_upload,
         caught_by=(step_checks.noise_has_std_z_times_c, step_checks.masks_and_factors_see_the_release_alone),
         audited_by=audit_checks.the_claim_about_records_stands,

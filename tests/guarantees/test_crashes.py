@@ -19,7 +19,7 @@ import pytest
 import clients.training
 from clients.hosting import Setting
 from fl_dualpriv import messages
-from fl_dualpriv.client import digest
+from fl_dualpriv.client.state import digest
 from fl_dualpriv.privacy import ledger as ledger_module
 from fl_dualpriv.privacy import release
 from fl_dualpriv.privacy.accounting import COARSE_GRID, epsilon

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from clients.hosting import Setting
-from fl_dualpriv.client import digest
+from fl_dualpriv.client.state import digest
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.privacy.filters.budget import Budget, FilterChoice
 from fl_dualpriv.privacy.filters.choose import filter_of

@@ -19,7 +19,7 @@ import clients.dualpriv
 from clients.dualpriv import LocalTraining, Participant, cohort_update
 from clients.hosting import Setting
 from fl_dualpriv import messages
-from fl_dualpriv.client import fresh_state
+from fl_dualpriv.client.state import fresh_state
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.classification import Classification
 from fl_dualpriv.methods.base import METHODS

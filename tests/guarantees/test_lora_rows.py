@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fl_dualpriv.client.blocks import CoordinateBlocks
 from fl_dualpriv.learners.lora import LoraObjective
 from fl_dualpriv.models.load import load_answering_model
 from fl_dualpriv.models.lora import LoraModel, load_lora
 from fl_dualpriv.privacy.clipping import integer_rows
-from fl_dualpriv.pruning.blocks import CoordinateBlocks
 from tests.guarantees import answer_checks
 from tests.guarantees.answer_checks import Case
 

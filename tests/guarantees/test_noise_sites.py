@@ -20,7 +20,7 @@ from torch import Tensor
 
 from clients.dualpriv import LocalTraining, Participant, cohort_update
 from fl_dualpriv import messages
-from fl_dualpriv.client import PersonalState, fresh_state
+from fl_dualpriv.client.state import PersonalState, fresh_state
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.classification import Classification
 from fl_dualpriv.methods.base import METHODS

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fl_dualpriv.pruning.updates import KEEP_ALL
+from fl_dualpriv.client.pruning import KEEP_ALL
 from tests.guarantees import run_checks, step_checks
 from tests.guarantees.run_checks import Federation
 

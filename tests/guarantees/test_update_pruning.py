@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.client import PersonalState, fresh_state
+from fl_dualpriv.client.optimizers import Name, Optimizer
+from fl_dualpriv.client.pruning import KEEP_ALL, Rule, UpdatePruning
+from fl_dualpriv.client.state import PersonalState, fresh_state
 from fl_dualpriv.config.plans import record_level_plan
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.rows import Batches, clipped_sums, per_example_gradients
-from fl_dualpriv.optimizers import Name, Optimizer
 from fl_dualpriv.privacy.clipping import clipped_sum
 from fl_dualpriv.privacy.ledger import LedgerEvent
 from fl_dualpriv.privacy.noise import RandomSource
-from fl_dualpriv.pruning.updates import KEEP_ALL, Rule, UpdatePruning
 from tests.guarantees import pruning_checks, run_checks, step_checks
 from tests.guarantees.pruning_checks import ADAM, HALF, RULES
 from tests.guarantees.run_checks import Federation, train, upload_of

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fl_dualpriv.client import fresh_state
+from fl_dualpriv.client.state import fresh_state
 from fl_dualpriv.methods.lowrank import carriers, cut_to_rank, tangent_projection
 
 N, D = 6, 20

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fl_dualpriv.client.blocks import Blocks, ComponentBlocks, CoordinateBlocks
 from fl_dualpriv.methods.lowrank import carriers, tangent_projection
-from fl_dualpriv.pruning.blocks import Blocks, ComponentBlocks, CoordinateBlocks
 
 CLIENTS, ROWS, COLS, RANK = 3, 5, 8, 2
 GENERATOR = torch.Generator().manual_seed(0)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.history import empty_history, stack_histories
-from fl_dualpriv.pruning.blocks import CoordinateBlocks
-from fl_dualpriv.pruning.updates import Pruned, Rule, UpdatePruning
+from fl_dualpriv.client.blocks import CoordinateBlocks
+from fl_dualpriv.client.pruning import Pruned, Rule, UpdatePruning
+from fl_dualpriv.client.release_memory import empty_history, stack_histories
 
 # Row norms 3, 1, 2.83, 0.14; and a client whose order is the other way round.
 G = torch.tensor([[3.0, 0.0], [0.0, 1.0], [2.0, 2.0], [0.1, 0.1]])

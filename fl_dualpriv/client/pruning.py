@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fl_dualpriv.history import History, HistoryShapes, noise_left, unbiased
-from fl_dualpriv.pruning.blocks import Block, Blocks, CoordinateBlocks
+from fl_dualpriv.client.blocks import Block, Blocks, CoordinateBlocks
+from fl_dualpriv.client.release_memory import History, HistoryShapes, noise_left, unbiased
 
 Rule = Literal["noised", "random", "past", "random-past", "shrink"]
 Draw = Callable[[int], Tensor]

@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fl_dualpriv.client.release_memory import History, HistoryShapes
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.files import append_json_line, keep_previous, read_metadata, read_tensors, write_tensors
-from fl_dualpriv.history import History, HistoryShapes
 from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent, utc_now
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 

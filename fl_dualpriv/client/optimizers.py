@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fl_dualpriv.history import History, HistoryShapes, noise_left, unbiased
+from fl_dualpriv.client.release_memory import History, HistoryShapes, noise_left, unbiased
 
 Name = Literal["sgd", "momentum", "adam", "adam-corrected"]
 

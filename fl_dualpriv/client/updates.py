@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.history import History, empty_history, stack_histories
-from fl_dualpriv.optimizers import Optimizer
+from fl_dualpriv.client.blocks import ComponentBlocks
+from fl_dualpriv.client.optimizers import Optimizer
+from fl_dualpriv.client.pruning import UpdatePruning
+from fl_dualpriv.client.release_memory import History, empty_history, stack_histories
 from fl_dualpriv.privacy.noise import RandomSource
-from fl_dualpriv.pruning.blocks import ComponentBlocks
-from fl_dualpriv.pruning.updates import UpdatePruning
 
 Stream = Callable[[str, int], RandomSource]
 """(purpose, step) → a client's own source."""
