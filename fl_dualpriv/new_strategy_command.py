@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fl_dualpriv.server import RoundStrategy
+from fl_dualpriv.server.strategy import RoundStrategy
 
 
 @dataclass(kw_only=True)

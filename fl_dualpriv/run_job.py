@@ -14,7 +14,6 @@ from typing import NoReturn
 import typer
 from rich.markup import escape
 
-from fl_dualpriv import plugins
 from fl_dualpriv.config.ranges import ConfigValue
 from fl_dualpriv.config.schema import RunConfig, app_defaults, merge, parse_assignment, read_toml
 from fl_dualpriv.console import Output
@@ -23,6 +22,7 @@ from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.run.folder_lock import held_alone
 from fl_dualpriv.run.out_folder import prepare_folder
 from fl_dualpriv.run.user_folders import expanded
+from fl_dualpriv.server.strategy import plugins
 
 _ENDING_SECONDS = 30.0
 

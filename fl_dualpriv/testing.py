@@ -21,10 +21,10 @@ from fl_dualpriv.privacy.adaptive import AdaptiveClip
 from fl_dualpriv.privacy.clipping import clip_rows
 from fl_dualpriv.privacy.noise import KeyedRandom
 from fl_dualpriv.privacy.plan import ServerUnit, round_terms
-from fl_dualpriv.round_memory import CLIP_NORM
-from fl_dualpriv.server import RoundStrategy, Update
-from fl_dualpriv.server_books import ServerPrivacy
-from fl_dualpriv.strategy_rules import check_class
+from fl_dualpriv.server.accounting import ServerPrivacy
+from fl_dualpriv.server.noise_memory import CLIP_NORM
+from fl_dualpriv.server.rules import check_class
+from fl_dualpriv.server.strategy import RoundStrategy, Update
 
 Uploads = Mapping[int, Tensor]
 """Partition → update, of those that answered."""

@@ -33,14 +33,14 @@ from fl_dualpriv.privacy.plan import (
     record_level_releases,
     round_terms,
 )
-from fl_dualpriv.rounds import Rounds
 from fl_dualpriv.run.checkpoint import CheckpointFolder
 from fl_dualpriv.run.file_kinds import PLUGINS, without_kind
 from fl_dualpriv.run.recorder import RunRecorder, build_summary
-from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy
-from fl_dualpriv.server_books import BudgetExhausted, ServerPrivacy
-from fl_dualpriv.strategy_ref import load_strategy
-from fl_dualpriv.strategy_rules import check_class
+from fl_dualpriv.server.accounting import BudgetExhausted, ServerPrivacy
+from fl_dualpriv.server.rounds import Rounds
+from fl_dualpriv.server.rules import check_class
+from fl_dualpriv.server.strategy import ClientFailure, RoundReport, RoundStrategy
+from fl_dualpriv.server.strategy_ref import load_strategy
 from fl_dualpriv.tasks.base import run_folder
 from fl_dualpriv.tasks.build import build_world
 from fl_dualpriv.tasks.disclosure import claims_privacy, may_score

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.server import RoundStrategy
+from fl_dualpriv.server.strategy import RoundStrategy
 
 
 @dataclass(kw_only=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fl_dualpriv.server import RoundStrategy
+from fl_dualpriv.server.strategy import RoundStrategy
 
 
 @dataclass(kw_only=True)

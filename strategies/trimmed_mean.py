@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.privacy.plan import ServerUnit
-from fl_dualpriv.server import RoundStrategy, Update
+from fl_dualpriv.server.strategy import RoundStrategy, Update
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fl_dualpriv import messages
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, RandomSources, StreamKey
 from fl_dualpriv.privacy.plan import RoundTerms, round_terms
-from fl_dualpriv.server import RoundReport, RoundStrategy, ServerPrivacy
+from fl_dualpriv.server.strategy import RoundReport, RoundStrategy, ServerPrivacy
 
 
 class Silent:

@@ -30,11 +30,11 @@ from fl_dualpriv.config.plans import client_level_plan, record_level_plan
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.local_engine import LocalGrid
-from fl_dualpriv.plugins import load_class, plugin_options
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 from fl_dualpriv.privacy.plan import ClientLevelPlan
 from fl_dualpriv.run.recorder import RunRecorder
-from fl_dualpriv.server import RoundReport, RoundStrategy
+from fl_dualpriv.server.plugins import load_class, plugin_options
+from fl_dualpriv.server.strategy import RoundReport, RoundStrategy
 from fl_dualpriv.tasks.build import image_world
 from simulations.attacks.verdict import CANARIES, AuditResult, coins, judge, silenced
 from simulations.server_app import build_strategy

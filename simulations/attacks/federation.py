@@ -23,10 +23,10 @@ from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.methods.base import METHODS
-from fl_dualpriv.plugins import load_class, plugin_options
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from fl_dualpriv.run.recorder import RunRecorder
-from fl_dualpriv.server import RoundReport, RoundStrategy
+from fl_dualpriv.server.plugins import load_class, plugin_options
+from fl_dualpriv.server.strategy import RoundReport, RoundStrategy
 from fl_dualpriv.tasks.build import image_world
 from simulations.server_app import build_strategy
 

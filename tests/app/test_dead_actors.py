@@ -16,7 +16,7 @@ from fl_dualpriv import messages, supervisor
 from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.run.file_kinds import PROGRESS, read_totals
 from fl_dualpriv.run.recorder import RunRecorder
-from fl_dualpriv.server import ClientFailure
+from fl_dualpriv.server.strategy import ClientFailure
 from tests.app.run_folders import (
     APP_DIR,
     LEVELS,

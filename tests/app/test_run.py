@@ -20,8 +20,8 @@ from fl_dualpriv.local_engine import LocalGrid, run_local
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.run.file_kinds import PROGRESS, read_totals
-from fl_dualpriv.server import ClientFailure
-from fl_dualpriv.server_books import BudgetExhausted
+from fl_dualpriv.server.accounting import BudgetExhausted
+from fl_dualpriv.server.strategy import ClientFailure
 from strategies.dpfpl import DPFPL
 
 APP_DIR = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from fl_dualpriv import messages
 from fl_dualpriv.config.plans import client_level_plan, record_level_plan
 from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.run.recorder import RunRecorder
-from fl_dualpriv.server import RoundStrategy
+from fl_dualpriv.server.strategy import RoundStrategy
 from simulations.server_app import build_strategy, list_releases, notes, round_of_epsilon, server_privacy
 from strategies.dpfpl import DPFPL
 from strategies.fedavg import FedAvg

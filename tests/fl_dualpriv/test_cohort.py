@@ -11,11 +11,11 @@ from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
 from fl_dualpriv import messages
-from fl_dualpriv.cohort import by_node, collect
 from fl_dualpriv.metrics import Accuracy, Score
 from fl_dualpriv.privacy.noise import KeyedRandom
 from fl_dualpriv.privacy.plan import round_terms
-from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy, ServerPrivacy
+from fl_dualpriv.server.cohort import by_node, collect
+from fl_dualpriv.server.strategy import ClientFailure, RoundReport, RoundStrategy, ServerPrivacy
 from strategies.dpfpl import DPFPL
 from strategies.fedavg import FedAvg
 

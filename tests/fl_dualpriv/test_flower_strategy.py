@@ -11,7 +11,7 @@ from flwr.serverapp import Grid, strategy
 from torch import Tensor
 
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.flower_strategy import FlowerStrategy, adapt
+from fl_dualpriv.server.flower_adapter import FlowerStrategy, adapt
 from tests.strategies.rounds import client_level, make, play, record_level
 
 START = torch.tensor([[1.0, 2.0, 3.0]])

@@ -15,8 +15,8 @@ from fl_dualpriv import messages
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.clipping import integer_rows
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
-from fl_dualpriv.server import RoundStrategy, Update
-from fl_dualpriv.server_books import ServerPrivacy
+from fl_dualpriv.server.accounting import ServerPrivacy
+from fl_dualpriv.server.strategy import RoundStrategy, Update
 from strategies.dpfpl import DPFPL
 from strategies.fedavg import FedAvg
 from tests.made_strategy import made_strategy, quiet, training_messages

@@ -9,10 +9,10 @@ import pytest
 
 from fl_dualpriv.config.schema import StrategyConfig
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.flower_strategy import FlowerStrategy
-from fl_dualpriv.plugins import find_module, load_class, pack_options, plugin_options, unpack_options
-from fl_dualpriv.server import RoundStrategy
-from fl_dualpriv.strategy_ref import load_strategy
+from fl_dualpriv.server.flower_adapter import FlowerStrategy
+from fl_dualpriv.server.plugins import find_module, load_class, pack_options, plugin_options, unpack_options
+from fl_dualpriv.server.strategy import RoundStrategy
+from fl_dualpriv.server.strategy_ref import load_strategy
 from strategies.dpfpl import DPFPL
 
 KEY = "strategy.ref"
@@ -23,7 +23,7 @@ def test_a_subclass_is_found():
 
 
 def test_the_base_itself_is_allowed():
-    assert load_class(KEY, "fl_dualpriv.server:RoundStrategy", RoundStrategy) is RoundStrategy
+    assert load_class(KEY, "fl_dualpriv.server.strategy:RoundStrategy", RoundStrategy) is RoundStrategy
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_options_cannot_reach_past_the_classs_own_fields(flat: dict, message: st
 
 SOURCE = """
 from dataclasses import dataclass
-from fl_dualpriv.server import RoundStrategy
+from fl_dualpriv.server.strategy import RoundStrategy
 
 @dataclass(kw_only=True)
 class Mine(RoundStrategy):

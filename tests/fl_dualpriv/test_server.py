@@ -15,7 +15,7 @@ from torch import Tensor
 from fl_dualpriv import messages
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, RandomSources, StreamKey
-from fl_dualpriv.server import ClientFailure, RoundStrategy, ServerPrivacy
+from fl_dualpriv.server.strategy import ClientFailure, RoundStrategy, ServerPrivacy
 from strategies.dpfpl import DPFPL
 from strategies.fedavg import FedAvg
 from tests.made_strategy import Silent, made_strategy, quiet, training_messages

@@ -10,7 +10,7 @@ from fl_dualpriv.privacy.accounting import SampledGaussians, composed_epsilon, e
 from fl_dualpriv.privacy.correlated import BandedNoise, RoundRobin
 from fl_dualpriv.privacy.filters.choose import worst_terms as worst_terms_filter
 from fl_dualpriv.privacy.ledger import Ledger
-from fl_dualpriv.server_books import BudgetExhausted, ServerBooks, ServerPrivacy
+from fl_dualpriv.server.accounting import BudgetExhausted, ServerBooks, ServerPrivacy
 
 
 def privacy(ledger: Ledger | None, most: float | None, z: float = 1.0) -> ServerPrivacy:

@@ -18,7 +18,7 @@ from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.metrics import Accuracy, Score
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSources
 from fl_dualpriv.privacy.plan import RoundTerms
-from fl_dualpriv.server import ClientFailure, RoundReport, RoundStrategy, ServerPrivacy, Update
+from fl_dualpriv.server.strategy import ClientFailure, RoundReport, RoundStrategy, ServerPrivacy, Update
 from strategies.dpfpl import DPFPL
 from strategies.fedavg import FedAvg
 from tests.made_strategy import made_strategy, quiet, training_messages

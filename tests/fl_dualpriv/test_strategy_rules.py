@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.privacy.noise import KeyedRandom
-from fl_dualpriv.server import Update
+from fl_dualpriv.server.strategy import Update
 from strategies.dpfpl import DPFPL
 from tests.strategies.rounds import client_level, make, play, record_level
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.server import RoundStrategy, Update
+from fl_dualpriv.server.strategy import RoundStrategy, Update
 from fl_dualpriv.testing import check_strategy
 
 RECORDS = ("client", "record")

@@ -21,8 +21,8 @@ from fl_dualpriv.privacy.ledger import Ledger, LedgerContent, LedgerEvent, Reser
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.run.tables import SEEDED_NOTE
-from fl_dualpriv.server import RoundStrategy
-from fl_dualpriv.server_books import BudgetExhausted, ServerBooks, ServerPrivacy
+from fl_dualpriv.server.accounting import BudgetExhausted, ServerBooks, ServerPrivacy
+from fl_dualpriv.server.strategy import RoundStrategy
 from tests.guarantees import accounting_checks, run_checks, server_checks
 from tests.guarantees.mutation import Mutation, Patch
 

@@ -17,9 +17,9 @@ from fl_dualpriv.privacy.adaptive import AdaptiveClip
 from fl_dualpriv.privacy.correlated import BandedNoise, CorrelatedNoise, RoundRobin, TreeNoise
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
-from fl_dualpriv.round_memory import SECRET_NOISE
-from fl_dualpriv.server import RoundStrategy, Update
-from fl_dualpriv.server_books import ServerPrivacy
+from fl_dualpriv.server.accounting import ServerPrivacy
+from fl_dualpriv.server.noise_memory import SECRET_NOISE
+from fl_dualpriv.server.strategy import RoundStrategy, Update
 from tests.guarantees.server_checks import (
     BOUND,
     MULTIPLIER,

@@ -6,14 +6,15 @@ import math
 import numpy as np
 from torch import Tensor
 
-from fl_dualpriv import round_memory, server
 from fl_dualpriv.privacy import adaptive as quantile
 from fl_dualpriv.privacy.accounting import SampledGaussians
 from fl_dualpriv.privacy.adaptive import AdaptiveClip
 from fl_dualpriv.privacy.clipping import Arithmetic
 from fl_dualpriv.privacy.correlated import BandedNoise, CorrelatedNoise, TreeNoise
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, poisson_sample
-from fl_dualpriv.server import RoundStrategy
+from fl_dualpriv.server.strategy import RoundStrategy
+from fl_dualpriv.server.strategy import noise_memory as round_memory
+from fl_dualpriv.server.strategy import strategy as server
 from tests.guarantees import central_checks, limit_checks
 from tests.guarantees.book_mutations import the_server_writes_its_ledger_afterwards
 from tests.guarantees.mutation import Mutation, Patch
@@ -146,7 +147,7 @@ CENTRAL_MUTATIONS = (
     ),
     Mutation(
         name="the rounds of correlated noise share their draws",
-        where="fl_dualpriv.server.gaussian_noise",
+        where="fl_dualpriv.server.strategy.gaussian_noise",
         plant=one_draw_for_all_rounds,
         caught_by=(central_checks.noise_of_a_run_has_the_covariance_of_the_inverse_factor,),
     ),
@@ -164,13 +165,13 @@ CENTRAL_MUTATIONS = (
     ),
     Mutation(
         name="a round of correlated noise can be made again",
-        where="fl_dualpriv.server.check_next",
+        where="fl_dualpriv.server.strategy.check_next",
         plant=rounds_may_be_made_again,
         caught_by=(central_checks.a_round_of_correlated_noise_is_made_once,),
     ),
     Mutation(
         name="a strategy can read the noise that is remembered",
-        where="fl_dualpriv.server.hidden",
+        where="fl_dualpriv.server.strategy.hidden",
         plant=hooks_see_the_noise,
         caught_by=(central_checks.a_strategys_code_does_not_see_the_noise,),
     ),

@@ -33,8 +33,8 @@ OURS = {
         "clients/dualpriv.py",
         "fl_dualpriv/client/state.py",
         "fl_dualpriv/files.py",
-        "fl_dualpriv/server.py",
-        "fl_dualpriv/server_books.py",
+        "fl_dualpriv/server/strategy.py",
+        "fl_dualpriv/server/accounting.py",
         "fl_dualpriv/privacy/filters/budget.py",
         "fl_dualpriv/privacy/ledger.py",
         "fl_dualpriv/privacy/noise.py",
@@ -151,8 +151,8 @@ class Tracer:
         return isinstance(path, str | os.PathLike) and Path(path).is_relative_to(self._root)
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        from fl_dualpriv import server
         from fl_dualpriv.privacy import release
+        from fl_dualpriv.server.strategy import strategy as server
 
         open_, fsync = io.open, os.fsync
 

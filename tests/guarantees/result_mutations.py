@@ -19,7 +19,7 @@ from fl_dualpriv.run import file_kinds as run_files
 from fl_dualpriv.run import recorder as results
 from fl_dualpriv.run.file_kinds import PROGRESS, ROUNDS
 from fl_dualpriv.run.recorder import RunRecorder
-from fl_dualpriv.server import RoundStrategy
+from fl_dualpriv.server.strategy import RoundStrategy
 from fl_dualpriv.tasks.base import World
 from tests.guarantees import result_checks
 from tests.guarantees.mutation import Mutation, Patch

@@ -16,8 +16,8 @@ from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.privacy.clipping import GRID_STEPS, Arithmetic
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, RandomSources, StreamKey
-from fl_dualpriv.server import RoundStrategy, ServerPrivacy
-from fl_dualpriv.server_books import BudgetExhausted
+from fl_dualpriv.server.accounting import BudgetExhausted
+from fl_dualpriv.server.strategy import RoundStrategy, ServerPrivacy
 from tests.made_strategy import made_strategy, quiet, training_messages
 
 SHAPE = (100, 100)

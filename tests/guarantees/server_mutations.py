@@ -10,11 +10,12 @@ from torch import Tensor
 
 import strategies.dpfpl
 import strategies.fedavg
-from fl_dualpriv import messages, server
-from fl_dualpriv.cohort import Asked, Collected
+from fl_dualpriv import messages
 from fl_dualpriv.privacy.noise import RandomSource, gaussian_noise
-from fl_dualpriv.server import RoundStrategy, Update
-from fl_dualpriv.server_books import ServerPrivacy
+from fl_dualpriv.server.accounting import ServerPrivacy
+from fl_dualpriv.server.cohort import Asked, Collected
+from fl_dualpriv.server.strategy import RoundStrategy, Update
+from fl_dualpriv.server.strategy import strategy as server
 from tests.guarantees import audit_checks, server_checks
 from tests.guarantees.mutation import Mutation, Patch
 
@@ -118,13 +119,13 @@ SERVER_MUTATIONS = (
     ),
     Mutation(
         name="a reply that comes twice counts twice",
-        where="fl_dualpriv.server.collect",
+        where="fl_dualpriv.server.strategy.collect",
         plant=duplicates_count,
         caught_by=(server_checks.a_reply_counts_once,),
     ),
     Mutation(
         name="the server's noise is a tenth too small",
-        where="fl_dualpriv.server.gaussian_noise",
+        where="fl_dualpriv.server.strategy.gaussian_noise",
         plant=server_noise_scaled_by_nine_tenths,
         caught_by=(server_checks.server_noise_has_std_z_times_s,),
     ),
@@ -136,14 +137,14 @@ SERVER_MUTATIONS = (
     ),
     Mutation(
         name="the server reuses its noise in every round",
-        where="fl_dualpriv.server.gaussian_noise",
+        where="fl_dualpriv.server.strategy.gaussian_noise",
         plant=one_noise_for_all_rounds,
         caught_by=(server_checks.server_noise_is_fresh_each_round,),
         audited_by=audit_checks.the_claim_about_clients_stands,
     ),
     Mutation(
         name="cohorts of fixed size are accounted as Poisson's",
-        where="fl_dualpriv.server.poisson_sample",
+        where="fl_dualpriv.server.strategy.poisson_sample",
         plant=cohorts_of_fixed_size,
         caught_by=(server_checks.cohorts_are_independent_coins,),
     ),

@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 import clients.training
-import fl_dualpriv.server
+import fl_dualpriv.server.strategy
 from fl_dualpriv import messages
 from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.local_engine import LocalGrid, run_local
@@ -26,8 +26,8 @@ from fl_dualpriv.privacy.clipping import GRID_STEPS
 from fl_dualpriv.privacy.integer import rounded_gaussian
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, gaussian_noise
-from fl_dualpriv.server import ClientFailure, RoundStrategy
-from fl_dualpriv.server_books import ServerPrivacy
+from fl_dualpriv.server.accounting import ServerPrivacy
+from fl_dualpriv.server.strategy import ClientFailure, RoundStrategy
 from strategies.dpfpl import DPFPL
 from tests.made_strategy import made_strategy
 
@@ -368,7 +368,7 @@ def test_a_run_whose_clients_all_fail_makes_its_releases_and_ends_with_an_error(
         return noted
 
     monkeypatch.setattr(clients.training, "cohort_update", boom)
-    monkeypatch.setattr(fl_dualpriv.server, "gaussian_noise", noting(gaussian_noise))
+    monkeypatch.setattr(fl_dualpriv.server.strategy, "gaussian_noise", noting(gaussian_noise))
     monkeypatch.setattr(release, "rounded_gaussian", noting(rounded_gaussian))
     # At the client level the server is trusted with what a client says.
     reason = "boom" if level == "client level" else "its words are in the log"

@@ -28,7 +28,7 @@ from fl_dualpriv.privacy.limits import (
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey, poisson_sample
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.privacy.release import release
-from fl_dualpriv.server import ServerPrivacy
+from fl_dualpriv.server.strategy import ServerPrivacy
 from strategies.fedavg import FedAvg
 from tests.guarantees import limit_checks
 from tests.guarantees.limit_checks import HUGE, TINY, length, slack

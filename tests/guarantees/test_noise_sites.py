@@ -28,7 +28,7 @@ from fl_dualpriv.privacy.clipping import Arithmetic
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from fl_dualpriv.privacy.plan import RecordLevelPlan
-from fl_dualpriv.server_books import ServerPrivacy
+from fl_dualpriv.server.accounting import ServerPrivacy
 from fl_dualpriv.towers.plain import FunctionTower
 from strategies.dpfpl import DPFPL
 from tests.made_strategy import made_strategy, training_messages

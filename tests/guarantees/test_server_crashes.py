@@ -11,10 +11,11 @@ import torch
 from flwr.app import ConfigRecord, Message
 from torch import Tensor
 
-from fl_dualpriv import messages, server
+from fl_dualpriv import messages
 from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.privacy.ledger import Ledger
-from fl_dualpriv.server_books import BudgetExhausted, ServerPrivacy
+from fl_dualpriv.server.accounting import BudgetExhausted, ServerPrivacy
+from fl_dualpriv.server.strategy import strategy as server
 from strategies.dpfpl import DPFPL
 from tests.made_strategy import made_strategy
 

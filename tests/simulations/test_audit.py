@@ -18,7 +18,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import fl_dualpriv.privacy.release
-import fl_dualpriv.server
+import fl_dualpriv.server.strategy
 from fl_dualpriv import audit_command, cli
 from fl_dualpriv.config.schema import ConfigValue, RunConfig, app_defaults, merge, read_toml
 from fl_dualpriv.errors import ConfigError
@@ -206,7 +206,7 @@ def test_bugs_of_the_record_level_are_caught(module: Any, name: str, broken: obj
     ids=["no noise", "noise / n", "one noise for all rounds", "no clip"],
 )
 def test_bugs_of_the_client_level_are_caught(name: str, broken: object, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(fl_dualpriv.server, name, broken)
+    monkeypatch.setattr(fl_dualpriv.server.strategy, name, broken)
     assert audit("client", 1).refuted
 
 

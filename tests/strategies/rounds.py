@@ -8,7 +8,7 @@ from flwr.app import Message
 from torch import Tensor
 
 from fl_dualpriv import messages
-from fl_dualpriv.server import RoundStrategy, ServerPrivacy
+from fl_dualpriv.server.strategy import RoundStrategy, ServerPrivacy
 from tests.made_strategy import made_strategy, quiet, training_messages
 
 

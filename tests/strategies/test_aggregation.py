@@ -10,9 +10,9 @@ from flwr.serverapp import strategy as flower
 from torch import Tensor
 
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.flower_strategy import adapt
 from fl_dualpriv.privacy.clipping import clip_rows
-from fl_dualpriv.server import RoundStrategy, Update
+from fl_dualpriv.server.flower_adapter import adapt
+from fl_dualpriv.server.strategy import RoundStrategy, Update
 from strategies.fedadam import FedAdam
 from strategies.fedavgm import FedAvgM
 from strategies.krum import Krum

@@ -8,9 +8,9 @@ import pytest
 from flwr.serverapp import strategy as flower
 
 from fl_dualpriv.config.schema import app_defaults
-from fl_dualpriv.flower_strategy import adapt
-from fl_dualpriv.plugins import plugin_options
-from fl_dualpriv.server import RoundStrategy
+from fl_dualpriv.server.flower_adapter import adapt
+from fl_dualpriv.server.plugins import plugin_options
+from fl_dualpriv.server.strategy import RoundStrategy
 from fl_dualpriv.testing import check_strategy
 
 ROOT = Path(__file__).parents[2]

@@ -6,9 +6,9 @@ from flwr.serverapp.strategy import Strategy
 
 from fl_dualpriv.config.schema import StrategyConfig
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.flower_strategy import adapt
-from fl_dualpriv.plugins import FLOWER_TABLE, Value, load_class, plugin_options, unpack_options
-from fl_dualpriv.server import RoundStrategy
+from fl_dualpriv.server.flower_adapter import adapt
+from fl_dualpriv.server.plugins import FLOWER_TABLE, Value, load_class, plugin_options, unpack_options
+from fl_dualpriv.server.strategy import RoundStrategy
 
 
 def load_strategy(config: StrategyConfig, flat: Mapping[str, Value]) -> tuple[type[RoundStrategy], dict[str, object]]:

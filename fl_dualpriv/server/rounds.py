@@ -16,7 +16,7 @@ from fl_dualpriv import messages
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.privacy.plan import Release
 from fl_dualpriv.run.checkpoint import Checkpoint, CheckpointFolder, Progress
-from fl_dualpriv.server import ClientFailure, RoundStrategy
+from fl_dualpriv.server.strategy import ClientFailure, RoundStrategy
 
 _log = logging.getLogger("fl_dualpriv")
 

@@ -4,8 +4,8 @@ from flwr.app import ArrayRecord, Message, MessageType
 from torch import Tensor
 
 from fl_dualpriv import messages
-from fl_dualpriv.cohort import Asked
 from fl_dualpriv.privacy.plan import RoundTerms
+from fl_dualpriv.server.cohort import Asked
 
 
 def train_messages(

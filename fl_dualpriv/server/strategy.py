@@ -18,7 +18,6 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fl_dualpriv import messages
-from fl_dualpriv.cohort import Asked, by_node, collect
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.metrics import Accuracy, mean_accuracy
 from fl_dualpriv.privacy.adaptive import AdaptiveClip
@@ -26,10 +25,11 @@ from fl_dualpriv.privacy.clipping import ClippedSum, check_exact, client_sum, cl
 from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey, gaussian_noise, poisson_sample
 from fl_dualpriv.privacy.plan import RoundTerms, ServerUnit
 from fl_dualpriv.privacy.release import release
-from fl_dualpriv.round_memory import CLIP_NORM, check_next, hidden, next_noise
-from fl_dualpriv.round_messages import score_messages, train_messages
-from fl_dualpriv.server_books import ServerBooks, ServerPrivacy
-from fl_dualpriv.strategy_rules import check_bound, check_class
+from fl_dualpriv.server.accounting import ServerBooks, ServerPrivacy
+from fl_dualpriv.server.cohort import Asked, by_node, collect
+from fl_dualpriv.server.noise_memory import CLIP_NORM, check_next, hidden, next_noise
+from fl_dualpriv.server.round_messages import score_messages, train_messages
+from fl_dualpriv.server.rules import check_bound, check_class
 
 _log = logging.getLogger("fl_dualpriv")
 
