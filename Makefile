@@ -14,13 +14,13 @@ help:  ## this list
 setup: $(STAMP)  ## virtual environment, newest pip, install, Flower's home and ports for this checkout
 
 # The stamp is written last: a set-up that was cut off starts again.
-$(STAMP): pyproject.toml constraints.txt fl_dualpriv/flower_env.py fl_dualpriv/flower_hook.py
+$(STAMP): pyproject.toml constraints.txt fl_dualpriv/flower/env.py fl_dualpriv/flower/hook.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing PyTorch, Flower, Ray, open_clip and transformers into $(VENV): one to three minutes, more if they must be downloaded"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m fl_dualpriv.flower_env install
+	$(BIN)/python -m fl_dualpriv.flower.env install
 	@touch $@
 
 demo: setup  ## ten clients, DP-FPL with Dual-Priv pruning, epsilon 4, on Flower's simulation
@@ -86,6 +86,6 @@ baselines: cifar10-clip  ## tune every method on validation data, run it on test
 	$(BIN)/python -m simulations.baselines simulations/configs/baselines/search.toml
 
 clean:  ## remove the environment, caches and build results; runs/ stays
-	@test ! -x $(BIN)/python || $(BIN)/python -m fl_dualpriv.flower_env stop || true
+	@test ! -x $(BIN)/python || $(BIN)/python -m fl_dualpriv.flower.env stop || true
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -23,7 +23,7 @@ from typing import Any
 
 from sites import NODES, Sites, wait_until
 
-from fl_dualpriv import programs, supervisor
+from fl_dualpriv.flower import programs, supervisor
 
 KILLED = 1
 """The node that is killed, while it works for round `KILLED_IN`; it comes back when that round has ended without it."""

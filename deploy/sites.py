@@ -18,10 +18,11 @@ from typing import Any
 import certificates
 from network import Network
 
-from fl_dualpriv import flower_env, programs, supervisor
-from fl_dualpriv.app_bundle import build_bundle, digest_of
 from fl_dualpriv.data.demo.images import demo_categories, demo_template, load_demo
-from fl_dualpriv.flower_engine import to_toml
+from fl_dualpriv.flower import env as flower_env
+from fl_dualpriv.flower import programs, supervisor
+from fl_dualpriv.flower.app_bundle import build_bundle, digest_of
+from fl_dualpriv.flower.engine import to_toml
 
 NODES = 3
 _CATEGORIES = ("animal", "vehicle")

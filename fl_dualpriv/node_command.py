@@ -11,9 +11,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fl_dualpriv.app_bundle import load_bundle, read_bundle
 from fl_dualpriv.console import Output
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.flower.app_bundle import load_bundle, read_bundle
 from fl_dualpriv.node_pin import PinUnavailable
 
 _PIPE_WIDTH = 160  # a log has no width of its own

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.flower_env import TEXT
+from fl_dualpriv.flower.env import TEXT
 
 _PROBE_SECONDS = 120.0
 

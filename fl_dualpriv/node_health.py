@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fl_dualpriv.flower_env import TEXT
+from fl_dualpriv.flower.env import TEXT
 from fl_dualpriv.node_file import NodeFile, read_node_file
 
 _log = logging.getLogger("flwr")  # the SuperNode's own log

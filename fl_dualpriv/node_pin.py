@@ -12,8 +12,8 @@ import logging
 from collections.abc import Callable, Collection
 from typing import Any
 
-from fl_dualpriv.app_bundle import digest_of, read_bundle
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.flower.app_bundle import digest_of, read_bundle
 
 _INVALID_FAB = 7  # Flower's ErrorCode.INVALID_FAB
 _log = logging.getLogger("flwr")  # so that a refusal stands in the SuperNode's own log

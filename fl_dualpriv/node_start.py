@@ -12,9 +12,11 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fl_dualpriv import flower_hook, node_health, node_pin, programs
+from fl_dualpriv import node_health, node_pin
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.flower_engine import to_toml
+from fl_dualpriv.flower import hook as flower_hook
+from fl_dualpriv.flower import programs
+from fl_dualpriv.flower.engine import to_toml
 from fl_dualpriv.node_data import before_joining
 from fl_dualpriv.node_device import probe
 from fl_dualpriv.node_file import ENVIRONMENT, NodeFile, missing_folders, read_node_file

@@ -119,12 +119,12 @@ def run_engine(engine: Engine, job: Job) -> None:
     if engine is Engine.LOCAL:
         # Before torch is loaded. One thread, as in Ray's actors: sums then have one order in both engines.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        from fl_dualpriv.local_engine import run_local
+        from fl_dualpriv.flower.local import run_local
 
         logging.getLogger("flwr").setLevel(logging.WARNING)  # its progress lines would break into ours
         run_local(job.app_dir, job.flat)
     else:
-        from fl_dualpriv.flower_engine import run_flower
+        from fl_dualpriv.flower.engine import run_flower
 
         run_flower(
             job.app_dir,

@@ -91,7 +91,7 @@ def run(cell: Cell, runs: Path) -> dict[str, Any]:
     """
     out = runs / cell.folder
     if not ((out / SUMMARY).exists() and (out / TOTALS).exists()):
-        from fl_dualpriv.local_engine import run_local
+        from fl_dualpriv.flower.local import run_local
 
         shutil.rmtree(out, ignore_errors=True)  # of a run that was cut off: its ledgers would refuse this one
         run_local(ROOT, {**cell.settings, "output.dir": str(out)})

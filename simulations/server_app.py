@@ -16,8 +16,8 @@ from fl_dualpriv import messages
 from fl_dualpriv.config.plans import client_level_plan, noised_unit, record_level_plan
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.expiring_grid import ExpiringGrid
-from fl_dualpriv.local_engine import LocalGrid
+from fl_dualpriv.flower.expiring_grid import ExpiringGrid
+from fl_dualpriv.flower.local import LocalGrid
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.metrics import Accuracy
 from fl_dualpriv.privacy.accounting import joint_noise_multiplier

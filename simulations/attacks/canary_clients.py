@@ -29,7 +29,7 @@ from fl_dualpriv import messages
 from fl_dualpriv.config.plans import client_level_plan, record_level_plan
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.local_engine import LocalGrid
+from fl_dualpriv.flower.local import LocalGrid
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 from fl_dualpriv.privacy.plan import ClientLevelPlan
 from fl_dualpriv.run.recorder import RunRecorder

@@ -20,8 +20,8 @@ from fl_dualpriv.client.state import PersonalState, fresh_state
 from fl_dualpriv.config.plans import client_level_plan, record_level_plan
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.flower.local import LocalGrid
 from fl_dualpriv.learners.base import ClientData
-from fl_dualpriv.local_engine import LocalGrid
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from fl_dualpriv.run.recorder import RunRecorder

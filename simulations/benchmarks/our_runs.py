@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from fl_dualpriv.config.ranges import ConfigValue
 from fl_dualpriv.config.schema import RunConfig, app_defaults, merge
 from fl_dualpriv.files import read_tensors
-from fl_dualpriv.flower_engine import to_toml
+from fl_dualpriv.flower.engine import to_toml
 from fl_dualpriv.run.file_kinds import SUMMARY, read_totals
 from simulations.benchmarks.harness import CHECKOUT, RoundsRun
 from simulations.benchmarks.peer_task import Kind, PeerTask

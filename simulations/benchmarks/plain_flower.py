@@ -124,7 +124,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def launch(task: Path, out: Path, rounds: int, clients: int) -> None:
     """Run the app on Flower's simulation runtime; raises if it fails."""
-    from fl_dualpriv.flower_engine import run_flower
+    from fl_dualpriv.flower.engine import run_flower
 
     app = out / "plain-flower"  # Flower refuses folders with an underscore
     app.mkdir(parents=True)

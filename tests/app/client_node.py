@@ -13,7 +13,7 @@ from torch import Tensor
 from clients.app import app
 from fl_dualpriv import messages
 from fl_dualpriv.config.schema import app_defaults
-from fl_dualpriv.local_engine import LocalGrid
+from fl_dualpriv.flower.local import LocalGrid
 from fl_dualpriv.privacy.plan import RoundTerms
 
 DEFAULTS = app_defaults(Path(__file__).parents[2])

@@ -18,9 +18,11 @@ import pytest
 from flwr.app import Message
 from PIL import Image
 
-from fl_dualpriv import flower_env, flower_hook, programs, supervisor
-from fl_dualpriv.flower_engine import to_toml
-from fl_dualpriv.local_engine import LocalGrid
+from fl_dualpriv.flower import env as flower_env
+from fl_dualpriv.flower import hook as flower_hook
+from fl_dualpriv.flower import programs, supervisor
+from fl_dualpriv.flower.engine import to_toml
+from fl_dualpriv.flower.local import LocalGrid
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fl_dualpriv import supervisor
 from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.files import read_tensors
-from fl_dualpriv.local_engine import run_local
+from fl_dualpriv.flower import supervisor
+from fl_dualpriv.flower.local import run_local
 from fl_dualpriv.run.file_kinds import PROGRESS, ROUNDS, read_totals
 
 APP_DIR = Path(__file__).parents[2]

@@ -25,8 +25,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fl_dualpriv import flower_env, supervisor
 from fl_dualpriv.data.demo.images import load_demo
+from fl_dualpriv.flower import env as flower_env
+from fl_dualpriv.flower import supervisor
 from tests.app.documented_commands import ROOT, blocks_of, commands_of
 from tests.app.run_folders import write_images
 

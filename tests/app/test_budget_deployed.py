@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from fl_dualpriv.app_bundle import build_bundle, digest_of
 from fl_dualpriv.files import read_metadata
+from fl_dualpriv.flower.app_bundle import build_bundle, digest_of
 from fl_dualpriv.node_file import read_node_file
 from fl_dualpriv.node_health import count
 from fl_dualpriv.privacy.accounting import (

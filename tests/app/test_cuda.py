@@ -8,7 +8,7 @@ import torch
 
 from fl_dualpriv.config.schema import app_defaults, merge, read_toml
 from fl_dualpriv.files import read_tensors
-from fl_dualpriv.local_engine import run_local
+from fl_dualpriv.flower.local import run_local
 
 APP_DIR = Path(__file__).parents[2]
 CONFIGS = APP_DIR / "simulations" / "configs"

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from flwr.app import Error, Message, RecordDict
 
-from fl_dualpriv import messages, supervisor
-from fl_dualpriv.local_engine import LocalGrid
+from fl_dualpriv import messages
+from fl_dualpriv.flower import supervisor
+from fl_dualpriv.flower.local import LocalGrid
 from fl_dualpriv.run.file_kinds import PROGRESS, read_totals
 from fl_dualpriv.run.recorder import RunRecorder
 from fl_dualpriv.server.strategy import ClientFailure

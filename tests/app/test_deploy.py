@@ -21,11 +21,11 @@ import yaml
 from cryptography import x509
 
 from deploy import certificates
-from fl_dualpriv import supervisor
-from fl_dualpriv.app_bundle import build_bundle, digest_of
 from fl_dualpriv.config.plans import record_level_plan
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import PrivacyError
+from fl_dualpriv.flower import supervisor
+from fl_dualpriv.flower.app_bundle import build_bundle, digest_of
 from fl_dualpriv.node_file import NodeFile, read_node_file
 from fl_dualpriv.privacy.filters.choose import filter_of, spend_budget
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from fl_dualpriv import flower_env
-from fl_dualpriv.flower_engine import RunFailed, run_flower
+from fl_dualpriv.flower import env as flower_env
+from fl_dualpriv.flower.engine import RunFailed, run_flower
 from fl_dualpriv.run.cpus import usable_cpus
 
 ROOT = Path(__file__).parents[2]
@@ -216,7 +216,7 @@ def test_a_front_that_is_interrupted_or_killed_leaves_no_process(
     out, before = tmp_path / "out", homes()
     code = f"""
         from pathlib import Path
-        from fl_dualpriv.flower_engine import run_flower
+        from fl_dualpriv.flower.engine import run_flower
         app, out = Path({str(app)!r}), Path({str(out)!r})
         values = {{"population": 2, "rounds": 10000, "fail": "slow", "output.dir": str(out)}}
         run_flower(app, values, num_supernodes=2, cpus_per_client=1, gpus_per_client=0.0, work_dir=out)

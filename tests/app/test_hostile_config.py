@@ -11,7 +11,7 @@ from flwr.app import Message, MessageType, RecordDict
 from PIL import Image
 
 from fl_dualpriv import messages
-from fl_dualpriv.local_engine import LocalGrid
+from fl_dualpriv.flower.local import LocalGrid
 from fl_dualpriv.models.open_clip import OpenClipBackbone
 from fl_dualpriv.tasks.images import ImageWorld
 from tests.app.client_node import OFFERED, PROMPT, Nodes, ask, evaluate, tiny_nodes, train

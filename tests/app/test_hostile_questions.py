@@ -16,7 +16,7 @@ from fl_dualpriv import messages
 from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.data import hub as hub_questions
 from fl_dualpriv.data.load import load_questions
-from fl_dualpriv.local_engine import LocalGrid
+from fl_dualpriv.flower.local import LocalGrid
 from tests.app.client_node import OFFERED, ask, evaluate, train
 from tests.app.test_hostile_config import BUDGET
 from tests.tiny_llava import ANSWERS, QUESTIONS

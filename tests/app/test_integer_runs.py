@@ -12,7 +12,7 @@ from fl_dualpriv import messages
 from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors
-from fl_dualpriv.local_engine import run_local
+from fl_dualpriv.flower.local import run_local
 from fl_dualpriv.server.strategy import RoundStrategy
 from tests.app.run_folders import events_of
 

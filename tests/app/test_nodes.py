@@ -15,9 +15,9 @@ import clients.training
 from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import read_tensors
+from fl_dualpriv.flower.local import LocalGrid, run_local
 from fl_dualpriv.learners import row_check
 from fl_dualpriv.learners.row_check import RowPath
-from fl_dualpriv.local_engine import LocalGrid, run_local
 from fl_dualpriv.run.file_kinds import read_totals
 
 APP_DIR = Path(__file__).parents[2]

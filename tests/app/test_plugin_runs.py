@@ -16,7 +16,7 @@ from fl_dualpriv import cli
 from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors
-from fl_dualpriv.local_engine import run_local
+from fl_dualpriv.flower.local import run_local
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "simulations" / "configs" / "client-level.toml"

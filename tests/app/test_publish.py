@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from fl_dualpriv import cli, load_prompt
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors, write_tensors
-from fl_dualpriv.local_engine import run_local
+from fl_dualpriv.flower.local import run_local
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.privacy.ledger import Ledger

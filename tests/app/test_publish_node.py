@@ -11,7 +11,7 @@ from flwr.app import Context, RecordDict
 
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors, write_tensors
-from fl_dualpriv.local_engine import LocalGrid, load_apps
+from fl_dualpriv.flower.local import LocalGrid, load_apps
 from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.published import read_published, write_published
 from fl_dualpriv.publishing import publish

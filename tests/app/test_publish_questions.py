@@ -10,8 +10,8 @@ import torch
 from fl_dualpriv import load_prompt
 from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.flower.local import run_local
 from fl_dualpriv.learners.answers import answer_records
-from fl_dualpriv.local_engine import run_local
 from fl_dualpriv.published import read_published, write_published
 from fl_dualpriv.publishing import publish
 from fl_dualpriv.tasks.build import build_world

@@ -14,7 +14,7 @@ from torch import Tensor
 from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.data.load import load_questions
 from fl_dualpriv.files import read_tensors
-from fl_dualpriv.local_engine import run_local
+from fl_dualpriv.flower.local import run_local
 from fl_dualpriv.models.load import load_answering_model
 from fl_dualpriv.models.lora import load_lora
 from fl_dualpriv.privacy.accounting import epsilon

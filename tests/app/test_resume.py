@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fl_dualpriv.local_engine import LocalGrid
+from fl_dualpriv.flower.local import LocalGrid
 from fl_dualpriv.run.checkpoint import CheckpointFolder
 from fl_dualpriv.run.recorder import RunRecorder
 from tests.app.run_folders import BOTH, CLIENT, LEVELS, Start, ending, starter

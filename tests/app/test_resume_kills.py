@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fl_dualpriv import supervisor
+from fl_dualpriv.flower import supervisor
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.run.recorder import RunRecorder
 from tests.app.run_folders import (

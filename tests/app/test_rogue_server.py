@@ -18,10 +18,10 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import ServerApp
 
 from clients.app import app as client_app
-from fl_dualpriv.app_bundle import build_bundle, digest_of, read_bundle
 from fl_dualpriv.config.schema import app_defaults
-from fl_dualpriv.flower_engine import run_flower
-from fl_dualpriv.local_engine import LocalGrid
+from fl_dualpriv.flower.app_bundle import build_bundle, digest_of, read_bundle
+from fl_dualpriv.flower.engine import run_flower
+from fl_dualpriv.flower.local import LocalGrid
 from fl_dualpriv.node_file import ENVIRONMENT
 from fl_dualpriv.privacy.accounting import epsilon
 from tests.app.run_folders import events_of

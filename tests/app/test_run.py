@@ -16,7 +16,7 @@ import clients.training
 from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors
-from fl_dualpriv.local_engine import LocalGrid, run_local
+from fl_dualpriv.flower.local import LocalGrid, run_local
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.run.file_kinds import PROGRESS, read_totals

@@ -12,8 +12,8 @@ from pathlib import Path
 import flwr.cli.build
 import pytest
 
-from fl_dualpriv.app_bundle import build_bundle, digest_of, load_bundle, read_bundle
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.flower.app_bundle import build_bundle, digest_of, load_bundle, read_bundle
 
 PYPROJECT = """
 [project]

@@ -43,7 +43,7 @@ def test_the_local_engine_and_an_audit_import_the_apps_own(folders: tuple[Path, 
     decoy, app = folders
     code = (
         "from pathlib import Path\n"
-        "from fl_dualpriv.local_engine import load_apps\n"
+        "from fl_dualpriv.flower.local import load_apps\n"
         "from fl_dualpriv.audit_command import load_attacks\n"
         f"app = Path({str(app)!r})\n"
         "print(*load_apps(app), load_attacks(app).app, sep='; ')"
@@ -59,7 +59,7 @@ def test_one_that_was_imported_before_is_an_error_that_says_so(folders: tuple[Pa
     code = (
         "import simulations\n"  # as a .pth file or sitecustomize may do
         "from pathlib import Path\n"
-        "from fl_dualpriv.app_modules import import_from, put_first\n"
+        "from fl_dualpriv.flower.app_modules import import_from, put_first\n"
         f"put_first(Path({str(app)!r}))\n"
         f"import_from(Path({str(app)!r}), 'simulations.server_app')"
     )

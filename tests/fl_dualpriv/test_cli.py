@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from fl_dualpriv import cli, run_command, run_job
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.flower_engine import RunFailed
+from fl_dualpriv.flower.engine import RunFailed
 from fl_dualpriv.progress import Follower, round_text
 from fl_dualpriv.run.file_kinds import PROGRESS, TOTALS
 

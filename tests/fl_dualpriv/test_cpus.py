@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fl_dualpriv import flower_hook
 from fl_dualpriv.config.schema import RunConfig, app_defaults
-from fl_dualpriv.flower_engine import federation_config
+from fl_dualpriv.flower import hook as flower_hook
+from fl_dualpriv.flower.engine import federation_config
 from fl_dualpriv.run.cpus import usable_cpus
 from fl_dualpriv.tasks import memory
 

@@ -6,8 +6,8 @@ import pytest
 from flwr.app import Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
-from fl_dualpriv.expiring_grid import SLACK, ExpiringGrid
-from fl_dualpriv.local_engine import LocalGrid
+from fl_dualpriv.flower.expiring_grid import SLACK, ExpiringGrid
+from fl_dualpriv.flower.local import LocalGrid
 
 
 @pytest.fixture

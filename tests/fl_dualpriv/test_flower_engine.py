@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fl_dualpriv import flower_engine
-from fl_dualpriv.flower_engine import RunFailed, run_flower, to_toml
+from fl_dualpriv.flower import engine as flower_engine
+from fl_dualpriv.flower.engine import RunFailed, run_flower, to_toml
 from fl_dualpriv.run.cpus import usable_cpus
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fl_dualpriv import flower_env, flower_hook
+from fl_dualpriv.flower import env as flower_env
+from fl_dualpriv.flower import hook as flower_hook
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,9 +14,10 @@ from click.testing import Result
 from flwr.common.config import parse_config_args
 from typer.testing import CliRunner
 
-from fl_dualpriv import cli, flower_env
-from fl_dualpriv.app_bundle import build_bundle, digest_of
+from fl_dualpriv import cli
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.flower import env as flower_env
+from fl_dualpriv.flower.app_bundle import build_bundle, digest_of
 from fl_dualpriv.node_file import NodeFile
 from fl_dualpriv.node_start import NodeOptions, check_options, command_line, node_config_text, server_of
 

@@ -14,7 +14,7 @@ from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supernode.nodestate import NodeStateFactory
 
 from fl_dualpriv import node_pin
-from fl_dualpriv.app_bundle import build_bundle, digest_of
+from fl_dualpriv.flower.app_bundle import build_bundle, digest_of
 from fl_dualpriv.node_pin import PinUnavailable, install, pinned
 
 LOOP = importlib.import_module("flwr.supernode.start_client_internal")

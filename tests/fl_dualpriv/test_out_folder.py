@@ -9,7 +9,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from fl_dualpriv import cli, run_command, run_job
-from fl_dualpriv.flower_engine import RunFailed
+from fl_dualpriv.flower.engine import RunFailed
 
 ROOT = Path(__file__).parents[2]
 Engine = Callable[[run_job.Engine, run_job.Job], None]

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from fl_dualpriv import flower_engine, flower_env, supervisor
-from fl_dualpriv.flower_engine import RunFailed, _SuperLink
+from fl_dualpriv.flower import engine as flower_engine
+from fl_dualpriv.flower import env as flower_env
+from fl_dualpriv.flower import supervisor
+from fl_dualpriv.flower.engine import RunFailed, _SuperLink
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fl_dualpriv import flower_engine, programs
-from fl_dualpriv.flower_engine import RunFailed, run_flower
+from fl_dualpriv.flower import engine as flower_engine
+from fl_dualpriv.flower import programs
+from fl_dualpriv.flower.engine import RunFailed, run_flower
 
 NAME = "flower-superlink"
 

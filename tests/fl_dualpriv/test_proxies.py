@@ -13,9 +13,12 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from fl_dualpriv import cli, flower_engine, flower_env, flower_hook, node_start
+from fl_dualpriv import cli, node_start
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.flower_hook import proxy_changes, reach_loopback_directly
+from fl_dualpriv.flower import engine as flower_engine
+from fl_dualpriv.flower import env as flower_env
+from fl_dualpriv.flower import hook as flower_hook
+from fl_dualpriv.flower.hook import proxy_changes, reach_loopback_directly
 from fl_dualpriv.node_contact import proxy_on_the_way
 from fl_dualpriv.node_tables import NodeServer
 

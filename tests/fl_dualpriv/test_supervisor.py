@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fl_dualpriv import supervisor
+from fl_dualpriv.flower import supervisor
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="walks /proc")
 

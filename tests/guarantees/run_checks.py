@@ -19,7 +19,7 @@ from clients.app import app
 from fl_dualpriv import messages
 from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.files import read_tensors
-from fl_dualpriv.local_engine import LocalGrid, run_local
+from fl_dualpriv.flower.local import LocalGrid, run_local
 from fl_dualpriv.privacy import release
 from fl_dualpriv.privacy.accounting import COARSE_GRID, epsilon
 from fl_dualpriv.privacy.ledger import Ledger

@@ -20,7 +20,7 @@ import clients.training
 import fl_dualpriv.server.strategy
 from fl_dualpriv import messages
 from fl_dualpriv.config.schema import app_defaults
-from fl_dualpriv.local_engine import LocalGrid, run_local
+from fl_dualpriv.flower.local import LocalGrid, run_local
 from fl_dualpriv.privacy import release
 from fl_dualpriv.privacy.clipping import GRID_STEPS
 from fl_dualpriv.privacy.integer import rounded_gaussian

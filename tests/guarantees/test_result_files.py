@@ -14,7 +14,7 @@ from fl_dualpriv.config.schema import app_defaults, read_toml
 from fl_dualpriv.data.demo.images import DemoSplit, load_demo
 from fl_dualpriv.data.load import load_data
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.local_engine import run_local
+from fl_dualpriv.flower.local import run_local
 from fl_dualpriv.run.file_kinds import (
     PROGRESS,
     RUN_FILES,

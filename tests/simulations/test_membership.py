@@ -11,7 +11,7 @@ from PIL import Image
 from fl_dualpriv.config.schema import RunConfig, app_defaults, merge, read_toml
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import read_tensors
-from fl_dualpriv.local_engine import run_local
+from fl_dualpriv.flower.local import run_local
 from simulations.attacks import membership
 from simulations.attacks.federation import Federation
 from simulations.attacks.membership import audit_membership, likelihood_ratios

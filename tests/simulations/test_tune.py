@@ -170,7 +170,7 @@ def test_a_trial_that_fails_is_noted_and_not_run_again(trials: Trials, tmp_path:
         calls.append(run_config["output.dir"])
         raise FloatingPointError("the prompt is not finite")
 
-    monkeypatch.setattr("fl_dualpriv.local_engine.run_local", diverge)
+    monkeypatch.setattr("fl_dualpriv.flower.local.run_local", diverge)
     cell = next(iter(trials.values()))[0][1]
     assert not was_run(cell, tmp_path)
     assert attempt(cell, tmp_path) == attempt(cell, tmp_path) == {}

@@ -1,6 +1,6 @@
 """Runs at the start of every Python process of a virtual environment; acts only in Flower's own programs.
 
-``python -m fl_dualpriv.flower_env install`` copies this file into the environment's site-packages, next to a ``.pth``
+``python -m fl_dualpriv.flower.env install`` copies this file into the environment's site-packages, next to a ``.pth``
 line that imports it and a JSON file with the variables. It imports nothing but the standard library, because it is paid
 for by every start of the interpreter.
 """

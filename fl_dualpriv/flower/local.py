@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
 
-from fl_dualpriv.app_modules import import_from, put_first
+from fl_dualpriv.flower.app_modules import import_from, put_first
 
 Config = Mapping[str, bool | int | float | str]
 

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fl_dualpriv import flower_env, flower_hook, programs, supervisor
+from fl_dualpriv.flower import env as flower_env
+from fl_dualpriv.flower import hook as flower_hook
+from fl_dualpriv.flower import programs, supervisor
 from fl_dualpriv.run.cpus import usable_cpus
 
 RunConfigValues = Mapping[str, bool | int | float | str]

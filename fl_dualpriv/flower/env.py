@@ -1,7 +1,7 @@
 """Everything Flower and Ray need set, in one place: environment variables, ports, and the hook that sets them.
 
 Flower's defaults share one SuperLink per machine, install an app's dependencies again for each run and let the working
-directory shadow the app. ``python -m fl_dualpriv.flower_env install`` (part of ``make setup``) gives this virtual
+directory shadow the app. ``python -m fl_dualpriv.flower.env install`` (part of ``make setup``) gives this virtual
 environment its own Flower home and ports, so that plain ``flwr run .`` is right. Imports no Flower.
 """
 
@@ -19,7 +19,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
-from fl_dualpriv import supervisor
+from fl_dualpriv.flower import supervisor
 
 # Below the range that systems hand out for outgoing connections, so a port chosen at set-up is still free later.
 _PORTS = range(20_000, 32_000)
@@ -168,7 +168,7 @@ def installed() -> dict[str, str]:
     state = Path(sysconfig.get_path("purelib")) / f"{_HOOK}.json"
     if not state.exists():
         raise FileNotFoundError(
-            "Flower is not set up in this environment: run `python -m fl_dualpriv.flower_env install`"
+            "Flower is not set up in this environment: run `python -m fl_dualpriv.flower.env install`"
         )
     return json.loads(state.read_text(encoding="utf-8"))["environment"]
 
@@ -212,7 +212,7 @@ def stop(home: Path, timeout: float = 20.0) -> bool:
 
 
 def main() -> None:
-    """``python -m fl_dualpriv.flower_env install|stop``."""
+    """``python -m fl_dualpriv.flower.env install|stop``."""
     match sys.argv[1:]:
         case ["install"]:
             if sys.prefix == sys.base_prefix:
@@ -225,7 +225,7 @@ def main() -> None:
             done = stop(Path(installed()["FLWR_HOME"]))
             sys.stdout.write("stopped the SuperLink\n" if done else "no SuperLink runs\n")
         case _:
-            sys.exit("usage: python -m fl_dualpriv.flower_env install|stop")
+            sys.exit("usage: python -m fl_dualpriv.flower.env install|stop")
 
 
 if __name__ == "__main__":
