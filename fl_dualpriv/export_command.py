@@ -50,8 +50,8 @@ def export(
     """
     errors = Output(stderr=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: as in the run
-    from fl_dualpriv import publishing  # late: torch takes seconds
-    from fl_dualpriv.published import card_path, write_published
+    from fl_dualpriv.publish import rules as publishing  # late: torch takes seconds
+    from fl_dualpriv.publish.file import card_path, write_published
 
     try:
         who = _whose(client)

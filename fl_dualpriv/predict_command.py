@@ -15,7 +15,7 @@ from fl_dualpriv.console import Output, write_line
 from fl_dualpriv.errors import ConfigError, PrivacyError
 
 if TYPE_CHECKING:
-    from fl_dualpriv.prediction import Prediction
+    from fl_dualpriv.publish.use import Prediction
 
 _TOP = 3
 
@@ -40,7 +40,7 @@ def predict(
     """
     errors = Output(stderr=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: as in the run
-    from fl_dualpriv.prediction import load_prompt  # late: torch takes seconds
+    from fl_dualpriv.publish.use import load_prompt  # late: torch takes seconds
 
     try:
         loaded = load_prompt(prompt, backbone, pretrained, device)

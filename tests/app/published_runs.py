@@ -9,9 +9,9 @@ import torch
 from fl_dualpriv import load_prompt
 from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.metrics import mean_accuracy, split_counts
-from fl_dualpriv.prediction import LoadedPrompt
-from fl_dualpriv.published import write_published
-from fl_dualpriv.publishing import publish
+from fl_dualpriv.publish.file import write_published
+from fl_dualpriv.publish.rules import publish
+from fl_dualpriv.publish.use import LoadedPrompt
 from fl_dualpriv.tasks.base import held_groups
 from fl_dualpriv.tasks.build import build_world
 from fl_dualpriv.tasks.images import ImageWorld

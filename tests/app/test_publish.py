@@ -17,8 +17,8 @@ from fl_dualpriv.flower.local import run_local
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.privacy.ledger import Ledger
-from fl_dualpriv.published import card_path, write_published
-from fl_dualpriv.publishing import publish
+from fl_dualpriv.publish.file import card_path, write_published
+from fl_dualpriv.publish.rules import publish
 from fl_dualpriv.run.file_kinds import TOTALS
 from tests.app.published_runs import APP_DIR, CLIENTS, exported, scores, settings_for
 

@@ -13,8 +13,8 @@ from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors, write_tensors
 from fl_dualpriv.flower.local import LocalGrid, load_apps
 from fl_dualpriv.privacy.accounting import epsilon
-from fl_dualpriv.published import read_published, write_published
-from fl_dualpriv.publishing import publish
+from fl_dualpriv.publish.file import read_published, write_published
+from fl_dualpriv.publish.rules import publish
 from fl_dualpriv.run.file_kinds import kinds_in
 from tests.app.published_runs import APP_DIR, CLIENTS, exported, scores, settings_for
 

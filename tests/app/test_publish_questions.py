@@ -12,8 +12,8 @@ from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower.local import run_local
 from fl_dualpriv.learners.answers import answer_records
-from fl_dualpriv.published import read_published, write_published
-from fl_dualpriv.publishing import publish
+from fl_dualpriv.publish.file import read_published, write_published
+from fl_dualpriv.publish.rules import publish
 from fl_dualpriv.tasks.build import build_world
 from fl_dualpriv.tasks.questions import QuestionWorld
 from tests.app.published_runs import APP_DIR

@@ -17,9 +17,9 @@ from torch import Tensor
 
 import fl_dualpriv
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.model_card import model_card
-from fl_dualpriv.prompt_facts import Guarantee, PublishedFacts, ScoreFacts, SourceFacts, parse_facts
-from fl_dualpriv.published import KEY, PublishedPrompt, card_path, parse_published, read_published, write_published
+from fl_dualpriv.publish.card import Guarantee, PublishedFacts, ScoreFacts, SourceFacts, parse_facts
+from fl_dualpriv.publish.file import KEY, PublishedPrompt, card_path, parse_published, read_published, write_published
+from fl_dualpriv.publish.model_card import model_card
 from fl_dualpriv.tasks.use_facts import BackboneFacts, PrunerFacts, UseFacts
 
 FACTS = PublishedFacts(
@@ -222,7 +222,7 @@ def test_a_hostile_file_is_refused_with_one_sentence(name: str):
 
 
 def test_a_file_that_no_prompt_is_as_large_as_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("fl_dualpriv.published._MOST_BYTES", 100)
+    monkeypatch.setattr("fl_dualpriv.publish.file._MOST_BYTES", 100)
     (tmp_path / "p.safetensors").write_bytes(content())
     with pytest.raises(ConfigError, match="larger than"):
         read_published(tmp_path / "p.safetensors")

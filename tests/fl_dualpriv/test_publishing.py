@@ -10,9 +10,9 @@ import torch
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent
-from fl_dualpriv.prompt_facts import Guarantee
-from fl_dualpriv.publishing import Level, guarantees_of
-from fl_dualpriv.run_material import Material
+from fl_dualpriv.publish.card import Guarantee
+from fl_dualpriv.publish.collect import Material
+from fl_dualpriv.publish.rules import Level, guarantees_of
 from tests.fl_dualpriv.test_published import FACTS
 
 PLANNED = 2.0

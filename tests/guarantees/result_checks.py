@@ -26,8 +26,8 @@ from fl_dualpriv.data.load import load_data
 from fl_dualpriv.privacy.clipping import ClippedSum
 from fl_dualpriv.privacy.noise import RandomSource, gaussian_noise
 from fl_dualpriv.privacy.plan import RecordLevelPlan
-from fl_dualpriv.published import card_path, write_published
-from fl_dualpriv.publishing import publish
+from fl_dualpriv.publish.file import card_path, write_published
+from fl_dualpriv.publish.rules import publish
 from fl_dualpriv.run.file_kinds import read_totals, results_in, without_kind
 from fl_dualpriv.server.strategy import RoundStrategy, Update
 from fl_dualpriv.server.strategy import strategy as server

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import simulations.server_app
 import strategies.dpfpl
-from fl_dualpriv import published
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.files import write_tensors
+from fl_dualpriv.publish import file as published
 from fl_dualpriv.run import file_kinds as run_files
 from fl_dualpriv.run import recorder as results
 from fl_dualpriv.run.file_kinds import PROGRESS, ROUNDS

@@ -6,10 +6,10 @@ from typing import Literal
 
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.ledger import LedgerContent
-from fl_dualpriv.prompt_facts import Guarantee, PublishedFacts
-from fl_dualpriv.published import PublishedPrompt
-from fl_dualpriv.readers import load_reader
-from fl_dualpriv.run_material import GLOBAL_ROW, PERSONAL_ROW, Material, Row, read_material
+from fl_dualpriv.publish.card import Guarantee, PublishedFacts
+from fl_dualpriv.publish.collect import GLOBAL_ROW, PERSONAL_ROW, Material, Row, read_material
+from fl_dualpriv.publish.file import PublishedPrompt
+from fl_dualpriv.publish.readers import load_reader
 
 Level = Literal["record", "client"]
 

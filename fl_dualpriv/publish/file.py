@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import write_bytes
-from fl_dualpriv.model_card import model_card
-from fl_dualpriv.prompt_facts import PublishedFacts, parse_facts
+from fl_dualpriv.publish.card import PublishedFacts, parse_facts
+from fl_dualpriv.publish.model_card import model_card
 
 SUFFIX = ".safetensors"
 KEY = "fl-dualpriv"

@@ -15,9 +15,9 @@ import numpy as np
 from fl_dualpriv.data.features import BATCH, encode_images
 from fl_dualpriv.data.folder import EXTENSIONS, BadImageError, FolderSplit
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.prompt_facts import PublishedFacts
-from fl_dualpriv.published import read_published
-from fl_dualpriv.readers import Reader, check_probe, load_reader
+from fl_dualpriv.publish.card import PublishedFacts
+from fl_dualpriv.publish.file import read_published
+from fl_dualpriv.publish.readers import Reader, check_probe, load_reader
 
 
 @dataclass(frozen=True, kw_only=True)

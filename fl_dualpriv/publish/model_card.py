@@ -7,7 +7,7 @@ link or HTML. They stand in JSON inside code, with the letters escaped that coul
 import json
 from collections.abc import Sequence
 
-from fl_dualpriv.prompt_facts import PublishedFacts, ScoreFacts
+from fl_dualpriv.publish.card import PublishedFacts, ScoreFacts
 
 _ESCAPES = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&`|"}
 _KINDS = {

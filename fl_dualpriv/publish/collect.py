@@ -16,7 +16,7 @@ from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.ledger import Ledger, LedgerContent
-from fl_dualpriv.prompt_facts import ScoreFacts, SourceFacts, parse_use
+from fl_dualpriv.publish.card import ScoreFacts, SourceFacts, parse_use
 from fl_dualpriv.run.file_kinds import read_totals
 from fl_dualpriv.tasks.use_facts import UseFacts
 
