@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 if TYPE_CHECKING:
     from clients.hosting import Node, Setting
     from fl_dualpriv.config.ranges import ConfigValue
-    from fl_dualpriv.node_file import NodeFile
+    from fl_dualpriv.node.file import NodeFile
 
 # torch and open_clip are imported inside the handlers: Flower's driver imports this file too and needs neither.
 app = ClientApp()
@@ -23,7 +23,7 @@ _settings: "dict[int, Setting]" = {}
 
 def _run_config(context: Context, owner: "NodeFile | None") -> "dict[str, ConfigValue]":
     """The run's configuration with what the owner of this node decides in place of what the server names."""
-    from fl_dualpriv.node_device import usable_device
+    from fl_dualpriv.node.device import usable_device
 
     flat = dict(context.run_config)
     if owner is None:
@@ -64,7 +64,7 @@ def _setting(context: Context, owner: "NodeFile | None") -> "Setting":
 def _node(context: Context, owner: "NodeFile | None") -> "Node":
     """This node, and where it keeps what belongs to its clients."""
     from clients.hosting import Node
-    from fl_dualpriv.node_file import make_state_folder
+    from fl_dualpriv.node.file import make_state_folder
     from fl_dualpriv.tasks.base import run_folder
 
     if owner is not None and owner.state_dir is not None:
@@ -85,7 +85,7 @@ def _reply(message: Message, context: Context, answer: "Callable[[Node], RecordD
     """Answer; on a node whose owner holds a budget no error but a refusal leaves in words: they may quote data."""
     from fl_dualpriv.client.state import ClientFolder
     from fl_dualpriv.errors import PrivacyError, type_alone
-    from fl_dualpriv.node_file import find_node_file
+    from fl_dualpriv.node.file import find_node_file
 
     named = context.node_config.get("node-file")
     owner = find_node_file(None if named is None else str(named))  # first: without it nothing may be read

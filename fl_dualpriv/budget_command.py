@@ -14,7 +14,7 @@ from rich.table import Table
 
 from fl_dualpriv.console import Output, write_line
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.lifetime import lifetime_of
+from fl_dualpriv.node.lifetime import lifetime_of
 
 _DELTA = 1e-5
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from fl_dualpriv.console import Output
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower.app_bundle import load_bundle, read_bundle
-from fl_dualpriv.node_pin import PinUnavailable
+from fl_dualpriv.node.pin import PinUnavailable
 
 _PIPE_WIDTH = 160  # a log has no width of its own
 app = typer.Typer(no_args_is_help=True, help="Run a node for the owner of some data, with limits of their own.")
@@ -59,7 +59,7 @@ def start(
 
     Exit status: 2 if it was not started, else Flower's.
     """
-    from fl_dualpriv import node_start
+    from fl_dualpriv.node import start as node_start
 
     options = node_start.NodeOptions(
         node_file=node_file.absolute(),
@@ -101,8 +101,8 @@ def check(
 
     Exit status: 0 if the node can start, else 1.
     """
-    from fl_dualpriv import node_check
-    from fl_dualpriv.node_file import read_node_file
+    from fl_dualpriv.node import check as node_check
+    from fl_dualpriv.node.file import read_node_file
 
     errors, console = Output(stderr=True), Output(pipe_width=_PIPE_WIDTH)
     try:

@@ -17,8 +17,8 @@ import pytest
 
 from fl_dualpriv.files import read_metadata
 from fl_dualpriv.flower.app_bundle import build_bundle, digest_of
-from fl_dualpriv.node_file import read_node_file
-from fl_dualpriv.node_health import count
+from fl_dualpriv.node.file import read_node_file
+from fl_dualpriv.node.health import count
 from fl_dualpriv.privacy.accounting import (
     COARSE_GRID,
     SampledGaussians,

@@ -26,7 +26,7 @@ from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.flower import supervisor
 from fl_dualpriv.flower.app_bundle import build_bundle, digest_of
-from fl_dualpriv.node_file import NodeFile, read_node_file
+from fl_dualpriv.node.file import NodeFile, read_node_file
 from fl_dualpriv.privacy.filters.choose import filter_of, spend_budget
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 from fl_dualpriv.run.file_kinds import PROGRESS

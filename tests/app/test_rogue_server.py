@@ -22,7 +22,7 @@ from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.flower.app_bundle import build_bundle, digest_of, read_bundle
 from fl_dualpriv.flower.engine import run_flower
 from fl_dualpriv.flower.local import LocalGrid
-from fl_dualpriv.node_file import ENVIRONMENT
+from fl_dualpriv.node.file import ENVIRONMENT
 from fl_dualpriv.privacy.accounting import epsilon
 from tests.app.run_folders import events_of
 

@@ -10,7 +10,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from fl_dualpriv import cli
-from fl_dualpriv.node_file import read_node_file
+from fl_dualpriv.node.file import read_node_file
 from fl_dualpriv.privacy.accounting import COARSE_GRID, epsilon
 from fl_dualpriv.privacy.filters.choose import filter_of, spend_budget
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent, ReservedPlan

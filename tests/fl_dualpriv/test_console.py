@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from fl_dualpriv import cli, node_device, run_command, run_job
+from fl_dualpriv import cli, run_command, run_job
 from fl_dualpriv.console import ERRORS, WORDS, Output, spell_out_what_cannot_be_shown, spelled, write_line
-from fl_dualpriv.node_health import HealthLine, Pulse
+from fl_dualpriv.node import device as node_device
+from fl_dualpriv.node.health import HealthLine, Pulse
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 from tests.fl_dualpriv.test_cli import SUMMARY, good_engine
 

@@ -21,13 +21,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from deploy import certificates
-from fl_dualpriv import cli, node_check
+from fl_dualpriv import cli
 from fl_dualpriv.data.load import load_data
-from fl_dualpriv.node_check import Finding, check
-from fl_dualpriv.node_contact import contact, key_fingerprint
-from fl_dualpriv.node_device import probe, usable_device
-from fl_dualpriv.node_file import NodeFile, read_node_file
-from fl_dualpriv.node_tables import NodeModel, NodeServer
+from fl_dualpriv.node import check as node_check
+from fl_dualpriv.node.check import Finding, check
+from fl_dualpriv.node.contact import contact, key_fingerprint
+from fl_dualpriv.node.device import probe, usable_device
+from fl_dualpriv.node.file import NodeFile, read_node_file
+from fl_dualpriv.node.tables import NodeModel, NodeServer
 from fl_dualpriv.privacy.filters.budget import Budget, FilterChoice
 from fl_dualpriv.privacy.filters.reserve import ReserveFilter
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent

@@ -18,8 +18,8 @@ from fl_dualpriv import cli
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower import env as flower_env
 from fl_dualpriv.flower.app_bundle import build_bundle, digest_of
-from fl_dualpriv.node_file import NodeFile
-from fl_dualpriv.node_start import NodeOptions, check_options, command_line, node_config_text, server_of
+from fl_dualpriv.node.file import NodeFile
+from fl_dualpriv.node.start import NodeOptions, check_options, command_line, node_config_text, server_of
 
 ROOT = Path(__file__).parents[2]
 LOOP = importlib.import_module("flwr.supernode.start_client_internal")

@@ -6,11 +6,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from fl_dualpriv import cli, node_check
+from fl_dualpriv import cli
 from fl_dualpriv.data.load import load_data, load_questions
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.node_data import before_joining
-from fl_dualpriv.node_file import NodeFile
+from fl_dualpriv.node import check as node_check
+from fl_dualpriv.node.data import before_joining
+from fl_dualpriv.node.file import NodeFile
 
 
 @pytest.mark.parametrize("path", ["images\\\\{}.png", "{}.jpg"])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.node_file import ENVIRONMENT, NodeFile, find_node_file, read_node_file
+from fl_dualpriv.node.file import ENVIRONMENT, NodeFile, find_node_file, read_node_file
 from fl_dualpriv.privacy.filters.budget import Budget
 
 WHOLE = f"""

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from fl_dualpriv.node_file import read_node_file
-from fl_dualpriv.node_health import HealthLine, Pulse, count
+from fl_dualpriv.node.file import read_node_file
+from fl_dualpriv.node.health import HealthLine, Pulse, count
 from fl_dualpriv.privacy.accounting import COARSE_GRID, epsilon
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 
@@ -66,7 +66,7 @@ def test_a_line_when_something_changed_and_once_an_hour(
         counted.append(command[1:])
         return type("Done", (), {"returncode": 0, "stdout": count(read_node_file(Path(command[-1]))) + "\n"})
 
-    monkeypatch.setattr("fl_dualpriv.node_health.subprocess.run", words)
+    monkeypatch.setattr("fl_dualpriv.node.health.subprocess.run", words)
     answers = iter([None, 5, None])
     pull = pulse.watch(lambda **_: next(answers))
     health.look()
@@ -83,7 +83,7 @@ def test_a_line_when_something_changed_and_once_an_hour(
     Ledger(tmp_path / "state" / "ledger.jsonl").record(EVENT)
     health.look()
     assert lines[2].startswith("health: joined as node 7; 1 messages since the start; 1 rounds answered; ε = ")
-    assert counted == [["-P", "-m", "fl_dualpriv.node_health", str(node_file)]] * 2  # the ledger changed once
+    assert counted == [["-P", "-m", "fl_dualpriv.node.health", str(node_file)]] * 2  # the ledger changed once
     now[0] = 200.0
     health.look()
     assert "nothing from the server for 200 s; 1 messages" in lines[3]

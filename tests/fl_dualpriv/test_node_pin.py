@@ -13,9 +13,9 @@ from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supernode.nodestate import NodeStateFactory
 
-from fl_dualpriv import node_pin
 from fl_dualpriv.flower.app_bundle import build_bundle, digest_of
-from fl_dualpriv.node_pin import PinUnavailable, install, pinned
+from fl_dualpriv.node import pin as node_pin
+from fl_dualpriv.node.pin import PinUnavailable, install, pinned
 
 LOOP = importlib.import_module("flwr.supernode.start_client_internal")
 PROGRAM = importlib.import_module("flwr.supernode.cli.flower_supernode")

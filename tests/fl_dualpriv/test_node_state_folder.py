@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fl_dualpriv import node_check
-from fl_dualpriv.node_file import NodeFile
+from fl_dualpriv.node import check as node_check
+from fl_dualpriv.node.file import NodeFile
 
 
 @pytest.fixture

@@ -13,14 +13,15 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from fl_dualpriv import cli, node_start
+from fl_dualpriv import cli
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower import engine as flower_engine
 from fl_dualpriv.flower import env as flower_env
 from fl_dualpriv.flower import hook as flower_hook
 from fl_dualpriv.flower.hook import proxy_changes, reach_loopback_directly
-from fl_dualpriv.node_contact import proxy_on_the_way
-from fl_dualpriv.node_tables import NodeServer
+from fl_dualpriv.node import start as node_start
+from fl_dualpriv.node.contact import proxy_on_the_way
+from fl_dualpriv.node.tables import NodeServer
 
 NAMES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "no_grpc_proxy")
 DEAD = "http://127.0.0.1:9"  # the discard port: nothing answers there

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fl_dualpriv.config.plans import client_level_plan
 from fl_dualpriv.config.schema import RunConfig, app_defaults, merge
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.node_file import read_node_file
+from fl_dualpriv.node.file import read_node_file
 from fl_dualpriv.privacy.clipping import GRID_STEPS, clip_rows, clipped_sum, integer_rows
 from fl_dualpriv.privacy.feature_rows import clipped_feature_sum
 from fl_dualpriv.privacy.integer import LARGEST_STD

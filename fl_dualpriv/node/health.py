@@ -1,7 +1,7 @@
 """The health line of a running node: joined or not, what it was asked, how many rounds it answered, the budget left.
 
 A thread of the SuperNode's process looks once a minute and writes a line into its log when something changed, and once
-an hour in any case. What the ledger means in ε is computed in a process of its own (``python -m fl_dualpriv.node_health
+an hour in any case. What the ledger means in ε is computed in a process of its own (``python -m fl_dualpriv.node.health
 NODE.toml``): an accountant takes more memory than a SuperNode.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_dualpriv.flower.env import TEXT
-from fl_dualpriv.node_file import NodeFile, read_node_file
+from fl_dualpriv.node.file import NodeFile, read_node_file
 
 _log = logging.getLogger("flwr")  # the SuperNode's own log
 _SILENT_SECONDS = 90.0  # an idle node asks its server every three seconds; on a busy one an answer may take long
@@ -131,7 +131,7 @@ class HealthLine:
         stamp = self._ledger_stamp()
         if self._counted[1] == "" or self._counted[0] != stamp:
             done = subprocess.run(  # -P: nothing that lies in the working folder runs
-                [sys.executable, "-P", "-m", "fl_dualpriv.node_health", str(self._file)],
+                [sys.executable, "-P", "-m", "fl_dualpriv.node.health", str(self._file)],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 encoding="utf-8",

@@ -11,7 +11,7 @@ from fl_dualpriv.data.hub_names import hub_name
 from fl_dualpriv.data.load import load_data, load_questions
 from fl_dualpriv.data.usable import SECONDS, Usable, look, skipped_files
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.node_file import NodeFile
+from fl_dualpriv.node.file import NodeFile
 
 _CUT = (0.1, 0.2, 0)
 """Fractions and seed of a cut are the run's; only counts depend on them."""

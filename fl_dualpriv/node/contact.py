@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.node_tables import NodeServer
+from fl_dualpriv.node.tables import NodeServer
 
 _SECONDS = 10.0
 _NAMED = 5

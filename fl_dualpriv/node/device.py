@@ -1,7 +1,7 @@
 """The device that a node's owner chose, or the CPU with one line that says why: a node goes on without its GPU.
 
 A run's configuration is the researcher's and names a device that must exist; this one is the owner's, of a machine
-whose driver may be gone after an update. ``python -m fl_dualpriv.node_device cuda`` prints the device and the line, so
+whose driver may be gone after an update. ``python -m fl_dualpriv.node.device cuda`` prints the device and the line, so
 that a SuperNode, which needs no torch, can ask without loading it.
 """
 
@@ -46,7 +46,7 @@ def probe(device: str) -> tuple[str, str]:
         return device, ""
     try:
         done = subprocess.run(  # -P: nothing that lies in the working folder runs
-            [sys.executable, "-P", "-m", "fl_dualpriv.node_device", device],
+            [sys.executable, "-P", "-m", "fl_dualpriv.node.device", device],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             encoding="utf-8",

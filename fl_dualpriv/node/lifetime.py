@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.node_file import read_node_file
+from fl_dualpriv.node.file import read_node_file
 from fl_dualpriv.privacy.filters.budget import Budget, FilterName
 
 if TYPE_CHECKING:  # the accountant takes a second to load

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.node_contact import Contact, contact, key_fingerprint, proxy_on_the_way, root_validity
-from fl_dualpriv.node_data import asks_questions, look_at
-from fl_dualpriv.node_device import probe
-from fl_dualpriv.node_file import NodeFile, make_state_folder, missing_folders
-from fl_dualpriv.node_tables import NodeServer
+from fl_dualpriv.node.contact import Contact, contact, key_fingerprint, proxy_on_the_way, root_validity
+from fl_dualpriv.node.data import asks_questions, look_at
+from fl_dualpriv.node.device import probe
+from fl_dualpriv.node.file import NodeFile, make_state_folder, missing_folders
+from fl_dualpriv.node.tables import NodeServer
 
 _AHEAD, _BEHIND = 4.0, 300.0
 """Seconds by which this clock may differ: Flower's server refuses signed requests from 5 s ahead or 305 s behind."""

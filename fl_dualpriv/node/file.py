@@ -52,10 +52,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fl_dualpriv import node_tables
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.node_filter import FILTER_KEYS, filter_problems, read_filter
-from fl_dualpriv.node_tables import NodeModel, NodeServer
+from fl_dualpriv.node import tables as node_tables
+from fl_dualpriv.node.filter import FILTER_KEYS, filter_problems, read_filter
+from fl_dualpriv.node.tables import NodeModel, NodeServer
 from fl_dualpriv.privacy.filters.budget import Budget
 from fl_dualpriv.privacy.limits import (
     LARGEST_BUDGET,

@@ -12,15 +12,16 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fl_dualpriv import node_health, node_pin
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower import hook as flower_hook
 from fl_dualpriv.flower import programs
 from fl_dualpriv.flower.engine import to_toml
-from fl_dualpriv.node_data import before_joining
-from fl_dualpriv.node_device import probe
-from fl_dualpriv.node_file import ENVIRONMENT, NodeFile, missing_folders, read_node_file
-from fl_dualpriv.node_tables import NodeServer, split_address
+from fl_dualpriv.node import health as node_health
+from fl_dualpriv.node import pin as node_pin
+from fl_dualpriv.node.data import before_joining
+from fl_dualpriv.node.device import probe
+from fl_dualpriv.node.file import ENVIRONMENT, NodeFile, missing_folders, read_node_file
+from fl_dualpriv.node.tables import NodeServer, split_address
 from fl_dualpriv.run.user_folders import home as home_of_user
 
 ANY_APP = (
