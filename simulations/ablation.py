@@ -15,8 +15,8 @@ from typing import Any
 
 import scipy.stats
 
+from fl_dualpriv.cli.console import spell_out_what_cannot_be_shown
 from fl_dualpriv.config.schema import app_defaults, merge, read_toml
-from fl_dualpriv.console import spell_out_what_cannot_be_shown
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import write_bytes
 from fl_dualpriv.run.cpus import usable_cpus

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fl_dualpriv.console import spell_out_what_cannot_be_shown
+from fl_dualpriv.cli.console import spell_out_what_cannot_be_shown
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import write_bytes
 from fl_dualpriv.run.cpus import usable_cpus

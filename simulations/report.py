@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fl_dualpriv.console import spell_out_what_cannot_be_shown
+from fl_dualpriv.cli.console import spell_out_what_cannot_be_shown
 from fl_dualpriv.files import write_bytes
 from fl_dualpriv.run.file_kinds import SUMMARY, TOTALS, read_totals
 from fl_dualpriv.run.tables import epsilon_text
@@ -64,7 +64,7 @@ def run(row: Row, seed: int, split: str, runs: Path) -> dict[str, Any]:
     out = runs / name
     if not ((out / SUMMARY).exists() and (out / TOTALS).exists()):
         sets = {"seed": str(seed), "evaluation.split": split, "evaluation.every": "1000", **row.changes}
-        command = [sys.executable, "-m", "fl_dualpriv.cli", "run", str(CONFIGS / row.config)]
+        command = [sys.executable, "-m", "fl_dualpriv.cli.main", "run", str(CONFIGS / row.config)]
         command += ["--engine", "local", "--out", str(out), "--overwrite"]
         for key, value in sets.items():
             command += ["--set", f"{key}={value}"]

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from fl_dualpriv.cli.console import spell_out_what_cannot_be_shown
 from fl_dualpriv.config.plans import client_level_plan, record_level_plan
 from fl_dualpriv.config.schema import ConfigValue, RunConfig, app_defaults, read_toml
-from fl_dualpriv.console import spell_out_what_cannot_be_shown
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import write_bytes
 from fl_dualpriv.run.cpus import usable_cpus

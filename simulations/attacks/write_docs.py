@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fl_dualpriv.cli.console import spell_out_what_cannot_be_shown
 from fl_dualpriv.config.schema import ConfigValue, RunConfig, app_defaults, merge, read_toml
-from fl_dualpriv.console import spell_out_what_cannot_be_shown
 from fl_dualpriv.files import write_bytes, write_json
 from fl_dualpriv.run.tables import epsilon_text
 from simulations.attacks.inversion import audit_inversion

@@ -46,7 +46,7 @@ def random_clip(folder: Path) -> Path:
 
 def run_command(config: Path, out: Path, engine: Engine) -> list[str]:
     """What a user types, with this interpreter."""
-    command = [sys.executable, "-m", "fl_dualpriv.cli", "run", str(config), "--engine", engine]
+    command = [sys.executable, "-m", "fl_dualpriv.cli.main", "run", str(config), "--engine", engine]
     return [*command, "--out", str(out), "--app", str(CHECKOUT)]
 
 

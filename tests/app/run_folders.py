@@ -129,7 +129,7 @@ resources.device = "cpu"
 def command(*arguments: str) -> "subprocess.Popen[str]":
     """``fl-dualpriv run``; it is running when this returns."""
     return subprocess.Popen(
-        [sys.executable, "-m", "fl_dualpriv.cli", "run", *arguments],
+        [sys.executable, "-m", "fl_dualpriv.cli.main", "run", *arguments],
         cwd=APP_DIR,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

@@ -85,7 +85,7 @@ class ScratchCheckout:
         (site_packages / "shared.pth").write_text(f"{self.path}\n{sysconfig.get_path('purelib')}\n")
         entries = list(importlib.metadata.distribution("flwr").entry_points)
         programs = {entry.name: (entry.module, entry.attr) for entry in entries}
-        for name, (module, attr) in {**programs, "fl-dualpriv": ("fl_dualpriv.cli", "app")}.items():
+        for name, (module, attr) in {**programs, "fl-dualpriv": ("fl_dualpriv.cli.main", "app")}.items():
             script = prefix / "bin" / name
             script.write_text(f"#!{prefix}/bin/python\nimport sys\nfrom {module} import {attr}\nsys.exit({attr}())\n")
             script.chmod(0o755)

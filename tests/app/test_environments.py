@@ -44,7 +44,7 @@ backbone.name = "local-dir:{tiny_clip_dir}"
     return file
 
 
-COMMAND = [sys.executable, "-m", "fl_dualpriv.cli"]
+COMMAND = [sys.executable, "-m", "fl_dualpriv.cli.main"]
 
 
 def words(config: Path, out: Path, engine: str) -> list[str]:
@@ -146,7 +146,7 @@ def test_a_user_id_without_name_and_home(engine: str, config: Path, shared: Path
 
 
 REFUSE = f"from tests.no_hard_links import refuse_hard_links; refuse_hard_links({errno.EPERM}); "
-LINKLESS = [sys.executable, "-c", REFUSE + "from fl_dualpriv.cli import app; app()"]
+LINKLESS = [sys.executable, "-c", REFUSE + "from fl_dualpriv.cli.main import app; app()"]
 
 
 @pytest.mark.skipif(bool(cannot_refuse()), reason=cannot_refuse() or "it can")

@@ -47,13 +47,13 @@ SITES = {
     "mpmath": {"fl_dualpriv/privacy/integer.py"},
     "ray": set(),  # Flower drives it
     "typer": {
-        "fl_dualpriv/cli.py",
-        "fl_dualpriv/audit_command.py",
-        "fl_dualpriv/budget_command.py",
-        "fl_dualpriv/export_command.py",
-        "fl_dualpriv/new_strategy_command.py",
-        "fl_dualpriv/node_command.py",
-        "fl_dualpriv/predict_command.py",
+        "fl_dualpriv/cli/main.py",
+        "fl_dualpriv/cli/audit.py",
+        "fl_dualpriv/cli/budget.py",
+        "fl_dualpriv/cli/export.py",
+        "fl_dualpriv/cli/new_strategy.py",
+        "fl_dualpriv/cli/node.py",
+        "fl_dualpriv/cli/predict.py",
     },
 }
 """Where each heavy library may be imported; PIL, whole folders, is checked below."""

@@ -10,7 +10,8 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from fl_dualpriv import cli, load_prompt
+from fl_dualpriv import load_prompt
+from fl_dualpriv.cli.main import main as cli
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors, write_tensors
 from fl_dualpriv.flower.local import run_local

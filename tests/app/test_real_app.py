@@ -42,7 +42,7 @@ def command(config: Path, out: Path, *extra: str) -> subprocess.CompletedProcess
     arguments = ["run", str(config), "--app", str(ROOT), "--out", str(out), *extra]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "fl_dualpriv.cli", *arguments],
+        [sys.executable, "-m", "fl_dualpriv.cli.main", *arguments],
         cwd=ROOT,
         env=environ,
         capture_output=True,

@@ -60,13 +60,15 @@ def test_assets_are_inside_and_small(wheel: zipfile.ZipFile):
 
 def test_the_command_and_the_licence_are_inside(wheel: zipfile.ZipFile):
     info = f"fl_dualpriv-{VERSION}.dist-info"
-    assert "fl-dualpriv = fl_dualpriv.cli:app" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert "fl-dualpriv = fl_dualpriv.cli.main:app" in wheel.read(f"{info}/entry_points.txt").decode()
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
 
 
 def test_the_library_imports_from_the_wheel_alone(wheel: zipfile.ZipFile, tmp_path: Path):
     wheel.extractall(tmp_path)
-    code = "import fl_dualpriv.server.strategy, fl_dualpriv.tasks.base, fl_dualpriv.cli; print(fl_dualpriv.__file__)"
+    code = (
+        "import fl_dualpriv.server.strategy, fl_dualpriv.tasks.base, fl_dualpriv.cli.main; print(fl_dualpriv.__file__)"
+    )
     # -P: the working directory is not on the path; the checkout's folder is not there at all
     command = [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -44,7 +44,7 @@ def test_the_local_engine_and_an_audit_import_the_apps_own(folders: tuple[Path, 
     code = (
         "from pathlib import Path\n"
         "from fl_dualpriv.flower.local import load_apps\n"
-        "from fl_dualpriv.audit_command import load_attacks\n"
+        "from fl_dualpriv.cli.audit import load_attacks\n"
         f"app = Path({str(app)!r})\n"
         "print(*load_apps(app), load_attacks(app).app, sep='; ')"
     )

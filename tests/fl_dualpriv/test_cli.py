@@ -14,10 +14,12 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from fl_dualpriv import cli, run_command, run_job
+from fl_dualpriv.cli.main import job as run_job
+from fl_dualpriv.cli.main import main as cli
+from fl_dualpriv.cli.main import run as run_command
+from fl_dualpriv.cli.progress import Follower, round_text
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower.engine import RunFailed
-from fl_dualpriv.progress import Follower, round_text
 from fl_dualpriv.run.file_kinds import PROGRESS, TOTALS
 
 ROOT = Path(__file__).parents[2]
@@ -355,7 +357,7 @@ def test_a_run_without_noise_prints_no_table_of_releases(invoke: Callable[..., R
 
 def test_help_is_light() -> None:
     code = (
-        "import sys; from typer.testing import CliRunner; from fl_dualpriv.cli import app; "
+        "import sys; from typer.testing import CliRunner; from fl_dualpriv.cli.main import app; "
         "r = CliRunner().invoke(app, ['run', '--help']); "
         "sys.exit(r.exit_code or str(sorted({'torch', 'flwr', 'ray', 'matplotlib', 'numpy'} & set(sys.modules))))"
     )

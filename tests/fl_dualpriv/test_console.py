@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from fl_dualpriv import cli, run_command, run_job
-from fl_dualpriv.console import ERRORS, WORDS, Output, spell_out_what_cannot_be_shown, spelled, write_line
+from fl_dualpriv.cli.console import ERRORS, WORDS, Output, spell_out_what_cannot_be_shown, spelled, write_line
+from fl_dualpriv.cli.main import job as run_job
+from fl_dualpriv.cli.main import main as cli
+from fl_dualpriv.cli.main import run as run_command
 from fl_dualpriv.node import device as node_device
 from fl_dualpriv.node.health import HealthLine, Pulse
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
@@ -158,7 +160,7 @@ def test_letters_that_come_past_the_console_are_words_too(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_the_real_command_in_a_real_shell(encoding: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "fl_dualpriv.cli", "audit", "--help"],
+        [sys.executable, "-m", "fl_dualpriv.cli.main", "audit", "--help"],
         cwd=ROOT,
         env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fl_dualpriv import cli
+from fl_dualpriv.cli.main import main as cli
+from fl_dualpriv.cli.new_strategy import title_of, write_strategy
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.new_strategy_command import title_of, write_strategy
 
 ROOT = Path(__file__).parents[2]
 

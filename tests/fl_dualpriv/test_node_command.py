@@ -14,7 +14,7 @@ from click.testing import Result
 from flwr.common.config import parse_config_args
 from typer.testing import CliRunner
 
-from fl_dualpriv import cli
+from fl_dualpriv.cli.main import main as cli
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower import env as flower_env
 from fl_dualpriv.flower.app_bundle import build_bundle, digest_of
@@ -156,7 +156,7 @@ def test_another_flower_is_one_message_and_status_2(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("any_app", [False, True])
 def test_a_node_without_a_server_ends_with_flowers_status_and_leaves_nothing(tmp_path: Path, any_app: bool):
     (tmp_path / "node.toml").write_text("" if any_app else APP)
-    command = [sys.executable, "-m", "fl_dualpriv.cli", "node", "start", str(tmp_path / "node.toml")]
+    command = [sys.executable, "-m", "fl_dualpriv.cli.main", "node", "start", str(tmp_path / "node.toml")]
     (port,) = flower_env.free_ports(1)
     command += ["--superlink", "127.0.0.1:1", "--insecure", "--max-retries", "0", "--port", str(port)]
     command += ["--any-app"] if any_app else []

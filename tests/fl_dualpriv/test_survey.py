@@ -15,7 +15,9 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
-from fl_dualpriv import cli, run_command, run_job
+from fl_dualpriv.cli.main import job as run_job
+from fl_dualpriv.cli.main import main as cli
+from fl_dualpriv.cli.main import run as run_command
 from fl_dualpriv.config.plans import client_level_plan, record_level_plan
 from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.data.load import load_data, load_questions
@@ -80,7 +82,7 @@ def test_four_problems_are_one_message_without_torch(images: Path) -> None:
     (images / "moon").mkdir()
     file = images.parent / "own.toml"
     file.write_text(f'data.path = "{images}"\n')
-    script = "import sys; from fl_dualpriv.cli import app\ntry: app()\nfinally: print('torch' in sys.modules)"
+    script = "import sys; from fl_dualpriv.cli.main import app\ntry: app()\nfinally: print('torch' in sys.modules)"
     words = ["run", str(file), "--app", str(ROOT), "--out", str(images.parent / "out")]
     done = subprocess.run(
         [sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from fl_dualpriv.console import Output
+from fl_dualpriv.cli.console import Output
 from fl_dualpriv.errors import ConfigError, PrivacyError
 
 

@@ -7,19 +7,19 @@ from typing import Any
 import typer
 from rich.markup import escape
 
-from fl_dualpriv import node_command
-from fl_dualpriv.audit_command import audit
-from fl_dualpriv.budget_command import budget
-from fl_dualpriv.console import Output, spell_out_what_cannot_be_shown
+from fl_dualpriv.cli.audit import audit
+from fl_dualpriv.cli.budget import budget
+from fl_dualpriv.cli.console import Output, spell_out_what_cannot_be_shown
+from fl_dualpriv.cli.export import export
+from fl_dualpriv.cli.job import fail
+from fl_dualpriv.cli.main import node as node_command
+from fl_dualpriv.cli.new_strategy import new_strategy
+from fl_dualpriv.cli.predict import predict
+from fl_dualpriv.cli.run import run
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.export_command import export
 from fl_dualpriv.flower import env as flower_env
 from fl_dualpriv.flower import hook as flower_hook
-from fl_dualpriv.new_strategy_command import new_strategy
-from fl_dualpriv.predict_command import predict
 from fl_dualpriv.run.user_folders import home, settle_home
-from fl_dualpriv.run_command import run
-from fl_dualpriv.run_job import fail
 
 
 class _Front(typer.Typer):

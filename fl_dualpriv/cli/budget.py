@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fl_dualpriv.console import Output, write_line
+from fl_dualpriv.cli.console import Output, write_line
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.node.lifetime import lifetime_of
 

@@ -15,14 +15,14 @@ from typing import Annotated, NoReturn
 import typer
 from rich.markup import escape
 
-from fl_dualpriv.console import Output
+from fl_dualpriv.cli.console import Output
+from fl_dualpriv.cli.job import Engine, Job, describe, fail, how_to_go_on, prepare, resumed
+from fl_dualpriv.cli.progress import shown
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.progress import shown
 from fl_dualpriv.run.file_kinds import read_totals, results_in
 from fl_dualpriv.run.out_folder import is_refusal, progress_of
 from fl_dualpriv.run.peak_memory import describe_peaks
 from fl_dualpriv.run.tables import headline, privacy_table, results_table
-from fl_dualpriv.run_job import Engine, Job, describe, fail, how_to_go_on, prepare, resumed
 
 _PIPE_WIDTH = 180  # a log has no width of its own; rich would take 80 and break the privacy table's words
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from fl_dualpriv.console import Output, write_line
+from fl_dualpriv.cli.console import Output, write_line
 from fl_dualpriv.errors import ConfigError, PrivacyError
 
 if TYPE_CHECKING:

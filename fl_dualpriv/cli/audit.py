@@ -14,10 +14,10 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from fl_dualpriv.console import Output, write_line
+from fl_dualpriv.cli.console import Output, write_line
+from fl_dualpriv.cli.job import describe, fail, prepare
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.flower.app_modules import import_from, put_first
-from fl_dualpriv.run_job import describe, fail, prepare
 
 _MODULE = "simulations.attacks.report"
 

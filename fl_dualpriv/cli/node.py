@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fl_dualpriv.console import Output
+from fl_dualpriv.cli.console import Output
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower.app_bundle import load_bundle, read_bundle
 from fl_dualpriv.node.pin import PinUnavailable

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from fl_dualpriv.console import Output
+from fl_dualpriv.cli.console import Output
 from fl_dualpriv.errors import ConfigError
 
 _STRATEGY = '''"""{title}: say in a line what it does, and where it is published."""

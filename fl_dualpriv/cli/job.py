@@ -14,9 +14,9 @@ from typing import NoReturn
 import typer
 from rich.markup import escape
 
+from fl_dualpriv.cli.console import Output
 from fl_dualpriv.config.ranges import ConfigValue
 from fl_dualpriv.config.schema import RunConfig, app_defaults, merge, parse_assignment, read_toml
-from fl_dualpriv.console import Output
 from fl_dualpriv.data.hub_names import HUB, absolute_name
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.run.folder_lock import held_alone
