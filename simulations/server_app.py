@@ -185,9 +185,9 @@ def join(grid: Grid, config: RunConfig) -> tuple[dict[int, messages.ClientCard],
             f"{key} = {expected}, but {len(nodes)} nodes joined within {config.join_timeout:g} s; start the simulation "
             f'with --federation-config "num-supernodes={expected}", or set {key} = {len(nodes)}'
         )
-    messages = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
+    requests = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
     found: list[tuple[messages.ClientCard, int]] = []
-    replies = list(grid.send_and_receive(messages, timeout=config.reply_timeout))
+    replies = list(grid.send_and_receive(requests, timeout=config.reply_timeout))
     if silent := len(nodes) - len(replies):
         raise ConfigError(
             f"{silent} of {len(nodes)} nodes did not say within {config.reply_timeout:g} s whom they host: look at "

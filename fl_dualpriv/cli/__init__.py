@@ -1,1 +1,1 @@
-"""TODO."""
+"""The commands of ``fl-dualpriv``. Light on import."""

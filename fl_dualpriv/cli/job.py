@@ -22,7 +22,7 @@ from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.run.folder_lock import held_alone
 from fl_dualpriv.run.out_folder import prepare_folder
 from fl_dualpriv.run.user_folders import expanded
-from fl_dualpriv.server.strategy import plugins
+from fl_dualpriv.server import plugins
 
 _ENDING_SECONDS = 30.0
 

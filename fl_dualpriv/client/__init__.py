@@ -1,1 +1,1 @@
-"""TODO."""
+"""A client's state, its local steps and its update rule."""

@@ -1,1 +1,1 @@
-"""Images: the embedded demo, folders, their division among clients, and the cache of their features. No torch."""
+"""Images and questions: reading, checking, partitioning and cached features."""

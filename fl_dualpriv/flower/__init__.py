@@ -1,1 +1,1 @@
-"""TODO."""
+"""Flower's programs and engines: environment, simulation, bundle and processes."""

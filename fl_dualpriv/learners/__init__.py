@@ -1,1 +1,1 @@
-"""TODO."""
+"""Learners: losses of records, and one gradient row per record."""

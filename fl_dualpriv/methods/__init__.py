@@ -1,1 +1,1 @@
-"""TODO."""
+"""Methods of local learning: which prompts are trained, and how a released gradient moves them."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Frozen vision-language models behind two protocols, and what loads them."""

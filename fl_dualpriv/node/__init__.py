@@ -1,1 +1,1 @@
-"""TODO."""
+"""A deployed node: owner file, checks, start and lifetime budget."""

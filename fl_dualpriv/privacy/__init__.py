@@ -1,1 +1,1 @@
-"""The proof-bearing part: per-example gradients, clipping, noise, accounting. No flwr, no open_clip, no config."""
+"""The private mechanism: clip, noise, sampling terms, plans, accounting and ledger. It knows no federation and no model."""

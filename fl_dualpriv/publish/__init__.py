@@ -1,1 +1,1 @@
-"""TODO."""
+"""Published prompts: description, export and use."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The server: strategies, rounds, accounting and plug-ins."""

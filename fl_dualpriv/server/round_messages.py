@@ -1,4 +1,4 @@
-"""The messages of a round: one per node, about all of its clients that are asked."""
+"""The requests of a round: one per node, about all of its clients that are asked."""
 
 from flwr.app import ArrayRecord, Message, MessageType
 from torch import Tensor
@@ -12,25 +12,25 @@ def train_messages(
     asked: Asked, arrays: ArrayRecord, prompt: Tensor, server_round: int, run_token: str, terms: RoundTerms
 ) -> list[Message]:
     """Ask each node to train its clients from ``prompt``, packed in ``arrays`` once for all."""
-    messages = []
+    requests = []
     for node, partitions in asked.items():
         task = messages.TrainTask(
             partitions=partitions, global_prompt=prompt, server_round=server_round, run_token=run_token, terms=terms
         )
         content = messages.train_content(task, arrays)
-        messages.append(Message(content, node, MessageType.TRAIN, group_id=str(server_round)))
-    return messages
+        requests.append(Message(content, node, MessageType.TRAIN, group_id=str(server_round)))
+    return requests
 
 
 def score_messages(
     asked: Asked, prompt: Tensor, server_round: int, run_token: str, kind: messages.PromptKind
 ) -> list[Message]:
     """Ask each node for its clients' scores of ``prompt``, or of their personal ones."""
-    arrays, messages = messages.to_arrays(prompt), []
+    arrays, requests = messages.to_arrays(prompt), []
     for node, partitions in asked.items():
         task = messages.EvaluateTask(
             partitions=partitions, global_prompt=prompt, server_round=server_round, run_token=run_token, prompt=kind
         )
         content = messages.evaluate_content(task, arrays)
-        messages.append(Message(content, node, MessageType.EVALUATE, group_id=str(server_round)))
-    return messages
+        requests.append(Message(content, node, MessageType.EVALUATE, group_id=str(server_round)))
+    return requests

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Tasks: data, model, partition and objective of a run, built once per process."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Text towers that map prompts to class features, with vector-Jacobian products."""

@@ -100,8 +100,8 @@ def _moves(config: RunConfig, plan: ClientLevelPlan, start: Tensor, updates: Ten
             strategy.sources = silenced(strategy.sources, frozenset({"server-noise"}))
         arrays, prompts = messages.to_arrays(start), [start]
         for server_round in range(1, config.rounds + 1):
-            messages = strategy.configure_train(server_round, arrays, nothing, grid)
-            released, _ = strategy.aggregate_train(server_round, grid.send_and_receive(messages))
+            requests = strategy.configure_train(server_round, arrays, nothing, grid)
+            released, _ = strategy.aggregate_train(server_round, grid.send_and_receive(requests))
             assert released is not None
             arrays = released
             prompts.append(messages.from_arrays(arrays))

@@ -92,8 +92,8 @@ class Federation:
         with tempfile.TemporaryDirectory() as folder:
             strategy = self._strategy(members, seed, Path(folder))
             for server_round in range(1, self.config.rounds + 1):
-                messages = strategy.configure_train(server_round, arrays, nothing, grid)
-                aggregated, _ = strategy.aggregate_train(server_round, grid.send_and_receive(messages))
+                requests = strategy.configure_train(server_round, arrays, nothing, grid)
+                aggregated, _ = strategy.aggregate_train(server_round, grid.send_and_receive(requests))
                 assert aggregated is not None
                 arrays = aggregated
         if strategy.failures:

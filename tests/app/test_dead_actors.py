@@ -66,8 +66,8 @@ def dies(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the second message of training on, the actor that computes for the first node is dead."""
     whole, seen = LocalGrid.send_and_receive, []
 
-    def dying(self: LocalGrid, messages: Iterable[Message], **named: Any) -> list[Message]:
-        asked = list(messages)
+    def dying(self: LocalGrid, requests: Iterable[Message], **named: Any) -> list[Message]:
+        asked = list(requests)
         dead = asked[:1] if seen else []
         seen.extend(m for m in asked if m.metadata.message_type == "train")
         fine = whole(self, asked[len(dead) :], **named)

@@ -11,7 +11,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from fl_dualpriv import load_prompt
-from fl_dualpriv.cli.main import main as cli
+from fl_dualpriv.cli import main as cli
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors, write_tensors
 from fl_dualpriv.flower.local import run_local

@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fl_dualpriv import load_prompt
-from fl_dualpriv.cli.main import main as cli
+from fl_dualpriv.cli import main as cli
 from fl_dualpriv.publish.use import Prediction, image_files
 from fl_dualpriv.run.file_kinds import without_kind
 from tests.app.run_folders import APP_DIR, BOTH, CLIENT, NO_DP, TRUSTING, command, find_below, set_words, write_config

@@ -10,7 +10,7 @@ import torch
 
 from fl_dualpriv.client.release_memory import HistoryShapes
 from fl_dualpriv.client.state import ClientFolder, PersonalState, check_round, check_single_run, fresh_state
-from fl_dualpriv.client.state import state as client
+from fl_dualpriv.client import state as client
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.files import read_tensors, write_tensors
 from fl_dualpriv.learners.base import ClientData

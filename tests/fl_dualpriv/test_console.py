@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from fl_dualpriv.cli.console import ERRORS, WORDS, Output, spell_out_what_cannot_be_shown, spelled, write_line
-from fl_dualpriv.cli.main import job as run_job
-from fl_dualpriv.cli.main import main as cli
-from fl_dualpriv.cli.main import run as run_command
+from fl_dualpriv.cli import job as run_job
+from fl_dualpriv.cli import main as cli
+from fl_dualpriv.cli import run as run_command
 from fl_dualpriv.node import device as node_device
 from fl_dualpriv.node.health import HealthLine, Pulse
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent

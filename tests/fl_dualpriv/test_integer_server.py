@@ -49,9 +49,9 @@ def make(
 
 def step(strategy: RoundStrategy, uploads: Sequence[Tensor | None], order: Sequence[int] | None = None) -> Tensor:
     """One round from a prompt of zeros, times the divisor, in units of the bound; float64 all the way."""
-    messages = training_messages(strategy, 1, torch.zeros(SHAPE, dtype=torch.float64))
+    requests = training_messages(strategy, 1, torch.zeros(SHAPE, dtype=torch.float64))
     replies = []
-    for message in messages:
+    for message in requests:
         (partition,) = messages.read_train(message).partitions
         value = uploads[partition]
         if value is not None:

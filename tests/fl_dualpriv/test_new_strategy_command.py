@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fl_dualpriv.cli.main import main as cli
+from fl_dualpriv.cli import main as cli
 from fl_dualpriv.cli.new_strategy import title_of, write_strategy
 from fl_dualpriv.errors import ConfigError
 

@@ -21,7 +21,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from deploy import certificates
-from fl_dualpriv.cli.main import main as cli
+from fl_dualpriv.cli import main as cli
 from fl_dualpriv.data.load import load_data
 from fl_dualpriv.node import check as node_check
 from fl_dualpriv.node.check import Finding, check

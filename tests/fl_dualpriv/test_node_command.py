@@ -14,7 +14,7 @@ from click.testing import Result
 from flwr.common.config import parse_config_args
 from typer.testing import CliRunner
 
-from fl_dualpriv.cli.main import main as cli
+from fl_dualpriv.cli import main as cli
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower import env as flower_env
 from fl_dualpriv.flower.app_bundle import build_bundle, digest_of

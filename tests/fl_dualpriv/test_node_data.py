@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from fl_dualpriv.cli.main import main as cli
+from fl_dualpriv.cli import main as cli
 from fl_dualpriv.data.load import load_data, load_questions
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.node import check as node_check

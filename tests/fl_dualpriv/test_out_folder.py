@@ -8,9 +8,9 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from fl_dualpriv.cli.main import job as run_job
-from fl_dualpriv.cli.main import main as cli
-from fl_dualpriv.cli.main import run as run_command
+from fl_dualpriv.cli import job as run_job
+from fl_dualpriv.cli import main as cli
+from fl_dualpriv.cli import run as run_command
 from fl_dualpriv.flower.engine import RunFailed
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from fl_dualpriv.cli.main import main as cli
+from fl_dualpriv.cli import main as cli
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower import engine as flower_engine
 from fl_dualpriv.flower import env as flower_env

@@ -8,7 +8,7 @@ import pytest
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.accounting import SampledGaussians, composed_epsilon, epsilon
 from fl_dualpriv.privacy.correlated import BandedNoise, RoundRobin
-from fl_dualpriv.privacy.filters.choose import worst_terms as worst_terms_filter
+from fl_dualpriv.privacy.filters import worst_terms as worst_terms_filter
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.server.accounting import BudgetExhausted, ServerBooks, ServerPrivacy
 

@@ -15,9 +15,9 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
-from fl_dualpriv.cli.main import job as run_job
-from fl_dualpriv.cli.main import main as cli
-from fl_dualpriv.cli.main import run as run_command
+from fl_dualpriv.cli import job as run_job
+from fl_dualpriv.cli import main as cli
+from fl_dualpriv.cli import run as run_command
 from fl_dualpriv.config.plans import client_level_plan, record_level_plan
 from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.data.load import load_data, load_questions

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fl_dualpriv.cli.main import main as cli
+from fl_dualpriv.cli import main as cli
 from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.data.cache import cache_root
 from fl_dualpriv.errors import ConfigError

@@ -122,8 +122,8 @@ def the_clip_norm_reaches_the_quantile_from_both_sides() -> None:
         privacy = adaptive_privacy(start, expected_cohort=RATE * 24, learning_rate=1.0)
         strategy, late = make(privacy, sizes=(1,) * 24, rounds=30), []
         for server_round in range(1, 31):
-            messages = ask(strategy, server_round, (1, 1))
-            strategy.aggregate_train(server_round, [answer(message, uploads) for message in messages])
+            requests = ask(strategy, server_round, (1, 1))
+            strategy.aggregate_train(server_round, [answer(message, uploads) for message in requests])
             late += [math.log(strategy.bound())] if server_round > 15 else []
         found = math.exp(float(np.mean(late)))
         assert 8 < found < 18, f"from {start:g} to {found:.3g}; the median is 12.5"
@@ -166,8 +166,8 @@ def answer_those_asked(
 ) -> Tensor:
     """A round, in which one client fails."""
     shape = tuple(next(iter(uploads.values())).shape)
-    messages = ask(strategy, server_round, shape)
-    kept = [m for m in messages if absent not in messages.read_train(m).partitions]
+    requests = ask(strategy, server_round, shape)
+    kept = [m for m in requests if absent not in messages.read_train(m).partitions]
     arrays, _ = strategy.aggregate_train(server_round, [answer(m, uploads) for m in kept])
     assert arrays is not None
     return messages.from_arrays(arrays)

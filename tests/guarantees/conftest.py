@@ -152,7 +152,7 @@ class Tracer:
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         from fl_dualpriv.privacy import release
-        from fl_dualpriv.server.strategy import strategy as server
+        from fl_dualpriv.server import strategy as server
 
         open_, fsync = io.open, os.fsync
 

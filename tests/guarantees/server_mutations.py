@@ -15,7 +15,7 @@ from fl_dualpriv.privacy.noise import RandomSource, gaussian_noise
 from fl_dualpriv.server.accounting import ServerPrivacy
 from fl_dualpriv.server.cohort import Asked, Collected
 from fl_dualpriv.server.strategy import RoundStrategy, Update
-from fl_dualpriv.server.strategy import strategy as server
+from fl_dualpriv.server import strategy as server
 from tests.guarantees import audit_checks, server_checks
 from tests.guarantees.mutation import Mutation, Patch
 

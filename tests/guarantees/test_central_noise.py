@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fl_dualpriv.privacy.accounting import gathered
-from fl_dualpriv.privacy.filters.choose import worst_terms as worst_terms_filter
+from fl_dualpriv.privacy.filters import worst_terms as worst_terms_filter
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.server.accounting import ServerBooks
 from tests.guarantees import central_checks

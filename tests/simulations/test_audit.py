@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 import fl_dualpriv.privacy.release
 import fl_dualpriv.server.strategy
-from fl_dualpriv.cli.main import audit as audit_command
-from fl_dualpriv.cli.main import main as cli
+from fl_dualpriv.cli import audit as audit_command
+from fl_dualpriv.cli import main as cli
 from fl_dualpriv.config.schema import ConfigValue, RunConfig, app_defaults, merge, read_toml
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.learners import classification

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Pictures of the embedded demo, drawn when they are read."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Dual-Priv pruning of visual tokens inside and behind image towers."""

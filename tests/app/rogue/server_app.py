@@ -77,16 +77,16 @@ def join(grid: Grid, config: RunConfig) -> int:
         time.sleep(0.2)
     if len(nodes) == 1:
         return nodes[0]
-    messages = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
-    replies = grid.send_and_receive(messages, timeout=config.reply_timeout)
+    requests = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
+    replies = grid.send_and_receive(requests, timeout=config.reply_timeout)
     (host,) = [r.metadata.src_node_id for r in replies for card in messages.read_cards(r) if card.partition == 0]
     return host
 
 
 def ask(grid: Grid, node: int, asked: dict[str, messages.TrainTask], timeout: float) -> dict[str, Any]:
-    """Send some messages at once; wait for all answers."""
-    messages = [Message(messages.train_content(task), node, MessageType.TRAIN) for task in asked.values()]
-    names = dict(zip(grid.push_messages(messages), asked, strict=True))
+    """Send some requests at once; wait for all answers."""
+    requests = [Message(messages.train_content(task), node, MessageType.TRAIN) for task in asked.values()]
+    names = dict(zip(grid.push_messages(requests), asked, strict=True))
     answers: dict[str, Any] = {}
     deadline = time.monotonic() + timeout
     while names and time.monotonic() < deadline:
