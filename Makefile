@@ -35,7 +35,7 @@ test: setup  ## the default tests: no network, no Ray
 KERNEL_TESTS := tests/clients tests/guarantees/test_row_check.py tests/guarantees/test_per_example.py \
 	tests/guarantees/test_integer_arithmetic.py tests/guarantees/test_sensitivity.py \
 	tests/guarantees/test_soft_prompt_rows.py tests/guarantees/test_lora_rows.py \
-	tests/guarantees/test_pruning_isolation.py tests/fl_dualpriv/prompts tests/fl_dualpriv/heads \
+	tests/guarantees/test_pruning_isolation.py tests/fl_dualpriv/learners tests/fl_dualpriv/towers tests/fl_dualpriv/methods \
 	tests/app/test_nodes.py tests/app/test_client_resources.py
 
 test-kernels: setup  ## the tests that depend on matrix kernels, with two other sets of them

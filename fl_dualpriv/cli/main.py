@@ -7,12 +7,12 @@ from typing import Any
 import typer
 from rich.markup import escape
 
+from fl_dualpriv.cli import node as node_command
 from fl_dualpriv.cli.audit import audit
 from fl_dualpriv.cli.budget import budget
 from fl_dualpriv.cli.console import Output, spell_out_what_cannot_be_shown
 from fl_dualpriv.cli.export import export
 from fl_dualpriv.cli.job import fail
-from fl_dualpriv.cli import node as node_command
 from fl_dualpriv.cli.new_strategy import new_strategy
 from fl_dualpriv.cli.predict import predict
 from fl_dualpriv.cli.run import run

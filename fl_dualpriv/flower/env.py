@@ -151,9 +151,7 @@ def install(app_dir: Path, site_packages: Path | None = None, prefix: Path | Non
     options = {"num-supernodes": app["population"], "num-cpus": app["resources"]["cpus-per-client"]}
     write_flower_config(home, ":local:", options)
     write_atomically(state, json.dumps(settings, indent=1))
-    write_atomically(
-        site_packages / f"{_HOOK}.py", Path(__file__).with_name("hook.py").read_text(encoding="utf-8")
-    )
+    write_atomically(site_packages / f"{_HOOK}.py", Path(__file__).with_name("hook.py").read_text(encoding="utf-8"))
     line = f"import pathlib, {_HOOK}; {_HOOK}.main(pathlib.Path({_HOOK}.__file__).with_suffix('.json'))\n"
     write_atomically(site_packages / f"{_HOOK}.pth", line)
     return home

@@ -67,7 +67,7 @@ class PrototypeGradients:
 
         Guarantee:
             Adding or removing a record moves a client's value by at most ``clip_norm``: its one row that is not zero
-            has that norm at most (tests/fl_dualpriv/heads/test_prototypes.py). A feature that is not finite is zero.
+            has that norm at most (tests/fl_dualpriv/learners/test_prototypes.py). A feature that is not finite is zero.
         """
         found = []
         for client in range(len(self._data)):

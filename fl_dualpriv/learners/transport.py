@@ -15,7 +15,7 @@ def transport_plan(similarity: Tensor, mass: float, regularisation: float, itera
     Guarantee:
         A problem's plan depends on that problem alone: the number of iterations is fixed, and no test of convergence
         looks at all of them. Columns have their sums and rows keep their bounds, up to rounding, after any number of
-        iterations (tests/fl_dualpriv/prompts/test_transport.py). Constant to the gradient, as published.
+        iterations (tests/fl_dualpriv/learners/test_transport.py). Constant to the gradient, as published.
 
     Args:
         similarity: S, cosines, (…, M patches, N prompts); the cost is 1 − S, whose constant changes nothing.

@@ -1,6 +1,6 @@
 """CLIP's byte-pair encoding without torch and open_clip, to check class names and template before a model is loaded.
 
-open_clip's `SimpleTokenizer` says the same (tests/fl_dualpriv/backbones/test_clip_words.py); its import takes several
+open_clip's `SimpleTokenizer` says the same (tests/fl_dualpriv/tasks/test_clip_words.py); its import takes several
 seconds, because torch comes with it.
 """
 

@@ -14,7 +14,7 @@ from tests.app.documented_commands import LANGUAGES, Command, blocks_of, command
 from tests.app.documented_list import COMMANDS, MOST_SKIPPED, PYTHON, Run, Skip
 from tests.app.scratch_checkout import ScratchCheckout
 from tests.conftest import DOCUMENTED
-from tests.fl_dualpriv.backbones.conftest import hf_clip_dir, make_hf_clip
+from tests.fl_dualpriv.models.conftest import hf_clip_dir, make_hf_clip
 
 __all__ = ["hf_clip_dir", "make_hf_clip"]  # fixtures
 

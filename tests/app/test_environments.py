@@ -68,7 +68,7 @@ def finished(done: "subprocess.CompletedProcess[bytes]", out: Path) -> None:
 
 DEAD = "http://127.0.0.1:9"
 PROXIES = [
-    {"http_proxy": DEAD},  # the others are tried in tests/fl_dualpriv/test_proxies.py
+    {"http_proxy": DEAD},  # the others are tried in tests/fl_dualpriv/flower/test_proxies.py
     {"all_proxy": "socks://127.0.0.1:9", "https_proxy": DEAD, "no_proxy": "example.org"},
 ]
 

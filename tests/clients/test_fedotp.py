@@ -10,7 +10,7 @@ from fl_dualpriv.client.state import PersonalState, fresh_state
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.clipping import Arithmetic
 from fl_dualpriv.privacy.plan import RecordLevelPlan
-from tests.fl_dualpriv.prompts.test_fedotp import OBJECTIVE, loss, records
+from tests.fl_dualpriv.learners.test_fedotp import OBJECTIVE, loss, records
 from tests.guarantees.step_checks import CLIP, N_CTX, START, as_a_client_draws, without_noise
 
 STEP = 0.05

@@ -12,9 +12,9 @@ from fl_dualpriv.privacy.adaptive import AdaptiveClip
 from fl_dualpriv.privacy.clipping import Arithmetic
 from fl_dualpriv.privacy.correlated import BandedNoise, CorrelatedNoise, TreeNoise
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, poisson_sample
-from fl_dualpriv.server.strategy import RoundStrategy
 from fl_dualpriv.server import noise_memory as round_memory
 from fl_dualpriv.server import strategy as server
+from fl_dualpriv.server.strategy import RoundStrategy
 from tests.guarantees import central_checks, limit_checks
 from tests.guarantees.book_mutations import the_server_writes_its_ledger_afterwards
 from tests.guarantees.mutation import Mutation, Patch

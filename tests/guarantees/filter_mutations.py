@@ -8,8 +8,8 @@ from typing import Any
 
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.accounting import COARSE_GRID, renyi_bound, renyi_divergence
-from fl_dualpriv.privacy.filters.budget import FilterChoice
 from fl_dualpriv.privacy.filters import choose as filters
+from fl_dualpriv.privacy.filters.budget import FilterChoice
 from fl_dualpriv.privacy.filters.renyi import RENYI_ORDERS, RenyiFilter
 from fl_dualpriv.privacy.filters.reserve import ReserveFilter
 from fl_dualpriv.privacy.filters.worst_terms import WorstTermsFilter

@@ -29,8 +29,8 @@ from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.publish.file import card_path, write_published
 from fl_dualpriv.publish.rules import publish
 from fl_dualpriv.run.file_kinds import read_totals, results_in, without_kind
-from fl_dualpriv.server.strategy import RoundStrategy, Update
 from fl_dualpriv.server import strategy as server
+from fl_dualpriv.server.strategy import RoundStrategy, Update
 from tests.guarantees.run_checks import Federation
 
 Level = Literal["record", "client", "both"]

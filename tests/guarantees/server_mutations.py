@@ -12,10 +12,10 @@ import strategies.dpfpl
 import strategies.fedavg
 from fl_dualpriv import messages
 from fl_dualpriv.privacy.noise import RandomSource, gaussian_noise
+from fl_dualpriv.server import strategy as server
 from fl_dualpriv.server.accounting import ServerPrivacy
 from fl_dualpriv.server.cohort import Asked, Collected
 from fl_dualpriv.server.strategy import RoundStrategy, Update
-from fl_dualpriv.server import strategy as server
 from tests.guarantees import audit_checks, server_checks
 from tests.guarantees.mutation import Mutation, Patch
 

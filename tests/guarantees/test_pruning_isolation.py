@@ -17,7 +17,7 @@ from fl_dualpriv.models.pruning import tokens as visual_tokens
 from fl_dualpriv.models.pruning.in_tower import encode_pruned
 from fl_dualpriv.models.pruning.published import pruned_hidden
 from fl_dualpriv.models.pruning.tokens import VisualTokenPruner
-from tests.fl_dualpriv.pruning.small_towers import KINDS, images_for, small, vision_model
+from tests.fl_dualpriv.models.pruning.small_towers import KINDS, images_for, small, vision_model
 
 # In a batch of another size, or at another place, matrix products may sum in another order. To first order each sum
 # adds a relative error of its length times u = 2⁻²⁴: in a block of width 32 those over channels (three products and

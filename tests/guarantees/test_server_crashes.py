@@ -14,8 +14,8 @@ from torch import Tensor
 from fl_dualpriv import messages
 from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.privacy.ledger import Ledger
-from fl_dualpriv.server.accounting import BudgetExhausted, ServerPrivacy
 from fl_dualpriv.server import strategy as server
+from fl_dualpriv.server.accounting import BudgetExhausted, ServerPrivacy
 from strategies.dpfpl import DPFPL
 from tests.made_strategy import made_strategy
 

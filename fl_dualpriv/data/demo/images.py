@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fl_dualpriv.assets import demo_folder
-from fl_dualpriv.data.demo.drawn import DrawnImages
 from fl_dualpriv.data.demo import rendering
+from fl_dualpriv.data.demo.drawn import DrawnImages
 from fl_dualpriv.data.demo.rendering import DOMAINS, render_private
 
 SPLITS = ("train", "val", "test")

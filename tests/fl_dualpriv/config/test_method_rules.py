@@ -1,0 +1,53 @@
+"""Each rule of the baselines: what breaks it is refused with a message that says what to do, and nothing else is."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fl_dualpriv.config.schema import RunConfig, app_defaults
+from fl_dualpriv.errors import ConfigError
+
+DEFAULTS = app_defaults(Path(__file__).parents[3])
+QUESTIONS = {"data.ref": "demo-vqa", "backbone.name": "demo-vqa"}
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "key"),
+    [
+        ("linear-probe", QUESTIONS, "method"),
+        ("prototypes", QUESTIONS, "method"),
+        ("fedpgp", QUESTIONS, "method"),
+        ("fedotp", QUESTIONS, "method"),
+        ("fedotp", {"train.top-m": 2}, "train.top-m"),
+        ("fedotp", {"privacy.record.noise-space": "feature"}, "privacy.record.noise-space"),
+        ("fedotp", {"pruning.visual-keep-ratio": 0.5}, "pruning.visual-keep-ratio"),
+        ("fedotp", {"fedotp.mass": 1.5}, "fedotp.mass"),
+        ("fedotp", {"fedotp.regularisation": 0.001}, "fedotp.regularisation"),
+        ("dp-lora", QUESTIONS, "method"),
+        ("ffa-lora", QUESTIONS, "method"),
+        ("fedpgp", {"pruning.update-keep-ratio": 0.8}, "pruning.update-keep-ratio"),
+        ("fedpgp", {"privacy.record.trusts-server": True, "train.local-steps": 1}, "privacy.record.trusts-server"),
+        ("fedpgp", {"fedpgp.contrastive-weight": -1.0}, "fedpgp.contrastive-weight"),
+        ("fedpgp", {"fedpgp.contrastive-temperature": 0.0}, "fedpgp.contrastive-temperature"),
+        ("promptfl", {"prompt.init": "zeros"}, "prompt.init"),
+        ("linear-probe", {"prompt.init": "random"}, "prompt.init"),
+        ("prototypes", {"train.optimizer": "adam"}, "train.optimizer"),
+        ("prototypes", {"train.top-m": 2}, "train.top-m"),
+        ("prototypes", {"privacy.record.noise-space": "feature"}, "privacy.record.noise-space"),
+        ("prototypes", {"pruning.update-keep-ratio": 0.8}, "pruning.update-keep-ratio"),
+    ],
+)
+def test_what_a_method_cannot_read_is_refused(method: str, changes: dict[str, Any], key: str):
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_run_config(DEFAULTS | {"method": method} | changes)
+    problems = str(caught.value).splitlines()[1:]
+    assert [line.split(" = ")[0].strip() for line in problems] == [key]
+    assert "; " in problems[0]  # what to do
+
+
+@pytest.mark.parametrize("method", ["linear-probe", "prototypes"])
+@pytest.mark.parametrize("init", ["zeros", "template"])
+def test_heads_start_from_class_features_or_from_nothing(method: str, init: str):
+    config = RunConfig.from_run_config(DEFAULTS | {"method": method, "prompt.init": init})
+    assert config.prompt.init == init
