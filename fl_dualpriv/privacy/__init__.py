@@ -1,1 +1,1 @@
-"""The private mechanism: clip, noise, sampling terms, plans, accounting and ledger. It knows no federation and no model."""
+"""The private mechanism: clip, noise, plans, accounting and ledger. It knows neither federation nor models."""
