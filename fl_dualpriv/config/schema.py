@@ -247,6 +247,11 @@ class RunConfig:
         return _build(cls, values)
 
     @property
+    def claims_privacy(self) -> bool:
+        """True if the run states an ε about the training data, proved or nominal."""
+        return (self.privacy.record.mechanism, self.privacy.client.mechanism) != ("none", "none")
+
+    @property
     def num_supernodes(self) -> int:
         """Flower nodes of the run: node j hosts the clients j, j + nodes, j + 2 nodes and so on."""
         return self.supernodes or self.population

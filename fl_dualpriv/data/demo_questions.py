@@ -111,7 +111,7 @@ def load_vqa_demo() -> QuestionSplits:
 
 
 def load_questions(folder: Path) -> QuestionSplits:
-    """The questions that `simulations/make_vqa_assets.py` wrote into a folder."""
+    """The questions that `tools/make_vqa_assets.py` wrote into a folder."""
     with np.load(io.BytesIO((folder / "sheets.npz").read_bytes())) as arrays:
         columns = {name: arrays[name] for name in arrays.files}
     texts = json.loads((folder / "questions.json").read_text(encoding="utf-8"))

@@ -23,7 +23,7 @@ def partition(
 
     Guarantee:
         The parts are disjoint, cover all records, and none is empty. They depend on the arguments alone. ``by-node``
-        gives each client all records, so a process may act for one client alone: `clients.hosting.Node` refuses more.
+        gives each client all records, so a process may act for one client only: `client.node.Node` refuses more.
 
     Args:
         labels: Class id of each record, shape (records,).

@@ -118,3 +118,10 @@ def run_local(app_dir: Path, run_config: Config) -> None:
     grid = LocalGrid(client_app, int(run_config["supernodes"] or run_config["population"]), run_config)
     context = Context(run_id=grid.run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(run_config))
     server_app(grid, context)
+
+
+def engine_name(grid: Grid) -> str:
+    """``local``, ``ray`` (Flower's simulation runtime) or ``deployment``."""
+    if isinstance(grid, LocalGrid):
+        return "local"
+    return "ray" if type(grid).__name__ == "InMemoryGrid" else "deployment"

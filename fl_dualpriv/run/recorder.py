@@ -291,3 +291,10 @@ def build_summary(
         "versions": versions(),
         "config": dict(config),
     }
+
+
+def first_and_last_accuracy(recorder: RunRecorder, *, trains: bool) -> tuple[Accuracy | None, Accuracy | None]:
+    """Zero-shot, and of the last scored round."""
+    scored = {line["round"]: Accuracy(**line["accuracy"]) for line in recorder.rounds if line["accuracy"]}
+    zero_shot = scored.pop(0, None)
+    return zero_shot, scored[max(scored)] if scored else None if trains else zero_shot

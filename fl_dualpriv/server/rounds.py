@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fl_dualpriv import messages
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.metrics import Accuracy
 from fl_dualpriv.privacy.plan import Release
 from fl_dualpriv.run.checkpoint import Checkpoint, CheckpointFolder, Progress
 from fl_dualpriv.server.strategy import ClientFailure, RoundStrategy
@@ -38,7 +39,7 @@ class Rounds:
     """
 
     def __init__(self, strategy: RoundStrategy, checkpoints: CheckpointFolder, *, stop_at_dead_actor: bool) -> None:
-        self._strategy, self._checkpoints, self._stops = strategy, checkpoints, stop_at_dead_actor
+        self.strategy, self._checkpoints, self._stops = strategy, checkpoints, stop_at_dead_actor
         self._warned = False
 
     @property
@@ -47,13 +48,13 @@ class Rounds:
 
         A damaged line may be one of them.
         """
-        privacy = self._strategy.privacy
+        privacy = self.strategy.privacy
         damaged = 0 if privacy is None or privacy.ledger is None else privacy.ledger.read().damaged
-        return max(0, self._events() + damaged - self._strategy.rounds_done)
+        return max(0, self._events() + damaged - self.strategy.rounds_done)
 
     def epsilon(self, delta: float) -> float:
         """ε of all that stands in the server's ledger."""
-        privacy = self._strategy.privacy
+        privacy = self.strategy.privacy
         assert privacy is not None
         assert privacy.ledger is not None
         return privacy.ledger.read().epsilon(delta)
@@ -75,6 +76,19 @@ class Rounds:
         self._keep(prompt)
         return prompt
 
+    def check_delivered(self) -> None:
+        """Refuse a run in which every call of a client failed.
+
+        Raises:
+            ClientFailure: With the last reason: the prompts are noise at best.
+        """
+        strategy = self.strategy
+        if strategy.deliveries == 0 and strategy.failures > 0:
+            raise ClientFailure(
+                f"all {strategy.failures} calls of clients failed; the prompts are noise at best. "
+                f"Last reason: {strategy.last_failure}"
+            )
+
     def resume(self, found: Checkpoint, lines: Sequence[dict[str, Any]]) -> None:
         """Put the strategy where it was.
 
@@ -85,7 +99,7 @@ class Rounds:
         Raises:
             ConfigError: If the server's ledger lost events of this run: what comes after would be under-counted.
         """
-        strategy, progress = self._strategy, found.progress
+        strategy, progress = self.strategy, found.progress
         if (events := self._events()) < progress.events:
             raise ConfigError(
                 f"the server's ledger holds {events} events of this run and its checkpoint says {progress.events}: a "
@@ -113,7 +127,7 @@ class Rounds:
             BudgetExhausted: If a round would exceed the budget; the strategy has the prompt of the rounds before.
             ClientFailure: If an actor died and the run shall stop at that.
         """
-        strategy, config = self._strategy, ConfigRecord()
+        strategy, config = self.strategy, ConfigRecord()
         arrays = messages.to_arrays(prompt)
         for server_round in range(reported + 1, strategy.num_rounds + 1):
             if server_round > strategy.rounds_done:
@@ -128,7 +142,7 @@ class Rounds:
     def _replies(self, grid: Grid, asked: Iterable[Message], timeout: float) -> Iterator[Message]:
         """The replies as they are; says once what a dead actor means where the run goes on without it."""
         for reply in grid.send_and_receive(asked, timeout=timeout):
-            dead = self._strategy.tolerates_failures and messages.dead_actor(reply) is not None
+            dead = self.strategy.tolerates_failures and messages.dead_actor(reply) is not None
             if dead and self._stops:
                 raise ClientFailure(f'dead-actors = "stop": {messages.failure_reason(reply)}')
             if dead and not self._warned:
@@ -142,7 +156,7 @@ class Rounds:
             yield reply
 
     def _keep(self, prompt: Tensor) -> None:
-        strategy = self._strategy
+        strategy = self.strategy
         progress = Progress(
             run_token=strategy.run_token,
             rounds_done=strategy.rounds_done,
@@ -155,7 +169,16 @@ class Rounds:
 
     def _events(self) -> int:
         """Of this run in the server's ledger."""
-        privacy, token = self._strategy.privacy, self._strategy.run_token
+        privacy, token = self.strategy.privacy, self.strategy.run_token
         if privacy is None or privacy.ledger is None:
             return 0
         return sum(event.run == token for event in privacy.ledger.read().events)
+
+
+def score_now(
+    strategy: RoundStrategy, grid: Grid, prompt: Tensor, kind: messages.PromptKind, timeout: float
+) -> Accuracy | None:
+    """Score one prompt outside the rounds."""
+    return strategy.read_scores(
+        0, grid.send_and_receive(strategy.evaluation_messages(0, prompt, kind), timeout=timeout)
+    )

@@ -8,11 +8,6 @@ from fl_dualpriv.data.load import given_question_splits
 from fl_dualpriv.methods.base import METHODS
 
 
-def claims_privacy(config: RunConfig) -> bool:
-    """Whether any ε, proved or nominal, is stated about the training data."""
-    return (config.privacy.record.mechanism, config.privacy.client.mechanism) != ("none", "none")
-
-
 def keeps_bad_records(config: RunConfig) -> bool:
     """True if a record that cannot be used stays a record and adds zero: so it is where a plan protects the data.
 
@@ -25,7 +20,7 @@ def keeps_bad_records(config: RunConfig) -> bool:
 
 def may_score(config: RunConfig) -> bool:
     """Whether accuracies on the held-out images may leave: under DP only if those images are public."""
-    return not claims_privacy(config) or held_out_is_public(config.data, config.evaluation)
+    return not config.claims_privacy or held_out_is_public(config.data, config.evaluation)
 
 
 def held_out_is_public(data: DataConfig, evaluation: EvaluationConfig) -> bool:

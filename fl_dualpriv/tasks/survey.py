@@ -18,7 +18,7 @@ from fl_dualpriv.data.partition import partition
 from fl_dualpriv.data.questions import QuestionSet, QuestionSplits
 from fl_dualpriv.data.usable import SECONDS, Usable, look, skipped_files, without_usable
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.tasks.disclosure import claims_privacy, delta_problems, held_out_is_given, keeps_bad_records, may_score
+from fl_dualpriv.tasks.disclosure import delta_problems, held_out_is_given, keeps_bad_records, may_score
 from fl_dualpriv.tasks.word_problems import word_problems
 
 
@@ -177,7 +177,7 @@ def _held_out_lines(config: RunConfig, count: int, plural: str, found: Usable | 
     split, data = config.evaluation.split, config.data
     said = f": {found.says()}" if found is not None and not found.are_all else ""
     line = f"held out: {count} {split} {plural}{said}"
-    if not claims_privacy(config):
+    if not config.claims_privacy:
         return [f"{line}; their scores are shown"]
     if may_score(config):
         return [f"{line}, public; their scores may leave"]

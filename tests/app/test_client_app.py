@@ -11,8 +11,8 @@ import pytest
 import torch
 from flwr.app import Message, MessageType, RecordDict
 
-import clients.hosting
-import clients.training
+import fl_dualpriv.client.node
+import fl_dualpriv.client.round
 from fl_dualpriv import messages
 from fl_dualpriv.files import read_tensors, write_tensors
 from fl_dualpriv.learners.row_check import RowPath
@@ -324,7 +324,7 @@ def test_a_client_whose_ledger_is_held_elsewhere_takes_nobody_down(
 def test_a_common_step_that_fails_is_tried_client_by_client(
     nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    update = clients.training.cohort_update
+    update = fl_dualpriv.client.round.cohort_update
 
     def too_large(**arguments: Any) -> Any:
         if len(arguments["participants"]) > 1 or arguments["participants"][0].partition == 3:
@@ -336,7 +336,7 @@ def test_a_common_step_that_fails_is_tried_client_by_client(
     expected = uploads(
         train(nodes(seeded | {"output.dir": str(tmp_path / "together")}, num_supernodes=1), partitions=everyone)
     )
-    monkeypatch.setattr(clients.training, "cohort_update", too_large)
+    monkeypatch.setattr(fl_dualpriv.client.round, "cohort_update", too_large)
     found = uploads(train(nodes(seeded, num_supernodes=1), partitions=everyone))
     assert (found.partitions, list(found.failed)) == ((0, 1, 2), [3])
     assert torch.equal(found.values, expected.values[:3])
@@ -349,7 +349,7 @@ def test_an_error_of_every_step_fails_everybody_and_the_events_stay(
     def boom(**arguments: Any) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(clients.training, "cohort_update", boom)
+    monkeypatch.setattr(fl_dualpriv.client.round, "cohort_update", boom)
     found = uploads(train(nodes({"population": 4}), partitions=(0, 2)))
     assert found.partitions == ()
     assert found.failed == dict.fromkeys((0, 2), "RuntimeError; its words are in the log of the node")  # not "boom"
@@ -358,7 +358,7 @@ def test_an_error_of_every_step_fails_everybody_and_the_events_stay(
 
 
 def test_ledgers_are_held_until_the_states_are_kept(nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    update, seen = clients.training.cohort_update, []
+    update, seen = fl_dualpriv.client.round.cohort_update, []
 
     def looking(**arguments: Any) -> Any:
         for p in (0, 2):
@@ -368,7 +368,7 @@ def test_ledgers_are_held_until_the_states_are_kept(nodes: Nodes, tmp_path: Path
             seen.append(ledger_lines(tmp_path, p))
         return update(**arguments)
 
-    monkeypatch.setattr(clients.training, "cohort_update", looking)
+    monkeypatch.setattr(fl_dualpriv.client.round, "cohort_update", looking)
     assert uploads(train(nodes({"population": 4}), partitions=(0, 2))).partitions == (0, 2)
     assert seen == [1, 1]  # written before anything is drawn
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import clients.hosting
-import clients.training
+import fl_dualpriv.client.node
+import fl_dualpriv.client.round
 from fl_dualpriv import messages
 from tests.app.client_node import KINDS, Nodes, evaluate, tiny_nodes, train, uploads
 
@@ -33,7 +33,7 @@ def test_the_workspace_splits_the_work_and_changes_no_result(
 ):
     everyone, found = (0, 1, 2, 3), []
     for at_once in (4, 3):
-        for module in (clients.training, clients.hosting):
+        for module in (fl_dualpriv.client.round, fl_dualpriv.client.node):
             monkeypatch.setattr(module, "prompts_at_once", lambda *_, n=at_once: n)
         changes = {"population": 4, "privacy.randomness": "seeded", "output.dir": str(tmp_path / f"out-{at_once}")}
         grid = nodes(changes, num_supernodes=1)
@@ -49,7 +49,7 @@ def test_at_least_one_prompt_goes_through_the_tower(at_once: int, prompts: int):
     class Tower:
         bytes_per_prompt = 10
 
-    assert clients.hosting.prompts_at_once(Tower(), at_once, torch.device("cpu")) == prompts  # type: ignore[arg-type]
+    assert fl_dualpriv.client.node.prompts_at_once(Tower(), at_once, torch.device("cpu")) == prompts  # type: ignore[arg-type]
 
 
 def test_no_more_prompts_than_the_caches_hold_go_together_on_a_cpu():
@@ -58,7 +58,7 @@ def test_no_more_prompts_than_the_caches_hold_go_together_on_a_cpu():
             self.bytes_per_prompt = size
 
     def at_once(size: int, device: str = "cpu") -> int:
-        return clients.hosting.prompts_at_once(Tower(size), 2**30, torch.device(device))  # type: ignore[arg-type]
+        return fl_dualpriv.client.node.prompts_at_once(Tower(size), 2**30, torch.device(device))  # type: ignore[arg-type]
 
     assert at_once(2**14) == 512  # 8 MiB
     assert at_once(2**24) == 8  # a text tower's products want eight

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import clients.hosting
-import clients.training
+import fl_dualpriv.client.node
+import fl_dualpriv.client.round
 from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import read_tensors
@@ -133,14 +133,14 @@ def test_a_failing_client_among_many_is_one_counted_zero(run: Run, tmp_path: Pat
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_clients_step_together_unless_their_numbers_would_mix(run: Run, monkeypatch: pytest.MonkeyPatch, apart: bool):
-    monkeypatch.setattr(clients.hosting.Setting, "clients_apart", apart)
-    update, sizes = clients.training.cohort_update, []
+    monkeypatch.setattr(fl_dualpriv.client.node.Setting, "clients_apart", apart)
+    update, sizes = fl_dualpriv.client.round.cohort_update, []
 
     def counting(**arguments: Any) -> Any:
         sizes.append([participant.partition for participant in arguments["participants"]])
         return update(**arguments)
 
-    monkeypatch.setattr(clients.training, "cohort_update", counting)
+    monkeypatch.setattr(fl_dualpriv.client.round, "cohort_update", counting)
     run(2)
     assert sizes == ([[0], [2], [4], [1], [3], [5]] if apart else [[0, 2, 4], [1, 3, 5]]) * 2
 

@@ -11,8 +11,8 @@ from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.data.partition import partition
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower.local import LocalGrid
+from fl_dualpriv.server.join import join
 from simulations.server_app import app as server_app
-from simulations.server_app import join
 from tests.app.client_node import Nodes, ask, tiny_nodes, train, uploads
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import clients.training
+import fl_dualpriv.client.round
 from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors
@@ -215,7 +215,7 @@ def test_secret_runs_do_not_repeat(run: Run):
 
 def break_client(monkeypatch: pytest.MonkeyPatch, upload: Tensor | None, partition: int = 1) -> None:
     """Make one client raise, or upload something of its own; every client has a node of its own."""
-    original = clients.training.cohort_update
+    original = fl_dualpriv.client.round.cohort_update
 
     def broken(**arguments: Any) -> Any:
         (participant,) = arguments["participants"]
@@ -225,7 +225,7 @@ def break_client(monkeypatch: pytest.MonkeyPatch, upload: Tensor | None, partiti
             raise RuntimeError("boom")
         return [(upload, participant.state)]
 
-    monkeypatch.setattr(clients.training, "cohort_update", broken)
+    monkeypatch.setattr(fl_dualpriv.client.round, "cohort_update", broken)
 
 
 @pytest.mark.parametrize("changes", [{}, TRUSTING], ids=["record", "trusting"])
@@ -272,7 +272,7 @@ def test_all_clients_failing_is_a_failure_at_the_end(run: Run, tmp_path: Path, m
     def boom(**arguments: Any) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(clients.training, "cohort_update", boom)
+    monkeypatch.setattr(fl_dualpriv.client.round, "cohort_update", boom)
     with pytest.raises(ClientFailure, match=r"all 6 calls of clients failed.*RuntimeError; its words are in the log"):
         run()
     assert (tmp_path / "out" / "error.json").exists()

@@ -8,10 +8,11 @@ import pytest
 
 from fl_dualpriv import messages
 from fl_dualpriv.config.plans import client_level_plan, record_level_plan
+from fl_dualpriv.config.releases import list_releases, notes, round_of_epsilon
 from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.run.recorder import RunRecorder
+from fl_dualpriv.server.build import build_strategy, server_privacy
 from fl_dualpriv.server.strategy import RoundStrategy
-from simulations.server_app import build_strategy, list_releases, notes, round_of_epsilon, server_privacy
 from strategies.dpfpl import DPFPL
 from strategies.fedavg import FedAvg
 

@@ -5,10 +5,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from attacks.canaries import audit_record_level
+from attacks.canary_clients import audit_client_level
+from attacks.verdict import AuditResult
 from fl_dualpriv.config.schema import RunConfig, app_defaults, flatten
-from simulations.attacks.canaries import audit_record_level
-from simulations.attacks.canary_clients import audit_client_level
-from simulations.attacks.verdict import AuditResult
 
 APP_DIR = Path(__file__).parents[2]
 CANARIES = 3072

@@ -8,10 +8,10 @@ from typing import Any
 from scipy.stats import norm
 from torch import Tensor
 
-import clients.hosting
-import clients.training
-import simulations.server_app
-from clients.training import TrainRound
+import fl_dualpriv.client.node
+import fl_dualpriv.client.round
+import fl_dualpriv.server.results
+from fl_dualpriv.client.round import TrainRound
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy import accounting, ledger
 from fl_dualpriv.privacy.accounting import SampledGaussians
@@ -63,7 +63,7 @@ def an_event_counts_one_release(patch: Patch) -> None:
     def short(**fields: Any) -> LedgerEvent:
         return replace(LedgerEvent(**fields), releases=1)
 
-    patch.setattr(clients.training, "LedgerEvent", short)
+    patch.setattr(fl_dualpriv.client.round, "LedgerEvent", short)
 
 
 def the_server_checks_its_budget_afterwards(patch: Patch) -> None:
@@ -88,14 +88,14 @@ def a_client_checks_its_budget_afterwards(patch: Patch) -> None:
 
 
 def a_new_token_is_a_new_budget(patch: Patch) -> None:
-    patch.setattr(clients.training, "check_single_run", lambda plan, made, event: None)
+    patch.setattr(fl_dualpriv.client.round, "check_single_run", lambda plan, made, event: None)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
 def terms_are_not_checked(patch: Patch) -> None:
-    patch.setattr(clients.training, "check_terms", lambda own, offered: None)
+    patch.setattr(fl_dualpriv.client.round, "check_terms", lambda own, offered: None)
 
 
 def an_owners_demand_for_integers_is_forgotten(patch: Patch) -> None:
@@ -108,12 +108,12 @@ def an_owners_demand_for_integers_is_forgotten(patch: Patch) -> None:
 
 
 def terms_say_nothing_of_the_arithmetic(patch: Patch) -> None:
-    make = clients.hosting.round_terms
-    patch.setattr(clients.hosting, "round_terms", lambda *given: replace(make(*given), arithmetic="float"))
+    make = fl_dualpriv.client.node.round_terms
+    patch.setattr(fl_dualpriv.client.node, "round_terms", lambda *given: replace(make(*given), arithmetic="float"))
 
 
 def a_repetition_is_answered(patch: Patch) -> None:
-    patch.setattr(clients.training, "check_round", lambda plan, made, state, event: None)
+    patch.setattr(fl_dualpriv.client.round, "check_round", lambda plan, made, state, event: None)
 
 
 def a_crashed_round_is_made_again_for_its_event(patch: Patch) -> None:
@@ -122,11 +122,11 @@ def a_crashed_round_is_made_again_for_its_event(patch: Patch) -> None:
     def any_randomness(made: Any, state: Any, event: Any, *, reproducible: bool) -> bool:
         return event in made.events
 
-    patch.setattr(clients.training, "is_same_release", any_randomness)
+    patch.setattr(fl_dualpriv.client.round, "is_same_release", any_randomness)
 
 
 def private_images_are_scored(patch: Patch) -> None:
-    patch.setattr(clients.hosting, "may_score", lambda config: True)
+    patch.setattr(fl_dualpriv.client.node, "may_score", lambda config: True)
 
 
 # --- what is stated ---------------------------------------------------------------------------------------------------
@@ -177,22 +177,22 @@ def shown_coins_are_the_mean_number(patch: Patch) -> None:
 
 
 def seeded_noise_for_the_kernels(patch: Patch) -> None:
-    patch.setattr(clients.hosting, "random_sources", lambda randomness: KeyedRandom)
+    patch.setattr(fl_dualpriv.client.node, "random_sources", lambda randomness: KeyedRandom)
 
 
 def seeded_noise_without_its_mark(patch: Patch) -> None:
-    make = simulations.server_app.notes
+    make = fl_dualpriv.server.results.notes
 
     def silent(*plans: Any, scored: bool) -> list[str]:
         return [note for note in make(*plans, scored=scored) if not note.startswith(SEEDED_NOTE)]
 
-    patch.setattr(simulations.server_app, "notes", silent)
+    patch.setattr(fl_dualpriv.server.results, "notes", silent)
 
 
 BOOK_MUTATIONS = (
     Mutation(
         name="a client's ledger is written after the release",
-        where="clients.training.TrainRound._step",
+        where="fl_dualpriv.client.round.TrainRound._step",
         plant=a_client_writes_its_ledger_afterwards,
         caught_by=(
             run_checks.a_client_writes_its_ledger_before_its_noise,
@@ -207,7 +207,7 @@ BOOK_MUTATIONS = (
     ),
     Mutation(
         name="the event of a round counts one release, and the round makes two",
-        where="clients.training.LedgerEvent",
+        where="fl_dualpriv.client.round.LedgerEvent",
         plant=an_event_counts_one_release,
         caught_by=(run_checks.the_ledger_covers_every_release,),
     ),
@@ -225,13 +225,13 @@ BOOK_MUTATIONS = (
     ),
     Mutation(
         name="a new run token opens a new budget",
-        where="clients.training.check_single_run",
+        where="fl_dualpriv.client.round.check_single_run",
         plant=a_new_token_is_a_new_budget,
         caught_by=(run_checks.no_run_starts_on_what_another_spent,),
     ),
     Mutation(
         name="a client accepts weaker terms than its own",
-        where="clients.training.check_terms",
+        where="fl_dualpriv.client.round.check_terms",
         plant=terms_are_not_checked,
         caught_by=(run_checks.weaker_terms_are_refused,),
     ),
@@ -243,25 +243,25 @@ BOOK_MUTATIONS = (
     ),
     Mutation(
         name="the terms of a round leave out the arithmetic",
-        where="clients.hosting.round_terms",
+        where="fl_dualpriv.client.node.round_terms",
         plant=terms_say_nothing_of_the_arithmetic,
         caught_by=(run_checks.floats_are_refused_from_an_integer_run,),
     ),
     Mutation(
         name="scores on private images leave",
-        where="clients.hosting.may_score",
+        where="fl_dualpriv.client.node.may_score",
         plant=private_images_are_scored,
         caught_by=(run_checks.private_scores_stay,),
     ),
     Mutation(
         name="a repeated message is answered again",
-        where="clients.training.check_round",
+        where="fl_dualpriv.client.round.check_round",
         plant=a_repetition_is_answered,
         caught_by=(run_checks.a_round_is_done_once,),
     ),
     Mutation(
         name="with randomness of the system a round that a crash ended is made again for its old event",
-        where="clients.training.is_same_release",
+        where="fl_dualpriv.client.round.is_same_release",
         plant=a_crashed_round_is_made_again_for_its_event,
         caught_by=(run_checks.a_round_is_done_once,),
     ),
@@ -294,13 +294,13 @@ BOOK_MUTATIONS = (
     ),
     Mutation(
         name="noise from a seed is reported as the kernel's",
-        where="clients.hosting.random_sources",
+        where="fl_dualpriv.client.node.random_sources",
         plant=seeded_noise_for_the_kernels,
         caught_by=(run_checks.randomness_of_the_kernel_does_not_repeat,),
     ),
     Mutation(
         name="a seeded run is reported without its mark",
-        where="simulations.server_app.notes",
+        where="fl_dualpriv.server.results.notes",
         plant=seeded_noise_without_its_mark,
         caught_by=(run_checks.seeded_noise_is_marked,),
     ),

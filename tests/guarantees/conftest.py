@@ -22,15 +22,15 @@ from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.privacy.filters.budget import Budget
 
 if TYPE_CHECKING:
-    from clients.hosting import Setting
     from fl_dualpriv import messages
+    from fl_dualpriv.client.node import Setting
 
 ROOT = Path(__file__).parents[2]
 OURS = {
     str(ROOT / name)
     for name in (
-        "clients/training.py",
-        "clients/dualpriv.py",
+        "fl_dualpriv/client/round.py",
+        "fl_dualpriv/client/step.py",
         "fl_dualpriv/client/state.py",
         "fl_dualpriv/files.py",
         "fl_dualpriv/server/strategy.py",
@@ -63,9 +63,9 @@ class TinyNode:
 
     def train(self, server_round: int, token: str = "t", prompt: Tensor | None = None) -> "messages.Uploads":
         # Late: most tests here need no model, and its import takes seconds.
-        from clients.hosting import Node
-        from clients.training import TrainRound
         from fl_dualpriv import messages
+        from fl_dualpriv.client.node import Node
+        from fl_dualpriv.client.round import TrainRound
 
         node = Node(setting=self.setting, index=0, run_folder=self.folder, state_dir=self.folder, budget=self.budget)
         task = messages.TrainTask(
@@ -107,7 +107,7 @@ def make_setting(tiny_clip_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
     defaults = app_defaults(ROOT)
 
     def make(changes: dict[str, Any] | None = None) -> "Setting":
-        from clients.hosting import Setting
+        from fl_dualpriv.client.node import Setting
 
         return Setting(RunConfig.from_run_config(defaults | base | (changes or {})))
 

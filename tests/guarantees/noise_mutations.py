@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-import clients.dualpriv
-import clients.training
+import fl_dualpriv.client.round
+import fl_dualpriv.client.step
 from fl_dualpriv.privacy import release as release_module
 from fl_dualpriv.privacy.clipping import ClippedSum
 from fl_dualpriv.privacy.noise import (
@@ -28,7 +28,7 @@ _release = release_module.release
 
 def noise_divided_twice(patch: Patch) -> None:
     """The sum's noise is scaled as if it were the mean's, over a batch of ten."""
-    patch.setattr(clients.dualpriv, "release", lambda clean, z, source: _release(clean, z / 10, source))
+    patch.setattr(fl_dualpriv.client.step, "release", lambda clean, z, source: _release(clean, z / 10, source))
 
 
 def noise_scaled_by_nine_tenths(patch: Patch) -> None:
@@ -39,7 +39,7 @@ def no_noise_for_an_empty_batch(patch: Patch) -> None:
     def careless(clean: ClippedSum, z: float, source: RandomSource) -> Tensor:
         return _release(clean, z, source) if bool(clean.value.any()) else clean.value
 
-    patch.setattr(clients.dualpriv, "release", careless)
+    patch.setattr(fl_dualpriv.client.step, "release", careless)
 
 
 def float_noise_on_integers(patch: Patch) -> None:
@@ -74,14 +74,14 @@ def noise_reused_across_clients(patch: Patch) -> None:
 
 
 def noise_reused_across_steps(patch: Patch) -> None:
-    stream = clients.training._stream
+    stream = fl_dualpriv.client.round._stream
 
     def first_step(
         sources: RandomSources, seed: int, partition: int, server_round: int, purpose: str, step: int
     ) -> RandomSource:
         return stream(sources, seed, partition, server_round, purpose, 0 if purpose == "noise" else step)
 
-    patch.setattr(clients.training, "_stream", first_step)
+    patch.setattr(fl_dualpriv.client.round, "_stream", first_step)
 
 
 def kernel_randomness_kept(patch: Patch) -> None:
@@ -100,7 +100,7 @@ def kernel_randomness_kept(patch: Patch) -> None:
 NOISE_MUTATIONS = (
     Mutation(
         name="noise is divided by the batch twice",
-        where="clients.dualpriv.release",
+        where="fl_dualpriv.client.step.release",
         plant=noise_divided_twice,
         caught_by=(step_checks.noise_has_std_z_times_c, step_checks.an_empty_batch_has_the_same_noise),
         audited_by=audit_checks.the_claim_about_records_stands,
@@ -117,7 +117,7 @@ NOISE_MUTATIONS = (
     ),
     Mutation(
         name="an empty batch skips its noise",
-        where="clients.dualpriv.release",
+        where="fl_dualpriv.client.step.release",
         plant=no_noise_for_an_empty_batch,
         caught_by=(step_checks.an_empty_batch_has_the_same_noise,),
     ),
@@ -152,7 +152,7 @@ NOISE_MUTATIONS = (
     ),
     Mutation(
         name="noise is reused in every step",
-        where="clients.training._stream",
+        where="fl_dualpriv.client.round._stream",
         plant=noise_reused_across_steps,
         caught_by=(run_checks.no_stream_is_asked_for_twice,),
     ),

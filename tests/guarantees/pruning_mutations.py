@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-import clients.dualpriv
+import fl_dualpriv.client.step
 from fl_dualpriv.client.blocks import Blocks, CoordinateBlocks
 from fl_dualpriv.client.optimizers import Optimizer
 from fl_dualpriv.client.pruning import Draw, Pruned, UpdatePruning
@@ -55,7 +55,7 @@ def moments_from_clean_gradients(patch: Patch) -> None:
 
 def masked_rows_scaled_up_after_the_clip(patch: Patch) -> None:
     """1 / keep_ratio would make a random mask unbiased; after the clip it makes a record worth more than C."""
-    make = clients.dualpriv._clean_sums
+    make = fl_dualpriv.client.step._clean_sums
 
     def scaled(gradients: StepGradients, plan: RecordLevelPlan, masks: Tensor | None) -> list[ClippedSum]:
         found = make(gradients, plan, masks)
@@ -63,12 +63,12 @@ def masked_rows_scaled_up_after_the_clip(patch: Patch) -> None:
             return found
         return [replace(one, value=one.value / own.mean()) for one, own in zip(found, masks, strict=True)]
 
-    patch.setattr(clients.dualpriv, "_clean_sums", scaled)
+    patch.setattr(fl_dualpriv.client.step, "_clean_sums", scaled)
 
 
 def noise_scaled_to_the_share_that_is_open(patch: Patch) -> None:
     """Half of the coordinates do not need half of the noise: the bound of a record's norm is the same."""
-    make = clients.dualpriv._clean_sums
+    make = fl_dualpriv.client.step._clean_sums
 
     def shared_out(gradients: StepGradients, plan: RecordLevelPlan, masks: Tensor | None) -> list[ClippedSum]:
         found = make(gradients, plan, masks)
@@ -77,7 +77,7 @@ def noise_scaled_to_the_share_that_is_open(patch: Patch) -> None:
         shares = masks.mean(dim=(1, 2)).sqrt().tolist()
         return [replace(one, sensitivity=one.sensitivity * share) for one, share in zip(found, shares, strict=True)]
 
-    patch.setattr(clients.dualpriv, "_clean_sums", shared_out)
+    patch.setattr(fl_dualpriv.client.step, "_clean_sums", shared_out)
 
 
 PRUNING_MUTATIONS = (
@@ -104,13 +104,13 @@ PRUNING_MUTATIONS = (
     ),
     Mutation(
         name="masked gradients are scaled up after the clip",
-        where="clients.dualpriv._clean_sums",
+        where="fl_dualpriv.client.step._clean_sums",
         plant=masked_rows_scaled_up_after_the_clip,
         caught_by=(pruning_checks.one_record_moves_a_masked_release_by_at_most_c,),
     ),
     Mutation(
         name="noise is scaled down to the share of open coordinates",
-        where="clients.dualpriv._clean_sums",
+        where="fl_dualpriv.client.step._clean_sums",
         plant=noise_scaled_to_the_share_that_is_open,
         caught_by=(pruning_checks.a_masked_release_has_the_noise_of_its_open_blocks,),
     ),

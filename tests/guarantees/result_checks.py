@@ -20,8 +20,8 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
-import clients.dualpriv
-import clients.training
+import fl_dualpriv.client.round
+import fl_dualpriv.client.step
 from fl_dualpriv.data.load import load_data
 from fl_dualpriv.privacy.clipping import ClippedSum
 from fl_dualpriv.privacy.noise import RandomSource, gaussian_noise
@@ -91,7 +91,7 @@ def releases_fixed() -> Iterator[None]:
         return gaussian_noise(source, tuple(self.prompt.shape), 0.1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clients.dualpriv, "_release", of_records)
+        patch.setattr(fl_dualpriv.client.step, "_release", of_records)
         patch.setattr(RoundStrategy, "_noised", of_clients)
         patch.setattr(secrets, "token_hex", lambda nbytes=None: "5" * 16)
         yield
@@ -111,14 +111,14 @@ def secrets_moved(level: Level) -> Iterator[None]:
         gmtime, now = time.gmtime, time.time
         patch.setattr(time, "gmtime", lambda seconds=None: gmtime(now() if seconds is None else seconds))
         if level == "client":
-            participant = clients.training.TrainRound._participant
+            participant = fl_dualpriv.client.round.TrainRound._participant
 
-            def failing(self: clients.training.TrainRound, partition: int, state: Any) -> Any:
+            def failing(self: fl_dualpriv.client.round.TrainRound, partition: int, state: Any) -> Any:
                 if partition == 1:
                     raise RuntimeError("a crash")
                 return participant(self, partition, state)
 
-            patch.setattr(clients.training.TrainRound, "_participant", failing)
+            patch.setattr(fl_dualpriv.client.round.TrainRound, "_participant", failing)
             patch.setattr(server, "poisson_sample", lambda source, population, rate: np.arange(population))
         yield
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import simulations.server_app
+import fl_dualpriv.server.results
 import strategies.dpfpl
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.files import write_tensors
@@ -40,12 +40,12 @@ def _add_to_summary(patch: Patch, more: Callable[[RunRecorder], Mapping[str, Any
 
 
 def _add_to_prompt(patch: Patch, more: Callable[[World], Mapping[str, str]]) -> None:
-    facts = simulations.server_app.metadata_of_global
+    facts = fl_dualpriv.server.results.metadata_of_global
 
     def careless(config: RunConfig, world: World, run_token: str) -> dict[str, str]:
         return {**facts(config, world, run_token), **more(world)}
 
-    patch.setattr(simulations.server_app, "metadata_of_global", careless)
+    patch.setattr(fl_dualpriv.server.results, "metadata_of_global", careless)
 
 
 def seconds_in_rounds(patch: Patch) -> None:

@@ -15,8 +15,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-import clients.dualpriv
-import clients.training
+import fl_dualpriv.client.round
+import fl_dualpriv.client.step
 from fl_dualpriv.client.optimizers import SGD, Optimizer
 from fl_dualpriv.client.pruning import KEEP_ALL, UpdatePruning
 from fl_dualpriv.client.state import PersonalState, fresh_state
@@ -61,7 +61,7 @@ def records(seed: int, count: int = 40) -> ClientData:
 
 def as_a_client_draws(server_round: int = 1, seed: int = 0, randomness: str = "seeded") -> Source:
     """The streams that a run gives its clients."""
-    return lambda partition, purpose, step: clients.training._stream(
+    return lambda partition, purpose, step: fl_dualpriv.client.round._stream(
         noise.random_sources(randomness), seed, partition, server_round, purpose, step
     )
 
@@ -87,7 +87,7 @@ def local_round(
     states: Sequence[PersonalState] | None = None,
 ) -> list[tuple[Tensor, PersonalState]]:
     """One round of clients that step together, with step size 1; from fresh states if none are given."""
-    training = clients.dualpriv.LocalTraining(
+    training = fl_dualpriv.client.step.LocalTraining(
         local_steps=steps,
         sampling_rate=rate,
         global_learning_rate=1.0,
@@ -106,15 +106,15 @@ def local_round(
         arithmetic=arithmetic,
     )
 
-    def participant(partition: int, own: ClientData) -> clients.dualpriv.Participant:
+    def participant(partition: int, own: ClientData) -> fl_dualpriv.client.step.Participant:
         def random(purpose: str, step: int) -> RandomSource:
             return source(partition, purpose, step)
 
         n_ctx, ctx_dim = start.shape
         state = fresh_state(n_ctx, ctx_dim, 2) if states is None else states[partition]
-        return clients.dualpriv.Participant(partition=partition, state=state, data=own, random=random)
+        return fl_dualpriv.client.step.Participant(partition=partition, state=state, data=own, random=random)
 
-    return clients.dualpriv.cohort_update(
+    return fl_dualpriv.client.step.cohort_update(
         global_prompt=start,
         participants=[participant(partition, own) for partition, own in enumerate(data)],
         objective=Classification(
@@ -346,7 +346,7 @@ def data_enter_through_the_release_alone(
         shape = (4, N_CTX, CTX_DIM) if noise_space == "prompt" else (4, N_CLS, EMBED)
         released = iter(torch.randn(*shape, generator=torch.Generator().manual_seed(9)).double().unbind())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(clients.dualpriv, "_release", lambda clean, plan, source: next(released))
+            patch.setattr(fl_dualpriv.client.step, "_release", lambda clean, plan, source: next(released))
             ((upload, state),) = local_round(
                 [records(seed)],
                 as_a_client_draws(),

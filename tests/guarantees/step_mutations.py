@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import clients.dualpriv
-from clients.dualpriv import Participant
+import fl_dualpriv.client.step
+from fl_dualpriv.client.step import Participant
 from fl_dualpriv.client.updates import Directions
 from fl_dualpriv.learners import classification
 from fl_dualpriv.learners import rows as per_example
@@ -95,7 +95,7 @@ class Kept:
 
 def keep_clean_sums(patch: Patch) -> Kept:
     kept = Kept(sums=torch.zeros(0), expected=1.0, counts=[])
-    draw, make = clients.dualpriv._batches, clients.dualpriv._clean_sums
+    draw, make = fl_dualpriv.client.step._batches, fl_dualpriv.client.step._clean_sums
 
     def drawing(participants: Sequence[Participant], step: int, rate: float) -> list[np.ndarray]:
         picked = draw(participants, step, rate)
@@ -108,8 +108,8 @@ def keep_clean_sums(patch: Patch) -> Kept:
         kept.sums = torch.stack([clean.value for clean in found]).float()
         return found
 
-    patch.setattr(clients.dualpriv, "_batches", drawing)
-    patch.setattr(clients.dualpriv, "_clean_sums", keeping)
+    patch.setattr(fl_dualpriv.client.step, "_batches", drawing)
+    patch.setattr(fl_dualpriv.client.step, "_clean_sums", keeping)
     return kept
 
 
@@ -128,7 +128,7 @@ def clip_factors_apart_and_account_once(patch: Patch) -> None:
         return torch.stack(noised).float()
 
     def move(
-        prompts: clients.dualpriv._Prompts,
+        prompts: fl_dualpriv.client.step._Prompts,
         gradient: Tensor,
         parts: MethodParts,
         learning_rate: float,
@@ -138,7 +138,7 @@ def clip_factors_apart_and_account_once(patch: Patch) -> None:
         of_u, of_v = view(kept.sums @ v.mT, 1), view(u.mT @ kept.sums, 2)
         prompts.personal = prompts.personal - learning_rate / kept.expected * (of_u @ v + u @ of_v)
 
-    patch.setattr(clients.dualpriv, "_move_personal", move)
+    patch.setattr(fl_dualpriv.client.step, "_move_personal", move)
 
 
 # --- sampling and divisor ---------------------------------------------------------------------------------------------
@@ -148,12 +148,12 @@ def batches_of_fixed_size(patch: Patch) -> None:
     def without_replacement(source: RandomSource, population: int, rate: float) -> np.ndarray:
         return np.sort(np.argsort(source.uniforms(population))[: round(rate * population)])
 
-    patch.setattr(clients.dualpriv, "poisson_sample", without_replacement)
+    patch.setattr(fl_dualpriv.client.step, "poisson_sample", without_replacement)
 
 
 def divide_by_the_realised_batch(patch: Patch) -> None:
     kept = keep_clean_sums(patch)
-    make = clients.dualpriv._clean_sums
+    make = fl_dualpriv.client.step._clean_sums
 
     def realised(gradients: StepGradients, plan: RecordLevelPlan, masks: Tensor | None) -> list[ClippedSum]:
         found = make(gradients, plan, masks)
@@ -164,7 +164,7 @@ def divide_by_the_realised_batch(patch: Patch) -> None:
             for clean, factor in zip(found, factors, strict=True)
         ]
 
-    patch.setattr(clients.dualpriv, "_clean_sums", realised)
+    patch.setattr(fl_dualpriv.client.step, "_clean_sums", realised)
 
 
 # --- what sees the clean gradients, or other records ------------------------------------------------------------------
@@ -173,14 +173,14 @@ def divide_by_the_realised_batch(patch: Patch) -> None:
 def clean_upload(patch: Patch) -> None:
     """p_G moves by the clean sum, and only what stays at the client by the release: as in the DP-FPL paper."""
     kept, noised = keep_clean_sums(patch), []
-    direct, move = Directions.direction, clients.dualpriv._move_personal
+    direct, move = Directions.direction, fl_dualpriv.client.step._move_personal
 
     def for_the_upload(self: Directions, release: Tensor, carriers: tuple[Tensor, Tensor] | None = None) -> Tensor:
         noised[:] = [direct(self, release, carriers)]
         return kept.sums / kept.expected
 
     def with_the_release(
-        prompts: clients.dualpriv._Prompts,
+        prompts: fl_dualpriv.client.step._Prompts,
         direction: Tensor,
         parts: MethodParts,
         learning_rate: float,
@@ -189,7 +189,7 @@ def clean_upload(patch: Patch) -> None:
         move(prompts, noised[0], parts, learning_rate, closed)
 
     patch.setattr(Directions, "direction", for_the_upload)
-    patch.setattr(clients.dualpriv, "_move_personal", with_the_release)
+    patch.setattr(fl_dualpriv.client.step, "_move_personal", with_the_release)
 
 
 def features_normalised_by_batch(patch: Patch) -> None:
@@ -242,19 +242,19 @@ STEP_MUTATIONS = (
     ),
     Mutation(
         name="u, v and p_G are clipped and noised apart, and accounted once",
-        where="clients.dualpriv._move_personal",
+        where="fl_dualpriv.client.step._move_personal",
         plant=clip_factors_apart_and_account_once,
         caught_by=(step_checks.masks_and_factors_see_the_release_alone, run_checks.the_ledger_covers_every_release),
     ),
     Mutation(
         name="batches of fixed size, without replacement, are accounted as Poisson's",
-        where="clients.dualpriv.poisson_sample",
+        where="fl_dualpriv.client.step.poisson_sample",
         plant=batches_of_fixed_size,
         caught_by=(step_checks.batches_are_independent_coins,),
     ),
     Mutation(
         name="the sum is divided by the realised batch",
-        where="clients.dualpriv._clean_sums",
+        where="fl_dualpriv.client.step._clean_sums",
         plant=divide_by_the_realised_batch,
         caught_by=(step_checks.the_divisor_is_the_public_expected_batch,),
     ),

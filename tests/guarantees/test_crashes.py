@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-import clients.training
-from clients.hosting import Setting
+import fl_dualpriv.client.round
 from fl_dualpriv import messages
+from fl_dualpriv.client.node import Setting
 from fl_dualpriv.client.state import digest
 from fl_dualpriv.privacy import ledger as ledger_module
 from fl_dualpriv.privacy import release
@@ -206,7 +206,7 @@ def test_crashes_do_not_stretch_the_owners_budget(client: Client) -> None:
 
 def event_after_release(patch: pytest.MonkeyPatch) -> None:
     """The ledger is written when the state is kept."""
-    record, finish = Ledger.record, clients.training.TrainRound._finish
+    record, finish = Ledger.record, fl_dualpriv.client.round.TrainRound._finish
     waiting: list[tuple[Ledger, LedgerEvent]] = []
 
     def late(self: Any, *arguments: Any) -> None:
@@ -215,12 +215,12 @@ def event_after_release(patch: pytest.MonkeyPatch) -> None:
             record(*waiting.pop())
 
     patch.setattr(Ledger, "record", lambda self, event: waiting.append((self, event)))
-    patch.setattr(clients.training.TrainRound, "_finish", late)
+    patch.setattr(fl_dualpriv.client.round.TrainRound, "_finish", late)
 
 
 def event_is_a_buffer(patch: pytest.MonkeyPatch) -> None:
     """The ledger is kept in memory and written at the end of a round: killed in between, it is lost."""
-    record, run = Ledger.record, clients.training.TrainRound.run
+    record, run = Ledger.record, fl_dualpriv.client.round.TrainRound.run
     waiting: list[tuple[Ledger, LedgerEvent]] = []
 
     def flushing(self: Any) -> messages.Uploads:
@@ -230,11 +230,11 @@ def event_is_a_buffer(patch: pytest.MonkeyPatch) -> None:
         return uploads
 
     patch.setattr(Ledger, "record", lambda self, event: waiting.append((self, event)))
-    patch.setattr(clients.training.TrainRound, "run", flushing)
+    patch.setattr(fl_dualpriv.client.round.TrainRound, "run", flushing)
 
 
 def rounds_are_not_remembered(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(clients.training, "check_round", lambda *arguments: None)
+    patch.setattr(fl_dualpriv.client.round, "check_round", lambda *arguments: None)
 
 
 def the_file_is_not_synced(patch: pytest.MonkeyPatch) -> None:

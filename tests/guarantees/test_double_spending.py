@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from clients.hosting import Setting
+from fl_dualpriv.client.node import Setting
 from fl_dualpriv.client.state import digest
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.privacy.filters.budget import Budget, FilterChoice

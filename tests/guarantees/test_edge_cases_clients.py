@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-import clients.training
+import fl_dualpriv.client.round
 import fl_dualpriv.server.strategy
 from fl_dualpriv import messages
 from fl_dualpriv.config.schema import app_defaults
@@ -367,7 +367,7 @@ def test_a_run_whose_clients_all_fail_makes_its_releases_and_ends_with_an_error(
 
         return noted
 
-    monkeypatch.setattr(clients.training, "cohort_update", boom)
+    monkeypatch.setattr(fl_dualpriv.client.round, "cohort_update", boom)
     monkeypatch.setattr(fl_dualpriv.server.strategy, "gaussian_noise", noting(gaussian_noise))
     monkeypatch.setattr(release, "rounded_gaussian", noting(rounded_gaussian))
     # At the client level the server is trusted with what a client says.

@@ -15,11 +15,11 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 from torch import Tensor
 
-import clients.dualpriv
-from clients.dualpriv import LocalTraining, Participant, cohort_update
-from clients.hosting import Setting
+import fl_dualpriv.client.step
 from fl_dualpriv import messages
+from fl_dualpriv.client.node import Setting
 from fl_dualpriv.client.state import fresh_state
+from fl_dualpriv.client.step import LocalTraining, Participant, cohort_update
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.classification import Classification
 from fl_dualpriv.methods.base import METHODS
@@ -72,7 +72,7 @@ def released(
 ) -> tuple[Tensor, Tensor]:
     """One step of the real round: what its one release gave, and the move of the prompts times the public divisor."""
     seen: list[Tensor] = []
-    release = clients.dualpriv.release
+    release = fl_dualpriv.client.step.release
 
     def looking(*arguments: Any) -> Tensor:
         seen.append(release(*arguments))
@@ -95,7 +95,7 @@ def released(
         local_learning_rate=1.0,
     )
     with monkeypatch.context() as patch:
-        patch.setattr(clients.dualpriv, "release", looking)
+        patch.setattr(fl_dualpriv.client.step, "release", looking)
         ((upload, state),) = cohort_update(
             global_prompt=start,
             participants=[Participant(partition=0, state=fresh_state(N_CTX, CTX_DIM, 2), data=data, random=random)],
@@ -314,13 +314,13 @@ def test_no_global_prompt_makes_a_release_without_an_event_or_noise(
     setting: Setting, tiny_node: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     draws: list[Tensor] = []
-    release = clients.dualpriv.release
+    release = fl_dualpriv.client.step.release
 
     def looking(*arguments: Any) -> Tensor:
         draws.append(release(*arguments))
         return draws[-1]
 
-    monkeypatch.setattr(clients.dualpriv, "release", looking)
+    monkeypatch.setattr(fl_dualpriv.client.step, "release", looking)
     node = tiny_node(setting=setting, folder=tmp_path)
     found = node.train(1, prompt=PROMPTS[name])
     made = Ledger(tmp_path / "ledger.jsonl").read().releases()

@@ -18,9 +18,9 @@ from flwr.app import Message
 from scipy.special import ndtr
 from torch import Tensor
 
-from clients.dualpriv import LocalTraining, Participant, cohort_update
 from fl_dualpriv import messages
 from fl_dualpriv.client.state import PersonalState, fresh_state
+from fl_dualpriv.client.step import LocalTraining, Participant, cohort_update
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.classification import Classification
 from fl_dualpriv.methods.base import METHODS

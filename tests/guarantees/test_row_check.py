@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clients.hosting import Setting
+from fl_dualpriv.client.node import Setting
 from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.learners.row_check import RowPath, checked_objective

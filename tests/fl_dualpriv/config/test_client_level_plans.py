@@ -12,7 +12,6 @@ from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.accounting import COARSE_GRID
 from fl_dualpriv.privacy.correlated import BandedNoise, TreeNoise
 from fl_dualpriv.privacy.plan import ClientLevelPlan, client_level_notes, client_level_releases
-from fl_dualpriv.tasks.disclosure import claims_privacy
 
 DEFAULTS = app_defaults(Path(__file__).parents[3])
 
@@ -21,7 +20,7 @@ def plan(**client: object) -> ClientLevelPlan:
     given = {"mechanism": "gaussian", "expected-cohort": 20.0, "calibrate-to": "noise-multiplier"}
     keys = {f"privacy.client.{key.replace('_', '-')}": value for key, value in (given | client).items()}
     config = RunConfig.from_run_config(merge(DEFAULTS, {"population": 100, "rounds": 20}, keys))  # type: ignore[dict-item]
-    assert claims_privacy(config)
+    assert config.claims_privacy
     found = client_level_plan(config)
     assert found is not None
     return found

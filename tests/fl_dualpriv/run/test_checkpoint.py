@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from fl_dualpriv.config.releases import may_repeat
 from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.privacy.accounting import SampledGaussians, composed_epsilon, joint_noise_multiplier
 from fl_dualpriv.run.checkpoint import FILES, Checkpoint, CheckpointFolder, Progress
-from simulations.server_app import may_repeat
 
 DEFAULTS = app_defaults(Path(__file__).parents[3])
 

@@ -1,0 +1,219 @@
+"""The audit of the record level: planted records, guessed from what their clients release.
+
+**Why the bound holds.** Unit: one record of one client. Relation: add-or-remove-one, as the accountant has it: a
+record's term is there or zero, n_i is public (docs/privacy.md). Every canary has a fair coin of its own; one that stays
+out leaves a record of zero features behind, whose gradient is zero, so that nothing but its term is missing. The
+mechanism is what the plan accounts for: all uploads of all rounds. A record belongs to one client, whose releases the
+plan bounds jointly, and what others release afterwards depends on it through those alone; so the map from all coins of
+all clients to all uploads is (ε, δ)-DP for each single coin, and the guesses about all of them count together. The
+auditor sees uploads, global prompts and personal prompts, all of which are releases, knows every canary, and does not
+know the coins, the batches or the noise. Which canaries, which scores and which tower change how much is found, and
+never whether it is true.
+
+Clients hold canaries alone. Other records would blur the scores, and whoever knows them could take them out again: DP
+holds whatever the other records are, and this choice finds most.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from attacks.verdict import CANARIES, AuditResult, coins, judge, silenced
+from fl_dualpriv.client.node import chunks, prompts_at_once
+from fl_dualpriv.client.round import local_training
+from fl_dualpriv.client.state import PersonalState, fresh_state
+from fl_dualpriv.client.step import Participant, cohort_update
+from fl_dualpriv.config.plans import record_level_plan
+from fl_dualpriv.config.schema import RunConfig
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.learners.base import ClientData
+from fl_dualpriv.learners.rows import Batches, per_example_gradients
+from fl_dualpriv.methods.base import METHODS
+from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, RandomSources, StreamKey, random_sources
+from fl_dualpriv.privacy.plan import RecordLevelPlan
+from fl_dualpriv.tasks.build import image_world
+from fl_dualpriv.tasks.images import ImageWorld
+
+_MOST_PER_CLIENT = 96
+_OWN_SHARE = 0.6  # of a canary's clipped gradient that the other canaries do not span
+_RIDGE = 0.1  # of a canary's own weight: where two nearly coincide, telling them apart would blow up the noise
+_ENOUGH_CLIENTS = 8  # for their mean to say what they have in common
+
+
+def audit_record_level(config: RunConfig, seed: int, *, canaries: int = CANARIES, noisy: bool = True) -> AuditResult:
+    """Plant canaries at simulated clients, run all rounds by the code that a run uses, and guess.
+
+    Args:
+        config: The run; its method, learner, steps, rounds and record-level privacy are audited. How many clients
+            there are is set by ``canaries``: the plan is one client's and does not depend on it.
+        seed: Of coins and canaries; with ``privacy.randomness = "seeded"`` of batches and noise too.
+        canaries: How many at least, over all clients.
+        noisy: False: the control. Noise is zero, the claim stays, and the bound shows what the audit would find.
+
+    Raises:
+        ConfigError: If there is no record-level ε to audit, or none that uploads show.
+    """
+    plan = _plan(config)
+    world = image_world(config)
+    return _Audit(config, plan, world, seed, canaries, noisy=noisy).run()
+
+
+def _plan(config: RunConfig) -> RecordLevelPlan:
+    plan = record_level_plan(config)
+    if plan is None:
+        raise ConfigError(
+            f"method = {config.method!r} with privacy.record.mechanism = {config.privacy.record.mechanism!r}: no "
+            'record-level ε is proved, so there is none to audit; set the mechanism to "gaussian" and another method'
+        )
+    if plan.trusts_server:
+        raise ConfigError(
+            "privacy.record.trusts-server = true: clients upload clean sums, and what is released is their noised sum "
+            "over clients, which this audit does not take apart; set it to false to audit the client's own noise"
+        )
+    return plan
+
+
+class _Audit:
+    """One audit: clients, canaries and coins."""
+
+    def __init__(
+        self, config: RunConfig, plan: RecordLevelPlan, world: ImageWorld, seed: int, canaries: int, *, noisy: bool
+    ) -> None:
+        self._config, self._plan, self._world, self._seed, self._noisy = config, plan, world, seed, noisy
+        self._parts, self._tower = METHODS[config.method], world.tower(config.prompt)
+        self._prompt = world.initial_prompt(config).to(world.backbone.device)
+        self._features, self._labels = self._craft()
+        per_client = len(self._labels)
+        self._clients = -(-canaries // per_client)
+        shape = (self._clients, per_client)
+        self._present = coins(KeyedRandom(StreamKey(seed=seed, purpose="audit-coins")), shape)
+
+    def _craft(self) -> tuple[Tensor, Tensor]:
+        """The canaries of a client, the same at each: features and the class that each speaks against most.
+
+        An unlikely class gives a large gradient, so that clipping brings a canary to the norm C. Of orthonormal
+        features those are kept whose gradients add directions of their own: of a head's all, of a text tower's some 20.
+        """
+        width = self._world.backbone.embed_dim
+        generator = np.random.default_rng([self._seed, 1])
+        basis, _ = np.linalg.qr(generator.standard_normal((width, min(width, _MOST_PER_CLIENT))))
+        features = torch.from_numpy(basis.T.copy()).to(self._prompt)
+        labels = (features @ self._tower.values(self._prompt[None])[0].T).argmin(dim=1)
+        rows = self._gradients(self._prompt, features, labels).cpu().numpy()
+        norms = np.linalg.norm(rows, axis=1, keepdims=True)
+        reached = rows / np.maximum(norms, self._plan.clip_norm)
+        # With pivots, each diagonal entry is what a row adds to those before it, the largest first.
+        triangle, order = cast("tuple[np.ndarray, np.ndarray]", scipy.linalg.qr(reached.T, mode="r", pivoting=True))
+        own = np.abs(np.diagonal(triangle))
+        kept = torch.from_numpy(order[: max(1, int((own >= _OWN_SHARE * own[0]).sum()))].astype(np.int64))
+        return features[kept], labels[kept]
+
+    def run(self) -> AuditResult:
+        """All rounds, then the guesses."""
+        sources = random_sources(self._config.privacy.randomness)
+        if not self._noisy:
+            sources = silenced(sources, frozenset({"noise"}))
+        fresh = fresh_state(*self._prompt.shape, self._config.prompt.rank).to(self._prompt.device)
+        states, seen = [fresh] * self._clients, []
+        for server_round in range(1, self._config.rounds + 1):
+            before, prompt = states, self._prompt
+            uploads, states = self._round(before, sources, server_round)
+            if self._parts.shared:
+                moved = uploads
+                self._prompt = prompt + uploads.mean(dim=0)
+            else:
+                moved = torch.stack([s.personal - b.personal for s, b in zip(states, before, strict=True)])
+            personal = [state.personal for state in before] if self._parts.personal else None
+            seen.append(_Seen(prompt, personal, moved.to(torch.float64).flatten(1)))
+        present = self._present.reshape(-1)
+        scores = self._scores(seen)
+        return judge("record", self._plan.epsilon(), self._plan.delta, scores, present, noisy=self._noisy)
+
+    def _round(
+        self, states: Sequence[PersonalState], sources: RandomSources, server_round: int
+    ) -> tuple[Tensor, list[PersonalState]]:
+        """Local steps of everybody, in groups as a node makes them."""
+        workspace = self._config.resources.workspace_mib * 2**19
+        uploads, kept = [], []
+        for group in chunks(range(self._clients), prompts_at_once(self._tower, workspace, self._prompt.device)):
+            results = cohort_update(
+                global_prompt=self._prompt,
+                participants=[self._participant(k, states[k], sources, server_round) for k in group],
+                objective=self._world.objective(self._config),
+                parts=self._parts,
+                training=local_training(self._config),
+                plan=self._plan,
+            )
+            uploads += [upload for upload, _ in results]
+            kept += [state for _, state in results]
+        return torch.stack(uploads), kept
+
+    def _participant(self, client: int, state: PersonalState, sources: RandomSources, server_round: int) -> Participant:
+        present = torch.from_numpy(self._present[client]).to(self._prompt.device)
+        data = ClientData(features=torch.where(present[:, None], self._features, 0.0), labels=self._labels)
+        random = functools.partial(_stream, sources, self._seed, client, server_round)
+        return Participant(partition=client, state=state, data=data, random=random)
+
+    def _scores(self, seen: Sequence["_Seen"]) -> list[np.ndarray]:
+        """Two scores of every canary, (canary,): the sum of its weights over rounds, and their spread.
+
+        A weight says how much of a canary's gradient is in what its client released in a round. What all clients'
+        releases have in common is taken out first: the mean effect of all canaries, and any noise that they share. For
+        the spread, so is what a client's releases have in common over rounds: noise that repeats.
+        """
+        moved = torch.stack([one.moved for one in seen])
+        if self._clients >= _ENOUGH_CLIENTS:
+            moved = moved - moved.mean(dim=1, keepdim=True)
+        total = spread = torch.zeros(self._present.shape, dtype=torch.float64)
+        for one, whole, rest in zip(seen, moved, moved - moved.mean(dim=0), strict=True):
+            both = torch.stack([whole, rest], dim=1)  # (client, 2, number)
+            if one.personal is None:
+                weights = self._weights(self._directions(one.prompt), both)
+            else:
+                prompts = [one.prompt + own for own in one.personal]
+                weights = torch.cat(
+                    [self._weights(self._directions(p), m[None]) for p, m in zip(prompts, both, strict=True)]
+                )
+            total, spread = total + weights[:, 0], spread + weights[:, 1].square()
+        return [total.reshape(-1).numpy(), spread.reshape(-1).numpy()]
+
+    def _directions(self, prompt: Tensor) -> Tensor:
+        """Unit gradients of the canaries at a released prompt, (canary, n_ctx · ctx_dim)."""
+        return torch.nn.functional.normalize(self._gradients(prompt, self._features, self._labels), dim=1)
+
+    def _gradients(self, prompt: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+        """Each record's gradient, before any clip, float64."""
+        rows = per_example_gradients(
+            self._tower(prompt[None]),
+            Batches.of((features, labels)),
+            self._world.logit_scale,
+            workspace_bytes=self._config.resources.workspace_mib * 2**20,
+        )
+        return rows[0, : len(labels)].flatten(1).to(torch.float64)
+
+    @staticmethod
+    def _weights(directions: Tensor, moved: Tensor) -> Tensor:
+        """Least squares against all canaries of a client, so that they do not hide each other: (client, 2, canary)."""
+        gram = directions @ directions.T
+        gram += _RIDGE * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        # A step goes against the gradient.
+        return -torch.linalg.solve(gram, directions @ moved.transpose(1, 2)).transpose(1, 2).cpu()
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the auditor saw of a round: the prompts it began with, and each client's move, (client, n_ctx · ctx_dim)."""
+
+    prompt: Tensor
+    personal: Sequence[Tensor] | None
+    moved: Tensor
+
+
+def _stream(sources: RandomSources, seed: int, client: int, server_round: int, purpose: str, step: int) -> RandomSource:
+    return sources(StreamKey(seed=seed, purpose=purpose, partition=client, server_round=server_round, step=step))

@@ -1,0 +1,189 @@
+"""A federation that can be trained again and again on chosen records, by the code that a run trains with."""
+
+import functools
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from flwr.app import ConfigRecord, Context, Message
+from flwr.clientapp import ClientApp
+from torch import Tensor
+
+from fl_dualpriv import messages
+from fl_dualpriv.client.node import chunks, prompts_at_once
+from fl_dualpriv.client.published_step import published_updates
+from fl_dualpriv.client.round import local_training, published_training
+from fl_dualpriv.client.state import PersonalState, fresh_state
+from fl_dualpriv.client.step import Participant, cohort_update
+from fl_dualpriv.config.plans import client_level_plan, record_level_plan
+from fl_dualpriv.config.schema import RunConfig
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.flower.local import LocalGrid
+from fl_dualpriv.learners.base import ClientData
+from fl_dualpriv.methods.base import METHODS
+from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
+from fl_dualpriv.run.recorder import RunRecorder
+from fl_dualpriv.server.build import build_strategy
+from fl_dualpriv.server.plugins import load_class, plugin_options
+from fl_dualpriv.server.strategy import RoundReport, RoundStrategy
+from fl_dualpriv.tasks.build import image_world
+
+
+class Federation:
+    """The configured federation, without its accuracies, state folders and client ledgers.
+
+    Guarantee:
+        `train` on all records gives the prompts of ``fl-dualpriv run --engine local`` with seeded randomness, to float
+        rounding (tests/attacks/test_membership.py): clients run `cohort_update` or `published_updates` with the
+        run's plan, and the server is the run's strategy, cohort, clip, noise and step included. What an attack finds
+        out about these prompts is what the same attack finds out about a run's.
+
+    Args:
+        config: The run. Its randomness is replaced by keyed streams, one seed a training: the same distributions, and
+            an audit that can be repeated.
+
+    Raises:
+        ConfigError: If nothing is trained, or if features change from round to round.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.parts = METHODS[config.method]
+        if not self.parts.trains:
+            raise ConfigError(f"method = {config.method!r} trains nothing, so there is nothing to attack; give another")
+        if config.data.augmentation != "none":
+            raise ConfigError(
+                f"data.augmentation = {config.data.augmentation!r}: attacks need the features that were trained on; "
+                'set data.augmentation = "none"'
+            )
+        # One node that hosts everybody: how many nodes there are changes no result.
+        self.config = replace(config, supernodes=1, privacy=replace(config.privacy, randomness="seeded"))
+        self.world = image_world(self.config)
+        self.tower = self.world.tower(config.prompt)
+        self.objective = self.world.objective(config)
+        self.plan, self.client_plan = record_level_plan(config), client_level_plan(config)
+        self.start = self.world.initial_prompt(config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where prompts and features live."""
+        return self.world.backbone.device
+
+    def records(self, partition: int) -> ClientData:
+        """A client's records; those that cannot be read are left out, for no attack can ask about them."""
+        data = self.world.client_data(partition)
+        usable = torch.isfinite(data.features).all(dim=1)
+        return ClientData(features=data.features[usable], labels=data.labels[usable])
+
+    def train(self, members: Sequence[ClientData], seed: int) -> Tensor:
+        """Run all rounds on these records.
+
+        Args:
+            members: Each client's records, at least one.
+            seed: Of batches and noise.
+
+        Returns:
+            What is published in the end: p_G + p_L of each client, (client, n_ctx, ctx_dim).
+        """
+        training = _Training(self, members, seed)
+        grid = LocalGrid(training.client_app(), 1, self.config.to_run_config())
+        arrays, nothing = messages.to_arrays(self.start), ConfigRecord()
+        with tempfile.TemporaryDirectory() as folder:
+            strategy = self._strategy(members, seed, Path(folder))
+            for server_round in range(1, self.config.rounds + 1):
+                requests = strategy.configure_train(server_round, arrays, nothing, grid)
+                aggregated, _ = strategy.aggregate_train(server_round, grid.send_and_receive(requests))
+                assert aggregated is not None
+                arrays = aggregated
+        if strategy.failures:
+            raise RuntimeError(f"the training under attack failed: {strategy.last_failure}")
+        personal = torch.stack([state.personal for state in training.states])
+        return messages.from_arrays(arrays).to(self.device) + personal
+
+    def _strategy(self, members: Sequence[ClientData], seed: int, folder: Path) -> RoundStrategy:
+        config = self.config
+        strategy_class = load_class("strategy.ref", config.strategy.ref, RoundStrategy)
+        cards = {p: messages.ClientCard(partition=p, num_examples=data.num_examples) for p, data in enumerate(members)}
+        return build_strategy(
+            strategy_class,
+            replace(config, seed=seed),
+            self.plan,
+            self.client_plan,
+            cards,
+            dict.fromkeys(cards, 1),
+            RunRecorder(folder),
+            _say_nothing,
+            plugin_options(strategy_class, RoundStrategy, config.to_run_config()),
+        )
+
+
+class _Training:
+    """The clients of one training: their records, personal prompts and streams."""
+
+    def __init__(self, federation: Federation, members: Sequence[ClientData], seed: int) -> None:
+        self._federation, self._members, self._seed = federation, members, seed
+        n_ctx, ctx_dim = federation.start.shape
+        fresh = fresh_state(n_ctx, ctx_dim, federation.config.prompt.rank).to(federation.device)
+        self.states: list[PersonalState] = [fresh] * len(members)
+
+    def client_app(self) -> ClientApp:
+        """A ClientApp that trains, and writes nothing."""
+        app = ClientApp()
+
+        @app.train()
+        def train(message: Message, context: Context) -> Message:
+            return Message(messages.uploads_content(self._round(messages.read_train(message))), reply_to=message)
+
+        return app
+
+    def _round(self, task: messages.TrainTask) -> messages.Uploads:
+        federation, prompt = self._federation, task.global_prompt.to(self._federation.device)
+        # As a node divides its clients.
+        size = prompts_at_once(federation.tower, federation.config.resources.workspace_mib * 2**19, prompt.device)
+        uploads: list[Tensor] = []
+        for group in chunks(sorted(task.partitions), size):
+            participants = [self._participant(p, task.server_round) for p in group]
+            for participant, (upload, state) in zip(participants, self._updates(prompt, participants), strict=True):
+                self.states[participant.partition] = state
+                uploads.append(upload)
+        return messages.Uploads(partitions=tuple(sorted(task.partitions)), values=torch.stack(uploads).cpu())
+
+    def _participant(self, partition: int, server_round: int) -> Participant:
+        def random(purpose: str, step: int) -> RandomSource:
+            return KeyedRandom(
+                StreamKey(seed=self._seed, purpose=purpose, partition=partition, server_round=server_round, step=step)
+            )
+
+        return Participant(
+            partition=partition, state=self.states[partition], data=self._members[partition], random=random
+        )
+
+    def _updates(self, prompt: Tensor, participants: list[Participant]) -> list[tuple[Tensor, PersonalState]]:
+        return client_updates(self._federation, prompt, participants)
+
+
+def client_updates(
+    federation: Federation, prompt: Tensor, participants: Sequence[Participant]
+) -> list[tuple[Tensor, PersonalState]]:
+    """One round of these clients' local steps: uploads and new personal states, as a node computes them."""
+    if federation.parts.published_procedure:
+        return published_updates(
+            global_prompt=prompt,
+            participants=participants,
+            tower=federation.tower,
+            logit_scale=federation.world.logit_scale,
+            training=functools.partial(published_training, federation.config),
+        )
+    return cohort_update(
+        global_prompt=prompt,
+        participants=participants,
+        objective=federation.objective,
+        parts=federation.parts,
+        training=local_training(federation.config),
+        plan=federation.plan,
+    )
+
+
+def _say_nothing(report: RoundReport) -> None:
+    """Rounds under attack report to nobody."""

@@ -1,0 +1,88 @@
+"""Everything that leaves a run, per level, and the notes that a reader needs beside the privacy table."""
+
+import math
+
+from fl_dualpriv.config.schema import RunConfig
+from fl_dualpriv.methods.base import METHODS
+from fl_dualpriv.privacy.plan import (
+    ClientLevelPlan,
+    RecordLevelPlan,
+    Release,
+    client_level_notes,
+    client_level_releases,
+    nominal_releases,
+    record_level_releases,
+)
+
+
+def list_releases(
+    config: RunConfig, record: RecordLevelPlan | None, client: ClientLevelPlan | None, *, scored: bool
+) -> list[Release]:
+    """Everything that leaves, per level. Empty without differential privacy."""
+    parts = METHODS[config.method]
+    releases = []
+    if record is not None:
+        releases += record_level_releases(record, shared=parts.shared, scored=scored)
+    if client is not None:
+        # Scores of personal prompts are functions of un-noised client data, unless the record level is on and pays.
+        releases += client_level_releases(client, scored=scored and (record is None or not parts.personal))
+    nominal = config.privacy.record
+    if parts.published_procedure and nominal.mechanism == "gaussian":
+        releases += nominal_releases(nominal.epsilon, nominal.delta, config.rounds * config.train.local_steps)
+    return releases
+
+
+def notes(
+    config: RunConfig, record: RecordLevelPlan | None, client: ClientLevelPlan | None, *, scored: bool
+) -> list[str]:
+    """What a reader must know beside the table."""
+    parts = METHODS[config.method]
+    found = []
+    if config.privacy.randomness == "seeded" and (record or client):
+        found.append("reproducible noise: do not publish (privacy.randomness = seeded)")
+    if record and record.trusts_server:
+        found.append("trusts-server: the server sees each client's clean clipped sums")
+    if client:
+        found.append("client level: the server sees each client's update; personal prompts are not covered")
+        found += client_level_notes(client)
+    if client and not record and parts.personal:
+        found.append("scores are of the global prompt: scores of personal prompts would not be covered")
+    if client and record and parts.personal:
+        found.append("scores are of personal prompts: covered at record level, not at client level")
+    if parts.published_procedure and config.privacy.record.mechanism == "gaussian":
+        found.append("dpfpl-paper: the paper's formulas, not the authors' code; ε is nominal, not a guarantee")
+    if record and config.train.top_m:
+        found.append(f"top-m = {config.train.top_m}: each record back-propagates its largest residuals only, a bias")
+    if record and config.privacy.record.noise_space == "feature":
+        found.append("noise-space = feature: gradients of the class features are clipped and noised, not the prompt's")
+    if (record or client) and config.privacy.arithmetic == "integer":
+        found.append("arithmetic = integer: exact sums, integer noise; low-order bits tell nothing about the data")
+    if not scored:
+        found.append(
+            "no scores: the held-out images are private (evaluation.held-out-data); give a test/ folder, or declare "
+            'them with evaluation.held-out-data = "public"'
+        )
+    if not config.claims_privacy and parts.trains:
+        found.append("no differential privacy")
+    return found
+
+
+def may_repeat(config: RunConfig) -> bool:
+    """Whether a round whose result was seen may be made again: as the same release, or as a further one.
+
+    Correlated noise is one release of all rounds: another noise in one of them has no place in it. Clients that trust
+    the server send the same sums once more: a second noise on them is a further look at one sample, which costs more
+    than a further sample, for which the ledger would charge it. A round of clients draws its cohort anew.
+    """
+    privacy = config.privacy
+    independent = privacy.client.mechanism in ("none", "gaussian") and not privacy.record.trusts_server
+    return privacy.randomness == "seeded" or independent
+
+
+def round_of_epsilon(server_round: int, rounds: int) -> int:
+    """The round whose ε is shown as spent: this one, or in a long run a later one, whose ε is an upper bound.
+
+    Each ε costs about a tenth of a second of CPU, more than a round of a small prompt: a run computes at most 25.
+    """
+    stride = math.ceil(rounds / 25)
+    return min(math.ceil(server_round / stride) * stride, rounds)

@@ -1,0 +1,109 @@
+"""Build the strategy of a run, with its plans, its noise and its ledger, from the configuration."""
+
+import secrets
+from collections.abc import Callable, Mapping
+
+from fl_dualpriv import messages
+from fl_dualpriv.config.schema import RunConfig
+from fl_dualpriv.methods.base import METHODS
+from fl_dualpriv.methods.published import CLIP, nominal_sigma
+from fl_dualpriv.privacy.accounting import joint_noise_multiplier
+from fl_dualpriv.privacy.ledger import Ledger
+from fl_dualpriv.privacy.noise import random_sources
+from fl_dualpriv.privacy.plan import ClientLevelPlan, RecordLevelPlan, round_terms
+from fl_dualpriv.run.file_kinds import PLUGINS
+from fl_dualpriv.run.recorder import RunRecorder
+from fl_dualpriv.server.accounting import ServerPrivacy
+from fl_dualpriv.server.strategy import RoundReport, RoundStrategy
+from fl_dualpriv.tasks.disclosure import may_score
+
+
+def build_strategy(
+    strategy_class: type[RoundStrategy],
+    config: RunConfig,
+    record: RecordLevelPlan | None,
+    client: ClientLevelPlan | None,
+    cards: dict[int, messages.ClientCard],
+    hosts: dict[int, int],
+    recorder: RunRecorder,
+    report: Callable[[RoundReport], None],
+    options: Mapping[str, object],
+    run_token: str | None = None,
+) -> RoundStrategy:
+    """Unpack the configuration into the strategy's arguments; a new run has no token yet."""
+    trusts_server = record is not None and record.trusts_server
+    rate = config.train.sampling_rate
+    private = record is not None or client is not None
+    personal = METHODS[config.method].personal and (record is not None or not private)
+    return strategy_class(
+        cards=cards,
+        hosts=hosts,
+        masses={c.partition: rate * c.num_examples if trusts_server else 1.0 for c in cards.values()},
+        num_rounds=config.rounds,
+        evaluate_every=config.evaluation.every if may_score(config) else 0,
+        prompt_kind="personal" if personal else "global",
+        run_token=run_token or secrets.token_hex(8),
+        terms=round_terms(record, rate, config.train.local_steps),
+        tolerates_failures=private,
+        privacy=server_privacy(config, record, client, cards, Ledger(recorder.folder / "ledger.jsonl")),
+        sources=random_sources(config.privacy.randomness),
+        seed=config.seed,
+        report=report,
+        plugin_folder=recorder.folder / PLUGINS,
+        **options,  # type: ignore[arg-type] - checked against the class's fields
+    )
+
+
+def server_privacy(
+    config: RunConfig,
+    record: RecordLevelPlan | None,
+    client: ClientLevelPlan | None,
+    cards: dict[int, messages.ClientCard],
+    ledger: Ledger,
+) -> ServerPrivacy | None:
+    """What the server noises: client updates, clipped sums of trusting clients, the DP-FPL paper's p_G, or nothing."""
+    if client is not None:
+        return ServerPrivacy(
+            unit="client",
+            bound=client.clip_norm,
+            noise_multiplier=client.sum_noise_multiplier,
+            sampling_rate=client.sampling_rate,
+            ledger_multiplier=client.noise_multiplier,
+            ledger=ledger,
+            max_epsilon=config.privacy.client.max_epsilon or client.epsilon(),
+            delta=client.delta,
+            adaptive=client.adaptive,
+            correlated=client.correlated,
+            arithmetic=client.arithmetic,
+            reproducible=config.privacy.randomness == "seeded",
+        )
+    rate = config.train.global_learning_rate
+    if record is not None and record.trusts_server:
+        # Clients upload −η · (clipped sum), so one record moves the sum by at most η·C; in integers they upload minus
+        # the sum in grid units, and η comes in with the size of a unit.
+        views = [record.server_noise_multiplier] + ([record.local_noise_multiplier] if record.personal else [])
+        return ServerPrivacy(
+            unit="record",
+            bound=rate * record.clip_norm,
+            noise_multiplier=record.server_noise_multiplier,
+            sampling_rate=record.sampling_rate,
+            ledger_multiplier=joint_noise_multiplier(*views),
+            ledger=ledger,
+            max_epsilon=record.epsilon(),
+            delta=record.delta,
+            arithmetic=record.arithmetic,
+            reproducible=config.privacy.randomness == "seeded",
+        )
+    nominal = config.privacy.record
+    if METHODS[config.method].published_procedure and nominal.mechanism == "gaussian":
+        steps = config.rounds * config.train.local_steps
+        batch = min(max(1, round(config.train.sampling_rate * card.num_examples)) for card in cards.values())
+        return ServerPrivacy(
+            unit="nominal",
+            bound=rate * CLIP / batch,
+            noise_multiplier=nominal_sigma(nominal.epsilon, nominal.delta, steps),
+            sampling_rate=1.0,
+            ledger_multiplier=0.0,
+            ledger=None,
+        )
+    return None

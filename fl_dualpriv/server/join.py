@@ -1,0 +1,69 @@
+"""Wait for the nodes of a run, and ask each for the clients that it hosts."""
+
+import time
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fl_dualpriv import messages
+from fl_dualpriv.config.schema import RunConfig
+from fl_dualpriv.errors import ConfigError
+
+
+def check_engine(config: RunConfig, engine: str) -> None:
+    """Refuse a partition that the engine cannot have.
+
+    Raises:
+        ConfigError: If a simulation is to read a folder per node.
+    """
+    if config.data.partition == "by-node" and engine != "deployment":
+        raise ConfigError(
+            'data.partition = "by-node" is for deployed nodes, each with a folder of its own: here all clients would '
+            'have the same records; set it to "iid", "by-class" or "dirichlet"'
+        )
+
+
+def join(grid: Grid, config: RunConfig) -> tuple[dict[int, messages.ClientCard], dict[int, int]]:
+    """Wait for all nodes, then ask each for the clients it hosts. Nothing is sampled before that (Flower races).
+
+    Returns:
+        Each client's card and the id of its node, both by partition, in order.
+
+    Raises:
+        ConfigError: Too few or too many nodes, a node that cannot start, or clients that are not each there once.
+    """
+    expected, deadline = config.num_supernodes, time.monotonic() + config.join_timeout
+    while len(nodes := list(grid.get_node_ids())) < expected and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if len(nodes) != expected:
+        key = "supernodes" if config.supernodes else "population"
+        raise ConfigError(
+            f"{key} = {expected}, but {len(nodes)} nodes joined within {config.join_timeout:g} s; start the simulation "
+            f'with --federation-config "num-supernodes={expected}", or set {key} = {len(nodes)}'
+        )
+    requests = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
+    found: list[tuple[messages.ClientCard, int]] = []
+    replies = list(grid.send_and_receive(requests, timeout=config.reply_timeout))
+    if silent := len(nodes) - len(replies):
+        raise ConfigError(
+            f"{silent} of {len(nodes)} nodes did not say within {config.reply_timeout:g} s whom they host: look at "
+            "their logs, or raise reply-timeout"
+        )
+    for reply in replies:
+        if reply.has_error():
+            raise ConfigError(f"a client cannot start: {messages.failure_reason(reply)}")
+        found += [(card, reply.metadata.src_node_id) for card in messages.read_cards(reply)]
+    found.sort(key=lambda pair: pair[0].partition)
+    partitions = [card.partition for card, _ in found]
+    if partitions != list(range(config.population)):
+        some = ", ".join(map(str, partitions[:10])) + (", …" if len(partitions) > 10 else "")
+        raise ConfigError(
+            f"the nodes host {len(partitions)} clients ({some}); expected each of 0..{config.population - 1} once"
+        )
+    # A card comes from outside, and the divisors are made of it.
+    if strange := [card for card, _ in found if not 1 <= card.num_examples < 2**53]:
+        raise ConfigError(
+            f"client {strange[0].partition} says that it holds {strange[0].num_examples} records; a client has at "
+            "least one: check its node"
+        )
+    return {card.partition: card for card, _ in found}, {card.partition: node for card, node in found}

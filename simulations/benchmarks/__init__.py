@@ -1,1 +1,0 @@
-"""Benchmarks against peers: `python -m simulations.benchmarks.NAME` runs one, `make bench` all of them."""

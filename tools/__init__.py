@@ -1,0 +1,1 @@
+"""Scripts that make the embedded demo models and the data sets of the experiments."""
