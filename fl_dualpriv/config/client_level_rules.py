@@ -1,4 +1,4 @@
-"""What the keys of client-level privacy must satisfy together; see ``config_cross_rules.py``."""
+"""What the keys of client-level privacy must satisfy together; see ``rules.py``."""
 
 from fl_dualpriv.config.rules import CrossRule
 from fl_dualpriv.privacy.limits import SMALLEST_SAMPLING_RATE

@@ -1,4 +1,4 @@
-"""What a flat run config must satisfy: types, choices and ranges; then the rules of ``config_cross_rules.py``.
+"""What a flat run config must satisfy: types, choices and ranges; then the rules of ``rules.py``.
 
 Nothing here raises.
 

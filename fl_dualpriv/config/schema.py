@@ -2,7 +2,7 @@
 
 There are no defaults here: ``pyproject.toml`` is the one list of keys and defaults, and a test holds the two in step.
 Keys are kebab-case and dotted on the wire and in TOML, snake_case in Python; the conversion happens here alone.
-Ranges and cross-field rules are in ``config_rules.py``. Imports the standard library only.
+Ranges and cross-field rules are in ``ranges.py``. Imports the standard library only.
 """
 
 import dataclasses
@@ -198,7 +198,7 @@ class OutputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run, checked: a ``RunConfig`` that exists satisfies every rule of ``config_rules.py``. Timeouts in seconds.
+    """One run, checked: a ``RunConfig`` that exists satisfies every rule of ``ranges.py``. Timeouts in seconds.
 
     Raises:
         ConfigError: If a field breaks a rule, also on direct construction and ``dataclasses.replace``.

@@ -1,7 +1,7 @@
 """The text tower of an open_clip model: its plain forward pass, and its weights where a prefix can be shared.
 
 open_clip's classes are told by name, so that its import stays in one file; what is read here is compared with the
-tower itself before it is used (`prompts.learner`).
+tower itself before it is used (`learners.context`).
 """
 
 from typing import Any

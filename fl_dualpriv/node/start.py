@@ -141,7 +141,7 @@ def start(options: NodeOptions, node: NodeFile) -> None:
 
     Guarantee:
         Unless ``any_app`` is set, an app whose bundle is not in the owner's list is refused before any of its code is
-        imported (`node_pin.install`), and what Flower loads lies in a folder into which this node alone has unpacked,
+        imported (`node.pin.install`), and what Flower loads lies in a folder into which this node alone has unpacked,
         and only such bundles. What remains: whoever may write there all the same, that is other programs of this user
         and the administrator; and other users of this machine, who can reach ``port`` and, since Flower asks them for
         nothing, take a message meant for the app and answer it in its place, but see neither data nor ledger.
@@ -172,7 +172,7 @@ def start(options: NodeOptions, node: NodeFile) -> None:
         os.environ |= environment(Path(home))
         os.environ.pop(ENVIRONMENT, None)  # the file of this node is named in its configuration
         if not options.any_app:
-            node_pin.install(node.apps)
+            node.pin.install(node.apps)
         node_health.install(options.node_file, options.health_seconds)
         device = chosen_device(node)
         config = Path(home) / "node-config.toml"

@@ -111,7 +111,7 @@ def path_of(folder: Path, name: str, kind: Kind) -> Path:
         ValueError: If the table does not have the file as this kind: then it must not be written.
     """
     if (found := kind_of(name)) != kind:
-        raise ValueError(f"{name} is written as kind {kind!r}, and run_files.py has it as {found!r}")
+        raise ValueError(f"{name} is written as kind {kind!r}, and file_kinds.py has it as {found!r}")
     return folder / name
 
 

@@ -11,7 +11,7 @@ from fl_dualpriv.methods.base import METHODS
 def keeps_bad_records(config: RunConfig) -> bool:
     """True if a record that cannot be used stays a record and adds zero: so it is where a plan protects the data.
 
-    Equal to having a plan (`plans.record_level_plan`, `plans.client_level_plan`), at no cost.
+    Equal to having a plan (`config.plans.record_level_plan`, `config.plans.client_level_plan`), at no cost.
     """
     record, parts = config.privacy.record, METHODS[config.method]
     has_record_plan = record.mechanism != "none" and parts.trains and not parts.published_procedure

@@ -293,9 +293,10 @@ def test_a_gpu_that_is_not_there_is_a_note(tmp_path: Path):
 
 def test_the_probe_runs_nothing_that_lies_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A node may be started anywhere, and with its owner's rights."""
-    (tmp_path / "fl_dualpriv").mkdir()
-    (tmp_path / "fl_dualpriv" / "__init__.py").touch()
-    (tmp_path / "fl_dualpriv" / "node_device.py").write_text("print('planted\\t')")
+    (tmp_path / "fl_dualpriv" / "node").mkdir(parents=True)
+    for folder in ("fl_dualpriv", "fl_dualpriv/node"):
+        (tmp_path / folder / "__init__.py").touch()
+    (tmp_path / "fl_dualpriv" / "node" / "device.py").write_text("print('planted\\t')")
     monkeypatch.chdir(tmp_path)
     assert probe("cuda:99")[0] == "cpu"
 
