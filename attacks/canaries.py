@@ -37,8 +37,8 @@ from fl_dualpriv.learners.rows import Batches, per_example_gradients
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, RandomSources, StreamKey, random_sources
 from fl_dualpriv.privacy.plan import RecordLevelPlan
-from fl_dualpriv.tasks.build import image_world
-from fl_dualpriv.tasks.images import ImageWorld
+from fl_dualpriv.tasks.build import image_task
+from fl_dualpriv.tasks.images import ImageTask
 
 _MOST_PER_CLIENT = 96
 _OWN_SHARE = 0.6  # of a canary's clipped gradient that the other canaries do not span
@@ -60,8 +60,8 @@ def audit_record_level(config: RunConfig, seed: int, *, canaries: int = CANARIES
         ConfigError: If there is no record-level ε to audit, or none that uploads show.
     """
     plan = _plan(config)
-    world = image_world(config)
-    return _Audit(config, plan, world, seed, canaries, noisy=noisy).run()
+    task = image_task(config)
+    return _Audit(config, plan, task, seed, canaries, noisy=noisy).run()
 
 
 def _plan(config: RunConfig) -> RecordLevelPlan:
@@ -83,11 +83,11 @@ class _Audit:
     """One audit: clients, canaries and coins."""
 
     def __init__(
-        self, config: RunConfig, plan: RecordLevelPlan, world: ImageWorld, seed: int, canaries: int, *, noisy: bool
+        self, config: RunConfig, plan: RecordLevelPlan, task: ImageTask, seed: int, canaries: int, *, noisy: bool
     ) -> None:
-        self._config, self._plan, self._world, self._seed, self._noisy = config, plan, world, seed, noisy
-        self._parts, self._tower = METHODS[config.method], world.tower(config.prompt)
-        self._prompt = world.initial_prompt(config).to(world.backbone.device)
+        self._config, self._plan, self._task, self._seed, self._noisy = config, plan, task, seed, noisy
+        self._parts, self._tower = METHODS[config.method], task.tower(config.prompt)
+        self._prompt = task.initial_prompt(config).to(task.backbone.device)
         self._features, self._labels = self._craft()
         per_client = len(self._labels)
         self._clients = -(-canaries // per_client)
@@ -100,7 +100,7 @@ class _Audit:
         An unlikely class gives a large gradient, so that clipping brings a canary to the norm C. Of orthonormal
         features those are kept whose gradients add directions of their own: of a head's all, of a text tower's some 20.
         """
-        width = self._world.backbone.embed_dim
+        width = self._task.backbone.embed_dim
         generator = np.random.default_rng([self._seed, 1])
         basis, _ = np.linalg.qr(generator.standard_normal((width, min(width, _MOST_PER_CLIENT))))
         features = torch.from_numpy(basis.T.copy()).to(self._prompt)
@@ -145,7 +145,7 @@ class _Audit:
             results = cohort_update(
                 global_prompt=self._prompt,
                 participants=[self._participant(k, states[k], sources, server_round) for k in group],
-                objective=self._world.objective(self._config),
+                objective=self._task.objective(self._config),
                 parts=self._parts,
                 training=local_training(self._config),
                 plan=self._plan,
@@ -192,7 +192,7 @@ class _Audit:
         rows = per_example_gradients(
             self._tower(prompt[None]),
             Batches.of((features, labels)),
-            self._world.logit_scale,
+            self._task.logit_scale,
             workspace_bytes=self._config.resources.workspace_mib * 2**20,
         )
         return rows[0, : len(labels)].flatten(1).to(torch.float64)

@@ -37,7 +37,7 @@ from fl_dualpriv.run.recorder import RunRecorder
 from fl_dualpriv.server.build import build_strategy
 from fl_dualpriv.server.plugins import load_class, plugin_options
 from fl_dualpriv.server.strategy import RoundReport, RoundStrategy
-from fl_dualpriv.tasks.build import image_world
+from fl_dualpriv.tasks.build import image_task
 
 _LOUD = 100.0  # canaries send this times the clip norm: a clip that fails is heard
 
@@ -62,7 +62,7 @@ def audit_client_level(config: RunConfig, seed: int, *, canaries: int = CANARIES
         )
     # One node that hosts everybody: how many nodes there are changes no result.
     config = replace(config, supernodes=1)
-    start = image_world(config).initial_prompt(config)
+    start = image_task(config).initial_prompt(config)
     # As many canaries as there are orthogonal directions; the other clients of a larger population send zeros.
     planted = min(config.population, start.numel())
     directions = _directions(planted, start.numel(), seed)

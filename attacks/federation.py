@@ -28,7 +28,7 @@ from fl_dualpriv.run.recorder import RunRecorder
 from fl_dualpriv.server.build import build_strategy
 from fl_dualpriv.server.plugins import load_class, plugin_options
 from fl_dualpriv.server.strategy import RoundReport, RoundStrategy
-from fl_dualpriv.tasks.build import image_world
+from fl_dualpriv.tasks.build import image_task
 
 
 class Federation:
@@ -59,20 +59,20 @@ class Federation:
             )
         # One node that hosts everybody: how many nodes there are changes no result.
         self.config = replace(config, supernodes=1, privacy=replace(config.privacy, randomness="seeded"))
-        self.world = image_world(self.config)
-        self.tower = self.world.tower(config.prompt)
-        self.objective = self.world.objective(config)
+        self.task = image_task(self.config)
+        self.tower = self.task.tower(config.prompt)
+        self.objective = self.task.objective(config)
         self.plan, self.client_plan = record_level_plan(config), client_level_plan(config)
-        self.start = self.world.initial_prompt(config)
+        self.start = self.task.initial_prompt(config)
 
     @property
     def device(self) -> torch.device:
         """Where prompts and features live."""
-        return self.world.backbone.device
+        return self.task.backbone.device
 
     def records(self, partition: int) -> ClientData:
         """A client's records; those that cannot be read are left out, for no attack can ask about them."""
-        data = self.world.client_data(partition)
+        data = self.task.client_data(partition)
         usable = torch.isfinite(data.features).all(dim=1)
         return ClientData(features=data.features[usable], labels=data.labels[usable])
 
@@ -137,17 +137,17 @@ class _Training:
 
         return app
 
-    def _round(self, task: messages.TrainTask) -> messages.Uploads:
-        federation, prompt = self._federation, task.global_prompt.to(self._federation.device)
+    def _round(self, request: messages.TrainRequest) -> messages.Uploads:
+        federation, prompt = self._federation, request.global_prompt.to(self._federation.device)
         # As a node divides its clients.
         size = prompts_at_once(federation.tower, federation.config.resources.workspace_mib * 2**19, prompt.device)
         uploads: list[Tensor] = []
-        for group in chunks(sorted(task.partitions), size):
-            participants = [self._participant(p, task.server_round) for p in group]
+        for group in chunks(sorted(request.partitions), size):
+            participants = [self._participant(p, request.server_round) for p in group]
             for participant, (upload, state) in zip(participants, self._updates(prompt, participants), strict=True):
                 self.states[participant.partition] = state
                 uploads.append(upload)
-        return messages.Uploads(partitions=tuple(sorted(task.partitions)), values=torch.stack(uploads).cpu())
+        return messages.Uploads(partitions=tuple(sorted(request.partitions)), values=torch.stack(uploads).cpu())
 
     def _participant(self, partition: int, server_round: int) -> Participant:
         def random(purpose: str, step: int) -> RandomSource:
@@ -172,7 +172,7 @@ def client_updates(
             global_prompt=prompt,
             participants=participants,
             tower=federation.tower,
-            logit_scale=federation.world.logit_scale,
+            logit_scale=federation.task.logit_scale,
             training=functools.partial(published_training, federation.config),
         )
     return cohort_update(

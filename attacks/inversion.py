@@ -85,7 +85,7 @@ def audit_inversion(config: RunConfig, seed: int, *, records: int = 1, uploads: 
     if (fewest := min(data.num_examples for data in clients)) < records:
         raise ConfigError(f"records = {records}, but a client has {fewest} only; give fewer")
     # Public images like the clients': the server's idea of an image before it sees anything.
-    public = federation.world.held_out("val").features
+    public = federation.task.held_out("val").features
     prior = prior_of(public[torch.isfinite(public).all(dim=1)])
     prompt = federation.start.to(federation.device)
     features = federation.tower(prompt[None])
@@ -151,7 +151,7 @@ def _upload(federation: Federation, prompt: Tensor, batch: ClientData, seed: int
             global_prompt=prompt,
             participants=[participant],
             tower=federation.tower,
-            logit_scale=federation.world.logit_scale,
+            logit_scale=federation.task.logit_scale,
             training=lambda _: numbers,
         )
     else:
@@ -180,7 +180,7 @@ def _sent(federation: Federation, upload: Tensor, matrix: Tensor, classes: Tenso
         seen=seen.to(classes.dtype),
         jacobian=matrix,
         classes=classes,
-        logit_scale=federation.world.logit_scale,
+        logit_scale=federation.task.logit_scale,
         clip_norm=math.inf if plan is None else plan.clip_norm,
         batch_clip=CLIP if federation.parts.published_procedure else math.inf,
         noise_std=0.0 if plan is None or trusting else plan.local_noise_multiplier * plan.clip_norm,

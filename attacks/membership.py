@@ -116,7 +116,7 @@ def confidence(federation: Federation, clients: list[ClientData], prompts: Tenso
     """
     found = []
     for data, classes in zip(clients, federation.tower.values(prompts), strict=True):
-        logits = federation.world.logit_scale * (data.features @ classes.T).to(torch.float64)
+        logits = federation.task.logit_scale * (data.features @ classes.T).to(torch.float64)
         true = logits.gather(1, data.labels[:, None])
         others = logits.scatter(1, data.labels[:, None], -torch.inf)
         found.append((true[:, 0] - torch.logsumexp(others, dim=1)).cpu())

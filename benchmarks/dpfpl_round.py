@@ -29,7 +29,7 @@ from fl_dualpriv.client.step import LocalTraining, Participant, cohort_update  #
 from fl_dualpriv.learners.base import ClientData  # noqa: E402
 from fl_dualpriv.learners.classification import Classification  # noqa: E402
 from fl_dualpriv.methods.base import METHODS  # noqa: E402
-from fl_dualpriv.methods.lowrank import carriers  # noqa: E402
+from fl_dualpriv.methods.lowrank import subspace_bases  # noqa: E402
 from fl_dualpriv.methods.published import CLIP, LOCAL_DIVISOR, nominal_sigma  # noqa: E402
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, gaussian_noise  # noqa: E402
 from fl_dualpriv.privacy.plan import RecordLevelPlan  # noqa: E402
@@ -89,7 +89,7 @@ def published_round(task: Round, batch: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def _published_client(task: Round, client: int, batch: int) -> tuple[Tensor, Tensor]:
-    setting, personal, carrier = task.setting, task.states[client].personal, task.states[client].carrier
+    setting, personal, row_basis = task.setting, task.states[client].personal, task.states[client].row_basis
     order = torch.from_numpy(source(client, "shuffle", 0).uniforms(task.records)).argsort()
     move = torch.zeros_like(personal)
     for step in range(task.records // batch):
@@ -98,11 +98,11 @@ def _published_client(task: Round, client: int, batch: int) -> tuple[Tensor, Ten
         prompt = (setting.prompts[0] + move + personal).requires_grad_(True)
         logits = setting.scale * features @ setting.coop(prompt).T
         (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(logits, setting.labels[client, picked]), prompt)
-        u, v = carriers(personal, carrier)
+        u, v = subspace_bases(personal, row_basis)
         grad_u = _clipped(gradient @ v.T) + _noise(client, "noise-u", step, (u.shape[0], u.shape[1]), batch)
         grad_v = _clipped(u.T @ gradient) + _noise(client, "noise-v", step, (v.shape[0], v.shape[1]), batch)
         eq4 = grad_u @ v + u @ grad_v - u @ (u.T @ grad_u) @ v
-        personal, carrier = personal - LEARNING_RATE * eq4 / LOCAL_DIVISOR, v
+        personal, row_basis = personal - LEARNING_RATE * eq4 / LOCAL_DIVISOR, v
         move = move - LEARNING_RATE * _clipped(gradient)
     return move, personal
 

@@ -149,7 +149,7 @@ def against_exact(task: Task) -> tuple[Tensor, Tensor]:
     """Quotients along one direction, and the exact gradients' products with it: (row,) each."""
     direction = torch.randn(task.prompt.shape, generator=torch.Generator().manual_seed(1)).to(task.prompt)
     found = _along(WholeSequence(task), task, _given(task), direction, task.batch)
-    step = SoftPromptObjective(task.backbone).over([task.records]).at(task.prompt[None], [np.arange(task.batch)])
+    step = SoftPromptObjective(task.backbone).bind([task.records]).gradients(task.prompt[None], [np.arange(task.batch)])
     rows = torch.cat(list(step.rows(0)))[: task.batch]
     return found, (rows * direction).sum(dim=(1, 2))
 
@@ -159,7 +159,7 @@ def ours(task: Task, block: int, checkpointing: bool) -> Callable[[], Tensor]:
     objective = SoftPromptObjective(task.backbone, block=block, checkpointing=checkpointing)
 
     def step() -> Tensor:
-        gradients = objective.over([task.records]).at(task.prompt[None], [np.arange(task.batch)])
+        gradients = objective.bind([task.records]).gradients(task.prompt[None], [np.arange(task.batch)])
         return gradients.clipped_sums(CLIP, "float")[0].value
 
     return step

@@ -93,18 +93,18 @@ def export_task(kind: Kind, changes: Mapping[str, ConfigValue]) -> PeerTask:
     Raises:
         ValueError: If the clients do not hold equally many records; the peers here take the plain mean.
     """
-    from fl_dualpriv.tasks.build import image_world
+    from fl_dualpriv.tasks.build import image_task
 
     config = full_config(changes)
-    world = image_world(config)
-    clients = [world.client_data(partition, 1) for partition in range(config.population)]
+    task = image_task(config)
+    clients = [task.client_data(partition, 1) for partition in range(config.population)]
     if len({client.num_examples for client in clients}) != 1:
         raise ValueError("the clients hold unequally many records")
-    backbone, start = world.backbone, world.initial_prompt(config)
+    backbone, start = task.backbone, task.initial_prompt(config)
     if kind == "head":
-        frozen = {"zero-shot": world.text.zero_shot_features()}
+        frozen = {"zero-shot": task.text.zero_shot_features()}
     else:
-        names, (before, after) = world.data.class_names, world.data.template.split("{}")
+        names, (before, after) = task.data.class_names, task.data.template.split("{}")
         assert before.strip()
         rows = [[*backbone.words((name + after).strip()), backbone.rows.end] for name in names]
         padded = torch.full((len(rows), max(map(len, rows))), backbone.rows.pad)

@@ -1,6 +1,6 @@
 """One federated task in one file, and its plain torch model: what plain Flower, pfl and the reference loop train.
 
-The data, the start and the frozen parts come out of our own World, so that every contestant works on the same numbers.
+The data, the start and the frozen parts come out of our own Task, so that every contestant works on the same numbers.
 """
 
 from dataclasses import dataclass

@@ -31,7 +31,7 @@ from benchmarks.towers import (  # noqa: E402
 from fl_dualpriv.learners.rows import clipped_sums, per_example_gradients, residuals  # noqa: E402
 from fl_dualpriv.privacy.clipping import clipped_sum  # noqa: E402
 from fl_dualpriv.privacy.feature_rows import clipped_feature_sum  # noqa: E402
-from fl_dualpriv.tasks.build import image_world  # noqa: E402
+from fl_dualpriv.tasks.build import image_task  # noqa: E402
 from fl_dualpriv.towers.shared_prefix import SharedPrefixTower  # noqa: E402
 
 BATCH, OPACUS_BATCH = 16, 8
@@ -120,17 +120,17 @@ def top_m_bias(setting: Setting) -> dict[int, float]:
 def on_the_demo(setting: Setting) -> Setting:
     """The embedded demo: its tower, all 100 names, one client's real records. Random features say little about bias."""
     config = full_config({"resources.device": "cpu", "resources.feature-cache": str(BENCH_DIR / "features")})
-    world = image_world(config)
-    data = world.client_data(0, 1)
-    tower = world.text.tower
+    task = image_task(config)
+    data = task.client_data(0, 1)
+    tower = task.text.tower
     assert isinstance(tower, SharedPrefixTower)
     return replace(
         setting,
         ours=tower,
-        prompts=world.initial_prompt(config)[None],
+        prompts=task.initial_prompt(config)[None],
         images=data.features[None],
         labels=data.labels[None],
-        scale=world.backbone.logit_scale,
+        scale=task.backbone.logit_scale,
     )
 
 

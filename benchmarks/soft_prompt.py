@@ -66,7 +66,7 @@ def make_setting(shape: LlavaShape, batch: int) -> Setting:
 
 def private_step(setting: Setting, objective: SoftPromptObjective) -> Tensor:
     """Per-example gradients, clipped one by one and summed."""
-    step = objective.over([setting.records]).at(setting.prompt[None], [setting.everyone])
+    step = objective.bind([setting.records]).gradients(setting.prompt[None], [setting.everyone])
     return step.clipped_sums(_CLIP, "float")[0].value
 
 
@@ -86,7 +86,7 @@ def nonprivate_step(setting: Setting, prefix: Prefix) -> Tensor:
 
 def check(setting: Setting) -> float:
     """The rows' mean is the non-private gradient, and the private step is the clipped sum of the rows."""
-    step = setting.keeping.over([setting.records]).at(setting.prompt[None], [setting.everyone])
+    step = setting.keeping.bind([setting.records]).gradients(setting.prompt[None], [setting.everyone])
     rows = torch.cat(list(step.rows(0)))[: len(setting.everyone)]
     norms = torch.linalg.vector_norm(rows.flatten(1), dim=1)
     if not norms.max() > 10 * torch.finfo(torch.float32).eps:

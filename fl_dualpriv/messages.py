@@ -25,7 +25,7 @@ _DEAD_ACTOR = re.compile(r"<class 'ray\.exceptions\.(ActorDied|RayActor)Error'>:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainTask:
+class TrainRequest:
     """What the server asks of a node in one round: to train these of its clients."""
 
     partitions: tuple[int, ...]
@@ -36,7 +36,7 @@ class TrainTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateTask:
+class EvaluateRequest:
     """Which prompt a node should score, for which of its clients."""
 
     partitions: tuple[int, ...]
@@ -63,7 +63,7 @@ class ClientCard:
 
 @dataclass(frozen=True, kw_only=True)
 class Uploads:
-    """What a node answers to a `TrainTask`: one upload per client that did well, a reason for each that did not.
+    """What a node answers to a `TrainRequest`: one upload per client that did well, a reason for each that did not.
 
     Attributes:
         partitions: Whose uploads they are.
@@ -78,7 +78,7 @@ class Uploads:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What a node answers to an `EvaluateTask`; see `Uploads`."""
+    """What a node answers to an `EvaluateRequest`; see `Uploads`."""
 
     partitions: tuple[int, ...]
     values: list[Score]
@@ -106,26 +106,26 @@ def _unpack(arrays: ArrayRecord, name: str) -> Tensor:
     return torch.from_numpy(np.array(arrays[name].numpy()))
 
 
-def train_content(task: TrainTask, arrays: ArrayRecord | None = None) -> RecordDict:
+def train_content(request: TrainRequest, arrays: ArrayRecord | None = None) -> RecordDict:
     """Content of a train message; ``arrays``: the global prompt, if it is packed already (once for all nodes)."""
     config = ConfigRecord(
         {
-            "partitions": list(task.partitions),
-            "server-round": task.server_round,
-            "run-token": task.run_token,
-            "mechanism": task.terms.mechanism,
-            "trusts-server": task.terms.trusts_server,
-            "clip-norm": task.terms.clip_norm,
-            "noise-multiplier": task.terms.noise_multiplier,
-            "sampling-rate": task.terms.sampling_rate,
-            "local-steps": task.terms.releases,
-            "arithmetic": task.terms.arithmetic,
+            "partitions": list(request.partitions),
+            "server-round": request.server_round,
+            "run-token": request.run_token,
+            "mechanism": request.terms.mechanism,
+            "trusts-server": request.terms.trusts_server,
+            "clip-norm": request.terms.clip_norm,
+            "noise-multiplier": request.terms.noise_multiplier,
+            "sampling-rate": request.terms.sampling_rate,
+            "local-steps": request.terms.releases,
+            "arithmetic": request.terms.arithmetic,
         }
     )
-    return RecordDict({"arrays": to_arrays(task.global_prompt) if arrays is None else arrays, "config": config})
+    return RecordDict({"arrays": to_arrays(request.global_prompt) if arrays is None else arrays, "config": config})
 
 
-def read_train(message: Message) -> TrainTask:
+def read_train(message: Message) -> TrainRequest:
     """Undo `train_content`.
 
     Raises:
@@ -138,7 +138,7 @@ def read_train(message: Message) -> TrainTask:
         raise ValueError(f"mechanism = {mechanism!r:.40}, trusts-server = {trusts_server!r:.40} in a train message")
     if arithmetic not in ("float", "integer"):
         raise ValueError(f"arithmetic = {arithmetic!r:.40} in a train message; allowed: float, integer")
-    return TrainTask(
+    return TrainRequest(
         partitions=_ids(config["partitions"]),
         global_prompt=from_arrays(message.content.array_records["arrays"]),
         server_round=_whole(config["server-round"]),
@@ -155,26 +155,26 @@ def read_train(message: Message) -> TrainTask:
     )
 
 
-def evaluate_content(task: EvaluateTask, arrays: ArrayRecord | None = None) -> RecordDict:
+def evaluate_content(request: EvaluateRequest, arrays: ArrayRecord | None = None) -> RecordDict:
     """Content of an evaluate message; ``arrays`` as in `train_content`."""
     config = ConfigRecord(
         {
-            "partitions": list(task.partitions),
-            "server-round": task.server_round,
-            "run-token": task.run_token,
-            "prompt": task.prompt,
+            "partitions": list(request.partitions),
+            "server-round": request.server_round,
+            "run-token": request.run_token,
+            "prompt": request.prompt,
         }
     )
-    return RecordDict({"arrays": to_arrays(task.global_prompt) if arrays is None else arrays, "config": config})
+    return RecordDict({"arrays": to_arrays(request.global_prompt) if arrays is None else arrays, "config": config})
 
 
-def read_evaluate(message: Message) -> EvaluateTask:
+def read_evaluate(message: Message) -> EvaluateRequest:
     """Undo `evaluate_content`."""
     config = message.content.config_records["config"]
     kind = config["prompt"]
     if kind not in ("zero-shot", "global", "personal"):
         raise ValueError(f"prompt = {kind!r} in an evaluate message; allowed: zero-shot, global, personal")
-    return EvaluateTask(
+    return EvaluateRequest(
         partitions=_ids(config["partitions"]),
         global_prompt=from_arrays(message.content.array_records["arrays"]),
         server_round=_whole(config["server-round"]),

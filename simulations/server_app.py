@@ -23,7 +23,7 @@ from fl_dualpriv.server.rules import check_class
 from fl_dualpriv.server.strategy import RoundReport, RoundStrategy
 from fl_dualpriv.server.strategy_ref import load_strategy
 from fl_dualpriv.tasks.base import run_folder
-from fl_dualpriv.tasks.build import build_world
+from fl_dualpriv.tasks.build import build_task
 from fl_dualpriv.tasks.memory import check_memory
 from fl_dualpriv.tasks.survey import announce
 
@@ -51,11 +51,11 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
     is_simulated = engine != "deployment"
     if is_simulated:
         announce(config, recorder.folder)
-    world = build_world(config)
+    task = build_task(config)
     if is_simulated:
-        world.check_any_fits()
+        task.check_any_fits()
     if engine == "ray":  # actors are further processes on this machine
-        check_memory(config, world)
+        check_memory(config, task)
     cards, hosts = join(grid, config)
 
     def report(done: RoundReport) -> None:
@@ -70,7 +70,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
         )
 
     records = [card.num_examples for card in cards.values()]
-    checkpoints = CheckpointFolder(recorder.folder, context.run_config, records, world.data_identity)
+    checkpoints = CheckpointFolder(recorder.folder, context.run_config, records, task.data_identity)
     kept = checkpoints.read(may_go_back=may_repeat(config)) if config.output.resume else None
     token = kept.progress.run_token if kept else None
     strategy = build_strategy(strategy_class, config, record, client, cards, hosts, recorder, report, options, token)
@@ -80,7 +80,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
         rounds.resume(kept, recorder.progress)
     elif config.output.resume:
         recorder.check_empty()
-    prompt = kept.prompt if kept else rounds.begin(world.initial_prompt(config))
+    prompt = kept.prompt if kept else rounds.begin(task.initial_prompt(config))
     if strategy.evaluate_every and not recorder.rounds:
         accuracy = score_now(strategy, grid, prompt, "zero-shot", config.reply_timeout)
         report(RoundReport(server_round=0, accuracy=accuracy, failures=strategy.failures))
@@ -100,7 +100,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
         config,
         context.run_config,
         engine=engine,
-        world=world,
+        task=task,
         rounds=rounds,
         prompt=prompt,
         plans=(record, client),

@@ -96,13 +96,13 @@ class CoordinateBlocks:
 class ComponentBlocks:
     """Parts of a gradient along the rank components of p_L = u·v, and what no component holds.
 
-    With orthonormal carriers u_j (columns) and v_j (rows), component j is G v_jᵀ v_j + u_j u_jᵀ G (I − vᵀv): all that
+    With orthonormal bases u_j (columns) and v_j (rows), component j is G v_jᵀ v_j + u_j u_jᵀ G (I − vᵀv): all that
     moves v_j's row, and what moves u_j's column outside the span of v. The components are orthogonal, since v_j v_lᵀ,
     u_jᵀ u_l and v_j (I − vᵀv) are zero for j ≠ l, and add up to the tangent projection G vᵀv + u uᵀG (I − vᵀv). The
     rest, (I − u uᵀ) G (I − vᵀv), is the last block: only the global prompt moves along it. The overlap u_i v_j is given
     to v_j, so that each direction of the tangent space belongs to one component.
 
-    The carriers turn from step to step: a component has no fixed coordinates, and so no history.
+    The bases turn from step to step. A component therefore has no fixed coordinates and no release memory.
 
     Attributes:
         u: (client, rows, k).

@@ -26,7 +26,7 @@ from fl_dualpriv.privacy.noise import random_sources
 from fl_dualpriv.privacy.plan import round_terms
 from fl_dualpriv.run.peak_memory import report_peak
 from fl_dualpriv.tasks.base import Counts, held_groups
-from fl_dualpriv.tasks.build import build_world
+from fl_dualpriv.tasks.build import build_task
 from fl_dualpriv.tasks.disclosure import held_out_is_given, may_score
 from fl_dualpriv.tasks.memory import peak_bytes
 
@@ -37,7 +37,7 @@ _log = logging.getLogger("fl_dualpriv")
 _CPU_PROMPTS, _CPU_CACHE_BYTES = 8, 8 * 2**20
 
 
-class Setting:
+class RunContext:
     """A configuration and what follows from it, once a process: messages of one run differ in little else.
 
     Args:
@@ -46,15 +46,15 @@ class Setting:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.world = build_world(config)
-        self.regulariser, self.parts = self.world.regulariser(config), METHODS[config.method]
+        self.task = build_task(config)
+        self.regulariser, self.parts = self.task.regulariser(config), METHODS[config.method]
         self.plan = record_level_plan(config)
         self.row_path: RowPath | None
         self.objective, self.row_path = self._checked()
         self.sources = random_sources(config.privacy.randomness)
         self.terms = round_terms(self.plan, config.train.sampling_rate, config.train.local_steps)
         self.reproducible = config.privacy.randomness == "seeded"
-        self.prompt_shape = self.world.prompt_shape(config)
+        self.prompt_shape = self.task.prompt_shape(config)
         self.may_score = may_score(config)
         self.held_out_is_given = held_out_is_given(config.data, config.evaluation)
         self._counts: tuple[tuple[str, bytes], Counts] | None = None
@@ -65,16 +65,16 @@ class Setting:
         Raises:
             PrivacyError: If records are protected and there is none.
         """
-        config, world = self.config, self.world
-        objective = world.objective(config)
+        config, task = self.config, self.task
+        objective = task.objective(config)
         if not self.parts.trains:
             return objective, None
         hosted = -(-config.population // config.num_supernodes)
-        shared = world.initial_prompt(config).to(world.backbone.device)
+        shared = task.initial_prompt(config).to(task.backbone.device)
         generator = torch.Generator().manual_seed(0)
         own = [torch.randn(shared.shape, generator=generator).to(shared) for _ in range(min(hosted, COMPANY))]
         prompts = torch.stack([self.parts.effective(shared, 0.02 * personal) for personal in own])
-        return checked_objective(objective, world.made_up, prompts, private=self.plan is not None)
+        return checked_objective(objective, task.made_up, prompts, private=self.plan is not None)
 
     @property
     def clients_apart(self) -> bool:
@@ -89,16 +89,16 @@ class Setting:
     @functools.cached_property
     def held(self) -> Tensor:
         """Whether a client holds a group, (population, group) bool; public metadata."""
-        return held_groups(self.world)
+        return held_groups(self.task)
 
     def shared_counts(self, kind: messages.PromptKind, prompt: Tensor) -> Counts:
         """Right and all held-out records per group for a prompt that all clients share; the last one is kept."""
         key = (kind, b"" if kind == "zero-shot" else prompt.numpy().tobytes())
         if self._counts is None or self._counts[0] != key:
             if kind == "zero-shot":
-                counts = self.world.zero_shot_counts(self.config)
+                counts = self.task.zero_shot_counts(self.config)
             else:
-                (counts,) = self.world.counts(prompt[None], self.config)
+                (counts,) = self.task.counts(prompt[None], self.config)
             self._counts = key, counts
         return self._counts[1]
 
@@ -156,27 +156,27 @@ class Node:
     """One Flower node of a run. It hosts the clients j, j + nodes, j + 2 nodes and so on.
 
     Attributes:
-        setting: What all nodes of the process share.
+        run_context: What all nodes of the process share.
         index: j.
         run_folder: Of the run, for clients without a folder that the node's owner chose.
         state_dir: The owner's folder of the one client of this node, if there is one.
         budget: The owner's limits for each client here; None: the plan of the run is the only limit.
     """
 
-    setting: Setting
+    run_context: RunContext
     index: int
     run_folder: Path
     state_dir: Path | None
     budget: Budget | None = None
 
     def __post_init__(self) -> None:
-        nodes = self.setting.config.num_supernodes
+        nodes = self.run_context.config.num_supernodes
         if not 0 <= self.index < nodes:
             raise ConfigError(
                 f"partition-id = {self.index} of this node, but the run has {nodes} nodes; give every node a "
                 "partition-id of its own, from 0"
             )
-        if self.setting.config.data.partition == "by-node" and len(self.hosted) > 1:
+        if self.run_context.config.data.partition == "by-node" and len(self.hosted) > 1:
             raise ConfigError(  # they would be the same records, each counted once for every client
                 f'this node has all records of its folder (data.partition = "by-node") and the run would give it '
                 f"{len(self.hosted)} clients; set supernodes = 0"
@@ -191,13 +191,13 @@ class Node:
     @property
     def hosted(self) -> range:
         """The clients of this node."""
-        config = self.setting.config
+        config = self.run_context.config
         return range(self.index, config.population, config.num_supernodes)
 
     def cards(self) -> list[messages.ClientCard]:
         """Public metadata of all hosted clients."""
-        world, rows = self.setting.world, self.setting.row_path
-        return [messages.ClientCard(partition=p, num_examples=world.num_examples(p), rows=rows) for p in self.hosted]
+        task, rows = self.run_context.task, self.run_context.row_path
+        return [messages.ClientCard(partition=p, num_examples=task.num_examples(p), rows=rows) for p in self.hosted]
 
     def folder(self, partition: int) -> ClientFolder:
         """A client's own folder."""
@@ -206,8 +206,10 @@ class Node:
     def keep_run(self, partition: int, run_token: str) -> None:
         """Write down on a deployed node what its prompt is for, so that its owner can publish it."""
         if self.state_dir is not None:
-            setting = self.setting
-            keep_node_run(self.state_dir, setting.config, setting.world, run_token, partition, scored=setting.may_score)
+            run_context = self.run_context
+            keep_node_run(
+                self.state_dir, run_context.config, run_context.task, run_token, partition, scored=run_context.may_score
+            )
 
     def asked(self, partitions: Sequence[int]) -> list[int]:
         """Check whom a message speaks of; in order.
@@ -219,57 +221,57 @@ class Node:
             raise PrivacyError("a message names a client twice, or one that this node does not host; it is refused")
         return sorted(partitions)
 
-    def score(self, task: messages.EvaluateTask) -> messages.Scores:
+    def score(self, request: messages.EvaluateRequest) -> messages.Scores:
         """Score the zero-shot, the global or the personal prompt of each client that is asked on held-out images.
 
         Raises:
             PrivacyError: If those images are private here.
         """
-        setting = self.setting
-        partitions = self.asked(task.partitions)
-        if not setting.may_score:
+        run_context = self.run_context
+        partitions = self.asked(request.partitions)
+        if not run_context.may_score:
             raise PrivacyError("the held-out images are private here: their scores would be an unaccounted release")
-        if self.budget is not None and not (self.budget.scores and setting.held_out_is_given):
+        if self.budget is not None and not (self.budget.scores and run_context.held_out_is_given):
             reason = "the owner of this node lets scores leave of public test/ or val/ folders alone, if at all"
             for partition in partitions:
-                self.folder(partition).log_refusal(task.run_token, f"evaluate, round {task.server_round}", reason)
+                self.folder(partition).log_refusal(request.run_token, f"evaluate, round {request.server_round}", reason)
             raise PrivacyError(reason)
-        if task.prompt != "personal" or not setting.keeps_state:
-            kind = "zero-shot" if task.prompt == "zero-shot" else "global"
-            counts, held = setting.shared_counts(kind, task.global_prompt), setting.held[partitions]
-            scores = split_counts(*counts, held, by_group=setting.config.data.asks_questions)
+        if request.prompt != "personal" or not run_context.keeps_state:
+            kind = "zero-shot" if request.prompt == "zero-shot" else "global"
+            counts, held = run_context.shared_counts(kind, request.global_prompt), run_context.held[partitions]
+            scores = split_counts(*counts, held, by_group=run_context.config.data.asks_questions)
             return messages.Scores(partitions=tuple(partitions), values=scores)
-        return self._score_personal(task, partitions)
+        return self._score_personal(request, partitions)
 
-    def _score_personal(self, task: messages.EvaluateTask, partitions: list[int]) -> messages.Scores:
-        setting = self.setting
-        failed = Failures(private=setting.plan is not None)
+    def _score_personal(self, request: messages.EvaluateRequest, partitions: list[int]) -> messages.Scores:
+        run_context = self.run_context
+        failed = Failures(private=run_context.plan is not None)
         scores: dict[int, Score] = {}
-        device = setting.world.backbone.device
-        n_ctx, ctx_dim = task.global_prompt.shape
-        size = prompts_at_once(setting.objective, setting.config.resources.workspace_mib * 2**20, device)
+        device = run_context.task.backbone.device
+        n_ctx, ctx_dim = request.global_prompt.shape
+        size = prompts_at_once(run_context.objective, run_context.config.resources.workspace_mib * 2**20, device)
         for group in chunks(partitions, size):
             prompts: dict[int, Tensor] = {}
             for p in group:
                 try:
-                    rank, terms = setting.config.prompt.rank, str(setting.terms)
-                    state = self.folder(p).load(task.run_token, n_ctx, ctx_dim, rank, terms=terms)
-                    prompts[p] = setting.parts.effective(task.global_prompt, state.personal)
+                    rank, terms = run_context.config.prompt.rank, str(run_context.terms)
+                    state = self.folder(p).load(request.run_token, n_ctx, ctx_dim, rank, terms=terms)
+                    prompts[p] = run_context.parts.effective(request.global_prompt, state.personal)
                 except Exception as error:
                     failed.add([p], error)
             if not prompts:
                 continue
-            counts = setting.world.counts(torch.stack(list(prompts.values())), setting.config)
+            counts = run_context.task.counts(torch.stack(list(prompts.values())), run_context.config)
             for p, counted in zip(prompts, counts, strict=True):
-                held = setting.held[p : p + 1]
-                (scores[p],) = split_counts(*counted, held, by_group=setting.config.data.asks_questions)
+                held = run_context.held[p : p + 1]
+                (scores[p],) = split_counts(*counted, held, by_group=run_context.config.data.asks_questions)
                 if self.state_dir is not None:  # the last global prompt of a run comes with its last score
                     with contextlib.suppress(OSError):
-                        keep_scored(self.state_dir, prompts[p], scores[p], task.run_token, task.server_round)
+                        keep_scored(self.state_dir, prompts[p], scores[p], request.run_token, request.server_round)
         return messages.Scores(partitions=tuple(scores), values=list(scores.values()), failed=failed)
 
     def report_memory(self) -> None:
         """Log the process's peak when it grew; beside the results it is written down too."""
-        device = self.setting.world.backbone.device
+        device = self.run_context.task.backbone.device
         folder = self.run_folder if self.state_dir is None else None
         report_peak(folder, str(device), lambda: peak_bytes(device))

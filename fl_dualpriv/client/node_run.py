@@ -16,7 +16,7 @@ from fl_dualpriv.files import write_json, write_tensors
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.metrics import Score
 from fl_dualpriv.privacy.plan import record_level_releases
-from fl_dualpriv.tasks.base import World
+from fl_dualpriv.tasks.base import Task
 
 NODE_RUN_FILE, SCORED_FILE = "node-run.json", "scored.safetensors"
 
@@ -56,7 +56,7 @@ class NodeRun:
     pretrained: str
 
 
-def keep_node_run(folder: Path, config: RunConfig, world: World, run_token: str, client: int, *, scored: bool) -> None:
+def keep_node_run(folder: Path, config: RunConfig, task: Task, run_token: str, client: int, *, scored: bool) -> None:
     """Write ``node-run.json`` into the folder of a deployed node's client, in the first round of a run.
 
     A process of a node answers one message: reading a line costs less than a fingerprint of all weights in each round.
@@ -64,7 +64,7 @@ def keep_node_run(folder: Path, config: RunConfig, world: World, run_token: str,
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         if json.loads((folder / NODE_RUN_FILE).read_text(encoding="utf-8"))["run_token"] == run_token:
             return
-    plan, parts, use = record_level_plan(config), METHODS[config.method], world.use_facts(config)
+    plan, parts, use = record_level_plan(config), METHODS[config.method], task.use_facts(config)
     rows = record_level_releases(plan, shared=parts.shared, scored=scored) if plan is not None else []
     kept = NodeRun(
         run_token=run_token,

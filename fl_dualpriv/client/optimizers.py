@@ -1,4 +1,4 @@
-"""Directions from released gradients: momentum and Adam as post-processing, aware of blocks that were pruned.
+"""UpdateRule from released gradients: momentum and Adam as post-processing, aware of blocks that were pruned.
 
 A client's gradient is noised before it comes here, and what an optimizer remembers was noised too: no ε is owed.
 """
@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fl_dualpriv.client.release_memory import History, HistoryShapes, noise_left, unbiased
+from fl_dualpriv.client.release_memory import ReleaseMemory, ReleaseMemoryShapes, noise_left, unbiased
 
 Name = Literal["sgd", "momentum", "adam", "adam-corrected"]
 
@@ -47,7 +47,7 @@ class Optimizer:
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum = {self.momentum}; it must be in [0, 1)")
 
-    def history_shapes(self, rows: int, cols: int) -> HistoryShapes:
+    def release_memory_shapes(self, rows: int, cols: int) -> ReleaseMemoryShapes:
         """What a client remembers for it."""
         names = {
             "sgd": (),
@@ -60,13 +60,13 @@ class Optimizer:
         return dict.fromkeys(names, (shape, torch.float32)) | counted
 
     def direction(
-        self, gradient: Tensor, history: History, noise_std: Tensor, *, closed: Tensor | None = None
-    ) -> tuple[Tensor, History]:
+        self, gradient: Tensor, release_memory: ReleaseMemory, noise_std: Tensor, *, closed: Tensor | None = None
+    ) -> tuple[Tensor, ReleaseMemory]:
         """One step.
 
         Args:
             gradient: Noised and pruned, (client, rows, cols).
-            history: Stacked, as `history_shapes`; other names pass.
+            release_memory: Stacked, as `release_memory_shapes`; other names pass.
             noise_std: Std of the noise in each coordinate of ``gradient``, (client, rows, cols); read by
                 ``adam-corrected``.
             closed: Coordinates that must not move: their direction is zero and what is remembered of them stays as it
@@ -74,31 +74,31 @@ class Optimizer:
                 the averages take as a value, and momentum still moves it.
 
         Returns:
-            The direction to go against, and the new history.
+            The direction to go against, and the new release memory.
         """
         if self.name == "sgd":
-            return gradient, history
-        moved = self._advance(gradient, history, noise_std)
+            return gradient, release_memory
+        moved = self._advance(gradient, release_memory, noise_std)
         direction = self._read(moved)
         if closed is not None:
             direction = torch.where(closed, 0.0, direction)
-            moved = {name: torch.where(closed, history[name], value) for name, value in moved.items()}
-        return direction, {**history, **moved}
+            moved = {name: torch.where(closed, release_memory[name], value) for name, value in moved.items()}
+        return direction, {**release_memory, **moved}
 
-    def _advance(self, gradient: Tensor, history: History, noise_std: Tensor) -> dict[str, Tensor]:
+    def _advance(self, gradient: Tensor, release_memory: ReleaseMemory, noise_std: Tensor) -> dict[str, Tensor]:
         if self.name == "momentum":
-            return {_FIRST: self.momentum * history[_FIRST] + gradient}
+            return {_FIRST: self.momentum * release_memory[_FIRST] + gradient}
         moved = {
-            _FIRST: torch.lerp(gradient, history[_FIRST], self.momentum),
-            _SECOND: torch.lerp(gradient.square(), history[_SECOND], _SECOND_DECAY),
-            _COUNT: history[_COUNT] + 1,
+            _FIRST: torch.lerp(gradient, release_memory[_FIRST], self.momentum),
+            _SECOND: torch.lerp(gradient.square(), release_memory[_SECOND], _SECOND_DECAY),
+            _COUNT: release_memory[_COUNT] + 1,
         }
         if self.name == "adam-corrected":
             variance = noise_std.to(gradient.dtype).square()
-            moved[_NOISE] = torch.lerp(variance, history[_NOISE], _SECOND_DECAY)
+            moved[_NOISE] = torch.lerp(variance, release_memory[_NOISE], _SECOND_DECAY)
         return moved
 
-    def _read(self, moved: History) -> Tensor:
+    def _read(self, moved: ReleaseMemory) -> Tensor:
         if self.name == "momentum":
             return moved[_FIRST]
         count = moved[_COUNT]

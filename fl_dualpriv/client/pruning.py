@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.client.blocks import Block, Blocks, CoordinateBlocks
-from fl_dualpriv.client.release_memory import History, HistoryShapes, noise_left, unbiased
+from fl_dualpriv.client.release_memory import ReleaseMemory, ReleaseMemoryShapes, noise_left, unbiased
 
 Rule = Literal["noised", "random", "past", "random-past", "shrink"]
 Draw = Callable[[int], Tensor]
@@ -103,26 +103,26 @@ class UpdatePruning:
         return self.is_on and self.rule in _BEFORE_CLIP
 
     def cut(self, rows: int, cols: int) -> CoordinateBlocks | None:
-        """The blocks of a gradient of this shape; None for components, which need the step's carriers."""
+        """The blocks of a gradient of this shape; None for components, which need the step's subspace bases."""
         if self.block == "component":
             return None
         return CoordinateBlocks(kind=self.block, rows=rows, cols=cols, segments=self.segments)
 
-    def history_shapes(self, rows: int, cols: int) -> HistoryShapes:
+    def release_memory_shapes(self, rows: int, cols: int) -> ReleaseMemoryShapes:
         """What a client remembers for this rule: the average of its releases, and how many each block has seen."""
         blocks = self.cut(rows, cols)
         if not self.is_on or self.rule != "past" or blocks is None:
             return {}
         return {_AVERAGE: ((rows, cols), torch.float32), _SEEN: ((blocks.count,), torch.int64)}
 
-    def opened(self, history: History, noise_std: Tensor, draw: Draw, blocks: CoordinateBlocks) -> Tensor:
+    def opened(self, release_memory: ReleaseMemory, noise_std: Tensor, draw: Draw, blocks: CoordinateBlocks) -> Tensor:
         """Choose the blocks that gradients of the coming step may have, for rules before the clip.
 
         Guarantee:
             A function of past noised releases and coins alone: the step's own data are not read yet.
 
         Args:
-            history: Stacked, as `history_shapes`.
+            release_memory: Stacked, as `release_memory_shapes`.
             noise_std: See `scores`.
             draw: Coins.
             blocks: From `cut`.
@@ -133,14 +133,14 @@ class UpdatePruning:
         kept = self._kept(blocks.count)
         if self.rule == "random-past":
             return _first(draw(blocks.count), kept)
-        best = _first(-self.scores(history, noise_std, blocks), kept)
+        best = _first(-self.scores(release_memory, noise_std, blocks), kept)
         explored = math.ceil(round(self.exploration * (blocks.count - kept), 9))
         if explored:
             best = best + _first(torch.where(best > 0, math.inf, draw(blocks.count).to(best.device)), explored)
-        warming = history[_SEEN].amin(dim=1, keepdim=True) < self.warm_up
+        warming = release_memory[_SEEN].amin(dim=1, keepdim=True) < self.warm_up
         return torch.where(warming, 1.0, best)
 
-    def scores(self, history: History, noise_std: Tensor, blocks: CoordinateBlocks) -> Tensor:
+    def scores(self, release_memory: ReleaseMemory, noise_std: Tensor, blocks: CoordinateBlocks) -> Tensor:
         """Energy of each block in the average of past releases, less what noise alone would leave, per dimension.
 
         E_b = ‖average_b‖²/p_b − s² · `noise_left`, from the releases in which the block was open. Where masks do not
@@ -149,29 +149,31 @@ class UpdatePruning:
         correction, heals that. A block that was never seen comes first.
 
         Args:
-            history: Stacked, as `history_shapes`.
+            release_memory: Stacked, as `release_memory_shapes`.
             noise_std: Std of the noise on each coordinate of a mean gradient, public, (client,): s = z·C/(q·n_i).
             blocks: From `cut`.
 
         Returns:
             (client, block), float64.
         """
-        seen = history[_SEEN]
-        average = unbiased(history[_AVERAGE], self.decay, blocks.spread(seen))
+        seen = release_memory[_SEEN]
+        average = unbiased(release_memory[_AVERAGE], self.decay, blocks.spread(seen))
         energies = blocks.energies(average) / blocks.sizes.to(seen.device)
         noise = noise_std.to(torch.float64)[:, None].square() * noise_left(self.decay, seen)
         return torch.where(seen > 0, energies - noise, math.inf)
 
-    def remember(self, history: History, release: Tensor, opened: Tensor, blocks: CoordinateBlocks) -> History:
+    def remember(
+        self, release_memory: ReleaseMemory, release: Tensor, opened: Tensor, blocks: CoordinateBlocks
+    ) -> ReleaseMemory:
         """Add a noised mean gradient (client, rows, cols) to the averages of the blocks that were open in it."""
         if self.rule != "past":
-            return history
-        average = history[_AVERAGE]
+            return release_memory
+        average = release_memory[_AVERAGE]
         moved = torch.lerp(release, average, self.decay)
         return {
-            **history,
+            **release_memory,
             _AVERAGE: torch.where(blocks.spread(opened) > 0, moved, average),
-            _SEEN: history[_SEEN] + opened.to(torch.int64),
+            _SEEN: release_memory[_SEEN] + opened.to(torch.int64),
         }
 
     def prune(self, release: Tensor, opened: Tensor | None, noise_std: Tensor, draw: Draw, blocks: Blocks) -> Pruned:

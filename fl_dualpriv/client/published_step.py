@@ -29,7 +29,7 @@ from fl_dualpriv.client.state import PersonalState
 from fl_dualpriv.client.step import Participant
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.rows import Batches, summed_gradient
-from fl_dualpriv.methods.lowrank import carriers
+from fl_dualpriv.methods.lowrank import subspace_bases
 from fl_dualpriv.methods.published import CLIP, LOCAL_DIVISOR
 from fl_dualpriv.privacy.noise import gaussian_noise
 from fl_dualpriv.towers.base import PromptTower
@@ -97,12 +97,12 @@ class _Client:
     def move(self, step: int, gradient: Tensor) -> None:
         """Eq. 4 on the noised gradients of u and v; the upload takes the clean clipped gradient."""
         start = self.state.personal if bool(self.state.personal.any()) else gradient
-        u, v = carriers(start, self.state.carrier)
+        u, v = subspace_bases(start, self.state.row_basis)
         grad_u = self._noised(_clip_batch(gradient @ v.T), "noise-u", step)
         grad_v = self._noised(_clip_batch(u.T @ gradient), "noise-v", step)
         eq4 = grad_u @ v + u @ grad_v - u @ (u.T @ grad_u) @ v
         personal = self.state.personal - self.training.local_learning_rate * eq4 / LOCAL_DIVISOR
-        self.state = replace(self.state, personal=personal, carrier=v)
+        self.state = replace(self.state, personal=personal, row_basis=v)
         self.upload = self.upload - self.training.global_learning_rate * _clip_batch(gradient)
 
     def _noised(self, matrix: Tensor, name: str, step: int) -> Tensor:

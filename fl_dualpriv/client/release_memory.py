@@ -8,21 +8,23 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-History = Mapping[str, Tensor]
+ReleaseMemory = Mapping[str, Tensor]
 """Name → tensor of one client, or of all clients of a cohort with a leading dimension."""
 
-HistoryShapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+ReleaseMemoryShapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Name → shape and type of one client's tensor."""
 
 
-def empty_history(shapes: HistoryShapes) -> dict[str, Tensor]:
+def empty_release_memory(shapes: ReleaseMemoryShapes) -> dict[str, Tensor]:
     """Zeros: nothing was released yet."""
     return {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
 
 
-def stack_histories(histories: Sequence[History]) -> dict[str, Tensor]:
+def stack_release_memories(release_memories: Sequence[ReleaseMemory]) -> dict[str, Tensor]:
     """Histories of some clients, all of the same names, with a leading dimension client."""
-    return {name: torch.stack([history[name] for history in histories]) for name in histories[0]}
+    return {
+        name: torch.stack([release_memory[name] for release_memory in release_memories]) for name in release_memories[0]
+    }
 
 
 def unbiased(average: Tensor, decay: float, count: Tensor) -> Tensor:

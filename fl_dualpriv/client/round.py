@@ -45,13 +45,13 @@ class TrainRound:
         task: What is asked.
     """
 
-    def __init__(self, node: Node, task: messages.TrainTask) -> None:
-        self._node, self._setting, self._task = node, node.setting, task
-        self._prompt = task.global_prompt.to(self._setting.world.backbone.device)
-        config = self._setting.config
-        self._training = local_training(config, self._setting.world.prompt_segments(config.prompt))
+    def __init__(self, node: Node, request: messages.TrainRequest) -> None:
+        self._node, self._run_context, self._request = node, node.run_context, request
+        self._prompt = request.global_prompt.to(self._run_context.task.backbone.device)
+        config = self._run_context.config
+        self._training = local_training(config, self._run_context.task.prompt_segments(config.prompt))
         self._uploads: dict[int, Tensor] = {}
-        self._failed = Failures(private=self._setting.plan is not None)
+        self._failed = Failures(private=self._run_context.plan is not None)
 
     def run(self) -> messages.Uploads:
         """Train everybody; a client that fails takes nobody with it.
@@ -59,23 +59,25 @@ class TrainRound:
         Raises:
             PrivacyError: If the message speaks of clients that are not here.
         """
-        setting = self._setting
+        run_context = self._run_context
         try:
-            partitions = self._node.asked(self._task.partitions)
+            partitions = self._node.asked(self._request.partitions)
         except PrivacyError as error:
             if self._node.state_dir is not None:  # else there is no folder of somebody whom it concerns
-                self._node.folder(self._node.index).log_refusal(self._task.run_token, "train", str(error))
+                self._node.folder(self._node.index).log_refusal(self._request.run_token, "train", str(error))
             raise
         # Half of the workspace for prompts on their way through the tower, half for rows on their way back.
-        size = prompts_at_once(setting.objective, setting.config.resources.workspace_mib * 2**19, self._prompt.device)
-        if setting.clients_apart:
+        size = prompts_at_once(
+            run_context.objective, run_context.config.resources.workspace_mib * 2**19, self._prompt.device
+        )
+        if run_context.clients_apart:
             size = 1
-        for group in chunks(partitions, min(size, _MOST_LOCKS) if setting.plan is not None else size):
+        for group in chunks(partitions, min(size, _MOST_LOCKS) if run_context.plan is not None else size):
             self._train(group)
         values = list(self._uploads.values())
         return messages.Uploads(
             partitions=tuple(self._uploads),
-            values=torch.stack(values).cpu() if values else torch.zeros(0, *setting.prompt_shape),
+            values=torch.stack(values).cpu() if values else torch.zeros(0, *run_context.prompt_shape),
             failed=self._failed,
         )
 
@@ -92,12 +94,12 @@ class TrainRound:
                     else:
                         ready.append(found)
                 except PrivacyError as error:
-                    asked = f"train, round {self._task.server_round}"
-                    self._node.folder(partition).log_refusal(self._task.run_token, asked, str(error))
+                    asked = f"train, round {self._request.server_round}"
+                    self._node.folder(partition).log_refusal(self._request.run_token, asked, str(error))
                     self._failed.add([partition], error)
                 except Exception as error:
                     self._failed.add([partition], error)
-            if ready and self._setting.reproducible:  # sums of the tower may follow who is stacked with whom
+            if ready and self._run_context.reproducible:  # sums of the tower may follow who is stacked with whom
                 ready = sorted([*ready, *self._once_more(kept)], key=lambda participant: participant.partition)
             self._uploads |= kept
             if ready:
@@ -109,7 +111,7 @@ class TrainRound:
         for partition in list(kept):
             with contextlib.suppress(Exception):  # what was sent is still there
                 state = self._state(partition, previous=True)
-                if state.server_round < self._task.server_round:
+                if state.server_round < self._request.server_round:
                     found.append(self._participant(partition, state))
                     del kept[partition]
         return found
@@ -141,17 +143,18 @@ class TrainRound:
         Raises:
             PrivacyError: If the client refuses the round.
         """
-        setting, task = self._setting, self._task
-        check_terms(setting.terms, task.terms)
+        run_context, request = self._run_context, self._request
+        check_terms(run_context.terms, request.terms)
         if self._node.budget is not None:
-            self._node.budget.check_plan(setting.plan, reproducible=setting.reproducible)
-        if tuple(task.global_prompt.shape) != setting.prompt_shape:
+            self._node.budget.check_plan(run_context.plan, reproducible=run_context.reproducible)
+        if tuple(request.global_prompt.shape) != run_context.prompt_shape:
             raise PrivacyError(
-                f"a global prompt of shape {tuple(task.global_prompt.shape)}; this run's is {setting.prompt_shape}"
+                f"a global prompt of shape {tuple(request.global_prompt.shape)}; this run's is "
+                f"{run_context.prompt_shape}"
             )
-        if task.global_prompt.dtype != torch.float32:  # before the event: a step in another type would fail after it
-            raise PrivacyError(f"a global prompt of type {task.global_prompt.dtype}; it must be torch.float32")
-        if setting.plan is None:
+        if request.global_prompt.dtype != torch.float32:  # before the event: a step in another type would fail after it
+            raise PrivacyError(f"a global prompt of type {request.global_prompt.dtype}; it must be torch.float32")
+        if run_context.plan is None:
             state = self._state(partition)
             kept = self._kept(partition, state)
             return self._participant(partition, state) if kept is None else kept
@@ -161,67 +164,67 @@ class TrainRound:
         if (kept := self._kept(partition, state)) is not None:
             return kept
         event = LedgerEvent(
-            run=task.run_token,
+            run=request.run_token,
             unit="record",
-            server_round=task.server_round,
-            releases=setting.terms.releases,
-            sampling_rate=setting.plan.sampling_rate,
-            noise_multiplier=setting.plan.noise_multiplier,
+            server_round=request.server_round,
+            releases=run_context.terms.releases,
+            sampling_rate=run_context.plan.sampling_rate,
+            noise_multiplier=run_context.plan.noise_multiplier,
         )
         made, budget = ledger.read(), self._node.budget
-        if not is_same_release(made, state, event, reproducible=setting.reproducible):
-            check_round(setting.plan, made, state, event)
+        if not is_same_release(made, state, event, reproducible=run_context.reproducible):
+            check_round(run_context.plan, made, state, event)
             if budget is None:
-                check_single_run(setting.plan, made, event)
+                check_single_run(run_context.plan, made, event)
                 ledger.record(event)
             else:
-                spend_budget(ledger, budget, setting.plan.reserved(task.run_token), event)
+                spend_budget(ledger, budget, run_context.plan.reserved(request.run_token), event)
         return self._participant(partition, state)
 
     def _participant(self, partition: int, state: PersonalState) -> Participant:
         """Reads the data: not before the event, even reading is paid for."""
-        setting, server_round = self._setting, self._task.server_round
-        random = functools.partial(_stream, setting.sources, setting.config.seed, partition, server_round)
-        data = setting.world.client_data(partition, server_round)
+        run_context, server_round = self._run_context, self._request.server_round
+        random = functools.partial(_stream, run_context.sources, run_context.config.seed, partition, server_round)
+        data = run_context.task.client_data(partition, server_round)
         return Participant(partition=partition, state=state, data=data, random=random)
 
     def _kept(self, partition: int, state: PersonalState) -> Tensor | None:
         """What the client sent in this round, if it was asked before."""
-        task = self._task
-        if not self._keeps_state or state.server_round < task.server_round:
+        request = self._request
+        if not self._keeps_state or state.server_round < request.server_round:
             return None
-        return self._node.folder(partition).sent(task.server_round, task.global_prompt, task.run_token)
+        return self._node.folder(partition).sent(request.server_round, request.global_prompt, request.run_token)
 
     def _state(self, partition: int, *, previous: bool = False) -> PersonalState:
         if not self._keeps_state:
             return self._nothing
         n_ctx, ctx_dim = self._prompt.shape
-        folder, rank = self._node.folder(partition), self._setting.config.prompt.rank
-        shapes = self._training.history_shapes(n_ctx, ctx_dim)
-        token, terms = self._task.run_token, str(self._setting.terms)
+        folder, rank = self._node.folder(partition), self._run_context.config.prompt.rank
+        shapes = self._training.release_memory_shapes(n_ctx, ctx_dim)
+        token, terms = self._request.run_token, str(self._run_context.terms)
         state = folder.load(token, n_ctx, ctx_dim, rank, shapes, previous=previous, terms=terms)
         return state.to(self._prompt.device)
 
     @property
     def _keeps_state(self) -> bool:
         """Also without a personal prompt or a plan, if something is remembered from round to round."""
-        return self._setting.keeps_state or bool(self._training.history_shapes(*self._prompt.shape))
+        return self._run_context.keeps_state or bool(self._training.release_memory_shapes(*self._prompt.shape))
 
     @functools.cached_property
     def _nothing(self) -> PersonalState:
         """The state of clients that keep none."""
         n_ctx, ctx_dim = self._prompt.shape
-        return fresh_state(n_ctx, ctx_dim, self._setting.config.prompt.rank).to(self._prompt.device)
+        return fresh_state(n_ctx, ctx_dim, self._run_context.config.prompt.rank).to(self._prompt.device)
 
     def _finish(self, partition: int, upload: Tensor, state: PersonalState) -> None:
         """Keep upload and state, then let the upload go: a round whose state is lost must not be answered."""
         if self._keeps_state:
-            task, folder = self._task, self._node.folder(partition)
+            request, folder = self._request, self._node.folder(partition)
             try:
-                self._node.keep_run(partition, task.run_token)
-                folder.keep_sent(upload, task.global_prompt, task.server_round, task.run_token)
-                kept = replace(state, server_round=task.server_round)
-                folder.save(kept, self._prompt, task.run_token, str(self._setting.terms))
+                self._node.keep_run(partition, request.run_token)
+                folder.keep_sent(upload, request.global_prompt, request.server_round, request.run_token)
+                kept = replace(state, server_round=request.server_round)
+                folder.save(kept, self._prompt, request.run_token, str(self._run_context.terms))
             except Exception as error:
                 self._failed.add([partition], error)
                 return
@@ -229,24 +232,24 @@ class TrainRound:
 
     def _updates(self, ready: list[Participant]) -> list[tuple[Tensor, PersonalState]]:
         """The round of some clients: ours, or the DP-FPL paper's."""
-        setting = self._setting
-        if setting.parts.published_procedure:
-            assert isinstance(setting.objective, Classification)  # the configuration allows no other
+        run_context = self._run_context
+        if run_context.parts.published_procedure:
+            assert isinstance(run_context.objective, Classification)  # the configuration allows no other
             return published_updates(
                 global_prompt=self._prompt,
                 participants=ready,
-                tower=setting.objective.tower,
-                logit_scale=setting.objective.logit_scale,
-                training=functools.partial(published_training, setting.config),
+                tower=run_context.objective.tower,
+                logit_scale=run_context.objective.logit_scale,
+                training=functools.partial(published_training, run_context.config),
             )
         return cohort_update(
             global_prompt=self._prompt,
             participants=ready,
-            objective=setting.objective,
-            parts=setting.parts,
+            objective=run_context.objective,
+            parts=run_context.parts,
             training=self._training,
-            plan=setting.plan,
-            regulariser=setting.regulariser,
+            plan=run_context.plan,
+            regulariser=run_context.regulariser,
         )
 
 
@@ -263,7 +266,7 @@ def published_training(config: RunConfig, participant: Participant) -> Published
 
 
 def local_training(config: RunConfig, segments: tuple[int, ...] = ()) -> LocalTraining:
-    """Numbers of a local step, from the configuration; ``segments`` as `World.prompt_segments`."""
+    """Numbers of a local step, from the configuration; ``segments`` as `Task.prompt_segments`."""
     pruning = config.pruning
     return LocalTraining(
         local_steps=config.train.local_steps,

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fl_dualpriv.client.release_memory import History, HistoryShapes
+from fl_dualpriv.client.release_memory import ReleaseMemory, ReleaseMemoryShapes
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.files import append_json_line, keep_previous, read_metadata, read_tensors, write_tensors
 from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent, utc_now
@@ -28,35 +28,36 @@ class PersonalState:
 
     Attributes:
         personal: p_L, (n_ctx, ctx_dim); zeros before the first step.
-        carrier: The last v, (k, ctx_dim), start of the next power iteration.
+        row_basis: The last v, (k, ctx_dim), start of the next power iteration.
         server_round: The last round that moved it.
-        history: What update pruning and the optimizer remember of the client's noised releases; empty before the first.
+        release_memory: Tensors that update pruning and the optimizer keep of the client's noised releases. Empty before
+            the first release.
     """
 
     personal: Tensor
-    carrier: Tensor
+    row_basis: Tensor
     server_round: int
-    history: History = field(default_factory=dict)
+    release_memory: ReleaseMemory = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "PersonalState":
         """The same state on another device."""
         return replace(
             self,
             personal=self.personal.to(device),
-            carrier=self.carrier.to(device),
-            history={name: tensor.to(device) for name, tensor in self.history.items()},
+            row_basis=self.row_basis.to(device),
+            release_memory={name: tensor.to(device) for name, tensor in self.release_memory.items()},
         )
 
 
 def fresh_state(n_ctx: int, ctx_dim: int, rank: int) -> PersonalState:
     """p_L = 0, and a fixed start of the power iteration that depends on no data."""
     return PersonalState(
-        personal=torch.zeros(n_ctx, ctx_dim), carrier=_first_carrier(ctx_dim, rank).clone(), server_round=0
+        personal=torch.zeros(n_ctx, ctx_dim), row_basis=_first_row_basis(ctx_dim, rank).clone(), server_round=0
     )
 
 
 @functools.lru_cache(maxsize=4)  # the decomposition costs more than a whole step of a small prompt
-def _first_carrier(ctx_dim: int, rank: int) -> Tensor:
+def _first_row_basis(ctx_dim: int, rank: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.linalg.qr(torch.randn(ctx_dim, rank, generator=generator))[0].T.contiguous()
 
@@ -94,7 +95,7 @@ class ClientFolder:
         n_ctx: int,
         ctx_dim: int,
         rank: int,
-        history: HistoryShapes | None = None,
+        release_memory: ReleaseMemoryShapes | None = None,
         *,
         previous: bool = False,
         terms: str = "",
@@ -110,8 +111,8 @@ class ClientFolder:
             n_ctx: Of the prompt.
             ctx_dim: Of the prompt.
             rank: k.
-            history: What the run remembers of releases, which must be there, no more and no less; None: it is not
-                looked at, as for scores.
+            release_memory: Shapes of the tensors that the run keeps of releases. The file must hold these and no
+                others. None skips the check, as for scores.
             previous: The state before the last round instead.
             terms: What the run promises, as `save` kept it; empty: it is not looked at.
 
@@ -127,16 +128,16 @@ class ClientFolder:
                     raise PrivacyError("the run of this token was on other terms than this one; it is refused")
                 shapes = {"personal": (n_ctx, ctx_dim), "carrier": (rank, ctx_dim)}
                 _check(file.name, tensors, {name: (shape, torch.float32) for name, shape in shapes.items()})
-                if history is not None:
-                    _check(file.name, tensors, history)
-                    unknown = tensors.keys() - shapes.keys() - history.keys() - {"global"}
+                if release_memory is not None:
+                    _check(file.name, tensors, release_memory)
+                    unknown = tensors.keys() - shapes.keys() - release_memory.keys() - {"global"}
                     if unknown:
                         raise ValueError(f"{file.name} holds {', '.join(sorted(unknown))}; no such thing is kept")
                 return PersonalState(
                     personal=tensors["personal"],
-                    carrier=tensors["carrier"],
+                    row_basis=tensors["carrier"],
                     server_round=int(metadata["server-round"]),
-                    history={name: tensors[name] for name in history or {}},
+                    release_memory={name: tensors[name] for name in release_memory or {}},
                 )
         return fresh_state(n_ctx, ctx_dim, rank)
 
@@ -149,7 +150,7 @@ class ClientFolder:
             keep_previous(self._prompt, self._previous)
         write_tensors(
             self._prompt,
-            {**state.history, "personal": state.personal, "carrier": state.carrier, "global": global_prompt},
+            {**state.release_memory, "personal": state.personal, "carrier": state.row_basis, "global": global_prompt},
             {"run-token": run_token, "server-round": str(state.server_round), "terms": terms},
         )
 
@@ -195,7 +196,7 @@ def _round_of(metadata: Mapping[str, str], run_token: str) -> int:
     return int(metadata["server-round"]) if metadata.get("run-token") == run_token else 0
 
 
-def _check(file: str, tensors: Mapping[str, Tensor], shapes: HistoryShapes) -> None:
+def _check(file: str, tensors: Mapping[str, Tensor], shapes: ReleaseMemoryShapes) -> None:
     for name, (shape, dtype) in shapes.items():
         if name not in tensors:
             raise ValueError(f"{file} holds no {name}; expected {shape}, {dtype}")

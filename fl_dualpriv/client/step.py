@@ -16,12 +16,12 @@ from torch import Tensor
 
 from fl_dualpriv.client.optimizers import SGD, Optimizer
 from fl_dualpriv.client.pruning import KEEP_ALL, UpdatePruning
-from fl_dualpriv.client.release_memory import HistoryShapes
+from fl_dualpriv.client.release_memory import ReleaseMemoryShapes
 from fl_dualpriv.client.state import PersonalState
-from fl_dualpriv.client.updates import Directions
+from fl_dualpriv.client.updates import UpdateRule
 from fl_dualpriv.learners.base import Objective, Records, Regulariser, StepGradients
 from fl_dualpriv.methods.base import MethodParts
-from fl_dualpriv.methods.lowrank import carriers, cut_to_rank, tangent_projection
+from fl_dualpriv.methods.lowrank import cut_to_rank, subspace_bases, tangent_projection
 from fl_dualpriv.privacy.clipping import ClippedSum, check_exact
 from fl_dualpriv.privacy.noise import RandomSource, poisson_sample
 from fl_dualpriv.privacy.plan import RecordLevelPlan
@@ -54,10 +54,13 @@ class LocalTraining:
     factor_rank: int = 0
     prompts: int = 1
 
-    def history_shapes(self, n_ctx: int, ctx_dim: int) -> HistoryShapes:
+    def release_memory_shapes(self, n_ctx: int, ctx_dim: int) -> ReleaseMemoryShapes:
         """What a client remembers of its releases from step to step and round to round."""
         rows = self.prompts * n_ctx
-        shapes = {**self.pruning.history_shapes(rows, ctx_dim), **self.optimizer.history_shapes(rows, ctx_dim)}
+        shapes = {
+            **self.pruning.release_memory_shapes(rows, ctx_dim),
+            **self.optimizer.release_memory_shapes(rows, ctx_dim),
+        }
         return shapes if not self.factor_rank else {**shapes, _LEFT: ((n_ctx, self.factor_rank), torch.float32)}
 
 
@@ -80,14 +83,14 @@ class Participant:
 
 @dataclass
 class _Prompts:
-    """The cohort's prompts, stacked: (client, n_ctx, ctx_dim); ``carrier`` is (client, rank, ctx_dim).
+    """The cohort's prompts, stacked: (client, n_ctx, ctx_dim); ``row_basis`` is (client, rank, ctx_dim).
 
-    ``left``, (client, n_ctx, rank), is FedPGP's u; its v is the carrier.
+    ``left``, (client, n_ctx, rank), is FedPGP's u; its v is the row basis.
     """
 
     own_global: Tensor
     personal: Tensor
-    carrier: Tensor
+    row_basis: Tensor
     left: Tensor
 
 
@@ -133,10 +136,10 @@ def cohort_update(
     prompts = _Prompts(
         own_global=global_prompt.expand(len(participants), -1, -1),
         personal=torch.stack([p.state.personal for p in participants]),
-        carrier=torch.stack([p.state.carrier for p in participants]),
+        row_basis=torch.stack([p.state.row_basis for p in participants]),
         left=torch.stack([_left(p.state) for p in participants]),
     )
-    pooled = objective.over([p.data for p in participants])
+    pooled = objective.bind([p.data for p in participants])
     sizes = torch.tensor([p.data.num_examples for p in participants], device=global_prompt.device)
     expected = (training.sampling_rate * sizes.to(torch.float64))[:, None, None]
     trusts_server = plan is not None and plan.trusts_server
@@ -144,21 +147,21 @@ def cohort_update(
     exact = plan is not None and plan.arithmetic == "integer"
     if exact:
         check_exact(max(p.data.num_examples for p in participants))
-    directions = Directions(
+    update_rule = UpdateRule(
         pruning=training.pruning,
         optimizer=training.optimizer,
-        histories=[{k: v for k, v in p.state.history.items() if k != _LEFT} for p in participants],
+        release_memories=[{k: v for k, v in p.state.release_memory.items() if k != _LEFT} for p in participants],
         streams=[p.random for p in participants],
         noise_std=_noise_of_a_mean(plan, expected[:, 0, 0]),
         like=parts.effective(global_prompt, global_prompt),
     )
     picked: list[np.ndarray] = []
     for step in range(training.local_steps):
-        masks = directions.masks(step)
+        masks = update_rule.masks(step)
         if not picked or training.sampling_rate < 1:
             picked = _batches(participants, step, training.sampling_rate)
         effective = parts.effective(prompts.own_global, prompts.personal)
-        gradients = pooled.at(effective, picked)
+        gradients = pooled.gradients(effective, picked)
         if plan is None:
             summed = gradients.sums() if masks is None else gradients.sums() * masks
         else:
@@ -172,8 +175,8 @@ def cohort_update(
             noised = [_release(c, plan, p.random("noise", step)) for c, p in zip(clean, participants, strict=True)]
             summed = gradients.to_prompts(torch.stack(noised))
         mean = summed.div_(expected.to(summed.dtype)).to(global_prompt.dtype)
-        factors = _carriers(prompts, mean) if directions.cuts_components else None
-        direction = of_global = directions.direction(mean, factors)
+        factors = _subspace_bases(prompts, mean) if update_rule.cuts_components else None
+        direction = of_global = update_rule.direction(mean, factors)
         if regulariser is not None:
             of_shared, of_effective = regulariser.gradients(prompts.own_global, effective)
             direction = direction + of_effective
@@ -185,13 +188,17 @@ def cohort_update(
         if parts.personal and parts.factor_steps:
             _move_factors(prompts, direction, training.local_learning_rate)
         elif parts.personal:
-            _move_personal(prompts, direction, parts, training.local_learning_rate, directions.closed)
+            _move_personal(prompts, direction, parts, training.local_learning_rate, update_rule.closed)
     uploads = prompts.own_global - global_prompt if clean_upload is None else clean_upload
-    histories = directions.histories()
+    release_memories = update_rule.release_memories()
     if parts.factor_steps:
-        histories = [{**history, _LEFT: u} for history, u in zip(histories, prompts.left, strict=True)]
-    kept = zip(participants, prompts.personal, prompts.carrier, histories, strict=True)
-    states = [replace(p.state, personal=own, carrier=v, history=history) for p, own, v, history in kept]
+        release_memories = [
+            {**release_memory, _LEFT: u} for release_memory, u in zip(release_memories, prompts.left, strict=True)
+        ]
+    kept = zip(participants, prompts.personal, prompts.row_basis, release_memories, strict=True)
+    states = [
+        replace(p.state, personal=own, row_basis=v, release_memory=release_memory) for p, own, v, release_memory in kept
+    ]
     return list(zip(uploads, states, strict=True))
 
 
@@ -218,26 +225,26 @@ def _release(clean: ClippedSum, plan: RecordLevelPlan, source: RandomSource) -> 
     return release(clean, plan.local_noise_multiplier, source)
 
 
-def _carriers(prompts: _Prompts, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def _subspace_bases(prompts: _Prompts, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Subspaces of p_L, (client, n_ctx, k) and (client, k, ctx_dim).
 
     While p_L is zero it has none: the first noised gradient lends its own.
     """
     moved = prompts.personal.flatten(1).any(dim=1)[:, None, None]
-    return carriers(torch.where(moved, prompts.personal, gradient), prompts.carrier)
+    return subspace_bases(torch.where(moved, prompts.personal, gradient), prompts.row_basis)
 
 
 def _left(state: PersonalState) -> Tensor:
     """FedPGP's u of a client, (n_ctx, rank); zero before its first step, so that it starts at p_G."""
-    return state.history.get(_LEFT, state.personal.new_zeros(len(state.personal), len(state.carrier)))
+    return state.release_memory.get(_LEFT, state.personal.new_zeros(len(state.personal), len(state.row_basis)))
 
 
 def _move_factors(prompts: _Prompts, direction: Tensor, learning_rate: float) -> None:
     """Gradient steps of u and v (FedPGP): of P = p_G + u·v they are G̃ vᵀ and uᵀG̃. Post-processing of G̃."""
-    u, v = prompts.left, prompts.carrier
+    u, v = prompts.left, prompts.row_basis
     prompts.left = u - learning_rate * direction @ v.mT
-    prompts.carrier = v - learning_rate * u.mT @ direction
-    prompts.personal = prompts.left @ prompts.carrier
+    prompts.row_basis = v - learning_rate * u.mT @ direction
+    prompts.personal = prompts.left @ prompts.row_basis
 
 
 def _move_personal(
@@ -251,12 +258,12 @@ def _move_personal(
     if not parts.factorised:
         prompts.personal = prompts.personal - learning_rate * direction
         return
-    u, v = _carriers(prompts, direction)
+    u, v = _subspace_bases(prompts, direction)
     move = tangent_projection(direction, u, v)
     if closed is not None:
         move = torch.where(closed, 0.0, move)
     personal = prompts.personal - learning_rate * move
     if not parts.residual:
-        u, v = carriers(personal, v)
+        u, v = subspace_bases(personal, v)
         personal = cut_to_rank(personal, u)
-    prompts.personal, prompts.carrier = personal, v
+    prompts.personal, prompts.row_basis = personal, v

@@ -9,15 +9,17 @@ from torch import Tensor
 from fl_dualpriv.client.blocks import ComponentBlocks
 from fl_dualpriv.client.optimizers import Optimizer
 from fl_dualpriv.client.pruning import UpdatePruning
-from fl_dualpriv.client.release_memory import History, empty_history, stack_histories
+from fl_dualpriv.client.release_memory import ReleaseMemory, empty_release_memory, stack_release_memories
 from fl_dualpriv.privacy.noise import RandomSource
 
 Stream = Callable[[str, int], RandomSource]
 """(purpose, step) → a client's own source."""
 
 
-class Directions:
-    """One round of clients that step together. For each step call `masks`, then `direction`; `histories` at the end.
+class UpdateRule:
+    """One round of clients that step together.
+
+    Call `masks` and then `direction` for each step, and `release_memories` at the end.
 
     Guarantee:
         What comes out is a function of noised gradients, earlier and present ones, of public numbers and of coins; the
@@ -26,7 +28,7 @@ class Directions:
     Args:
         pruning: Which blocks are followed.
         optimizer: What becomes of the gradients.
-        histories: What each client remembers; empty before its first step.
+        release_memories: What each client remembers; empty before its first step.
         streams: Each client's sources; of purpose ``update-mask`` one per step is used, if the rule needs coins.
         noise_std: Std of the noise on each coordinate of a client's mean gradient, public, (client,); zeros without.
         like: A tensor of a gradient's shape, (rows, cols), on its device.
@@ -37,7 +39,7 @@ class Directions:
         *,
         pruning: UpdatePruning,
         optimizer: Optimizer,
-        histories: Sequence[History],
+        release_memories: Sequence[ReleaseMemory],
         streams: Sequence[Stream],
         noise_std: Tensor,
         like: Tensor,
@@ -45,14 +47,16 @@ class Directions:
         self._pruning, self._optimizer, self._streams, self._noise_std = pruning, optimizer, streams, noise_std
         self._device, (rows, cols) = like.device, like.shape
         self._blocks = pruning.cut(rows, cols)
-        shapes = {**pruning.history_shapes(rows, cols), **optimizer.history_shapes(rows, cols)}
-        start = {name: tensor.to(self._device) for name, tensor in empty_history(shapes).items()}
-        self._history: History = stack_histories([{**start, **history} for history in histories])
+        shapes = {**pruning.release_memory_shapes(rows, cols), **optimizer.release_memory_shapes(rows, cols)}
+        start = {name: tensor.to(self._device) for name, tensor in empty_release_memory(shapes).items()}
+        self._release_memory: ReleaseMemory = stack_release_memories(
+            [{**start, **release_memory} for release_memory in release_memories]
+        )
         self._step, self._opened, self._closed = 0, None, None
 
     @property
     def cuts_components(self) -> bool:
-        """Whether `direction` needs the carriers of the step."""
+        """True if `direction` needs the subspace bases of the step."""
         return self._blocks is None and self._pruning.is_on
 
     @property
@@ -66,30 +70,32 @@ class Directions:
         if not self._pruning.masks_before_clip:
             return None
         assert self._blocks is not None  # components are refused before the clip
-        self._opened = self._pruning.opened(self._history, self._noise_std, self._draw, self._blocks)
+        self._opened = self._pruning.opened(self._release_memory, self._noise_std, self._draw, self._blocks)
         return self._blocks.spread(self._opened)
 
-    def direction(self, release: Tensor, carriers: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def direction(self, release: Tensor, subspace_bases: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Prune a noised mean gradient (client, rows, cols), then let the optimizer have it.
 
         Args:
             release: Of this step, from gradients multiplied by `masks`.
-            carriers: u and v of the step, where blocks are components.
+            subspace_bases: u and v of the step, where blocks are components.
         """
         if self._opened is not None and self._blocks is not None:
-            self._history = self._pruning.remember(self._history, release, self._opened, self._blocks)
+            self._release_memory = self._pruning.remember(self._release_memory, release, self._opened, self._blocks)
         gradient, weights = release, None
-        blocks = self._blocks if carriers is None else ComponentBlocks(*carriers)
+        blocks = self._blocks if subspace_bases is None else ComponentBlocks(*subspace_bases)
         if blocks is not None:
             gradient, weights = self._pruning.prune(release, self._opened, self._noise_std, self._draw, blocks)
         noise_std = self._noise_std[:, None, None] * (1.0 if weights is None else weights)
         self._closed = weights == 0 if weights is not None and self._pruning.frozen else None
-        direction, self._history = self._optimizer.direction(gradient, self._history, noise_std, closed=self._closed)
+        direction, self._release_memory = self._optimizer.direction(
+            gradient, self._release_memory, noise_std, closed=self._closed
+        )
         return direction
 
-    def histories(self) -> list[History]:
+    def release_memories(self) -> list[ReleaseMemory]:
         """What each client now remembers."""
-        return [{name: tensor[i] for name, tensor in self._history.items()} for i in range(len(self._streams))]
+        return [{name: tensor[i] for name, tensor in self._release_memory.items()} for i in range(len(self._streams))]
 
     def _draw(self, count: int) -> Tensor:
         coins = np.stack([stream("update-mask", self._step).uniforms(count) for stream in self._streams])

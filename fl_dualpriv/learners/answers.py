@@ -173,7 +173,7 @@ class AnswerObjective(ABC):
     def apart(self) -> Self:
         """See `Objective`: blocks of one record."""
 
-    def over(self, data: Sequence[AnswerRecords]) -> "PooledAnswers":
+    def bind(self, data: Sequence[AnswerRecords]) -> "PooledAnswers":
         """See `Objective`."""
         return PooledAnswers(self, data)
 
@@ -231,7 +231,7 @@ class PooledAnswers:
     def __init__(self, objective: AnswerObjective, data: Sequence[AnswerRecords]) -> None:
         self._objective, self._data = objective, data
 
-    def at(self, prompts: Tensor, picked: Picked) -> "AnswerGradients":
+    def gradients(self, prompts: Tensor, picked: Picked) -> "AnswerGradients":
         """See `PooledObjective`."""
         return AnswerGradients(self._objective, self._data, prompts.detach(), picked)
 

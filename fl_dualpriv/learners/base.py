@@ -84,7 +84,7 @@ class StepGradients(Protocol):
 class PooledObjective(Protocol):
     """The objective over the data of some clients that step together."""
 
-    def at(self, prompts: Tensor, picked: Picked) -> StepGradients:
+    def gradients(self, prompts: Tensor, picked: Picked) -> StepGradients:
         """Look at one batch per client, at one prompt per client, (client, rows, cols)."""
         ...
 
@@ -109,7 +109,7 @@ class Objective(Protocol[Data]):
         """Memory that a client that steps along takes, roughly, beside the rows of its gradients."""
         ...
 
-    def over(self, data: Sequence[Data]) -> PooledObjective:
+    def bind(self, data: Sequence[Data]) -> PooledObjective:
         """The same over the data of these clients, in their order."""
         ...
 

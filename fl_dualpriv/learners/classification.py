@@ -44,7 +44,7 @@ class Classification:
         """See `Objective`: what a forward pass keeps."""
         return self.tower.bytes_per_prompt
 
-    def over(self, data: Sequence[ClientData]) -> "PooledClassification":
+    def bind(self, data: Sequence[ClientData]) -> "PooledClassification":
         """See `Objective`."""
         return PooledClassification(self, data)
 
@@ -59,7 +59,7 @@ class PooledClassification:
         self._starts = [0, *np.cumsum([d.num_examples for d in data])[:-1].tolist()]
         self._last: tuple[Picked, Batches, Tensor | None] | None = None
 
-    def at(self, prompts: Tensor, picked: Picked) -> "ClassificationGradients":
+    def gradients(self, prompts: Tensor, picked: Picked) -> "ClassificationGradients":
         """See `PooledObjective`; clients go through the tower in the order of their batches, largest first."""
         if self._last is None or self._last[0] is not picked:  # with every record in each batch nothing changes
             self._last = (picked, *self._gather(picked))

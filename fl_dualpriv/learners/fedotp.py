@@ -62,7 +62,7 @@ class TransportObjective:
         """See `Objective`: a pair goes through the tower."""
         return 2 * self.tower.bytes_per_prompt
 
-    def over(self, data: Sequence[ClientData]) -> "PooledTransport":
+    def bind(self, data: Sequence[ClientData]) -> "PooledTransport":
         """See `Objective`."""
         return PooledTransport(self, data)
 
@@ -107,7 +107,7 @@ class TransportObjective:
 
 
 def _patches(data: ClientData) -> Tensor:
-    assert data.patches is not None  # the world has them if the method reads them
+    assert data.patches is not None  # the task has them if the method reads them
     return data.patches
 
 
@@ -117,7 +117,7 @@ class PooledTransport:
     def __init__(self, objective: TransportObjective, data: Sequence[ClientData]) -> None:
         self._objective, self._data = objective, data
 
-    def at(self, prompts: Tensor, picked: Picked) -> "TransportGradients":
+    def gradients(self, prompts: Tensor, picked: Picked) -> "TransportGradients":
         """See `PooledObjective`."""
         return TransportGradients(self._objective, self._data, picked, prompts)
 

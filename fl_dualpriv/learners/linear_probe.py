@@ -79,6 +79,6 @@ class LinearFeatures:
 class ProbeObjective(Classification):
     """`Objective`: softmax cross-entropy on features with a bias; ``tower`` is a `LinearProbe`."""
 
-    def over(self, data: Sequence[ClientData]) -> PooledClassification:
+    def bind(self, data: Sequence[ClientData]) -> PooledClassification:
         """See `Objective`."""
-        return super().over([with_bias(own) for own in data])
+        return super().bind([with_bias(own) for own in data])

@@ -40,7 +40,7 @@ class PrototypeObjective:
         """See `Objective`: a row is the record's feature, and there is no product."""
         return self
 
-    def over(self, data: Sequence[ClientData]) -> "PooledPrototypes":
+    def bind(self, data: Sequence[ClientData]) -> "PooledPrototypes":
         """See `Objective`."""
         return PooledPrototypes(data)
 
@@ -51,7 +51,7 @@ class PooledPrototypes:
     def __init__(self, data: Sequence[ClientData]) -> None:
         self._data = data
 
-    def at(self, prompts: Tensor, picked: Picked) -> "PrototypeGradients":
+    def gradients(self, prompts: Tensor, picked: Picked) -> "PrototypeGradients":
         """See `PooledObjective`; the prompts do not matter."""
         return PrototypeGradients(self._data, picked, (prompts.shape[1], prompts.shape[2]))
 

@@ -100,7 +100,7 @@ def _clients_do_not_mix(
 
 
 def _at(objective: Objective[Any], made_up: Callable[[], Records], prompts: Tensor, picked: Picked) -> StepGradients:
-    return objective.over([made_up() for _ in picked]).at(prompts, picked)
+    return objective.bind([made_up() for _ in picked]).gradients(prompts, picked)
 
 
 def _of(gradients: StepGradients, client: int, picked: np.ndarray) -> Tensor:

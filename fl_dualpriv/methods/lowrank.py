@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def carriers(matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+def subspace_bases(matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """One power iteration towards the leading rank-k subspaces of ``matrix``.
 
     Args:

@@ -14,11 +14,11 @@ from fl_dualpriv.errors import PrivacyError, type_alone
 from fl_dualpriv.node.file import NodeFile, find_node_file, make_state_folder
 
 if TYPE_CHECKING:
-    from fl_dualpriv.client.node import Node, Setting
+    from fl_dualpriv.client.node import Node, RunContext
     from fl_dualpriv.config.ranges import ConfigValue
 
 _log = logging.getLogger("fl_dualpriv")
-_settings: "dict[int, Setting]" = {}
+_run_contexts: "dict[int, RunContext]" = {}
 
 
 def _run_config(context: Context, owner: "NodeFile | None") -> "dict[str, ConfigValue]":
@@ -39,25 +39,25 @@ def _run_config(context: Context, owner: "NodeFile | None") -> "dict[str, Config
     return flat
 
 
-def _setting(context: Context, owner: "NodeFile | None") -> "Setting":
+def _run_context(context: Context, owner: "NodeFile | None") -> "RunContext":
     """The parsed configuration and the shared objects of this process, made once a run: it never changes in one.
 
     Raises:
         PrivacyError: If the run is outside of what the owner of the node allows: then no image is read for it.
     """
-    from fl_dualpriv.client.node import Setting
+    from fl_dualpriv.client.node import RunContext
     from fl_dualpriv.config.plans import record_level_plan
     from fl_dualpriv.config.schema import RunConfig
 
-    found = _settings.get(context.run_id)
+    found = _run_contexts.get(context.run_id)
     if found is None:
         config = RunConfig.from_run_config(_run_config(context, owner))
         if owner is not None and owner.budget is not None:
             reproducible = config.privacy.randomness == "seeded"
             owner.budget.check_plan(record_level_plan(config), reproducible=reproducible)
-        found = Setting(config)
-        _settings.clear()  # one run at a time: the memory is for its features
-        _settings[context.run_id] = found
+        found = RunContext(config)
+        _run_contexts.clear()  # one run at a time: the memory is for its features
+        _run_contexts[context.run_id] = found
     return found
 
 
@@ -69,12 +69,12 @@ def _node(context: Context, owner: "NodeFile | None") -> "Node":
     if owner is not None and owner.state_dir is not None:
         make_state_folder(owner.state_dir)  # before anything is written into it, a refusal included
     chosen = context.node_config.get("state-dir")
-    setting = _setting(context, owner)
+    run_context = _run_context(context, owner)
     state_dir = None if chosen is None else Path(str(chosen))
     return Node(
-        setting=setting,
+        run_context=run_context,
         index=int(context.node_config["partition-id"]),
-        run_folder=run_folder(setting.config.output.dir, context.run_id),
+        run_folder=run_folder(run_context.config.output.dir, context.run_id),
         state_dir=owner.state_dir or state_dir if owner else state_dir,
         budget=owner.budget if owner else None,
     )

@@ -1,6 +1,6 @@
 """Start Flower's SuperNode for the owner of some data: their node file, and no app but those that it allows.
 
-The SuperNode runs in this process, since the pin (`node_pin`) must stand where apps arrive. Flower unpacks an app into
+The SuperNode runs in this process, since the pin (`node.pin`) must stand where apps arrive. Flower unpacks an app into
 its home and later loads it from there by name, without a second look; so a node gets a home of its own, empty at the
 start and closed to other users: only bundles that passed the pin are ever unpacked in it.
 """
@@ -172,7 +172,7 @@ def start(options: NodeOptions, node: NodeFile) -> None:
         os.environ |= environment(Path(home))
         os.environ.pop(ENVIRONMENT, None)  # the file of this node is named in its configuration
         if not options.any_app:
-            node.pin.install(node.apps)
+            node_pin.install(node.apps)
         node_health.install(options.node_file, options.health_seconds)
         device = chosen_device(node)
         config = Path(home) / "node-config.toml"

@@ -77,7 +77,7 @@ class ServerPrivacy:
         return 1 / self.correlated.schedule.separation if self.correlated else self.sampling_rate
 
 
-class ServerBooks:
+class RoundAccountant:
     """Checks and writes rounds.
 
     Args:

@@ -20,7 +20,7 @@ State = dict[str, Tensor]
 
 
 @contextlib.contextmanager
-def hidden(state: State) -> Iterator[None]:
+def without_noise_memory(state: State) -> Iterator[None]:
     """Take the secret noise out of the state while a strategy's own code runs.
 
     Guarantee:

@@ -14,7 +14,7 @@ from fl_dualpriv.privacy.plan import ClientLevelPlan, RecordLevelPlan
 from fl_dualpriv.run.file_kinds import without_kind
 from fl_dualpriv.run.recorder import RunRecorder, build_summary, first_and_last_accuracy
 from fl_dualpriv.server.rounds import Rounds
-from fl_dualpriv.tasks.base import World
+from fl_dualpriv.tasks.base import Task
 from fl_dualpriv.tasks.use_description import metadata_of_global
 
 _log = logging.getLogger("fl_dualpriv")
@@ -26,7 +26,7 @@ def write_results(
     run_config: Mapping[str, bool | int | float | str],
     *,
     engine: str,
-    world: World,
+    task: Task,
     rounds: Rounds,
     prompt: Tensor,
     plans: tuple[RecordLevelPlan | None, ClientLevelPlan | None],
@@ -45,7 +45,7 @@ def write_results(
         config: Parsed configuration.
         run_config: The same configuration, flat, as it is repeated in the summary.
         engine: ``local``, ``ray`` or ``deployment``.
-        world: Task of the run.
+        task: Task of the run.
         rounds: The rounds, which know what was released.
         prompt: p_G after the last round, (n_ctx, ctx_dim).
         plans: Record-level plan and client-level plan, each None without one.
@@ -58,8 +58,8 @@ def write_results(
     zero_shot, final = first_and_last_accuracy(recorder, trains=trains)
     lines = notes(config, record, client, scored=scored)
     lines += [f"ended early: {stopped}"] if stopped else []
-    facts = metadata_of_global(config, world, strategy.run_token)
-    recorder.write_prompt(prompt, world.context_of(prompt, config), facts)
+    facts = metadata_of_global(config, task, strategy.run_token)
+    recorder.write_prompt(prompt, task.context_of(prompt, config), facts)
     recorder.write_curve("; ".join(lines))
     recorder.write_totals(strategy.failures, seconds)
     recorder.write_summary(
@@ -73,7 +73,7 @@ def write_results(
             zero_shot=zero_shot,
             final=final,
             split=config.evaluation.split,
-            group_names=world.group_names,
+            group_names=task.group_names,
             releases=rounds.charged(list_releases(config, record, client, scored=scored)),
             rows=Counter(card.rows for card in cards.values() if card.rows),
             notes=lines,

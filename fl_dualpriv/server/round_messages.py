@@ -14,10 +14,10 @@ def train_messages(
     """Ask each node to train its clients from ``prompt``, packed in ``arrays`` once for all."""
     requests = []
     for node, partitions in asked.items():
-        task = messages.TrainTask(
+        request = messages.TrainRequest(
             partitions=partitions, global_prompt=prompt, server_round=server_round, run_token=run_token, terms=terms
         )
-        content = messages.train_content(task, arrays)
+        content = messages.train_content(request, arrays)
         requests.append(Message(content, node, MessageType.TRAIN, group_id=str(server_round)))
     return requests
 
@@ -28,9 +28,9 @@ def score_messages(
     """Ask each node for its clients' scores of ``prompt``, or of their personal ones."""
     arrays, requests = messages.to_arrays(prompt), []
     for node, partitions in asked.items():
-        task = messages.EvaluateTask(
+        request = messages.EvaluateRequest(
             partitions=partitions, global_prompt=prompt, server_round=server_round, run_token=run_token, prompt=kind
         )
-        content = messages.evaluate_content(task, arrays)
+        content = messages.evaluate_content(request, arrays)
         requests.append(Message(content, node, MessageType.EVALUATE, group_id=str(server_round)))
     return requests

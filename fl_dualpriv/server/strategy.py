@@ -25,9 +25,9 @@ from fl_dualpriv.privacy.clipping import ClippedSum, check_exact, client_sum, cl
 from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey, gaussian_noise, poisson_sample
 from fl_dualpriv.privacy.plan import RoundTerms, ServerUnit
 from fl_dualpriv.privacy.release import release
-from fl_dualpriv.server.accounting import ServerBooks, ServerPrivacy
+from fl_dualpriv.server.accounting import RoundAccountant, ServerPrivacy
 from fl_dualpriv.server.cohort import Asked, by_node, collect
-from fl_dualpriv.server.noise_memory import CLIP_NORM, check_next, hidden, next_noise
+from fl_dualpriv.server.noise_memory import CLIP_NORM, check_next, next_noise, without_noise_memory
 from fl_dualpriv.server.round_messages import score_messages, train_messages
 from fl_dualpriv.server.rules import check_bound, check_class
 
@@ -116,7 +116,7 @@ class RoundStrategy(Strategy):
     _round_failures: int = field(default=0, init=False)
     _divisor: float | None = field(default=None, init=False)
     _weights: dict[int, float] = field(default_factory=dict, init=False)
-    _books: ServerBooks | None = field(default=None, init=False)
+    _books: RoundAccountant | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         # Index i of a Poisson draw is client i; Flower's node ids are random, so their order must not matter.
@@ -127,7 +127,7 @@ class RoundStrategy(Strategy):
         self._everyone = by_node(order, self.hosts)
         if self.privacy is not None:
             check_class(type(self), RoundStrategy, self.privacy.unit, self.privacy.arithmetic)
-            self._books = ServerBooks(self.privacy, self.run_token, rounds=self.num_rounds)
+            self._books = RoundAccountant(self.privacy, self.run_token, rounds=self.num_rounds)
         self.check_options()
         if self.privacy is not None:
             self._check_sums(self.privacy)
@@ -247,12 +247,12 @@ class RoundStrategy(Strategy):
             diff = self._noised(partitions, diffs, self.privacy, source)
             if self.privacy.adaptive is not None:  # after the noise, which is scaled to the norm of this round
                 self._move_clip_norm(server_round, diffs, self.privacy.adaptive)
-        with hidden(self.state):
+        with without_noise_memory(self.state):
             return self.server_update(self._prompt, diff.to(self._prompt.dtype))
 
     def _combined(self, partitions: Sequence[int], diffs: Tensor) -> Tensor:
         updates = [Update(partition=p, diff=d) for p, d in zip(partitions, diffs.unbind(), strict=True)]
-        with hidden(self.state):
+        with without_noise_memory(self.state):
             return self.combine(updates)
 
     def _noised(self, partitions: Sequence[int], diffs: Tensor, privacy: ServerPrivacy, source: RandomSource) -> Tensor:

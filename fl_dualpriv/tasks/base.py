@@ -20,7 +20,7 @@ Counts = tuple[Tensor, Tensor]
 """Right answers and all held-out records of each group, both (group,) int64 on the CPU."""
 
 
-class World(Protocol):
+class Task(Protocol):
     """What all clients of a process share. Nothing in here grows with the number of clients that asked.
 
     A *group* is what records are counted by: the class of an image, or the type of a question. A client's groups are
@@ -125,11 +125,11 @@ class World(Protocol):
         ...
 
 
-def held_groups(world: World) -> Tensor:
+def held_groups(task: Task) -> Tensor:
     """Whether a client holds a group, (population, group) bool; public metadata."""
-    table = np.zeros((len(world.partitions), len(world.group_names)), dtype=bool)
-    for partition, indices in enumerate(world.partitions):
-        table[partition, world.groups[indices]] = True
+    table = np.zeros((len(task.partitions), len(task.group_names)), dtype=bool)
+    for partition, indices in enumerate(task.partitions):
+        table[partition, task.groups[indices]] = True
     return torch.from_numpy(table)
 
 

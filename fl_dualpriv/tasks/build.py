@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.methods.base import METHODS
-from fl_dualpriv.tasks.base import World
+from fl_dualpriv.tasks.base import Task
 from fl_dualpriv.tasks.disclosure import delta_problems, keeps_bad_records
 
 if TYPE_CHECKING:
-    from fl_dualpriv.tasks.images import ImageWorld
+    from fl_dualpriv.tasks.images import ImageTask
 
 
-def build_world(config: RunConfig) -> World:
+def build_task(config: RunConfig) -> Task:
     """Load and check everything the run needs; cached for what it depends on, so that methods share features.
 
     Raises:
@@ -21,35 +21,35 @@ def build_world(config: RunConfig) -> World:
     """
     on_bad = "keep" if keeps_bad_records(config) else "raise"
     if config.data.asks_questions:
-        from fl_dualpriv.tasks.questions import build_question_world  # late: a run of images needs none of it
+        from fl_dualpriv.tasks.questions import build_question_task  # late: a run of images needs none of it
 
-        world: World = build_question_world(config, on_bad)
+        task: Task = build_question_task(config, on_bad)
     else:
-        from fl_dualpriv.tasks.images import build_image_world
+        from fl_dualpriv.tasks.images import build_image_task
 
-        world = build_image_world(config, on_bad)
-    if problems := delta_problems(config, max(len(indices) for indices in world.partitions)):
+        task = build_image_task(config, on_bad)
+    if problems := delta_problems(config, max(len(indices) for indices in task.partitions)):
         raise PrivacyError("\n  ".join(problems))
-    return world
+    return task
 
 
-def image_world(config: RunConfig) -> "ImageWorld":
-    """`build_world` for what knows prompts of image classification alone, such as the attacks.
+def image_task(config: RunConfig) -> "ImageTask":
+    """`build_task` for what knows prompts of image classification alone, such as the attacks.
 
     Raises:
-        ConfigError: If the run answers questions or learns no prompt, or as `build_world`.
+        ConfigError: If the run answers questions or learns no prompt, or as `build_task`.
     """
-    from fl_dualpriv.tasks.images import ImageWorld
+    from fl_dualpriv.tasks.images import ImageTask
 
     if METHODS[config.method].learns != "prompt" or METHODS[config.method].contrast:
         raise ConfigError(
             f"method = {config.method!r} learns no prompt, or not from records alone, and this works on such prompts; "
             'set it to "promptfl" or "dpfpl", for example'
         )
-    world = build_world(config)
-    if not isinstance(world, ImageWorld):
+    task = build_task(config)
+    if not isinstance(task, ImageTask):
         raise ConfigError(
             f"data.ref = {config.data.ref!r}: this needs a run of image classification, on a folder of images or on "
             'the demo (data.ref = "demo")'
         )
-    return world
+    return task

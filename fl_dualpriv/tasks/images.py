@@ -1,4 +1,4 @@
-"""`World` of image classification with a CLIP-type model: class names are texts, and a prompt stands before them."""
+"""`Task` of image classification with a CLIP-type model: class names are texts, and a prompt stands before them."""
 
 import functools
 from collections.abc import Hashable
@@ -41,8 +41,8 @@ from fl_dualpriv.towers.base import PromptTower
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageWorld:
-    """See `World`; groups are classes.
+class ImageTask:
+    """See `Task`; groups are classes.
 
     Attributes:
         backbone: One frozen copy.
@@ -94,19 +94,19 @@ class ImageWorld:
         return found
 
     def prompt_shape(self, config: RunConfig) -> tuple[int, int]:
-        """See `World`."""
+        """See `Task`."""
         return self.learner(config).shape
 
     def prompt_segments(self, prompt: PromptConfig) -> tuple[int, ...]:
-        """See `World`: none."""
+        """See `Task`: none."""
         return ()
 
     def objective(self, config: RunConfig) -> Objective[ClientData]:
-        """See `World`."""
+        """See `Task`."""
         return self.learner(config).objective
 
     def regulariser(self, config: RunConfig) -> PromptContrast | None:
-        """See `World`: FedPGP's contrastive term."""
+        """See `Task`: FedPGP's contrastive term."""
         if not METHODS[config.method].contrast or config.fedpgp.contrastive_weight == 0:
             return None
         return PromptContrast(
@@ -128,11 +128,11 @@ class ImageWorld:
 
     @property
     def data_identity(self) -> dict[str, str]:
-        """See `World`."""
+        """See `Task`."""
         return data_identity(self.data, self.partitions)
 
     def use_facts(self, config: RunConfig) -> UseFacts | None:
-        """See `World`."""
+        """See `Task`."""
         return describe_use(
             config,
             self.backbone,
@@ -148,26 +148,26 @@ class ImageWorld:
         return {"train": self.data.train, "val": self.data.val, "test": self.data.test}[split]
 
     def check_any_fits(self) -> None:
-        """See `World`: an image that can be opened can be read."""
+        """See `Task`: an image that can be opened can be read."""
 
     @torch.no_grad()
     def counts(self, prompts: Tensor, config: RunConfig) -> list[Counts]:
-        """See `World`."""
+        """See `Task`."""
         images, n_cls = self.held_out(config.evaluation.split), len(self.data.class_names)
         logits = self.learner(config).logits(prompts.to(self.backbone.device), images)
         return [count_logits(own, images.labels, n_cls) for own in logits]
 
     def zero_shot_counts(self, config: RunConfig) -> Counts:
-        """See `World`: the filled-in template."""
+        """See `Task`: the filled-in template."""
         images, features = self.held_out(config.evaluation.split), self.text.zero_shot_features()
         return count_by_class(features, images.features, images.labels, len(self.data.class_names))
 
     def initial_prompt(self, config: RunConfig) -> Tensor:
-        """See `World`: the template's words, or N(0, 0.02²); of a head its own."""
+        """See `Task`: the template's words, or N(0, 0.02²); of a head its own."""
         return self.learner(config).initial().cpu()
 
     def context_of(self, learned: Tensor, config: RunConfig) -> Tensor | None:
-        """See `World`."""
+        """See `Task`."""
         context = self.learner(config).context
         return context(learned).cpu() if context else None
 
@@ -204,7 +204,7 @@ class ImageWorld:
         return self._client_data("train", indices, mirrored)
 
     def made_up(self) -> ClientData:
-        """See `World`: random unit-norm features, and patches where a method reads them."""
+        """See `Task`: random unit-norm features, and patches where a method reads them."""
         backbone, generator = self.backbone, torch.Generator().manual_seed(0)
         count = MADE_UP_BLOCKS * rows_at_once(backbone.device) + 1
 
@@ -256,8 +256,8 @@ class ImageWorld:
         )
 
 
-def build_image_world(config: RunConfig, on_bad_image: Literal["keep", "raise"]) -> ImageWorld:
-    """See `build_world`.
+def build_image_task(config: RunConfig, on_bad_image: Literal["keep", "raise"]) -> ImageTask:
+    """See `build_task`.
 
     Args:
         config: The run.
@@ -271,7 +271,7 @@ def build_image_world(config: RunConfig, on_bad_image: Literal["keep", "raise"])
     images = load_data(
         source, data.path, data.classes, data.val_fraction, data.test_fraction, config.seed, on_bad_image
     )
-    world = _build_world(
+    task = _build_task(
         images,
         data,
         config.backbone,
@@ -283,27 +283,27 @@ def build_image_world(config: RunConfig, on_bad_image: Literal["keep", "raise"])
         on_bad_image,
         config.fedotp.patch_reading if METHODS[config.method].reads_patches else None,
     )
-    _check_prompt(config, world)
-    return world
+    _check_prompt(config, task)
+    return task
 
 
-def _check_prompt(config: RunConfig, world: ImageWorld) -> None:
+def _check_prompt(config: RunConfig, task: ImageTask) -> None:
     prompt = config.prompt
     if prompt.learner == "head" or METHODS[config.method].learns in ("linear-probe", "prototypes"):
         return  # there is no context: any rank has a meaning, and no sequence can be too long
-    largest = min(prompt.n_ctx, world.backbone.ctx_dim)
+    largest = min(prompt.n_ctx, task.backbone.ctx_dim)
     if prompt.rank > largest:
         raise ConfigError(
-            f"prompt.rank = {prompt.rank}; a prompt of {prompt.n_ctx} x {world.backbone.ctx_dim} has rank at most "
+            f"prompt.rank = {prompt.rank}; a prompt of {prompt.n_ctx} x {task.backbone.ctx_dim} has rank at most "
             f"{largest}"
         )
-    world.text.check_length(prompt.n_ctx)
+    task.text.check_length(prompt.n_ctx)
     if prompt.init == "template":
-        world.text.template_context(prompt.n_ctx)  # raises if the template has another length
+        task.text.template_context(prompt.n_ctx)  # raises if the template has another length
 
 
 @functools.lru_cache(maxsize=2)
-def _build_world(
+def _build_task(
     images: DataSplits,
     data: DataConfig,
     model: BackboneConfig,
@@ -314,12 +314,12 @@ def _build_world(
     feature_cache: str,
     on_bad_image: Literal["keep", "raise"],
     patch_reading: PatchReading | None,
-) -> ImageWorld:
+) -> ImageTask:
     one_thread(device)
     assert data.partition != "by-image"  # the configuration allows it for questions alone
     parts = partition(images.train.labels, data.partition, population, data.dirichlet_alpha, seed)
     backbone = load_backbone(model.name, model.pretrained, device, pruner, model.precision)
-    return ImageWorld(
+    return ImageTask(
         backbone=backbone,
         text=PromptedText(backbone, images.class_names, images.template),
         data=images,

@@ -16,11 +16,11 @@ from fl_dualpriv.models.base import Backbone
 from fl_dualpriv.run import cgroups
 from fl_dualpriv.run.cpus import usable_cpus
 from fl_dualpriv.run.peak_memory import resident_peak
-from fl_dualpriv.tasks.base import World
+from fl_dualpriv.tasks.base import Task
 
 _MIB = 2**20
 _PROCESS = 480 * _MIB
-"""Measured: 470 MiB of its own in a Ray actor's libraries with the demo world, less weights, on the CPU build of torch.
+"""Measured: 470 MiB of its own in a Ray actor's libraries with the demo task, less weights, on the CPU build of torch.
 The files of the libraries, 150 MiB, are shared by all actors."""
 _CUDA_PROCESS = 3000 * _MIB
 """Host memory of the same with the CUDA libraries and their kernels: a guess, not measured."""
@@ -33,33 +33,33 @@ _PIXELS = 224 * 224
 _PSEUDO_UNLIMITED = 2**60  # cgroup v1 writes "no limit" as a number near 2**63
 
 
-def actor_bytes(world: World, config: RunConfig) -> int:
+def actor_bytes(task: Task, config: RunConfig) -> int:
     """Memory that one actor takes on the device where its model is: an estimate, and meant to be a little high.
 
     The sum of a process's base, the frozen weights (once per actor), the workspace (`resources.workspace-mib`), the
     features it holds and what encoding a batch of images adds.
     """
-    base = _CUDA_CONTEXT if world.backbone.device.type == "cuda" else _PROCESS
-    encoding = _ACTIVATIONS_PER_PIXEL * BATCH * 3 * 4 * _image_pixels(world)
+    base = _CUDA_CONTEXT if task.backbone.device.type == "cuda" else _PROCESS
+    encoding = _ACTIVATIONS_PER_PIXEL * BATCH * 3 * 4 * _image_pixels(task)
     workspace = config.resources.workspace_mib * _MIB
-    return base + world.backbone.weight_bytes + workspace + _feature_bytes(world, config) + encoding
+    return base + task.backbone.weight_bytes + workspace + _feature_bytes(task, config) + encoding
 
 
-def _feature_bytes(world: World, config: RunConfig) -> int:
+def _feature_bytes(task: Task, config: RunConfig) -> int:
     """Features that stay in memory: all of one held-out split, and of the training images what is not on disk."""
-    row = 4 * world.backbone.embed_dim
+    row = 4 * task.backbone.embed_dim
     if METHODS[config.method].reads_patches:
-        row *= 1 + cast(Backbone, world.backbone).n_patches  # such a method learns from images alone
-    training, *held_out = (row * len(world.images(split)) for split in ("train", "val", "test"))
-    return (training if world.cache_root is None else min(training, IN_MEMORY)) + max(held_out)
+        row *= 1 + cast(Backbone, task.backbone).n_patches  # such a method learns from images alone
+    training, *held_out = (row * len(task.images(split)) for split in ("train", "val", "test"))
+    return (training if task.cache_root is None else min(training, IN_MEMORY)) + max(held_out)
 
 
-def _image_pixels(world: World) -> int:
+def _image_pixels(task: Task) -> int:
     """Height times width of what the image tower reads, from the first image that can be read."""
-    images = world.images("test")
+    images = task.images("test")
     for index in range(len(images)):
         try:
-            return math.prod(world.backbone.preprocess(images.image(index)).shape[-2:])
+            return math.prod(task.backbone.preprocess(images.image(index)).shape[-2:])
         except Exception:  # a bad record; the next one will do
             continue
     return _PIXELS
@@ -130,24 +130,24 @@ def check_fits(per_actor: int, actors: int, device: torch.device, available: int
     )
 
 
-def check_memory(config: RunConfig, world: World) -> None:
+def check_memory(config: RunConfig, task: Task) -> None:
     """Compare what the simulation's actors will take with what this machine has now.
 
-    To be called where actors run on the same machine, after this process built its own world and before the first
+    To be called where actors run on the same machine, after this process built its own task and before the first
     message to a client: memory that actors hold already would count twice.
 
     Raises:
         ConfigError: If they would not fit.
     """
-    device, resources = world.backbone.device, config.resources
+    device, resources = task.backbone.device, config.resources
     if device.type == "cuda":
         actors = actors_per_device(resources, config.num_supernodes, device)
-        check_fits(actor_bytes(world, config), actors, device, available_bytes(device))
+        check_fits(actor_bytes(task, config), actors, device, available_bytes(device))
         host = torch.device("cpu")  # weights are read there first
-        check_fits(_CUDA_PROCESS + world.backbone.weight_bytes, actors, host, available_bytes(host))
+        check_fits(_CUDA_PROCESS + task.backbone.weight_bytes, actors, host, available_bytes(host))
     else:
         actors = actors_per_device(resources, config.num_supernodes, device)
-        check_fits(actor_bytes(world, config), actors, device, available_bytes(device))
+        check_fits(actor_bytes(task, config), actors, device, available_bytes(device))
 
 
 def peak_bytes(device: torch.device) -> int:

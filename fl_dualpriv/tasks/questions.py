@@ -1,4 +1,4 @@
-"""`World` of questions about images for a multimodal language model; groups are question types."""
+"""`Task` of questions about images for a multimodal language model; groups are question types."""
 
 import functools
 from dataclasses import dataclass, field
@@ -37,8 +37,8 @@ _RECENT = 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class QuestionWorld:
-    """See `World`. A record is one question with its answer and its image.
+class QuestionTask:
+    """See `Task`. A record is one question with its answer and its image.
 
     Attributes:
         backbone: One frozen copy; the features of an image are its visual tokens, pruned.
@@ -71,11 +71,11 @@ class QuestionWorld:
 
     @property
     def data_identity(self) -> dict[str, str]:
-        """See `World`."""
+        """See `Task`."""
         return data_identity(self.data, self.partitions)
 
     def use_facts(self, config: RunConfig) -> UseFacts | None:
-        """See `World`."""
+        """See `Task`."""
         return describe_use(
             config,
             self.backbone,
@@ -101,7 +101,7 @@ class QuestionWorld:
         return prompt.n_ctx, self.backbone.ctx_dim
 
     def prompt_segments(self, prompt: PromptConfig) -> tuple[int, ...]:
-        """See `World`: the columns of each LoRA factor."""
+        """See `Task`: the columns of each LoRA factor."""
         return self.lora(prompt).segments if prompt.learner == "lora" else ()
 
     def lora(self, prompt: PromptConfig) -> "LoraModel":
@@ -115,10 +115,10 @@ class QuestionWorld:
         return load_lora(self.backbone, prompt.rank)
 
     def context_of(self, learned: Tensor, config: RunConfig) -> None:
-        """See `World`: LoRA factors are none."""
+        """See `Task`: LoRA factors are none."""
 
     def initial_prompt(self, config: RunConfig) -> Tensor:
-        """See `World`: the template's words, or N(0, 0.02²); of LoRA the un-tuned model."""
+        """See `Task`: the template's words, or N(0, 0.02²); of LoRA the un-tuned model."""
         if config.prompt.learner == "lora":
             return self.lora(config.prompt).initial(config.seed)
         if config.prompt.init == "template":
@@ -141,7 +141,7 @@ class QuestionWorld:
         return _objective(self.backbone, config.resources.workspace_mib * 2**20)
 
     def regulariser(self, config: RunConfig) -> None:
-        """See `World`: none."""
+        """See `Task`: none."""
 
     def num_examples(self, partition_id: int) -> int:
         """n_i, public metadata; reads no image."""
@@ -162,7 +162,7 @@ class QuestionWorld:
         return kept
 
     def made_up(self) -> AnswerRecords:
-        """See `World`: random visual tokens, and the end token as every word, which each tokenizer has."""
+        """See `Task`: random visual tokens, and the end token as every word, which each tokenizer has."""
         generator, count = torch.Generator().manual_seed(0), MADE_UP_BLOCKS * BLOCK + 1
         return AnswerRecords(
             visual=torch.randn(count, self.backbone.embed_dim, generator=generator),
@@ -174,7 +174,7 @@ class QuestionWorld:
         )
 
     def check_any_fits(self) -> None:
-        """See `World`: the words of one training question must fit into ``max_tokens``."""
+        """See `Task`: the words of one training question must fit into ``max_tokens``."""
         train, first = self.data.train, ""
         for question, answer in zip(train.questions, train.answers, strict=True):
             if not question:
@@ -218,12 +218,12 @@ class QuestionWorld:
         )
 
     def counts(self, prompts: Tensor, config: RunConfig) -> list[Counts]:
-        """See `World`: exact matches."""
+        """See `Task`: exact matches."""
         records, objective = self.held_out(config.evaluation.split), self.objective(config)
         return [self._count(objective.correct(prompt, records), records.labels) for prompt in prompts]
 
     def zero_shot_counts(self, config: RunConfig) -> Counts:
-        """See `World`: the model with the template's words before the question."""
+        """See `Task`: the model with the template's words before the question."""
         is_lora = config.prompt.learner == "lora"
         nothing = torch.zeros(self.prompt_shape(config)) if is_lora else self._template(config.prompt)
         (counts,) = self.counts(nothing[None], config)
@@ -246,12 +246,12 @@ def _objective(backbone: AnsweringModel, kept_bytes: int) -> SoftPromptObjective
     return SoftPromptObjective(backbone, kept_bytes=kept_bytes)
 
 
-def build_question_world(config: RunConfig, on_bad_record: Literal["keep", "raise"]) -> QuestionWorld:
-    """See `build_world`.
+def build_question_task(config: RunConfig, on_bad_record: Literal["keep", "raise"]) -> QuestionTask:
+    """See `build_task`.
 
     Args:
         config: The run.
-        on_bad_record: See `QuestionWorld`.
+        on_bad_record: See `QuestionTask`.
 
     Raises:
         ConfigError: Data, model, prompt or partition do not work as configured; see the message.
@@ -259,7 +259,7 @@ def build_question_world(config: RunConfig, on_bad_record: Literal["keep", "rais
     data, source = config.data, config.data.source
     assert source in ("demo-vqa", "questions")
     questions = load_questions(source, data.path, data.val_fraction, data.test_fraction, config.seed, on_bad_record)
-    world = _build_world(
+    task = _build_task(
         questions,
         data,
         config.backbone,
@@ -270,20 +270,20 @@ def build_question_world(config: RunConfig, on_bad_record: Literal["keep", "rais
         config.resources.feature_cache,
         on_bad_record,
     )
-    _check_prompt(config, world)
-    return world
+    _check_prompt(config, task)
+    return task
 
 
-def _check_prompt(config: RunConfig, world: QuestionWorld) -> None:
-    prompt, model = config.prompt, world.backbone
-    words = len(model.words(world.words(prompt)))  # raises if they cannot be written
-    model.check_length(words if prompt.learner == "lora" else prompt.n_ctx, world.max_tokens)
+def _check_prompt(config: RunConfig, task: QuestionTask) -> None:
+    prompt, model = config.prompt, task.backbone
+    words = len(model.words(task.words(prompt)))  # raises if they cannot be written
+    model.check_length(words if prompt.learner == "lora" else prompt.n_ctx, task.max_tokens)
     if prompt.learner == "lora":
-        world.lora(prompt)  # raises if it cannot be made; neither n-ctx nor init is read
+        task.lora(prompt)  # raises if it cannot be made; neither n-ctx nor init is read
         return
     if prompt.init == "template" and words != prompt.n_ctx:
         raise ConfigError(
-            f"prompt.n-ctx = {prompt.n_ctx}, but {world.words(prompt)!r}, what prompts start from, is {words} tokens "
+            f"prompt.n-ctx = {prompt.n_ctx}, but {task.words(prompt)!r}, what prompts start from, is {words} tokens "
             f'long; set prompt.n-ctx = {words}, or prompt.init = "random"'
         )
     if prompt.rank > (largest := min(prompt.n_ctx, model.ctx_dim)):
@@ -293,7 +293,7 @@ def _check_prompt(config: RunConfig, world: QuestionWorld) -> None:
 
 
 @functools.lru_cache(maxsize=2)
-def _build_world(
+def _build_task(
     questions: QuestionSplits,
     data: DataConfig,
     model: BackboneConfig,
@@ -303,12 +303,12 @@ def _build_world(
     device: str,
     feature_cache: str,
     on_bad_record: Literal["keep", "raise"],
-) -> QuestionWorld:
+) -> QuestionTask:
     one_thread(device)
     by_image = data.partition == "by-image"
     labels = questions.train.image_of if by_image else questions.train.labels
     scheme = "by-class" if data.partition == "by-image" else data.partition
-    return QuestionWorld(
+    return QuestionTask(
         backbone=load_answering_model(model.name, device, pruner, model.precision),
         data=questions,
         partitions=partition(labels, scheme, population, data.dirichlet_alpha, seed),

@@ -14,7 +14,7 @@ from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.models.base import HUGGING_FACE, ImageEncoder
 from fl_dualpriv.models.checkpoints import CHECKPOINT_SUFFIXES
 from fl_dualpriv.models.pruning.tokens import TokenPruner, VisualTokenPruner
-from fl_dualpriv.tasks.base import World
+from fl_dualpriv.tasks.base import Task
 from fl_dualpriv.tasks.use_facts import BackboneFacts, Kind, PrunerFacts, UseFacts
 
 _LOCAL = "local-dir:"
@@ -97,9 +97,9 @@ def _pruner_facts(pruner: object) -> PrunerFacts | None:
     return PrunerFacts(**{field.name: getattr(pruner, field.name) for field in fields(PrunerFacts)})
 
 
-def metadata_of_global(config: RunConfig, world: World, run_token: str) -> dict[str, str]:
+def metadata_of_global(config: RunConfig, task: Task, run_token: str) -> dict[str, str]:
     """Metadata of the global prompt in a run's folder."""
-    use = world.use_facts(config)
+    use = task.use_facts(config)
     return {
         "method": config.method,
         "backbone": config.backbone.name,

@@ -73,7 +73,7 @@ def train(
     partitions: tuple[int, ...] = (0,),
     prompt: Tensor = PROMPT,
 ) -> Message:
-    task = messages.TrainTask(
+    task = messages.TrainRequest(
         partitions=partitions, global_prompt=prompt, server_round=server_round, run_token=token, terms=terms
     )
     return ask(grid, messages.train_content(task), MessageType.TRAIN)
@@ -85,7 +85,7 @@ def uploads(reply: Message) -> messages.Uploads:
 
 
 def evaluate(grid: LocalGrid, prompt: messages.PromptKind = "personal", partitions: tuple[int, ...] = (0,)) -> Message:
-    task = messages.EvaluateTask(
+    task = messages.EvaluateRequest(
         partitions=partitions, global_prompt=PROMPT, server_round=1, run_token="t", prompt=prompt
     )
     return ask(grid, messages.evaluate_content(task), MessageType.EVALUATE)

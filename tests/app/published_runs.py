@@ -13,8 +13,8 @@ from fl_dualpriv.publish.file import write_published
 from fl_dualpriv.publish.rules import publish
 from fl_dualpriv.publish.use import LoadedPrompt
 from fl_dualpriv.tasks.base import held_groups
-from fl_dualpriv.tasks.build import build_world
-from fl_dualpriv.tasks.images import ImageWorld
+from fl_dualpriv.tasks.build import build_task
+from fl_dualpriv.tasks.images import ImageTask
 
 APP_DIR = Path(__file__).parents[2]
 CLIENTS = 3
@@ -45,9 +45,9 @@ def exported(folder: Path, client: int | None, out: Path, model: Path, **options
 def scores(prompts: Sequence[LoadedPrompt], summary: dict[str, Any]) -> tuple[float | None, float | None]:
     """What the run reports, counted anew from the labels that published prompts give to the test images' files."""
     config = RunConfig.from_run_config(summary["config"])
-    world = build_world(config)
-    assert isinstance(world, ImageWorld)
-    test, held = world.data.test, held_groups(world)
+    task = build_task(config)
+    assert isinstance(task, ImageTask)
+    test, held = task.data.test, held_groups(task)
     labels, found = torch.tensor(test.labels), []
     for client, prompt in enumerate(prompts):
         said = [prompt.classes.index(p.label) for p in prompt.predict(test.paths)]  # type: ignore[attr-defined]

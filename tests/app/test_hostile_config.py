@@ -13,7 +13,7 @@ from PIL import Image
 from fl_dualpriv import messages
 from fl_dualpriv.flower.local import LocalGrid
 from fl_dualpriv.models.open_clip import OpenClipBackbone
-from fl_dualpriv.tasks.images import ImageWorld
+from fl_dualpriv.tasks.images import ImageTask
 from tests.app.client_node import OFFERED, PROMPT, Nodes, ask, evaluate, tiny_nodes, train
 
 BUDGET = """
@@ -168,7 +168,7 @@ def test_no_image_is_read_for_a_refused_round(owned: Start, monkeypatch: pytest.
     def never(*arguments: object) -> None:
         raise AssertionError("read")
 
-    monkeypatch.setattr(ImageWorld, "client_data", never)
+    monkeypatch.setattr(ImageTask, "client_data", never)
     terms = replace(OFFERED, clip_norm=2.0) if why == "other terms" else OFFERED
     # The same round with the same prompt would be what was sent, once more: docs/resume.md.
     prompt = PROMPT + 1 if why == "replay" else PROMPT

@@ -133,7 +133,7 @@ def test_a_failing_client_among_many_is_one_counted_zero(run: Run, tmp_path: Pat
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_clients_step_together_unless_their_numbers_would_mix(run: Run, monkeypatch: pytest.MonkeyPatch, apart: bool):
-    monkeypatch.setattr(fl_dualpriv.client.node.Setting, "clients_apart", apart)
+    monkeypatch.setattr(fl_dualpriv.client.node.RunContext, "clients_apart", apart)
     update, sizes = fl_dualpriv.client.round.cohort_update, []
 
     def counting(**arguments: Any) -> Any:

@@ -14,8 +14,8 @@ from fl_dualpriv.flower.local import run_local
 from fl_dualpriv.learners.answers import answer_records
 from fl_dualpriv.publish.file import read_published, write_published
 from fl_dualpriv.publish.rules import publish
-from fl_dualpriv.tasks.build import build_world
-from fl_dualpriv.tasks.questions import QuestionWorld
+from fl_dualpriv.tasks.build import build_task
+from fl_dualpriv.tasks.questions import QuestionTask
 from tests.app.published_runs import APP_DIR
 
 pytestmark = pytest.mark.slow
@@ -53,9 +53,9 @@ def test_an_answer_is_what_the_run_counts_as_right(kind: str, tmp_path: Path):
     assert "ε = " in prompt.guarantee
 
     checked = RunConfig.from_run_config(config | RUNS[kind])
-    world = build_world(checked)
-    assert isinstance(world, QuestionWorld)
-    questions = world.data.test
+    task = build_task(checked)
+    assert isinstance(task, QuestionTask)
+    questions = task.data.test
     some = np.linspace(0, len(questions) - 1, RECORDS).astype(int).tolist()
     said = []
     for place, record in enumerate(some):
@@ -64,11 +64,11 @@ def test_an_answer_is_what_the_run_counts_as_right(kind: str, tmp_path: Path):
         (found,) = prompt.predict([image], questions.questions[record])
         assert found.error == ""
         said.append(found.label == questions.answers[record])
-    features = world.backbone.image_features(
-        torch.stack([world.backbone.preprocess(questions.images.image(int(questions.image_of[r]))) for r in some])
+    features = task.backbone.image_features(
+        torch.stack([task.backbone.preprocess(questions.images.image(int(questions.image_of[r]))) for r in some])
     )
     records = answer_records(
-        world.backbone,
+        task.backbone,
         [questions.questions[r] for r in some],
         [questions.answers[r] for r in some],
         np.arange(RECORDS),
@@ -77,7 +77,7 @@ def test_an_answer_is_what_the_run_counts_as_right(kind: str, tmp_path: Path):
         14,
         "raise",
     )
-    right = world.objective(checked).correct(read_published(file).prompt, records).tolist()
+    right = task.objective(checked).correct(read_published(file).prompt, records).tolist()
     assert said == right
     assert 0 < sum(right) < RECORDS  # an equality of some and some
 

@@ -43,7 +43,7 @@ TERMS = RoundTerms(
     releases=3,
     arithmetic="integer",
 )
-TRAIN = messages.TrainTask(partitions=(0, 4), global_prompt=PROMPT, server_round=7, run_token="abc", terms=TERMS)
+TRAIN = messages.TrainRequest(partitions=(0, 4), global_prompt=PROMPT, server_round=7, run_token="abc", terms=TERMS)
 
 
 @pytest.mark.parametrize("arrays", [None, messages.to_arrays(PROMPT)], ids=["packed here", "packed before"])
@@ -102,7 +102,7 @@ def test_the_server_sends_one_tensor_and_says_who_when_and_on_what_terms():
 
 @pytest.mark.parametrize("kind", ["zero-shot", "global", "personal"])
 def test_evaluate_task_survives(kind: messages.PromptKind):
-    task = messages.EvaluateTask(partitions=(3,), global_prompt=PROMPT, server_round=2, run_token="abc", prompt=kind)
+    task = messages.EvaluateRequest(partitions=(3,), global_prompt=PROMPT, server_round=2, run_token="abc", prompt=kind)
     back = messages.read_evaluate(message(messages.evaluate_content(task)))
     assert torch.equal(back.global_prompt, PROMPT)
     assert (back.partitions, back.server_round, back.run_token, back.prompt) == ((3,), 2, "abc", kind)

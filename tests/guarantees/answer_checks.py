@@ -41,13 +41,13 @@ class Case:
         return replace(self, objective=form)
 
     def rows(self, data: AnswerRecords, picked: list[int]) -> Tensor:
-        step = self.objective.over([data]).at(self.prompt[None], [np.array(picked, dtype=np.int64)])
+        step = self.objective.bind([data]).gradients(self.prompt[None], [np.array(picked, dtype=np.int64)])
         return torch.cat([torch.zeros(0, *self.prompt.shape), *step.rows(0)])[: len(picked)]
 
     def clean_sum(
         self, data: AnswerRecords, picked: list[int], arithmetic: Arithmetic = "float", mask: Tensor | None = None
     ) -> Tensor:
-        step = self.objective.over([data]).at(self.prompt[None], [np.array(picked, dtype=np.int64)])
+        step = self.objective.bind([data]).gradients(self.prompt[None], [np.array(picked, dtype=np.int64)])
         (found,) = step.clipped_sums(self.clip, arithmetic, None if mask is None else mask[None])
         assert found.value.dtype == torch.float64
         assert found.sensitivity == (self.clip if arithmetic == "float" else GRID_STEPS)
@@ -78,7 +78,7 @@ def the_batch_does_not_matter(case: Case) -> None:
 def rows_add_up_to_the_batch(case: Case) -> None:
     """The rows are parts of the gradient that plain training takes, from one pass with nothing kept."""
     data = case.records()
-    step = case.objective.over([data]).at(case.prompt[None], [np.arange(11)])
+    step = case.objective.bind([data]).gradients(case.prompt[None], [np.arange(11)])
     rows, plain = case.rows(data, list(range(11))), step.sums()[0]
     assert (rows.sum(dim=0) - plain).abs().max() <= 1e-5 * plain.abs().max(), "rows are no parts of the gradient"
 

@@ -21,7 +21,7 @@ from fl_dualpriv.privacy.ledger import Ledger, LedgerContent, LedgerEvent, Reser
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.run.tables import SEEDED_NOTE
-from fl_dualpriv.server.accounting import BudgetExhausted, ServerBooks, ServerPrivacy
+from fl_dualpriv.server.accounting import BudgetExhausted, RoundAccountant, ServerPrivacy
 from fl_dualpriv.server.strategy import RoundStrategy
 from tests.guarantees import accounting_checks, run_checks, server_checks
 from tests.guarantees.mutation import Mutation, Patch
@@ -43,9 +43,9 @@ def a_client_writes_its_ledger_afterwards(patch: Patch) -> None:
 
 
 def the_server_writes_its_ledger_afterwards(patch: Patch) -> None:
-    waiting: list[tuple[ServerBooks, int]] = []
-    write, noised = ServerBooks.write, RoundStrategy._noised
-    patch.setattr(ServerBooks, "write", lambda self, server_round: waiting.append((self, server_round)))
+    waiting: list[tuple[RoundAccountant, int]] = []
+    write, noised = RoundAccountant.write, RoundStrategy._noised
+    patch.setattr(RoundAccountant, "write", lambda self, server_round: waiting.append((self, server_round)))
 
     def then_written(
         self: RoundStrategy, partitions: Sequence[int], diffs: Tensor, privacy: ServerPrivacy, source: RandomSource
@@ -69,14 +69,14 @@ def an_event_counts_one_release(patch: Patch) -> None:
 def the_server_checks_its_budget_afterwards(patch: Patch) -> None:
     """What was spent is looked at, and not what the round would add: too late by one."""
 
-    def too_late(self: ServerBooks, server_round: int) -> None:
+    def too_late(self: RoundAccountant, server_round: int) -> None:
         privacy = self._privacy
         assert privacy.ledger is not None
         assert privacy.max_epsilon is not None
         if privacy.ledger.read().epsilon(privacy.delta) > privacy.max_epsilon:
             raise BudgetExhausted("the budget is spent")
 
-    patch.setattr(ServerBooks, "check", too_late)
+    patch.setattr(RoundAccountant, "check", too_late)
 
 
 def a_client_checks_its_budget_afterwards(patch: Patch) -> None:
@@ -201,7 +201,7 @@ BOOK_MUTATIONS = (
     ),
     Mutation(
         name="the server's ledger is written after the release",
-        where="ServerBooks.write",
+        where="RoundAccountant.write",
         plant=the_server_writes_its_ledger_afterwards,
         caught_by=(server_checks.a_round_is_in_the_ledger_before_its_noise,),
     ),
@@ -213,7 +213,7 @@ BOOK_MUTATIONS = (
     ),
     Mutation(
         name="the server checks its budget after the release",
-        where="ServerBooks.check",
+        where="RoundAccountant.check",
         plant=the_server_checks_its_budget_afterwards,
         caught_by=(server_checks.no_round_starts_above_the_servers_budget,),
     ),

@@ -159,7 +159,7 @@ CENTRAL_MUTATIONS = (
     ),
     Mutation(
         name="the ledger of correlated noise is written after the noise",
-        where="ServerBooks.write",
+        where="RoundAccountant.write",
         plant=the_ledger_of_a_run_is_written_afterwards,
         caught_by=(central_checks.a_run_is_in_the_ledger_before_its_noise,),
     ),

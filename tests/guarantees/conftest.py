@@ -23,7 +23,7 @@ from fl_dualpriv.privacy.filters.budget import Budget
 
 if TYPE_CHECKING:
     from fl_dualpriv import messages
-    from fl_dualpriv.client.node import Setting
+    from fl_dualpriv.client.node import RunContext
 
 ROOT = Path(__file__).parents[2]
 OURS = {
@@ -52,12 +52,12 @@ class TinyNode:
     """Rounds of the one client of a node, asked for as a server would.
 
     Attributes:
-        setting: Model, data and plan, made once.
+        run_context: Model, data and plan, made once.
         folder: Of the client's state.
         budget: The owner's limits, or None.
     """
 
-    setting: "Setting"
+    run_context: "RunContext"
     folder: Path
     budget: Budget | None = None
 
@@ -67,19 +67,21 @@ class TinyNode:
         from fl_dualpriv.client.node import Node
         from fl_dualpriv.client.round import TrainRound
 
-        node = Node(setting=self.setting, index=0, run_folder=self.folder, state_dir=self.folder, budget=self.budget)
-        task = messages.TrainTask(
+        node = Node(
+            run_context=self.run_context, index=0, run_folder=self.folder, state_dir=self.folder, budget=self.budget
+        )
+        task = messages.TrainRequest(
             partitions=(0,),
-            global_prompt=torch.zeros(self.setting.prompt_shape) if prompt is None else prompt,
+            global_prompt=torch.zeros(self.run_context.prompt_shape) if prompt is None else prompt,
             server_round=server_round,
             run_token=token,
-            terms=self.setting.terms,
+            terms=self.run_context.terms,
         )
         return TrainRound(node, task).run()
 
 
 @pytest.fixture(scope="session")
-def make_setting(tiny_clip_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., "Setting"]:
+def make_run_context(tiny_clip_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., "RunContext"]:
     """A population of one client with 22 images, one of which cannot be read; three rounds of two steps.
 
     ``make_setting({"privacy.arithmetic": "integer"})``: other settings.
@@ -106,10 +108,10 @@ def make_setting(tiny_clip_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
     }
     defaults = app_defaults(ROOT)
 
-    def make(changes: dict[str, Any] | None = None) -> "Setting":
-        from fl_dualpriv.client.node import Setting
+    def make(changes: dict[str, Any] | None = None) -> "RunContext":
+        from fl_dualpriv.client.node import RunContext
 
-        return Setting(RunConfig.from_run_config(defaults | base | (changes or {})))
+        return RunContext(RunConfig.from_run_config(defaults | base | (changes or {})))
 
     return make
 

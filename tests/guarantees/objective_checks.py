@@ -24,7 +24,7 @@ def clipped_sum(
     objective: Objective[Any], prompt: Tensor, data: ClientData, clip: float = CLIP, arithmetic: Arithmetic = "float"
 ) -> Tensor:
     """One client's clipped sum over all its records, in real units."""
-    gradients = objective.over([data]).at(prompt[None], [np.arange(data.num_examples)])
+    gradients = objective.bind([data]).gradients(prompt[None], [np.arange(data.num_examples)])
     (found,) = gradients.clipped_sums(clip, arithmetic)
     assert found.sensitivity * (found.grid or 1.0) == clip or found.grid is not None
     return found.value * (found.grid or 1.0)
@@ -41,7 +41,7 @@ def gradients_are_autograds(
         found = clipped_sum(objective, prompt, of(data, [i]), clip=1e6)
         torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max() + 1))
         total += expected
-    sums = objective.over([data]).at(prompt[None], [np.arange(data.num_examples)]).sums()[0]
+    sums = objective.bind([data]).gradients(prompt[None], [np.arange(data.num_examples)]).sums()[0]
     torch.testing.assert_close(sums.float(), total, rtol=1e-4, atol=1e-5 * float(total.abs().max() + 1))
 
 
@@ -69,17 +69,17 @@ def a_bad_record_is_a_zero(objective: Objective[Any], prompt: Tensor, data: Clie
         )
         everyone, others = np.arange(data.num_examples), np.array(kept)
         sums = [
-            objective.over([own]).at(prompt[None], [rows]).sums()[0]
+            objective.bind([own]).gradients(prompt[None], [rows]).sums()[0]
             for own, rows in ((spoilt, everyone), (data, others))
         ]
         torch.testing.assert_close(*sums, rtol=1e-4, atol=1e-4)
-    nobody = objective.over([data]).at(prompt[None], [np.arange(0)])
+    nobody = objective.bind([data]).gradients(prompt[None], [np.arange(0)])
     assert not nobody.clipped_sums(CLIP, "float")[0].value.any()
 
 
 def clients_do_not_mix(objective: Objective[Any], prompts: Tensor, data: list[ClientData]) -> None:
     """Clients that step together have the sums that they have alone, whatever the order of their sizes."""
     picked = [np.arange(own.num_examples) for own in data]
-    together = objective.over(data).at(prompts, picked).clipped_sums(CLIP, "float")
+    together = objective.bind(data).gradients(prompts, picked).clipped_sums(CLIP, "float")
     for prompt, own, found in zip(prompts, data, together, strict=True):
         assert torch.equal(found.value, clipped_sum(objective, prompt, own)), "a client's sum follows who steps along"

@@ -9,7 +9,7 @@ import fl_dualpriv.client.step
 from fl_dualpriv.client.blocks import Blocks, CoordinateBlocks
 from fl_dualpriv.client.optimizers import Optimizer
 from fl_dualpriv.client.pruning import Draw, Pruned, UpdatePruning
-from fl_dualpriv.client.release_memory import History
+from fl_dualpriv.client.release_memory import ReleaseMemory
 from fl_dualpriv.learners.base import StepGradients
 from fl_dualpriv.privacy.clipping import ClippedSum
 from fl_dualpriv.privacy.plan import RecordLevelPlan
@@ -34,9 +34,9 @@ def past_scored_on_clean_gradients(patch: Patch) -> None:
     kept, remember = keep_clean_sums(patch), UpdatePruning.remember
 
     def clean(
-        self: UpdatePruning, history: History, release: Tensor, opened: Tensor, blocks: CoordinateBlocks
-    ) -> History:
-        return remember(self, history, kept.sums / kept.expected, opened, blocks)
+        self: UpdatePruning, release_memory: ReleaseMemory, release: Tensor, opened: Tensor, blocks: CoordinateBlocks
+    ) -> ReleaseMemory:
+        return remember(self, release_memory, kept.sums / kept.expected, opened, blocks)
 
     patch.setattr(UpdatePruning, "remember", clean)
 
@@ -45,10 +45,10 @@ def moments_from_clean_gradients(patch: Patch) -> None:
     """Adam's second moment from what was not noised: the scale of each coordinate gives it away."""
     kept, advance = keep_clean_sums(patch), Optimizer._advance
 
-    def clean(self: Optimizer, gradient: Tensor, history: History, noise_std: Tensor) -> dict[str, Tensor]:
-        moved, second = advance(self, gradient, history, noise_std), "optimizer.second"
+    def clean(self: Optimizer, gradient: Tensor, release_memory: ReleaseMemory, noise_std: Tensor) -> dict[str, Tensor]:
+        moved, second = advance(self, gradient, release_memory, noise_std), "optimizer.second"
         squares = (kept.sums / kept.expected).square()
-        return {**moved, second: torch.lerp(squares, history[second], 0.999)} if second in moved else moved
+        return {**moved, second: torch.lerp(squares, release_memory[second], 0.999)} if second in moved else moved
 
     patch.setattr(Optimizer, "_advance", clean)
 

@@ -20,7 +20,7 @@ from fl_dualpriv.run import recorder as results
 from fl_dualpriv.run.file_kinds import PROGRESS, ROUNDS
 from fl_dualpriv.run.recorder import RunRecorder
 from fl_dualpriv.server.strategy import RoundStrategy
-from fl_dualpriv.tasks.base import World
+from fl_dualpriv.tasks.base import Task
 from tests.guarantees import result_checks
 from tests.guarantees.mutation import Mutation, Patch
 
@@ -39,11 +39,11 @@ def _add_to_summary(patch: Patch, more: Callable[[RunRecorder], Mapping[str, Any
     patch.setattr(RunRecorder, "write_summary", lambda self, summary: write(self, {**summary, **more(self)}))
 
 
-def _add_to_prompt(patch: Patch, more: Callable[[World], Mapping[str, str]]) -> None:
+def _add_to_prompt(patch: Patch, more: Callable[[Task], Mapping[str, str]]) -> None:
     facts = fl_dualpriv.server.results.metadata_of_global
 
-    def careless(config: RunConfig, world: World, run_token: str) -> dict[str, str]:
-        return {**facts(config, world, run_token), **more(world)}
+    def careless(config: RunConfig, task: Task, run_token: str) -> dict[str, str]:
+        return {**facts(config, task, run_token), **more(task)}
 
     patch.setattr(fl_dualpriv.server.results, "metadata_of_global", careless)
 
@@ -73,23 +73,23 @@ def cohorts_in_rounds(patch: Patch) -> None:
 
 
 def a_clock_in_the_prompt(patch: Patch) -> None:
-    _add_to_prompt(patch, lambda world: {"written": time.strftime("%Y-%m-%dT%H:%M", time.gmtime(time.time()))})
+    _add_to_prompt(patch, lambda task: {"written": time.strftime("%Y-%m-%dT%H:%M", time.gmtime(time.time()))})
 
 
 def a_hash_of_the_data_in_the_prompt(patch: Patch) -> None:
-    _add_to_prompt(patch, lambda world: {"data": world.images("train").content_hash})
+    _add_to_prompt(patch, lambda task: {"data": task.images("train").content_hash})
 
 
 def class_counts_in_the_prompt(patch: Patch) -> None:
-    _add_to_prompt(patch, lambda world: {"labels": " ".join(map(str, np.bincount(world.groups)))})
+    _add_to_prompt(patch, lambda task: {"labels": " ".join(map(str, np.bincount(task.groups)))})
 
 
 def unusable_records_in_the_prompt(patch: Patch) -> None:
-    def count(world: World) -> str:
-        features = [world.client_data(i).features for i in range(len(world.partitions))]  # type: ignore[attr-defined]
+    def count(task: Task) -> str:
+        features = [task.client_data(i).features for i in range(len(task.partitions))]  # type: ignore[attr-defined]
         return str(int(torch.cat(features).isnan().any(dim=1).sum()))
 
-    _add_to_prompt(patch, lambda world: {"unread": count(world)})
+    _add_to_prompt(patch, lambda task: {"unread": count(task)})
 
 
 def a_time_in_the_curve(patch: Patch) -> None:

@@ -92,7 +92,7 @@ def cases() -> Iterator[tuple[int, int, dict[str, int]]]:
 
 
 def rows_of(form: Objective[ClientData], data: ClientData, prompt: Tensor, picked: np.ndarray) -> Tensor:
-    return torch.cat(list(form.over([data]).at(prompt[None], [picked]).rows(0)))[: len(picked)]
+    return torch.cat(list(form.bind([data]).gradients(prompt[None], [picked]).rows(0)))[: len(picked)]
 
 
 def a_record_that_goes_leaves_the_other_rows_bit_by_bit() -> None:
@@ -102,13 +102,13 @@ def a_record_that_goes_leaves_the_other_rows_bit_by_bit() -> None:
         data, prompt, everybody = records(width, n_cls, 3, 20), prompts(width)[0], np.arange(20)
         whole = rows_of(form, data, prompt, everybody)
         clip = 0.5 * float(whole.flatten(1).norm(dim=1).median())
-        total = form.over([data]).at(prompt[None], [everybody]).clipped_sums(clip, "integer")[0].value
+        total = form.bind([data]).gradients(prompt[None], [everybody]).clipped_sums(clip, "integer")[0].value
         for gone in (0, 1, 7, 8, 12, 19):
             kept = np.delete(everybody, gone)
             where = f"width {width}, {n_cls} classes, {kind}, {path}"
             assert torch.equal(rows_of(form, data, prompt, kept), whole[kept]), f"a record moves others' rows: {where}"
             rest, own = (
-                form.over([data]).at(prompt[None], [picked]).clipped_sums(clip, "integer")[0].value
+                form.bind([data]).gradients(prompt[None], [picked]).clipped_sums(clip, "integer")[0].value
                 for picked in (kept, np.array([gone]))
             )
             assert torch.equal(total - rest, own), f"a record moves the sum by more than its own row: {where}"
@@ -155,10 +155,12 @@ def clients_get_what_each_gets_alone() -> None:
         sizes = (17, 3, 20)
         data = [records(width, n_cls, 5 + place, size) for place, size in enumerate(sizes)]
         picked = [np.arange(size) for size in sizes]
-        together = form.over(data).at(prompts(width), picked)
+        together = form.bind(data).gradients(prompts(width), picked)
         clipped = together.clipped_sums(0.1, "integer")
         for place in range(COMPANY):
-            alone = form.over(data[place : place + 1]).at(prompts(width)[place : place + 1], picked[place : place + 1])
+            alone = form.bind(data[place : place + 1]).gradients(
+                prompts(width)[place : place + 1], picked[place : place + 1]
+            )
             where = f"width {width}, {n_cls} classes, {kind}, {path}"
             assert torch.equal(together.sums()[place], alone.sums()[0]), f"clients mix in sums: {where}"
             assert torch.equal(clipped[place].value, alone.clipped_sums(0.1, "integer")[0].value), f"they mix: {where}"

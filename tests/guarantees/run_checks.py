@@ -101,7 +101,7 @@ class Federation:
 
 def train(grid: LocalGrid, server_round: int, terms: RoundTerms = TERMS, token: str = "t") -> Message:
     """Ask the first client for a round."""
-    task = messages.TrainTask(
+    task = messages.TrainRequest(
         partitions=(0,), global_prompt=PROMPT, server_round=server_round, run_token=token, terms=terms
     )
     (reply,) = grid.send_and_receive([Message(messages.train_content(task), 1, MessageType.TRAIN)])
@@ -200,7 +200,9 @@ def floats_are_refused_where_the_owner_demands_integers(federation: Federation) 
 def private_scores_stay(federation: Federation) -> None:
     """Held-out images that were cut out of a client's own folder are private: their scores are no release."""
     grid = federation.nodes()
-    task = messages.EvaluateTask(partitions=(0,), global_prompt=PROMPT, server_round=1, run_token="t", prompt="global")
+    task = messages.EvaluateRequest(
+        partitions=(0,), global_prompt=PROMPT, server_round=1, run_token="t", prompt="global"
+    )
     (reply,) = grid.send_and_receive([Message(messages.evaluate_content(task), 1, MessageType.EVALUATE)])
     assert reply.has_error(), "scores on private images left"
     assert "unaccounted release" in (reply.error.reason or "")

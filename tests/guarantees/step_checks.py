@@ -357,7 +357,7 @@ def data_enter_through_the_release_alone(
                 pruning=pruning,
                 optimizer=optimizer,
             )
-        return [upload, state.personal, state.carrier, *state.history.values()]
+        return [upload, state.personal, state.row_basis, *state.release_memory.values()]
 
     first, second = run(1), run(2)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "data pass by the release"

@@ -9,13 +9,13 @@ from torch import Tensor
 
 import fl_dualpriv.client.step
 from fl_dualpriv.client.step import Participant
-from fl_dualpriv.client.updates import Directions
+from fl_dualpriv.client.updates import UpdateRule
 from fl_dualpriv.learners import classification
 from fl_dualpriv.learners import rows as per_example
 from fl_dualpriv.learners.base import StepGradients
 from fl_dualpriv.learners.rows import Batches, per_example_gradients
 from fl_dualpriv.methods.base import MethodParts
-from fl_dualpriv.methods.lowrank import carriers
+from fl_dualpriv.methods.lowrank import subspace_bases
 from fl_dualpriv.privacy import clipping, feature_rows
 from fl_dualpriv.privacy import release as release_module
 from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, clip_rows
@@ -134,7 +134,7 @@ def clip_factors_apart_and_account_once(patch: Patch) -> None:
         learning_rate: float,
         closed: Tensor | None,
     ) -> None:
-        u, v = carriers(gradient, prompts.carrier)
+        u, v = subspace_bases(gradient, prompts.row_basis)
         of_u, of_v = view(kept.sums @ v.mT, 1), view(u.mT @ kept.sums, 2)
         prompts.personal = prompts.personal - learning_rate / kept.expected * (of_u @ v + u @ of_v)
 
@@ -173,10 +173,12 @@ def divide_by_the_realised_batch(patch: Patch) -> None:
 def clean_upload(patch: Patch) -> None:
     """p_G moves by the clean sum, and only what stays at the client by the release: as in the DP-FPL paper."""
     kept, noised = keep_clean_sums(patch), []
-    direct, move = Directions.direction, fl_dualpriv.client.step._move_personal
+    direct, move = UpdateRule.direction, fl_dualpriv.client.step._move_personal
 
-    def for_the_upload(self: Directions, release: Tensor, carriers: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        noised[:] = [direct(self, release, carriers)]
+    def for_the_upload(
+        self: UpdateRule, release: Tensor, subspace_bases: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        noised[:] = [direct(self, release, subspace_bases)]
         return kept.sums / kept.expected
 
     def with_the_release(
@@ -188,7 +190,7 @@ def clean_upload(patch: Patch) -> None:
     ) -> None:
         move(prompts, noised[0], parts, learning_rate, closed)
 
-    patch.setattr(Directions, "direction", for_the_upload)
+    patch.setattr(UpdateRule, "direction", for_the_upload)
     patch.setattr(fl_dualpriv.client.step, "_move_personal", with_the_release)
 
 
@@ -260,7 +262,7 @@ STEP_MUTATIONS = (
     ),
     Mutation(
         name="the upload of p_G has no noise",
-        where="fl_dualpriv.client.updates.Directions.direction",
+        where="fl_dualpriv.client.updates.UpdateRule.direction",
         plant=clean_upload,
         caught_by=(step_checks.noise_has_std_z_times_c, step_checks.masks_and_factors_see_the_release_alone),
         audited_by=audit_checks.the_claim_about_records_stands,

@@ -9,7 +9,7 @@ import torch
 from fl_dualpriv.privacy.accounting import gathered
 from fl_dualpriv.privacy.filters import worst_terms as worst_terms_filter
 from fl_dualpriv.privacy.ledger import Ledger
-from fl_dualpriv.server.accounting import ServerBooks
+from fl_dualpriv.server.accounting import RoundAccountant
 from tests.guarantees import central_checks
 from tests.guarantees.central_checks import (
     BIT_NOISE,
@@ -93,8 +93,8 @@ def test_integers_have_the_same_clip_norm_to_their_grid() -> None:
 
 def test_the_ledger_is_charged_for_sum_and_count_together(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    books = ServerBooks(replace(adaptive_privacy(), ledger=ledger), "run", rounds=3)
-    books.write(1)
+    accountant = RoundAccountant(replace(adaptive_privacy(), ledger=ledger), "run", rounds=3)
+    accountant.write(1)
     assert [event.noise_multiplier for event in ledger.read().events] == [MULTIPLIER]
     assert adaptive_privacy().noise_multiplier > MULTIPLIER < 2 * BIT_NOISE
 
@@ -111,12 +111,12 @@ def test_every_check_of_a_run_is_on_the_plans_own_charges(tmp_path: Path, monkey
         privacy = replace(correlated_privacy(correlated, ledger), max_epsilon=1.0)
         for server_round in range(1, ROUNDS + 1):
             # New books each round: they remember what they have found affordable.
-            books = ServerBooks(privacy, "run", rounds=ROUNDS)
-            books.check(server_round)
+            accountant = RoundAccountant(privacy, "run", rounds=ROUNDS)
+            accountant.check(server_round)
             assert checked.pop() == plan
-            books.write(server_round)
+            accountant.write(server_round)
         # A crash, and a round that is made again with new noise: another release beside all of them.
-        ServerBooks(privacy, "run", rounds=ROUNDS).write(ROUNDS)
+        RoundAccountant(privacy, "run", rounds=ROUNDS).write(ROUNDS)
         again = correlated.charge(MULTIPLIER, ROUNDS, again=True)
         assert ledger.read().charges() == gathered([*correlated.charges(MULTIPLIER, ROUNDS), again])
 

@@ -18,7 +18,7 @@ import pytest
 
 import fl_dualpriv.client.round
 from fl_dualpriv import messages
-from fl_dualpriv.client.node import Setting
+from fl_dualpriv.client.node import RunContext
 from fl_dualpriv.client.state import digest
 from fl_dualpriv.privacy import ledger as ledger_module
 from fl_dualpriv.privacy import release
@@ -37,14 +37,14 @@ Mutation = Callable[[pytest.MonkeyPatch], None]
 @pytest.fixture
 def client(
     arithmetic: str,
-    make_setting: Callable[..., Setting],
+    make_run_context: Callable[..., RunContext],
     tiny_node: Callable[..., Any],
     in_a_process: Callable[..., Notes],
     tmp_path: Path,
 ) -> "Client":
     # The head needs no text tower: more crashes in the same time.
-    setting = make_setting({"privacy.arithmetic": arithmetic, "method": "full", "prompt.learner": "head"})
-    return Client(tmp_path, functools.partial(tiny_node, setting=setting), in_a_process)
+    run_context = make_run_context({"privacy.arithmetic": arithmetic, "method": "full", "prompt.learner": "head"})
+    return Client(tmp_path, functools.partial(tiny_node, run_context=run_context), in_a_process)
 
 
 class Client:
@@ -115,7 +115,7 @@ class Client:
                     elif answered:  # what was sent, or was about to be
                         assert made.count((token, server_round)) == STEPS
         self._check_events(ledger, made)
-        content, plan = ledger.read(), self.node.setting.plan
+        content, plan = ledger.read(), self.node.run_context.plan
         assert len(made) <= sum(event.releases for event in content.events) <= plan.releases
         if self.budget is not None:
             assert content.epsilon(self.budget.delta) <= self.budget.epsilon
@@ -180,7 +180,7 @@ def test_a_power_cut_leaves_no_release_without_its_event(
 @pytest.mark.parametrize("arithmetic", ["float"])
 def test_crashes_do_not_stretch_the_owners_budget(client: Client) -> None:
     client.fresh()
-    plan = client.node.setting.plan
+    plan = client.node.run_context.plan
     two_rounds = epsilon(plan.sampling_rate, plan.noise_multiplier, 2 * STEPS, plan.delta, COARSE_GRID)
     client.budget = Budget(
         epsilon=two_rounds,

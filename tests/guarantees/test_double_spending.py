@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fl_dualpriv.client.node import Setting
+from fl_dualpriv.client.node import RunContext
 from fl_dualpriv.client.state import digest
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.privacy.filters.budget import Budget, FilterChoice
@@ -28,17 +28,17 @@ Train = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def setting(make_setting: Callable[..., Setting]) -> Setting:
-    return make_setting({"method": "full", "prompt.learner": "head"})
+def run_context(make_run_context: Callable[..., RunContext]) -> RunContext:
+    return make_run_context({"method": "full", "prompt.learner": "head"})
 
 
 Limit = int | str | None
 """Room for so many rounds of any run; or for the whole plan of one run, ``"one run"``; None: no budget."""
 
 
-def budget_of(setting: Setting, limit: Limit) -> Budget | None:
+def budget_of(run_context: RunContext, limit: Limit) -> Budget | None:
     """Room for so many rounds by the filter of worst terms, which are the plan's, or for one reserved plan."""
-    plan = setting.plan
+    plan = run_context.plan
     assert plan is not None
     if limit is None:
         return None
@@ -100,11 +100,13 @@ def asking(node: Any, tokens: list[str], rounds: range) -> Callable[[], Released
     return ask
 
 
-def race(tiny_node: Train, setting: Setting, folder: Path, budget: Budget | None, tokens: list[list[str]]) -> None:
+def race(
+    tiny_node: Train, run_context: RunContext, folder: Path, budget: Budget | None, tokens: list[list[str]]
+) -> None:
     """Let processes ask for rounds at once until nobody gets any; every release has its event, and they fit."""
-    plan = setting.plan
+    plan = run_context.plan
     assert plan is not None
-    node = tiny_node(setting=setting, folder=folder, budget=budget)
+    node = tiny_node(run_context=run_context, folder=folder, budget=budget)
     released = side_by_side([asking(node, mine, range(1, 4)) for mine in tokens])
     content = Ledger(folder / "ledger.jsonl").read()
     assert content.damaged == 0
@@ -138,9 +140,9 @@ LIMITS = pytest.mark.parametrize(
 )
 
 
-def warm(tiny_node: Train, setting: Setting, folder: Path, budget: Budget | None) -> None:
+def warm(tiny_node: Train, run_context: RunContext, folder: Path, budget: Budget | None) -> None:
     """The accountant's numbers are kept by this process, for those it forks."""
-    node = tiny_node(setting=setting, folder=folder, budget=budget)
+    node = tiny_node(run_context=run_context, folder=folder, budget=budget)
     for token in ("a", "b"):
         for server_round in (1, 2, 3):
             node.train(server_round, token)
@@ -150,38 +152,38 @@ def warm(tiny_node: Train, setting: Setting, folder: Path, budget: Budget | None
 @pytest.mark.parametrize("tokens", SERVERS, ids=["two servers", "one server twice"])
 def test_two_processes_cannot_spend_a_budget_twice(
     tiny_node: Train,
-    setting: Setting,
+    run_context: RunContext,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     limit: Limit,
     tokens: list[list[str]],
 ) -> None:
-    budget = budget_of(setting, limit)
-    warm(tiny_node, setting, tmp_path / "warm", budget)
+    budget = budget_of(run_context, limit)
+    warm(tiny_node, run_context, tmp_path / "warm", budget)
     for attempt in range(3):
-        race(tiny_node, setting, tmp_path / str(attempt), budget, tokens)
+        race(tiny_node, run_context, tmp_path / str(attempt), budget, tokens)
     with slow_pen(monkeypatch):
-        race(tiny_node, setting, tmp_path / "slow", budget, tokens)
+        race(tiny_node, run_context, tmp_path / "slow", budget, tokens)
 
 
 @LIMITS
 @pytest.mark.parametrize("tokens", SERVERS, ids=["two servers", "one server twice"])
 def test_without_the_lock_it_is_spent_twice(
     tiny_node: Train,
-    setting: Setting,
+    run_context: RunContext,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     limit: Limit,
     tokens: list[list[str]],
 ) -> None:
     """Broken on purpose: the property above notices."""
-    budget = budget_of(setting, limit)
-    warm(tiny_node, setting, tmp_path / "warm", budget)
+    budget = budget_of(run_context, limit)
+    warm(tiny_node, run_context, tmp_path / "warm", budget)
     monkeypatch.setattr(Ledger, "exclusive", lambda self: contextlib.nullcontext())
 
     def races() -> None:
         for attempt in range(20):
-            race(tiny_node, setting, tmp_path / str(attempt), budget, tokens)
+            race(tiny_node, run_context, tmp_path / str(attempt), budget, tokens)
 
     with slow_pen(monkeypatch), pytest.raises(AssertionError, match=r"twice|differ"):
         races()
@@ -218,13 +220,13 @@ def test_eight_processes_write_each_line_whole(tmp_path: Path) -> None:
 @LIMITS
 @pytest.mark.parametrize("trick", ["second server", "app installed anew", "both", "restart"])
 def test_nothing_a_server_can_do_resets_the_budget(
-    tiny_node: Train, setting: Setting, tmp_path: Path, limit: Limit, trick: str
+    tiny_node: Train, run_context: RunContext, tmp_path: Path, limit: Limit, trick: str
 ) -> None:
     """Only who can write to the owner's disk could: the ledger is a file there."""
-    budget = budget_of(setting, limit)
+    budget = budget_of(run_context, limit)
     folder, left = tmp_path / "state", limit if isinstance(limit, int) else 3
     for server_round in range(1, left + 1):
-        node = tiny_node(setting=setting, folder=folder, budget=budget)  # each a process that knows nothing
+        node = tiny_node(run_context=run_context, folder=folder, budget=budget)  # each a process that knows nothing
         assert node.train(server_round).partitions == (0,)
     before = Ledger(folder / "ledger.jsonl").path.read_bytes()
     if trick in ("app installed anew", "both"):
@@ -232,8 +234,10 @@ def test_nothing_a_server_can_do_resets_the_budget(
         (folder / "ledger.lock").unlink()
     token = "another" if trick in ("second server", "both") else "t"
     for server_round in range(1, 5):
-        node = tiny_node(setting=setting, folder=folder, budget=budget)
-        found = node.train(server_round, token, torch.ones(setting.prompt_shape))  # the same would get the same again
+        node = tiny_node(run_context=run_context, folder=folder, budget=budget)
+        found = node.train(
+            server_round, token, torch.ones(run_context.prompt_shape)
+        )  # the same would get the same again
         assert found.partitions == ()
         assert "refused" in found.failed[0]
     assert Ledger(folder / "ledger.jsonl").path.read_bytes() == before
@@ -243,10 +247,10 @@ def test_nothing_a_server_can_do_resets_the_budget(
 
 
 def test_a_new_run_gets_a_new_prompt_and_what_is_left_of_the_old_budget(
-    tiny_node: Train, setting: Setting, tmp_path: Path
+    tiny_node: Train, run_context: RunContext, tmp_path: Path
 ) -> None:
-    budget = budget_of(setting, 3)
-    node = tiny_node(setting=setting, folder=tmp_path, budget=budget)
+    budget = budget_of(run_context, 3)
+    node = tiny_node(run_context=run_context, folder=tmp_path, budget=budget)
     done = [(token, r) for token in ("first", "second") for r in (1, 2) if node.train(r, token).partitions]
     assert done == [("first", 1), ("first", 2), ("second", 1)]
     metadata = read_tensors(tmp_path / "prompt.safetensors")[1]
@@ -254,10 +258,10 @@ def test_a_new_run_gets_a_new_prompt_and_what_is_left_of_the_old_budget(
 
 
 def test_under_reserve_a_second_run_that_does_not_fit_gets_nothing(
-    tiny_node: Train, setting: Setting, tmp_path: Path
+    tiny_node: Train, run_context: RunContext, tmp_path: Path
 ) -> None:
     """The first run may stop after one round: its whole plan is spent."""
-    node = tiny_node(setting=setting, folder=tmp_path, budget=budget_of(setting, "one run"))
+    node = tiny_node(run_context=run_context, folder=tmp_path, budget=budget_of(run_context, "one run"))
     done = [(token, r) for token, r in (("first", 1), ("second", 1), ("first", 2)) if node.train(r, token).partitions]
     assert done == [("first", 1), ("first", 2)]
     assert [plan.run for plan in Ledger(tmp_path / "ledger.jsonl").read().plans] == ["first"]

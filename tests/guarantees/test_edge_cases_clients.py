@@ -341,7 +341,7 @@ RUNS = {
 @pytest.mark.parametrize("arithmetic", ["float", "integer"])
 @pytest.mark.parametrize("level", RUNS)
 def test_a_run_whose_clients_all_fail_makes_its_releases_and_ends_with_an_error(
-    make_setting: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: str, arithmetic: str
+    make_run_context: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: str, arithmetic: str
 ) -> None:
     changes = {
         "population": 2,
@@ -353,7 +353,7 @@ def test_a_run_whose_clients_all_fail_makes_its_releases_and_ends_with_an_error(
         "privacy.client.expected-cohort": 2.0,
         "output.dir": str(tmp_path / "out"),
     }
-    config = make_setting(changes | RUNS[level]).config
+    config = make_run_context(changes | RUNS[level]).config
 
     def boom(**arguments: Any) -> None:
         raise RuntimeError("boom")

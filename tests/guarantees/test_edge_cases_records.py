@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fl_dualpriv.client.step
 from fl_dualpriv import messages
-from fl_dualpriv.client.node import Setting
+from fl_dualpriv.client.node import RunContext
 from fl_dualpriv.client.state import fresh_state
 from fl_dualpriv.client.step import LocalTraining, Participant, cohort_update
 from fl_dualpriv.learners.base import ClientData
@@ -268,21 +268,23 @@ def test_noise_has_full_scale_over_many_draws(
 
 
 @pytest.fixture(scope="module", params=["float", "integer"])
-def setting(request: pytest.FixtureRequest, make_setting: Callable[..., Setting]) -> Setting:
-    return make_setting({"privacy.arithmetic": request.param, "privacy.randomness": "seeded", "train.local-steps": 1})
+def run_context(request: pytest.FixtureRequest, make_run_context: Callable[..., RunContext]) -> RunContext:
+    return make_run_context(
+        {"privacy.arithmetic": request.param, "privacy.randomness": "seeded", "train.local-steps": 1}
+    )
 
 
 @pytest.mark.parametrize("name", ["unreadable", "inf", "zero gradient"])
 def test_a_bad_record_among_real_ones_changes_no_count_and_no_line_of_the_ledger(
-    setting: Setting, tiny_node: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    run_context: RunContext, tiny_node: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    own = setting.world.client_data(0)
+    own = run_context.task.client_data(0)
     bad = replace(own, features=own.features.clone())
     bad.features[: own.num_examples // 2] = {"unreadable": math.nan, "inf": math.inf, "zero gradient": 0.0}[name]
     found, lines = [], []
     for data in (own, bad):
-        monkeypatch.setattr(type(setting.world), "client_data", lambda *_, data=data: data)
-        node = tiny_node(setting=setting, folder=tmp_path / str(len(found)))
+        monkeypatch.setattr(type(run_context.task), "client_data", lambda *_, data=data: data)
+        node = tiny_node(run_context=run_context, folder=tmp_path / str(len(found)))
         found.append(node.train(1))
         lines.append(Ledger(node.folder / "ledger.jsonl").read())
     assert lines[0] == lines[1]
@@ -290,8 +292,8 @@ def test_a_bad_record_among_real_ones_changes_no_count_and_no_line_of_the_ledger
     assert [(f.partitions, f.failed) for f in found] == [((0,), {})] * 2
     assert all(torch.isfinite(f.values).all() for f in found)
     # The noise is the same: what is left is half of a batch, of norm at most 24 · 1 over the expected batch, times 0.5.
-    assert setting.plan is not None
-    divisor = setting.plan.sampling_rate * own.num_examples
+    assert run_context.plan is not None
+    divisor = run_context.plan.sampling_rate * own.num_examples
     assert 0 < float((found[0].values - found[1].values).norm()) <= 0.5 * own.num_examples / divisor
 
 
@@ -311,7 +313,7 @@ PROMPTS = {
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_no_global_prompt_makes_a_release_without_an_event_or_noise(
-    setting: Setting, tiny_node: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    run_context: RunContext, tiny_node: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     draws: list[Tensor] = []
     release = fl_dualpriv.client.step.release
@@ -321,7 +323,7 @@ def test_no_global_prompt_makes_a_release_without_an_event_or_noise(
         return draws[-1]
 
     monkeypatch.setattr(fl_dualpriv.client.step, "release", looking)
-    node = tiny_node(setting=setting, folder=tmp_path)
+    node = tiny_node(run_context=run_context, folder=tmp_path)
     found = node.train(1, prompt=PROMPTS[name])
     made = Ledger(tmp_path / "ledger.jsonl").read().releases()
     assert len(draws) <= made
@@ -344,10 +346,10 @@ def test_no_global_prompt_makes_a_release_without_an_event_or_noise(
     ids=["missing", "another name", "one more"],
 )
 def test_a_message_with_missing_or_extra_tensors_is_not_read(
-    setting: Setting, flower_task: None, arrays: dict[str, Tensor]
+    run_context: RunContext, flower_task: None, arrays: dict[str, Tensor]
 ) -> None:
-    task = messages.TrainTask(
-        partitions=(0,), global_prompt=torch.zeros(4, 32), server_round=1, run_token="t", terms=setting.terms
+    task = messages.TrainRequest(
+        partitions=(0,), global_prompt=torch.zeros(4, 32), server_round=1, run_token="t", terms=run_context.terms
     )
     content = messages.train_content(task)
     record = ArrayRecord({name: Array(value.numpy()) for name, value in arrays.items()})

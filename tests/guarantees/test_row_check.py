@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.client.node import Setting
+from fl_dualpriv.client.node import RunContext
 from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.learners.row_check import RowPath, checked_objective
@@ -122,17 +122,17 @@ def test_every_way_to_learn_is_checked_and_holds_on_the_clients_records(
         }
         | (special.get(learner) or {"method": learner})
     )
-    setting = Setting(config)
-    assert setting.row_path in get_args(RowPath)
-    data = setting.world.client_data(0)
-    shared = setting.world.initial_prompt(config)
-    prompt = setting.parts.effective(
+    run_context = RunContext(config)
+    assert run_context.row_path in get_args(RowPath)
+    data = run_context.task.client_data(0)
+    shared = run_context.task.initial_prompt(config)
+    prompt = run_context.parts.effective(
         shared, 0.05 * torch.randn(shared.shape, generator=torch.Generator().manual_seed(3))
     )
     everybody = np.arange(data.num_examples)
 
     def rows(picked: np.ndarray) -> Tensor:
-        gradients = setting.objective.over([data]).at(prompt[None], [picked])
+        gradients = run_context.objective.bind([data]).gradients(prompt[None], [picked])
         return torch.cat(list(gradients.rows(0)))[: len(picked)]
 
     whole = rows(everybody)

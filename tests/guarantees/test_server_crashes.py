@@ -88,7 +88,7 @@ def test_a_crashed_server_has_its_event_before_its_noise(
 ) -> None:
     def mutate(patch: pytest.MonkeyPatch) -> None:
         """The event is written when the round is over."""
-        step, write = DPFPL.server_update, server.ServerBooks.write
+        step, write = DPFPL.server_update, server.RoundAccountant.write
         waiting: list[Any] = []
 
         def then_write(self: Any, *arguments: Any) -> Tensor:
@@ -96,7 +96,7 @@ def test_a_crashed_server_has_its_event_before_its_noise(
             write(*waiting.pop())
             return moved
 
-        patch.setattr(server.ServerBooks, "write", lambda *arguments: waiting.append(arguments))
+        patch.setattr(server.RoundAccountant, "write", lambda *arguments: waiting.append(arguments))
         patch.setattr(DPFPL, "server_update", then_write)
 
     def play(tracer: Any) -> None:

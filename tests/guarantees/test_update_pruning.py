@@ -125,7 +125,7 @@ def test_rounds_go_on_where_the_last_one_stopped() -> None:
         [records(1)], source, pruning=HALF, optimizer=ADAM, start=START + upload, states=[state]
     )[0]
     torch.testing.assert_close(upload + again, together[0], atol=1e-5, rtol=1e-5)
-    assert all(torch.equal(last.history[name], tensor) for name, tensor in together[1].history.items())
+    assert all(torch.equal(last.release_memory[name], tensor) for name, tensor in together[1].release_memory.items())
 
 
 @pytest.mark.parametrize("optimizer", [MOMENTUM, ADAM], ids=lambda o: o.name)
@@ -144,7 +144,7 @@ def test_no_client_gets_numbers_of_another(rule: Rule, optimizer: Optimizer) -> 
     for (upload, state), (own_upload, own_state) in zip(together, alone, strict=True):
         assert torch.equal(upload, own_upload)
         assert torch.equal(state.personal, own_state.personal)
-        assert state.history.keys() == own_state.history.keys()
+        assert state.release_memory.keys() == own_state.release_memory.keys()
 
 
 # --- what moves -------------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_a_keep_ratio_of_one_is_unpruned_training_bit_by_bit(rule: Rule, trusts_
     (upload, state), (expected, expected_state) = run(replace(HALF, rule=rule, keep_ratio=1.0)), run(KEEP_ALL)
     assert torch.equal(upload, expected)
     assert torch.equal(state.personal, expected_state.personal)
-    assert state.history == {}
+    assert state.release_memory == {}
 
 
 @pytest.mark.parametrize("arithmetic", ["float", "integer"])

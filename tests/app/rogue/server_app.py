@@ -23,7 +23,7 @@ from fl_dualpriv.privacy.plan import round_terms
 app = ServerApp()
 
 
-def tasks(honest: messages.TrainTask) -> dict[str, messages.TrainTask]:
+def tasks(honest: messages.TrainRequest) -> dict[str, messages.TrainRequest]:
     """What may be asked, by name; ``honest`` is what our server asks in round 1."""
     second, terms = replace(honest, server_round=2), honest.terms
     changes: dict[str, dict[str, Any]] = {
@@ -56,7 +56,7 @@ def main(grid: Grid, context: Context) -> None:
     node = join(grid, config)
     model = json.loads((Path(config.backbone.name.removeprefix("local-dir:")) / "open_clip_config.json").read_text())
     known = tasks(
-        messages.TrainTask(
+        messages.TrainRequest(
             partitions=(0,),
             global_prompt=torch.zeros(config.prompt.n_ctx, model["model_cfg"]["text_cfg"]["width"]),
             server_round=1,
@@ -83,7 +83,7 @@ def join(grid: Grid, config: RunConfig) -> int:
     return host
 
 
-def ask(grid: Grid, node: int, asked: dict[str, messages.TrainTask], timeout: float) -> dict[str, Any]:
+def ask(grid: Grid, node: int, asked: dict[str, messages.TrainRequest], timeout: float) -> dict[str, Any]:
     """Send some requests at once; wait for all answers."""
     requests = [Message(messages.train_content(task), node, MessageType.TRAIN) for task in asked.values()]
     names = dict(zip(grid.push_messages(requests), asked, strict=True))

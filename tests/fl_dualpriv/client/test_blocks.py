@@ -5,12 +5,12 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.client.blocks import Blocks, ComponentBlocks, CoordinateBlocks
-from fl_dualpriv.methods.lowrank import carriers, tangent_projection
+from fl_dualpriv.methods.lowrank import subspace_bases, tangent_projection
 
 CLIENTS, ROWS, COLS, RANK = 3, 5, 8, 2
 GENERATOR = torch.Generator().manual_seed(0)
 G = torch.randn(CLIENTS, ROWS, COLS, generator=GENERATOR)
-U, V = carriers(
+U, V = subspace_bases(
     torch.randn(CLIENTS, ROWS, COLS, generator=GENERATOR), torch.randn(CLIENTS, RANK, COLS, generator=GENERATOR)
 )
 CUTS: dict[str, Blocks] = {

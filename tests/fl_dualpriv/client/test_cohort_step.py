@@ -54,7 +54,7 @@ def participant(partition: int, start: Tensor) -> Participant:
     personal = fresh.personal + 0.05 * torch.randn(start.shape, generator=g) * (partition % 2)
     return Participant(
         partition=partition,
-        state=PersonalState(personal=personal, carrier=fresh.carrier, server_round=3),
+        state=PersonalState(personal=personal, row_basis=fresh.row_basis, server_round=3),
         data=ClientData(features=features, labels=labels),
         random=random,
     )
@@ -108,7 +108,7 @@ def update(
             ),
             plan=plan,
         )
-        found |= {p: [upload, s.personal, s.carrier] for p, (upload, s) in zip(group, results, strict=True)}
+        found |= {p: [upload, s.personal, s.row_basis] for p, (upload, s) in zip(group, results, strict=True)}
     return found
 
 

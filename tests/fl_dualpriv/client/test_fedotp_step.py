@@ -106,6 +106,8 @@ def test_an_optimizer_remembers_both_halves():
         optimizer=Optimizer(name="adam", momentum=0.9),
         prompts=2,
     )
-    shapes = training.history_shapes(*START.shape)
-    assert {name: tuple(value.shape) for name, value in state.history.items()} == {n: s for n, (s, _) in shapes.items()}
+    shapes = training.release_memory_shapes(*START.shape)
+    assert {name: tuple(value.shape) for name, value in state.release_memory.items()} == {
+        n: s for n, (s, _) in shapes.items()
+    }
     assert (2 * N_CTX, START.shape[1]) in [shape for shape, _ in shapes.values()]

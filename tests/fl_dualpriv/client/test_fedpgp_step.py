@@ -58,7 +58,7 @@ def local_round(
 
 def by_autograd(data: ClientData, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient steps of p_G, u and v on L_ce + μ L_con, from u = 0."""
-    leaves = [START.clone(), torch.zeros(len(START), RANK), fresh_state(*START.shape, RANK).carrier.clone()]
+    leaves = [START.clone(), torch.zeros(len(START), RANK), fresh_state(*START.shape, RANK).row_basis.clone()]
     for _ in range(steps):
         p, u, v = (leaf.detach().requires_grad_(True) for leaf in leaves)
         near, away = step_checks.class_features(p), step_checks.class_features(p + u @ v)
@@ -76,16 +76,16 @@ def test_local_steps_are_gradient_steps_of_the_published_loss():
     p, u, v = by_autograd(data, 3)
     torch.testing.assert_close(upload, p - START, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(state.personal, u @ v, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(state.carrier, v, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(state.history["left-factor"], u, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(state.row_basis, v, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(state.release_memory["left-factor"], u, rtol=1e-4, atol=1e-6)
     assert float(u.norm()) > 0.01  # it did move
 
 
 def test_a_round_goes_on_where_the_last_one_ended():
     data = records(1, 12)
     _, one = local_round(data, 1, None, 0.0)
-    assert local_round(data, 1, None, 0.0, one)[1].history["left-factor"].abs().sum() > 0
-    _, again = local_round(data, 1, None, 0.0, replace(one, history={}))  # u forgotten
+    assert local_round(data, 1, None, 0.0, one)[1].release_memory["left-factor"].abs().sum() > 0
+    _, again = local_round(data, 1, None, 0.0, replace(one, release_memory={}))  # u forgotten
     _, kept = local_round(data, 1, None, 0.0, one)
     assert not torch.allclose(again.personal, kept.personal)
 

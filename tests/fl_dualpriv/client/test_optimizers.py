@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.client.optimizers import Name, Optimizer
-from fl_dualpriv.client.release_memory import empty_history, stack_histories
+from fl_dualpriv.client.release_memory import empty_release_memory, stack_release_memories
 
 CLIENTS, ROWS, COLS = 2, 3, 4
 GENERATOR = torch.Generator().manual_seed(0)
@@ -19,14 +19,16 @@ REMEMBERING: tuple[Name, ...] = ("momentum", "adam", "adam-corrected")
 def run(
     optimizer: Optimizer, gradients: Tensor = GRADIENTS, std: Tensor = NO_NOISE, closed: Any = None
 ) -> tuple[list[Tensor], Any]:
-    """Directions of all steps, and the last history."""
+    """UpdateRule of all steps, and the last history."""
     clients, rows, cols = gradients.shape[1:]
-    history: Any = stack_histories([empty_history(optimizer.history_shapes(rows, cols))] * clients)
-    directions = []
+    release_memory: Any = stack_release_memories(
+        [empty_release_memory(optimizer.release_memory_shapes(rows, cols))] * clients
+    )
+    update_rule = []
     for gradient in gradients:
-        direction, history = optimizer.direction(gradient, history, std, closed=closed)
-        directions.append(direction)
-    return directions, history
+        direction, release_memory = optimizer.direction(gradient, release_memory, std, closed=closed)
+        update_rule.append(direction)
+    return update_rule, release_memory
 
 
 def torchs_own(make: Any) -> list[Tensor]:
@@ -43,9 +45,9 @@ def torchs_own(make: Any) -> list[Tensor]:
 
 def test_sgd_is_the_gradient_itself():
     gradient = GRADIENTS[0]
-    direction, history = Optimizer(name="sgd", momentum=0.9).direction(gradient, {}, NO_NOISE)
+    direction, release_memory = Optimizer(name="sgd", momentum=0.9).direction(gradient, {}, NO_NOISE)
     assert direction is gradient
-    assert history == {}
+    assert release_memory == {}
 
 
 def test_momentum_is_torchs():
@@ -82,8 +84,8 @@ def test_a_closed_coordinate_stands_still_and_goes_on_where_it_stopped(name: Nam
 def test_a_zero_gradient_is_not_a_closed_coordinate(name: Name):
     """Momentum moves a pruned block on unless it is frozen."""
     optimizer = Optimizer(name=name, momentum=0.9)
-    _, history = run(optimizer)
-    direction, _ = optimizer.direction(torch.zeros(CLIENTS, ROWS, COLS), history, NO_NOISE)
+    _, release_memory = run(optimizer)
+    direction, _ = optimizer.direction(torch.zeros(CLIENTS, ROWS, COLS), release_memory, NO_NOISE)
     assert bool(direction.all())
 
 
@@ -99,8 +101,8 @@ def test_noise_hides_scales_from_adam_and_the_correction_gives_them_back():
 
     def last_ratio(name: Name) -> float:
         """Mean directions of the large coordinates over the small ones: 4 for SGD, 1 where scales are divided out."""
-        directions, _ = run(Optimizer(name=name, momentum=0.99), gradients, std)
-        small, large = torch.stack(directions[-100:]).mean(dim=(0, 1, 2)).tolist()
+        update_rule, _ = run(Optimizer(name=name, momentum=0.99), gradients, std)
+        small, large = torch.stack(update_rule[-100:]).mean(dim=(0, 1, 2)).tolist()
         return large / small
 
     # Adam: 4 √((1 + 0.01)/(1 + 0.16)) = 3.73; the mean of 500 coordinates is good to 5 %.
@@ -114,10 +116,12 @@ def test_noise_hides_scales_from_adam_and_the_correction_gives_them_back():
 def test_the_correction_follows_noise_that_was_masked_away():
     """A coordinate whose noise was pruned half of the time has half of it in its second moment."""
     optimizer = Optimizer(name="adam-corrected", momentum=0.9)
-    history: Any = stack_histories([empty_history(optimizer.history_shapes(1, 1))])
+    release_memory: Any = stack_release_memories([empty_release_memory(optimizer.release_memory_shapes(1, 1))])
     for step in range(1000):
-        _, history = optimizer.direction(torch.zeros(1, 1, 1), history, torch.full((1, 1, 1), float(step % 2)))
-    unbiased = float(history["optimizer.noise"]) / (1 - 0.999**1000)
+        _, release_memory = optimizer.direction(
+            torch.zeros(1, 1, 1), release_memory, torch.full((1, 1, 1), float(step % 2))
+        )
+    unbiased = float(release_memory["optimizer.noise"]) / (1 - 0.999**1000)
     assert unbiased == pytest.approx(0.5, abs=1e-3)
 
 

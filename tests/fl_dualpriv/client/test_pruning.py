@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fl_dualpriv.client.blocks import CoordinateBlocks
 from fl_dualpriv.client.pruning import Pruned, Rule, UpdatePruning
-from fl_dualpriv.client.release_memory import empty_history, stack_histories
+from fl_dualpriv.client.release_memory import empty_release_memory, stack_release_memories
 
 # Row norms 3, 1, 2.83, 0.14; and a client whose order is the other way round.
 G = torch.tensor([[3.0, 0.0], [0.0, 1.0], [2.0, 2.0], [0.1, 0.1]])
@@ -64,7 +64,7 @@ def test_a_keep_ratio_of_one_switches_every_rule_off(rule: Rule) -> None:
     assert left is BOTH
     assert weights is None
     assert not off.masks_before_clip
-    assert off.history_shapes(4, 2) == {}
+    assert off.release_memory_shapes(4, 2) == {}
 
 
 def test_ties_go_to_the_earlier_block() -> None:
@@ -196,14 +196,14 @@ def test_shrinkage_comes_closer_to_the_true_gradient(signal: float) -> None:
 
 
 def fresh(rule: UpdatePruning = PAST, clients: int = 2, rows: int = 4, cols: int = 2) -> dict[str, Tensor]:
-    return stack_histories([empty_history(rule.history_shapes(rows, cols))] * clients)
+    return stack_release_memories([empty_release_memory(rule.release_memory_shapes(rows, cols))] * clients)
 
 
 def after(releases: list[Tensor], opened: Tensor | None = None, rule: UpdatePruning = PAST) -> Any:
-    history: Any = fresh(rule)
+    release_memory: Any = fresh(rule)
     for release in releases:
-        history = rule.remember(history, release, torch.ones(2, 4) if opened is None else opened, TOKENS)
-    return history
+        release_memory = rule.remember(release_memory, release, torch.ones(2, 4) if opened is None else opened, TOKENS)
+    return release_memory
 
 
 def test_past_is_dense_while_it_warms_up() -> None:
@@ -222,18 +222,18 @@ def test_past_keeps_what_past_releases_say() -> None:
 
 
 def test_each_client_warms_up_by_itself() -> None:
-    history = after([BOTH, BOTH])
-    history["past.seen"][0] = 1
-    assert PAST.opened(history, QUIET, no_coins, TOKENS).sum(dim=1).tolist() == [4, 2]
+    release_memory = after([BOTH, BOTH])
+    release_memory["past.seen"][0] = 1
+    assert PAST.opened(release_memory, QUIET, no_coins, TOKENS).sum(dim=1).tolist() == [4, 2]
 
 
 def test_a_closed_block_remembers_nothing_of_the_noise_on_it() -> None:
     before = after([BOTH, BOTH])
     opened = torch.tensor([[1.0, 0.0, 1.0, 0.0]] * 2)
-    history = PAST.remember(before, torch.full((2, 4, 2), 9.0), opened, TOKENS)
-    assert torch.equal(history["past.average"][:, 1::2], before["past.average"][:, 1::2])
-    assert not torch.equal(history["past.average"][:, ::2], before["past.average"][:, ::2])
-    assert history["past.seen"].tolist() == [[3, 2, 3, 2]] * 2
+    release_memory = PAST.remember(before, torch.full((2, 4, 2), 9.0), opened, TOKENS)
+    assert torch.equal(release_memory["past.average"][:, 1::2], before["past.average"][:, 1::2])
+    assert not torch.equal(release_memory["past.average"][:, ::2], before["past.average"][:, ::2])
+    assert release_memory["past.seen"].tolist() == [[3, 2, 3, 2]] * 2
 
 
 def test_exploration_opens_closed_blocks_by_chance() -> None:
@@ -249,8 +249,8 @@ def test_exploration_opens_closed_blocks_by_chance() -> None:
 
 
 def test_an_unseen_block_comes_first() -> None:
-    history = after([BOTH, BOTH], opened=torch.tensor([[1.0, 1.0, 1.0, 0.0]] * 2))
-    opened = replace(PAST, warm_up=0).opened(history, QUIET, no_coins, TOKENS)
+    release_memory = after([BOTH, BOTH], opened=torch.tensor([[1.0, 1.0, 1.0, 0.0]] * 2))
+    opened = replace(PAST, warm_up=0).opened(release_memory, QUIET, no_coins, TOKENS)
     assert opened[0].tolist() == [1, 0, 0, 1]
 
 
@@ -260,13 +260,13 @@ def test_the_debiased_score_of_pure_noise_is_zero_on_average(steps: int) -> None
     rule, cols, clients = PAST, 50, 300
     blocks = CoordinateBlocks(kind="token", rows=4, cols=cols)
     generator = torch.Generator().manual_seed(steps)
-    history: Any = fresh(clients=clients, cols=cols)
+    release_memory: Any = fresh(clients=clients, cols=cols)
     std = torch.full((clients,), 0.7)
     for step in range(steps):
         opened = (torch.rand(clients, 4, generator=generator) < (1.0 if step == 0 else 0.6)).float()
         noise = 0.7 * torch.randn(clients, 4, cols, generator=generator)
-        history = rule.remember(history, noise, opened, blocks)
-    scores = rule.scores(history, std, blocks)
+        release_memory = rule.remember(release_memory, noise, opened, blocks)
+    scores = rule.scores(release_memory, std, blocks)
     # Var of energy/p is 2 s⁴ share²/p with share <= 1: over 1200 blocks its standard error is at most 0.49 √(2/60000).
     assert abs(float(scores.mean())) < 5 * 0.49 * (2 / (cols * clients * 4)) ** 0.5
     # Without the correction it would be s² times the noise's share: 0.49 at one step, 0.026 for a long average.
@@ -278,16 +278,16 @@ def test_the_debiased_score_of_a_signal_is_its_energy() -> None:
     blocks = CoordinateBlocks(kind="token", rows=4, cols=cols)
     generator = torch.Generator().manual_seed(0)
     truth = torch.tensor([0.0, 0.1, 0.2, 0.5])[:, None].expand(4, cols)
-    history: Any = fresh(clients=clients, cols=cols)
+    release_memory: Any = fresh(clients=clients, cols=cols)
     for _ in range(20):
         release = truth + torch.randn(clients, 4, cols, generator=generator)
-        history = PAST.remember(history, release, torch.ones(clients, 4), blocks)
-    scores = PAST.scores(history, torch.ones(clients), blocks).mean(dim=0)
+        release_memory = PAST.remember(release_memory, release, torch.ones(clients, 4), blocks)
+    scores = PAST.scores(release_memory, torch.ones(clients), blocks).mean(dim=0)
     # The noise's share after 20 steps is 0.067; standard error √((2 · 0.067² + 4 · 0.067 · 0.25)/15000) = 0.0023.
     torch.testing.assert_close(scores.float(), truth[:, 0].square(), atol=0.012, rtol=0)
 
 
 def test_other_rules_remember_nothing() -> None:
     random_past = replace(PAST, rule="random-past")
-    assert random_past.history_shapes(4, 2) == {}
+    assert random_past.release_memory_shapes(4, 2) == {}
     assert random_past.remember({}, BOTH, torch.ones(2, 4), TOKENS) == {}

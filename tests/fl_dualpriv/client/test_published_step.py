@@ -13,7 +13,7 @@ from fl_dualpriv.client.state import PersonalState, fresh_state
 from fl_dualpriv.client.step import Participant
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.rows import Batches, summed_gradient
-from fl_dualpriv.methods.lowrank import carriers, tangent_projection
+from fl_dualpriv.methods.lowrank import subspace_bases, tangent_projection
 from fl_dualpriv.methods.published import CLIP, nominal_sigma
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from fl_dualpriv.towers.plain import FunctionTower
@@ -74,7 +74,7 @@ def test_one_step_without_noise():
     picked = batch(0)
     mean = summed(picked) / 4
     torch.testing.assert_close(upload, -0.5 * mean)  # norm far below C: not clipped
-    u, v = carriers(mean, fresh_state(3, 4, 1).carrier)
+    u, v = subspace_bases(mean, fresh_state(3, 4, 1).row_basis)
     torch.testing.assert_close(state.personal, -2.0 / 10 * tangent_projection(mean, u, v))  # / 10 as in their code
 
 
@@ -97,7 +97,7 @@ def test_the_noise_on_u_and_v_has_std_sigma_c_over_b():
     clean = run(replace(training, sigma=0.0))[1].personal
     picked = batch(0)
     mean = summed(picked) / 4
-    u, v = carriers(mean, fresh_state(3, 4, 1).carrier)
+    u, v = subspace_bases(mean, fresh_state(3, 4, 1).row_basis)
     moves = torch.stack([clean - run(training, seed)[1].personal for seed in range(1500)])
     # move = e_u v + u e_v - u (u' e_u) v, with e_u (3, 1) and e_v (1, 4) of std s = sigma C / B. Along v outside u
     # (2 entries of e_u) and along u (4 entries of e_v, less the coupling) every direction has std s:

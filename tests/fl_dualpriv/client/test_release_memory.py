@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fl_dualpriv.client.release_memory import empty_history, noise_left, stack_histories, unbiased
+from fl_dualpriv.client.release_memory import empty_release_memory, noise_left, stack_release_memories, unbiased
 
 
 def test_unbiased_takes_the_start_at_zero_out():
@@ -32,7 +32,7 @@ def test_noise_left_of_one_value_is_all_and_of_none_infinite():
 
 def test_histories_stack_by_name():
     shapes = {"a": ((2, 3), torch.float32), "n": ((2,), torch.int64)}
-    stacked = stack_histories([empty_history(shapes), empty_history(shapes)])
+    stacked = stack_release_memories([empty_release_memory(shapes), empty_release_memory(shapes)])
     assert {name: (tuple(t.shape), t.dtype) for name, t in stacked.items()} == {
         "a": ((2, 2, 3), torch.float32),
         "n": ((2, 2), torch.int64),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fl_dualpriv.client import state as client
-from fl_dualpriv.client.release_memory import HistoryShapes
+from fl_dualpriv.client.release_memory import ReleaseMemoryShapes
 from fl_dualpriv.client.state import ClientFolder, PersonalState, check_round, check_single_run, fresh_state
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.files import read_tensors, write_tensors
@@ -25,15 +25,17 @@ PLAN = RecordLevelPlan(
 def some_state() -> PersonalState:
     generator = torch.Generator().manual_seed(1)
     return PersonalState(
-        personal=torch.randn(4, 6, generator=generator), carrier=torch.randn(2, 6, generator=generator), server_round=3
+        personal=torch.randn(4, 6, generator=generator),
+        row_basis=torch.randn(2, 6, generator=generator),
+        server_round=3,
     )
 
 
 def test_a_fresh_state_knows_nothing():
     one, two = fresh_state(4, 6, 2), fresh_state(4, 6, 2)
     assert torch.equal(one.personal, torch.zeros(4, 6))
-    assert torch.equal(one.carrier, two.carrier)
-    torch.testing.assert_close(one.carrier @ one.carrier.T, torch.eye(2))
+    assert torch.equal(one.row_basis, two.row_basis)
+    torch.testing.assert_close(one.row_basis @ one.row_basis.T, torch.eye(2))
     assert one.server_round == 0
 
 
@@ -46,10 +48,10 @@ def test_a_fresh_state_leaves_the_global_generator_alone():
 def test_fresh_states_share_no_memory():
     one = fresh_state(4, 6, 2)
     one.personal.add_(1)
-    one.carrier.add_(1)
+    one.row_basis.add_(1)
     other = fresh_state(4, 6, 2)
     assert not other.personal.any()
-    assert not torch.equal(one.carrier, other.carrier)
+    assert not torch.equal(one.row_basis, other.row_basis)
 
 
 def test_the_state_survives_bitwise(tmp_path: Path):
@@ -57,7 +59,7 @@ def test_the_state_survives_bitwise(tmp_path: Path):
     folder.save(state, torch.ones(4, 6), "mine")
     back = ClientFolder(tmp_path / "client-000").load("mine", 4, 6, 2)
     assert torch.equal(back.personal, state.personal)
-    assert torch.equal(back.carrier, state.carrier)
+    assert torch.equal(back.row_basis, state.row_basis)
     assert back.server_round == 3
 
 
@@ -82,23 +84,23 @@ def test_personal_and_global_prompt_lie_side_by_side(tmp_path: Path):
 
 def test_a_state_moves_between_devices_whole():
     moved = some_state().to(torch.device("meta"))
-    assert moved.personal.device == moved.carrier.device == torch.device("meta")
+    assert moved.personal.device == moved.row_basis.device == torch.device("meta")
     assert moved.server_round == 3
 
 
-HISTORY: HistoryShapes = {"past.average": ((4, 6), torch.float32), "past.seen": ((4,), torch.int64)}
+RELEASE_MEMORY: ReleaseMemoryShapes = {"past.average": ((4, 6), torch.float32), "past.seen": ((4,), torch.int64)}
 REMEMBERED = {"past.average": torch.rand(4, 6), "past.seen": torch.arange(4)}
 
 
 def test_what_is_remembered_of_releases_survives_with_the_state(tmp_path: Path):
     folder = ClientFolder(tmp_path)
-    folder.save(replace(some_state(), history=REMEMBERED), torch.ones(4, 6), "mine")
-    back = folder.load("mine", 4, 6, 2, HISTORY)
-    assert back.history.keys() == REMEMBERED.keys()
-    assert all(torch.equal(back.history[name], tensor) for name, tensor in REMEMBERED.items())
-    assert back.to(torch.device("meta")).history["past.seen"].device == torch.device("meta")
-    assert folder.load("mine", 4, 6, 2).history == {}  # who scores does not look
-    assert folder.load("other", 4, 6, 2, HISTORY).history == {}  # a fresh run remembers nothing
+    folder.save(replace(some_state(), release_memory=REMEMBERED), torch.ones(4, 6), "mine")
+    back = folder.load("mine", 4, 6, 2, RELEASE_MEMORY)
+    assert back.release_memory.keys() == REMEMBERED.keys()
+    assert all(torch.equal(back.release_memory[name], tensor) for name, tensor in REMEMBERED.items())
+    assert back.to(torch.device("meta")).release_memory["past.seen"].device == torch.device("meta")
+    assert folder.load("mine", 4, 6, 2).release_memory == {}  # who scores does not look
+    assert folder.load("other", 4, 6, 2, RELEASE_MEMORY).release_memory == {}  # a fresh run remembers nothing
 
 
 @pytest.mark.parametrize(
@@ -113,9 +115,9 @@ def test_what_is_remembered_of_releases_survives_with_the_state(tmp_path: Path):
 )
 def test_a_damaged_history_is_an_error(tmp_path: Path, kept: dict[str, torch.Tensor], expected: str):
     folder = ClientFolder(tmp_path)
-    folder.save(replace(some_state(), history=kept), torch.ones(4, 6), "mine")
+    folder.save(replace(some_state(), release_memory=kept), torch.ones(4, 6), "mine")
     with pytest.raises(ValueError, match=expected):
-        folder.load("mine", 4, 6, 2, HISTORY)
+        folder.load("mine", 4, 6, 2, RELEASE_MEMORY)
 
 
 def test_a_state_without_history_writes_what_it_always_did(tmp_path: Path):

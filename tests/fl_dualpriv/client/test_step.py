@@ -284,14 +284,14 @@ def test_dpfpl_keeps_a_residual_beyond_rank_k():
 def test_full_moves_freely():
     one = steps_of("full")[1]
     assert rank_of(one.personal) == N_CTX  # noise of full rank, unprojected
-    assert torch.equal(one.carrier, fresh_state(N_CTX, CTX_DIM, RANK).carrier)
+    assert torch.equal(one.row_basis, fresh_state(N_CTX, CTX_DIM, RANK).row_basis)
 
 
 def test_the_dpfpl_move_lies_in_the_tangent_space():
     states = steps_of("dpfpl")
     for before, after in itertools.pairwise(states[1:]):
-        u, _ = torch.linalg.qr(before.personal @ before.carrier.T)  # "Factorize": one power iteration from the last v
-        move, v = after.personal - before.personal, after.carrier
+        u, _ = torch.linalg.qr(before.personal @ before.row_basis.T)  # "Factorize": one power iteration from the last v
+        move, v = after.personal - before.personal, after.row_basis
         torch.testing.assert_close(tangent_projection(move, u, v), move, atol=1e-5, rtol=1e-4)
         # the space is a proper one: the full method's move does not lie in it
         free = torch.eye(N_CTX, CTX_DIM)

@@ -5,8 +5,8 @@ import torch
 
 from fl_dualpriv.client.optimizers import SGD
 from fl_dualpriv.client.pruning import KEEP_ALL, Rule, UpdatePruning
-from fl_dualpriv.client.updates import Directions
-from fl_dualpriv.methods.lowrank import carriers
+from fl_dualpriv.client.updates import UpdateRule
+from fl_dualpriv.methods.lowrank import subspace_bases
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 
 ROWS, COLS = 4, 6
@@ -17,17 +17,17 @@ def half(rule: Rule, exploration: float = 0.0) -> UpdatePruning:
     return UpdatePruning(rule=rule, keep_ratio=0.5, block="token", frozen=True, warm_up=1, exploration=exploration)
 
 
-def round_of(pruning: UpdatePruning, asked: list[tuple[int, str, int]]) -> Directions:
+def round_of(pruning: UpdatePruning, asked: list[tuple[int, str, int]]) -> UpdateRule:
     """Two clients whose streams note who asks for what."""
 
     def stream(partition: int, purpose: str, step: int) -> RandomSource:
         asked.append((partition, purpose, step))
         return KeyedRandom(StreamKey(seed=0, purpose=purpose, partition=partition, step=step))
 
-    return Directions(
+    return UpdateRule(
         pruning=pruning,
         optimizer=SGD,
-        histories=[{}, {}],
+        release_memories=[{}, {}],
         streams=[lambda purpose, step, p=p: stream(p, purpose, step) for p in range(2)],
         noise_std=torch.ones(2, dtype=torch.float64),
         like=RELEASES[0, 0],
@@ -49,20 +49,20 @@ def round_of(pruning: UpdatePruning, asked: list[tuple[int, str, int]]) -> Direc
 )
 def test_each_client_tosses_its_own_coins_once_a_step(pruning: UpdatePruning, coins: bool) -> None:
     asked: list[tuple[int, str, int]] = []
-    directions = round_of(pruning, asked)
+    update_rule = round_of(pruning, asked)
     for step, release in enumerate(RELEASES):
-        masks = directions.masks(step)
+        masks = update_rule.masks(step)
         assert (masks is not None) == (pruning.is_on and pruning.rule in ("past", "random-past"))
-        directions.direction(release)
+        update_rule.direction(release)
     assert asked == ([(p, "update-mask", step) for step in range(3) for p in range(2)] if coins else [])
 
 
 def test_histories_are_each_clients_own() -> None:
-    directions = round_of(half("past"), [])
+    update_rule = round_of(half("past"), [])
     for step, release in enumerate(RELEASES):
-        directions.masks(step)
-        directions.direction(release)
-    one, two = directions.histories()
+        update_rule.masks(step)
+        update_rule.direction(release)
+    one, two = update_rule.release_memories()
     assert {name: tuple(tensor.shape) for name, tensor in one.items()} == {
         "past.average": (ROWS, COLS),
         "past.seen": (ROWS,),
@@ -70,14 +70,14 @@ def test_histories_are_each_clients_own() -> None:
     assert not torch.equal(one["past.average"], two["past.average"])
 
 
-def test_components_need_the_carriers_of_the_step() -> None:
+def test_components_need_the_bases_of_the_step() -> None:
     pruning = UpdatePruning(rule="noised", keep_ratio=0.6, block="component", frozen=False, warm_up=1, exploration=0.0)
-    directions = round_of(pruning, [])
-    assert directions.cuts_components
+    update_rule = round_of(pruning, [])
+    assert update_rule.cuts_components
     assert not round_of(half("noised"), []).cuts_components
-    u, v = carriers(RELEASES[0], torch.randn(2, 2, COLS, generator=torch.Generator().manual_seed(1)))
-    direction = directions.direction(RELEASES[0], (u, v))
-    assert directions.closed is None
+    u, v = subspace_bases(RELEASES[0], torch.randn(2, 2, COLS, generator=torch.Generator().manual_seed(1)))
+    direction = update_rule.direction(RELEASES[0], (u, v))
+    assert update_rule.closed is None
     # Two blocks of three are left, each orthogonal to what was dropped.
     dropped = RELEASES[0] - direction
     torch.testing.assert_close((dropped * direction).sum(dim=(1, 2)), torch.zeros(2), atol=1e-4, rtol=0)

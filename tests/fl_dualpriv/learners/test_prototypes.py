@@ -75,7 +75,7 @@ def test_clients_do_not_mix_and_masks_come_before_the_clip():
     objective_checks.clients_do_not_mix(OBJECTIVE, torch.zeros(2, N_CLS, DIM), data)
     masks = torch.ones(1, N_CLS, DIM)
     masks[:, :, 0] = 0
-    gradients = OBJECTIVE.over(data[:1]).at(torch.zeros(1, N_CLS, DIM), [np.arange(3)])
+    gradients = OBJECTIVE.bind(data[:1]).gradients(torch.zeros(1, N_CLS, DIM), [np.arange(3)])
     (found,) = gradients.clipped_sums(10.0, "float", masks)
     (whole,) = gradients.clipped_sums(10.0, "float")
     torch.testing.assert_close(found.value, whole.value * masks[0])

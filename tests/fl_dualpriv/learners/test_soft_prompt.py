@@ -63,7 +63,7 @@ def own_loss(model: LlavaBackbone, records: AnswerRecords, row: int, prompt: Ten
 
 def rows_of(objective: SoftPromptObjective, records: AnswerRecords, prompt: Tensor, picked: Any = None) -> Tensor:
     picked = np.arange(records.num_examples) if picked is None else np.asarray(picked)
-    step = objective.over([records]).at(prompt[None], [picked])
+    step = objective.bind([records]).gradients(prompt[None], [picked])
     return torch.cat([torch.zeros(0, N_CTX, 32), *step.rows(0)])[: len(picked)]
 
 
@@ -91,7 +91,7 @@ def test_rows_equal_a_loop_through_the_models_own_forward(make_llava_dir, kind: 
     rows = rows_of(objective, records, prompt)
     # float32 through two blocks, relative to the largest entry.
     assert (rows - torch.stack(expected)).abs().max() <= 2e-5 * torch.stack(expected).abs().max()
-    step = objective.over([records]).at(prompt[None], [np.arange(11)])
+    step = objective.bind([records]).gradients(prompt[None], [np.arange(11)])
     torch.testing.assert_close(step.sums()[0], torch.stack(expected).sum(0), rtol=1e-4, atol=1e-5)
     (some, count), *_ = objective.blocks(records, np.arange(11))
     with torch.no_grad():
@@ -205,7 +205,8 @@ def test_records_that_cannot_be_used(llava_dir: Path, question: str, answer: str
     assert rows[2].any()
     good = answer_records(model, QUESTIONS[:2], ["red", "yes"], np.array([0, 2]), *rest[1:], "raise")
     sums = [
-        objective.over([data]).at(prompt_of(0)[None], [np.arange(data.num_examples)]).sums() for data in (records, good)
+        objective.bind([data]).gradients(prompt_of(0)[None], [np.arange(data.num_examples)]).sums()
+        for data in (records, good)
     ]
     torch.testing.assert_close(*sums)
 
@@ -226,12 +227,12 @@ def test_clients_step_side_by_side(llava_dir: Path):
     data = [make_records(model), make_records(model, 4, 2), make_records(model, 0), make_records(model, 3)]
     prompts = torch.stack([prompt_of(seed) for seed in range(4)])
     picked = [np.array([1, 10, 2]), np.array([0, 3]), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)]
-    step = objective.over(data).at(prompts, picked)
+    step = objective.bind(data).gradients(prompts, picked)
     found, plain = step.clipped_sums(0.5, "float"), step.sums()
     for i in range(4):
         rows = rows_of(objective, data[i], prompts[i], picked[i])
         torch.testing.assert_close(plain[i], rows.sum(0), rtol=1e-4, atol=1e-5)
-        alone = objective.over([data[i]]).at(prompts[i : i + 1], [picked[i]]).clipped_sums(0.5, "float")[0]
+        alone = objective.bind([data[i]]).gradients(prompts[i : i + 1], [picked[i]]).clipped_sums(0.5, "float")[0]
         assert torch.equal(found[i].value, alone.value)
         assert bool(found[i].value.any()) is (i < 2)
     noised = torch.ones(4, N_CTX, 32)

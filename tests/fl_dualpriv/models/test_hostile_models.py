@@ -117,7 +117,7 @@ def test_a_token_laid_out_for_a_question_shows_nobody_who_asks_it(llava_dir: Pat
     model = load(folder)
     records = in_records(model, "what color is the circle ?")
     assert records.usable.tolist() == [True, False]
-    step = SoftPromptObjective(model).over([records]).at(torch.zeros(1, 2, 32), [np.arange(2)])
+    step = SoftPromptObjective(model).bind([records]).gradients(torch.zeros(1, 2, 32), [np.arange(2)])
     (found,) = step.clipped_sums(1.0, "float")
     assert bool(found.value.any())
 

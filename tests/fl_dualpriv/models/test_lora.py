@@ -78,7 +78,7 @@ def sequence(model: LlavaBackbone, records: AnswerRecords, row: int, tokens: Ten
 
 
 def rows_of(objective: LoraObjective, records: AnswerRecords, matrix: Tensor) -> Tensor:
-    step = objective.over([records]).at(matrix[None], [np.arange(records.num_examples)])
+    step = objective.bind([records]).gradients(matrix[None], [np.arange(records.num_examples)])
     return torch.cat(list(step.rows(0)))[: records.num_examples]
 
 
@@ -154,7 +154,7 @@ def test_the_base_model_stays_as_it_is(llava_dir: Path):
     keys, random = fingerprint(model._model), torch.get_rng_state()
     lora = LoraModel(model, RANK)
     objective, matrix = LoraObjective(lora, prompt), factors(lora)
-    step = objective.over([records]).at(matrix[None], [np.arange(11)])
+    step = objective.bind([records]).gradients(matrix[None], [np.arange(11)])
     assert step.sums().any()
     assert step.clipped_sums(0.1, "float")[0].value.any()
     objective.correct(matrix, records)
@@ -218,7 +218,7 @@ def test_clients_step_side_by_side(llava_dir: Path):
     lora = LoraModel(model, RANK)
     objective = LoraObjective(lora, words(model))
     data, both = [make_records(model), make_records(model, 4)], torch.stack([factors(lora), factors(lora, 1)])
-    step = objective.over(data).at(both, [np.arange(11), np.arange(4)])
+    step = objective.bind(data).gradients(both, [np.arange(11), np.arange(4)])
     first, second = step.rows(0), step.rows(1)
     mixed = [next(first), next(second), next(first)]
     alone = rows_of(objective, data[0], both[0])

@@ -37,7 +37,7 @@ def personal_prompts(folder: Path) -> None:
     client = ClientFolder(folder)
     for done in range(1, ROUNDS + 1):
         state = PersonalState(
-            personal=torch.full((4, 6), float(done)), carrier=torch.ones(2, 6), server_round=done, history={}
+            personal=torch.full((4, 6), float(done)), row_basis=torch.ones(2, 6), server_round=done, release_memory={}
         )
         client.save(state, torch.ones(4, 6), "mine")
     assert client.load("mine", 4, 6, 2).server_round == ROUNDS

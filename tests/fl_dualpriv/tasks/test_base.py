@@ -19,9 +19,9 @@ from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.learners.rows import Batches, per_example_gradients
 from fl_dualpriv.privacy.clipping import clipped_sum
 from fl_dualpriv.tasks.base import run_folder
-from fl_dualpriv.tasks.build import build_world
+from fl_dualpriv.tasks.build import build_task
 from fl_dualpriv.tasks.disclosure import may_score
-from fl_dualpriv.tasks.images import ImageWorld
+from fl_dualpriv.tasks.images import ImageTask
 
 DEFAULTS = app_defaults(Path(__file__).parents[3])
 CLASSES = ("cat", "dog", "red_bus", "tree")
@@ -70,20 +70,20 @@ def configure(images: Path, tiny_clip_dir: Path) -> Configure:
     return make
 
 
-def test_a_world_divides_all_images_and_gives_unit_features(configure: Configure):
-    world = build_world(configure())
-    assert sorted(np.concatenate(world.partitions).tolist()) == list(range(24))  # 4 classes x 6
-    data = world.client_data(0)
-    assert data.num_examples == len(world.partitions[0]) == 8
+def test_a_task_divides_all_images_and_gives_unit_features(configure: Configure):
+    task = build_task(configure())
+    assert sorted(np.concatenate(task.partitions).tolist()) == list(range(24))  # 4 classes x 6
+    data = task.client_data(0)
+    assert data.num_examples == len(task.partitions[0]) == 8
     torch.testing.assert_close(data.features.norm(dim=1), torch.ones(8))
-    assert world.held_classes(0).tolist() == sorted(set(data.labels.tolist()))
-    assert world.num_examples(0) == 8
-    assert world.logit_scale == world.backbone.logit_scale
-    assert (world.held_out("test").num_examples, world.held_out("val").num_examples) == (8, 4)
+    assert task.held_classes(0).tolist() == sorted(set(data.labels.tolist()))
+    assert task.num_examples(0) == 8
+    assert task.logit_scale == task.backbone.logit_scale
+    assert (task.held_out("test").num_examples, task.held_out("val").num_examples) == (8, 4)
 
 
 def test_class_names_are_readable(configure: Configure):
-    assert build_world(configure()).data.class_names == ("cat", "dog", "red bus", "tree")
+    assert build_task(configure()).data.class_names == ("cat", "dog", "red bus", "tree")
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -105,12 +105,12 @@ def test_class_names_are_readable(configure: Configure):
 )
 def test_what_does_not_fit_is_one_clear_error(configure: Configure, changes: dict[str, ConfigValue], message: str):
     with pytest.raises(ConfigError, match=message):
-        build_world(configure(changes))
+        build_task(configure(changes))
 
 
 def test_a_missing_path_is_named(configure: Configure, tmp_path: Path):
     with pytest.raises(ConfigError, match=f"data.path.*{re.escape(str(tmp_path / 'none'))}.* does not exist"):
-        build_world(configure(path=tmp_path / "none"))
+        build_task(configure(path=tmp_path / "none"))
 
 
 @pytest.mark.parametrize(
@@ -131,17 +131,17 @@ def test_a_missing_path_is_named(configure: Configure, tmp_path: Path):
 def test_a_classes_file_that_does_not_fit(configure: Configure, tmp_path: Path, document: Any, message: str):
     (tmp_path / "classes.json").write_text(json.dumps(document))
     with pytest.raises(ConfigError, match=message):
-        build_world(configure({"data.classes": str(tmp_path / "classes.json")}))
+        build_task(configure({"data.classes": str(tmp_path / "classes.json")}))
 
 
 @pytest.mark.parametrize(("delta", "fits"), [(0.13, False), (0.125, False), (0.124, True)])
 def test_delta_of_one_over_n_is_refused(configure: Configure, delta: float, fits: bool):
     config = configure({"privacy.record.delta": delta})  # 8 records at every client
     if fits:
-        build_world(config)
+        build_task(config)
     else:
         with pytest.raises(PrivacyError, match=rf"delta = {delta} with 8 records .* below 1/8"):
-            build_world(config)
+            build_task(config)
 
 
 def test_delta_of_one_over_the_population_is_refused(configure: Configure):
@@ -155,7 +155,7 @@ def test_delta_of_one_over_the_population_is_refused(configure: Configure):
         }
     )
     with pytest.raises(PrivacyError):
-        build_world(config)
+        build_task(config)
 
 
 # --- records that cannot be read --------------------------------------------------------------------------------------
@@ -170,24 +170,24 @@ def damaged(tmp_path: Path) -> Path:
 
 def test_without_dp_an_unreadable_image_is_one_error_that_names_it(configure: Configure, damaged: Path):
     with pytest.raises(ConfigError, match=r"1 of 36 images cannot be used.*\n.*dog/02\.png"):
-        build_world(configure({"privacy.record.mechanism": "none"}, damaged))
+        build_task(configure({"privacy.record.mechanism": "none"}, damaged))
 
 
-def clean_sum(world: ImageWorld, partition_id: int, keep: torch.Tensor | None = None) -> torch.Tensor:
-    data = world.client_data(partition_id)
+def clean_sum(task: ImageTask, partition_id: int, keep: torch.Tensor | None = None) -> torch.Tensor:
+    data = task.client_data(partition_id)
     x, y = data.features, data.labels
     if keep is not None:
         x, y = x[keep], y[keep]
-    prompt = world.text.template_context(4)
-    features = world.text.tower(prompt[None])
-    rows = per_example_gradients(features, Batches.of((x, y)), world.logit_scale, workspace_bytes=2**20)
+    prompt = task.text.template_context(4)
+    features = task.text.tower(prompt[None])
+    rows = per_example_gradients(features, Batches.of((x, y)), task.logit_scale, workspace_bytes=2**20)
     return clipped_sum(rows[0], 0.1).value
 
 
 def test_under_dp_an_unreadable_image_stays_counted_and_contributes_zero(
     configure: Configure, damaged: Path, images: Path
 ):
-    bad, good = build_world(configure(path=damaged)), build_world(configure())
+    bad, good = build_task(configure(path=damaged)), build_task(configure())
     sizes = [bad.client_data(i).num_examples for i in range(3)]
     assert sizes == [good.client_data(i).num_examples for i in range(3)] == [8, 8, 8]
     rows = [~torch.isfinite(bad.client_data(i).features).all(dim=1) for i in range(3)]
@@ -203,21 +203,21 @@ def test_an_image_that_decodes_but_cannot_be_resized_is_a_zero_too(configure: Co
     # 70 million pixels in one row: the resize of the shorter side would ask for terabytes
     root = write_splits(tmp_path / "thin")
     Image.new("1", (70_000_000, 1)).save(root / "train" / "dog" / "02.png")
-    world = build_world(configure(path=root))
-    assert sum(int(world.client_data(i).features.isnan().any(dim=1).sum()) for i in range(3)) == 1
-    assert sum(world.client_data(i).num_examples for i in range(3)) == 24
+    task = build_task(configure(path=root))
+    assert sum(int(task.client_data(i).features.isnan().any(dim=1).sum()) for i in range(3)) == 1
+    assert sum(task.client_data(i).num_examples for i in range(3)) == 24
 
 
 def test_without_dp_an_image_that_cannot_be_resized_is_refused_by_name(configure: Configure, tmp_path: Path):
     config = configure({"privacy.record.mechanism": "none", "population": 1}, root := write_splits(tmp_path / "thin"))
-    world = build_world(config)
+    task = build_task(config)
     for name in ("02", "04"):
         Image.new("RGB", (3300, 1)).save(root / "train" / "dog" / f"{name}.png")
     with pytest.raises(ConfigError, match=r"2 images cannot be used.*the first: number 8 of class 'dog'"):
-        world.client_data(0)
+        task.client_data(0)
     load_data.cache_clear()
     with pytest.raises(ConfigError, match=r"2 of 36 images cannot be used.*\n.*dog/02\.png has 3300 x 1 pixels"):
-        build_world(config)
+        build_task(config)
 
 
 def test_client_level_alone_keeps_a_bad_record_counted(configure: Configure, damaged: Path):
@@ -227,13 +227,13 @@ def test_client_level_alone_keeps_a_bad_record_counted(configure: Configure, dam
         "privacy.client.calibrate-to": "noise-multiplier",
         "privacy.client.expected-cohort": 2.0,
     }
-    world = build_world(configure(changes, damaged))
-    assert sum(int(world.client_data(i).features.isnan().any(dim=1).sum()) for i in range(3)) == 1
+    task = build_task(configure(changes, damaged))
+    assert sum(int(task.client_data(i).features.isnan().any(dim=1).sum()) for i in range(3)) == 1
 
 
 def test_the_nominal_procedure_refuses_a_bad_record_like_no_dp(configure: Configure, damaged: Path):
     with pytest.raises(ConfigError, match="1 of 36 images cannot be used"):
-        build_world(configure({"method": "dpfpl-paper"}, damaged))
+        build_task(configure({"method": "dpfpl-paper"}, damaged))
 
 
 def test_a_delta_below_the_accountants_reach_is_refused(configure: Configure):
@@ -263,41 +263,41 @@ def test_scores_leave_under_dp_only_from_public_images(
 # --- what is kept, and what is made anew ------------------------------------------------------------------------------
 
 
-def features(world: ImageWorld) -> torch.Tensor:
-    return torch.cat([world.client_data(i).features for i in range(3)])
+def features(task: ImageTask) -> torch.Tensor:
+    return torch.cat([task.client_data(i).features for i in range(3)])
 
 
-def test_the_feature_cache_changes_no_bit_and_is_part_of_the_world(configure: Configure, damaged: Path, tmp_path: Path):
-    off = build_world(configure(path=damaged))
-    on = [build_world(configure({"resources.feature-cache": str(tmp_path / name)}, damaged)) for name in ("one", "two")]
-    for world in on:
-        assert torch.equal(features(world).nan_to_num(7.0), features(off).nan_to_num(7.0))
+def test_the_feature_cache_changes_no_bit_and_is_part_of_the_task(configure: Configure, damaged: Path, tmp_path: Path):
+    off = build_task(configure(path=damaged))
+    on = [build_task(configure({"resources.feature-cache": str(tmp_path / name)}, damaged)) for name in ("one", "two")]
+    for task in on:
+        assert torch.equal(features(task).nan_to_num(7.0), features(off).nan_to_num(7.0))
     assert off.cache_root is None
-    assert [world.cache_root for world in on] == [tmp_path / "one", tmp_path / "two"]
+    assert [task.cache_root for task in on] == [tmp_path / "one", tmp_path / "two"]
     assert [path.name for path in (tmp_path / "one").iterdir()] == [path.name for path in (tmp_path / "two").iterdir()]
 
 
-def test_a_world_holds_nothing_per_client(configure: Configure, monkeypatch: pytest.MonkeyPatch):
-    world = build_world(configure({"population": 24}))
-    world.client_data(0)
+def test_a_task_holds_nothing_per_client(configure: Configure, monkeypatch: pytest.MonkeyPatch):
+    task = build_task(configure({"population": 24}))
+    task.client_data(0)
     monkeypatch.setattr("fl_dualpriv.data.features.encode_images", None)  # whoever calls it now fails
     for i in range(24):
-        assert world.client_data(i).num_examples == world.num_examples(i) == len(world.held_classes(i)) == 1
-    assert world.client_data(3) is not world.client_data(3)
+        assert task.client_data(i).num_examples == task.num_examples(i) == len(task.held_classes(i)) == 1
+    assert task.client_data(3) is not task.client_data(3)
 
 
 def test_public_metadata_reads_no_image(configure: Configure, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("fl_dualpriv.data.features.encode_images", None)
-    world = build_world(configure({"seed": 11}))
-    assert [world.num_examples(i) for i in range(3)] == [8, 8, 8]
-    assert sorted({c for i in range(3) for c in world.held_classes(i).tolist()}) == [0, 1, 2, 3]
+    task = build_task(configure({"seed": 11}))
+    assert [task.num_examples(i) for i in range(3)] == [8, 8, 8]
+    assert sorted({c for i in range(3) for c in task.held_classes(i).tolist()}) == [0, 1, 2, 3]
 
 
 def test_flips_are_new_each_round_and_the_same_again_for_a_seed(configure: Configure, tmp_path: Path):
     changes: dict[str, ConfigValue] = {"data.augmentation": "flip", "resources.feature-cache": str(tmp_path)}
-    plain, world = build_world(configure()), build_world(configure(changes))
-    rounds = [world.client_data(0, r).features for r in range(1, 6)]
-    assert torch.equal(world.client_data(0, 1).features, rounds[0])
+    plain, task = build_task(configure()), build_task(configure(changes))
+    rounds = [task.client_data(0, r).features for r in range(1, 6)]
+    assert torch.equal(task.client_data(0, 1).features, rounds[0])
     assert len({tuple(r.flatten().tolist()) for r in rounds}) == 5
     assert not list(tmp_path.iterdir())  # nothing is kept
     # Each record is as it is or mirrored, by its own coin: in 5 rounds of 8 records both happen.
@@ -305,28 +305,28 @@ def test_flips_are_new_each_round_and_the_same_again_for_a_seed(configure: Confi
     assert 0 < int(same.sum()) < 40
     assert any(0 < int(row.sum()) < 8 for row in same)
     # Another seed throws other coins. (It divides the images otherwise too, so it is given to the same division.)
-    other = dataclasses.replace(world, seed=1)
+    other = dataclasses.replace(task, seed=1)
     assert not torch.equal(other.client_data(0, 1).features, rounds[0])
 
 
 def test_held_out_images_are_never_mirrored(configure: Configure):
-    plain, world = build_world(configure()), build_world(configure({"data.augmentation": "flip"}))
+    plain, task = build_task(configure()), build_task(configure({"data.augmentation": "flip"}))
     for split in ("val", "test"):
-        assert torch.equal(world.held_out(split).features, plain.held_out(split).features)
+        assert torch.equal(task.held_out(split).features, plain.held_out(split).features)
 
 
 def test_a_mirrored_record_is_a_function_of_itself(configure: Configure, damaged: Path):
     # The guarantee of `client_data`: what one record is moves no other record's features.
     changes: dict[str, ConfigValue] = {"data.augmentation": "flip"}
-    good, bad = build_world(configure(changes)), build_world(configure(changes, damaged))
+    good, bad = build_task(configure(changes)), build_task(configure(changes, damaged))
     for i in range(3):
         one, other = good.client_data(i, 1).features, bad.client_data(i, 1).features
         usable = torch.isfinite(other).all(dim=1)
         torch.testing.assert_close(one[usable], other[usable], atol=1e-6, rtol=0)
 
 
-def test_precision_is_part_of_the_world(configure: Configure):
-    exact, fast = build_world(configure()), build_world(configure({"backbone.precision": "bf16"}))
+def test_precision_is_part_of_the_task(configure: Configure):
+    exact, fast = build_task(configure()), build_task(configure({"backbone.precision": "bf16"}))
     difference = (exact.client_data(0).features - fast.client_data(0).features).abs().max()
     assert 0 < float(difference) < 0.05
 
@@ -369,10 +369,10 @@ def test_the_client_level_plan_samples_the_expected_cohort(configure: Configure)
 
 def test_the_initial_prompt_is_the_template_or_small_noise(configure: Configure):
     template = configure()
-    world = build_world(template)
-    assert torch.equal(world.initial_prompt(template), world.text.template_context(4))
+    task = build_task(template)
+    assert torch.equal(task.initial_prompt(template), task.text.template_context(4))
     changes: dict[str, ConfigValue] = {"prompt.init": "random", "prompt.n-ctx": 16}
-    draws = [world.initial_prompt(configure(changes | {"seed": seed})) for seed in (0, 0, 1)]
+    draws = [task.initial_prompt(configure(changes | {"seed": seed})) for seed in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     assert draws[0].dtype == torch.float32
@@ -385,13 +385,13 @@ def test_the_learner_decides_the_tower_and_the_start(configure: Configure):
     # More ranks than the template has words, and no context of this length: neither matters to the head.
     changes: dict[str, ConfigValue] = {"prompt.learner": "head", "method": "full", "prompt.n-ctx": 9, "prompt.rank": 5}
     head = configure(changes)
-    world = build_world(head)
-    assert world.tower(context.prompt) is world.text.tower
-    assert world.tower(head.prompt) is world.tower(head.prompt) is not world.text.tower
-    start = world.initial_prompt(head)
-    assert start.shape == (5, 4 + world.backbone.embed_dim)
-    assert torch.equal(start, world.initial_prompt(head))
-    torch.testing.assert_close(world.tower(head.prompt)(start[None]).values[0], world.text.zero_shot_features())
+    task = build_task(head)
+    assert task.tower(context.prompt) is task.text.tower
+    assert task.tower(head.prompt) is task.tower(head.prompt) is not task.text.tower
+    start = task.initial_prompt(head)
+    assert start.shape == (5, 4 + task.backbone.embed_dim)
+    assert torch.equal(start, task.initial_prompt(head))
+    torch.testing.assert_close(task.tower(head.prompt)(start[None]).values[0], task.text.zero_shot_features())
 
 
 def test_run_folders_do_not_collide():

@@ -61,7 +61,7 @@ class FakeData:
 
 
 @dataclass
-class FakeWorld:
+class FakeTask:
     backbone: Model
     data: FakeData
     cache_root: Path | None
@@ -70,8 +70,8 @@ class FakeWorld:
         return getattr(self.data, split)
 
 
-def world(device: torch.device, cache_root: Path | None = Path("/somewhere"), train: int = 1_000_000) -> Any:
-    return FakeWorld(Model(device), FakeData(Sized(train), Sized(10), Sized(1024)), cache_root)
+def task(device: torch.device, cache_root: Path | None = Path("/somewhere"), train: int = 1_000_000) -> Any:
+    return FakeTask(Model(device), FakeData(Sized(train), Sized(10), Sized(1024)), cache_root)
 
 
 def resources(**changes: Any) -> Any:
@@ -84,33 +84,33 @@ def resources(**changes: Any) -> Any:
 def test_an_actor_is_the_sum_of_its_parts():
     # base 480, weights 600, workspace 512; features: 64 of the training images (mapped), 1024 x 512 x 4 = 2 held out;
     # encoding: 32 images x 3 x 224 x 224 x 4 bytes = 18.375 MiB of pixels, times 32.
-    assert actor_bytes(world(CPU), CONFIG) == (480 + 600 + 512 + 64 + 2 + 588) * MIB
+    assert actor_bytes(task(CPU), CONFIG) == (480 + 600 + 512 + 64 + 2 + 588) * MIB
 
 
 def test_without_a_cache_all_features_count():
     held = 1000 * 512 * 4
-    some, none = (actor_bytes(world(CPU, None, train=n), CONFIG) for n in (1_001_000, 1_000_000))
+    some, none = (actor_bytes(task(CPU, None, train=n), CONFIG) for n in (1_001_000, 1_000_000))
     assert some - none == held
-    assert none > actor_bytes(world(CPU), CONFIG)
+    assert none > actor_bytes(task(CPU), CONFIG)
 
 
 def test_patches_are_held_beside_the_features_of_whole_images():
     config = dataclasses.replace(CONFIG, method="fedotp")
     # 49 patches of 512 x 4 bytes for each of 1024 held-out and 100 training images
     held, more = 49 * 512 * 4 * 1024, 49 * 512 * 4 * 100
-    small = world(CPU, train=100)
+    small = task(CPU, train=100)
     assert actor_bytes(small, config) - actor_bytes(small, CONFIG) == held + more
     # Of more training images than are kept in memory, 64 MiB, with or without patches.
-    assert actor_bytes(world(CPU), config) - actor_bytes(world(CPU), CONFIG) == held
+    assert actor_bytes(task(CPU), config) - actor_bytes(task(CPU), CONFIG) == held
 
 
 def test_on_a_gpu_the_context_stands_for_the_process():
-    assert actor_bytes(world(CPU), CONFIG) - actor_bytes(world(CUDA), CONFIG) == (480 - 700) * MIB
+    assert actor_bytes(task(CPU), CONFIG) - actor_bytes(task(CUDA), CONFIG) == (480 - 700) * MIB
 
 
 def test_the_workspace_is_counted():
     config = dataclasses.replace(CONFIG, resources=resources(workspace_mib=100))
-    assert actor_bytes(world(CPU), CONFIG) - actor_bytes(world(CPU), config) == 412 * MIB
+    assert actor_bytes(task(CPU), CONFIG) - actor_bytes(task(CPU), config) == 412 * MIB
 
 
 @pytest.mark.parametrize(
@@ -249,24 +249,24 @@ def test_where_not_even_one_fits_fewer_are_no_advice(device: torch.device):
 
 def test_a_run_is_checked_with_the_machines_numbers(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(memory, "usable_cpus", lambda: 4)
-    need = 4 * actor_bytes(world(CPU), CONFIG)
+    need = 4 * actor_bytes(task(CPU), CONFIG)
     monkeypatch.setattr(memory, "available_bytes", lambda device: need)
-    check_memory(CONFIG, world(CPU))
+    check_memory(CONFIG, task(CPU))
     monkeypatch.setattr(memory, "available_bytes", lambda device: need - 1)
     with pytest.raises(ConfigError, match="the run would not fit into the memory of this machine: 4 actors"):
-        check_memory(CONFIG, world(CPU))
+        check_memory(CONFIG, task(CPU))
 
 
 def test_on_a_gpu_device_and_host_are_checked(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(memory, "usable_cpus", lambda: 4)
     config = dataclasses.replace(CONFIG, resources=resources(gpus_per_client=0.5))
-    free = {"cuda": 2 * actor_bytes(world(CUDA), CONFIG), "cpu": 2 * 3600 * MIB}  # host: libraries 3000, weights 600
+    free = {"cuda": 2 * actor_bytes(task(CUDA), CONFIG), "cpu": 2 * 3600 * MIB}  # host: libraries 3000, weights 600
     monkeypatch.setattr(memory, "available_bytes", lambda device: free[device.type])
-    check_memory(config, world(CUDA))
+    check_memory(config, task(CUDA))
     for device, where in (("cuda", "on cuda:0: 2 actors"), ("cpu", "of this machine: 2 actors of about 3600 MiB")):
         free[device] -= 1
         with pytest.raises(ConfigError, match=where):
-            check_memory(config, world(CUDA))
+            check_memory(config, task(CUDA))
         free[device] += 1
 
 

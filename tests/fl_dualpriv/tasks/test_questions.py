@@ -1,4 +1,4 @@
-"""A world of questions: partition, records in a model's tokens, scores by type, and what is refused before a run."""
+"""A task of questions: partition, records in a model's tokens, scores by type, and what is refused before a run."""
 
 import json
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.data.load import load_questions
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.tasks.base import held_groups
-from fl_dualpriv.tasks.build import build_world
-from fl_dualpriv.tasks.questions import QuestionWorld
+from fl_dualpriv.tasks.build import build_task
+from fl_dualpriv.tasks.questions import QuestionTask
 from tests.tiny_llava import ANSWERS, QUESTIONS
 
 DEFAULTS = app_defaults(Path(__file__).parents[3])
@@ -60,48 +60,48 @@ def configure(questions: Path, llava_dir: Path) -> Configure:
     return make
 
 
-def build(config: RunConfig) -> QuestionWorld:
-    world = build_world(config)
-    assert isinstance(world, QuestionWorld)
-    return world
+def build(config: RunConfig) -> QuestionTask:
+    task = build_task(config)
+    assert isinstance(task, QuestionTask)
+    return task
 
 
 def test_clients_hold_question_types(configure: Configure):
-    world = build(configure())
+    task = build(configure())
     # 12 images: 1 for val, 2 for test, 9 to train on, a question of each type about each.
-    assert [world.num_examples(p) for p in range(5)] == [9] * 5
-    assert torch.equal(held_groups(world), torch.eye(5, dtype=torch.bool))
-    assert world.group_names == tuple(f"type {i}" for i in range(5))
-    data = world.client_data(3)
+    assert [task.num_examples(p) for p in range(5)] == [9] * 5
+    assert torch.equal(held_groups(task), torch.eye(5, dtype=torch.bool))
+    assert task.group_names == tuple(f"type {i}" for i in range(5))
+    data = task.client_data(3)
     assert data.labels.tolist() == [3] * 9
     assert data.visual.shape == (9, 16 * 32)
     assert bool(data.usable.all())
 
 
 def test_clients_hold_images(configure: Configure):
-    world = build(configure(**{"data.partition": "by-image", "population": 3, "privacy.client.expected-cohort": 3.0}))
-    images = [set(world.data.train.image_of[part].tolist()) for part in world.partitions]
+    task = build(configure(**{"data.partition": "by-image", "population": 3, "privacy.client.expected-cohort": 3.0}))
+    images = [set(task.data.train.image_of[part].tolist()) for part in task.partitions]
     assert [len(own) for own in images] == [3, 3, 3]
     assert len(set().union(*images)) == 9
 
 
 def test_scores_are_exact_matches_by_type(configure: Configure):
     config = configure()
-    world = build(config)
-    ((right, total),) = world.counts(world.initial_prompt(config)[None], config)
+    task = build(config)
+    ((right, total),) = task.counts(task.initial_prompt(config)[None], config)
     assert total.tolist() == [2] * 5
-    held_out = world.held_out("test")
-    found = world.objective(config).correct(world.initial_prompt(config), held_out)
+    held_out = task.held_out("test")
+    found = task.objective(config).correct(task.initial_prompt(config), held_out)
     assert right.tolist() == [int((found & (held_out.labels == t)).sum()) for t in range(5)]
 
 
 def test_a_prompt_can_start_from_the_templates_words(configure: Configure):
     config = configure(**{"prompt.init": "template"})
-    world = build(config)
-    start = world.initial_prompt(config)
-    assert torch.equal(start, world.backbone.embed_tokens(torch.tensor(world.backbone.words("look at this red"))))
-    (learnt,) = world.counts(start[None], config)
-    assert torch.equal(world.zero_shot_counts(config)[0], learnt[0])
+    task = build(config)
+    start = task.initial_prompt(config)
+    assert torch.equal(start, task.backbone.embed_tokens(torch.tensor(task.backbone.words("look at this red"))))
+    (learnt,) = task.counts(start[None], config)
+    assert torch.equal(task.zero_shot_counts(config)[0], learnt[0])
     with pytest.raises(ConfigError, match=r"prompt.n-ctx = 4, but 'look at', .* is 2 tokens"):
         build(configure(**{"prompt.init": "template", "prompt.words": "look at"}))
     with pytest.raises(ConfigError, match="Answer the question"):
@@ -132,13 +132,13 @@ def test_unknown_words_are_an_error_without_dp_and_a_zero_under_dp(configure: Co
         build(configure(**{"data.path": str(file)}))
     file.write_text("\n".join(lines))
     load_questions.cache_clear()
-    world = build(configure(**{"data.path": str(file)}))
+    task = build(configure(**{"data.path": str(file)}))
     with pytest.raises(ConfigError, match="zebra"):
-        _ = [*map(world.client_data, range(5)), *map(world.held_out, ("val", "test"))]
-    world = build(
+        _ = [*map(task.client_data, range(5)), *map(task.held_out, ("val", "test"))]
+    task = build(
         configure(**{"data.path": str(file), "privacy.record.mechanism": "gaussian", "privacy.record.delta": 1e-3})
     )
-    counted = [world.client_data(p) for p in range(5)] + [world.held_out("test"), world.held_out("val")]
+    counted = [task.client_data(p) for p in range(5)] + [task.held_out("test"), task.held_out("val")]
     assert sum(data.num_examples for data in counted) == 60
     assert sum(int((~data.usable).sum()) for data in counted) == 1
 
@@ -146,20 +146,20 @@ def test_unknown_words_are_an_error_without_dp_and_a_zero_under_dp(configure: Co
 def test_lora_starts_from_the_untuned_model(configure: Configure):
     lora = {"prompt.learner": "lora", "prompt.rank": 3, "method": "full", "prompt.n-ctx": 60}  # n-ctx is not read
     config, context = configure(**lora), configure(**{"prompt.init": "template"})
-    world = build(config)
+    task = build(config)
     # q and v of two layers: A of 32 inputs, B of 32 and 16 outputs.
-    assert world.prompt_segments(config.prompt) == (32, 32, 32, 16) * 2
-    assert world.prompt_shape(config) == (3, 224)
-    assert world.prompt_segments(context.prompt) == ()
-    start = world.initial_prompt(config)
-    ((right, total),) = world.counts(start[None], config)
-    assert torch.equal(right, world.zero_shot_counts(config)[0])
+    assert task.prompt_segments(config.prompt) == (32, 32, 32, 16) * 2
+    assert task.prompt_shape(config) == (3, 224)
+    assert task.prompt_segments(context.prompt) == ()
+    start = task.initial_prompt(config)
+    ((right, total),) = task.counts(start[None], config)
+    assert torch.equal(right, task.zero_shot_counts(config)[0])
     assert total.tolist() == [2] * 5
     # The model that answers is the one that a soft prompt of the same words asks.
-    data = world.held_out("test")
-    objectives = world.objective(config), world.objective(context)
+    data = task.held_out("test")
+    objectives = task.objective(config), task.objective(context)
     ((block, _), *_) = objectives[0].blocks(data, np.arange(8))
-    found, soft = (o.losses(world.initial_prompt(c), block) for o, c in zip(objectives, (config, context), strict=True))
+    found, soft = (o.losses(task.initial_prompt(c), block) for o, c in zip(objectives, (config, context), strict=True))
     torch.testing.assert_close(found, soft, rtol=1e-4, atol=1e-5)
     with pytest.raises(ConfigError, match=r"a prompt of 4 tokens and data\.max-tokens = 60"):
         build(configure(**lora, **{"data.max-tokens": 60}))
