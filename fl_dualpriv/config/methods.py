@@ -32,7 +32,7 @@ class FedPGPConfig:
 class FedOTPConfig:
     """Features of patches; γ, λ and the iterations of the transport plan, see ``learners/transport.py``."""
 
-    patch_reading: Literal["token", "alone"]
+    patch_reading: Literal["token", "isolated"]
     mass: float
     regularisation: float
     iterations: int

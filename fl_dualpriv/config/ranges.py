@@ -95,6 +95,9 @@ _CLIP = Range(
 # torch, numpy and Flower's messages carry signed 64-bit integers.
 _SEED = Range(lambda x: 0 <= x < 2**63, "a whole number from 0 to 2**63 - 1", "0 will do")
 
+RENAMED = {("fedotp.patch-reading", "alone"): "isolated"}
+"""(key, old value) → new value. An old value is refused with its new name."""
+
 RANGES: dict[str, Range] = {
     "rounds": _whole(1, MOST_RELEASES, 'for no training at all set method = "zero-shot"'),
     "population": _whole(1, _MOST_CLIENTS, "give the number of clients"),
@@ -221,6 +224,8 @@ def _convert(key: str, value: object, hint: Any) -> tuple[Any, str | None]:
     """Value in its own type, and what is wrong with it or None."""
     if get_origin(hint) is Literal:
         choices = get_args(hint)
+        if new := RENAMED.get((key, str(value))):
+            return value, f'has a new name; write "{new}"'
         near = difflib.get_close_matches(str(value).lower().replace("_", "-"), choices, n=1)
         guess = f'; did you mean "{near[0]}"?' if near else "; choose one"
         return value, None if value in choices else f"must be {_describe(hint)}{guess}"

@@ -131,7 +131,7 @@ class Backbone(ImageEncoder, Protocol):
 
         Args:
             images: (n, 3, height, width).
-            reading: ``token``: what the model reads from CLS at its end is read from the patch. ``alone``: CLS is read
+            reading: ``token``: what the model reads from CLS at its end is read from the patch. ``isolated``: CLS is read
                 after a last block in which that patch is the only one left.
 
         Raises:

@@ -16,7 +16,7 @@ from fl_dualpriv.models.pruning.attention import read_attention
 from fl_dualpriv.models.pruning.tokens import OFF, TokenPruner, depth_of
 from fl_dualpriv.models.pruning.towers import ImageTower, vision_tower
 
-PatchReading = Literal["token", "alone"]
+PatchReading = Literal["token", "isolated"]
 
 
 def open_clip_tower(visual: nn.Module) -> ImageTower:
@@ -90,7 +90,7 @@ def encode_patches(tower: ImageTower, images: Tensor, reading: PatchReading) -> 
         tower: Of a model that reads CLS alone.
         images: (n, 3, height, width).
         reading: ``token``: a patch after the last block is read as if it were CLS, with its norm and projection.
-            ``alone``: CLS is read, after a last block that had this patch alone beside what stands in front.
+            ``isolated``: CLS is read, after a last block that had this patch alone beside what stands in front.
     """
     if reading == "token":
         patches = tower.hidden(images, len(tower.blocks))[:, tower.n_prefix :]

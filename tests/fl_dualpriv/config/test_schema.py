@@ -398,3 +398,8 @@ def test_app_without_config(tmp_path, content):
     (tmp_path / "pyproject.toml").write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"has no \[tool.flwr.app.config\] table"):
         app_defaults(tmp_path)
+
+
+def test_an_old_value_is_refused_with_its_new_name():
+    with pytest.raises(ConfigError, match=r'fedotp.patch-reading = "alone": has a new name; write "isolated"'):
+        RunConfig.from_run_config(app_defaults(APP_DIR) | {"fedotp.patch-reading": "alone"})

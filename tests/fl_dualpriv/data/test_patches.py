@@ -42,17 +42,17 @@ def test_a_patch_alone_is_what_cls_sees_of_it_in_the_last_block(tiny_clip_dir: P
     hook = visual.transformer.resblocks[-1].register_forward_hook(lambda module, args, out: kept.append(args[0]))
     backbone.image_features(images(3))
     hook.remove()
-    found, tokens = backbone.patch_features(images(3), "alone"), kept[0]
+    found, tokens = backbone.patch_features(images(3), "isolated"), kept[0]
     assert found.shape == (3, 16, 32)
     for patch in (0, 7, 15):
         with torch.no_grad():
             cls = visual.transformer.resblocks[-1](tokens[:, [0, 1 + patch]])[:, 0]
             expected = torch.nn.functional.normalize(visual.ln_post(cls) @ visual.proj, dim=-1)
         torch.testing.assert_close(found[:, patch], expected)
-    assert backbone.patch_features(images(0), "alone").shape == (0, 16, 32)
+    assert backbone.patch_features(images(0), "isolated").shape == (0, 16, 32)
 
 
-@pytest.mark.parametrize("reading", ["token", "alone"])
+@pytest.mark.parametrize("reading", ["token", "isolated"])
 def test_a_model_of_transformers_is_read_alike(hf_clip_dir: Path, reading: PatchReading):
     backbone: Any = load_backbone(f"hf:{hf_clip_dir}", "", "cpu")
     model, side = backbone._model, backbone.image_tower().image_size[0]
@@ -61,7 +61,7 @@ def test_a_model_of_transformers_is_read_alike(hf_clip_dir: Path, reading: Patch
     with torch.no_grad():
         states = vision(pixel_values=pixels, output_hidden_states=True).hidden_states
         tokens = states[-1][:, 1:]
-        if reading == "alone":
+        if reading == "isolated":
             last, count = vision.encoder.layers[-1], tokens.shape[1]
             pairs = [states[-2][:, [0, 1 + patch]] for patch in range(count)]
             tokens = torch.stack([last(pair, attention_mask=None)[:, 0] for pair in pairs], dim=1)
@@ -70,7 +70,7 @@ def test_a_model_of_transformers_is_read_alike(hf_clip_dir: Path, reading: Patch
     torch.testing.assert_close(backbone.patch_features(pixels, reading), expected)
 
 
-@pytest.mark.parametrize("reading", ["token", "alone"])
+@pytest.mark.parametrize("reading", ["token", "isolated"])
 def test_images_do_not_mix(tiny_clip_dir: Path, reading: PatchReading):
     backbone = load_backbone(f"local-dir:{tiny_clip_dir}", "", "cpu")
     batch, spoilt = images(3), images(3)
@@ -97,5 +97,5 @@ def test_patches_are_kept_as_images_are(tiny_clip_dir: Path, tmp_path: Path):
     assert rows.shape == (20, 16 * 32)
     assert np.flatnonzero(np.isnan(rows).all(axis=1)).tolist() == [3]
     # Or they would be taken for features of images, or for those of another reading.
-    assert len({encoder.feature_key, PatchEncoder(backbone, "alone").feature_key, backbone.feature_key}) == 3
+    assert len({encoder.feature_key, PatchEncoder(backbone, "isolated").feature_key, backbone.feature_key}) == 3
     assert len(list(tmp_path.glob("*/shard-*.npy"))) == -(-20 // SHARD)
