@@ -53,10 +53,11 @@ test-docs: setup  ## every command of README.md and docs/, as it stands there: a
 test-slow: setup  ## all slow tests: also deployed nodes with a rogue server, audits of many seeds, crashes at every line
 	$(ONE_THREAD) $(BIN)/python -m pytest -m slow
 
-lint: setup  ## ruff and pyright
+lint: setup  ## ruff, pyright and habits of English
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+	$(BIN)/python tools/prose.py fl_dualpriv clients strategies simulations benchmarks attacks tools deploy
 
 # One at a time: they measure. pfl, a peer, gets an environment of its own in .bench/venv at the first run.
 bench: setup  ## benchmarks against peers, up to an hour on an idle machine; writes docs/benchmarks.md
