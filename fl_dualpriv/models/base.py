@@ -131,8 +131,8 @@ class Backbone(ImageEncoder, Protocol):
 
         Args:
             images: (n, 3, height, width).
-            reading: ``token``: a patch is read at the end as the model reads CLS. ``isolated``: CLS is read after a last
-                block in which that patch is the only one left.
+            reading: ``token``: a patch is read at the end as the model reads CLS. ``isolated``: CLS is read after a
+                last block in which that patch is the only one left.
 
         Raises:
             ConfigError: As `n_patches`.
