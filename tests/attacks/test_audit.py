@@ -62,10 +62,9 @@ def test_the_bound_is_below_the_claim(level: str, claim: int):
     found = audit(level, claim)
     assert found.epsilon_claimed == pytest.approx(claim, abs=0.01)
     assert found.epsilon_lower < found.epsilon_claimed
-    # Rounding of another processor makes another draw of canaries' scores, so the bounds follow from the spread of draws.
-    # Over eight seeds the lower bound is 0.69 ± 0.18 at ε = 4 for records, the worst case but ε = 1 (client 0.81 ± 0.18;
-    # ε = 8: 1.49 ± 0.23 and more): zero is 3.8 standard deviations away. The estimate is 3.4 ± 0.5 there, and 0.4 x 4 is
-    # 3.6 standard deviations away.
+    # Rounding of another processor makes another draw of scores: the bounds follow from the spread of draws. Over eight
+    # seeds the lower bound is 0.69 ± 0.18 for records at ε = 4, the worst case but ε = 1 (clients 0.81 ± 0.18, ε = 8
+    # 1.49 ± 0.23 and more): zero is 3.8 standard deviations away. The estimate there is 3.4 ± 0.5: 0.4 x 4 is 3.6 away.
     assert claim == 1 or found.epsilon_lower > 0
     assert found.epsilon_estimate == pytest.approx(claim, rel=0.6)
     assert found.canaries == FEW
