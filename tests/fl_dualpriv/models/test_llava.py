@@ -295,7 +295,7 @@ def test_damaged_folders(make_llava_dir, llava_dir: Path, tmp_path: Path, damage
     [
         ("hf:/no/such/folder", "its configuration cannot be loaded; name a folder"),
         ("hf: ", "name a folder or a model on the hub after"),
-        ("demo", "'demo' answers no questions; name demo-vqa or hf:NAME"),
+        ("demo", "'demo' cannot answer questions; name demo-vqa or hf:NAME"),
     ],
 )
 def test_names_of_nothing(name: str, message: str):
