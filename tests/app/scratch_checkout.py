@@ -185,7 +185,7 @@ class ScratchCheckout:
     def make_checkpoint(self) -> None:
         """All weights of open_clip's ViT-B-16, random: a trained file would come from a hub."""
         code = (
-            "from fl_dualpriv import torchvision_shim; torchvision_shim.install(); import open_clip; "
+            "from fl_dualpriv.models import torchvision_shim; torchvision_shim.install(); import open_clip; "
             "from safetensors.torch import save_file; "
             "save_file(open_clip.create_model('ViT-B-16').state_dict(), 'checkpoint.safetensors')"
         )

@@ -352,7 +352,7 @@ def test_an_error_of_every_step_fails_everybody_and_the_events_stay(
     monkeypatch.setattr(fl_dualpriv.client.round, "cohort_update", boom)
     found = uploads(train(nodes({"population": 4}), partitions=(0, 2)))
     assert found.partitions == ()
-    assert found.failed == dict.fromkeys((0, 2), "RuntimeError; its words are in the log of the node")  # not "boom"
+    assert found.failed == dict.fromkeys((0, 2), "RuntimeError; its message is in the log of the node")  # not "boom"
     assert found.values.shape == (0, 4, 32)
     assert [ledger_lines(tmp_path, p) for p in (0, 2)] == [1, 1]
 

@@ -114,7 +114,7 @@ def test_the_words_of_an_error_stay_on_the_node(owned: Start, tmp_path: Path) ->
     notes.write_text(json.dumps({"A. Person": 1}))
     reply = ask(owned(limits=f'classes = "{notes}"\n{BUDGET}'), RecordDict(), MessageType.QUERY)
     assert reply.has_error()
-    assert "its words are in the log of the node" in reply.error.reason
+    assert "its message is in the log of the node" in reply.error.reason
     assert "Person" not in reply.error.reason
 
 

@@ -134,7 +134,7 @@ def test_what_a_node_cannot_do_is_told_by_its_kind_alone(owned: Start, mine: Pat
     reply = ask(owned(changes), RecordDict(), MessageType.QUERY)
     reason = reason_of(reply)
     assert "ConfigError" in reason
-    assert "its words are in the log of the node" in reason
+    assert "its message is in the log of the node" in reason
     assert str(mine) not in reason
 
 

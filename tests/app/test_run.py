@@ -273,7 +273,7 @@ def test_all_clients_failing_is_a_failure_at_the_end(run: Run, tmp_path: Path, m
         raise RuntimeError("boom")
 
     monkeypatch.setattr(fl_dualpriv.client.round, "cohort_update", boom)
-    with pytest.raises(ClientFailure, match=r"all 6 calls of clients failed.*RuntimeError; its words are in the log"):
+    with pytest.raises(ClientFailure, match=r"all 6 calls of clients failed.*RuntimeError; its message is in the log"):
         run()
     assert (tmp_path / "out" / "error.json").exists()
     assert not (tmp_path / "out" / "summary.json").exists()

@@ -371,7 +371,7 @@ def test_a_run_whose_clients_all_fail_makes_its_releases_and_ends_with_an_error(
     monkeypatch.setattr(fl_dualpriv.server.strategy, "gaussian_noise", noting(gaussian_noise))
     monkeypatch.setattr(release, "rounded_gaussian", noting(rounded_gaussian))
     # At the client level the server is trusted with what a client says.
-    reason = "boom" if level == "client level" else "its words are in the log"
+    reason = "boom" if level == "client level" else "its message is in the log"
     with pytest.raises(ClientFailure, match=f"all 6 calls of clients failed.*RuntimeError[:;] {reason}"):
         run_local(ROOT, app_defaults(ROOT) | config.to_run_config())
     assert (tmp_path / "out" / "error.json").exists()

@@ -354,5 +354,5 @@ def test_a_message_with_missing_or_extra_tensors_is_not_read(
     content = messages.train_content(task)
     record = ArrayRecord({name: Array(value.numpy()) for name, value in arrays.items()})
     message = Message(RecordDict({**content, "arrays": record}), 1, MessageType.TRAIN)
-    with pytest.raises(ValueError, match="expected 'global-prompt' alone"):
+    with pytest.raises(ValueError, match="expected only 'global-prompt'"):
         messages.read_train(message)

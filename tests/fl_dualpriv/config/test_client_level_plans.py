@@ -6,8 +6,9 @@ import dp_accounting
 import pytest
 from dp_accounting import pld
 
+from fl_dualpriv.config import plans
 from fl_dualpriv.config.plans import client_level_plan
-from fl_dualpriv.config.schema import RunConfig, app_defaults, merge, plans
+from fl_dualpriv.config.schema import RunConfig, app_defaults, merge
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.accounting import COARSE_GRID
 from fl_dualpriv.privacy.correlated import BandedNoise, TreeNoise

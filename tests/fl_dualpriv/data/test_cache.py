@@ -20,7 +20,7 @@ PREAMBLE = f"""
 import os, sys, time
 from pathlib import Path
 import numpy as np
-from fl_dualpriv.data import feature_cache
+from fl_dualpriv.data import cache as feature_cache
 from fl_dualpriv.data.cache import FeatureTable
 
 root, log = Path(sys.argv[1]), Path(sys.argv[2])

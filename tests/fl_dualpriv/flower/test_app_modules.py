@@ -19,8 +19,9 @@ def write(folder: Path, says: str) -> Path:
         (folder / package).mkdir(parents=True)
         (folder / package / "__init__.py").touch()
         (folder / package / f"{module}.py").write_text(f"app = {says!r}\n")
-    (folder / "simulations" / "attacks").mkdir()
-    (folder / "simulations" / "attacks" / "report.py").write_text(f"app = {says!r}\n")
+    (folder / "attacks").mkdir()
+    (folder / "attacks" / "__init__.py").touch()
+    (folder / "attacks" / "report.py").write_text(f"app = {says!r}\n")
     (folder / "clients" / "app.py").write_text("import strategies.mine\napp = strategies.mine.app\n")
     (folder / "pyproject.toml").write_text(PROJECT + f"# {says} ε\n", encoding="utf-8")
     return folder

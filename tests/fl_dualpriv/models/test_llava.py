@@ -170,7 +170,7 @@ def test_pruned_tokens_are_projected(make_llava_dir, vision: str):
         ({}, VisualTokenPruner(layer=-1, keep_ratio=0.5), "visual-layer = -1: .* reads hidden state -2"),
         ({}, VisualTokenPruner(layer=7, keep_ratio=0.5), "visual-layer = 7"),
         ({}, VisualTokenPruner(layer=-2, dominant=16, contextual=0), ""),
-        ({"vision_changes": {"image_size": 16}}, PRUNER, "cannot read what its image processor makes: .*32"),
+        ({"vision_changes": {"image_size": 16}}, PRUNER, "cannot read the output of its image processor: .*32"),
     ],
 )
 def test_pruners_that_do_not_fit(make_llava_dir, changes: dict, pruner: TokenPruner, message: str):
@@ -193,7 +193,7 @@ def test_patches_alone_are_pruned(llava_dir: Path, tmp_path: Path):
     folder = shutil.copytree(llava_dir, tmp_path / "full")
     change(folder / "config.json", vision_feature_select_strategy="full")
     assert load(folder).n_visual == 17
-    with pytest.raises(ConfigError, match=r"reads patches alone .*default.*it is 'full'"):
+    with pytest.raises(ConfigError, match=r"reads only patches .*default.*it is 'full'"):
         load(folder, PRUNER)
 
 
@@ -250,7 +250,7 @@ def change(file: Path, **values: Any) -> None:
         ("type", "is a model of type 'clip'; supported for questions is llava"),
         ("language", "part of type 'gpt2'; supported are llama, mistral, qwen2"),
         ("no processor", "its processor has no image_processor|its processor cannot be loaded"),
-        ("image size", "cannot read what its image processor makes: ValueError.*64"),
+        ("image size", "cannot read the output of its image processor: ValueError.*64"),
         ("image token", "its tokenizer has no image token, which is id 29"),
         ("template without image", r"must put one image token '<image>' and then the question"),
         ("template that raises", "its chat template cannot be rendered"),

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-INSTALL = "from fl_dualpriv import torchvision_shim; torchvision_shim.install(); "
+INSTALL = "from fl_dualpriv.models import torchvision_shim; torchvision_shim.install(); "
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:

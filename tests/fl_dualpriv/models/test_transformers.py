@@ -184,7 +184,7 @@ def test_a_half_precision_checkpoint_runs_in_float32(hf_clip_dir, tmp_path: Path
         ("type", "is a model of type 'bert'; supported are clip and siglip"),
         ("no tokenizer", "its tokenizer has no vocabulary"),
         ("no processor", "its image processor cannot be loaded"),
-        ("image size", "cannot read what its image processor makes: ValueError.*64"),
+        ("image size", "cannot read the output of its image processor: ValueError.*64"),
         ("end", r"reads token 5 \(eos_token_id\), but its tokenizer ends a text with 513"),
     ],
 )

@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from fl_dualpriv.config import plans
 from fl_dualpriv.config.plans import client_level_plan, record_level_plan
-from fl_dualpriv.config.schema import ConfigValue, RunConfig, app_defaults, plans
+from fl_dualpriv.config.schema import ConfigValue, RunConfig, app_defaults
 from fl_dualpriv.data.load import load_data
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.learners.rows import Batches, per_example_gradients
