@@ -1,1 +1,1 @@
-"""Attacks on what a run releases: what can be learned about one record or one client."""
+"""Attacks on the releases of a run: they measure what can be learned about one record or one client."""

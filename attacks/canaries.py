@@ -1,17 +1,17 @@
-"""The audit of the record level: planted records, guessed from what their clients release.
+"""Audit of the record level: plant canary records and guess from their clients' releases which ones are present.
 
-**Why the bound holds.** Unit: one record of one client. Relation: add-or-remove-one, as the accountant has it: a
-record's term is there or zero, n_i is public (docs/privacy.md). Every canary has a fair coin of its own; one that stays
-out leaves a record of zero features behind, whose gradient is zero, so that nothing but its term is missing. The
-mechanism is what the plan accounts for: all uploads of all rounds. A record belongs to one client, whose releases the
-plan bounds jointly, and what others release afterwards depends on it through those alone; so the map from all coins of
-all clients to all uploads is (ε, δ)-DP for each single coin, and the guesses about all of them count together. The
-auditor sees uploads, global prompts and personal prompts, all of which are releases, knows every canary, and does not
-know the coins, the batches or the noise. Which canaries, which scores and which tower change how much is found, and
-never whether it is true.
+**Why the bound holds.** The unit is one record of one client. The relation is add-or-remove-one, as in the accountant:
+a record's term is present or zero, and n_i is public (docs/privacy.md). Every canary has its own fair coin. An absent
+canary is replaced by a record of zero features, whose gradient is zero, so only its term is missing. The mechanism is
+the one that the plan accounts for: all uploads of all rounds. A record belongs to one client. The plan bounds all
+releases of that client jointly, and the later releases of other clients depend on the record only through them. So the
+map from all coins of all clients to all uploads is (ε, δ)-DP for each single coin, and the guesses about all coins
+count together. The auditor sees uploads, global prompts and personal prompts, all of which are releases. It knows every
+canary. It does not know the coins, the batches or the noise. The choice of canaries, scores and tower changes how large
+the bound is, but never its validity.
 
-Clients hold canaries alone. Other records would blur the scores, and whoever knows them could take them out again: DP
-holds whatever the other records are, and this choice finds most.
+Clients hold only canaries. Other records would blur the scores, and an auditor who knows them could subtract them. DP
+holds for any other records, and this choice gives the largest bound.
 """
 
 import functools
@@ -41,23 +41,23 @@ from fl_dualpriv.tasks.build import image_task
 from fl_dualpriv.tasks.images import ImageTask
 
 _MOST_PER_CLIENT = 96
-_OWN_SHARE = 0.6  # of a canary's clipped gradient that the other canaries do not span
-_RIDGE = 0.1  # of a canary's own weight: where two nearly coincide, telling them apart would blow up the noise
-_ENOUGH_CLIENTS = 8  # for their mean to say what they have in common
+_OWN_SHARE = 0.6  # least part of a clipped gradient outside the span of earlier canaries, relative to the largest
+_RIDGE = 0.1  # relative to a canary's weight; without it, separating two similar canaries would amplify the noise
+_ENOUGH_CLIENTS = 8  # from this number on, the mean over clients estimates their common part
 
 
 def audit_record_level(config: RunConfig, seed: int, *, canaries: int = CANARIES, noisy: bool = True) -> AuditResult:
-    """Plant canaries at simulated clients, run all rounds by the code that a run uses, and guess.
+    """Plant canaries at simulated clients, run all rounds with the code of a real run, and guess.
 
     Args:
-        config: The run; its method, learner, steps, rounds and record-level privacy are audited. How many clients
-            there are is set by ``canaries``: the plan is one client's and does not depend on it.
-        seed: Of coins and canaries; with ``privacy.randomness = "seeded"`` of batches and noise too.
-        canaries: How many at least, over all clients.
-        noisy: False: the control. Noise is zero, the claim stays, and the bound shows what the audit would find.
+        config: The run; its method, learner, steps, rounds and record-level privacy are audited. ``canaries`` sets
+            the number of clients: the plan is that of one client and does not depend on the number.
+        seed: Seed of coins and canaries; with ``privacy.randomness = "seeded"`` also of batches and noise.
+        canaries: Least number of canaries over all clients.
+        noisy: False runs the control: noise is zero, the claim stays, and the bound shows how much the audit can find.
 
     Raises:
-        ConfigError: If there is no record-level ε to audit, or none that uploads show.
+        ConfigError: If no record-level ε is proved, or if clients trust the server, so uploads carry no noise.
     """
     plan = _plan(config)
     task = image_task(config)
@@ -95,10 +95,10 @@ class _Audit:
         self._present = coins(KeyedRandom(StreamKey(seed=seed, purpose="audit-coins")), shape)
 
     def _craft(self) -> tuple[Tensor, Tensor]:
-        """The canaries of a client, the same at each: features and the class that each speaks against most.
+        """Make the canaries of one client, equal for all clients: features, and the least likely class of each.
 
-        An unlikely class gives a large gradient, so that clipping brings a canary to the norm C. Of orthonormal
-        features those are kept whose gradients add directions of their own: of a head's all, of a text tower's some 20.
+        An unlikely class gives a large gradient, so clipping brings a canary to the norm C. The features are
+        orthonormal. Only those whose gradients add new directions are used: all for a head, about 20 for a text tower.
         """
         width = self._task.backbone.embed_dim
         generator = np.random.default_rng([self._seed, 1])
@@ -108,14 +108,14 @@ class _Audit:
         rows = self._gradients(self._prompt, features, labels).cpu().numpy()
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
         reached = rows / np.maximum(norms, self._plan.clip_norm)
-        # With pivots, each diagonal entry is what a row adds to those before it, the largest first.
+        # With pivoting, a diagonal entry is the norm that a row adds to the span of the earlier rows, largest first.
         triangle, order = cast("tuple[np.ndarray, np.ndarray]", scipy.linalg.qr(reached.T, mode="r", pivoting=True))
         own = np.abs(np.diagonal(triangle))
         kept = torch.from_numpy(order[: max(1, int((own >= _OWN_SHARE * own[0]).sum()))].astype(np.int64))
         return features[kept], labels[kept]
 
     def run(self) -> AuditResult:
-        """All rounds, then the guesses."""
+        """Run all rounds, then guess."""
         sources = random_sources(self._config.privacy.randomness)
         if not self._noisy:
             sources = silenced(sources, frozenset({"noise"}))
@@ -138,7 +138,7 @@ class _Audit:
     def _round(
         self, states: Sequence[PersonalState], sources: RandomSources, server_round: int
     ) -> tuple[Tensor, list[PersonalState]]:
-        """Local steps of everybody, in groups as a node makes them."""
+        """Run the local steps of all clients, in groups of the size that a node uses."""
         workspace = self._config.resources.workspace_mib * 2**19
         uploads, kept = [], []
         for group in chunks(range(self._clients), prompts_at_once(self._tower, workspace, self._prompt.device)):
@@ -161,11 +161,11 @@ class _Audit:
         return Participant(partition=client, state=state, data=data, random=random)
 
     def _scores(self, seen: Sequence["_Seen"]) -> list[np.ndarray]:
-        """Two scores of every canary, (canary,): the sum of its weights over rounds, and their spread.
+        """Return two scores of every canary, (canary,) each: the sum of its weights over rounds, and their spread.
 
-        A weight says how much of a canary's gradient is in what its client released in a round. What all clients'
-        releases have in common is taken out first: the mean effect of all canaries, and any noise that they share. For
-        the spread, so is what a client's releases have in common over rounds: noise that repeats.
+        A weight measures how much of a canary's gradient its client released in a round. The mean over clients is
+        subtracted first. It holds the mean effect of all canaries, and noise that all clients share. For the spread,
+        the mean over rounds is subtracted as well. It holds noise that repeats.
         """
         moved = torch.stack([one.moved for one in seen])
         if self._clients >= _ENOUGH_CLIENTS:
@@ -184,11 +184,11 @@ class _Audit:
         return [total.reshape(-1).numpy(), spread.reshape(-1).numpy()]
 
     def _directions(self, prompt: Tensor) -> Tensor:
-        """Unit gradients of the canaries at a released prompt, (canary, n_ctx · ctx_dim)."""
+        """Return the canaries' unit gradients at a released prompt, (canary, n_ctx · ctx_dim)."""
         return torch.nn.functional.normalize(self._gradients(prompt, self._features, self._labels), dim=1)
 
     def _gradients(self, prompt: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-        """Each record's gradient, before any clip, float64."""
+        """Return each record's gradient before any clipping, (record, n_ctx · ctx_dim), float64."""
         rows = per_example_gradients(
             self._tower(prompt[None]),
             Batches.of((features, labels)),
@@ -199,7 +199,10 @@ class _Audit:
 
     @staticmethod
     def _weights(directions: Tensor, moved: Tensor) -> Tensor:
-        """Least squares against all canaries of a client, so that they do not hide each other: (client, 2, canary)."""
+        """Fit a weight of each canary by least squares over all canaries of a client, (client, 2, canary).
+
+        The joint fit keeps canaries from hiding each other.
+        """
         gram = directions @ directions.T
         gram += _RIDGE * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         # A step goes against the gradient.
@@ -208,7 +211,7 @@ class _Audit:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the auditor saw of a round: the prompts it began with, and each client's move, (client, n_ctx · ctx_dim)."""
+    """The auditor's view of a round: its prompts at the start, and each client's move, (client, n_ctx · ctx_dim)."""
 
     prompt: Tensor
     personal: Sequence[Tensor] | None

@@ -1,18 +1,20 @@
-"""The audit of the client level: canary clients, guessed from the global prompts that a server publishes.
+"""Audit of the client level: plant canary clients and guess their presence from the published global prompts.
 
-**Why the bound holds.** Unit: one client. Relation: add-or-remove-one; a client that is away counts as zero and the
-population is public (docs/privacy.md). Every canary client has a fair coin of its own; one that stays out answers with
-zeros, which is what an absent client counts as. The mechanism is what the plan accounts for: cohort, clip, noise and
-step of all rounds, run by the strategy of the configuration. Its outputs are the global prompts. The audit runs as many
-federations as it takes to plant all canaries, each with streams of its own; a client belongs to one of them, whose
-prompts the plan bounds, and the others' do not depend on it; so the map from all coins to all prompts is (ε, δ)-DP for
-each single coin, and the guesses about all of them count together. The auditor sees global prompts alone, knows what
-every canary would send, and does not know the coins, the cohorts or the noise.
+**Why the bound holds.** The unit is one client. The relation is add-or-remove-one: an absent client counts as zero, and
+the population is public (docs/privacy.md). Every canary client has its own fair coin. An absent canary answers with
+zeros, which is how an absent client counts. The mechanism is the one that the plan accounts for: cohort, clip, noise
+and step of all rounds, run by the configured strategy. Its outputs are the global prompts. The audit runs as many
+federations as it needs to plant all canaries, each with its own random streams. A client belongs to one federation. The
+plan bounds that federation's prompts, and the prompts of the others do not depend on the client. So the map from all
+coins to all prompts is (ε, δ)-DP for each single coin, and the guesses about all coins count together. The auditor sees
+only global prompts. It knows the update that every canary would send. It does not know the coins, the cohorts or the
+noise.
 
-A canary's update is a random direction (Andrew et al. 2024, arXiv:2302.03098), far longer than the clip norm. Within a
-federation they are made orthogonal, so that canaries do not hide each other; each alone is still uniform on the sphere.
-Their statistic, the cosine with the released move (here times the move's length, so that rounds add up), gives their
-*estimate* of ε, which rests on the scores being Gaussian. The bound does not: it counts guesses.
+A canary's update is a random direction (Andrew et al. 2024, arXiv:2302.03098), far longer than the clip norm. The
+directions within a federation are orthogonal, so canaries do not hide each other; each single one is still uniform on
+the sphere. The statistic of that paper is the cosine with the released move; here it is multiplied by the move's
+length, so that rounds add up. It gives the paper's *estimate* of ε, which assumes Gaussian scores. The bound needs no
+such assumption, because it counts guesses.
 """
 
 import tempfile
@@ -39,7 +41,7 @@ from fl_dualpriv.server.plugins import load_class, plugin_options
 from fl_dualpriv.server.strategy import RoundReport, RoundStrategy
 from fl_dualpriv.tasks.build import image_task
 
-_LOUD = 100.0  # canaries send this times the clip norm: a clip that fails is heard
+_LOUD = 100.0  # length of a canary's update in clip norms; without a working clip the audit would find it
 
 
 def audit_client_level(config: RunConfig, seed: int, *, canaries: int = CANARIES, noisy: bool = True) -> AuditResult:
@@ -47,12 +49,12 @@ def audit_client_level(config: RunConfig, seed: int, *, canaries: int = CANARIES
 
     Args:
         config: The run; its strategy, population, cohort, rounds and client-level privacy are audited.
-        seed: Of coins and directions; with ``privacy.randomness = "seeded"`` of cohorts and noise too.
-        canaries: How many at least, over all federations; how many federations that takes follows from it.
-        noisy: False: the control. Noise is zero, the claim stays, and the bound shows what the audit would find.
+        seed: Seed of coins and directions; with ``privacy.randomness = "seeded"`` also of cohorts and noise.
+        canaries: Least number of canaries over all federations. The number of federations follows from it.
+        noisy: False runs the control: noise is zero, the claim stays, and the bound shows how much the audit can find.
 
     Raises:
-        ConfigError: If there is no client-level ε to audit.
+        ConfigError: If the configuration states no client-level ε.
     """
     plan = client_level_plan(config)
     if plan is None:
@@ -60,10 +62,10 @@ def audit_client_level(config: RunConfig, seed: int, *, canaries: int = CANARIES
             f"privacy.client.mechanism = {config.privacy.client.mechanism!r}: no client-level ε is stated, so there is "
             'none to audit; set it to "gaussian"'
         )
-    # One node that hosts everybody: how many nodes there are changes no result.
+    # One node hosts all clients, because the number of nodes changes no result.
     config = replace(config, supernodes=1)
     start = image_task(config).initial_prompt(config)
-    # As many canaries as there are orthogonal directions; the other clients of a larger population send zeros.
+    # There are at most as many canaries as orthogonal directions; further clients of the population send zeros.
     planted = min(config.population, start.numel())
     directions = _directions(planted, start.numel(), seed)
     federations = -(-canaries // planted)
@@ -81,18 +83,21 @@ def audit_client_level(config: RunConfig, seed: int, *, canaries: int = CANARIES
 
 
 def _own_seed(seed: int, federation: int) -> int:
-    """Streams are keyed by it: two federations that shared one would share their noise."""
+    """Return the seed of one federation's random streams; two federations with one seed would share their noise."""
     return int(np.random.SeedSequence([seed, federation]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _directions(count: int, dimensions: int, seed: int) -> np.ndarray:
-    """Orthonormal rows, each uniform on the sphere: (canary, n_ctx · ctx_dim)."""
+    """Draw orthonormal rows, each uniform on the sphere, (canary, n_ctx · ctx_dim)."""
     basis, triangle = np.linalg.qr(np.random.default_rng([seed, 2]).standard_normal((dimensions, count)))
-    return (basis * np.sign(np.diagonal(triangle))).T  # with the signs of the diagonal QR is unique, and so uniform
+    return (basis * np.sign(np.diagonal(triangle))).T  # the signs make the QR unique, and so the rows uniform
 
 
 def _moves(config: RunConfig, plan: ClientLevelPlan, start: Tensor, updates: Tensor, *, noisy: bool) -> np.ndarray:
-    """How the global prompt moved, (round, n_ctx · ctx_dim), as anyone sees who gets every prompt."""
+    """Run all rounds and return the moves of the global prompt, (round, n_ctx · ctx_dim).
+
+    Every reader of all global prompts can compute these moves.
+    """
     grid, nothing = LocalGrid(_canary_app(updates), 1, config.to_run_config()), ConfigRecord()
     with tempfile.TemporaryDirectory() as folder:
         strategy = _strategy(config, plan, Path(folder))
@@ -111,7 +116,7 @@ def _moves(config: RunConfig, plan: ClientLevelPlan, start: Tensor, updates: Ten
 
 
 def _canary_app(updates: Tensor) -> ClientApp:
-    """A ClientApp that sends what the auditor wrote down, whatever the prompt: (client, n_ctx, ctx_dim)."""
+    """Return a ClientApp that sends the auditor's updates, (client, n_ctx, ctx_dim), and ignores the prompt."""
     app = ClientApp()
 
     @app.train()
@@ -125,7 +130,7 @@ def _canary_app(updates: Tensor) -> ClientApp:
 
 
 def _strategy(config: RunConfig, plan: ClientLevelPlan, folder: Path) -> RoundStrategy:
-    """The strategy of a run, its books included; they are this federation's own and end with it."""
+    """Build the strategy of a run with its accountant and ledger, which only this federation uses."""
     strategy_class = load_class("strategy.ref", config.strategy.ref, RoundStrategy)
     cards = {p: messages.ClientCard(partition=p, num_examples=1) for p in range(config.population)}
     return build_strategy(
@@ -142,4 +147,4 @@ def _strategy(config: RunConfig, plan: ClientLevelPlan, folder: Path) -> RoundSt
 
 
 def _say_nothing(report: RoundReport) -> None:
-    """Audited rounds report to nobody."""
+    """Drop the report, because an audit does not record its rounds."""

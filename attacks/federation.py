@@ -1,4 +1,4 @@
-"""A federation that can be trained again and again on chosen records, by the code that a run trains with."""
+"""A federation that can be trained many times on chosen records, with the training code of a real run."""
 
 import functools
 import tempfile
@@ -35,17 +35,17 @@ class Federation:
     """The configured federation, without its accuracies, state folders and client ledgers.
 
     Guarantee:
-        `train` on all records gives the prompts of ``fl-dualpriv run --engine local`` with seeded randomness, to float
-        rounding (tests/attacks/test_membership.py): clients run `cohort_update` or `published_updates` with the
-        run's plan, and the server is the run's strategy, cohort, clip, noise and step included. What an attack finds
-        out about these prompts is what the same attack finds out about a run's.
+        `train` on all records gives the prompts of ``fl-dualpriv run --engine local`` with seeded randomness, up to
+        float rounding (tests/attacks/test_membership.py). Clients run `cohort_update` or `published_updates` with
+        the run's plan. The server is the run's strategy, with its cohort, clip, noise and step. An attack on these
+        prompts therefore finds the same as the same attack on the prompts of a run.
 
     Args:
-        config: The run. Its randomness is replaced by keyed streams, one seed a training: the same distributions, and
-            an audit that can be repeated.
+        config: The run. Keyed streams replace its randomness, with one seed per training. The distributions stay the
+            same, and the audit can be repeated.
 
     Raises:
-        ConfigError: If nothing is trained, or if features change from round to round.
+        ConfigError: If the method trains nothing, or if data augmentation changes the features from round to round.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -57,7 +57,7 @@ class Federation:
                 f"data.augmentation = {config.data.augmentation!r}: attacks need the features that were trained on; "
                 'set data.augmentation = "none"'
             )
-        # One node that hosts everybody: how many nodes there are changes no result.
+        # One node hosts all clients, because the number of nodes changes no result.
         self.config = replace(config, supernodes=1, privacy=replace(config.privacy, randomness="seeded"))
         self.task = image_task(self.config)
         self.tower = self.task.tower(config.prompt)
@@ -67,11 +67,11 @@ class Federation:
 
     @property
     def device(self) -> torch.device:
-        """Where prompts and features live."""
+        """Device of prompts and features."""
         return self.task.backbone.device
 
     def records(self, partition: int) -> ClientData:
-        """A client's records; those that cannot be read are left out, for no attack can ask about them."""
+        """Return a client's records without unreadable ones, because no attack can ask about those."""
         data = self.task.client_data(partition)
         usable = torch.isfinite(data.features).all(dim=1)
         return ClientData(features=data.features[usable], labels=data.labels[usable])
@@ -80,11 +80,11 @@ class Federation:
         """Run all rounds on these records.
 
         Args:
-            members: Each client's records, at least one.
-            seed: Of batches and noise.
+            members: Records of each client, at least one per client.
+            seed: Seed of batches and noise.
 
         Returns:
-            What is published in the end: p_G + p_L of each client, (client, n_ctx, ctx_dim).
+            The prompts that are published at the end: p_G + p_L of each client, (client, n_ctx, ctx_dim).
         """
         training = _Training(self, members, seed)
         grid = LocalGrid(training.client_app(), 1, self.config.to_run_config())
@@ -128,7 +128,7 @@ class _Training:
         self.states: list[PersonalState] = [fresh] * len(members)
 
     def client_app(self) -> ClientApp:
-        """A ClientApp that trains, and writes nothing."""
+        """Return a ClientApp that trains, and writes no files."""
         app = ClientApp()
 
         @app.train()
@@ -139,7 +139,7 @@ class _Training:
 
     def _round(self, request: messages.TrainRequest) -> messages.Uploads:
         federation, prompt = self._federation, request.global_prompt.to(self._federation.device)
-        # As a node divides its clients.
+        # A node divides its clients into groups of this size, too.
         size = prompts_at_once(federation.tower, federation.config.resources.workspace_mib * 2**19, prompt.device)
         uploads: list[Tensor] = []
         for group in chunks(sorted(request.partitions), size):
@@ -166,7 +166,7 @@ class _Training:
 def client_updates(
     federation: Federation, prompt: Tensor, participants: Sequence[Participant]
 ) -> list[tuple[Tensor, PersonalState]]:
-    """One round of these clients' local steps: uploads and new personal states, as a node computes them."""
+    """Run one round of these clients' local steps as a node does; return uploads and new personal states."""
     if federation.parts.published_procedure:
         return published_updates(
             global_prompt=prompt,
@@ -186,4 +186,4 @@ def client_updates(
 
 
 def _say_nothing(report: RoundReport) -> None:
-    """Rounds under attack report to nobody."""
+    """Drop the report, because an attack does not record its rounds."""

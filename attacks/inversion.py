@@ -1,8 +1,8 @@
-"""A curious server's view: gradient inversion on one client's upload, with the client's own code on the other side.
+"""Gradient inversion by a curious server on one client's upload, which the client's real code computes.
 
-The server is in round 1, where it knows the client's whole effective prompt: p_L is still zero. One local step of a few
-records is the most favourable upload it can ask for; a round of several steps is a sum of such uploads at prompts that
-the server does not see, and later rounds hide p_L as well.
+The attack takes place in round 1, where the server knows the client's whole effective prompt, because p_L is still
+zero. One local step on a few records is the most favourable upload for the server. A round of several steps is a sum of
+such uploads at prompts that the server does not see, and in later rounds p_L is hidden as well.
 """
 
 import math
@@ -32,20 +32,21 @@ from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 
 @dataclass(frozen=True, kw_only=True)
 class InversionResult:
-    """What the server got back, beside what it knew before.
+    """Scores of the reconstructions, beside those of a guess without the upload.
 
     Attributes:
-        epsilon_claimed: The proved ε of one record at ``delta``; ``nominal``: the DP-FPL paper's; ``none``.
-        delta: δ of the claim; 0 without one.
+        epsilon_claimed: The proved ε of one record at ``delta``; ``nominal`` for the DP-FPL paper's ε; ``none`` if
+            there is no claim.
+        delta: δ of the claim; 0 without a claim.
         inversion_score: Mean cosine of true and reconstructed features after best matching, over all uploads.
-        baseline_score: The same with the average image feature in the place of every reconstruction.
+        baseline_score: Mean cosine of true features and the average image feature.
         advantage_low: Lower end of the 95 % interval of score − baseline, over uploads.
-        advantage_high: Upper end.
-        label_accuracy: Share of records whose label came back with them.
-        label_chance: What guessing a class gives.
-        records: In one upload.
-        uploads: How many were attacked.
-        score_by_upload: The spread.
+        advantage_high: Upper end of that interval.
+        label_accuracy: Share of records whose label was reconstructed.
+        label_chance: Share of labels that a random guess gets right.
+        records: Number of records in one upload.
+        uploads: Number of attacked uploads.
+        score_by_upload: Score of each upload, which shows the spread.
     """
 
     epsilon_claimed: float | Literal["nominal", "none"]
@@ -62,18 +63,18 @@ class InversionResult:
 
     @property
     def recovered(self) -> float:
-        """Share of the squared distance to the truth that the upload took away: 0 = no more than before, 1 = all."""
+        """Share of the squared distance to the truth that the upload removes: 0 = nothing, 1 = all of it."""
         return 1 - (1 - self.inversion_score) / (1 - self.baseline_score)
 
 
 def audit_inversion(config: RunConfig, seed: int, *, records: int = 1, uploads: int = 10) -> InversionResult:
-    """Let clients upload one step of a few of their records each, and reconstruct the records.
+    """Let clients upload one local step on a few of their records each, and reconstruct the records.
 
     Args:
         config: The run to audit: its method, tower, clip and noise.
-        seed: Of the records, the noise and the search.
-        records: In an upload, at least 1. The clip, and the noise on the sum, are those of the run.
-        uploads: Attacks, at least 2, on clients in turn.
+        seed: Seed of the choice of records, the noise and the search.
+        records: Records per upload, at least 1. The clip, and the noise on the sum, are those of the run.
+        uploads: Number of attacks, at least 2, on the clients in turn.
 
     Raises:
         ConfigError: If nothing is uploaded, if records or images are missing, or if the upload cannot be modelled.
@@ -84,7 +85,7 @@ def audit_inversion(config: RunConfig, seed: int, *, records: int = 1, uploads: 
     clients = [federation.records(p) for p in range(min(config.population, uploads))]
     if (fewest := min(data.num_examples for data in clients)) < records:
         raise ConfigError(f"records = {records}, but a client has {fewest} only; give fewer")
-    # Public images like the clients': the server's idea of an image before it sees anything.
+    # Public images similar to the clients' images give the server its prior.
     public = federation.task.held_out("val").features
     prior = prior_of(public[torch.isfinite(public).all(dim=1)])
     prompt = federation.start.to(federation.device)
@@ -136,7 +137,7 @@ def _check(federation: Federation, records: int, uploads: int) -> None:
 
 
 def _upload(federation: Federation, prompt: Tensor, batch: ClientData, seed: int) -> Tensor:
-    """What a client sends after one step on these records, every one of them in the batch."""
+    """Return a client's upload after one step with all these records in the batch."""
     config = federation.config
 
     def random(purpose: str, step: int) -> RandomSource:
@@ -167,13 +168,13 @@ def _upload(federation: Federation, prompt: Tensor, batch: ClientData, seed: int
 
 
 def _sent(federation: Federation, upload: Tensor, matrix: Tensor, classes: Tensor, records: int) -> Sent:
-    """Undo what is public: learning rate, divisor, and which context tokens were pruned."""
+    """Undo the public parts of an upload: learning rate, divisor and pruned context tokens."""
     plan, flat = federation.plan, upload.flatten().to(classes.dtype)
     total = -flat / federation.config.train.global_learning_rate
     trusting = plan is not None and plan.trusts_server
-    if not trusting:  # a trusting client uploads the sum itself, the others its mean
+    if not trusting:  # a client that trusts the server uploads the sum, other clients the mean
         total = total * records
-    # A token whose update is exactly zero was pruned: noise and gradients are never that.
+    # A token with an update of exactly zero was pruned, because noise and gradients are never exactly zero.
     seen = (upload != 0).any(dim=1, keepdim=True).expand_as(upload).flatten()
     return Sent(
         total=total,
@@ -189,7 +190,7 @@ def _sent(federation: Federation, upload: Tensor, matrix: Tensor, classes: Tenso
 
 
 def _compare(found: Reconstruction, batch: ClientData) -> tuple[float, int]:
-    """Mean cosine after the matching that makes it largest, and how many matched records have the right label."""
+    """Return the mean cosine under the best matching, and the number of matched records with the right label."""
     cosines = (batch.features @ found.features.T).cpu().numpy()
     true, guessed = linear_sum_assignment(cosines, maximize=True)
     same = (batch.labels.cpu().numpy()[true] == found.labels.cpu().numpy()[guessed]).sum()

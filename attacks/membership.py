@@ -1,9 +1,9 @@
 """Membership inference on published personal prompts: was this record of this client trained on?
 
-True members and true non-members: before each training every record of every client tosses a fair coin; those that win
-are trained on, and nobody is trained on the others, so both come from one distribution. The same federation is trained
-many times with fresh coins, batches and noise; each training is attacked once, and all the others are then the shadow
-trainings of the attacker, who therefore knows the configuration, the data, the start and all coins but those of the
+Members and non-members come from one distribution: before each training a fair coin decides for every record of every
+client whether the client trains on it. No client trains on the other records. The same federation is trained many times
+with fresh coins, batches and noise. Each training is attacked once, and all others then serve as the attacker's shadow
+trainings. The attacker therefore knows the configuration, the data, the start, and all coins except those of the
 training under attack.
 """
 
@@ -22,22 +22,23 @@ from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.learners.base import ClientData
 
-_FEWEST_RECORDS = 16  # fair coins leave a client without a member with probability 2^-16, and an audit tosses hundreds
+_FEWEST_RECORDS = 16  # a client then has no member with probability 2^-16; an audit makes hundreds of such draws
 _FEWEST_TRAININGS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class MembershipResult:
-    """What two attacks found out, beside what the run claims.
+    """Results of two attacks, beside the claim of the run.
 
     Attributes:
-        epsilon_claimed: The proved ε of one record at ``delta``; ``nominal``: the DP-FPL paper's; ``none``.
-        delta: δ of the claim; 0 without one.
-        auc_ceiling: Largest AUC that the claim allows any attack; 1 without a proof.
-        loss_threshold: The attack that calls records of small loss members.
+        epsilon_claimed: The proved ε of one record at ``delta``; ``nominal`` for the DP-FPL paper's ε; ``none`` if
+            there is no claim.
+        delta: δ of the claim; 0 without a claim.
+        auc_ceiling: Largest AUC of any attack if the claim is true; 1 without a proof.
+        loss_threshold: The attack that calls records with a small loss members.
         lira: The likelihood-ratio attack with shadow trainings.
-        trainings: How many, each target once and shadow of all others.
-        auc_by_training: AUC of the stronger attack on each training: the spread.
+        trainings: Number of trainings; each is attacked once and is a shadow training for all others.
+        auc_by_training: AUC of the stronger attack on each training, which shows the spread.
     """
 
     epsilon_claimed: float | Literal["nominal", "none"]
@@ -50,7 +51,7 @@ class MembershipResult:
 
     @property
     def stronger(self) -> Roc:
-        """The attack of larger AUC: an audit must not look better than its best attack."""
+        """The attack with the larger AUC, because an audit must report its best attack."""
         return max(self.loss_threshold, self.lira, key=lambda found: found.auc)
 
     @property
@@ -69,10 +70,10 @@ def audit_membership(config: RunConfig, seed: int, *, trainings: int = 8, record
 
     Args:
         config: The run to audit: its method, rounds, noise and data.
-        seed: Of coins, batches and noise.
-        trainings: Federations to train, at least 8; the more, the better the likelihood ratio. The defaults take one
-            to two minutes of one core on the demo.
-        records: Records that each client has, cut to that many at random before the coins; None: all.
+        seed: Seed of coins, batches and noise.
+        trainings: Number of trainings, at least 8; more trainings give a better likelihood ratio. The defaults take
+            one to two minutes of one core on the demo.
+        records: Most records per client. A random choice of this size is made before the coins; None keeps all.
 
     Raises:
         ConfigError: If a client has too few records for the coins, the run cannot be attacked, or a training diverges.
@@ -102,14 +103,15 @@ def audit_membership(config: RunConfig, seed: int, *, trainings: int = 8, record
 
 
 def confidence(federation: Federation, clients: list[ClientData], prompts: Tensor) -> np.ndarray:
-    """φ = log p_y/(1 − p_y) of every record under the published prompt of its client, (record,), float64.
+    """Return φ = log p_y/(1 − p_y) of every record under the published prompt of its client, (record,), float64.
 
-    A monotone function of the loss log(1 + e^−φ), and closer to Gaussian over trainings than the loss or p_y.
+    φ is a monotone function of the loss log(1 + e^−φ), and over trainings it is closer to Gaussian than the loss or
+    p_y.
 
     Args:
-        federation: Whose tower and temperature to use.
-        clients: The records.
-        prompts: One per client, (client, n_ctx, ctx_dim).
+        federation: Source of tower and temperature.
+        clients: Records of each client.
+        prompts: One prompt per client, (client, n_ctx, ctx_dim).
 
     Reference:
         Carlini et al. 2022, arXiv:2112.03570, section V-C.
@@ -126,22 +128,22 @@ def confidence(federation: Federation, clients: list[ClientData], prompts: Tenso
 def likelihood_ratios(evidence: np.ndarray, is_member: np.ndarray) -> np.ndarray:
     """Return log N(φ; in) − log N(φ; out) of each record in each training, fitted on all *other* trainings.
 
-    A record's two normals have their own means and one variance, pooled over both: with tens of trainings a variance
-    of its own for each is too noisy (the authors pool too, over records, below 64 shadows). A record without two
-    trainings of each kind among the others is NaN; that depends on their coins alone, not on the one to be guessed.
+    A record's two normal distributions have separate means and one variance, pooled over both. With tens of trainings
+    separate variances are too noisy (the authors pool too, over records, below 64 shadows). A record without two
+    trainings of each kind among the others is NaN; that depends only on their coins, not on the coin to be guessed.
 
     Args:
         evidence: φ, (training, record).
         is_member: Coins, (training, record) bool.
 
     Returns:
-        (training, record).
+        The log ratios, (training, record).
 
     Reference:
         Carlini et al. 2022, arXiv:2112.03570, Algorithm 1 (online attack).
     """
     inside = is_member.astype(np.float64)
-    # Leave-one-out sums: of everybody, less one's own term.
+    # Leave-one-out sums: the sum over all trainings minus the training's own term.
     count_in, sum_in, square_in = (_without_own(inside * power) for power in (1.0, evidence, evidence**2))
     outside = 1 - inside
     count_out, sum_out, square_out = (_without_own(outside * power) for power in (1.0, evidence, evidence**2))
@@ -183,9 +185,9 @@ def _area_by_training(scores: np.ndarray, is_member: np.ndarray, usable: np.ndar
 
 
 def claimed(federation: Federation) -> tuple[float | Literal["nominal", "none"], float]:
-    """What the run claims about one record of a published prompt: ε and its δ.
+    """Return the claim of the run about one record of a published prompt: ε and its δ.
 
-    A client-level ε covers a client's records too, but personal prompts are not under it.
+    A client-level ε covers a client's records too, but it does not cover personal prompts.
     """
     record = federation.config.privacy.record
     if federation.plan is not None:
@@ -198,7 +200,7 @@ def claimed(federation: Federation) -> tuple[float | Literal["nominal", "none"],
 
 
 def _seed(seed: int, training: int) -> int:
-    """A seed of its own for each training of each audit."""
+    """Return a separate seed for each training of each audit."""
     return zlib.crc32(f"membership/{seed}/{training}".encode())
 
 
@@ -210,7 +212,7 @@ def _some(data: ClientData, records: int | None, rng: np.random.Generator) -> Cl
 
 
 def _chosen(clients: list[ClientData], owner: np.ndarray, coins: np.ndarray) -> list[ClientData]:
-    """Each client's members."""
+    """Return each client's members."""
     chosen = [_rows(data, torch.from_numpy(np.flatnonzero(coins[owner == p]))) for p, data in enumerate(clients)]
     if any(data.num_examples == 0 for data in chosen):
         raise ConfigError("the coins left a client without a record; use another seed or more records")

@@ -1,9 +1,10 @@
-"""From one upload back to the records behind it: maximum a posteriori, with everything a curious server knows.
+"""Maximum a posteriori reconstruction of the records behind one upload, with all that a curious server knows.
 
-The server knows the prompt it sent, the tower, the classes, the clip, the noise's scale and how many records there are.
-A record (x, y) adds clip(Jᵀ vec(s·(softmax(s·W x) − e_y) xᵀ)) to the sum, with J the Jacobian of the class features W
-at that prompt, so the attack needs no further pass through the tower: it is the search for records whose sum is the one
-seen. Where noise drowns the sum, the prior decides, and the answer is the average image: what the server knew before.
+The server knows the prompt that it sent, the tower, the classes, the clip, the noise scale and the number of records.
+A record (x, y) adds clip(Jᵀ vec(s·(softmax(s·W x) − e_y) xᵀ)) to the sum, where J is the Jacobian of the class
+features W at that prompt. So the attack needs no further pass through the tower: it searches for records whose sum is
+the observed one. If the noise is much larger than the sum, the prior decides, and the answer is the average image,
+which the server knew before.
 """
 
 import math
@@ -19,19 +20,19 @@ _MOST_BYTES = 2**30
 _MOST_STARTS, _LEADERS = 128, 6
 _RACE_STEPS, _STEPS = 30, 200
 _RATE = 0.1
-_BLUR = 0.3  # of the root mean square of the sum seen
+_BLUR = 0.3  # relative to the root mean square of the observed sum
 _SURE = 4.0  # logit of a guessed label: 35 % among 100 classes, so that it can still change
 _SHRINKAGE = 0.05
-_LEAST_NOISE = 1e-3  # of the sum seen, per coordinate in units of its root mean square: rounding, and a finite search
+_LEAST_NOISE = 1e-3  # per coordinate, relative to the root mean square of the observed sum; covers rounding and search
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prior:
-    """What an image feature looks like before anything is seen: normalise(mean + root·z), z standard normal.
+    """Prior distribution of an image feature: normalise(mean + root·z), with z standard normal.
 
     Attributes:
-        mean: (embed_dim,).
-        root: Of the covariance, (embed_dim, embed_dim), lower triangular.
+        mean: Mean feature, (embed_dim,).
+        root: Cholesky factor of the covariance, (embed_dim, embed_dim), lower triangular.
     """
 
     mean: Tensor
@@ -39,19 +40,19 @@ class Prior:
 
     @property
     def guess(self) -> Tensor:
-        """The unit vector that is closest to an unseen feature on average, (embed_dim,)."""
+        """The unit vector that is on average closest to an unseen feature, (embed_dim,)."""
         return self.mean / self.mean.norm()
 
     def features(self, z: Tensor) -> Tensor:
-        """Unit-norm features of latent (…, embed_dim)."""
+        """Return the unit-norm features of latents z, (…, embed_dim)."""
         return torch.nn.functional.normalize(self.mean + z @ self.root.T, dim=-1)
 
 
 def prior_of(features: Tensor) -> Prior:
-    """Fit mean and covariance, with a part of its trace spread over all directions.
+    """Fit mean and covariance; a part of the covariance's trace is spread evenly over all directions.
 
     Args:
-        features: Of images like the client's, (image, embed_dim), at least 2.
+        features: Features of images similar to the client's, (image, embed_dim), at least 2.
     """
     features = features.to(torch.float64)
     covariance = torch.cov(features.T)
@@ -63,18 +64,18 @@ def prior_of(features: Tensor) -> Prior:
 
 @dataclass(frozen=True, kw_only=True)
 class Sent:
-    """What the server can work with, in the coordinates of the prompt, flattened.
+    """Inputs of the server's attack, in the flattened coordinates of the prompt.
 
     Attributes:
-        total: The sum over records, (coordinate,); with noise if the client added any.
-        seen: Coordinates that were sent; the others were pruned away, after the clip. (coordinate,) bool.
-        jacobian: Of the class features, (n_cls, embed_dim, coordinate).
+        total: The sum over records, (coordinate,), with the client's noise if there is any.
+        seen: Coordinates that were sent, (coordinate,), 1 or 0; the others were pruned after the clip.
+        jacobian: Jacobian of the class features, (n_cls, embed_dim, coordinate).
         classes: Class features, (n_cls, embed_dim).
-        logit_scale: s.
-        clip_norm: Bound on one record's term; inf without one.
-        batch_clip: Bound on the mean instead; inf without one.
-        noise_std: Of each coordinate of ``total``.
-        records: How many.
+        logit_scale: The inverse temperature s.
+        clip_norm: Bound on the norm of one record's term; inf without a clip per record.
+        batch_clip: Bound on the norm of the mean instead; inf without a clip of the mean.
+        noise_std: Standard deviation of the noise in each coordinate of ``total``.
+        records: Number of records.
     """
 
     total: Tensor
@@ -90,17 +91,20 @@ class Sent:
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """What the server believes: unit-norm features (record, embed_dim) and class ids (record,)."""
+    """The server's guess: unit-norm features (record, embed_dim) and class ids (record,)."""
 
     features: Tensor
     labels: Tensor
 
 
 def jacobian(features: ClassFeatures) -> Tensor:
-    """Jacobian of one prompt's class features, (n_cls, embed_dim, n_ctx · ctx_dim), from the tower's own backward pass.
+    """Compute the Jacobian of one prompt's class features with the tower's backward pass.
+
+    Returns:
+        The Jacobian, (n_cls, embed_dim, n_ctx · ctx_dim).
 
     Raises:
-        ConfigError: If it does not fit into memory; the attack is for small towers.
+        ConfigError: If it would take more than 1 GiB, because the attack is made for small towers.
     """
     n_cls, embed_dim = features.values.shape[1:]
     size = 4 * n_cls * embed_dim * math.prod(features.prompt_shape)
@@ -117,13 +121,14 @@ def jacobian(features: ClassFeatures) -> Tensor:
 def reconstruct(sent: Sent, prior: Prior, seed: int) -> Reconstruction:
     """Search for the most probable records.
 
-    Many starts, each with another guess of the labels, race for a short while; the leaders go on with labels as points
-    of the simplex, and then with labels fixed at their corners. With one record and few classes every label starts.
+    Many starts, each with a different guess of the labels, run for a few steps. The best of them continue with labels
+    as points of the simplex, and then with labels fixed at its corners. With one record and few classes every label is
+    the guess of some start.
 
     Args:
-        sent: What was seen.
-        prior: Of image features.
-        seed: Of the starts.
+        sent: Inputs of the attack.
+        prior: Prior of image features.
+        seed: Seed of the starts.
 
     Reference:
         Zhu, Liu and Han 2019, arXiv:1906.08935 (labels as variables); Geiping et al. 2020, arXiv:2003.14053.
@@ -149,10 +154,10 @@ def reconstruct(sent: Sent, prior: Prior, seed: int) -> Reconstruction:
 def _descend(
     sent: Sent, prior: Prior, z: Tensor, y: Tensor, *, steps: int, wide: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Adam on the negative log posterior of each start; returns latents, labels and how good each start is.
+    """Run Adam on the negative log posterior of each start; return latents, labels and the loss of each start.
 
-    Without noise the posterior is a needle: a ``wide`` search blurs it first, moves labels too, and narrows it again.
-    Else labels are fixed, each at the largest of ``y``.
+    Without noise the posterior is a narrow peak. A ``wide`` search blurs it at first, optimises labels as well, and
+    narrows it again. Otherwise each label is fixed at the largest entry of ``y``.
     """
     z, y = z.clone().requires_grad_(True), y.clone().requires_grad_(wide)
     optimiser = torch.optim.Adam([z, y] if wide else [z], lr=_RATE)
@@ -174,7 +179,7 @@ def _descend(
 
 
 def _misfit(sent: Sent, x: Tensor, shares: Tensor) -> Tensor:
-    """Squared distance of the sum of records (start, record, …) from the one seen, per start."""
+    """Compute the squared distance between the sum of records (start, record, …) and the observed sum, per start."""
     residual = torch.softmax(sent.logit_scale * x @ sent.classes.T, dim=-1) - shares
     cotangent = sent.logit_scale * residual[..., None] * x[..., None, :]
     terms = cotangent.flatten(-2) @ sent.jacobian.flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Runs the attacks that were asked for, says what they found beside what is claimed, and draws it."""
+"""Run the requested attacks, report their results beside the claims, and draw them."""
 
 import io
 from collections.abc import Callable, Collection
@@ -22,12 +22,12 @@ Attack = Literal["epsilon", "membership", "inversion"]
 
 @dataclass(kw_only=True)
 class Findings:
-    """What was found.
+    """Results of all attacks that were run.
 
     Attributes:
-        audits: Per level, the audit and its control without noise.
-        membership: Of published personal prompts.
-        inversion: Of a client's upload.
+        audits: The audit and its control without noise, for each audited level.
+        membership: Result of membership inference on published personal prompts; None if it was not run.
+        inversion: Result of gradient inversion on clients' uploads; None if it was not run.
     """
 
     audits: list[tuple[AuditResult, AuditResult]] = field(default_factory=list)
@@ -36,11 +36,11 @@ class Findings:
 
     @property
     def refuted(self) -> list[AuditResult]:
-        """Audits that prove more than is claimed."""
+        """Audits that prove a larger ε than is claimed."""
         return [audit for audit, _ in self.audits if audit.refuted]
 
     def summary(self) -> dict[str, Any]:
-        """One flat JSON object; of two audited levels the first, the other under its name."""
+        """Return one flat JSON object; with two audited levels, the second one is nested under its name."""
         found: dict[str, Any] = {}
         for number, (audit, control) in enumerate(self.audits):
             entry = _audit_entry(audit, control)
@@ -76,16 +76,17 @@ def _audit_entry(audit: AuditResult, control: AuditResult) -> dict[str, Any]:
 def run_attacks(
     config: RunConfig, attacks: Collection[Attack], say: Callable[[str], None], *, canaries: int = CANARIES
 ) -> Findings:
-    """Run attacks on a configuration; the seed is the configuration's.
+    """Run attacks on a configuration, with the configuration's seed.
 
     Args:
-        config: What is claimed, and how it is trained.
-        attacks: ``epsilon``: one-run audits of the levels that claim an ε; ``membership``; ``inversion``.
-        say: Called with each line for the user.
-        canaries: Of each audit.
+        config: The run to attack, with its claims.
+        attacks: Names of the attacks: ``epsilon`` for one-run audits of the levels that claim an ε, ``membership``,
+            ``inversion``.
+        say: Callback for each line for the user.
+        canaries: Number of canaries of each audit.
 
     Raises:
-        ConfigError: If an attack cannot be made; if only ``epsilon`` is asked for, and no ε is proved.
+        ConfigError: If an attack is not possible, or if only ``epsilon`` is requested and no ε is proved.
     """
     found = Findings()
     if "epsilon" in attacks:
@@ -107,7 +108,7 @@ def run_attacks(
 
 
 def _levels(config: RunConfig, *, alone: bool) -> list[Callable[..., AuditResult]]:
-    """Audits of the levels at which an ε is proved."""
+    """Return the audits of the levels at which an ε is proved."""
     levels: list[Callable[..., AuditResult]] = []
     if record_level_plan(config) is not None:
         levels.append(audit_record_level)
@@ -122,7 +123,7 @@ def _levels(config: RunConfig, *, alone: bool) -> list[Callable[..., AuditResult
 
 
 def audit_lines(audit: AuditResult, control: AuditResult) -> list[str]:
-    """The verdict in words; the bound is rounded down, the claim up."""
+    """Return the lines that state the verdict; the bound is rounded down and the claim up."""
     verdict = "REFUTED: more leaks than is claimed" if audit.refuted else "not refuted"
     weak = "" if control.refuted else "; too little to refute this claim: plant more canaries"
     return [
@@ -140,7 +141,7 @@ def _down(epsilon: float) -> str:
 
 
 def membership_line(found: MembershipResult) -> str:
-    """The better of the two attacks."""
+    """Return the line about membership inference, with the stronger of the two attacks."""
     best = found.stronger
     return (
         f"membership: claimed ε {_claim(found.epsilon_claimed)}; AUC {best.auc:.3f} "
@@ -149,7 +150,7 @@ def membership_line(found: MembershipResult) -> str:
 
 
 def inversion_line(found: InversionResult) -> str:
-    """Score beside that of a reconstruction that ignores the upload."""
+    """Return the line about inversion: its score, and the score of a reconstruction that ignores the upload."""
     return (
         f"inversion: claimed ε {_claim(found.epsilon_claimed)}; cosine {found.inversion_score:.3f}, without the upload "
         f"{found.baseline_score:.3f}; labels right {100 * found.label_accuracy:.0f} %, by chance "
@@ -162,13 +163,13 @@ def _claim(claimed: float | str) -> str:
 
 
 def write_report(found: Findings, config: RunConfig, folder: Path) -> None:
-    """Write ``audit.json`` (what was found, and the configuration) and ``audit.png``."""
+    """Write ``audit.json`` (results and configuration) and ``audit.png``."""
     write_bytes(folder / "audit.png", draw(found))
     write_json(folder / "audit.json", found.summary() | {"config": config.to_run_config()})
 
 
 def draw(found: Findings) -> bytes:
-    """One panel a finding: scores of canaries, ROC curve, cosines; a PNG image."""
+    """Draw one panel per result (scores of canaries, ROC curve, cosines) and return a PNG image."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""How well a score tells members from non-members: ROC curve, area with its interval, and what ε allows at most."""
+"""ROC curve of a membership score, its area with an interval, and the largest area that ε allows."""
 
 import math
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ _CONFIDENCE = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Roc:
-    """A curve and its figures.
+    """A ROC curve and its figures.
 
     Attributes:
         auc: Area under the curve; ties count half.
         auc_low: Lower end of the 95 % interval of ``auc``.
-        auc_high: Upper end.
+        auc_high: Upper end of that interval.
         tpr_at_1_fpr: Largest true-positive rate of a threshold whose false-positive rate is at most 1 %.
-        members: Scores of members.
-        non_members: Scores of non-members.
-        fpr: False-positive rates of the curve, rising, for a plot.
-        tpr: True-positive rates beside them.
+        members: Number of members' scores.
+        non_members: Number of non-members' scores.
+        fpr: False-positive rates of points of the curve, in rising order, for a plot.
+        tpr: True-positive rates of the same points.
     """
 
     auc: float
@@ -36,15 +36,15 @@ class Roc:
 
 
 def roc(scores: np.ndarray, is_member: np.ndarray, cluster: np.ndarray) -> Roc:
-    """Everything about one set of scores.
+    """Compute the ROC curve and its figures for one set of scores.
 
     The interval treats clusters as the independent draws. Scores of one training share its noise and its batches, so a
-    training is a cluster; with one cluster only, records are taken for independent, and the interval is too narrow.
+    training is a cluster. With a single cluster, records are assumed independent, and the interval is too narrow.
 
     Args:
-        scores: (score,), finite; larger means member.
-        is_member: (score,) bool; both kinds must occur.
-        cluster: (score,) int.
+        scores: Finite scores, (score,); larger means member.
+        is_member: True for members, (score,) bool; both kinds must occur.
+        cluster: Cluster of each score, (score,) int.
 
     Raises:
         ValueError: If there are no members or no non-members.
@@ -56,8 +56,8 @@ def roc(scores: np.ndarray, is_member: np.ndarray, cluster: np.ndarray) -> Roc:
     if not (is_member.any() and (~is_member).any()):
         raise ValueError(f"{int(is_member.sum())} members of {len(is_member)} scores; a ROC curve needs both kinds")
     inside, outside = scores[is_member], scores[~is_member]
-    above = _share_below(inside, outside)  # of non-members, per member
-    below = 1 - _share_below(outside, inside)  # of members above, per non-member
+    above = _share_below(inside, outside)  # for each member: share of non-members below it
+    below = 1 - _share_below(outside, inside)  # for each non-member: share of members above it
     area = float(above.mean())
     low, high = _interval(area, above, below, cluster[is_member], cluster[~is_member])
     fpr, tpr = _curve(inside, outside)
@@ -75,20 +75,20 @@ def roc(scores: np.ndarray, is_member: np.ndarray, cluster: np.ndarray) -> Roc:
 
 
 def auc_ceiling(epsilon: float, delta: float) -> float:
-    """The largest AUC that any attack on one record can have against an (ε, δ)-DP release: 1 − (1 − δ)²/(1 + e^ε).
+    """Return the largest AUC of any attack on one record of an (ε, δ)-DP release: 1 − (1 − δ)²/(1 + e^ε).
 
-    Such a release bounds a test by TPR ≤ e^ε·FPR + δ and 1 − FPR ≤ e^ε·(1 − TPR) + δ. The lines meet at
-    FPR = (1 − δ)/(1 + e^ε) = 1 − TPR, and the area left above them is two triangles of base 1 − δ and of that height.
-    The bounds hold record by record at any threshold, so they hold for the curve of many records with one threshold.
+    Such a release bounds a test by TPR ≤ e^ε·FPR + δ and 1 − FPR ≤ e^ε·(1 − TPR) + δ. The two lines meet at
+    FPR = (1 − δ)/(1 + e^ε) = 1 − TPR. The area above them consists of two triangles of base 1 − δ and of that height.
+    The bounds hold for each record at any threshold, so they hold for the curve of many records with one threshold.
 
     Reference:
         Kairouz, Oh and Viswanath 2015, arXiv:1311.0776, for the region.
     """
-    return 1 - (1 - delta) ** 2 / (1 + math.exp(min(epsilon, 700.0)))  # e^710 is no float
+    return 1 - (1 - delta) ** 2 / (1 + math.exp(min(epsilon, 700.0)))  # e^710 overflows
 
 
 def _share_below(values: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """For each value the share of ``others`` that are smaller; equal ones count half."""
+    """Return, for each value, the share of ``others`` that are smaller; equal ones count half."""
     ordered = np.sort(others)
     return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / (2 * len(others))
 
@@ -110,7 +110,7 @@ def _interval(
 
 
 def _curve(inside: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rates of every threshold, from 'nobody is a member' to 'everybody is'."""
+    """Return the rates of every threshold, from "no record is a member" to "all records are"."""
     thresholds = np.unique(np.concatenate([inside, outside]))[::-1]
     fpr = 1 - np.searchsorted(np.sort(outside), thresholds, "left") / len(outside)
     tpr = 1 - np.searchsorted(np.sort(inside), thresholds, "left") / len(inside)
@@ -118,7 +118,7 @@ def _curve(inside: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _spread_out(fpr: np.ndarray) -> np.ndarray:
-    """Some points of the curve, dense where the false-positive rate is small: that end is read on a log scale."""
+    """Pick points of the curve, denser at small false-positive rates, because that end is read on a log scale."""
     if len(fpr) <= _MOST_POINTS:
         return np.arange(len(fpr))
     wanted = np.concatenate([[0.0], np.geomspace(1e-4, 1.0, _MOST_POINTS - 1)])

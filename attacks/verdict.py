@@ -1,4 +1,4 @@
-"""What an audit says: the claim, what was proved against it, and what the proof rests on."""
+"""Result of an audit: the claim, the bound that was proved against it, and the basis of the proof."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,28 +11,28 @@ from fl_dualpriv.privacy.noise import RandomSource, StreamKey
 
 CONFIDENCE = 0.95
 CANARIES = 24_576
-"""At 95 % the largest bound is then 8.2: enough to refute ε = 8 where nothing protects."""
+"""With this many, the largest bound at 95 % is 8.2, which can refute ε = 8 if there is no protection at all."""
 
 Level = Literal["record", "client"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AuditResult:
-    """An audit of one level.
+    """Result of an audit of one level.
 
     Attributes:
-        level: Whose presence is claimed to be hidden.
+        level: Unit whose presence is claimed to be hidden: record or client.
         epsilon_claimed: ε that the plan states.
         delta: δ of the claim, and of the bound.
-        epsilon_lower: ε is at least this, with ``confidence``: a theorem about any mechanism, see `one_run_bound`.
-        confidence: Of ``epsilon_lower``.
-        epsilon_estimate: What the scores suggest if they are Gaussian: an estimate, no bound.
-        provable: The largest ``epsilon_lower`` that so many canaries can give.
-        guesses: r, guesses that gave the bound.
-        correct: v, right ones.
+        epsilon_lower: Lower bound of ε at ``confidence``: a theorem about any mechanism, see `one_run_bound`.
+        confidence: Confidence of ``epsilon_lower``.
+        epsilon_estimate: ε that the scores suggest if they are Gaussian. This is an estimate, not a bound.
+        provable: The largest ``epsilon_lower`` that this number of canaries can give.
+        guesses: r, the number of guesses that gave the bound.
+        correct: v, the number of right guesses.
         scores: The first score of each canary.
         present: The coin of each canary.
-        noisy: False: a control, run with the noise switched off.
+        noisy: False for a control, which runs with the noise switched off.
     """
 
     level: Level
@@ -50,12 +50,12 @@ class AuditResult:
 
     @property
     def canaries(self) -> int:
-        """m, present and absent ones."""
+        """m, the number of present and absent canaries."""
         return len(self.present)
 
     @property
     def refuted(self) -> bool:
-        """Whether more is proved than is claimed."""
+        """True if the proved lower bound is larger than the claimed ε."""
         return self.epsilon_lower > self.epsilon_claimed
 
 
@@ -65,14 +65,14 @@ def judge(
     """Turn scores into a verdict.
 
     Args:
-        level: What was audited.
+        level: The audited level.
         claimed: ε of the plan.
         delta: δ of the plan.
-        scores: Each (canary,), higher where a canary seems present. The first is a sum over rounds, which is what adds
-            up where noise is fresh each time. A second one may be the spread over rounds, which shows a canary that is
-            sampled now and then even through noise that repeats.
-        present: (canary,) bool.
-        noisy: Whether the mechanism ran as configured.
+        scores: Score arrays, (canary,) each; a higher score means that a canary seems present. The first is a sum over
+            rounds, which grows against noise that is fresh in each round. A second one may be the spread over rounds.
+            It shows a canary that is sampled in some rounds, even if the noise repeats.
+        present: True for present canaries, (canary,) bool.
+        noisy: True if the mechanism ran as configured; False for a control without noise.
     """
     bound = one_run_bound(scores, present, delta, CONFIDENCE)
     return AuditResult(
@@ -92,26 +92,26 @@ def judge(
 
 
 def coins(source: RandomSource, shape: Sequence[int]) -> np.ndarray:
-    """The auditor's own fair coins, one per canary: of a stream that no part of the mechanism draws from."""
+    """Draw the auditor's fair coins, one per canary, from a stream that no part of the mechanism uses."""
     return source.uniforms(int(np.prod(shape))).reshape(shape) < 0.5
 
 
 class NoNoise:
-    """A source that always says one half, the uniform whose normal quantile is zero: the control's noise."""
+    """The control's noise source: it always returns 0.5, the uniform number whose normal quantile is zero."""
 
     reproducible = True
 
     def words(self, count: int) -> np.ndarray:
-        """See `RandomSource.words`."""
+        """Return the words of 0.5, see `RandomSource.words`."""
         return np.full(count, 1 << 63, dtype=np.uint64)
 
     def uniforms(self, count: int) -> np.ndarray:
-        """See `RandomSource.uniforms`."""
+        """Return 0.5 for each number, see `RandomSource.uniforms`."""
         return np.full(count, 0.5)
 
 
 def silenced(
     sources: Callable[[StreamKey], RandomSource], purposes: frozenset[str]
 ) -> Callable[[StreamKey], RandomSource]:
-    """The same streams, but for these purposes nothing but zeros as noise."""
+    """Return the same streams, except that noise for these purposes is zero."""
     return lambda key: NoNoise() if key.purpose in purposes else sources(key)

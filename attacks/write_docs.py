@@ -1,7 +1,8 @@
 """Write docs/attacks.md: `python -m attacks.write_docs`.
 
-A cell is one audit in one setting with one seed. Cells that are already in ``--runs`` are not repeated, so a table that
-was cut off goes on. ``--cells`` names a part of them: without one, everything takes about half an hour of one core.
+A cell is one audit of one configuration, repeated over seeds. The script does not repeat audits that are already in
+``--runs``, so an interrupted table can be continued. ``--cells`` selects cells by the start of their names. All cells
+take about half an hour of one core.
 """
 
 import argparse
@@ -30,7 +31,7 @@ PRIVACY: dict[str, dict[str, ConfigValue]] = {
     "ε = 4": {},
     "ε = 1": {"privacy.record.epsilon": 1.0},
 }
-"""The four settings, as changes of the demo's configuration."""
+"""The four privacy settings, as changes of the demo's configuration."""
 
 HEAD: dict[str, ConfigValue] = {
     "prompt.learner": "head",
@@ -39,14 +40,14 @@ HEAD: dict[str, ConfigValue] = {
     "pruning.update-keep-ratio": 1.0,
     "train.local-learning-rate": 5.0,
 }
-"""A learner that memorises: a head of rank 8, each client's own, with ten times the step."""
+"""A learner that memorises: a head of rank 8 for each client, with ten times the learning rate."""
 
 SHARED_HEAD: dict[str, ConfigValue] = {
     "prompt.learner": "head",
     "method": "promptfl",
     "pruning.update-keep-ratio": 1.0,
 }
-"""A head of the demo's rank, which all clients share."""
+"""A head of the demo's rank that all clients share."""
 
 CONTEXT: dict[str, ConfigValue] = {
     "rounds": 20,
@@ -54,7 +55,7 @@ CONTEXT: dict[str, ConfigValue] = {
     "train.sampling-rate": 1.0,
     "train.local-learning-rate": 2.0,
 }
-"""The demo's prompt, overfitted: 100 steps on all of the few records, with four times the step."""
+"""The demo's prompt, overfitted: 100 steps on all of the few records, with four times the learning rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +63,12 @@ class Cell:
     """One audit, repeated over seeds.
 
     Attributes:
-        name: Of its files.
+        name: Start of the names of its files.
         group: Heading of its table.
-        label: Of its row.
-        changes: Of the demo's configuration.
+        label: Label of its row.
+        changes: Changes of the demo's configuration.
         options: Keyword arguments of the audit.
-        seeds: How many.
+        seeds: Number of seeds.
     """
 
     name: str
@@ -79,11 +80,11 @@ class Cell:
 
     @property
     def audit(self) -> Callable[..., Any]:
-        """Which of the two attacks."""
+        """The attack function, chosen by the start of the name."""
         return audit_membership if self.name.startswith("membership") else audit_inversion
 
     def config(self) -> RunConfig:
-        """The run under attack."""
+        """Return the configuration of the run under attack."""
         file = read_toml(ROOT / "simulations" / "configs" / BASE)
         return RunConfig.from_run_config(merge(app_defaults(ROOT), file, self.changes))
 
@@ -92,7 +93,7 @@ def _membership(group: str, name: str, base: Mapping[str, ConfigValue], seeds: i
     cells = []
     for number, (label, changes) in enumerate(PRIVACY.items()):
         if "prompt.learner" in base and "method" in changes:
-            continue  # the paper's formulas factorise its prompt, which the head has done already
+            continue  # the paper's formulas factorise the prompt, and a head is factorised already
         both = dict(base) | changes  # the paper's formulas replace the method
         cells.append(
             Cell(
@@ -161,11 +162,11 @@ READING = """\
 - Not attacked here: uploads of several steps or many records, later rounds, where the server does not know p_L, noise
   at the class features, top-m residuals, and towers whose Jacobian does not fit into 1 GiB.
 """
-"""Kept by hand, and to be checked against the tables whenever they change."""
+"""Written by hand; check it against the tables whenever they change."""
 
 
 def measure(cell: Cell, seed: int, runs: Path) -> dict[str, Any]:
-    """Run one audit, or read what it found before."""
+    """Run one audit, or read its earlier result."""
     path = _path(cell, seed, runs)
     if not path.exists():
         start = time.process_time()
@@ -179,7 +180,11 @@ def _path(cell: Cell, seed: int, runs: Path) -> Path:
 
 
 def document(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """The whole page, of the cells that were measured: name of a cell → one result per seed."""
+    """Return the whole page for the measured cells.
+
+    Args:
+        found: Name of a cell → one result per seed.
+    """
     parts = ["# Attacks", ABOUT.strip()]
     for heading, about, kind in (
         ("Membership inference on published personal prompts", MEMBERSHIP, "membership"),
@@ -239,15 +244,15 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run what is missing, then write the page of what there is."""
+    """Run the missing audits, then write the page from all results."""
     spell_out_what_cannot_be_shown()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "attacks")
-    parser.add_argument("--cells", default="", help="run only cells whose name starts so")
-    parser.add_argument("--seeds", type=int, default=3, help="at most so many; 0: write the page of what there is")
+    parser.add_argument("--cells", default="", help="run only cells whose name starts with this")
+    parser.add_argument("--seeds", type=int, default=3, help="most seeds per cell; 0 only writes the page")
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "attacks.md")
     options = parser.parse_args(arguments)
-    for seed in range(options.seeds):  # outermost: a page that was cut off has all rows
+    for seed in range(options.seeds):  # outermost, so that an interrupted page has all rows
         for cell in CELLS:
             if cell.name.startswith(options.cells) and seed < cell.seeds:
                 result = measure(cell, seed, options.runs)

@@ -1,9 +1,9 @@
-"""Client-steps per CPU-second of a 50-client cohort: ours, plain Flower + Ray, pfl-research; no privacy, same numbers.
+"""Client-steps per CPU-second of a 50-client cohort without privacy: ours, plain Flower + Ray, and pfl-research.
 
-Fifty clients of ten records take part in every round, five full-batch steps each, and the server takes the mean: on a
-low-rank head over cached features (10 classes x 512, rank 4), and on the demo's text tower. Every contestant must end
-with the prompt of an obvious loop. The cost is that of the whole process tree between two rounds, so start-up and the
-first rounds do not count.
+Fifty clients with ten records each take part in every round. Each makes five full-batch steps, and the server takes the
+mean. There are two tasks: a low-rank head over cached features (10 classes x 512, rank 4), and the demo's text tower.
+Every contestant must end with the prompt of a plain reference loop. The cost is that of the whole process tree between
+two rounds, so start-up and the first rounds do not count.
 """
 
 import argparse
@@ -46,14 +46,14 @@ _ALLOWED = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Rounds:
-    """How long each kind of contestant runs; slow ones need fewer rounds for a measurable time."""
+    """Number of rounds of each kind of contestant; slow ones need fewer rounds for a measurable time."""
 
     fast: int
     slow: int
 
 
 def settings(kind: Kind, rounds: int, supernodes: int, clients: int) -> dict[str, ConfigValue]:
-    """Our configuration of the task."""
+    """Return our configuration of the task."""
     data = sketch_folder(BENCH_DIR / f"sketches-{clients}", N_CLS, {"train": clients, "val": 2, "test": 2})
     common: dict[str, ConfigValue] = {
         "method": "promptfl",
@@ -63,7 +63,7 @@ def settings(kind: Kind, rounds: int, supernodes: int, clients: int) -> dict[str
         "strategy.ref": "strategies.fedavg:FedAvg",
         "train.local-steps": STEPS,
         "train.sampling-rate": 1.0,
-        # Larger steps on the tower are chaotic: rounding differences would grow, and nothing could be compared.
+        # With larger steps on the tower, rounding differences grow until results cannot be compared any more.
         "train.global-learning-rate": 0.5 if kind == "head" else 0.05,
         "privacy.randomness": "seeded",
         "privacy.record.mechanism": "none",
@@ -90,10 +90,10 @@ class Race:
     """The contestants on one task.
 
     Args:
-        kind: Which.
-        folder: For what they write; a run's own folder is removed after it was checked.
-        rounds: How long.
-        clients: Population and cohort.
+        kind: The task, ``head`` or ``tower``.
+        folder: Parent of the runs' folders; each run's folder is removed after its result was checked.
+        rounds: Number of rounds of each kind of contestant.
+        clients: Population, and also the cohort.
     """
 
     def __init__(self, kind: Kind, folder: Path, rounds: Rounds, clients: int) -> None:
@@ -108,7 +108,10 @@ class Race:
         self.differences: dict[str, float] = {}
 
     def ours(self, name: str, engine: Engine, supernodes: int) -> Callable[[], Cost]:
-        """Our app. The line of the zero-shot scores and the last round, which ends with scores, are left out."""
+        """Return our app as a contestant.
+
+        The measurement leaves out the line of the zero-shot scores, and the last round, which ends with scores.
+        """
         rounds = self._rounds.fast if engine == "local" else self._rounds.slow
 
         def run() -> Cost:
@@ -121,7 +124,7 @@ class Race:
         return run
 
     def peer(self, name: str, python: Path, module: str, rounds: int) -> Callable[[], Cost]:
-        """A program of this package that takes the task, a folder and the number of rounds."""
+        """Return a program of this package as a contestant; it takes the task, a folder and the number of rounds."""
 
         def run() -> Cost:
             folder = self._fresh(name)
@@ -135,18 +138,18 @@ class Race:
                 environment={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)},
             ).measure()
             if failures := json.loads((folder / "summary.json").read_text(encoding="utf-8"))["failures"]:
-                raise AssertionError(f"{name}: {failures} failures; a run with failures is no measurement")
+                raise AssertionError(f"{name}: {failures} failures; a run with failures cannot be a measurement")
             prompt = torch.from_numpy(np.load(folder / "prompt.npy"))
             return self._checked(name, rounds, prompt, cost, rounds - _WARM, folder)
 
         return run
 
     def plain_flower(self) -> Callable[[], Cost]:
-        """Plain Flower on Ray, two actors."""
+        """Return plain Flower on Ray with two actors as a contestant."""
         return self.peer("plain flower", Path(sys.executable), "benchmarks.plain_flower", self._rounds.slow)
 
     def pfl(self) -> Callable[[], Cost]:
-        """pfl, one process."""
+        """Return pfl in one process as a contestant."""
         return self.peer("pfl", pfl_python(), "benchmarks.pfl_peer", self._rounds.fast)
 
     def _fresh(self, name: str) -> Path:
@@ -154,7 +157,7 @@ class Race:
         return self._folder / f"{self._runs:02d}-{name.replace(' ', '-')}"
 
     def _checked(self, name: str, rounds: int, prompt: torch.Tensor, cost: Cost, counted: int, folder: Path) -> Cost:
-        start = self.task.start  # what was learnt is compared, not the start that all share
+        start = self.task.start  # compare the learned change, because all contestants share the start
         difference = relative_difference(prompt - start, self._expected[rounds] - start)
         self.differences[name] = max(self.differences.get(name, 0.0), assert_equal(name, difference, _ALLOWED))
         shutil.rmtree(folder)
@@ -164,7 +167,7 @@ class Race:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Race all contestants and print."""
+    """Run all contestants and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--self-check", action="store_true", help="a small cohort without Ray; the ratios mean nothing")
     parser.add_argument("--repeats", type=int, default=3)

@@ -1,12 +1,12 @@
 """One round of ten clients: the DP-FPL paper's formulas against ours, with a warm and with a cold feature cache.
 
-The paper's (arXiv:2501.13904, Algorithm 1, rebuilt from the text and not the authors' code): every client, one after
-the other, runs its batch through the image tower, all classes' 77-token prompts through the text tower, clips the batch
-mean and noises the gradients of u and v. Its epsilon is nominal. Ours, like for like: the same formulas on our engine
-(`method = "dpfpl-paper"`), with cached features and the shared prefix; its prompts must equal the rebuilt one's, so
-only the work differs. Beside it what is sound, with the same number of records: record-level DP with exact per-example
-gradients, and in the feature noise space, all clients together. The authors' code also reloads the whole model for each
-client and batch; that is left out here.
+The paper's round (arXiv:2501.13904, Algorithm 1) is rebuilt from the text, not from the authors' code. The clients run
+one after the other. Each runs its batch through the image tower and all classes' 77-token prompts through the text
+tower, clips the batch mean and adds noise to the gradients of u and v. Its epsilon is nominal. The direct counterpart
+is the same formulas on our engine (`method = "dpfpl-paper"`), with cached features and the shared prefix. Its prompts
+must equal those of the rebuilt round, so only the work differs. The benchmark also measures sound methods with the same
+number of records and all clients together: record-level DP with exact per-example gradients, and record-level DP in the
+feature noise space. The authors' code also reloads the whole model for each client and batch; that is left out here.
 """
 
 import argparse
@@ -43,7 +43,7 @@ _FEATURES = "image features of the round"
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """What all contestants start from; ``images`` is (client, record, 3, height, width)."""
+    """Common start of all contestants; ``images`` is (client, record, 3, height, width)."""
 
     setting: Setting
     images: Tensor
@@ -51,17 +51,17 @@ class Round:
 
     @property
     def records(self) -> int:
-        """Of one client; each is used once in the round."""
+        """Number of records of one client; each record is used once in the round."""
         return self.images.shape[1]
 
 
 def source(partition: int, purpose: str, step: int) -> RandomSource:
-    """The stream that every contestant draws from."""
+    """Return the random stream from which every contestant draws."""
     return KeyedRandom(StreamKey(seed=0, purpose=purpose, partition=partition, server_round=1, step=step))
 
 
 def make_round(config: dict[str, Any], clients: int, records: int) -> Round:
-    """Random images, and personal prompts as they are after some rounds: not zero."""
+    """Make random images, and nonzero personal prompts, because after some rounds they are not zero."""
     model = make_model(config)
     setting = make_setting(model, n_cls=N_CLS, clients=clients, batch=records)
     generator = torch.Generator().manual_seed(1)
@@ -79,12 +79,12 @@ def make_round(config: dict[str, Any], clients: int, records: int) -> Round:
 
 @torch.no_grad()
 def encode(model: Any, images: Tensor) -> Tensor:
-    """Unit-norm features."""
+    """Return the unit-norm features of images."""
     return nn.functional.normalize(model.encode_image(images), dim=-1)
 
 
 def published_round(task: Round, batch: int) -> list[tuple[Tensor, Tensor]]:
-    """The paper's formulas: (move of p_G, p_L) of each client."""
+    """Run a round by the paper's formulas; return (move of p_G, p_L) of each client."""
     return [_published_client(task, client, batch) for client in range(len(task.states))]
 
 
@@ -116,13 +116,13 @@ def _noise(client: int, name: str, step: int, shape: tuple[int, int], batch: int
 
 
 def client_data(task: Round, client: int, features: Tensor) -> ClientData:
-    """A client whose features are known."""
+    """Return the data of a client with given features."""
     labels = task.setting.labels[client]
     return ClientData(features=features, labels=labels)
 
 
 def published_on_our_towers(task: Round, features: list[Tensor], batch: int) -> list[tuple[Tensor, Tensor]]:
-    """The same procedure with cached features and the shared prefix."""
+    """Run the paper's round on our engine, with cached features and the shared prefix."""
     training = PublishedTraining(
         local_steps=task.records // batch,
         batch_size=batch,
@@ -141,7 +141,7 @@ def published_on_our_towers(task: Round, features: list[Tensor], batch: int) -> 
 
 
 def participants(task: Round, features: list[Tensor]) -> list[Participant]:
-    """The clients as our engine takes them."""
+    """Return the clients in the form that our engine takes."""
     return [
         Participant(
             partition=client,
@@ -161,7 +161,7 @@ def our_round(
     private: bool = True,
     noise_space: Literal["prompt", "feature"] = "prompt",
 ) -> list[tuple[Tensor, PersonalState]]:
-    """Ours: every record in every step's batch, so that records and steps are those of the paper's round."""
+    """Run our round with every record in every step's batch, so that records and steps equal the paper's."""
     plan = RecordLevelPlan(
         clip_norm=1.0,
         noise_multiplier=_NOISE_MULTIPLIER,
@@ -193,16 +193,16 @@ def our_round(
 
 
 def features_of(task: Round) -> list[Tensor]:
-    """What a cold cache computes first."""
+    """Compute the image features, which a round with a cold cache needs first."""
     return [encode(task.setting.model, images) for images in task.images]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Check that the rebuilt procedure is ours with more work, measure and print."""
+    """Check that the rebuilt round gives the same results as ours, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--self-check", action="store_true", help="toy sizes, a few seconds; the ratios mean nothing")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=8, help="records of a step and a client (the paper: 32)")
+    parser.add_argument("--batch", type=int, default=8, help="records per step and client (the paper: 32)")
     options = parser.parse_args(arguments)
     toy, batch = options.self_check, options.batch
     task = make_round(TOY if toy else VIT_B_16, 3 if toy else CLIENTS, batch)
@@ -219,7 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
     dp = "ours, exact record-level DP, warm"
     costs = interleaved(
         {
-            # First, since the others read its features: what a cold cache adds to a round.
+            # First, because the others read its features. Its cost is what a cold cache adds to a round.
             _FEATURES: timed(keep(_FEATURES, lambda: features_of(task))),
             "paper's formulas": timed(keep("published", lambda: published_round(task, batch))),
             "ours, warm cache": timed(

@@ -1,8 +1,8 @@
-"""Client-steps per second on one CUDA device, for text towers of ViT-B/16's and ViT-L/14's size, random weights.
+"""Client-steps per second on one CUDA device, for text towers of the size of ViT-B/16 and ViT-L/14, random weights.
 
-A step takes the gradient of one client's batch of 16 cached features with respect to 16 context vectors; 10 classes.
-Clients step together; their number doubles until the memory is full or the rate stops rising. Without a device it says
-so and ends well.
+A step computes the gradient of one client's batch of 16 cached features with respect to 16 context vectors, for 10
+classes. Clients step together. Their number doubles until the memory is full or the rate stops rising. Without a CUDA
+device the benchmark prints a message and exits with status 0.
 """
 
 import argparse
@@ -31,12 +31,12 @@ from benchmarks.towers import (  # noqa: E402
 BATCH, N_CLS = 16, 10
 _MOST_CLIENTS = 4096
 _RISE = 1.02
-"""Less gain than this from twice the clients: the rate stopped rising."""
+"""If twice the clients raise the rate by a smaller factor, the rate has stopped rising."""
 _ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 
 def seconds(work: Callable[[], object], device: str, least: float) -> float:
-    """Wall seconds of one call, over at least ``least`` seconds, synchronised."""
+    """Return the synchronised wall seconds of one call, averaged over at least ``least`` seconds."""
     for _ in range(2):
         work()
     _wait(device)
@@ -54,13 +54,13 @@ def _wait(device: str) -> None:
 
 
 def product_peak(device: str, dtype: torch.dtype, side: int, least: float) -> float:
-    """TFLOP/s of one large matrix product: what "share of peak" is a share of."""
+    """Return the TFLOP/s of one large matrix product, the peak for "share of peak"."""
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return 2 * side**3 / seconds(lambda: a @ b, device, least) / 1e12
 
 
 def sweep(model: Any, device: str, precision: torch.dtype, most: int, least: float, repeats: int) -> dict[str, Any]:
-    """Rates by number of clients, up to the fastest; checked against the usual step first."""
+    """Check the gradient against the usual step, then measure the rate for 1, 2, 4, … clients."""
     rates: dict[int, float] = {}
     peak_mib, best, samples = 0.0, 0, []
     first = make_setting(model, n_cls=N_CLS, clients=1, batch=BATCH, precision=precision)
@@ -104,7 +104,7 @@ def _check(setting: Setting, precision: torch.dtype) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Sweep both sizes in both precisions and print."""
+    """Measure both sizes in both precisions and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--self-check", action="store_true", help="toy sizes on the CPU; the figures mean nothing")
     parser.add_argument("--repeats", type=int, default=3)

@@ -1,8 +1,9 @@
-"""Cost of a client-step when the population grows from 100 to 10,000 and the expected cohort stays at 50, and memory.
+"""Cost of a client-step, and memory, when the population grows from 100 to 10,000 and the expected cohort stays at 50.
 
-Client-level DP with Poisson cohorts, the demo's text tower, two records a client, two Flower nodes, warm feature cache,
-our app from the command line. Start-up (reading the folder, the roll call) is not in the cost, and printed beside it.
-Then one whole run with 10,000 clients on Ray, which must end without a failure and with the epsilon of dp-accounting.
+The runs use client-level DP with Poisson cohorts, the demo's text tower, two records per client, two Flower nodes and a
+warm feature cache, and start our app from the command line. The cost leaves out start-up (reading the folder, finding
+all clients), which is printed separately. One whole run with 10,000 clients on Ray follows. It must end without a
+failure and with the epsilon of dp-accounting.
 """
 
 import argparse
@@ -32,7 +33,7 @@ _CLASSES = 100
 
 
 def settings(population: int, cohort: int, rounds: int) -> dict[str, ConfigValue]:
-    """Our configuration for a population; made images are kept."""
+    """Return our configuration for a population; the generated images are cached."""
     classes = min(_CLASSES, population)
     data = sketch_folder(
         BENCH_DIR / f"population-{population}", classes, {"train": population * RECORDS // classes + 2}
@@ -58,7 +59,7 @@ def settings(population: int, cohort: int, rounds: int) -> dict[str, ConfigValue
         "data.path": str(data / "images"),
         "data.classes": str(data / "classes.json"),
         "data.partition": "iid",
-        # One of each class is enough for splits that are never scored: they are private here.
+        # One image per class is enough for these splits, which are private here and never scored.
         "data.val-fraction": 1e-6,
         "data.test-fraction": 1e-6,
         "resources.device": "cpu",
@@ -71,7 +72,7 @@ def _delta(population: int) -> float:
 
 
 def client_steps(population: int, cohort: int, after: int, until: int) -> int:
-    """Client-steps of the rounds after ``after`` up to ``until``: cohorts are Poisson, and keyed by the seed."""
+    """Count the client-steps of the rounds after ``after`` up to ``until``, whose Poisson cohorts the seed fixes."""
 
     def members(server_round: int) -> int:
         source = KeyedRandom(StreamKey(seed=_SEED, purpose="cohort", server_round=server_round))
@@ -81,7 +82,7 @@ def client_steps(population: int, cohort: int, after: int, until: int) -> int:
 
 
 def measured(folder: Path, population: int, cohort: int, rounds: int, started: dict[int, float]) -> Callable[[], Cost]:
-    """A contestant: one population."""
+    """Return a contestant that runs one population."""
 
     def run() -> Cost:
         target = folder / f"{population}-{time.monotonic_ns()}"
@@ -98,10 +99,10 @@ def measured(folder: Path, population: int, cohort: int, rounds: int, started: d
 
 
 def whole_run(folder: Path, population: int, cohort: int, rounds: int, engine: Engine) -> dict[str, Any]:
-    """One run to its end, with the epsilon it states beside dp-accounting's.
+    """Run once to the end and compare the stated epsilon with that of dp-accounting.
 
     Raises:
-        AssertionError: If a client failed or the two differ.
+        AssertionError: If a client failed, or if the two epsilons differ.
     """
     start = time.monotonic()
     target = folder / "whole"
@@ -109,7 +110,7 @@ def whole_run(folder: Path, population: int, cohort: int, rounds: int, engine: E
     found = summary(target)
     stated = max(release["epsilon"] for release in found["privacy"] if release["unit"] == "client")
     direct = epsilon_by_dp_accounting(cohort / population, rounds, _delta(population))
-    # The plan rounds up on a grid: never below, and close.
+    # The plan rounds up on a grid, so its epsilon is close to the direct one and never below it.
     assert_equal("stated epsilon against dp-accounting", abs(stated - direct) / direct, 0.01)
     if stated < direct * (1 - 1e-3):
         raise AssertionError(f"stated epsilon {stated} is below dp-accounting's {direct}")
@@ -118,7 +119,7 @@ def whole_run(folder: Path, population: int, cohort: int, rounds: int, engine: E
         "engine": engine,
         "population": population,
         "rounds": rounds,
-        "failures": 0,  # `summary` refuses others
+        "failures": 0,  # `summary` refuses any other number
         "epsilon, stated": round(stated, 4),
         "epsilon, dp-accounting": round(direct, 4),
         "delta": _delta(population),
@@ -128,7 +129,7 @@ def whole_run(folder: Path, population: int, cohort: int, rounds: int, engine: E
 
 
 def epsilon_by_dp_accounting(sampling_rate: float, rounds: int, delta: float) -> float:
-    """PLD, add-or-remove-one, Poisson cohorts; nothing of this project is used."""
+    """Compute epsilon by PLD for add-or-remove-one and Poisson cohorts, without any code of this project."""
     import dp_accounting
     from dp_accounting import pld
 
@@ -138,7 +139,7 @@ def epsilon_by_dp_accounting(sampling_rate: float, rounds: int, delta: float) ->
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Warm the caches, measure, run on Ray and print."""
+    """Fill the caches, measure, run on Ray and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--self-check", action="store_true", help="8 and 16 clients without Ray; the ratio means nothing"

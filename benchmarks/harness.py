@@ -1,7 +1,7 @@
-"""How every benchmark measures: peers interleaved, at least three repeats, CPU seconds beside wall time, equal results.
+"""Measuring code of all benchmarks: interleaved peers, at least three repeats, CPU and wall time, equal results.
 
-A ratio is only formed from figures of one run. Ratios use the best CPU seconds of each contestant: on a shared machine
-what others do only ever adds to a time.
+A ratio is formed only from figures of one run. Ratios use the best CPU seconds of each contestant, because other work
+on a shared machine can only add to a time.
 """
 
 import json
@@ -21,14 +21,14 @@ from benchmarks.process_tree import TreeUse, marked_environment, tree_use
 
 CHECKOUT = Path(__file__).parents[1]
 BENCH_DIR = CHECKOUT / ".bench"
-"""Downloaded peers, generated images, results: all of it can be removed at any time."""
+"""Folder of downloaded peers, generated images and results; it can be removed at any time."""
 RESULTS = BENCH_DIR / "results.jsonl"
 _POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """One measurement; ``peak_mib`` is 0 where it was not taken."""
+    """One measurement; ``peak_mib`` is 0 if it was not measured."""
 
     wall: float
     cpu: float
@@ -57,11 +57,11 @@ class Costs:
         return (max(cost.cpu for cost in self.samples) - self.best) / self.median
 
     def per(self, units: float) -> "Costs":
-        """The same per unit of work."""
+        """Return the costs per unit of work."""
         return Costs(tuple(Cost(wall=c.wall / units, cpu=c.cpu / units, peak_mib=c.peak_mib) for c in self.samples))
 
     def as_json(self) -> dict[str, float]:
-        """Rounded to what can be believed."""
+        """Return the figures for a JSON line, rounded to four significant digits, and memory to whole MiB."""
         return {
             "cpu_best": _round(self.best),
             "cpu_median": _round(self.median),
@@ -77,12 +77,12 @@ def _round(value: float) -> float:
 
 
 def interleaved(contestants: Mapping[str, Callable[[], Cost]], repeats: int, *, warm_ups: int = 0) -> dict[str, Costs]:
-    """Let each contestant run once per repeat, in turn, every other time in the reverse order.
+    """Run all contestants in turn, once per repeat, and in the reverse order in every other repeat.
 
     Args:
         contestants: Name → one measured run.
-        repeats: Measured runs of each.
-        warm_ups: Runs of each before, whose costs are dropped.
+        repeats: Measured runs of each contestant.
+        warm_ups: Earlier runs of each contestant, whose costs are dropped.
     """
     samples: dict[str, list[Cost]] = {name: [] for name in contestants}
     for turn in range(-warm_ups, repeats):
@@ -95,7 +95,10 @@ def interleaved(contestants: Mapping[str, Callable[[], Cost]], repeats: int, *, 
 
 
 def timed(work: Callable[[], object], times: int = 1) -> Callable[[], Cost]:
-    """A contestant that runs here: cost of one call of ``work``, own and waited-for children's CPU."""
+    """Return a contestant that runs in this process.
+
+    Its cost is that of one call of ``work``: CPU time of this process and of children that ended and were waited for.
+    """
 
     def run() -> Cost:
         wall, cpu = time.perf_counter(), _own_cpu()
@@ -113,15 +116,15 @@ def _own_cpu() -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundsRun:
-    """A federation in processes of its own, which appends a line to a file after every round.
+    """A federation in separate processes, which appends a line to a file after every round.
 
     Attributes:
-        command: Starts it.
-        rounds_file: The file; must not exist before.
-        first: Lines after which the clock starts: warm rounds are dropped.
-        last: Lines after which it stops.
-        log: Where its output goes.
-        environment: Additional variables.
+        command: Command that starts the federation.
+        rounds_file: The file with a line per round; it must not exist before.
+        first: Number of lines after which the clock starts, so that warm-up rounds are dropped.
+        last: Number of lines after which the clock stops.
+        log: File for the federation's output.
+        environment: Additional environment variables.
     """
 
     command: Sequence[str]
@@ -132,10 +135,10 @@ class RoundsRun:
     environment: Mapping[str, str]
 
     def measure(self, timeout: float = 600.0) -> Cost:
-        """Run to the end; cost between the two lines, of the whole process tree.
+        """Run to the end; return the cost of the whole process tree between the two lines.
 
         Raises:
-            RuntimeError: If it fails, or ends before the last line.
+            RuntimeError: If the federation fails, or ends before the last line.
         """
         mark, environment = marked_environment({**os.environ, **self.environment})
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +154,7 @@ class RoundsRun:
             raise RuntimeError(f"{' '.join(self.command)}: {error}\n{self._tail()}") from error
         finally:
             if process.poll() is None:
-                process.terminate()  # the engines end what they started
+                process.terminate()  # the engines end the processes that they started
                 process.wait(timeout=60)
         if status != 0:
             raise RuntimeError(f"{' '.join(self.command)}: exit status {status}\n{self._tail()}")
@@ -165,7 +168,7 @@ class RoundsRun:
             if process.poll() is not None and self._lines() < lines:
                 raise RuntimeError(f"ended after {self._lines()} of {lines} rounds")
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{self._lines()} of {lines} rounds within {timeout:.0f} s")
+                raise RuntimeError(f"only {self._lines()} of {lines} rounds ended within {timeout:.0f} s")
             time.sleep(_POLL_SECONDS)
         wall, use = time.perf_counter(), tree_use(process.pid, mark)
         return Cost(wall=wall, cpu=use.cpu), use
@@ -178,10 +181,10 @@ class RoundsRun:
 
 
 def assert_equal(what: str, difference: float, allowed: float) -> float:
-    """Return the difference, or stop the benchmark: a fast wrong answer is no result.
+    """Return the difference, or stop the benchmark, because a fast wrong result must not count.
 
     Raises:
-        AssertionError: If it exceeds what is allowed or is not a number.
+        AssertionError: If the difference exceeds the allowed one or is not a number.
     """
     if not difference <= allowed:
         raise AssertionError(f"{what}: results differ by {difference:.2e}, allowed {allowed:.0e}")
@@ -189,7 +192,7 @@ def assert_equal(what: str, difference: float, allowed: float) -> float:
 
 
 def relative_difference(ours: Any, theirs: Any) -> float:
-    """‖ours − theirs‖ / ‖theirs‖ of two tensors."""
+    """Return ‖ours − theirs‖ / ‖theirs‖ of two tensors."""
     return float((ours - theirs).norm() / theirs.norm())
 
 
@@ -206,13 +209,13 @@ def emit(
     """Append one JSON line with everything to ``results`` and print the headline as the last line.
 
     Args:
-        name: Of the benchmark.
-        headline: The ratios.
-        costs: Per contestant and unit of work.
-        unit: Of work.
-        details: Anything else worth keeping.
-        results: JSON lines; a self-check writes none.
-        kind: ``self-check``: toy sizes, whose ratios mean nothing.
+        name: Name of the benchmark.
+        headline: Name of a figure → its value; most are ratios.
+        costs: Costs of each contestant per unit of work.
+        unit: Name of the unit of work.
+        details: Other results to store.
+        results: File of JSON lines; a self-check does not write to it.
+        kind: ``self-check`` for toy sizes, whose ratios mean nothing.
     """
     rounded = {key: _round(value) for key, value in headline.items()}
     for contestant, taken in costs.items():

@@ -1,4 +1,4 @@
-"""Folders of small real images for benchmarks: the embedded demo's sketches, drawn anew with other seeds."""
+"""Folders of small real images for benchmarks: sketches of the embedded demo, rendered with other seeds."""
 
 import shutil
 import struct
@@ -14,12 +14,12 @@ from fl_dualpriv.files import write_json
 
 
 def sketch_folder(folder: Path, n_cls: int, per_class: Mapping[str, int]) -> Path:
-    """Make a folder of images once; an unfinished one is made again.
+    """Make a folder of images if it does not exist; an unfinished folder is made again.
 
     Args:
-        folder: Where; ``classes.json`` and ``images/`` will be in it.
-        n_cls: Classes, the first of the demo's hundred.
-        per_class: Split → images of each class. A single split ``train`` makes a folder without splits.
+        folder: The folder, which will hold ``classes.json`` and ``images/``.
+        n_cls: Number of classes, the first ones of the demo's hundred.
+        per_class: Split → number of images of each class. A single split ``train`` makes a folder without splits.
 
     Returns:
         ``folder``.
@@ -37,7 +37,7 @@ def sketch_folder(folder: Path, n_cls: int, per_class: Mapping[str, int]) -> Pat
             (root / name).mkdir(parents=True)
             sketches = demo.sketches[demo.labels == label]
             for index in range(count):
-                # The demo draws one image of each sketch; every image here has a seed that none of those uses.
+                # The demo renders one image of each sketch. Every image here has a seed that the demo does not use.
                 sketch, domain = sketches[index % len(sketches)], DOMAINS[(index // len(sketches)) % len(DOMAINS)]
                 if index // (len(sketches) * len(DOMAINS)) % 2:
                     sketch = sketch[:, ::-1]
@@ -50,9 +50,9 @@ def sketch_folder(folder: Path, n_cls: int, per_class: Mapping[str, int]) -> Pat
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """8-bit RGB (height, width, 3) as a PNG file: one filter, light compression, no dependency."""
+    """Encode 8-bit RGB pixels (height, width, 3) as a PNG file with one filter, light compression and no dependency."""
     height, width, _ = pixels.shape
-    rows = np.zeros((height, 1 + 3 * width), dtype=np.uint8)  # each row starts with its filter: none
+    rows = np.zeros((height, 1 + 3 * width), dtype=np.uint8)  # each row starts with the number of its filter; 0 is none
     rows[:, 1:] = pixels.reshape(height, -1)
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 1)), (b"IEND", b""))

@@ -1,4 +1,4 @@
-"""LLaVA models of real shapes with random weights, and records of random words to ask them."""
+"""LLaVA models of real shapes with random weights, and records of questions with random words."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,16 +25,16 @@ class LlavaShape:
     image: int
     patch: int
     vision: tuple[int, int, int]
-    """Blocks, width, heads."""
+    """Blocks, width and heads of the vision tower."""
     language: tuple[int, int, int]
-    """The same."""
+    """Blocks, width and heads of the language model."""
     hidden: int
-    """Width inside the language model's feed-forward layers."""
+    """Inner width of the language model's feed-forward layers."""
     vocabulary: int
 
     @property
     def n_patches(self) -> int:
-        """Visual tokens of an image."""
+        """Number of visual tokens of an image."""
         return (self.image // self.patch) ** 2
 
 
@@ -44,11 +44,11 @@ LARGER = LlavaShape(image=64, patch=8, vision=(4, 256, 4), language=(8, 512, 8),
 LLAVA_7B = LlavaShape(
     image=336, patch=14, vision=(24, 1024, 16), language=(32, 4096, 32), hidden=11008, vocabulary=32064
 )
-"""The demo's order of magnitude, a larger one that a CPU can still step, and LLaVA-1.5-7B."""
+"""Shapes: one for self-checks, one of the demo's size, a larger one that a CPU can still train, and LLaVA-1.5-7B."""
 
 
 def make_parts(shape: LlavaShape, precision: Precision, device: str) -> tuple[Any, Any]:
-    """A frozen model with seeded random weights, and a processor with numbered words."""
+    """Make a frozen model with seeded random weights, and a processor whose vocabulary is numbered words."""
     blocks, width, heads = shape.vision
     vision = transformers.CLIPVisionConfig(
         image_size=shape.image,
@@ -92,8 +92,8 @@ def make_parts(shape: LlavaShape, precision: Precision, device: str) -> tuple[An
 def make_backbone(
     parts: tuple[Any, Any], pruner: TokenPruner | None, precision: Precision, device: str
 ) -> LlavaBackbone:
-    """The library's form of it."""
-    # The meta device, where tensors have no values, knows no autocast.
+    """Wrap a model and its processor in the library's backbone class."""
+    # The meta device, where tensors have no values, does not support autocast.
     plain = mock.patch.object(torch, "autocast", return_value=nullcontext())
     with plain if device == "meta" else nullcontext():
         return LlavaBackbone("random weights", *parts, torch.device(device), pruner, precision)
@@ -102,14 +102,14 @@ def make_backbone(
 def make_records(
     backbone: LlavaBackbone, shape: LlavaShape, count: int, words: tuple[int, int], max_tokens: int
 ) -> AnswerRecords:
-    """Random questions, each about visual tokens of its own, with answers of one word.
+    """Make random questions with answers of one word, each question about different visual tokens.
 
     Args:
-        backbone: Whose tokens.
-        shape: Of the model.
-        count: Records.
+        backbone: Backbone whose tokenizer is used.
+        shape: Shape of the model.
+        count: Number of records.
         words: Least and most words of a question.
-        max_tokens: As `answer_records`.
+        max_tokens: See `answer_records`.
     """
     rng = np.random.default_rng(2)
 

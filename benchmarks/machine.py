@@ -1,4 +1,4 @@
-"""What a figure depends on: processor, versions, and what one thread of it can multiply."""
+"""Facts about the machine on which the figures depend: processor, versions, and the peak rate of one thread."""
 
 import importlib.metadata
 import os
@@ -12,7 +12,7 @@ PACKAGES = ("torch", "open_clip_torch", "opacus", "flwr", "ray", "numpy")
 
 
 def one_thread() -> None:
-    """Keep torch, and every process started from here, to one thread: threads on busy cores wait for each other."""
+    """Limit torch, and every process started from here, to one thread, because threads on busy cores wait."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = "1"
     import torch
@@ -21,7 +21,7 @@ def one_thread() -> None:
 
 
 def facts() -> dict[str, Any]:
-    """Processor, cores, memory, load and versions of the machine that runs this."""
+    """Return processor, cores, memory, load and package versions of this machine."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -55,7 +55,7 @@ def _cpu_model() -> str:
 
 
 def sgemm_peak(seconds: float = 1.5, sides: tuple[int, ...] = (512, 1024, 2048)) -> float:
-    """Best fp32 matrix product of one thread, GFLOP per CPU-second, over square sizes."""
+    """Measure the best rate of fp32 matrix products on one thread over square sizes, in GFLOP per CPU-second."""
     import torch
 
     best = 0.0

@@ -1,9 +1,9 @@
-"""Memory and time of a private step of a multimodal language model: DP-SGD, zeroth-order and ours, by visual tokens.
+"""Memory and time of a private step of a multimodal language model: DP-SGD, zeroth-order and ours.
 
-Every method steps on the same model with random weights and the same batch, with all visual tokens and with pruned
-ones. Peak memory is that of tensors, weights included, and is the same number in every run; the resident peak of a
-process that does nothing else stands beside it. Exact methods must agree on the clipped sum before a figure counts.
-LLaVA-1.5-7B itself, which needs a GPU, is counted on tensors without values.
+Every method makes a step on the same model with random weights and the same batch, once with all visual tokens and once
+with pruned ones. Peak memory is that of tensors, weights included, and is the same number in every run. The resident
+peak of a process that only runs the method is reported beside it. Exact methods must agree on the clipped sum before a
+figure counts. LLaVA-1.5-7B needs a GPU, so its memory is counted on tensors without values.
 """
 
 import argparse
@@ -46,10 +46,10 @@ N_CTX = 8
 CPU_SHAPE = LlavaShape(image=128, patch=8, vision=(2, 128, 4), language=(8, 256, 8), hidden=688, vocabulary=2048)
 """256 visual tokens: most of a sequence, as in LLaVA."""
 _PUBLISHED = {"Dual-Priv / DP-SGD": 1 - 0.1434, "Dual-Priv / zeroth-order": 1 + 0.0174}
-"""arXiv:2506.07077, LLaVA on an A100; baselines probably with all visual tokens."""
+"""Memory ratios from arXiv:2506.07077 for LLaVA on an A100; its baselines probably used all visual tokens."""
 _EXACT: dict[str, float] = {"fp32": 1e-5, "bf16": 0.1}
 _QUOTIENTS: dict[str, float] = {"fp32": 0.05, "bf16": float("inf")}
-"""Allowed differences by precision. A loss in bfloat16 is too coarse for a difference quotient: nothing to compare."""
+"""Allowed differences by precision. A bfloat16 loss is too coarse for difference quotients, so any value passes."""
 _WORDS, _MAX_TOKENS = (6, 11), 16
 _MIB = 2**20
 _HOOKS, _ZEROTH, _LITTLE = "DP-SGD, hooks", "zeroth-order", "ours, little memory"
@@ -57,7 +57,7 @@ _HOOKS, _ZEROTH, _LITTLE = "DP-SGD, hooks", "zeroth-order", "ours, little memory
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A model, and where and how it runs."""
+    """A model with its device and precision."""
 
     shape: LlavaShape
     precision: Precision
@@ -65,19 +65,19 @@ class Place:
 
     @property
     def pruner(self) -> VisualTokenPruner:
-        """64 of 576 tokens, as the paper's method keeps; the same share of fewer."""
+        """Pruner that keeps one ninth of the visual tokens, as the paper's method keeps 64 of 576."""
         kept = max(2, round(self.shape.n_patches / 9))
         fused = max(1, round(kept / 6.4))
         return VisualTokenPruner(layer=-2, dominant=kept - fused, contextual=fused, merge="average")
 
     def backbones(self) -> dict[str, LlavaBackbone]:
-        """The same weights with all visual tokens, and with pruned ones."""
+        """Return backbones of the same weights, one with all visual tokens and one with pruned ones."""
         parts = make_parts(self.shape, self.precision, self.device)
         found = {"all tokens": None, "pruned": self.pruner}
         return {name: make_backbone(parts, pruner, self.precision, self.device) for name, pruner in found.items()}
 
     def task(self, backbone: LlavaBackbone, batch: int) -> Task:
-        """A batch of random records."""
+        """Return a task with a batch of random records."""
         records = make_records(backbone, self.shape, batch, _WORDS, _MAX_TOKENS)
         prompt = 0.02 * torch.randn(N_CTX, backbone.ctx_dim, generator=torch.Generator().manual_seed(3))
         return Task(backbone=backbone, records=records, prompt=prompt.to(self.device))
@@ -91,7 +91,11 @@ PLACES = {
 
 
 def check(task: Task, allowed: float) -> float:
-    """Exact methods give one clipped sum; the zeroth-order quotients are the exact gradients along the direction."""
+    """Check the methods against each other, and return the largest difference of the exact clipped sums.
+
+    Exact methods must give the same clipped sum. The zeroth-order quotients must equal the exact gradients' products
+    with the direction.
+    """
     sums = {name: make(task)().double() for name, make in METHODS.items() if not name.startswith(_ZEROTH)}
     expected = sums[_HOOKS]
     differences = [assert_equal(name, relative_difference(found, expected), allowed) for name, found in sums.items()]
@@ -101,7 +105,7 @@ def check(task: Task, allowed: float) -> float:
 
 
 def alone(place: Place, method: str, which: str, batch: int) -> dict[str, float]:
-    """Resident size before and at the peak of two steps, in a process that does nothing else."""
+    """Return the resident size in MiB before two steps and at their peak; the process should do nothing else."""
     step = METHODS[method](place.task(place.backbones()[which], batch))
     before = resident_peak() / _MIB
     for _ in range(2):
@@ -110,14 +114,14 @@ def alone(place: Place, method: str, which: str, batch: int) -> dict[str, float]
 
 
 def resident(where: str, method: str, which: str, batch: int) -> float:
-    """The resident peak of `alone` in a process of its own, in MiB."""
+    """Return the resident peak of two steps of a method, measured in a separate process, in MiB."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.mllm_memory", "--alone", where, method]
     done = subprocess.run([*command, which, str(batch)], cwd=CHECKOUT, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])["peak"]
 
 
 def table(peaks: dict[tuple[str, str, int], float], costs: dict[str, Costs]) -> str:
-    """For reading, with what the paper says."""
+    """Return a table for the terminal, with the paper's ratios below it."""
     lines = [f"{'method':>30} {'tokens':>10} {'batch':>5} {'peak MiB':>9} {'CPU-s':>8}  over hooks, zeroth"]
     for (method, which, batch), peak in peaks.items():
         hooks, zeroth = (peak / peaks[name, which, batch] for name in (_HOOKS, _ZEROTH))
@@ -127,7 +131,13 @@ def table(peaks: dict[tuple[str, str, int], float], costs: dict[str, Costs]) -> 
 
 
 def counted_7b() -> tuple[dict[str, float], dict[str, float]]:
-    """Ratios and GiB of LLaVA-1.5-7B in bfloat16, weights included, on tensors without values; ghost needs values."""
+    """Count the memory of LLaVA-1.5-7B in bfloat16, weights included, on tensors without values.
+
+    Ghost clipping is left out, because it needs values.
+
+    Returns:
+        Ratios between methods, and GiB of the weights and of each method.
+    """
     place, batch = Place(shape=LLAVA_7B, precision="bf16", device="meta"), BATCHES[0]
     backbones = place.backbones()
     held = _weights(backbones["pruned"])
@@ -146,7 +156,7 @@ def counted_7b() -> tuple[dict[str, float], dict[str, float]]:
 
 
 def _weights(backbone: LlavaBackbone) -> int:
-    model = backbone._model  # not by storage: tensors without values share none
+    model = backbone._model  # not by storage, because tensors without values share none
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
@@ -155,7 +165,7 @@ def _name(method: str, which: str, batch: int) -> str:
 
 
 def clocked(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Cost]:
-    """A contestant: CPU seconds, or on a CUDA device the seconds until it has done its work."""
+    """Return a contestant that measures CPU seconds, or on a CUDA device the seconds until its work is done."""
     if device.type != "cuda":
         return timed(step)
 
@@ -174,7 +184,13 @@ Found = tuple[dict[str, float], dict[str, Costs], dict[str, Any]]
 
 
 def measure(where: str, repeats: int, more: bool) -> Found:
-    """Everything at one place: ratios, costs and details; and what takes minutes more."""
+    """Measure all methods at one place and return ratios, costs and details.
+
+    Args:
+        where: Key of `PLACES`.
+        repeats: Measured runs of each method.
+        more: True also counts LLaVA-1.5-7B and measures resident peaks, which takes minutes.
+    """
     place, batches = PLACES[where], BATCHES if where == "cpu" else BATCHES[:1]
     backbones, device = place.backbones(), torch.device(place.device)
     weights = _weights(backbones["pruned"])
@@ -188,7 +204,7 @@ def measure(where: str, repeats: int, more: bool) -> Found:
             steps = {}
             for method, make in METHODS.items():
                 steps[_name(method, which, batch)] = step = make(task)
-                step()  # what is made once is not a step's
+                step()  # objects that are made only once do not count as memory of a step
                 peaks[method, which, batch] = (weights + peak_bytes(step, device)) / _MIB
             costs |= interleaved({name: clocked(step, device) for name, step in steps.items()}, repeats)
     print(table(peaks, costs))

@@ -1,7 +1,8 @@
 """One private step of a soft prompt by several methods, all on the same model and the same batch.
 
-Every method is given projected visual tokens. DP-SGD and the zeroth-order method run the whole sequence, as one would
-write them: a soft prompt in an embedding layer (the form that Opacus differentiates exactly), the batch in one pass.
+Every method gets projected visual tokens. DP-SGD and the zeroth-order method are written in the usual way: they run the
+whole sequence with the batch in one pass, and the soft prompt is an embedding layer, which Opacus differentiates
+exactly.
 """
 
 from collections.abc import Callable
@@ -18,14 +19,14 @@ from fl_dualpriv.learners.answers import BLOCK, AnswerRecords
 from fl_dualpriv.learners.soft_prompt import SoftPromptObjective
 from fl_dualpriv.models.llava import LlavaBackbone
 
-CLIP = 1.0  # whole, for Opacus' sake
+CLIP = 1.0  # a whole number, because Opacus' ghost clipping takes an int
 _STEP = 1e-3
-"""Of the two-point estimate."""
+"""Step size of the two-point estimate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What all methods are given."""
+    """Common input of all methods."""
 
     backbone: LlavaBackbone
     records: AnswerRecords
@@ -33,12 +34,12 @@ class Task:
 
     @property
     def batch(self) -> int:
-        """Records."""
+        """Number of records."""
         return self.records.num_examples
 
 
 class WholeSequence(nn.Module):
-    """Visual tokens and text → loss of each record, with the prompt as the only parameter."""
+    """Module that maps visual tokens and text to each record's loss, with the prompt as the only parameter."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class WholeSequence(nn.Module):
         self._backbone = (task.backbone,)  # a tuple hides the frozen model from Opacus
 
     def forward(self, visual: Tensor, tokens: Tensor, in_answer: Tensor) -> Tensor:
-        """(row, embed_dim), (row, token), (row, token) → (row,)."""
+        """Return the loss of each record: (row, embed_dim), (row, token), (row, token) → (row,)."""
         (backbone,) = self._backbone
         n_ctx = self.prompt.num_embeddings
         rows = torch.arange(n_ctx, device=tokens.device).repeat(len(tokens), 1)
@@ -56,7 +57,7 @@ class WholeSequence(nn.Module):
 
 
 def whole_logits(backbone: LlavaBackbone, visual: Tensor, prompts: Tensor, tokens: Tensor) -> Tensor:
-    """Scores of each token, from one pass over the whole sequence; those of visual tokens are not computed."""
+    """Compute the logits of each text token in one pass over the whole sequence, without those of visual tokens."""
     model = backbone._model
     dtype = model.lm_head.weight.dtype
     images = visual.unflatten(1, (backbone.n_visual, backbone.ctx_dim)).to(dtype)
@@ -75,7 +76,7 @@ def _given(task: Task) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dpsgd_hooks(task: Task) -> Callable[[], Tensor]:
-    """Opacus: hooks keep each example's gradient, its optimizer clips and sums."""
+    """Make a step with Opacus: hooks store each example's gradient, and its optimizer clips and sums them."""
     module = GradSampleModule(WholeSequence(task), loss_reduction="sum")
     sgd = torch.optim.SGD(module.parameters(), lr=1.0)
     optimizer = DPOptimizer(
@@ -94,7 +95,7 @@ def dpsgd_hooks(task: Task) -> Callable[[], Tensor]:
 
 
 def dpsgd_ghost(task: Task) -> Callable[[], Tensor]:
-    """Opacus' ghost clipping: norms from a first backward pass, the weighted sum from a second."""
+    """Make a step with Opacus' ghost clipping: one backward pass for the norms and one for the weighted sum."""
     module = GradSampleModuleFastGradientClipping(WholeSequence(task), loss_reduction="sum", max_grad_norm=int(CLIP))
     sgd = torch.optim.SGD(module.parameters(), lr=1.0)
     optimizer = DPOptimizerFastGradientClipping(
@@ -113,11 +114,13 @@ def dpsgd_ghost(task: Task) -> Callable[[], Tensor]:
 
 
 def zeroth_order(task: Task, rows: int = 0) -> Callable[[], Tensor]:
-    """Two-point estimate along one random direction; each example's difference quotient is clipped, then summed.
+    """Make a step with a two-point estimate along one random direction.
+
+    Each example's difference quotient is clipped, and the clipped quotients are summed.
 
     Args:
-        task: What is given.
-        rows: Examples at a time; 0: all.
+        task: Model, records and prompt.
+        rows: Examples per pass; 0 runs all of them at once.
 
     Reference:
         MeZO (arXiv:2305.17333) for the estimate, DPZero (arXiv:2310.09639) for clipping the scalar of each example.
@@ -135,7 +138,7 @@ def zeroth_order(task: Task, rows: int = 0) -> Callable[[], Tensor]:
 
 @torch.no_grad()
 def _along(module: WholeSequence, task: Task, given: tuple[Tensor, ...], direction: Tensor, rows: int) -> Tensor:
-    """Each example's change of loss along a direction, per unit of it."""
+    """Return the difference quotient of each example's loss along a direction, (row,)."""
     quotients = direction.new_zeros(task.batch)
     for sign in (1.0, -1.0):
         module.prompt.weight.copy_(task.prompt + sign * _STEP * direction)
@@ -146,7 +149,7 @@ def _along(module: WholeSequence, task: Task, given: tuple[Tensor, ...], directi
 
 
 def against_exact(task: Task) -> tuple[Tensor, Tensor]:
-    """Quotients along one direction, and the exact gradients' products with it: (row,) each."""
+    """Return the quotients along one direction, and the exact gradients' products with it, (row,) each."""
     direction = torch.randn(task.prompt.shape, generator=torch.Generator().manual_seed(1)).to(task.prompt)
     found = _along(WholeSequence(task), task, _given(task), direction, task.batch)
     step = SoftPromptObjective(task.backbone).bind([task.records]).gradients(task.prompt[None], [np.arange(task.batch)])
@@ -155,7 +158,10 @@ def against_exact(task: Task) -> tuple[Tensor, Tensor]:
 
 
 def ours(task: Task, block: int, checkpointing: bool) -> Callable[[], Tensor]:
-    """What stands before the prompt without gradients, a copy of the prompt for each example behind it."""
+    """Make a step with our objective.
+
+    The tokens before the prompt run without gradients. After them, each example has a separate copy of the prompt.
+    """
     objective = SoftPromptObjective(task.backbone, block=block, checkpointing=checkpointing)
 
     def step() -> Tensor:
@@ -174,5 +180,5 @@ METHODS: dict[str, Callable[[Task], Callable[[], Tensor]]] = {
     "ours, checkpointing": lambda task: ours(task, BLOCK, True),
     "ours, little memory": lambda task: ours(task, 1, True),
 }
-"""Name → what makes a step that returns the clean sum. Ours runs 8 records at a time, with little memory one
-and with checkpointing."""
+"""Name → function that makes a step; the step returns the clipped sum without noise. "ours" runs 8 records at a time.
+"ours, little memory" runs one at a time with checkpointing."""

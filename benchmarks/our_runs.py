@@ -1,4 +1,4 @@
-"""Our own app as a contestant: its configuration, the command that runs it, and its task for the peers."""
+"""Our app as a contestant: its configuration, the command that runs it, and its task for the peers."""
 
 import json
 import os
@@ -25,11 +25,11 @@ HEAD_CLIP = {
     "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "layers": 1, "head_width": 32},
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
-"""ViT-B/16's feature width behind towers that cost nothing: a head never runs them once features are cached."""
+"""Tiny towers with the feature width of ViT-B/16; a head does not run them once features are cached."""
 
 
 def random_clip(folder: Path) -> Path:
-    """A small CLIP with seeded random weights, saved as a user's own model; made once."""
+    """Make a small CLIP with seeded random weights in ``folder``, if it is not there, and return the folder."""
     weights = folder / "open_clip_model.safetensors"
     if not weights.exists():
         from fl_dualpriv.models.open_clip import open_clip
@@ -45,13 +45,13 @@ def random_clip(folder: Path) -> Path:
 
 
 def run_command(config: Path, out: Path, engine: Engine) -> list[str]:
-    """What a user types, with this interpreter."""
+    """Return the command that a user would type, with this interpreter."""
     command = [sys.executable, "-m", "fl_dualpriv.cli.main", "run", str(config), "--engine", engine]
     return [*command, "--out", str(out), "--app", str(CHECKOUT)]
 
 
 def our_run(folder: Path, changes: Mapping[str, ConfigValue], engine: Engine, first: int, last: int) -> RoundsRun:
-    """A run of our app in ``folder``, measured between two lines of its ``rounds.jsonl``."""
+    """Prepare a run of our app in ``folder``, to be measured between two lines of its ``rounds.jsonl``."""
     folder.mkdir(parents=True)
     config = folder / "config.toml"
     config.write_text(to_toml(changes), encoding="utf-8")
@@ -67,31 +67,31 @@ def our_run(folder: Path, changes: Mapping[str, ConfigValue], engine: Engine, fi
 
 
 def summary(folder: Path) -> dict:
-    """What the run wrote; its failures are checked here, because a summary does not hold them.
+    """Return the run's summary, after a check of its failures, which the summary does not hold.
 
     Raises:
         AssertionError: If any call of a client failed.
     """
     if failures := read_totals(folder / "out")["failures"]:
-        raise AssertionError(f"{folder}: {failures} failures; a run with failures is no measurement")
+        raise AssertionError(f"{folder}: {failures} failures; a run with failures cannot be a measurement")
     return json.loads((folder / "out" / SUMMARY).read_text(encoding="utf-8"))
 
 
 def global_prompt(folder: Path) -> torch.Tensor:
-    """The prompt after the last round."""
+    """Read the global prompt after the last round."""
     return read_tensors(folder / "out" / "prompts" / "global.safetensors")[0]["global"]
 
 
 def full_config(changes: Mapping[str, ConfigValue]) -> RunConfig:
-    """The app's defaults with changes."""
+    """Return the app's default configuration with changes."""
     return RunConfig.from_run_config(merge(app_defaults(CHECKOUT), dict(changes), {}))
 
 
 def export_task(kind: Kind, changes: Mapping[str, ConfigValue]) -> PeerTask:
-    """The same federation for the peers: data, start and frozen parts as our own run has them.
+    """Export the federation of our run for the peers: data, initial prompt and frozen parts.
 
     Raises:
-        ValueError: If the clients do not hold equally many records; the peers here take the plain mean.
+        ValueError: If the clients do not hold equally many records, because the peers take the plain mean.
     """
     from fl_dualpriv.tasks.build import image_task
 
@@ -99,7 +99,7 @@ def export_task(kind: Kind, changes: Mapping[str, ConfigValue]) -> PeerTask:
     task = image_task(config)
     clients = [task.client_data(partition, 1) for partition in range(config.population)]
     if len({client.num_examples for client in clients}) != 1:
-        raise ValueError("the clients hold unequally many records")
+        raise ValueError("the clients hold different numbers of records; the peers take the plain mean over clients")
     backbone, start = task.backbone, task.initial_prompt(config)
     if kind == "head":
         frozen = {"zero-shot": task.text.zero_shot_features()}

@@ -1,6 +1,6 @@
-"""One federated task in one file, and its plain torch model: what plain Flower, pfl and the reference loop train.
+"""One federated task in one file, and its plain torch model, which plain Flower, pfl and the reference loop train.
 
-The data, the start and the frozen parts come out of our own Task, so that every contestant works on the same numbers.
+The data, the initial prompt and the frozen parts come from our own Task, so every contestant works on the same numbers.
 """
 
 from dataclasses import dataclass
@@ -20,15 +20,16 @@ class PeerTask:
     """A federation without privacy.
 
     Attributes:
-        kind: ``head``: low-rank factors on frozen class features; ``tower``: context words of a frozen text tower.
+        kind: ``head`` for low-rank factors on frozen class features; ``tower`` for context vectors of a frozen text
+            tower.
         features: Cached image features, (client, record, embed_dim).
-        labels: (client, record).
+        labels: Class ids, (client, record).
         start: The trained matrix before round 1.
-        frozen: Head: ``zero-shot`` (n_cls, embed_dim). Tower: ``sos``, ``suffix``, ``ends``.
-        backbone: Of the tower.
+        frozen: For a head ``zero-shot`` (n_cls, embed_dim); for a tower ``sos``, ``suffix`` and ``ends``.
+        backbone: Name of the backbone that holds the tower.
         scale: CLIP's inverse temperature.
-        local_steps: Full-batch SGD steps of a client and round.
-        learning_rate: Of these steps; the server takes the plain mean.
+        local_steps: Full-batch SGD steps per client and round.
+        learning_rate: Learning rate of these steps; the server takes the plain mean.
     """
 
     kind: Kind
@@ -43,7 +44,7 @@ class PeerTask:
 
     @property
     def clients(self) -> int:
-        """All of them take part in every round."""
+        """Number of clients; all of them take part in every round."""
         return len(self.labels)
 
 
@@ -62,7 +63,7 @@ def save_task(path: Path, task: PeerTask) -> None:
 
 
 def load_task(path: Path) -> PeerTask:
-    """Undo `save_task`."""
+    """Read a task that `save_task` wrote."""
     tensors, metadata = read_tensors(path)
     kind = metadata["kind"]
     assert kind in ("head", "tower")
@@ -80,7 +81,7 @@ def load_task(path: Path) -> PeerTask:
 
 
 class PeerModel(nn.Module):
-    """A torch module as a user of any framework would write it; ``prompt`` is all that is trained and sent."""
+    """A torch module in the usual form; only ``prompt`` is trained and sent."""
 
     def __init__(self, task: PeerTask) -> None:
         super().__init__()
@@ -89,17 +90,17 @@ class PeerModel(nn.Module):
         self._classes = _Head(task) if task.kind == "head" else _Tower(task)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (record, embed_dim) → logits (record, n_cls)."""
+        """Return the logits (record, n_cls) of features (record, embed_dim)."""
         classes = nn.functional.normalize(self._classes(self.prompt), dim=-1)
         return self._scale * images @ classes.T
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy."""
+        """Return the mean cross-entropy."""
         return nn.functional.cross_entropy(self(images), labels)
 
     @torch.no_grad()
     def metrics(self, images: Tensor, labels: Tensor) -> dict[str, Any]:
-        """Nothing is measured during training; pfl wants the method."""
+        """Return no metrics; pfl requires this method, but training measures nothing."""
         return {}
 
 
@@ -108,7 +109,7 @@ class _Head:
         self._base = task.frozen["zero-shot"]
 
     def __call__(self, prompt: Tensor) -> Tensor:
-        """[Uᵀ | V] → W₀ + U V."""
+        """Return the class features W₀ + U V for the prompt [Uᵀ | V]."""
         n_cls = len(self._base)
         return self._base + prompt[:, :n_cls].T @ prompt[:, n_cls:]
 
@@ -121,7 +122,7 @@ class _Tower:
         self._sos, self._suffix, self._ends = (task.frozen[name] for name in ("sos", "suffix", "ends"))
 
     def __call__(self, prompt: Tensor) -> Tensor:
-        """CoOp: every class's whole row through open_clip's own transformer."""
+        """Compute the class features like CoOp: run every class's whole row through open_clip's transformer."""
         n_cls, n_suffix, width = self._suffix.shape
         prefix = torch.cat([self._sos, prompt]).expand(n_cls, -1, -1)
         padding = prompt.new_zeros(n_cls, self._backbone.context_length - prefix.shape[1] - n_suffix, width)
@@ -129,7 +130,7 @@ class _Tower:
 
 
 def local_steps(model: PeerModel, images: Tensor, labels: Tensor, task: PeerTask) -> None:
-    """A client's round, in place."""
+    """Run a client's local steps of one round in place."""
     optimizer = torch.optim.SGD(model.parameters(), lr=task.learning_rate)
     for _ in range(task.local_steps):
         optimizer.zero_grad()
@@ -138,7 +139,7 @@ def local_steps(model: PeerModel, images: Tensor, labels: Tensor, task: PeerTask
 
 
 def reference(task: PeerTask, rounds: list[int]) -> dict[int, Tensor]:
-    """The global prompt after some rounds, by the obvious loop."""
+    """Compute the global prompt after the given rounds with a plain loop over clients."""
     model, prompt, found = PeerModel(task), task.start.clone(), {}
     for server_round in range(1, max(rounds) + 1):
         total = torch.zeros_like(prompt, dtype=torch.float64)

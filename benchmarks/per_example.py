@@ -1,7 +1,7 @@
-"""Exact per-example gradients of a prompt: what they cost over the non-private step, and over Opacus.
+"""Cost of exact per-example gradients of a prompt, relative to the non-private step and to Opacus.
 
-ViT-B/16-size text tower with random weights, 16 context vectors, cached image features, fp32, one thread. Every exact
-contestant is compared with Opacus' grad_sample or with the others before a time counts.
+The model is a text tower of ViT-B/16's size with random weights, 16 context vectors and cached image features, in fp32
+on one thread. Every exact contestant is compared with Opacus' grad_sample or with the others before a time counts.
 """
 
 import argparse
@@ -42,7 +42,10 @@ _WORKSPACE = 512 * 2**20
 
 
 def rows_of(setting: Setting, top_m: int = 0) -> Tensor:
-    """Our engine's per-example gradients of the first client's batch, (batch, n_ctx, ctx_dim); 0: exact."""
+    """Compute the per-example gradients of the first client's batch with our engine, (batch, n_ctx, ctx_dim).
+
+    With ``top_m`` = 0 they are exact.
+    """
     taken = batches(setting, slice(0, 1))
     features = setting.ours(setting.prompts[:1])
     rows = per_example_gradients(features, taken, setting.scale, workspace_bytes=_WORKSPACE, top_m=top_m)
@@ -50,7 +53,7 @@ def rows_of(setting: Setting, top_m: int = 0) -> Tensor:
 
 
 def rows_by_class(setting: Setting) -> Tensor:
-    """The same through the backward pass of chosen classes, with all of them chosen: top-m's path, exact."""
+    """Compute the exact per-example gradients through the code of top-m, with all classes chosen."""
     x, y = setting.images[:1], setting.labels[:1]
     features = setting.ours(setting.prompts[:1])
     residual = residuals(features.values, x, y, setting.scale)
@@ -59,7 +62,7 @@ def rows_by_class(setting: Setting) -> Tensor:
 
 
 def private_step(setting: Setting, top_m: int = 0) -> Tensor:
-    """Per-example gradients, clipped and summed, as a client's step does."""
+    """Compute, clip and sum per-example gradients, as a client's step does."""
     features = setting.ours(setting.prompts[:1])
     (clean,) = clipped_sums(
         features, batches(setting, slice(0, 1)), setting.scale, _CLIP, workspace_bytes=_WORKSPACE, top_m=top_m
@@ -68,7 +71,7 @@ def private_step(setting: Setting, top_m: int = 0) -> Tensor:
 
 
 def feature_space_step(setting: Setting) -> Tensor:
-    """Clip and noise d loss / d class features, whose norm is closed form; then one backward for the whole batch."""
+    """Clip and noise d loss / d class features, whose norm has a closed form; then run one backward pass per batch."""
     features = setting.ours(setting.prompts[:1])
     clean = clipped_feature_sum(features.values[0], setting.images[0], setting.labels[0], setting.scale, _CLIP)
     noised = clean.value + torch.randn_like(clean.value)
@@ -76,21 +79,21 @@ def feature_space_step(setting: Setting) -> Tensor:
 
 
 class PromptClassifier(nn.Module):
-    """Batch of cached features → logits, with the context as its only parameter: what Opacus is exact for."""
+    """Module that maps cached features to logits, with the context as its only parameter, so Opacus is exact."""
 
     def __init__(self, text: nn.Module, context: Tensor, scale: float) -> None:
         super().__init__()
         self.context = nn.Parameter(context.clone())
-        # A tuple hides the module: Opacus would refuse buffers of a child and differentiate frozen parameters too.
+        # A tuple hides the module, because Opacus refuses a child's buffers and would differentiate frozen parameters.
         self._text, self._scale = (text,), scale
 
     def forward(self, images: Tensor) -> Tensor:
-        """(batch, embed_dim) → (batch, n_cls)."""
+        """Return the logits (batch, n_cls) of features (batch, embed_dim)."""
         return self._scale * images @ self._text[0](self.context).T
 
 
 def opacus_rows(model: GradSampleModule, images: Tensor, labels: Tensor) -> Tensor:
-    """Opacus' grad_sample of the context, (batch, n_ctx, ctx_dim)."""
+    """Compute Opacus' grad_sample of the context, (batch, n_ctx, ctx_dim)."""
     model.zero_grad()
     nn.functional.cross_entropy(model(images), labels).backward()
     (parameter,) = model.parameters()
@@ -98,7 +101,7 @@ def opacus_rows(model: GradSampleModule, images: Tensor, labels: Tensor) -> Tens
 
 
 def vmap_rows(setting: Setting, batch: int) -> Tensor:
-    """torch.func's vmap(grad) over examples, in chunks, on the model without padding."""
+    """Compute the gradients with torch.func's vmap(grad) over examples, in chunks, on the model without padding."""
 
     def loss(context: Tensor, image: Tensor, label: Tensor) -> Tensor:
         logits = setting.scale * image @ setting.short(context).T
@@ -110,7 +113,10 @@ def vmap_rows(setting: Setting, batch: int) -> Tensor:
 
 
 def top_m_bias(setting: Setting) -> dict[int, float]:
-    """How far the clipped sum moves, relative to the exact one; clip norm: the median of the exact norms."""
+    """Return, for each m, the relative difference of the clipped sum to the exact one.
+
+    The clip norm is the median of the exact norms.
+    """
     rows = rows_of(setting)
     clip_norm = float(rows.flatten(1).norm(dim=1).median())
     exact = clipped_sum(rows, clip_norm).value
@@ -118,7 +124,10 @@ def top_m_bias(setting: Setting) -> dict[int, float]:
 
 
 def on_the_demo(setting: Setting) -> Setting:
-    """The embedded demo: its tower, all 100 names, one client's real records. Random features say little about bias."""
+    """Return the setting with the embedded demo's tower, all 100 class names, and one client's real records.
+
+    Bias is measured on real records, because random features say little about it.
+    """
     config = full_config({"resources.device": "cpu", "resources.feature-cache": str(BENCH_DIR / "features")})
     task = image_task(config)
     data = task.client_data(0, 1)

@@ -1,7 +1,7 @@
-"""An environment for pfl: it needs dp-accounting < 0.6, which this project cannot use, so it gets one beside it.
+"""A separate Python environment for pfl, which needs dp-accounting < 0.6; this project cannot use that version.
 
-The environment sees the packages of the running one (torch is not installed twice) and adds pfl with what it needs;
-its own packages come first.
+The environment sees the packages of the running one, so torch is not installed twice. It adds pfl and its requirements,
+which take precedence.
 """
 
 import subprocess
@@ -12,14 +12,14 @@ from pathlib import Path
 from benchmarks.harness import BENCH_DIR
 
 REQUIREMENT = "pfl>=0.6,<0.7"
-"""What the extra ``bench`` names."""
+"""Requirement of pfl, as in the extra ``bench``."""
 
 
 def pfl_python(folder: Path = BENCH_DIR / "venv") -> Path:
-    """The interpreter that has pfl; the environment is made at the first call and kept.
+    """Return the interpreter that has pfl; the first call makes the environment.
 
     Raises:
-        RuntimeError: If it cannot be made: pip's own words say why.
+        RuntimeError: If the environment cannot be made; the message holds pip's error.
     """
     python, done = folder / "bin" / "python", folder / ".set-up"
     if done.exists():
@@ -29,7 +29,7 @@ def pfl_python(folder: Path = BENCH_DIR / "venv") -> Path:
     (site / "around.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     _call([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", REQUIREMENT])
     _call([str(python), "-c", "import pfl.model.pytorch"])
-    done.touch()  # last: a set-up that was cut off starts again
+    done.touch()  # last, so that an interrupted set-up starts again
     return python
 
 

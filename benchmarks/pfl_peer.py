@@ -1,7 +1,7 @@
-"""The peer pfl-research: FederatedAveraging on its SimulatedBackend, one process, the same task.
+"""The peer pfl-research: FederatedAveraging on its SimulatedBackend in one process, on the same task.
 
-`PYTHON -m benchmarks.pfl_peer TASK OUT ROUNDS`, with the interpreter of `pfl_environment`: pfl needs an
-older dp-accounting than this project.
+Run it as `PYTHON -m benchmarks.pfl_peer TASK OUT ROUNDS` with the interpreter of `pfl_environment`, because pfl needs
+an older dp-accounting than this project.
 """
 
 # pyright: reportMissingImports=false
@@ -17,7 +17,7 @@ from benchmarks.peer_task import PeerModel, load_task
 
 
 def main(path: Path, out: Path, rounds: int) -> None:
-    """Train, leave a line per round and the result."""
+    """Train, and write a line per round and the result."""
     from pfl.aggregate.simulate import SimulatedBackend
     from pfl.algorithm.base import NNAlgorithmParams
     from pfl.algorithm.federated_averaging import FederatedAveraging
@@ -32,9 +32,9 @@ def main(path: Path, out: Path, rounds: int) -> None:
     torch.set_num_threads(1)
     task = load_task(path)
     module = PeerModel(task)
-    # Tensors, made once: pfl turns int64 arrays into floats, and would convert every batch.
+    # Make tensors once, because pfl turns int64 arrays into floats and would convert every batch.
     users = [PyTorchTensorDataset((x, y)) for x, y in zip(task.features, task.labels, strict=True)]
-    sampler = get_user_sampler("minimize_reuse", list(range(len(users))))  # everybody once a round
+    sampler = get_user_sampler("minimize_reuse", list(range(len(users))))  # each user once per round
     cohort = FederatedDataset(users.__getitem__, sampler)
 
     class Lines(TrainingProcessCallback):
@@ -60,7 +60,7 @@ def main(path: Path, out: Path, rounds: int) -> None:
         model_train_params=NNTrainHyperParams(
             local_num_epochs=task.local_steps,
             local_learning_rate=task.learning_rate,
-            local_batch_size=None,  # the whole data of a user: one step an epoch
+            local_batch_size=None,  # all data of a user, so one step per epoch
         ),
         callbacks=[Lines()],
     )

@@ -1,8 +1,8 @@
-"""The peer "plain Flower + Ray": a FedAvg app as Flower's documentation writes it, on the same task.
+"""The peer "plain Flower + Ray": a FedAvg app in the form of Flower's documentation, on the same task.
 
-`python -m benchmarks.plain_flower TASK OUT ROUNDS` runs it with the same launcher as our own app: two
-actors of one thread. This file is copied into an app folder of its own, since Flower ships whole folders to its
-clients; they import the task from the installed checkout.
+`python -m benchmarks.plain_flower TASK OUT ROUNDS` runs it with the same launcher as our own app, with two actors of
+one thread each. This file is copied into a separate app folder, because Flower ships whole folders to its clients. The
+clients import the task from the installed checkout.
 """
 
 import functools
@@ -48,7 +48,7 @@ rounds = 1
 
 @functools.lru_cache(maxsize=1)
 def _loaded(path: str) -> "tuple[PeerTask, PeerModel]":
-    """Once a process: an actor lives for the whole run."""
+    """Load task and model once per process, because an actor lives for the whole run."""
     import torch
 
     from benchmarks.peer_task import PeerModel, load_task
@@ -60,7 +60,7 @@ def _loaded(path: str) -> "tuple[PeerTask, PeerModel]":
 
 @client.train()
 def train(message: Message, context: Context) -> Message:
-    """Five steps of SGD from the global model."""
+    """Run the task's SGD steps from the global model."""
     from benchmarks.peer_task import local_steps
 
     task, model = _loaded(str(context.run_config["task"]))
@@ -83,7 +83,7 @@ class _Counting(FedAvg):
     failures = 0
 
     def aggregate_train(self, server_round: int, replies: Any) -> Any:
-        """See FedAvg."""
+        """Count the failures, then aggregate as FedAvg does."""
         replies = list(replies)
         self.failures += sum(reply.has_error() for reply in replies)
         return super().aggregate_train(server_round, replies)
@@ -91,7 +91,7 @@ class _Counting(FedAvg):
 
 @server.main()
 def main(grid: Grid, context: Context) -> None:
-    """Wait for everybody, train, leave a line per round and the result."""
+    """Wait for all clients, train, and write a line per round and the result."""
     import numpy as np
 
     task, model = _loaded(str(context.run_config["task"]))
@@ -123,7 +123,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def launch(task: Path, out: Path, rounds: int, clients: int) -> None:
-    """Run the app on Flower's simulation runtime; raises if it fails."""
+    """Run the app on Flower's simulation runtime, and raise an error if it fails."""
     from fl_dualpriv.flower.engine import run_flower
 
     app = out / "plain-flower"  # Flower refuses folders with an underscore

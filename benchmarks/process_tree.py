@@ -1,7 +1,7 @@
-"""CPU seconds and memory of a whole process tree, daemons that left it included. Linux: reads /proc.
+"""CPU seconds and memory of a whole process tree, including detached daemons; works on Linux only, by reading /proc.
 
 A process belongs to the tree if it descends from the root, or if it was started with the tree's mark in its
-environment: Ray's daemons detach themselves from whoever started them, but they inherit the environment.
+environment. The mark is needed because Ray's daemons detach from their parent process, but inherit its environment.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True, kw_only=True)
 class TreeUse:
-    """What the living processes of a tree have used so far.
+    """Resources that the living processes of a tree have used so far.
 
     Attributes:
-        cpu: User and system seconds, with those of children that ended and were waited for.
-        peak_mib: Sum of the processes' peak resident memory; pages that several share count once for each.
-        processes: How many are alive.
+        cpu: User and system seconds, including those of children that ended and were waited for.
+        peak_mib: Sum of the processes' peak resident memory; shared pages count once per process.
+        processes: Number of living processes.
     """
 
     cpu: float
@@ -32,7 +32,7 @@ class TreeUse:
 
 
 def marked_environment(environment: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-    """A fresh mark, and the environment that carries it to a tree about to be started."""
+    """Return a fresh mark, and an environment that passes it on to a tree that is started next."""
     mark = uuid.uuid4().hex
     return mark, {**environment, MARK: mark}
 
@@ -67,16 +67,16 @@ def _all_pids() -> list[int]:
 
 
 def _stat(pid: int) -> _Stat | None:
-    """None if the process has just ended."""
+    """Return parent and CPU seconds of a process; None if it has just ended."""
     with contextlib.suppress(OSError):
-        # The name, in parentheses, may hold spaces; what follows it does not.
+        # The name, in parentheses, may hold spaces; the fields after it do not.
         fields = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         return _Stat(parent=int(fields[1]), cpu=sum(int(field) for field in fields[11:15]) / _TICKS)
     return None
 
 
 def _carries(pid: int, mark: str) -> bool:
-    with contextlib.suppress(OSError):  # ended, or another user's
+    with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
         return f"{MARK}={mark}".encode() in (_PROC / str(pid) / "environ").read_bytes().split(b"\0")
     return False
 

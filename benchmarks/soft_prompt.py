@@ -1,9 +1,9 @@
-"""Exact per-example gradients of a soft prompt: what they cost over the non-private step of the same batch.
+"""Cost of exact per-example gradients of a soft prompt, relative to the non-private step of the same batch.
 
-LLaVA-type models with random weights, fp32, one thread. The non-private step is what one writes without privacy: one
-prompt for the whole batch, one pass, the mean loss. Both look up the keys and values in front of the prompt, which do
-not depend on it, in a table of images, and both run the batch as one block. A client's batches are drawn at random and
-go in blocks of a public size, padded: what that costs is printed beside.
+The models are of LLaVA's type with random weights, in fp32 on one thread. The non-private step is written in the usual
+way: one prompt for the whole batch, one pass, the mean loss. Both steps look up the keys and values in front of the
+prompt, which do not depend on it, in a table of images, and both run the batch as one block. In training, a client's
+batches are drawn at random and run in padded blocks of a public size; the cost of this is printed separately.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class Setting:
 
 
 def make_setting(shape: LlavaShape, batch: int) -> Setting:
-    """A model, a batch of random records, and the keys and values in front of the prompt."""
+    """Make a model, a batch of random records, and the keys and values in front of the prompt."""
     backbone = make_backbone(make_parts(shape, "fp32", "cpu"), None, "fp32", "cpu")
     records = make_records(backbone, shape, batch, _WORDS, _MAX_TOKENS)
     return Setting(
@@ -65,13 +65,13 @@ def make_setting(shape: LlavaShape, batch: int) -> Setting:
 
 
 def private_step(setting: Setting, objective: SoftPromptObjective) -> Tensor:
-    """Per-example gradients, clipped one by one and summed."""
+    """Compute per-example gradients, clip each one and sum them."""
     step = objective.bind([setting.records]).gradients(setting.prompt[None], [setting.everyone])
     return step.clipped_sums(_CLIP, "float")[0].value
 
 
 def nonprivate_step(setting: Setting, prefix: Prefix) -> Tensor:
-    """Gradient of the batch's mean loss: one prompt, one pass, no clipping."""
+    """Compute the gradient of the batch's mean loss with one prompt, one pass and no clipping."""
     records, backbone = setting.records, setting.backbone
     prompt = setting.prompt.clone().requires_grad_(True)
     text = backbone.embed_tokens(records.tokens[:, :-1])
@@ -85,12 +85,15 @@ def nonprivate_step(setting: Setting, prefix: Prefix) -> Tensor:
 
 
 def check(setting: Setting) -> float:
-    """The rows' mean is the non-private gradient, and the private step is the clipped sum of the rows."""
+    """Check per-example gradients, and return the largest relative difference.
+
+    Their mean must equal the non-private gradient, and the private step must equal their clipped sum.
+    """
     step = setting.keeping.bind([setting.records]).gradients(setting.prompt[None], [setting.everyone])
     rows = torch.cat(list(step.rows(0)))[: len(setting.everyone)]
     norms = torch.linalg.vector_norm(rows.flatten(1), dim=1)
     if not norms.max() > 10 * torch.finfo(torch.float32).eps:
-        raise AssertionError("no gradient to compare")
+        raise AssertionError("all gradients are zero, so the methods cannot be compared")
     clipped = clip_rows(rows, _CLIP)[0].sum(dim=0)
     differences = (
         relative_difference(rows.mean(dim=0), nonprivate_step(setting, setting.prefix)),
@@ -123,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
         }
         if batch > BLOCK:
             contestants[f"per-example, in blocks{end}"] = lambda s=setting: private_step(s, s.in_blocks)
-        # Short steps, many of them: what a shared machine adds to the least of them is little.
+        # Many repeats of a short step, because other work on the machine then adds little to the fastest one.
         repeats = options.repeats * (1 if toy or name == "8x512" else 8)
         measured = {contestant: timed(work) for contestant, work in contestants.items()}
         costs |= interleaved(measured, repeats, warm_ups=1)

@@ -1,7 +1,7 @@
-"""The most tensor memory that a step holds beyond what was there: the same number at each call.
+"""Peak tensor memory of a step beyond the tensors that existed before it; the number is the same at each call.
 
-On the ``meta`` device tensors have no values: steps of a shape that no machine at hand can run are counted there. What
-kernels need inside is not counted, nor what an allocator loses between blocks.
+On the ``meta`` device tensors have no values, so it can count steps that are too large for the available machines. The
+count leaves out memory inside kernels and memory that an allocator loses between blocks.
 """
 
 import weakref
@@ -19,11 +19,11 @@ from fl_dualpriv.models.transformers import transformers
 
 
 class LiveStorages(TorchDispatchMode):
-    """Adds up the storages on a device that come to be inside, and takes off those that go.
+    """Dispatch mode that adds the size of each storage created on a device, and subtracts it when it is freed.
 
     Attributes:
-        held: Bytes now.
-        most: The most so far.
+        held: Bytes held now.
+        most: Largest value of ``held`` so far.
     """
 
     def __init__(self, device: str) -> None:
@@ -34,8 +34,8 @@ class LiveStorages(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operator and count what is new."""
-        # What was there before is no part of a step, and an operator may return it.
+        """Run an operator and count the new storages."""
+        # Existing storages do not belong to the step, and an operator may return them.
         for leaf in tree_leaves((args, kwargs or {})):
             self._note(leaf, new=False)
         found = func(*args, **(kwargs or {}))
@@ -63,10 +63,10 @@ class LiveStorages(TorchDispatchMode):
 
 @contextmanager
 def without_values() -> Iterator[None]:
-    """Inside, a model of transformers runs on tensors without values, with the operators that a GPU would choose.
+    """Let a transformers model run on tensors without values, with the operators that a GPU would use.
 
-    Attention is one operator that keeps no scores, where torch would take it apart. And nobody looks into positions for
-    several sequences in one row.
+    Attention becomes one operator that does not store scores; on this device torch would split it into parts. The
+    search for several sequences in one row, which reads positions, is switched off.
     """
 
     def attend(
@@ -90,11 +90,13 @@ def without_values() -> Iterator[None]:
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """Run a step once; on CUDA the allocator says, elsewhere storages are counted as they come and go.
+    """Run a step once and return its peak memory in bytes.
+
+    On CUDA the number comes from the allocator. On other devices storages are counted when they are created and freed.
 
     Args:
-        step: What it returns counts too.
-        device: Where it allocates.
+        step: The step; its return value counts too.
+        device: Device on which the step allocates.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

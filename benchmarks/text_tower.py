@@ -1,6 +1,6 @@
-"""The text-tower step: 77 tokens for every class (CoOp) against the shared prefix, alone and with clients batched.
+"""Text-tower step: 77 tokens for every class (CoOp) against the shared prefix, for one client and several at once.
 
-Both take the gradient of the mean cross-entropy of 16 cached image features with respect to 16 context vectors, in
+Both compute the gradient of the mean cross-entropy of 16 cached image features with respect to 16 context vectors, in
 fp32 on one thread, through a text tower of ViT-B/16's size with random weights.
 """
 
@@ -31,7 +31,7 @@ _TIMES = {10: 4, 37: 2, 100: 1}
 
 
 def compare(setting: Setting, repeats: int, times: int) -> tuple[dict[str, Costs], float]:
-    """Costs per client-step, and the worst relative difference of the gradients."""
+    """Return the costs per client-step, and the largest relative difference of the gradients."""
 
     def usual(client: int) -> Tensor:
         data = setting.images[client], setting.labels[client]

@@ -1,4 +1,4 @@
-"""Text towers of real sizes with random weights: the usual CoOp-style step on them, and ours on the same weights."""
+"""Text towers of real sizes with random weights: the usual CoOp-style step, and ours on the same weights."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,12 +27,12 @@ TOY: dict[str, Any] = {
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
     "text_cfg": {"context_length": 32, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2},
 }
-"""open_clip's own configurations of these names, and one for self-checks."""
+"""The configurations ViT-B-16 and ViT-L-14 of open_clip, and a small one for self-checks."""
 N_CTX, N_SUFFIX = 16, 5
 
 
 class CoOpText(nn.Module):
-    """The class features of CoOp (Zhou et al. 2022): open_clip's own transformer over whole rows of tokens.
+    """Class features of CoOp (Zhou et al. 2022): open_clip's transformer runs over whole rows of tokens.
 
     Args:
         model: An open_clip model.
@@ -45,12 +45,12 @@ class CoOpText(nn.Module):
     def __init__(self, model: Any, sos: Tensor, suffix: Tensor, ends: Tensor, length: int) -> None:
         super().__init__()
         tower: Any = getattr(model, "text", model)
-        # A tuple hides the tower from Module: its parameters are frozen, and Opacus must not look at them.
+        # A tuple hides the tower from Module, because its parameters are frozen and Opacus must not see them.
         self._tower, self.length = (tower,), length
         self._sos, self._suffix, self._ends = sos, suffix, ends
 
     def forward(self, context: Tensor) -> Tensor:
-        """(n_ctx, ctx_dim) → unit-norm class features (n_cls, embed_dim)."""
+        """Return the unit-norm class features (n_cls, embed_dim) of a context (n_ctx, ctx_dim)."""
         (tower,) = self._tower
         n_cls, n_suffix, width = self._suffix.shape
         prefix = torch.cat([self._sos, context]).expand(n_cls, -1, -1)
@@ -71,19 +71,19 @@ class Setting:
     shape: TowerShape
     coop: CoOpText
     short: CoOpText
-    """``coop`` cut behind the end of text: no padding."""
+    """``coop`` with rows that end at the end of text, so without padding."""
     ours: SharedPrefixTower
     prompts: Tensor
-    """(client, n_ctx, ctx_dim)."""
+    """One prompt per client, (client, n_ctx, ctx_dim)."""
     images: Tensor
-    """(client, batch, embed_dim), unit norm."""
+    """Image features of unit norm, (client, batch, embed_dim)."""
     labels: Tensor
-    """(client, batch)."""
+    """Class ids, (client, batch)."""
     scale: float
 
 
 def make_model(config: dict[str, Any], device: str = "cpu") -> Any:
-    """A frozen open_clip model with seeded random weights."""
+    """Make a frozen open_clip model with seeded random weights."""
     torch.manual_seed(0)
     model = open_clip.CLIP(**config)
     return model.eval().requires_grad_(False).to(device)
@@ -99,10 +99,10 @@ def make_setting(
     precision: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Setting:
-    """Draw names, prompts, features and labels for a model; the same seed draws the same."""
+    """Draw names, prompts, features and labels for a model; equal seeds give equal settings."""
     text = OpenClipText(model)
     if text.stack is None:
-        raise ValueError(f"no shared prefix: {text.plain_reason}")
+        raise ValueError(f"the model has no shared-prefix tower: {text.plain_reason}")
     device = text.token_embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, text.token_embedding.num_embeddings, (n_cls, N_SUFFIX), generator=generator)
@@ -134,7 +134,7 @@ def make_setting(
 
 
 def coop_gradient(coop: nn.Module, context: Tensor, images: Tensor, labels: Tensor, scale: float) -> Tensor:
-    """The usual step: mean cross-entropy of a batch of cached features, back to the context."""
+    """Compute the usual step: the gradient of a batch's mean cross-entropy with respect to the context."""
     context = context.detach().requires_grad_(True)
     loss = nn.functional.cross_entropy(scale * images @ coop(context).T, labels)
     (gradient,) = torch.autograd.grad(loss, context)
@@ -142,12 +142,12 @@ def coop_gradient(coop: nn.Module, context: Tensor, images: Tensor, labels: Tens
 
 
 def batches(setting: Setting, clients: slice) -> Batches:
-    """The clients' batches as our engine takes them."""
+    """Return the clients' batches in the form that our engine takes."""
     return Batches.of(*zip(setting.images[clients], setting.labels[clients], strict=True))
 
 
 def our_gradients(setting: Setting, clients: slice) -> Tensor:
-    """Our engine's non-private step of several clients at once: the same gradients, (client, n_ctx, ctx_dim)."""
+    """Compute the same gradients of several clients at once with our engine, (client, n_ctx, ctx_dim)."""
     taken = batches(setting, clients)
     features = setting.ours(setting.prompts[clients])
     return summed_gradient(features, taken, setting.scale) / taken.counts[0]

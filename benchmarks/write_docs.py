@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md from what the benchmarks left: `python -m benchmarks.write_docs`."""
+"""Write docs/benchmarks.md from the stored results of the benchmarks: `python -m benchmarks.write_docs`."""
 
 import argparse
 import json
@@ -14,20 +14,20 @@ DOCUMENT = CHECKOUT / "docs" / "benchmarks.md"
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a figure should reach."""
+    """Target of a figure."""
 
     what: str
     at_least: float | None = None
     at_most: float | None = None
 
     def reached(self, value: float) -> bool:
-        """Whether it does."""
+        """Return True if the value meets the target."""
         low = self.at_least is None or value >= self.at_least
         return low and (self.at_most is None or value <= self.at_most)
 
     @property
     def text(self) -> str:
-        """For the table."""
+        """The target as a text for the table."""
         return f"≥ {self.at_least:g}" if self.at_least is not None else f"≤ {self.at_most:g}"
 
 
@@ -114,7 +114,7 @@ BESIDE: dict[str, dict[str, str]] = {
         "ray_cohort_vs_flower": "plain Flower + Ray / ours, cohort on Ray, on the head",
     },
 }
-"""Figures without a target."""
+"""Descriptions of figures without a target."""
 
 NOT_REACHED = """\
 - `over_nonprivate` ≤ 4: reached 5.3. One record is one backward pass; the arithmetic alone is 8.5 times a non-private
@@ -147,7 +147,7 @@ NOT_REACHED = """\
   two steps spread by half, and their ratio came out between 0.97 and 1.09.
 - Plain Flower on the demo's text tower is not in the default run (`--more`); pfl on that tower is.
 """
-"""Kept by hand."""
+"""Written by hand."""
 
 _RULES = """\
 Peers take turns in one run, at least three times. A ratio is one of the least CPU seconds of each, of the whole process
@@ -158,12 +158,12 @@ Spread is (most − least) / median of the CPU seconds.
 
 
 def latest(lines: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The last line of each benchmark."""
+    """Return the last result line of each benchmark."""
     return {line["benchmark"]: line for line in map(json.loads, filter(str.strip, lines))}
 
 
 def document(results: Mapping[str, Mapping[str, Any]], not_reached: str = NOT_REACHED) -> str:
-    """The whole page."""
+    """Return the whole page."""
     parts = [
         "# Benchmarks",
         "Written by `python -m benchmarks.write_docs` from what `make bench` measured; not by hand.",
@@ -227,7 +227,7 @@ def _show(value: float) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read the results, write the page."""
+    """Read the results and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--document", type=Path, default=DOCUMENT)

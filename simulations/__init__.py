@@ -1,1 +1,1 @@
-"""The ServerApp and what is run with it."""
+"""The ServerApp, and the scripts that run it to make the result tables."""

@@ -1,7 +1,7 @@
-"""What each part of Dual-Priv Pruning does: runs of every variant at every ε over seeds, and the table of them.
+"""Ablation of Dual-Priv Pruning: run every variant at every ε with several seeds, and write the table.
 
-``python -m simulations.ablation simulations/configs/ablation-dualpriv.toml`` writes ``docs/dualpriv-table.md``. Runs
-that are already in ``--runs`` are not repeated. All settings are checked before the first run.
+``python -m simulations.ablation simulations/configs/ablation-dualpriv.toml`` writes ``docs/dualpriv-table.md``. The
+script does not repeat runs that are already in ``--runs``. It checks all configurations before the first run.
 """
 
 import argparse
@@ -28,10 +28,10 @@ _VARIANT_KEYS = ("name", "bases", "keys", "with-noise", "without-noise")
 
 
 def cells_of(document: Mapping[str, Any]) -> list[Cell]:
-    """Every run of an ablation, each checked.
+    """Return every run of an ablation, with its configuration checked.
 
     Raises:
-        ConfigError: If a key of the document is unknown, or a run's configuration is not valid.
+        ConfigError: If a variant has an unknown key, or the configuration of a run is not valid.
     """
     defaults, found = app_defaults(ROOT), []
     bases = document["bases"]
@@ -52,16 +52,16 @@ def cells_of(document: Mapping[str, Any]) -> list[Cell]:
 
 
 def on(document: Mapping[str, Any], base: str) -> list[dict[str, Any]]:
-    """The variants of a base: all but those that name others."""
+    """Return the variants that run on a base: all except those whose list ``bases`` leaves it out."""
     return [variant for variant in document["variants"] if base in variant.get("bases", [base])]
 
 
 def table(document: Mapping[str, Any], base: str, scores: Mapping[tuple[str, float, int], float]) -> str:
-    """Markdown: mean ± standard deviation over seeds, and the paired difference to the first variant.
+    """Return a Markdown table: mean ± standard deviation over seeds, and the paired difference to the first variant.
 
     Args:
         document: The ablation.
-        base: Which base.
+        base: Name of the base.
         scores: (variant, ε, seed) → local accuracy.
     """
     seeds, epsilons = document["seeds"], document["epsilons"]
@@ -79,7 +79,7 @@ def table(document: Mapping[str, Any], base: str, scores: Mapping[tuple[str, flo
 
 
 def difference(own: Sequence[float], other: Sequence[float]) -> str:
-    """Mean paired difference and its 95 % interval (Student's t over seeds); bold where that leaves out zero."""
+    """Return the mean paired difference and its 95 % interval (Student's t over seeds), bold if it excludes zero."""
     gaps = [a - b for a, b in zip(own, other, strict=True)]
     mean = statistics.mean(gaps)
     if len(gaps) < 2:
@@ -92,7 +92,7 @@ def difference(own: Sequence[float], other: Sequence[float]) -> str:
 def report(
     document: Mapping[str, Any], name: str, cells: Sequence[Cell], summaries: Sequence[Mapping[str, Any]]
 ) -> str:
-    """The page: one table per base."""
+    """Return the page, with one table per base."""
     parts = [
         "# Dual-Priv Pruning, part by part: the table\n",
         f"Written by `python -m simulations.ablation simulations/configs/{name}`; what it means is in "
@@ -119,14 +119,14 @@ def report(
 
 
 def main() -> None:
-    """Check everything, run it, write the table."""
+    """Check all configurations, run them and write the table."""
     spell_out_what_cannot_be_shown()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ablation", type=Path)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablation")
     parser.add_argument("--workers", type=int, default=usable_cpus())
-    parser.add_argument("--seeds", type=int, help="the first so many seeds only")
-    parser.add_argument("--base", help="this base only")
+    parser.add_argument("--seeds", type=int, help="number of seeds to run, from the first")
+    parser.add_argument("--base", help="run only this base")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "dualpriv-table.md")
     args = parser.parse_args()
     document = tomllib.loads(args.ablation.read_text(encoding="utf-8"))

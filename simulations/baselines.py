@@ -1,8 +1,9 @@
-"""The table of baselines: every method with its chosen settings, with and without privacy, over seeds, on test data.
+"""Table of baselines: every method with its chosen hyper-parameters, with and without privacy, on test data.
 
-``python -m simulations.baselines simulations/configs/baselines/search.toml`` runs what `simulations.tune` has chosen
-and writes ``docs/baselines-table.md``. Runs that are already in ``--runs`` are not repeated; ``--finished`` writes the
-table of those alone, and says what is missing.
+``python -m simulations.baselines simulations/configs/baselines/search.toml`` runs the configurations that
+`simulations.tune` has chosen, with several seeds, and writes ``docs/baselines-table.md``. The script does not repeat
+runs that are already in ``--runs``. With ``--finished`` it runs nothing: it writes the table of the finished runs, and
+the page gives the number of missing ones.
 """
 
 import argparse
@@ -26,10 +27,10 @@ Summaries = Mapping[Entry, Sequence[Mapping[str, Any]]]
 
 
 def chosen_of(document: Mapping[str, Any], path: Path) -> dict[Entry, dict[str, Any]]:
-    """What was chosen for each entry, checked against the search; entries that were not tuned are left out.
+    """Return the choice for each entry, checked against the search, without the entries that were not tuned.
 
     Raises:
-        ConfigError: If a choice has another number of trials or runs, or other values, than the search offers now.
+        ConfigError: If a choice has a value, a number of trials or a number of runs that differs from the search.
     """
     tables = {(t["base"], t["method"], t["epsilon"]): t for t in tomllib.loads(path.read_text("utf-8"))["chosen"]}
     found = {}
@@ -46,12 +47,12 @@ def chosen_of(document: Mapping[str, Any], path: Path) -> dict[Entry, dict[str, 
 
 
 def tuning_runs(document: Mapping[str, Any]) -> int:
-    """Of each entry: the trials, and the finalists with the other seeds."""
+    """Return the number of tuning runs of each entry: the trials, and the finalists with the other seeds."""
     return document["trials"] + document["finalists"] * (len(document["tuning-seeds"]) - 1)
 
 
 def cells_of(document: Mapping[str, Any], chosen: Mapping[Entry, Mapping[str, Any]]) -> dict[Entry, list[Cell]]:
-    """The final runs of every entry that was tuned: a run a seed, on test data, each checked."""
+    """Return the final runs of every tuned entry: one run per seed, on test data, with its configuration checked."""
     return {
         entry: [
             cell_of(document, entry, method, chosen[entry]["keys"], seed=seed, split="test")
@@ -63,7 +64,10 @@ def cells_of(document: Mapping[str, Any], chosen: Mapping[Entry, Mapping[str, An
 
 
 def table(document: Mapping[str, Any], base: str, done: Summaries) -> str:
-    """Markdown: the un-tuned model, then a row a method; mean ± standard deviation over seeds, in percent."""
+    """Return a Markdown table with a row for the un-tuned model and one per method.
+
+    The entries are mean ± standard deviation over seeds, in percent.
+    """
     epsilons = document["epsilons"]
     heads = [f"ε = {epsilon_text(e)}" if kind_of(e) == "with-noise" else "no privacy" for e in epsilons]
     columns = " | ".join(f"{head}, local | neighbour" for head in heads)
@@ -83,12 +87,12 @@ def _scores(summaries: Sequence[Mapping[str, Any]], when: str) -> str:
 
 
 def _short(summaries: Sequence[Mapping[str, Any]], document: Mapping[str, Any]) -> str:
-    """Says of how many seeds, where it is not all of them."""
+    """Return the number of seeds in parentheses, or an empty text if all seeds are there."""
     return "" if len(summaries) == len(document["seeds"]) else f" ({len(summaries)} seeds)"
 
 
 def settings(document: Mapping[str, Any], base: str, chosen: Mapping[Entry, Mapping[str, Any]], done: Summaries) -> str:
-    """Markdown: what was chosen for each method, with its score on validation data and ε as accounted."""
+    """Return a Markdown table of each method's chosen values, its score on validation data and its accounted ε."""
     lines = ["| method | | validation | runs (failed), seconds | chosen | ε |", "|---|---|---|---|---|---|"]
     for entry, method in entries(document):
         if entry[0] != base or entry not in chosen:
@@ -108,7 +112,7 @@ def settings(document: Mapping[str, Any], base: str, chosen: Mapping[Entry, Mapp
 def page(
     document: Mapping[str, Any], name: str, chosen: Mapping[Entry, Mapping[str, Any]], done: Summaries, missing: int
 ) -> str:
-    """The whole page: two tables a base."""
+    """Return the whole page, with two tables per base."""
     trials, finals, seeds = document["trials"], document["finalists"], len(document["tuning-seeds"])
     parts = [
         "# Baselines: the table\n",
@@ -138,15 +142,15 @@ def page(
 
 
 def main() -> None:
-    """Check everything, run it, write the page."""
+    """Check all configurations, run them and write the page."""
     spell_out_what_cannot_be_shown()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("search", type=Path)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "baselines")
     parser.add_argument("--workers", type=int, default=usable_cpus())
-    parser.add_argument("--base", help="run this base only")
-    parser.add_argument("--seeds", type=int, help="run the first so many seeds only")
-    parser.add_argument("--finished", action="store_true", help="run nothing: the table of what there is")
+    parser.add_argument("--base", help="run only this base")
+    parser.add_argument("--seeds", type=int, help="number of seeds to run, from the first")
+    parser.add_argument("--finished", action="store_true", help="run nothing; write the table of the finished runs")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "baselines-table.md")
     args = parser.parse_args()
     document = read(args.search)

@@ -1,4 +1,4 @@
-"""The runs behind a table: each checked before the first one starts, run in worker processes, and never repeated."""
+"""The runs behind a table. All are checked first, then run in worker processes. A finished run is not repeated."""
 
 import json
 import logging
@@ -21,20 +21,21 @@ from fl_dualpriv.run.file_kinds import SUMMARY, TOTALS, read_totals
 from simulations.report import ROOT
 
 FAILED = "failed.json"
-"""Beside where a summary would be: why there is none."""
+"""File in the run folder of a failed trial, instead of a summary; it holds the error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run: something named, on a base, at an ε, with a seed.
+    """One run: a variant or method on a base, at an ε, with a seed.
 
     Attributes:
         base: Name of the base.
-        name: Of the variant or method.
-        epsilon: ∞: neither clip nor noise.
-        seed: Of everything.
+        name: Name of the variant or method.
+        epsilon: Target ε; ∞ means neither clip nor noise.
+        seed: Seed of all randomness.
         settings: The whole run configuration, flat.
-        folder: Name of the run's folder: from the settings that are no defaults, so that what was edited runs anew.
+        folder: Name of the run's folder. It depends on all values that differ from the defaults, so an edited run is
+            run again.
     """
 
     base: str
@@ -54,10 +55,10 @@ def make_cell(
     epsilon: float,
     seed: int,
 ) -> Cell:
-    """Lay the settings over each other, ε and seed on top; ``{root}`` in a text is the checkout.
+    """Merge the layers, then set ε and the seed; ``{root}`` in a text value becomes the path of the checkout.
 
     Raises:
-        ConfigError: If the run's configuration is not valid; it says of which run.
+        ConfigError: If the run's configuration is not valid. The message names the run.
     """
     settings = merge(defaults, *layers, noise(epsilon), {"seed": seed})
     chosen = json.dumps(dict(sorted(settings.items() - defaults.items())))  # with {root}: the same in every checkout
@@ -71,29 +72,32 @@ def make_cell(
 
 
 def noise(epsilon: float) -> dict[str, ConfigValue]:
-    """The keys of record-level ε; ∞: none."""
+    """Return the configuration keys of a record-level ε; for ∞ the mechanism is "none"."""
     if math.isfinite(epsilon):
         return {"privacy.record.mechanism": "gaussian", "privacy.record.epsilon": epsilon}
     return {"privacy.record.mechanism": "none"}
 
 
 def shared(cell: Cell) -> tuple[str, int, str, bool]:
-    """What a run's data, model and features depend on: a process that keeps them runs what shares them in a row."""
+    """Return a sort key made of the values on which a run's data, model and features depend.
+
+    A worker process caches these, so runs with the same key should follow each other.
+    """
     tokens = [f"{key}={value}" for key, value in sorted(cell.settings.items()) if key.startswith("pruning.visual")]
     return cell.base, cell.seed, " ".join(tokens), math.isfinite(cell.epsilon)
 
 
 def run(cell: Cell, runs: Path) -> dict[str, Any]:
-    """Run a cell in this process, or read it if it was run before; returns its summary, with its seconds.
+    """Run a cell in this process, or read an earlier run of it, and return its summary with its seconds.
 
     Raises:
-        RuntimeError: If a client failed: such a run is no result.
+        RuntimeError: If a call of a client failed. Such a run must not enter a table.
     """
     out = runs / cell.folder
     if not ((out / SUMMARY).exists() and (out / TOTALS).exists()):
         from fl_dualpriv.flower.local import run_local
 
-        shutil.rmtree(out, ignore_errors=True)  # of a run that was cut off: its ledgers would refuse this one
+        shutil.rmtree(out, ignore_errors=True)  # the ledgers of an interrupted run would refuse this one
         run_local(ROOT, {**cell.settings, "output.dir": str(out)})
     totals = read_totals(out)
     if totals["failures"]:
@@ -102,18 +106,21 @@ def run(cell: Cell, runs: Path) -> dict[str, Any]:
 
 
 def was_run(cell: Cell, runs: Path) -> bool:
-    """Whether a cell has a summary, or a note that it failed."""
+    """Return True if a cell has a summary or a note of its failure."""
     return any((runs / cell.folder / name).exists() for name in (SUMMARY, FAILED))
 
 
 def attempt(cell: Cell, runs: Path) -> dict[str, Any]:
-    """As `run`, but empty where the run fails, now and whenever it is asked for: a trial may diverge."""
+    """Run a cell as `run` does, but return an empty summary if it fails, because a trial may diverge.
+
+    The failure is noted in the run's folder, so later calls return an empty summary without another run.
+    """
     note = runs / cell.folder / FAILED
     if note.exists():
         return {}
     try:
         return run(cell, runs)
-    except (ConfigError, OSError):  # not the settings' fault: nothing that a trial may count as a result
+    except (ConfigError, OSError):  # these errors say nothing about the hyper-parameters
         raise
     except Exception as error:
         write_json(note, {"type": type(error).__name__, "message": str(error)})
@@ -121,15 +128,17 @@ def attempt(cell: Cell, runs: Path) -> dict[str, Any]:
 
 
 def run_all(cells: Sequence[Cell], runs: Path, workers: int, *, may_fail: bool = False) -> list[dict[str, Any]]:
-    """Run all cells, those that share their features in a row; returns their summaries in order and tells each.
+    """Run all cells and return their summaries in the order of ``cells``; each result is written to stderr.
+
+    Cells with the same data, model and features run one after the other.
 
     Args:
-        cells: What to run; equal folders run once.
-        runs: Where the runs lie.
-        workers: Processes, one thread each.
-        may_fail: The summary of a run that fails is empty; else its error is raised.
+        cells: Cells to run; cells with equal folders run once.
+        runs: Parent folder of all run folders.
+        workers: Number of processes, each with one thread.
+        may_fail: True gives an empty summary for a run that fails; False raises its error.
     """
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the workers, which import torch anew
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the workers, which import torch again
     order = {cell.folder: cell for cell in sorted(cells, key=shared)}
     summaries = []
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_quiet_thread) as pool:
@@ -149,4 +158,4 @@ def _quiet_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
-    logging.getLogger("flwr").setLevel(logging.WARNING)  # else dozens of lines a round
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower otherwise logs dozens of lines per round

@@ -1,7 +1,8 @@
-"""Runs the results table: every row is a config and a method, over seeds, through ``fl-dualpriv run``.
+"""Run the results table with ``fl-dualpriv run``: every row is a configuration and a method, over several seeds.
 
-``python -m simulations.report`` writes ``docs/results.md``. Runs that are already in ``--runs`` are not repeated, so a
-table that was cut off goes on. Hyper-parameters were chosen on the validation split; the table is of the test split.
+``python -m simulations.report`` writes ``docs/results.md``. The script does not repeat runs that are already in
+``--runs``, so an interrupted table can be continued. Hyper-parameters were chosen on the validation split. The table
+shows the test split.
 """
 
 import argparse
@@ -26,7 +27,7 @@ CONFIGS = ROOT / "simulations" / "configs"
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One line of the table."""
+    """One row of the table."""
 
     label: str
     config: str
@@ -59,7 +60,7 @@ ROWS = (
 
 
 def run(row: Row, seed: int, split: str, runs: Path) -> dict[str, Any]:
-    """Run one cell in a process of its own, or read it if it was run before; returns its summary."""
+    """Run one row with one seed in a separate process, or read an earlier run of it, and return its summary."""
     name = "-".join([row.config.removesuffix(".toml"), *row.changes.values(), split, str(seed)]).replace("/", "_")
     out = runs / name
     if not ((out / SUMMARY).exists() and (out / TOTALS).exists()):
@@ -72,12 +73,12 @@ def run(row: Row, seed: int, split: str, runs: Path) -> dict[str, Any]:
         if done.returncode != 0:
             raise RuntimeError(f"{name}: exit code {done.returncode}\n{done.stdout[-500:]}{done.stderr[-2000:]}")
     if failures := read_totals(out)["failures"]:
-        raise RuntimeError(f"{name}: {failures} failures; such a run is no result")
+        raise RuntimeError(f"{name}: {failures} failures; a run with failures cannot be used as a result")
     return json.loads((out / SUMMARY).read_text())
 
 
 def spread(values: Sequence[float | None]) -> str:
-    """Mean and standard deviation over seeds, in percent."""
+    """Return mean and standard deviation over seeds, in percent."""
     found = [100 * value for value in values if value is not None]
     if not found:
         return "-"
@@ -87,7 +88,7 @@ def spread(values: Sequence[float | None]) -> str:
 
 
 def level(summary: Mapping[str, Any]) -> str:
-    """ε with unit and δ, from the releases that are theorems."""
+    """Return ε with its unit and δ, from the releases whose guarantee is a theorem."""
     proved = [r for r in summary["privacy"] if r["guarantee"] == "theorem"]
     if not proved:
         return "-"
@@ -95,7 +96,7 @@ def level(summary: Mapping[str, Any]) -> str:
 
 
 def table(results: Mapping[Row, Sequence[Mapping[str, Any]]]) -> str:
-    """Markdown table, zero-shot first."""
+    """Return the Markdown table, with rows for zero-shot before the method rows that they belong to."""
     lines = [
         "| method | config | ε | seeds | local accuracy | neighbour accuracy |",
         "|---|---|---|---|---|---|",
@@ -126,8 +127,8 @@ def main() -> None:
     """Run all rows, two at a time, and write the table."""
     spell_out_what_cannot_be_shown()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3, help="of zero-shot and DP-FPL")
-    parser.add_argument("--baseline-seeds", type=int, default=3, help="of all other rows")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds of zero-shot and DP-FPL")
+    parser.add_argument("--baseline-seeds", type=int, default=3, help="number of seeds of all other rows")
     parser.add_argument("--split", choices=("test", "val"), default="test")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "report")
     parser.add_argument("--workers", type=int, default=2)

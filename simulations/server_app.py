@@ -32,14 +32,14 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the federation; on any failure leave ``error.json`` and raise."""
+    """Run the federation; on any failure write ``error.json`` and raise."""
     recorder = RunRecorder(run_folder(str(context.run_config.get("output.dir", "")), context.run_id))
     with recorder.claimed(resume=context.run_config.get("output.resume") is True):
         run(ExpiringGrid(grid) if engine_name(grid) == "deployment" else grid, context, recorder)
 
 
 def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
-    """Check everything, wait for all clients, train, write results."""
+    """Check the configuration, wait for all clients, train, and write the results."""
     config = RunConfig.from_run_config(context.run_config)
     start, engine = time.monotonic(), engine_name(grid)
     strategy_class, options = load_strategy(config.strategy, context.run_config)
@@ -47,14 +47,14 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
     if unit := noised_unit(config):
         check_class(strategy_class, RoundStrategy, unit, config.privacy.arithmetic)
     record, client = record_level_plan(config), client_level_plan(config)
-    # In a simulation all data belong to the operator, who may see what they are.
+    # In a simulation all data belong to the operator, so describing them reveals nothing.
     is_simulated = engine != "deployment"
     if is_simulated:
         announce(config, recorder.folder)
     task = build_task(config)
     if is_simulated:
         task.check_any_fits()
-    if engine == "ray":  # actors are further processes on this machine
+    if engine == "ray":  # Ray's actors are more processes on this machine
         check_memory(config, task)
     cards, hosts = join(grid, config)
 
@@ -65,7 +65,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
             done.accuracy,
             record.spent(by_round * config.train.local_steps) if record else None,
             rounds.epsilon(client.delta) if client and rounds.lost else client.spent(by_round) if client else None,
-            strategy.failures - sum(line["failures"] for line in recorder.progress),  # those of this round
+            strategy.failures - sum(line["failures"] for line in recorder.progress),  # failures of this round only
             time.monotonic() - start,
         )
 
@@ -91,7 +91,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
         except BudgetExhausted as exhausted:
             if strategy.rounds_done == 0:
                 raise
-            # The releases so far are paid for. They are kept, and the tables speak of these rounds only.
+            # The releases so far are already charged. Keep them; the result tables then cover these rounds only.
             stopped, prompt = str(exhausted), strategy.prompt
             client = replace(client, rounds=strategy.rounds_done) if client else None
         rounds.check_delivered()

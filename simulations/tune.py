@@ -1,9 +1,9 @@
-"""Hyper-parameters of every method, chosen on validation data, with as many trials for each method as for any other.
+"""Tune the hyper-parameters of every method on validation data, with the same number of trials for each method.
 
-``python -m simulations.tune simulations/configs/baselines/search.toml`` runs the trials, then the best few of each
-method, base and ε again with other seeds, and writes what has the highest mean to ``chosen.toml`` beside it, for
-`simulations.baselines`. All trials are checked before the first; those that are already in ``--runs`` are not repeated.
-A trial that fails counts as a trial and is never chosen.
+``python -m simulations.tune simulations/configs/baselines/search.toml`` runs the trials. Then it runs the best few of
+each method, base and ε again with other seeds. It writes the values with the highest mean to ``chosen.toml`` beside the
+search file, where `simulations.baselines` reads them. The script checks all trials before the first run, and does not
+repeat runs that are already in ``--runs``. A trial that fails counts as a trial and is never chosen.
 """
 
 import argparse
@@ -39,7 +39,7 @@ _DRAWS = 10_000
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A search: its methods, bases, ε and the values that may be tried.
+    """Read a search file: methods, bases, ε and the values that may be tried.
 
     Raises:
         ConfigError: If a method has unknown keys, or tunes a key that has no values.
@@ -58,7 +58,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def entries(document: Mapping[str, Any]) -> Iterator[tuple[Entry, Mapping[str, Any]]]:
-    """What is tuned, one after the other: each method on each of its bases at each ε."""
+    """Yield all entries to be tuned, with their method: each method on each of its bases at each ε."""
     for base in document["bases"]:
         for method in document["methods"]:
             if base in method.get("bases", document["bases"]):
@@ -67,7 +67,7 @@ def entries(document: Mapping[str, Any]) -> Iterator[tuple[Entry, Mapping[str, A
 
 
 def kind_of(epsilon: float) -> str:
-    """Which tables of a search hold at this ε."""
+    """Return the name of the search tables that apply at this ε."""
     return "with-noise" if math.isfinite(epsilon) else "without-noise"
 
 
@@ -76,16 +76,17 @@ def _values(document: Mapping[str, Any], method: Mapping[str, Any], kind: str) -
 
 
 def space(document: Mapping[str, Any], method: Mapping[str, Any], epsilon: float) -> dict[str, list[ConfigValue]]:
-    """The values of each key that a method tunes at this ε; a clip norm has none without noise."""
+    """Return the values of each key that a method tunes at this ε; without noise a clip norm has no values."""
     values = _values(document, method, kind_of(epsilon))
     return {key: values[key] for key in method["tunes"] if key in values}
 
 
 def draw(grid: Mapping[str, Sequence[ConfigValue]], trials: int, rng: np.random.Generator) -> list[Point]:
-    """Distinct points of a grid at random, in which each value of a key comes up equally often, give or take one.
+    """Draw distinct random points of a grid such that the counts of a key's values differ by at most one.
 
     Raises:
-        ConfigError: If the grid has fewer points: the method would be tuned with less than the others.
+        ConfigError: If the grid has fewer points than ``trials``, because the method would then get fewer trials than
+            the others, or if no even draw with distinct points was found.
 
     Reference:
         McKay, Beckman and Conover 1979 (Latin hypercube sampling), on a grid.
@@ -102,7 +103,7 @@ def draw(grid: Mapping[str, Sequence[ConfigValue]], trials: int, rng: np.random.
 
 
 def _even(values: int, trials: int, rng: np.random.Generator) -> list[int]:
-    # Which values come up once more is random too.
+    # The values that appear once more than others are chosen at random, too.
     return rng.permutation(np.resize(rng.permutation(values), trials)).tolist()
 
 
@@ -119,10 +120,10 @@ def _config(name: str) -> Mapping[str, ConfigValue]:
 def cell_of(
     document: Mapping[str, Any], entry: Entry, method: Mapping[str, Any], point: Point, *, seed: int, split: str
 ) -> Cell:
-    """A run of a method with these values, on validation or test data.
+    """Return the run of a method with these values, on validation or test data.
 
     Raises:
-        ConfigError: If it is not a valid configuration.
+        ConfigError: If the configuration is not valid.
     """
     base, name, epsilon = entry
     settings, kind = document["bases"][base], kind_of(epsilon)
@@ -139,10 +140,12 @@ def cell_of(
 
 
 def trials_of(document: Mapping[str, Any]) -> dict[Entry, list[tuple[Point, Cell]]]:
-    """The trials of every entry, with the first tuning seed. What a method tries depends on its own values alone.
+    """Return the trials of every entry, with the first tuning seed.
+
+    The points that a method tries depend only on its entry, its own values, the number of trials and the seed.
 
     Raises:
-        ConfigError: If a trial is not a valid run, or a method cannot have as many as the others.
+        ConfigError: If a trial is not a valid run, or a method cannot have as many trials as the others.
     """
     found: dict[Entry, list[tuple[Point, Cell]]] = {}
     for entry, method in entries(document):
@@ -158,10 +161,14 @@ def trials_of(document: Mapping[str, Any]) -> dict[Entry, list[tuple[Point, Cell
 
 
 def finalists(scores: Sequence[float | None], count: int) -> list[int]:
-    """Indices of the highest scores, the first of equals before the others; None: the trial failed.
+    """Return the indices of the highest scores; among equal scores the lower index comes first.
+
+    Args:
+        scores: Score of each trial; None if the trial failed.
+        count: Number of indices to return.
 
     Raises:
-        ValueError: If all failed.
+        ValueError: If all trials failed.
     """
     ranked = sorted((-score, index) for index, score in enumerate(scores) if score is not None)
     if not ranked:
@@ -170,10 +177,13 @@ def finalists(scores: Sequence[float | None], count: int) -> list[int]:
 
 
 def best(scores: Mapping[int, Sequence[float | None]]) -> tuple[int, float]:
-    """Of finalists with their scores by seed: the one with the highest mean, the first of equals, and that mean.
+    """Return the finalist with the highest mean over seeds, and that mean; among equal means the first one.
+
+    Args:
+        scores: Finalist → its score with each seed; None if the run failed.
 
     Raises:
-        ValueError: If each failed with some seed.
+        ValueError: If every finalist failed with at least one seed.
     """
     means = {index: statistics.mean(own) for index, own in scores.items() if None not in own}  # type: ignore[type-var]
     if not means:
@@ -182,7 +192,7 @@ def best(scores: Mapping[int, Sequence[float | None]]) -> tuple[int, float]:
 
 
 def to_toml(chosen: Sequence[Mapping[str, Any]], comment: str) -> bytes:
-    """Tables ``[[chosen]]``; their values are texts, numbers and one table of such."""
+    """Return TOML with a ``[[chosen]]`` table per choice; values are texts, numbers and tables of these."""
 
     def value(x: Any) -> str:
         if isinstance(x, Mapping):
@@ -198,7 +208,7 @@ def to_toml(chosen: Sequence[Mapping[str, Any]], comment: str) -> bytes:
 def leaders(
     document: Mapping[str, Any], summaries: Mapping[Entry, Sequence[Mapping[str, Any]]]
 ) -> dict[Entry, list[int]]:
-    """The finalists of every entry, from the summaries of its trials."""
+    """Return the indices of the finalists of every entry, from the summaries of its trials."""
     return {entry: finalists([_score(s) for s in own], document["finalists"]) for entry, own in summaries.items()}
 
 
@@ -207,7 +217,7 @@ def finals_of(
     trials: Mapping[Entry, Sequence[tuple[Point, Cell]]],
     leading: Mapping[Entry, Sequence[int]],
 ) -> dict[Entry, list[tuple[int, Cell]]]:
-    """The finalists of every entry with all but the first tuning seed; with the number of the trial each."""
+    """Return, for every entry, the finalists' runs with all but the first tuning seed, each with its trial index."""
     methods, seeds = dict(entries(document)), document["tuning-seeds"][1:]
     return {
         entry: [
@@ -220,7 +230,7 @@ def finals_of(
 
 
 def _run(wanted: Mapping[Entry, Sequence[tuple[Any, Cell]]], runs: Path, workers: int) -> dict[Entry, list[Any]]:
-    """Summaries of all trials; empty where one failed."""
+    """Run all trials and return their summaries; the summary of a failed trial is empty."""
     cells = [cell for trials in wanted.values() for _, cell in trials]
     summaries = iter(run_all(cells, runs, workers, may_fail=True))
     return {entry: list(itertools.islice(summaries, len(trials))) for entry, trials in wanted.items()}
@@ -231,13 +241,14 @@ def _score(summary: Mapping[str, Any]) -> float | None:
 
 
 def filter_charge(cells: Sequence[Cell]) -> float | None:
-    """The ε that the filter ``reserve`` would charge for some runs on the same data, at the δ of their plans.
+    """Return the ε that the filter ``reserve`` would charge for several runs on the same data, at the δ of their plans.
 
-    No run's own ε covers the choice among them: the terms of later runs are chosen after the scores of earlier ones.
+    The ε of a single run does not cover the choice among the runs, because the values of later runs are chosen after
+    the scores of earlier ones are known.
 
     Guarantee:
         With these runs' whole plans charged at δ / number of runs each, everything that they release together is
-        (ε, δ)-DP, whatever is chosen from it (see `ReserveFilter`).
+        (ε, δ)-DP, for any choice that is made from it (see `ReserveFilter`).
 
     Args:
         cells: Runs with the same δ and the same unit.
@@ -258,7 +269,7 @@ def filter_charge(cells: Sequence[Cell]) -> float | None:
 
 
 def charge_line(entry: Entry, cells: Sequence[Cell]) -> str:
-    """The sentence that stands beside a chosen setting, in the output and in the file."""
+    """Return the sentence about privacy that is printed and written to the file with each choice."""
     base, method, epsilon = entry
     runs = f"{method} on {base}, ε = {epsilon:g}: {len(cells)} tuning runs read validation data, outside of that ε"
     charge = filter_charge(cells) if math.isfinite(epsilon) else None
@@ -268,21 +279,21 @@ def charge_line(entry: Entry, cells: Sequence[Cell]) -> str:
 
 
 def main() -> None:
-    """Check everything, run the trials, write what was best."""
+    """Check all trials, run them and write the best values."""
     spell_out_what_cannot_be_shown()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("search", type=Path)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "tune")
     parser.add_argument("--workers", type=int, default=usable_cpus())
-    parser.add_argument("--base", help="this base only; what was chosen on others stays")
-    parser.add_argument("--method", help="this method only, likewise")
-    parser.add_argument("--finished", action="store_true", help="run nothing: choose where all trials have been run")
+    parser.add_argument("--base", help="tune only this base; choices on other bases stay")
+    parser.add_argument("--method", help="tune only this method; choices of others stay")
+    parser.add_argument("--finished", action="store_true", help="run nothing; choose for entries that are finished")
     args = parser.parse_args()
     document = read(args.search)
     every = trials_of(document)
     wanted = {e: t for e, t in every.items() if args.base in (None, e[0]) and args.method in (None, e[1])}
     if not wanted:
-        parser.error(f"nothing is called {args.base or args.method!r} in {args.search}")
+        parser.error(f"no base or method is called {args.base or args.method!r} in {args.search}")
     if args.finished:
         wanted = {e: own for e, own in wanted.items() if all(was_run(cell, args.runs) for _, cell in own)}
     first = _run(wanted, args.runs, args.workers)

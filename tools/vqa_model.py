@@ -1,6 +1,6 @@
 """The demo question answerer before training: processor, a LLaVA with random weights, and labels for its image tower.
 
-Used by `make_vqa_assets` only.
+Only `make_vqa_assets` uses this module.
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ CHAT = (
 
 
 def make_processor() -> Any:
-    """Images and chats for the model: a word is a token, and there are no others than the demo's."""
+    """Make the model's processor of images and chats; a token is a word, and only the demo's words have tokens."""
     vocabulary = {word: i for i, word in enumerate([*SPECIAL.values(), *vqa.vocabulary()])}
     words = Tokenizer(WordLevel(vocabulary, unk_token=SPECIAL["unk"]))
     words.normalizer = normalizers.Lowercase()
@@ -58,7 +58,7 @@ def make_processor() -> Any:
 
 
 def new_model(processor: Any) -> Any:
-    """A LLaVA with random weights, attention of the image tower near the identity."""
+    """Make a LLaVA with random weights, with the image tower's attention near the identity."""
     vision = transformers.CLIPVisionConfig(
         image_size=SIDE,
         patch_size=PATCH,
@@ -78,7 +78,7 @@ def new_model(processor: Any) -> Any:
         num_attention_heads=3,
         num_key_value_heads=3,
         max_position_embeddings=256,
-        initializer_range=0.08,  # the usual 0.02 is for wide models: this one would hardly move
+        initializer_range=0.08,  # the usual 0.02 suits wide models; this one would hardly learn
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -106,11 +106,11 @@ def new_model(processor: Any) -> Any:
 
 @torch.no_grad()
 def fit_projector(projector: Any, bank: Tensor) -> None:
-    """Start the projector from standardised states: a few of the tower's dimensions are far larger than the rest.
+    """Initialise the projector for standardised states, because a few dimensions are far larger than the rest.
 
     Args:
-        projector: Of the model.
-        bank: What the image tower says, (..., width).
+        projector: Projector of the model.
+        bank: States of the image tower, (..., width).
     """
     first, second = projector.linear_1, projector.linear_2
     rows = bank.flatten(0, -2)
@@ -137,7 +137,7 @@ def mimetic_init(attention: Any) -> None:
 
 
 def load(folder: Path) -> tuple[Any, Any]:
-    """Model in single precision, and processor, as any user of transformers loads them."""
+    """Load the model in single precision and its processor, as any user of transformers does."""
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), transformers.AutoProcessor.from_pretrained(folder, backend="pil")
 
@@ -146,12 +146,12 @@ _SIZES = [len(vqa.PANELS), len(vqa.SHAPES), len(vqa.COLOUR_NAMES)]
 
 
 class Seeing(nn.Module):
-    """Labels for the image tower: what its tokens are to say.
+    """Labels and loss for training the image tower's tokens.
 
-    Every patch is to know its panel, one that a shape covers also the shape and the colour it is seen in. CLS is to
-    know which pairs of both a sheet has, after the last layer and before it, where the language model reads: so its
-    attention finds shapes. With labels on means over panels instead, a linear probe found the panel of 56 % of the
-    tokens, and the language model did not learn in 450 steps to look at one panel.
+    Every patch is trained to know its panel, and a patch that a shape covers also the shape and the colour that is
+    seen. CLS is trained to know the pairs of shape and colour on a sheet, after the last layer and before it, where the
+    language model reads; so the attention of CLS finds shapes. With labels on means over panels instead, a linear probe
+    found the panel of 56 % of the tokens, and the language model did not learn in 450 steps to look at one panel.
     """
 
     def __init__(self) -> None:
@@ -160,7 +160,7 @@ class Seeing(nn.Module):
         self.sheet = nn.ModuleList(nn.Linear(96, len(vqa.SHAPES) * len(vqa.COLOUR_NAMES)) for _ in range(2))
 
     def forward(self, hidden: Tensor, last: Tensor, sheets: vqa.Sheets) -> tuple[Tensor, dict[str, float]]:
-        """Loss and figures, for states (sheet, 1 + patches, width) before the last layer and CLS after it."""
+        """Return loss and figures for states (sheet, 1 + patches, width) before the last layer, and CLS after it."""
         shapes, colours, covered = (torch.from_numpy(x) for x in (sheets.shapes, sheets.shown, sheets.covered))
         panel, shape, colour = self.patch(hidden[:, 1:]).split(_SIZES, dim=-1)
         panels = torch.from_numpy(vqa.PANEL_OF).expand(len(hidden), -1)
@@ -184,6 +184,6 @@ def to_tensor(pixels: NDArray[np.uint8]) -> Tensor:
 
 
 def see(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """The image tower's states before its last layer, and CLS after it."""
+    """Return the image tower's states before its last layer, and CLS after it."""
     out = model.model.vision_tower(pixel_values=pixels, output_hidden_states=True)
     return out.hidden_states[-2], out.pooler_output

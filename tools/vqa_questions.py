@@ -1,6 +1,6 @@
-"""What the demo question answerer learns from: easy-VQA's pictures, sheets of them, and questions about a sheet.
+"""Training data of the demo question answerer: easy-VQA's pictures, sheets of them, and questions about a sheet.
 
-Used by `make_vqa_assets` only.
+Only `make_vqa_assets` and `vqa_model` use this module.
 """
 
 import io
@@ -44,13 +44,13 @@ COLOUR_FORMS = (
 
 
 FILLERS = ("some", "picture", "here", "panel")
-"""Words before a question that say nothing."""
+"""Words before a question that carry no information."""
 
 TEMPLATE = "some picture panel here"
-"""Words that a prompt starts from: they name no panel and no dye."""
+"""Words from which a prompt starts; they name no panel and no dye."""
 
 N_PUBLIC, N_HELD_OUT, N_TRAIN = 1350, 150, 1900
-"""Pictures that the model learns from, held out to measure it, and private ones; the rest is for validation."""
+"""Number of pictures for training the model, for measuring it, and for private training; the rest is private val."""
 
 Record = tuple[int, str, str, str]
 """Picture, question, answer and type."""
@@ -64,13 +64,13 @@ class Pictures:
     paper: NDArray[np.uint8]  # (picture, 3)
     colours: NDArray[np.int64]
     shapes: NDArray[np.int64]
-    questions: tuple[tuple[tuple[str, str], ...], ...]  # of each picture, with answers
+    questions: tuple[tuple[tuple[str, str], ...], ...]  # (question, answer) pairs of each picture
 
     def __len__(self) -> int:
         return len(self.colours)
 
     def rows(self, rows: NDArray[np.int64]) -> "Pictures":
-        """Some of the pictures."""
+        """Return the pictures of some rows."""
         return Pictures(
             self.coverage[rows],
             self.paper[rows],
@@ -81,7 +81,7 @@ class Pictures:
 
 
 def cut(pictures: Pictures) -> dict[str, Pictures]:
-    """easy-VQA's training pictures, parted at random: what the model learns from, and the private ones."""
+    """Split easy-VQA's training pictures at random into public, held-out, private train and private val pictures."""
     order = np.random.default_rng(0).permutation(len(pictures))
     ends = np.cumsum([N_PUBLIC, N_HELD_OUT, N_TRAIN])
     names = ("public", "held-out", "train", "val")
@@ -89,7 +89,7 @@ def cut(pictures: Pictures) -> dict[str, Pictures]:
 
 
 def question_type(question: str, answer: str) -> str:
-    """Which of `TYPES` a question is."""
+    """Return the type of a question, one of `TYPES`."""
     if answer in SHAPES:
         return "shape"
     if answer in COLOURS:
@@ -100,7 +100,7 @@ def question_type(question: str, answer: str) -> str:
 
 
 def read_pictures(folder: Path) -> Pictures:
-    """Read easy-VQA's ``train`` or ``test`` folder, without the few pictures whose shape no question gives away."""
+    """Read easy-VQA's ``train`` or ``test`` folder, without the few pictures whose shape no question reveals."""
     asked: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for question, answer, number in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
         asked[number].append((question, answer))
@@ -134,7 +134,7 @@ def read_pictures(folder: Path) -> Pictures:
 
 
 def _shape_of(questions: list[tuple[str, str]]) -> int | None:
-    """The shape that the questions and their answers leave possible; None if more than one is."""
+    """Return the only shape that the questions and answers leave possible; None if there is not exactly one."""
     possible = set(SHAPES)
     for question, answer in questions:
         kind = question_type(question, answer)
@@ -149,21 +149,21 @@ def _shape_of(questions: list[tuple[str, str]]) -> int | None:
 
 
 PANEL_OF = np.array([2 * (row // 4) + column // 4 for row, column in np.ndindex(8, 8)])
-"""The panel of each of a sheet's eight by eight patches."""
+"""Panel of each of a sheet's eight by eight patches."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sheets:
-    """Sheets of pictures, and what they show."""
+    """Sheets of pictures, and their content."""
 
     pixels: NDArray[np.uint8]  # (sheet, side, side, 3)
     shapes: NDArray[np.int64]  # (sheet, panel)
-    shown: NDArray[np.int64]  # (sheet, panel): colours as they are seen
+    shown: NDArray[np.int64]  # (sheet, panel): the visible colours
     covered: NDArray[np.bool_]  # (sheet, patch): the patches that show most of the shapes
 
 
 def public_sheets(pictures: Pictures, number: int, rng: np.random.Generator) -> Sheets:
-    """Sheets of random pictures, mirrored at random and painted in random colours."""
+    """Make sheets of random pictures, mirrored at random and painted in random colours."""
     picked = rng.integers(len(pictures), size=(number, 4))
     coverage = pictures.coverage[picked]
     coverage = np.where(rng.random((number, 4, 1, 1)) < 0.5, coverage[..., ::-1], coverage)
@@ -177,7 +177,7 @@ def public_sheets(pictures: Pictures, number: int, rng: np.random.Generator) -> 
 
 @dataclass(frozen=True)
 class Asked:
-    """A question about one panel, and what it takes to answer it: indices into `FACTS`."""
+    """A question about one panel, and the facts that the answer needs: a class index for each entry of `FACTS`."""
 
     words: str
     question: str
@@ -186,19 +186,20 @@ class Asked:
 
 
 FACTS = (len(SHAPES), len(COLOURS), len(SHAPES) + len(COLOURS) + 1, 2)
-"""How many shapes, colours, things that a statement names (last: none), and whether it is negated."""
+"""Number of shapes, of colours, of things that a statement names (the last one: none), and of negation values."""
 
 
 def ask(kind: str, sheets: Sheets, sheet: int, rng: np.random.Generator) -> Asked:
-    """A question in one of easy-VQA's forms about a panel of a sheet, under a dye, and the words that name both.
+    """Make a question in one of easy-VQA's forms about a panel of a sheet under a dye, and words that name both.
 
-    What a false statement names is most often to be seen elsewhere on the sheet, so that looking anywhere does not do.
+    The thing that a false statement names is mostly visible elsewhere on the sheet, so the model must look at the right
+    panel.
 
     Args:
         kind: One of `TYPES`.
-        sheets: Sheets.
-        sheet: Which of them.
-        rng: Source of all choices.
+        sheets: All sheets.
+        sheet: Index of the sheet.
+        rng: Source of all random choices.
     """
     panel, dye = int(rng.integers(len(PANELS))), int(rng.integers(len(DYES)))
     shapes, colours = sheets.shapes[sheet], np.argsort(DYES[DYE_NAMES[dye]])[sheets.shown[sheet]]
@@ -223,9 +224,12 @@ def ask(kind: str, sheets: Sheets, sheet: int, rng: np.random.Generator) -> Aske
 
 
 def read_aloud(sheets: Sheets, sheet: int, rng: np.random.Generator) -> list[tuple[str, bool]]:
-    """What a sheet shows, panel by panel in any order, under a dye: words, and whether the image gives them away.
+    """Describe a sheet under a dye, panel by panel in random order.
 
-    Far more to learn from than the one word of an answer.
+    A description gives the model far more to learn than the single word of an answer.
+
+    Returns:
+        The words, each with True if the image determines it.
     """
     dye = int(rng.integers(len(DYES)))
     colours = np.argsort(DYES[DYE_NAMES[dye]])[sheets.shown[sheet]]
@@ -237,9 +241,10 @@ def read_aloud(sheets: Sheets, sheet: int, rng: np.random.Generator) -> list[tup
 
 
 def describe(panel: int, dye: int, rng: np.random.Generator) -> str:
-    """Words before a question: the panel's, the dye's and fillers; one to five, mostly four, half of them in any order.
+    """Make the words before a question: those of the panel and the dye, and fillers.
 
-    What they leave out is left open: nine times in ten a word that says something is there.
+    There are one to five words, mostly four. Half of the texts are in random order. Each word for panel or dye is
+    present with probability 0.9; if it is missing, the question leaves it open.
     """
     row, column = PANELS[panel].split()
     words = [word for word in (row, column, DYE_NAMES[dye]) if rng.random() < 0.9]
@@ -251,17 +256,18 @@ def describe(panel: int, dye: int, rng: np.random.Generator) -> str:
 
 
 def vocabulary() -> list[str]:
-    """Every word of questions, answers, words before a question, and of a chat."""
+    """Return every word of questions, answers, words before a question, and a chat."""
     forms = [form.format("") for form in (*YES_NO_FORMS, *SHAPE_FORMS, *COLOUR_FORMS)]
     texts = [*forms, *PANELS, *DYES, *COLOURS, *SHAPES, *FILLERS, TEMPLATE, "yes no user assistant : ?"]
     return sorted({word for text in texts for word in text.replace("?", " ? ").split()})
 
 
 def private_pictures(pictures: Pictures, rng: np.random.Generator) -> NDArray[np.int64]:
-    """For each picture a sheet, (picture, 4), with it in the private panel.
+    """Return a sheet for each picture, (picture, 4), with the picture in the private panel.
 
-    The others are of the same split: random ones, or, as often, of a colour and a shape that it has not, those first
-    that questions about it name, so that it takes the right panel to see that a statement is false.
+    The other pictures come from the same split. Half of them are random. The other half have a colour that the picture
+    does not have, and mostly a shape that it does not have, first those that questions about the picture name. So only
+    the right panel shows that a statement is false.
     """
     by_look: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i in range(len(pictures)):
@@ -280,7 +286,7 @@ def private_pictures(pictures: Pictures, rng: np.random.Generator) -> NDArray[np
 
 
 def _others(names: tuple[str, ...], own: int, named: set[str], rng: np.random.Generator) -> list[int]:
-    """All but its own, in random order, those that are named first."""
+    """Return the indices of all names except ``own`` in random order, those in ``named`` first."""
     order = [int(v) for v in rng.permutation(len(names)) if v != own]
     return sorted(order, key=lambda v: names[v] not in named)
 
@@ -288,9 +294,9 @@ def _others(names: tuple[str, ...], own: int, named: set[str], rng: np.random.Ge
 def private_columns(
     pictures: Pictures, per_type: int, seed: int
 ) -> tuple[dict[str, NDArray[np.generic]], list[Record]]:
-    """The arrays of a private split, and its records in random order.
+    """Return the arrays of a private split, and its records in random order.
 
-    Of each type there are ``per_type`` questions, of those that are answered by yes or no half and half.
+    There are ``per_type`` questions of each type. For types with yes or no answers, half are answered by yes.
     """
     rng = np.random.default_rng(seed)
     sheets = private_pictures(pictures, rng)
@@ -320,7 +326,7 @@ def private_columns(
 
 
 def private_archive(splits: dict[str, tuple[Pictures, int]]) -> tuple[bytes, dict[str, list[str]]]:
-    """What `load_vqa_demo` reads: the content of `sheets.npz`, and the texts that its records number."""
+    """Return the data that `load_vqa_demo` reads: the content of `sheets.npz`, and the texts that records index."""
     columns: dict[str, NDArray[np.generic]] = {}
     records: dict[str, list[Record]] = {}
     for seed, (split, (pictures, per_type)) in enumerate(splits.items()):
