@@ -3,6 +3,7 @@
 import ast
 import functools
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -204,7 +205,6 @@ def test_no_module_imports_itself_through_others():
         module: modules_in(imports_of((ROOT / file).read_text(encoding="utf-8"), of_types=False)) - {module, PUBLIC}
         for module, file in MODULES.items()
     }
-    assert graphlib.TopologicalSorter(graph).static_order()
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError with the circle
 
 
@@ -249,9 +249,8 @@ def test_only_public_names_of_flower(module: str):
 
 
 def test_no_relative_imports():
-    for file in FILES:
-        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-        assert not [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level], file
+    # A line can begin with "from ." only in an import or in a text, which no file of ours has.
+    assert not [file for file in FILES if re.search(r"(?m)^\s*from \.", (ROOT / file).read_text(encoding="utf-8"))]
 
 
 def test_the_schema_of_the_configuration_imports_the_standard_library_only():

@@ -90,5 +90,5 @@ def test_a_node_that_does_not_say_whom_it_hosts_is_named_as_that(nodes: Nodes, m
     grid = nodes()
     answer = LocalGrid.pull_messages
     monkeypatch.setattr(LocalGrid, "pull_messages", lambda self, ids: list(answer(self, ids))[1:])  # one is late
-    with pytest.raises(ConfigError, match="1 of 2 nodes did not say within 3600 s whom they host"):
+    with pytest.raises(ConfigError, match="1 of 2 nodes did not report their clients within 3600 s"):
         join(grid, RunConfig.from_run_config(grid.contexts[1].run_config))

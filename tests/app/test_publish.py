@@ -133,7 +133,7 @@ def test_what_amounts_to_words_scores_as_the_run_said(
 
 def test_a_pair_that_reads_patches_is_refused(settings: dict[str, Any], tmp_path: Path):
     run_local(APP_DIR, settings | {"method": "fedotp", "output.dir": str(tmp_path / "run")})
-    with pytest.raises(ConfigError, match="what a run of fedotp learns cannot be used without the run"):
+    with pytest.raises(ConfigError, match="a prompt of a run of fedotp cannot be used without the run"):
         publish(tmp_path / "run", 0)
 
 
@@ -204,9 +204,9 @@ def reseed(run: Path) -> None:
         (drop_ledger, "client-001/ledger.jsonl does not exist"),
         (drop_ledger_beside_a_failure, "client-001/ledger.jsonl does not exist"),
         (empty_ledgers, "no line of this run"),
-        (mix_runs, "of another run"),
+        (mix_runs, "belongs to another run"),
         (drop_prompt, "kept no personal prompt"),
-        (forget_use, "does not say what it is for"),
+        (forget_use, "does not say how to use the prompt"),
         (reseed, "comes from a seed"),
     ],
 )
@@ -239,7 +239,7 @@ def test_a_seeded_run_is_published_as_a_demonstration_alone(dpfpl: Path):
     reseed(dpfpl)
     facts = publish(dpfpl, 1, allow_reproducible_noise=True).facts
     assert facts.is_reproducible
-    assert any("nobody who knows the seed" in note for note in facts.notes)
+    assert any("anyone who knows the seed" in note for note in facts.notes)
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_a_seeded_run_is_published_as_a_demonstration_alone(dpfpl: Path):
 def test_another_model_is_refused(dpfpl: Path, make_clip_dir: Callable[..., Path], tiny_clip_dir: Path, tmp_path: Path):
     file = tmp_path / "p.safetensors"
     write_published(file, publish(dpfpl, 1))
-    with pytest.raises(ConfigError, match="say where yours are with backbone"):  # its folder is not in the file
+    with pytest.raises(ConfigError, match="give your copy with backbone"):  # its folder is not in the file
         load_prompt(file)
     assert str(tiny_clip_dir).encode() not in file.read_bytes() + card_path(file).read_bytes()
     other = make_clip_dir({"text_cfg": {"layers": 1}})
@@ -277,7 +277,7 @@ def test_the_same_weights_in_another_model_are_refused(
         own = described["model_cfg"].get(key)
         described["model_cfg"][key] = own | value if isinstance(own, dict) else value
     (other / "open_clip_config.json").write_text(json.dumps(described))
-    with pytest.raises(ConfigError, match="what it makes of a known image differs"):
+    with pytest.raises(ConfigError, match="its output for a known image differs"):
         load_prompt(file, backbone=f"local-dir:{other}")
 
 
@@ -287,7 +287,7 @@ def test_other_preparation_of_images_is_refused(dpfpl: Path, tiny_clip_dir: Path
     described = json.loads((other / "open_clip_config.json").read_text())
     described["preprocess_cfg"] = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
     (other / "open_clip_config.json").write_text(json.dumps(described))
-    with pytest.raises(ConfigError, match="what it makes of a known image differs"):
+    with pytest.raises(ConfigError, match="its output for a known image differs"):
         load_prompt(file, backbone=f"local-dir:{other}")
 
 

@@ -67,7 +67,7 @@ def test_a_node_that_is_never_scored_publishes_what_it_trained_on(deployed: Call
     kept, _ = read_tensors(folder / "prompt.safetensors")
     assert torch.equal(found.prompt, kept["global"] + kept["personal"])
     assert found.facts.source.scores is None
-    assert any("never saw what became of it" in note for note in found.facts.notes)
+    assert any("did not receive the final one" in note for note in found.facts.notes)
     write_published(tmp_path / "p.safetensors", found)
     assert read_published(tmp_path / "p.safetensors").facts == found.facts
     tensors, metadata = read_tensors(folder / "prompt.safetensors")

@@ -136,7 +136,7 @@ def test_clients_that_were_never_sampled_have_released_nothing(config: Path):
     # A client that did take part must have its ledger, also in a run that samples its clients.
     Path(f"x/clients/client-{one:03d}/ledger.jsonl").unlink()
     done = call("export", "x", "--client", "global", seeded, "--overwrite", status=2)
-    assert "without the client's ledger nothing says what was released" in done.stderr
+    assert "without the client's ledger it is unknown what was released" in done.stderr
 
 
 @pytest.mark.slow

@@ -221,7 +221,7 @@ PLANTED = {
     Raises: "stack expects a non-empty",
     OneNumber: r"gives \(\); expected a tensor of \(4, 5\)",
     NanOfOne: "is not finite",
-    Peeks: "follows uploads",
+    Peeks: "depends on uploads",
     WritesCleanState: "combine\\(\\) writes to state",
     SkipsNoise: "has no noise",
     OwnNoise: "overrides _noised",

@@ -88,7 +88,7 @@ def rounds_may_be_made_again(patch: Patch) -> None:
 
 
 def hooks_see_the_noise(patch: Patch) -> None:
-    patch.setattr(server, "hidden", lambda state: contextlib.nullcontext())
+    patch.setattr(server, "without_noise_memory", lambda state: contextlib.nullcontext())
 
 
 def the_ledger_of_a_run_is_written_afterwards(patch: Patch) -> None:

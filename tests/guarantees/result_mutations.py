@@ -103,7 +103,7 @@ def a_time_in_the_curve(patch: Patch) -> None:
 
 def a_date_in_the_card(patch: Patch) -> None:
     card = published.model_card
-    patch.setattr(published, "model_card", lambda *given: f"{card(*given)}\nWritten {time.time():.0f}.\n")
+    patch.setattr(published, "model_card", lambda *given: f"{card(*given)}\nWritten {time.time_ns()}.\n")
 
 
 def metadata_in_an_order_of_chance(patch: Patch) -> None:
@@ -163,8 +163,10 @@ RESULT_MUTATIONS: Sequence[Mutation] = (
     _mutation("a prompt's file has class counts", "metadata_of_global", class_counts_in_the_prompt, _RECORD),
     _mutation("a prompt's file counts bad records", "metadata_of_global", unusable_records_in_the_prompt, _RECORD),
     _mutation("the curve tells the time", "RunRecorder.write_curve", a_time_in_the_curve, _RECORD),
-    _mutation("the model card tells the time", "published.model_card", a_date_in_the_card, _RECORD),
-    _mutation("a prompt's bytes differ by chance", "results.write_tensors", metadata_in_an_order_of_chance, _RECORD),
-    _mutation("times are declared to be results", "run_files.RUN_FILES", times_declared_to_be_results, _RECORD, _KINDS),
+    _mutation("the model card tells the time", "publish.file.model_card", a_date_in_the_card, _RECORD),
+    _mutation("a prompt's bytes differ by chance", "recorder.write_tensors", metadata_in_an_order_of_chance, _RECORD),
+    _mutation(
+        "times are declared to be results", "file_kinds.RUN_FILES", times_declared_to_be_results, _RECORD, _KINDS
+    ),
     _mutation("a plug-in writes beside the results", "DPFPL.server_update", a_plugins_file_among_the_results, _KINDS),
 )

@@ -229,9 +229,9 @@ def test_kinds(name: str, kind: str | None) -> None:
 
 def test_a_writer_must_mean_the_kind_that_is_declared(tmp_path: Path) -> None:
     assert path_of(tmp_path, "summary.json", "result") == tmp_path / "summary.json"
-    with pytest.raises(ValueError, match=r"kind 'result', and file_kinds\.py has it as 'operator'"):
+    with pytest.raises(ValueError, match=r"kind 'result', but file_kinds\.py lists it as 'operator'"):
         path_of(tmp_path, "operator/totals.json", "result")
-    with pytest.raises(ValueError, match="has it as None"):
+    with pytest.raises(ValueError, match="lists it as None"):
         path_of(tmp_path, "norms.csv", "result")
 
 

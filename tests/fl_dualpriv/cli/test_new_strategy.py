@@ -34,7 +34,7 @@ def test_nothing_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("name", ["MyMean", "my-mean", "2means", "a/b", "", "class", "a__b", "../up"])
 def test_a_name_that_is_none_is_refused(tmp_path: Path, name: str):
-    with pytest.raises(ConfigError, match="no name of a module"):
+    with pytest.raises(ConfigError, match="not a valid module name"):
         write_strategy(name, tmp_path)
     assert not list(tmp_path.iterdir())
 

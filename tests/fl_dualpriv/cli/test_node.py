@@ -74,7 +74,7 @@ def test_an_owners_file_that_says_all(tmp_path: Path):
         (APP, {"any_app": True}, "--any-app allows all: choose one"),
         (BUDGET + APP, {}, r"has a \[budget\] but no state-dir"),
         ('state-dir = "/mine"\n' + BUDGET + APP, {}, r"has a \[budget\] but no data-path"),
-        (APP, {"root_certificates": Path("ca.crt")}, "--insecure is without TLS"),
+        (APP, {"root_certificates": Path("ca.crt")}, "--insecure disables TLS"),
         ("[app]\nallowed = ['short']\n", {}, "a SHA-256 digest has 64 digits"),
     ],
     ids=["no table", "empty", "both", "no folder", "no images", "TLS or not", "no digest"],

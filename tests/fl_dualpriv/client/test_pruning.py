@@ -107,7 +107,7 @@ def test_the_count_survives_floating_point() -> None:
     ],
 )
 def test_refuses_other_numbers(change: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"must be|choose a token"):
+    with pytest.raises(ValueError, match=r"must be|choose another block"):
         replace(NOISED, **change)
 
 
@@ -118,7 +118,7 @@ def test_pruning_is_given_the_release_and_no_other_data() -> None:
     ]
     assert list(inspect.signature(UpdatePruning.opened).parameters) == [
         "self",
-        "history",
+        "release_memory",
         "noise_std",
         "draw",
         "blocks",

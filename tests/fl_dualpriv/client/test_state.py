@@ -109,7 +109,7 @@ def test_what_is_remembered_of_releases_survives_with_the_state(tmp_path: Path):
         ({}, "holds no past.average"),
         (REMEMBERED | {"past.seen": torch.arange(3)}, r"past.seen \(3,\), torch.int64; expected \(4,\)"),
         (REMEMBERED | {"past.seen": torch.rand(4)}, "torch.float32; expected .* torch.int64"),
-        (REMEMBERED | {"optimizer.first": torch.rand(4, 6)}, "holds optimizer.first; no such thing is kept"),
+        (REMEMBERED | {"optimizer.first": torch.rand(4, 6)}, "holds optimizer.first; this run keeps no such tensor"),
     ],
     ids=["missing", "shape", "type", "unknown"],
 )

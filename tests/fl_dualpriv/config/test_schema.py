@@ -238,7 +238,7 @@ LORA = {
         ({**TRUSTS, "method": "dpfpl-paper"}, "method", "needs privacy.record.trusts-server = false"),
         ({"privacy.client.clipping": "adaptive"}, "privacy.client.clipping", "there is none to scale"),
         ({**TREE, "privacy.client.clipping": "adaptive"}, "privacy.client.clipping", "or it spans all rounds"),
-        ({**TREE, "privacy.client.bands": 2}, "privacy.client.bands", "is of banded noise alone"),
+        ({**TREE, "privacy.client.bands": 2}, "privacy.client.bands", "applies only to mechanism"),
         ({**TREE, "privacy.arithmetic": "integer"}, "privacy.arithmetic", 'must be "float" for correlated noise'),
         ({"pruning.update-keep-ratio": 0.5, "method": "dpfpl-paper"}, "method", "needs pruning.update-keep-ratio = 1"),
         ({**PRUNED, **FEATURE, "pruning.update-rule": "past"}, "pruning.update-rule", 'noise-space must be "prompt"'),

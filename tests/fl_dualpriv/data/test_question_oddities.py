@@ -123,5 +123,5 @@ def test_images_that_are_no_files_have_one_hash(folder: Path) -> None:
         lines = [*LINES, json.dumps(record(image)), "no json"]
         found = [[part.images.content_hash for part in sets(load(folder / "all.jsonl", lines))] for _ in range(2)]
         assert found[0] == found[1]
-        with pytest.raises(ConfigError, match=r"is missing: an image of train|no JSON object"):
+        with pytest.raises(ConfigError, match=r"is missing: an image of train|not a JSON object"):
             load(folder / "all.jsonl", lines, "raise")

@@ -101,7 +101,7 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path):
     with pytest.raises(ConfigError) as caught:
         load(write(tmp_path / "all.jsonl", rows))
     message = str(caught.value)
-    assert "line 21: no JSON object" in message
+    assert "line 21: not a JSON object" in message
     assert "line 22: question must be a non-empty text" in message
     assert "none.png is missing" in message
 
@@ -118,7 +118,7 @@ def test_bad_records_stay_counted_under_dp(tmp_path: Path):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda folder: folder / "missing.jsonl", "is missing, or neither"),
+        (lambda folder: folder / "missing.jsonl", "is missing, or is neither"),
         (lambda folder: folder, r"without train.jsonl or train.csv"),
         (lambda folder: write(folder / "a.csv", [{"image": "a", "question": "b"}]), "answer is missing"),
         (lambda folder: write(folder / "a.jsonl", [""]), "holds no question"),

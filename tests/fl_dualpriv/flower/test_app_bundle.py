@@ -103,5 +103,5 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path, pyproject: str | None):
         if pyproject is not None:
             archive.writestr("pyproject.toml", pyproject)
     for content in (file.read_bytes(), b"no archive", b""):
-        with pytest.raises(ConfigError, match="no bundle of a Flower app"):
+        with pytest.raises(ConfigError, match="not the bundle of a Flower app"):
             read_bundle(content)

@@ -166,7 +166,7 @@ def test_pruned_tokens_are_projected(make_llava_dir, vision: str):
 @pytest.mark.parametrize(
     ("changes", "pruner", "message"),
     [
-        ({"layers": [-2, -1]}, PRUNER, r"hidden state \[-2, -1\].*which must be one"),
+        ({"layers": [-2, -1]}, PRUNER, r"hidden state \[-2, -1\].*only a single hidden state"),
         ({}, VisualTokenPruner(layer=-1, keep_ratio=0.5), "visual-layer = -1: .* reads hidden state -2"),
         ({}, VisualTokenPruner(layer=7, keep_ratio=0.5), "visual-layer = 7"),
         ({}, VisualTokenPruner(layer=-2, dominant=16, contextual=0), ""),

@@ -166,7 +166,7 @@ def test_a_key_that_flower_takes_and_others(certs: Path, tmp_path: Path):
     for file, words in (
         (loose, "may be read by others"),
         (strange, "not on a NIST curve"),
-        (text, "no SSH private key"),
+        (text, "not an SSH private key"),
         (tmp_path / "absent", "cannot be read"),
     ):
         found = node_check._guarded(
@@ -192,7 +192,7 @@ def whole(tmp_path: Path, images: int = 6) -> NodeFile:
 def test_data_that_cannot_be_used(tmp_path: Path):
     node = whole(tmp_path)
     assert node_check._data(node) == Finding(
-        what="data", verdict="good", says="12 training images of 2 classes, test/ of its own"
+        what="data", verdict="good", says="12 training images of 2 classes, a separate test/"
     )
     files = sorted((tmp_path / "images" / "train").rglob("*.png"))
     files[0].write_bytes(b"no image")

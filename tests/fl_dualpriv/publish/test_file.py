@@ -154,9 +154,9 @@ def header(size: int, text: bytes = b"") -> bytes:
 
 
 HOSTILE: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "no safetensors file"),
-    "header-of-exabytes": (header(2**63), "no safetensors file"),
-    "header-beyond-the-file": (header(100, b"{}"), "no safetensors file"),
+    "empty": (b"", "not a safetensors file"),
+    "header-of-exabytes": (header(2**63), "not a safetensors file"),
+    "header-beyond-the-file": (header(100, b"{}"), "not a safetensors file"),
     "header-no-json": (header(2, b"{]"), "no guarantee line"),
     "header-deep": (header(200_000, b"[" * 200_000), "no guarantee line"),
     "header-list": (header(2, b"[]"), "no guarantee line"),
@@ -191,7 +191,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "no-guarantee": (content(changed("guarantees", drop=True)), "no guarantee line"),
     "empty-guarantee": (content(changed("guarantees", to=[])), "no guarantee line"),
     "guarantee-and-none": (content(changed("not_private", to=True)), "says that it has none"),
-    "zero-epsilon": (content(FACTS.to_json().replace("3.9941", "0.0")), "which is none"),
+    "zero-epsilon": (content(FACTS.to_json().replace("3.9941", "0.0")), "which is not a guarantee"),
     "no-classes": (content(changed("use", "classes", to=[])), "without classes"),
     "classes-missing": (content(changed("use", "classes", drop=True)), "missing or unknown fields in use: classes"),
     "one-class": (content(changed("use", "classes", to=["cat"])), "fewer than two"),

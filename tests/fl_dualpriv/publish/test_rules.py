@@ -155,7 +155,7 @@ def test_a_personal_prompt_is_not_covered_at_client_level_and_one_must_say_so():
     ("changes", "reason"),
     [
         ({"rows": [], "claims": frozenset()}, "without differential privacy"),
-        ({"rows": [row("published personal prompt", guarantee="nominal")]}, "nominal, no bound"),
+        ({"rows": [row("published personal prompt", guarantee="nominal")]}, "nominal, not a bound"),
         ({"rows": [row("client upload")]}, "record level does not cover it"),
     ],
     ids=["no-dp", "nominal", "no-row"],
@@ -168,5 +168,5 @@ def test_without_a_guarantee_one_must_say_so(changes: Any, reason: str):
 
 
 def test_a_prompt_with_a_guarantee_is_not_published_as_if_it_had_none():
-    with pytest.raises(PrivacyError, match=r"has a guarantee.*leave --not-private out"):
+    with pytest.raises(PrivacyError, match=r"has a guarantee.*omit --not-private"):
         guarantees_of(MATERIAL, None, not_private=True)

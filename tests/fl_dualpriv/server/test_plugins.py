@@ -176,7 +176,7 @@ def test_options_of_nobody_are_refused():
 
 def test_options_of_flowers_are_for_flowers_alone():
     config = StrategyConfig(ref="strategies.dpfpl:DPFPL", path="", options="")
-    with pytest.raises(ConfigError, match=r"plugin.flower.eta: for strategies of Flower's"):
+    with pytest.raises(ConfigError, match=r"plugin.flower.eta: is for Flower's strategies"):
         load_strategy(config, {"plugin.flower.eta": 0.1})
     found, arguments = load_strategy(replace(config, ref="flwr.serverapp.strategy:FedAdam"), {"plugin.flower.eta": 0.2})
     assert issubclass(found, FlowerStrategy)

@@ -239,7 +239,7 @@ def test_a_useless_weight_never_gives_a_prompt(weight: float):
         def weight(self, num_examples: int) -> float:
             return weight
 
-    with pytest.raises(ConfigError, match="one client at least must count"):  # before any client is asked
+    with pytest.raises(ConfigError, match="at least one client must have a weight"):  # before any client is asked
         make(Useless, client_level())
 
 

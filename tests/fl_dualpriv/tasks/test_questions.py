@@ -128,7 +128,7 @@ def test_unknown_words_are_an_error_without_dp_and_a_zero_under_dp(configure: Co
     lines = file.read_text().splitlines()
     lines[0] = json.dumps({"image": "0.png", "question": "what is a zebra ?", "answer": "red", "type": "type 0"})
     file.write_text("\n".join([*lines, "no json"]))
-    with pytest.raises(ConfigError, match="no JSON object"):
+    with pytest.raises(ConfigError, match="not a JSON object"):
         build(configure(**{"data.path": str(file)}))
     file.write_text("\n".join(lines))
     load_questions.cache_clear()

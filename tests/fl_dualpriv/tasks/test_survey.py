@@ -152,12 +152,12 @@ def test_a_client_without_a_usable_record_is_a_warning(images: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "split", "says"),
     [
-        ({}, None, ("private", "nothing will be scored", "Give a test/ folder of its own", 'held-out-data = "public"')),
+        ({}, None, ("private", "nothing will be scored", "Give a separate test/ folder", 'held-out-data = "public"')),
         ({"evaluation.held-out-data": "public"}, None, ("6 test images, public",)),
         (NO_DP, None, ("their scores are shown",)),
         ({}, "test", ("2 test images, public; their scores may leave",)),
         ({"evaluation.held-out-data": "private"}, "test", ('scored: evaluation.held-out-data = "private"',)),
-        ({"evaluation.split": "val"}, None, ("3 val images, private", "Give a val/ folder of its own")),
+        ({"evaluation.split": "val"}, None, ("3 val images, private", "Give a separate val/ folder")),
     ],
     ids=str,
 )
@@ -233,7 +233,7 @@ def test_every_form_of_questions_is_found_from_where_it_is_typed(
     assert survey(RunConfig.from_run_config(job.flat)) == list(job.data)
     assert job.data[0] == "data: 9 training questions about 9 images: 9 usable of 9"
     assert "warning: nothing will be scored" in job.data[-1]
-    assert "Give a test set of its own" in job.data[-1]
+    assert "Give a separate test set" in job.data[-1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
