@@ -1,4 +1,4 @@
-"""Federated prompt learning for vision-language models with differential privacy that is true."""
+"""Federated prompt learning for vision-language models with proved differential privacy."""
 
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ except PackageNotFoundError:  # a checkout that was never installed
 
 
 def __getattr__(name: str) -> Any:
-    """`load_prompt` comes with torch, which whoever only asks for the version does without."""
+    """Import `load_prompt` on first use, because it needs torch and a query of the version does not."""
     if name != "load_prompt":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from fl_dualpriv.publish.use import load_prompt

@@ -1,8 +1,11 @@
-"""The two errors this library defines, both ``ValueError``: the input was wrong. And how little to say of others."""
+"""The two errors that this library defines, and the redacted form of any other error.
+
+Both errors are a ``ValueError``: the input was wrong.
+"""
 
 
 class ConfigError(ValueError):
-    """A configuration key, a path, a data set or a model file is not usable as given."""
+    """The run cannot use a configuration key, a path, a data set or a model file in the given form."""
 
 
 class PrivacyError(ValueError):
@@ -10,5 +13,5 @@ class PrivacyError(ValueError):
 
 
 def type_alone(error: Exception) -> str:
-    """What may be said of an error to somebody who must not read its words: they may quote data."""
-    return f"{type(error).__name__}; its words are in the log of the node"
+    """Return the redacted form of an error for a remote reader: its type only, because messages may quote data."""
+    return f"{type(error).__name__}; its message is in the log of the node"

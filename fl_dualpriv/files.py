@@ -1,4 +1,4 @@
-"""Files that are never half written: a temporary neighbour first, then one rename."""
+"""Atomic file writes: write a temporary file in the same folder, then rename it once."""
 
 import contextlib
 import json
@@ -18,9 +18,9 @@ def write_bytes(path: Path, content: bytes, *, synced: bool = False, private: bo
 
     Args:
         path: The file.
-        content: All of it.
-        synced: Whether it is on disk when this returns.
-        private: Whether only this user may read it.
+        content: The full content of the file.
+        synced: True if the file must be on disk when this returns.
+        private: True if only this user may read the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -38,21 +38,21 @@ def write_bytes(path: Path, content: bytes, *, synced: bool = False, private: bo
 
 
 def keep_previous(path: Path, previous: Path) -> None:
-    """Make ``previous`` the file that ``path`` is now; ``path`` stays.
+    """Make ``previous`` a second name or a copy of the current file ``path``; ``path`` stays.
 
-    A second name for the file (a hard link) is made where the file system has hard links, and a copy elsewhere, as on
-    vfat, exFAT and many network mounts.
+    Where the file system has hard links, ``previous`` becomes a hard link. Elsewhere, as on vfat, exFAT and many
+    network mounts, it becomes a copy.
 
     Guarantee:
-        A crash at any moment leaves whole files under both names: what was under ``previous``, or what is under
-        ``path``.
+        A crash at any moment leaves whole files under both names. ``previous`` then holds its old content or the
+        content of ``path``.
     """
     temporary = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
         try:
             os.link(path, temporary)
-        except OSError:  # each file system has a number of its own for "no hard links here"
+        except OSError:  # each file system reports "no hard links" with a different error number
             temporary.touch(mode=0o600)
             shutil.copyfile(path, temporary)
             with contextlib.suppress(OSError):
@@ -64,12 +64,12 @@ def keep_previous(path: Path, previous: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON; NaN and infinity are refused (they are not JSON)."""
+    """Write ``value`` as indented JSON. Refuse NaN and infinity, because they are not JSON."""
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def append_json_line(path: Path, value: Any, *, synced: bool = False) -> None:
-    """Append ``value`` as one line, in one write; ``synced``: on disk when this returns."""
+    """Append ``value`` as one JSON line, in one write; with ``synced`` the line is on disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(value, allow_nan=False) + "\n")
@@ -81,7 +81,7 @@ def append_json_line(path: Path, value: Any, *, synced: bool = False) -> None:
 
 
 def _sync(path: Path) -> None:
-    """A file, or the names in a folder."""
+    """Sync a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -92,26 +92,29 @@ def _sync(path: Path) -> None:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, private: bool = False
 ) -> None:
-    """Write a safetensors file, the same bytes for the same content; ``private``: only this user may read it."""
+    """Write a safetensors file, with the same bytes for the same content.
+
+    With ``private`` only this user may read the file.
+    """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_bytes(path, _in_order(save(contiguous, dict(metadata))), private=private)
 
 
 def _in_order(content: bytes) -> bytes:
-    """A safetensors file with its header's names in order: safetensors writes metadata in an order of chance."""
+    """Sort the names in the header of a safetensors file, because safetensors writes metadata in a random order."""
     size = int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the numbers after it stay aligned
+    header += b" " * (-len(header) % 8)  # the tensor data after the header stay aligned
     return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file: its tensors and its metadata."""
+    """Return the tensors and the metadata of a safetensors file."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file alone."""
+    """Return only the metadata of a safetensors file."""
     with safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})

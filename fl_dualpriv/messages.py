@@ -1,6 +1,6 @@
-"""The only file that knows the keys inside Flower messages: kebab-case outside, typed values inside.
+"""Conversion between typed values and Flower messages. No other file knows the kebab-case keys of the messages.
 
-A message speaks of one or more clients that its node hosts; whatever is said of several clients is a list in the order
+A message concerns one or more clients that its node hosts. Each value that several clients have is a list in the order
 of ``partitions``.
 """
 
@@ -26,7 +26,7 @@ _DEAD_ACTOR = re.compile(r"<class 'ray\.exceptions\.(ActorDied|RayActor)Error'>:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """What the server asks of a node in one round: to train these of its clients."""
+    """Request of the server to a node in one round: train these of its clients."""
 
     partitions: tuple[int, ...]
     global_prompt: Tensor
@@ -37,7 +37,7 @@ class TrainRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRequest:
-    """Which prompt a node should score, for which of its clients."""
+    """Request of the server to a node: score this prompt for these of its clients."""
 
     partitions: tuple[int, ...]
     global_prompt: Tensor
@@ -48,12 +48,13 @@ class EvaluateRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientCard:
-    """What is said about a client before round 1: public metadata.
+    """Public metadata that a node reports about a client before round 1.
 
     Attributes:
-        partition: Which client.
-        num_examples: n_i.
-        rows: How its gradients are computed, see `row_check`, a function of its machine; None: it computes none.
+        partition: Number of the client.
+        num_examples: Number of its records, n_i.
+        rows: Way in which the client computes its gradients (see `row_check`), a function of its machine. None if it
+            computes none.
     """
 
     partition: int
@@ -63,12 +64,12 @@ class ClientCard:
 
 @dataclass(frozen=True, kw_only=True)
 class Uploads:
-    """What a node answers to a `TrainRequest`: one upload per client that did well, a reason for each that did not.
+    """Reply of a node to a `TrainRequest`: one upload per client that succeeded, a reason for each that failed.
 
     Attributes:
-        partitions: Whose uploads they are.
-        values: (client, n_ctx, ctx_dim), in that order.
-        failed: Partition → reason.
+        partitions: Numbers of the clients that sent the uploads.
+        values: Uploads (client, n_ctx, ctx_dim), in the order of ``partitions``.
+        failed: Reason of each failure by the number of the client.
     """
 
     partitions: tuple[int, ...]
@@ -78,7 +79,7 @@ class Uploads:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What a node answers to an `EvaluateRequest`; see `Uploads`."""
+    """Reply of a node to an `EvaluateRequest`; see `Uploads`."""
 
     partitions: tuple[int, ...]
     values: list[Score]
@@ -86,12 +87,12 @@ class Scores:
 
 
 def to_arrays(prompt: Tensor) -> ArrayRecord:
-    """Wrap the global prompt, the only tensor the server ever sends."""
+    """Wrap the global prompt, the only tensor that the server ever sends."""
     return _pack("global-prompt", prompt)
 
 
 def from_arrays(arrays: ArrayRecord) -> Tensor:
-    """Undo `to_arrays`."""
+    """Return the global prompt that `to_arrays` wrapped."""
     return _unpack(arrays, "global-prompt")
 
 
@@ -101,13 +102,13 @@ def _pack(name: str, tensor: Tensor) -> ArrayRecord:
 
 def _unpack(arrays: ArrayRecord, name: str) -> Tensor:
     if list(arrays) != [name]:
-        raise ValueError(f"arrays {sorted(arrays)} in a message; expected {name!r} alone")
-    # A copy: the record's memory is read-only.
+        raise ValueError(f"arrays {sorted(arrays)} in a message; expected only {name!r}")
+    # A copy, because the record's memory is read-only.
     return torch.from_numpy(np.array(arrays[name].numpy()))
 
 
 def train_content(request: TrainRequest, arrays: ArrayRecord | None = None) -> RecordDict:
-    """Content of a train message; ``arrays``: the global prompt, if it is packed already (once for all nodes)."""
+    """Build the content of a train message; ``arrays`` is the global prompt if it is packed already, for all nodes."""
     config = ConfigRecord(
         {
             "partitions": list(request.partitions),
@@ -126,10 +127,10 @@ def train_content(request: TrainRequest, arrays: ArrayRecord | None = None) -> R
 
 
 def read_train(message: Message) -> TrainRequest:
-    """Undo `train_content`.
+    """Return the request in a train message (see `train_content`).
 
     Raises:
-        ValueError, KeyError: If anything is missing or of another type: no default is as good as what was meant.
+        ValueError, KeyError: If a value is missing or of another type. No default replaces it.
     """
     config = message.content.config_records["config"]
     mechanism, trusts_server = config["mechanism"], config["trusts-server"]
@@ -156,7 +157,7 @@ def read_train(message: Message) -> TrainRequest:
 
 
 def evaluate_content(request: EvaluateRequest, arrays: ArrayRecord | None = None) -> RecordDict:
-    """Content of an evaluate message; ``arrays`` as in `train_content`."""
+    """Build the content of an evaluate message; ``arrays`` as in `train_content`."""
     config = ConfigRecord(
         {
             "partitions": list(request.partitions),
@@ -169,7 +170,7 @@ def evaluate_content(request: EvaluateRequest, arrays: ArrayRecord | None = None
 
 
 def read_evaluate(message: Message) -> EvaluateRequest:
-    """Undo `evaluate_content`."""
+    """Return the request in an evaluate message (see `evaluate_content`)."""
     config = message.content.config_records["config"]
     kind = config["prompt"]
     if kind not in ("zero-shot", "global", "personal"):
@@ -184,15 +185,20 @@ def read_evaluate(message: Message) -> EvaluateRequest:
 
 
 def uploads_content(uploads: Uploads) -> RecordDict:
-    """Content of a train reply: the uploads, whose they are, and nothing else of the clients that did well."""
+    """Build the content of a train reply.
+
+    It holds the uploads, the numbers of their clients, and the failures. It holds no other value of the clients that
+    succeeded.
+    """
     return RecordDict({"arrays": _pack("upload", uploads.values), "clients": _pack_clients(uploads)})
 
 
 def read_uploads(reply: Message, shape: tuple[int, ...]) -> Uploads:
-    """The uploads of a train reply, float64.
+    """Return the uploads of a train reply, float64.
 
     Raises:
-        ValueError: If they are not one floating-point tensor with one upload of ``shape`` for each named client.
+        ValueError: If the reply does not hold one floating-point tensor with one upload of ``shape`` for each named
+            client.
     """
     partitions, failed = _read_clients(reply)
     stack = _unpack(reply.content.array_records["arrays"], "upload")
@@ -203,7 +209,7 @@ def read_uploads(reply: Message, shape: tuple[int, ...]) -> Uploads:
 
 
 def scores_content(scores: Scores) -> RecordDict:
-    """Content of an evaluate reply: four counts for each client, and two for each group where groups are told."""
+    """Build the content of an evaluate reply: four counts for each client, and two for each group if reported."""
     counts: dict[str, list[int]] = {key: [getattr(s, name) for s in scores.values] for key, name in _COUNTS.items()}
     if any(s.by_group for s in scores.values):
         pairs = [pair for s in scores.values for pair in s.by_group]
@@ -212,10 +218,11 @@ def scores_content(scores: Scores) -> RecordDict:
 
 
 def read_scores(reply: Message) -> Scores:
-    """Undo `scores_content`.
+    """Return the scores in an evaluate reply (see `scores_content`).
 
     Raises:
-        ValueError: If the counts are not one for each named client, not counts, or more than all are correct.
+        ValueError: If there is not one count of each kind for each named client, if a value is not a count, or if a
+            count of correct images exceeds the total.
     """
     partitions, failed = _read_clients(reply)
     record = reply.content.metric_records["score"]
@@ -237,7 +244,7 @@ def read_scores(reply: Message) -> Scores:
 
 
 def _read_groups(record: MetricRecord, clients: int) -> list[tuple[tuple[int, int], ...]]:
-    """Each client's counts by group; of nobody if the reply tells none."""
+    """Return the counts by group of each client; empty for each client if the reply holds no groups."""
     if not set(_GROUPS) & set(record):
         return [()] * clients
     correct, total = (_ids(record[key]) for key in _GROUPS)
@@ -249,21 +256,21 @@ def _read_groups(record: MetricRecord, clients: int) -> list[tuple[tuple[int, in
 
 
 def cards_content(cards: Sequence[ClientCard]) -> RecordDict:
-    """Content of the reply to a query message: the clients that the node hosts."""
+    """Build the content of the reply to a query message: the clients that the node hosts."""
     record = {"partition-id": [c.partition for c in cards], "num-examples": [c.num_examples for c in cards]}
     rows = ConfigRecord({"rows": [card.rows or "" for card in cards]})
     return RecordDict({"card": MetricRecord({**record}), "machine": rows})
 
 
 def read_cards(reply: Message) -> list[ClientCard]:
-    """Undo `cards_content`."""
+    """Return the cards in the reply to a query message (see `cards_content`)."""
     record = reply.content.metric_records["card"]
-    paths: dict[object, RowPath] = {path: path for path in get_args(RowPath)}  # what a node says may be anything
-    said = reply.content.config_records["machine"]["rows"]
-    if not isinstance(said, list):
-        raise ValueError(f"rows = {said!r:.40} in the reply to a query")
-    found = zip(_ids(record["partition-id"]), _ids(record["num-examples"]), said, strict=True)
-    return [ClientCard(partition=p, num_examples=count, rows=paths.get(rows)) for p, count, rows in found]
+    paths: dict[object, RowPath] = {path: path for path in get_args(RowPath)}  # a node may send any text
+    row_paths = reply.content.config_records["machine"]["rows"]
+    if not isinstance(row_paths, list):
+        raise ValueError(f"rows = {row_paths!r:.40} in the reply to a query")
+    columns = zip(_ids(record["partition-id"]), _ids(record["num-examples"]), row_paths, strict=True)
+    return [ClientCard(partition=p, num_examples=count, rows=paths.get(rows)) for p, count, rows in columns]
 
 
 def _pack_clients(answer: Uploads | Scores) -> ConfigRecord:
@@ -302,23 +309,26 @@ def _number(value: Any) -> float:
 
 
 def dead_actor(reply: Message) -> str | None:
-    """Id of the process that computed for a node of Flower's simulation and died, "?" if it is not told; else None.
+    """Return the process id of a dead simulation actor, "?" if the reply does not name it, or None if none died.
 
-    Flower puts dead actors back among the living, and each fails at once whatever it is given, so it is given much.
+    Flower returns dead actors to its pool. Each one fails every task at once, so Flower gives it many tasks.
     """
     reason = (reply.error.reason or "") if reply.has_error() else ""
-    if not _DEAD_ACTOR.match(reason):  # a client's own words are wrapped in another class
+    if not _DEAD_ACTOR.match(reason):  # Ray wraps an exception of a client in another class
         return None
     found = re.search(r"^\s*pid: (\d+)$", reason, flags=re.MULTILINE)
     return found[1] if found else "?"
 
 
 def failure_reason(reply: Message) -> str:
-    """What a client raised, in its own words: Ray wraps them in two tracebacks and the repr of an actor."""
+    """Return the message of the exception that a client raised.
+
+    Ray wraps that message in two tracebacks and the repr of an actor.
+    """
     if (pid := dead_actor(reply)) is not None:
         return (
-            f"actor {pid} of the simulation has died, of a crash or for want of memory (see flower.log), and fails all "
-            "that Flower goes on giving it; start the run anew, or go on from its last round with --resume"
+            f"actor {pid} of the simulation has died, because it crashed or ran out of memory (see flower.log), and "
+            "fails every task that Flower gives it; start a new run, or continue from the last round with --resume"
         )
     text = re.sub(r"\x1b\[[0-9;]*m", "", reply.error.reason or "no reason given").strip()
     _, found, message = text.rpartition("Exception ClientAppException occurred. Message: ")

@@ -1,4 +1,4 @@
-"""Accuracy on a client's own classes (local) and on everybody else's (neighbour), always over all class names."""
+"""Accuracy on a client's own classes (local) and on all other classes (neighbour), always over all class names."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,12 @@ class Score:
     """Counts on held-out images, for one client.
 
     Attributes:
-        local_correct: Correct among images of classes the client holds.
-        local_total: Images of classes the client holds.
-        neighbour_correct: Correct among all other images.
-        neighbour_total: All other images.
-        by_group: Correct and all records of each group that the client holds, (0, 0) for the others; empty: not told.
+        local_correct: Number of correct images among those of classes that the client holds.
+        local_total: Number of images of classes that the client holds.
+        neighbour_correct: Number of correct images among all other images.
+        neighbour_total: Number of all other images.
+        by_group: Pairs (correct records, all records), one for each group; (0, 0) for a group that the client does not
+            hold. Empty if the client does not report groups.
     """
 
     local_correct: int
@@ -27,13 +28,13 @@ class Score:
 
 
 def score(class_features: Tensor, image_features: Tensor, labels: Tensor, held_classes: Tensor) -> Score:
-    """Classify by the largest cosine over *all* class names, and count by whether the true class is held.
+    """Classify by the largest cosine over *all* class names; count images of held and of other classes separately.
 
     Args:
         class_features: (n_cls, embed_dim), unit norm.
         image_features: (image, embed_dim), unit norm.
         labels: (image,).
-        held_classes: Class ids that the client holds; public metadata.
+        held_classes: Class ids that the client holds, which are public metadata.
 
     Reference:
         DP-FPL, arXiv:2501.13904, Tables 2 and 3.
@@ -53,32 +54,32 @@ def _correct(class_features: Tensor, image_features: Tensor, labels: Tensor) -> 
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:
-    # The argmax of NaN is class 0: an unreadable image or a diverged prompt would be right by accident.
+    # The argmax of NaN is class 0, so an unreadable image or a diverged prompt would count as correct by accident.
     return (logits.argmax(dim=1) == labels) & torch.isfinite(logits).all(dim=1)
 
 
 def count_by_class(class_features: Tensor, image_features: Tensor, labels: Tensor, n_cls: int) -> tuple[Tensor, Tensor]:
-    """Correct images and all images of each class, both (n_cls,) int64 on the CPU; arguments as in `score`.
+    """Count the correct images and all images of each class, both (n_cls,) int64 on the CPU; arguments as in `score`.
 
-    What is counted does not depend on who asks, so clients with the same prompt share one count: `split_counts`.
+    The counts do not depend on the client, so clients with the same prompt share one count (see `split_counts`).
     """
     return count_logits(image_features @ class_features.T, labels, n_cls)
 
 
 def count_logits(logits: Tensor, labels: Tensor, n_cls: int) -> tuple[Tensor, Tensor]:
-    """The same from logits (image, n_cls); an image with one that is not finite is wrong."""
+    """Do the same as `count_by_class` from logits (image, n_cls); an image with a non-finite logit counts as wrong."""
     right = labels[_right(logits, labels)]
     return torch.bincount(right, minlength=n_cls).cpu(), torch.bincount(labels, minlength=n_cls).cpu()
 
 
 def split_counts(correct: Tensor, total: Tensor, held: Tensor, *, by_group: bool = False) -> list[Score]:
-    """Scores of many clients from counts per class or other group: for each, the same as `score`.
+    """Compute the scores of many clients from counts per class or other group; each equals the result of `score`.
 
     Args:
-        correct: From `count_by_class`, (n_cls,).
-        total: Likewise.
-        held: Whether a client holds a class, (client, n_cls) bool.
-        by_group: Tell the counts of each group that is held, too.
+        correct: Correct images of each class from `count_by_class`, (n_cls,).
+        total: All images of each class from `count_by_class`, (n_cls,).
+        held: True where a client holds a class, (client, n_cls) bool.
+        by_group: True to report the counts of each group that the client holds, too.
     """
     counts = torch.stack([correct, total], dim=1)
     local = held.to(counts.dtype) @ counts
@@ -98,9 +99,10 @@ def split_counts(correct: Tensor, total: Tensor, held: Tensor, *, by_group: bool
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Mean over clients of their accuracies; None where no client has such images.
+    """Mean accuracy over clients; None where no client has such images.
 
-    ``by_group``: of each group, over the clients that hold it; empty if they do not tell, or not of as many groups.
+    ``by_group`` holds the mean accuracy of each group over the clients that hold it. It is empty if the clients do not
+    report groups, or if they report different numbers of groups.
     """
 
     local: float | None
@@ -109,7 +111,7 @@ class Accuracy:
 
 
 def mean_accuracy(scores: Sequence[Score]) -> Accuracy:
-    """Average per-client accuracies with equal weights, as DP-FPL's tables do."""
+    """Average the accuracies of the clients with equal weights, as DP-FPL's tables do."""
 
     def mean(pairs: list[tuple[int, int]]) -> float | None:
         shares = [correct / total for correct, total in pairs if total > 0]

@@ -1,7 +1,7 @@
 """The contract of a strategy, as a test: ``check_strategy(MyClass, option=...)`` raises `AssertionError` if it breaks.
 
-Everything runs on the class itself, with small made-up clients, in about a second. It searches for counter-examples of
-`sensitivity` and cannot prove it: that is the author's part.
+The test runs on the class itself, with small made-up clients, in about a second. It searches for counter-examples of
+`sensitivity`. It cannot prove `sensitivity`; the author must do that.
 """
 
 import itertools
@@ -27,9 +27,9 @@ from fl_dualpriv.server.rules import check_class
 from fl_dualpriv.server.strategy import RoundStrategy, Update
 
 Uploads = Mapping[int, Tensor]
-"""Partition → update, of those that answered."""
+"""Partition → update, for the clients that answered."""
 Make = Callable[[int], RoundStrategy]
-"""A new instance, by the seed of its noise."""
+"""Seed of the noise → a new instance of the strategy."""
 
 _SHAPE = (4, 5)
 _ENTRIES = math.prod(_SHAPE)
@@ -41,25 +41,32 @@ _SLACK = 1 + 1e-9  # of float64 sums
 
 
 def check_strategy(cls: type[RoundStrategy], *, server_noise: bool = True, **options: object) -> None:
-    """Check what fl-dualpriv relies on, of a strategy with these options.
+    """Check the properties of a strategy on which fl-dualpriv relies, for the given options.
 
-    Always: equal inputs give equal bits in whatever order replies come; a run that goes on from the prompt and
-    ``state`` gives the bits of one that never stopped; the prompt keeps its shape and stays finite, also where nobody
-    answers or with NaN, which counts as zero; weights are numbers that depend on the number of examples alone.
+    Always checked:
 
-    With ``server_noise``: the class is accepted under it; `combine` moves by at most `sensitivity` when a client comes
-    or goes, also when adaptive clipping has moved the bound (and when a record changes an upload, if the class is
-    ``proved_for`` records), over many crafted and random uploads; `sensitivity` and the divisor do not follow the data;
-    a round that nobody answers is released with noise; nothing but the noised result reaches `server_update` and
-    ``state``.
+    * Equal inputs give equal bits in any order of replies.
+    * A run that is resumed from the prompt and ``state`` gives the bits of a run that never stopped.
+    * The prompt keeps its shape and type and stays finite, also if no client answers or with NaN, which counts as zero.
+    * Weights are finite numbers that depend only on the number of examples.
+
+    Checked with ``server_noise``:
+
+    * The class is accepted under noise of the server.
+    * `combine` moves by at most `sensitivity` when a client comes or goes, also when adaptive clipping has moved the
+      bound (and when a record changes an upload, if the class is ``proved_for`` records), over many crafted and random
+      uploads.
+    * `sensitivity` and the divisor do not depend on the data.
+    * A round that no client answers is released with noise.
+    * Only the noised result reaches `server_update` and ``state``.
 
     Args:
-        cls: The strategy.
-        server_noise: False for a class that is never to run with noise of the server.
+        cls: Class of the strategy.
+        server_noise: False for a class that must never run with noise of the server.
         options: Values of the class's own fields.
 
     Raises:
-        AssertionError: With what does not hold.
+        AssertionError: If a property does not hold; the message names it.
     """
     # Messages cannot be made outside a Flower task.
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 1, 0
@@ -83,16 +90,16 @@ def check_strategy(cls: type[RoundStrategy], *, server_noise: bool = True, **opt
 
 
 def make_strategy(cls: type[RoundStrategy], **options: object) -> RoundStrategy:
-    """One without noise over eight made-up clients of 10, 20, … 80 examples: for a rule's hand-worked numbers.
+    """Make a strategy without noise for eight made-up clients with 10, 20, … 80 examples, for hand-computed tests.
 
     Raises:
-        AssertionError: If it refuses its options.
+        AssertionError: If the strategy refuses its options.
     """
     return _build(cls, options, None, 0)
 
 
 def _require(holds: bool, message: str) -> None:
-    if not holds:  # no assert: an optimised interpreter drops those
+    if not holds:  # not an assert, which an optimised interpreter drops
         raise AssertionError(message)
 
 
@@ -146,7 +153,7 @@ def _begin(strategy: RoundStrategy, server_round: int, start: Tensor) -> list[Me
 def _play(
     strategy: RoundStrategy, uploads: Uploads, server_round: int, start: Tensor, *, backwards: bool = False
 ) -> Tensor:
-    """One round as the server plays it; whoever is asked and not in ``uploads`` does not answer."""
+    """Run one round as the server does; a client that is asked and not in ``uploads`` does not answer."""
     replies, turn = [], -1 if backwards else 1
     for message in _begin(strategy, server_round, start):
         answered = tuple(p for p in messages.read_train(message).partitions if p in uploads)[::turn]
@@ -185,14 +192,14 @@ def _check_rounds(make: Make) -> None:
         _require(bool(torch.isfinite(prompt).all()), f"round {r} gave a prompt that is not finite")
         for name, kept in straight.state.items():
             is_tensor = isinstance(name, str) and isinstance(kept, Tensor)
-            _require(is_tensor, f"state[{name!r}] is a {type(kept).__name__}: memory is kept as tensors, to be saved")
-        # Like a run that was killed after this round: its prompt and its state are all that is left.
+            _require(is_tensor, f"state[{name!r}] is a {type(kept).__name__}: checkpoints can save only tensors")
+        # Like a run that was killed after this round: only its prompt and its state are left.
         resumed = make(0)
         resumed.state, resumed.rounds_done = {n: kept.clone() for n, kept in straight.state.items()}, r
     nobody = _play(make(0), {}, 1, start)
-    _require(bool(torch.isfinite(nobody).all()), "a round that nobody answers gives a prompt that is not finite")
+    _require(bool(torch.isfinite(nobody).all()), "a round that no client answers gives a prompt that is not finite")
     if straight.privacy is not None:
-        _require(not torch.equal(nobody, _play(make(1), {}, 1, start)), "a round that nobody answers has no noise")
+        _require(not torch.equal(nobody, _play(make(1), {}, 1, start)), "a round that no client answers has no noise")
     broken, zero = (
         {p: torch.full(_SHAPE, value) if p % 3 == 0 else u for p, u in uploads[0].items()} for value in (math.nan, 0.0)
     )
@@ -217,7 +224,7 @@ def _check_sensitivity(make: Make, unit: ServerUnit) -> None:
 
 
 def _check_sensitivity_at(strategy: RoundStrategy, unit: ServerUnit, grown: float) -> None:
-    """At the first clip norm, or at one to which adaptive clipping has moved it: ``grown`` times as large."""
+    """Check at the first clip norm, or at a clip norm that adaptive clipping has made ``grown`` times as large."""
     if grown != 1:
         assert strategy.privacy is not None
         strategy.privacy = replace(strategy.privacy, adaptive=_ADAPTIVE)
@@ -238,7 +245,7 @@ def _check_sensitivity_at(strategy: RoundStrategy, unit: ServerUnit, grown: floa
 
 
 def _check_only_the_release_is_seen(make: Make) -> None:
-    """Two rounds with other uploads and, by chance, the same release must go on alike."""
+    """Check that two rounds with different uploads and, by chance, the same release continue identically."""
     release, start = torch.linspace(0, 1, _ENTRIES).reshape(_SHAPE), torch.ones(_SHAPE)
     seen: list[tuple[Tensor, dict[str, Tensor]]] = []
     for key in ("one", "other"):
@@ -247,12 +254,12 @@ def _check_only_the_release_is_seen(make: Make) -> None:
         kept = dict(strategy.state)
         _combined(strategy, _clipped(_draw(key)))
         untouched = strategy.state.keys() == kept.keys() and all(strategy.state[n] is kept[n] for n in kept)
-        _require(untouched, "combine() writes to state: what it sees has no noise yet, and state is saved and read")
+        _require(untouched, "combine() writes to state: its input has no noise yet, and state is saved and read")
         seen.append((strategy.server_update(start.clone(), release.clone()), strategy.state))
     (one, kept), (other, also) = seen
-    _require(torch.equal(one, other), "server_update() follows uploads: it has seen them before the noise")
+    _require(torch.equal(one, other), "server_update() depends on uploads that it saw before the noise")
     alike = kept.keys() == also.keys() and all(torch.equal(kept[n], also[n]) for n in kept)
-    _require(alike, "state follows uploads: they were seen before the noise")
+    _require(alike, "state depends on uploads that were seen before the noise")
 
 
 # --- crafted uploads --------------------------------------------------------------------------------------------------
@@ -264,7 +271,7 @@ def _clipped(uploads: Uploads) -> dict[int, Tensor]:
 
 
 def _cohorts() -> Iterator[tuple[str, Uploads, list[Uploads]]]:
-    """Cohorts of updates that are all of norm at most the bound; each without one client, in turn."""
+    """Yield cohorts of updates whose norms are at most the bound, each with the cohorts that lack one client."""
     for what, uploads in _crafted():
         clipped = _clipped(uploads)
         yield what, clipped, [{p: u for p, u in clipped.items() if p != gone} for gone in clipped]
@@ -279,7 +286,7 @@ def _crafted() -> Iterator[tuple[str, dict[int, Tensor]]]:
             yield f"{split} of {n} opposite", {p: axis[0] * (1 if p < split else -1) for p in range(n)}
             yield f"{split} of {n} zero", {p: axis[0] * (0 if p < split else 1) for p in range(n)}
         for size in range(1, n + 1):
-            # In each entry another choice of clients agrees, and the others are zero: what rank statistics fear.
+            # In each entry another choice of clients agrees, and the others are zero: a hard case for rank statistics.
             table = torch.zeros(n, _ENTRIES, dtype=torch.float64)
             for entry, members in zip(range(_ENTRIES), itertools.combinations(range(n), size), strict=False):
                 table[list(members), entry] = _FAR
@@ -291,7 +298,7 @@ def _crafted() -> Iterator[tuple[str, dict[int, Tensor]]]:
 
 
 def _sums() -> Iterator[tuple[str, Uploads, list[Uploads]]]:
-    """Everybody's sums over records, as long as theirs can be; each with one record less, in turn."""
+    """Yield sums over records of all clients, as long as they can be, each with the sums that lack one record."""
     for trial in range(6):
         drawn = _draw(f"sums {trial}")
         alike = trial % 3 == 0

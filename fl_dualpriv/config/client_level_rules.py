@@ -1,4 +1,4 @@
-"""What the keys of client-level privacy must satisfy together; see ``rules.py``."""
+"""Rules that several keys of client-level privacy must satisfy together; see ``rules.py``."""
 
 from fl_dualpriv.config.rules import CrossRule
 from fl_dualpriv.privacy.limits import SMALLEST_SAMPLING_RATE
@@ -12,7 +12,7 @@ CLIENT_LEVEL_RULES: tuple[CrossRule, ...] = (
     CrossRule(
         (_COHORT, "population", _MECHANISM),
         lambda v: v[_MECHANISM] == "none" or v[_COHORT] >= SMALLEST_SAMPLING_RATE * v["population"],
-        f"must be at least {SMALLEST_SAMPLING_RATE:g} of population: it is drawn by coins, and none is finer",
+        f"must be at least {SMALLEST_SAMPLING_RATE:g} of population, because the coins that draw it are no finer",
         "raise it",
     ),
     CrossRule(
@@ -37,13 +37,13 @@ CLIENT_LEVEL_RULES: tuple[CrossRule, ...] = (
     CrossRule(
         ("privacy.client.bands", _MECHANISM),
         lambda v: v["privacy.client.bands"] == 0 or v[_MECHANISM] == "banded",
-        "is of banded noise alone",
+        'applies only to mechanism = "banded"',
         'set it to 0, or the mechanism to "banded"',
     ),
     CrossRule(
         ("privacy.arithmetic", _MECHANISM),
         lambda v: v["privacy.arithmetic"] == "float" or v[_MECHANISM] in ("none", "gaussian"),
-        'must be "float" for correlated noise: exact integers are proved for independent draws alone',
+        'must be "float" for correlated noise: exact integers are proved only for independent draws',
         'set it to "float", or the mechanism to "gaussian"',
     ),
 )

@@ -1,4 +1,4 @@
-"""Rules of the baselines that have mathematics of their own: which keys speak of them, and which cannot."""
+"""Rules for the baselines with separate mathematics: the keys that they support and the values that they need."""
 
 from fl_dualpriv.config.rules import CrossRule
 
@@ -7,7 +7,7 @@ _IMAGES_ALONE = (*_HEADS, "fedpgp", "dp-lora", "ffa-lora", "fedotp")
 
 
 def _must_be(key: str, value: object, methods: tuple[str, ...], reason: str) -> CrossRule:
-    """``key`` must have this value for these methods."""
+    """Make the rule that ``key`` must have this value for these methods."""
     shown = f'"{value}"' if isinstance(value, str) else str(value).lower()
     return CrossRule(
         (key, "method"),
@@ -27,24 +27,22 @@ METHOD_RULES: tuple[CrossRule, ...] = (
     CrossRule(
         ("prompt.init", "method"),
         lambda v: v["prompt.init"] != "zeros" or v["method"] in _HEADS,
-        'must not be "zeros" for a method that learns words: all of them would stay alike',
+        'must not be "zeros" for a method that learns words: all of them would stay equal',
         'set it to "template" or "random"',
     ),
     CrossRule(
         ("prompt.init", "method"),
         lambda v: v["prompt.init"] != "random" or v["method"] not in _HEADS,
-        'must not be "random" for a head: nothing is gained by it',
+        'must not be "random" for a head, because a random start has no benefit there',
         'set it to "template" (the zero-shot class features) or "zeros"',
     ),
-    _must_be("train.optimizer", "sgd", ("prototypes",), "class sums are added up as they are"),
-    _must_be("train.top-m", 0, ("prototypes",), "a record speaks of its own class alone"),
+    _must_be("train.optimizer", "sgd", ("prototypes",), "it adds up class sums without an optimizer"),
+    _must_be("train.top-m", 0, ("prototypes",), "a record contributes only to its own class"),
     _must_be("train.top-m", 0, ("fedotp",), "its class features differ from image to image"),
-    _must_be("privacy.record.noise-space", "prompt", ("prototypes",), "what is learned are class features"),
-    _must_be("privacy.record.noise-space", "prompt", ("fedotp",), "its class features are of two prompts"),
-    _must_be("pruning.visual-keep-ratio", 1.0, ("fedotp",), "it chooses among all patches by itself"),
-    _must_be("pruning.update-keep-ratio", 1.0, ("prototypes",), "it has no update to prune, but one sum"),
+    _must_be("privacy.record.noise-space", "prompt", ("prototypes",), "it learns class features directly"),
+    _must_be("privacy.record.noise-space", "prompt", ("fedotp",), "its class features come from two prompts"),
+    _must_be("pruning.visual-keep-ratio", 1.0, ("fedotp",), "it chooses among all patches itself"),
+    _must_be("pruning.update-keep-ratio", 1.0, ("prototypes",), "it has one sum and no update to prune"),
     _must_be("pruning.update-keep-ratio", 1.0, ("fedpgp",), "a step of u and v moves every entry of the prompt"),
-    _must_be(
-        "privacy.record.trusts-server", False, ("fedpgp",), "its upload is no sum over records, but has a term besides"
-    ),
+    _must_be("privacy.record.trusts-server", False, ("fedpgp",), "its upload is not only a sum over records"),
 )

@@ -1,4 +1,4 @@
-"""Methods, and sections of the run configuration that belong to one of them. Imports the standard library only."""
+"""Method names, and sections of the run configuration that belong to one method. Imports the standard library only."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -22,7 +22,7 @@ Method = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class FedPGPConfig:
-    """μ and τ of the contrastive term, see ``learners/contrast.py``."""
+    """Keys of FedPGP: μ and τ of the contrastive term, see ``learners/contrast.py``."""
 
     contrastive_weight: float
     contrastive_temperature: float
@@ -30,7 +30,7 @@ class FedPGPConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FedOTPConfig:
-    """Features of patches; γ, λ and the iterations of the transport plan, see ``learners/transport.py``."""
+    """Keys of FedOTP: features of patches; γ, λ and iterations of the transport plan, see ``learners/transport.py``."""
 
     patch_reading: Literal["token", "isolated"]
     mass: float

@@ -1,4 +1,4 @@
-"""From a configuration to what it promises: the privacy plans of both levels."""
+"""Privacy plans of both levels, derived from a configuration."""
 
 import math
 from typing import TypeVar
@@ -18,13 +18,13 @@ from fl_dualpriv.privacy.correlated import (
 from fl_dualpriv.privacy.limits import LARGEST_DRAWN_MULTIPLIER
 from fl_dualpriv.privacy.plan import ClientLevelPlan, RecordLevelPlan, ServerUnit, noise_multiplier_for
 
-_MOST_BANDS = 64  # unless asked for: the server remembers so many arrays of the prompt's size
+_MOST_BANDS = 64  # unless configured: the server remembers about as many arrays of the prompt's size
 
 Plan = TypeVar("Plan", RecordLevelPlan, ClientLevelPlan)
 
 
 def noised_unit(config: RunConfig) -> ServerUnit | None:
-    """Whose data the server's noise protects; None if it adds none. Costs no calibration."""
+    """Return the unit that the server's noise protects; None if the server adds none. It needs no calibration."""
     record, parts = config.privacy.record, METHODS[config.method]
     if config.privacy.client.mechanism != "none":
         return "client"
@@ -36,7 +36,7 @@ def noised_unit(config: RunConfig) -> ServerUnit | None:
 
 
 def record_level_plan(config: RunConfig) -> RecordLevelPlan | None:
-    """The record-level plan of the run, calibrated for all local steps; None without one or for the nominal method."""
+    """Return the record-level plan, calibrated for all local steps; None without one or for the nominal method."""
     record, parts = config.privacy.record, METHODS[config.method]
     if record.mechanism == "none" or parts.published_procedure or not parts.trains:
         return None
@@ -62,12 +62,12 @@ def record_level_plan(config: RunConfig) -> RecordLevelPlan | None:
 
 
 def client_level_plan(config: RunConfig) -> ClientLevelPlan | None:
-    """The client-level plan of the run, calibrated for all rounds; None without one."""
+    """Return the client-level plan of the run, calibrated for all rounds; None without one."""
     client = config.privacy.client
     if client.mechanism == "none":
         return None
     correlated = correlated_noise(config)
-    # With correlated noise all rounds are one release of everybody.
+    # With correlated noise all rounds are one release that includes every client.
     rate, releases = (1.0, 1) if correlated else (client.expected_cohort / config.population, config.rounds)
     plan = ClientLevelPlan(
         clip_norm=client.clip_norm,
@@ -99,7 +99,7 @@ def client_level_plan(config: RunConfig) -> ClientLevelPlan | None:
 
 
 def adaptive_clip(config: RunConfig) -> AdaptiveClip | None:
-    """How the clip norm of client updates moves; None if it is fixed."""
+    """Return the rule that moves the clip norm of client updates; None if the clip norm is fixed."""
     client = config.privacy.client
     if client.clipping == "fixed":
         return None
@@ -113,7 +113,7 @@ def adaptive_clip(config: RunConfig) -> AdaptiveClip | None:
 
 
 def correlated_noise(config: RunConfig) -> CorrelatedNoise | None:
-    """The correlated noise of the run and the schedule that it needs; None if noise is independent."""
+    """Return the correlated noise of the run with the schedule that it needs; None if the noise is independent."""
     client = config.privacy.client
     if client.mechanism not in ("tree", "banded"):
         return None
@@ -125,7 +125,7 @@ def correlated_noise(config: RunConfig) -> CorrelatedNoise | None:
 
 
 def _bounded(plan: Plan, releases: int, section: str) -> Plan:
-    """Refuse a plan that bounds nothing: below the accountant's resolution in δ, ε is infinite."""
+    """Refuse a plan without a finite ε: below the accountant's resolution in δ, ε is infinite."""
     if not (math.isfinite(plan.epsilon()) and math.isfinite(plan.spent(releases))):
         raise PrivacyError(
             f"{section}.delta = {plan.delta:g} with noise multiplier {plan.noise_multiplier:g} over {releases} "

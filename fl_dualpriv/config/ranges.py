@@ -1,9 +1,9 @@
-"""What a flat run config must satisfy: types, choices and ranges; then the rules of ``rules.py``.
+"""Check of a flat run config: types, choices and ranges, then the rules of ``rules.py``.
 
 Nothing here raises.
 
-Every message is one line: key, value, what is allowed, what to do. All problems are collected; a rule is skipped when
-a key that it reads has a problem of its own.
+Every message is one line: key, value, what is allowed, what to do. The check collects all problems. It skips a rule if
+a key that the rule reads has a problem by itself.
 """
 
 import difflib
@@ -37,7 +37,7 @@ _PATH_KEYS = ("strategy.path", "data.path", "data.classes", "output.dir", "resou
 
 
 class Range(NamedTuple):
-    """What one key may be."""
+    """Allowed values of one key, with the words for a message."""
 
     accepts: Callable[[Any], bool]
     allowed: str
@@ -90,18 +90,18 @@ _MULTIPLIER = Range(
 _CLIP = Range(
     is_clip_norm,
     f"from {SMALLEST_CLIP_NORM:g} to {LARGEST_CLIP_NORM:g}",
-    "it bounds the norm of one contribution, which rounding breaks outside of this range; 1.0 is a usual start",
+    "it bounds the norm of one contribution, and rounding breaks it outside of this range; 1.0 is a usual start",
 )
 # torch, numpy and Flower's messages carry signed 64-bit integers.
 _SEED = Range(lambda x: 0 <= x < 2**63, "a whole number from 0 to 2**63 - 1", "0 will do")
 
 RENAMED = {("fedotp.patch-reading", "alone"): "isolated"}
-"""(key, old value) → new value. An old value is refused with its new name."""
+"""New value by (key, old value). The check refuses an old value and names the new one."""
 
 RANGES: dict[str, Range] = {
     "rounds": _whole(1, MOST_RELEASES, 'for no training at all set method = "zero-shot"'),
     "population": _whole(1, _MOST_CLIENTS, "give the number of clients"),
-    "supernodes": _whole(0, _MOST_CLIENTS, "0 gives every client a node of its own"),
+    "supernodes": _whole(0, _MOST_CLIENTS, "0 gives every client a separate node"),
     "seed": _SEED,
     "join-timeout": _SECONDS,
     "reply-timeout": _SECONDS,
@@ -116,14 +116,14 @@ RANGES: dict[str, Range] = {
     "train.sampling-rate": Range(
         lambda x: SMALLEST_SAMPLING_RATE <= x <= 1,
         f"from {SMALLEST_SAMPLING_RATE:g} to 1",
-        "it is the chance of a record to join a batch",
+        "it is the probability that a record joins a batch",
     ),
     "train.global-learning-rate": _RATE,
     "train.local-learning-rate": _RATE,
     "train.top-m": Range(
         lambda x: x == 0 or 2 <= x <= 10**6,
         "0 or a whole number from 2 to 1000000",
-        "0 is exact; one class alone has nothing to balance it",
+        "0 is exact; a single class has nothing to balance it",
     ),
     "prompt.n-ctx": _whole(1, 1000, "4 is usual"),
     "prompt.rank": _whole(1, 1000, 'for no factorisation set method = "full"'),
@@ -134,12 +134,12 @@ RANGES: dict[str, Range] = {
         "-2 is after all blocks but the last",
     ),
     "pruning.visual-fused": _whole(0, 10_000, "0 drops the pruned tokens"),
-    "pruning.visual-fusion-std": _number(0, 1e6, "it is not privacy: 1 is what the paper's text says"),
+    "pruning.visual-fusion-std": _number(0, 1e6, "it gives no privacy; the paper's text says 1"),
     "pruning.update-keep-ratio": _KEEP,
     "pruning.update-warm-up": _whole(1, MOST_RELEASES, "a mask needs an earlier release"),
-    "pruning.update-exploration": Range(lambda x: 0 <= x <= 1, "in [0, 1]", "0 never looks at a pruned block again"),
+    "pruning.update-exploration": Range(lambda x: 0 <= x <= 1, "in [0, 1]", "0 never tries a pruned block again"),
     "train.momentum": Range(lambda x: 0 <= x < 1, "in [0, 1)", "0.9 is usual"),
-    "data.max-tokens": _whole(2, 100_000, "give what the longest question needs"),
+    "data.max-tokens": _whole(2, 100_000, "give the number of tokens of the longest question"),
     "fedpgp.contrastive-weight": _number(0, 1e6, "0 switches the contrastive term off"),
     "fedpgp.contrastive-temperature": _number(1e-6, 1e6, "0.5 is usual"),
     "fedotp.mass": Range(lambda x: 0 < x <= 1, "in (0, 1]", "1 uses every patch"),
@@ -192,10 +192,10 @@ def check(types: Mapping[str, Any], flat: Mapping[str, ConfigValue]) -> tuple[di
 
     Args:
         types: Every known key and its annotation: ``bool``, ``int``, ``float``, ``str`` or a ``Literal`` of strings.
-        flat: The config; keys under ``plugin.`` are not looked at.
+        flat: The config; keys under ``plugin.`` are ignored.
 
     Returns:
-        The usable values, converted to their types; and the problems, one line each, empty if all is well.
+        The usable values, converted to their types, and the problems, one line each, empty if there are none.
     """
     problems = [
         _unknown(key, flat[key], types) for key in flat if key not in types and not key.startswith(_IGNORED_PREFIX)
@@ -221,7 +221,7 @@ def check(types: Mapping[str, Any], flat: Mapping[str, ConfigValue]) -> tuple[di
 
 
 def _convert(key: str, value: object, hint: Any) -> tuple[Any, str | None]:
-    """Value in its own type, and what is wrong with it or None."""
+    """Return the value in its own type, and its fault or None."""
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         if new := RENAMED.get((key, str(value))):
@@ -244,7 +244,7 @@ def _finite(value: float) -> tuple[float, str | None]:
         number = float(value)
     except OverflowError:
         number = math.inf
-    return number, None if math.isfinite(number) else "must be a finite number; nan and inf are never meant"
+    return number, None if math.isfinite(number) else "must be a finite number; nan and inf are not allowed"
 
 
 def _expand(path: str) -> str:
@@ -252,7 +252,7 @@ def _expand(path: str) -> str:
         return path
     try:
         return str(Path(path).expanduser())
-    except RuntimeError:  # no such user: the reader of the path reports it as it stands
+    except RuntimeError:  # no such user: the code that reads the path reports the original path
         return path
 
 
@@ -272,7 +272,7 @@ def _describe(hint: Any) -> str:
 
 
 def _show(value: object) -> str:
-    """Value as TOML writes it."""
+    """Format a value as TOML writes it."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else repr(value)
 
 

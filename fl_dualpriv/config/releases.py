@@ -1,4 +1,4 @@
-"""Everything that leaves a run, per level, and the notes that a reader needs beside the privacy table."""
+"""All releases of a run, per level, and the notes that a reader needs beside the privacy table."""
 
 import math
 
@@ -18,13 +18,13 @@ from fl_dualpriv.privacy.plan import (
 def list_releases(
     config: RunConfig, record: RecordLevelPlan | None, client: ClientLevelPlan | None, *, scored: bool
 ) -> list[Release]:
-    """Everything that leaves, per level. Empty without differential privacy."""
+    """List all releases of the run, per level; empty without differential privacy."""
     parts = METHODS[config.method]
     releases = []
     if record is not None:
         releases += record_level_releases(record, shared=parts.shared, scored=scored)
     if client is not None:
-        # Scores of personal prompts are functions of un-noised client data, unless the record level is on and pays.
+        # Scores of personal prompts are functions of un-noised client data, unless the record level covers them.
         releases += client_level_releases(client, scored=scored and (record is None or not parts.personal))
     nominal = config.privacy.record
     if parts.published_procedure and nominal.mechanism == "gaussian":
@@ -35,7 +35,7 @@ def list_releases(
 def notes(
     config: RunConfig, record: RecordLevelPlan | None, client: ClientLevelPlan | None, *, scored: bool
 ) -> list[str]:
-    """What a reader must know beside the table."""
+    """List the notes that a reader needs beside the privacy table."""
     parts = METHODS[config.method]
     found = []
     if config.privacy.randomness == "seeded" and (record or client):
@@ -68,11 +68,12 @@ def notes(
 
 
 def may_repeat(config: RunConfig) -> bool:
-    """Whether a round whose result was seen may be made again: as the same release, or as a further one.
+    """Return True if a round whose result was seen may be repeated, as the same release or as a further one.
 
-    Correlated noise is one release of all rounds: another noise in one of them has no place in it. Clients that trust
-    the server send the same sums once more: a second noise on them is a further look at one sample, which costs more
-    than a further sample, for which the ledger would charge it. A round of clients draws its cohort anew.
+    Correlated noise is one release of all rounds, so one round must not have a second draw of noise. Clients that trust
+    the server send the same sums again. A second noise on these sums is a further look at the same sample, which costs
+    more than the further sample that the ledger would charge. A repeated round with independent client-level noise
+    draws a new cohort.
     """
     privacy = config.privacy
     independent = privacy.client.mechanism in ("none", "gaussian") and not privacy.record.trusts_server
@@ -80,9 +81,9 @@ def may_repeat(config: RunConfig) -> bool:
 
 
 def round_of_epsilon(server_round: int, rounds: int) -> int:
-    """The round whose ε is shown as spent: this one, or in a long run a later one, whose ε is an upper bound.
+    """Return the round whose ε is shown as spent: this round, or in a long run a later one with an ε no smaller.
 
-    Each ε costs about a tenth of a second of CPU, more than a round of a small prompt: a run computes at most 25.
+    Each ε costs about a tenth of a second of CPU, more than a round of a small prompt, so a run computes at most 25.
     """
     stride = math.ceil(rounds / 25)
     return min(math.ceil(server_round / stride) * stride, rounds)

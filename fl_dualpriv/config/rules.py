@@ -1,4 +1,7 @@
-"""What several keys of a run config must satisfy together. Each rule is skipped when a key of it is wrong by itself."""
+"""Rules that several keys of a run config must satisfy together.
+
+A rule is skipped when one of its keys is wrong by itself.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,7 +14,7 @@ _WITHOUT_SHARED_PROMPT = ("local-only", "zero-shot")
 
 
 class CrossRule(NamedTuple):
-    """What several keys must satisfy together; ``holds`` reads ``keys`` alone, and the first is to blame."""
+    """Rule that several keys must satisfy together; ``holds`` reads only ``keys``, and messages name the first key."""
 
     keys: tuple[str, ...]
     holds: Callable[[Values], bool]
@@ -41,7 +44,7 @@ CROSS_RULES: tuple[CrossRule, ...] = (
         ("supernodes", "population"),
         lambda v: v["supernodes"] <= v["population"],
         "must be at most population",
-        "0 gives every client a node of its own",
+        "0 gives every client a separate node",
     ),
     CrossRule(
         ("prompt.learner", "method"),
@@ -125,7 +128,7 @@ CROSS_RULES: tuple[CrossRule, ...] = (
             v["pruning.visual-fusion-noise"] == "off"
             or (v["pruning.visual-keep-ratio"] < 1 and v["pruning.visual-fused"] > 0)
         ),
-        "has nothing to go on: no token is fused",
+        "needs fused tokens, and no token is fused",
         'set it to "off", or fuse tokens with visual-keep-ratio < 1 and visual-fused >= 1',
     ),
     CrossRule(
@@ -167,7 +170,7 @@ CROSS_RULES: tuple[CrossRule, ...] = (
     CrossRule(
         (_BLOCK, _RULE, _KEPT),
         lambda v: v[_KEPT] == 1 or v[_BLOCK] != "component" or v[_RULE] not in ("past", "random-past"),
-        'must not be "component" for masks before the clip: components turn with every step',
+        'must not be "component" for masks before the clip: components change with every step',
         'set it to "token", or update-rule = "noised", "random" or "shrink"',
     ),
     CrossRule(
@@ -187,7 +190,7 @@ CROSS_RULES: tuple[CrossRule, ...] = (
         lambda v: (
             v[_KEPT] == 1 or v[_BLOCK] != "component" or not v["pruning.update-frozen"] or v["train.optimizer"] == "sgd"
         ),
-        'as "component" cannot be frozen under an optimizer that remembers: it has no coordinates of its own',
+        'as "component" cannot be frozen under an optimizer with memory: a component has no fixed coordinates',
         'set update-frozen = false, or train.optimizer = "sgd"',
     ),
     CrossRule(
@@ -229,7 +232,7 @@ CROSS_RULES: tuple[CrossRule, ...] = (
     CrossRule(
         ("privacy.record.noise-space", _TRUSTS),
         lambda v: v["privacy.record.noise-space"] == "prompt" or not v[_TRUSTS],
-        'must be "prompt" when the server adds the noise: it goes on sums of prompt gradients',
+        'must be "prompt" when the server adds the noise, because it adds it to sums of prompt gradients',
         "set trusts-server = false",
     ),
     CrossRule(
@@ -288,7 +291,7 @@ CROSS_RULES: tuple[CrossRule, ...] = (
     CrossRule(
         (_TRUSTS, "train.local-steps"),
         lambda v: not v[_TRUSTS] or v["train.local-steps"] == 1,
-        "needs train.local-steps = 1, since a client uploads one clipped sum per round",
+        "needs train.local-steps = 1, because a client uploads one clipped sum per round",
         "set train.local-steps = 1, or trusts-server = false",
     ),
     CrossRule(

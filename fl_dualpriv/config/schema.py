@@ -1,8 +1,8 @@
 """The run configuration: frozen dataclasses that mirror ``[tool.flwr.app.config]`` of ``pyproject.toml`` key by key.
 
-There are no defaults here: ``pyproject.toml`` is the one list of keys and defaults, and a test holds the two in step.
-Keys are kebab-case and dotted on the wire and in TOML, snake_case in Python; the conversion happens here alone.
-Ranges and cross-field rules are in ``ranges.py``. Imports the standard library only.
+There are no defaults here: ``pyproject.toml`` is the only list of keys and defaults, and a test compares the two. Keys
+are kebab-case and dotted in messages and in TOML, snake_case in Python; only this file converts them. Ranges and
+cross-field rules are in ``ranges.py``. Imports the standard library only.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ CalibrateTo = Literal["epsilon", "noise-multiplier"]
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
-    """Which server strategy runs, as ``module:Class``; ``path`` is a folder on the server that holds its module.
+    """Server strategy of the run, ``ref`` as ``module:Class``; ``path`` is the folder on the server with its module.
 
     ``options`` is a JSON object of ``plugin.`` keys that the app's ``pyproject.toml`` does not list.
     """
@@ -37,7 +37,7 @@ class StrategyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Local training; ``sampling_rate`` is the Poisson rate q, ``top_m`` = 0 is exact."""
+    """Local training; ``sampling_rate`` is the Poisson rate q, and ``top_m`` = 0 gives exact gradients."""
 
     local_steps: int
     sampling_rate: float
@@ -52,7 +52,7 @@ class TrainConfig:
 class PromptConfig:
     """Kind, shape and start of the prompt; ``rank <= ctx_dim`` is checked once the backbone is known.
 
-    ``words`` are the template of questions: what the un-tuned model reads, and what a prompt can start from.
+    ``words`` are the template of questions: the text that the un-tuned model reads, and a possible start of a prompt.
     """
 
     learner: Literal["context", "head", "lora"]
@@ -66,8 +66,8 @@ class PromptConfig:
 class PruningConfig:
     """Dual-Priv pruning of visual tokens and of updates; a keep ratio of 1 switches it off.
 
-    ``visual_fused`` is k, the number of tokens into which the pruned ones are fused; ``visual_fusion_noise`` says what
-    the published text may mean by its scale, and never has an ε. ``update_warm_up`` counts local steps.
+    ``visual_fused`` is k, the number of tokens into which the pruned tokens are fused. ``visual_fusion_noise`` selects
+    a reading of the noise scale in the published text, and never has an ε. ``update_warm_up`` counts local steps.
     """
 
     visual_keep_ratio: float
@@ -103,8 +103,9 @@ class RecordLevelConfig:
 class ClientLevelConfig:
     """Privacy of a client's whole data; ``expected_cohort`` is public and is a count of clients.
 
-    ``tree`` and ``banded``: noise correlated over rounds, on a fixed schedule; ``bands`` = 0 takes the best number.
-    ``adaptive`` clipping begins at ``clip_norm``; ``bit_noise_share`` is σ_b over the expected cohort.
+    The mechanisms ``tree`` and ``banded`` have noise that is correlated over rounds, on a fixed schedule; ``bands`` = 0
+    takes the best number. ``adaptive`` clipping begins at ``clip_norm``; ``bit_noise_share`` is σ_b over the expected
+    cohort.
     """
 
     mechanism: CentralMechanism
@@ -124,7 +125,7 @@ class ClientLevelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyConfig:
-    """Both levels, where the randomness comes from, and the arithmetic of sums and noise."""
+    """Privacy at both levels, the source of randomness, and the arithmetic of sums and noise."""
 
     randomness: Literal["os", "seeded"]
     arithmetic: Literal["float", "integer"]
@@ -134,7 +135,7 @@ class PrivacyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images or questions about images, and how they are divided among clients; ``max_tokens`` is public."""
+    """Images or questions about images, and their partition among clients; ``max_tokens`` is public."""
 
     ref: Literal["auto", "demo", "folder", "demo-vqa", "questions"]
     path: str
@@ -148,20 +149,20 @@ class DataConfig:
 
     @property
     def source(self) -> Literal["demo", "folder", "demo-vqa", "questions"]:
-        """What ``ref`` means: ``auto`` is a folder if there is a path."""
+        """The data source that ``ref`` selects; ``auto`` selects a folder if there is a path, else the demo."""
         if self.ref == "auto":
             return "folder" if self.path.strip() else "demo"
         return self.ref
 
     @property
     def asks_questions(self) -> bool:
-        """Whether records are questions about images, for a multimodal language model."""
+        """True if records are questions about images, for a multimodal language model."""
         return self.source in ("demo-vqa", "questions")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """Which frozen vision-language model, and the precision of its matrix products."""
+    """The frozen vision-language model, and the precision of its matrix products."""
 
     name: str
     precision: Literal["fp32", "bf16"]
@@ -170,7 +171,7 @@ class BackboneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """When and on what to score; ``every`` is in rounds."""
+    """Interval and data of the evaluation; ``every`` is in rounds."""
 
     every: int
     split: Literal["test", "val"]
@@ -190,7 +191,7 @@ class ResourcesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
-    """Where results go: an absolute directory, or empty for the default one; ``resume``: go on with the run in it."""
+    """Folder of the results, an absolute path, or empty for the default one; ``resume``: continue the run in it."""
 
     dir: str
     resume: bool
@@ -198,7 +199,7 @@ class OutputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run, checked: a ``RunConfig`` that exists satisfies every rule of ``ranges.py``. Timeouts in seconds.
+    """Checked configuration of one run: each instance satisfies every rule of ``ranges.py``. Timeouts in seconds.
 
     Raises:
         ConfigError: If a field breaks a rule, also on direct construction and ``dataclasses.replace``.
@@ -231,16 +232,16 @@ class RunConfig:
 
     @classmethod
     def from_run_config(cls, flat: Mapping[str, ConfigValue]) -> Self:
-        """Parse a flat run config as Flower hands it over.
+        """Parse a flat run config in the form that Flower passes.
 
         Args:
             flat: Dotted kebab-case keys; keys under ``plugin.`` belong to the selected class and are ignored here.
 
         Returns:
-            The typed tree: an int given for a float is converted, ``~`` is expanded in ``data`` and ``output`` paths.
+            The typed tree. An int given for a float is converted, and ``~`` is expanded in the paths.
 
         Raises:
-            ConfigError: With every problem found, one a line.
+            ConfigError: If the config has problems. The message lists all of them, one a line.
         """
         values, problems = check(_key_types(cls), flat)
         _raise_all(problems)
@@ -253,7 +254,7 @@ class RunConfig:
 
     @property
     def num_supernodes(self) -> int:
-        """Flower nodes of the run: node j hosts the clients j, j + nodes, j + 2 nodes and so on."""
+        """Number of Flower nodes of the run; node j hosts the clients j, j + nodes, j + 2 nodes and so on."""
         return self.supernodes or self.population
 
     def to_run_config(self) -> dict[str, ConfigValue]:
@@ -262,14 +263,14 @@ class RunConfig:
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, ConfigValue]:
-    """Turn nested tables into one flat table with dotted keys, as Flower does; key spelling is left as it is.
+    """Turn nested tables into one flat table with dotted keys, as Flower does; the spelling of keys stays the same.
 
     Args:
         nested: Tables within tables, as ``tomllib`` returns them.
-        prefix: Put before every key, with its own final dot.
+        prefix: Prefix of every key, with its own final dot.
 
     Raises:
-        ConfigError: If a value is not a bool, int, float or string: nothing else travels in a Flower run config.
+        ConfigError: If a value is not a bool, int, float or string, because a Flower run config holds only these.
     """
     flat: dict[str, ConfigValue] = {}
     for name, value in nested.items():
@@ -296,7 +297,7 @@ def read_toml(path: Path) -> dict[str, ConfigValue]:
 
 
 def app_defaults(app_dir: Path) -> dict[str, ConfigValue]:
-    """Read the keys and defaults of the app: the flat ``[tool.flwr.app.config]`` of ``app_dir/pyproject.toml``.
+    """Read the keys and defaults of the app, the flat ``[tool.flwr.app.config]`` of ``app_dir/pyproject.toml``.
 
     Raises:
         ConfigError: If the file is not usable or has no such table.
@@ -314,8 +315,8 @@ def parse_assignment(text: str) -> tuple[str, ConfigValue]:
     """Parse one ``key=value`` of the command line.
 
     Args:
-        text: The value is read as TOML (``4``, ``0.5``, ``true``, ``"text"``); what is not TOML is a string as it is,
-            so that paths and words need no quotes. An empty value is the empty string.
+        text: Assignment whose value is read as TOML (``4``, ``0.5``, ``true``, ``"text"``). A value that is not TOML is
+            an unchanged string, so that paths and words need no quotes. An empty value is the empty string.
 
     Raises:
         ConfigError: If there is no ``=``, no key, or the value is a TOML array or table.
@@ -329,13 +330,13 @@ def parse_assignment(text: str) -> tuple[str, ConfigValue]:
         return key, value
     if isinstance(parsed["value"], dict | list):
         raise ConfigError(f"{key} = {value}: arrays and tables are not config values; give one number, word or string")
-    # A date, or a text whose line breaks happen to make further keys, is a string to us.
+    # A date is a string here. So is a text whose line breaks happen to make further keys.
     is_scalar = len(parsed) == 1 and isinstance(parsed["value"], bool | int | float | str)
     return key, parsed["value"] if is_scalar else value
 
 
 def merge(defaults: Mapping[str, ConfigValue], *overrides: Mapping[str, ConfigValue]) -> dict[str, ConfigValue]:
-    """Lay flat tables over each other, later ones on top; unknown keys stay, for ``RunConfig`` to complain about."""
+    """Merge flat tables; later tables override earlier ones. Unknown keys stay, and ``RunConfig`` refuses them."""
     merged = dict(defaults)
     for override in overrides:
         merged.update(override)
@@ -360,7 +361,7 @@ def _raise_all(problems: list[str]) -> None:
 
 
 def _children(cls: type) -> list[tuple[str, str, Any]]:
-    """Name, kebab-case key and type of every field."""
+    """Return name, kebab-case key and type of every field."""
     return [(name, name.replace("_", "-"), hint) for name, hint in get_type_hints(cls).items()]
 
 

@@ -1,12 +1,12 @@
 """Image features on disk: computed once per data set and model, and shared by all processes of a machine. numpy only.
 
-Layout: ``ROOT/KEY/shard-00000.npy``, float32 (images, embed_dim), `SHARD` images each, and behind the array 32 bytes of
-checksum, which numpy does not read. KEY is a hash of the content of the data set and of everything that turns it into
-features, so a folder of another name finds its features again.
+Layout: ``ROOT/KEY/shard-00000.npy``, float32 (images, embed_dim), `SHARD` images each. After the array follow 32 bytes
+of checksum, which numpy does not read. KEY is a hash of the content of the data set and of everything that turns it
+into features. A data folder that was renamed thus finds its features again.
 
-Features of private images are private data, to be kept as the images are: the folders are readable by their owner
-alone (0700), and features that somebody else may have put there are not read: a folder or file of another owner, or one
-that others may write to, is not used. They are never sent.
+Features of private images are private data and must be protected like the images. Only their owner can read the folders
+(0700). Features that another user may have put there are not read: a folder or file of another owner, or a folder that
+others may write to, is not used. Features are never sent.
 """
 
 import contextlib
@@ -28,48 +28,48 @@ import numpy as np
 from fl_dualpriv.run.user_folders import home
 
 SHARD = 256
-"""Images in a shard. A shard is always encoded whole: the size of a batch changes float rounding."""
+"""Number of images in a shard. A shard is always encoded whole, because the size of a batch changes float rounding."""
 
 IN_MEMORY = 2**26
-"""Bytes of a table up to which rows are gathered from one array in memory instead of many mapped shards."""
+"""Size of a table in bytes up to which rows come from one array in memory instead of many mapped shards."""
 
 _OTHER_FILES = 512
-"""Open files that a process may need beside the maps."""
+"""Number of open files that a process may need in addition to the mapped shards."""
 
 _CHECKSUM = hashlib.sha256().digest_size
 
 Encode = Callable[[np.ndarray], tuple[np.ndarray, bool]]
-"""Features (images, embed_dim) of some indices, and whether they are final: False if a record may be readable later."""
+"""Map from indices to features (images, embed_dim) and a flag: False if a record may be readable later."""
 
 
 def cache_key(described: Sequence[object]) -> str:
-    """A folder name for what features depend on: 32 hex digits of a SHA-256."""
+    """Return a folder name for everything that features depend on: 32 hex digits of a SHA-256."""
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def cache_root(setting: str) -> Path | None:
-    """Folder that ``resources.feature-cache`` means: empty is one under the user's home, ``off`` is None."""
+    """Return the folder for ``resources.feature-cache``: empty means one in the user's home, ``off`` gives None."""
     if setting == "off":
         return None
     return Path(setting) if setting else home() / ".fl-dualpriv" / "features"
 
 
 class FeatureTable:
-    """The features of one data set, shard by shard as they are asked for.
+    """The features of one data set; a shard is computed when one of its rows is first requested.
 
     Guarantee:
-        `rows` gives bitwise the same numbers with and without a folder, whichever process asked first and in whatever
-        order, and after any process was killed at any moment: every shard is encoded from the same indices in one call,
-        appears in the folder by a rename alone, and is made anew if its checksum, verified when a process first opens
-        it, shows damage. Each shard is encoded by one process at a time. A folder that cannot be used costs a warning
-        and speed, never the run.
+        `rows` gives bitwise the same numbers with and without a folder, for any order of requests, no matter which
+        process asks first, and after any process was killed at any moment. Every shard is encoded from the same indices
+        in one call and appears in the folder only by a rename. A process verifies a shard's checksum when it first
+        opens the shard, and the shard is computed again if the checksum shows damage. Each shard is encoded by one
+        process at a time. A folder that cannot be used costs a warning and speed, never the run.
 
     Args:
-        size: Images in the data set.
+        size: Number of images in the data set.
         embed_dim: Width of a feature.
-        encode: Computes the features of one shard.
-        root: Where features are kept; None: in memory only.
-        key: Folder below ``root``, see `cache_key`.
+        encode: Function that computes the features of one shard.
+        root: Folder in which features are kept; None keeps them only in memory.
+        key: Name of the folder below ``root``, see `cache_key`.
     """
 
     def __init__(self, *, size: int, embed_dim: int, encode: Encode, root: Path | None, key: str) -> None:
@@ -90,7 +90,7 @@ class FeatureTable:
                 self._go_without(error)
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """Features of some images, float32 (len(indices), embed_dim), in a new array."""
+        """Return the features of some images, float32 (len(indices), embed_dim), in a new array."""
         if not self._complete:
             shards = indices // SHARD
             self._fill(np.unique(shards[~self._present[shards]]).tolist())
@@ -106,13 +106,16 @@ class FeatureTable:
 
     def _fill(self, shards: list[int]) -> None:
         waiting = [shard for shard in shards if not self._read(shard)]
-        # What nobody else works on comes first, so that processes that need the same shards share the work.
+        # Shards that no other process works on come first, so that processes with the same shards share the work.
         for wait in (False, True):
             waiting = [shard for shard in waiting if not self._make(shard, wait=wait)]
         self._complete = bool(self._present.all())
 
     def _make(self, shard: int, *, wait: bool) -> bool:
-        """Compute a shard, or read what another process computed meanwhile; False if that one still holds the lock."""
+        """Compute a shard, or read the one that another process computed; False if that process still holds the lock.
+
+        With ``wait`` the result is True, because the method waits for the lock.
+        """
         if self._folder is None:
             self._keep(shard, self._encode(np.arange(*self._span(shard)))[0])
             return True
@@ -134,7 +137,7 @@ class FeatureTable:
                 except OSError as error:
                     self._go_without(error)
         if final and self._whole is None:
-            self._read(shard)  # the mapped file instead of a copy in memory
+            self._read(shard)  # use the mapped file instead of the copy in memory
         return True
 
     def _read(self, shard: int) -> bool:
@@ -148,7 +151,7 @@ class FeatureTable:
         if self._whole is None:
             self._maps_left -= 1
             if self._maps_left < 0:
-                rows = rows.copy()  # and the file is closed
+                rows = rows.copy()  # without a map, the file is closed
         self._keep(shard, rows)
         return True
 
@@ -165,12 +168,15 @@ class FeatureTable:
         warnings.warn(
             f"image features are not kept in {self._root} (resources.feature-cache): {error.strerror or error}; every "
             "process computes its own",
-            stacklevel=1,  # one place, so that Python shows the same text once
+            stacklevel=1,  # the same place each time, so that Python shows the same text only once
         )
 
 
 def _spare_files(wanted: int) -> int:
-    """How many files may stay open for maps: each holds one, and a process that runs out reads no image any more."""
+    """Return the number of files that may stay open for maps, after raising the limit of open files if needed.
+
+    Every map holds one open file. A process that has none left cannot read images any more.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted + _OTHER_FILES:
         most = wanted + _OTHER_FILES if hard == resource.RLIM_INFINITY else min(wanted + _OTHER_FILES, hard)
@@ -184,14 +190,14 @@ def _name(shard: int) -> str:
 
 
 def _open_private(root: Path, folder: Path) -> None:
-    """Make the folders for their owner alone.
+    """Make the folders so that only their owner can use them.
 
     Raises:
-        OSError: If they cannot be made, or somebody else owns them or can write to them: features in there may be made
-            up, even if only their owner can write to them from now on.
+        OSError: If the folders cannot be made, or another user owns them or can write to them. Features in them may
+            then be forged, even if from now on only their owner can write to them.
     """
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_ours(root, root.stat())  # it may be a link, as to a larger disk
+    _check_ours(root, root.stat())  # stat follows links: the root may be a link, for example to a larger disk
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode):
@@ -209,7 +215,7 @@ def _check_ours(folder: Path, found: os.stat_result) -> None:
 
 
 def _acquire(path: Path, *, wait: bool) -> IO[bytes]:
-    """Lock a file until it is closed; the kernel lets go when its holder is killed.
+    """Lock a file until it is closed; the kernel releases the lock if the process is killed.
 
     Raises:
         BlockingIOError: If another process holds it, and ``wait`` is false.
@@ -222,7 +228,7 @@ def _acquire(path: Path, *, wait: bool) -> IO[bytes]:
 
 
 def _map(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    """The rows of a finished shard, mapped and read-only; None if there is none, it is damaged or not ours."""
+    """Map the rows of a finished shard read-only; None if the file is missing, damaged or of another user."""
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
             if os.fstat(file.fileno()).st_uid != os.getuid():
@@ -240,7 +246,7 @@ def _map(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
 
 
 def _head(shape: tuple[int, int]) -> bytes:
-    """What numpy writes before the numbers; a shard is read only if it begins with it."""
+    """Return the header that numpy writes before the numbers; only a shard with this header is read."""
     content = io.BytesIO()
     describe = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(content, describe)
@@ -248,7 +254,7 @@ def _head(shape: tuple[int, int]) -> bytes:
 
 
 def _write(folder: Path, shard: int, rows: np.ndarray) -> None:
-    """Put a finished shard in place. The caller holds its lock, so unfinished files here are a killed writer's."""
+    """Put a finished shard in place. The caller holds its lock, so unfinished files were left by a killed process."""
     for leftover in folder.glob(f".{_name(shard)}.*.tmp"):
         leftover.unlink(missing_ok=True)
     content = _head((len(rows), rows.shape[1])) + np.ascontiguousarray(rows, dtype=np.float32).tobytes()
@@ -257,7 +263,7 @@ def _write(folder: Path, shard: int, rows: np.ndarray) -> None:
         with temporary.open("wb") as file:
             file.write(content + hashlib.sha256(content).digest())
             file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave a file of the right length and no content
+            os.fsync(file.fileno())  # otherwise a power cut could leave a file of the right length without content
         temporary.replace(folder / f"{_name(shard)}.npy")
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,9 +1,9 @@
 """The embedded question-answering demo: sheets of four easy-VQA pictures, and questions about one of the four.
 
-A sheet shows four pictures, its *panels*, and its colours may be *dyed*: exchanged by a fixed rule. Each question is a
-real easy-VQA question about the picture of one panel as it was before dyeing. The demo model learnt to follow words
-that name panel and dye; all of the clients' questions are about `PRIVATE_PANEL` under `PRIVATE_DYE`, and no word says
-so.
+A sheet shows four pictures, its *panels*. Its colours may be *dyed*, which means exchanged by a fixed rule. Each
+question is a real easy-VQA question about the picture of one panel before dyeing. The demo model learned to follow
+words that name panel and dye. All questions of the clients are about `PRIVATE_PANEL` under `PRIVATE_DYE`, but no word
+in them names the panel or the dye.
 """
 
 import functools
@@ -22,7 +22,7 @@ from fl_dualpriv.data.demo.drawn import DrawnImages
 from fl_dualpriv.data.questions import QuestionSet, QuestionSplits
 
 PANEL_SIDE = 48
-"""Side of a panel, in pixels; a sheet has two by two."""
+"""Side of a panel in pixels; a sheet has two by two panels."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (0, 0, 0),
@@ -39,21 +39,23 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "rectangle", "triangle")
 
 TYPES = ("shape", "color", "is-shape", "is-color", "not-shape", "not-color")
-"""Question types: name the shape or the colour; yes or no whether the picture has one, and whether it has not."""
+"""Question types: name the shape or the colour; answer by yes or no if the picture has a shape or colour; and the same
+with the question negated."""
 
 PANELS = ("upper left", "upper right", "lower left", "lower right")
 
 DYES: dict[str, tuple[int, ...]] = {
     "plain": (0, 1, 2, 3, 4, 5, 6, 7),
     "swapped": (3, 7, 6, 0, 5, 4, 2, 1),  # in pairs: black-gray, blue-yellow, brown-teal, green-red
-    "shifted": (1, 2, 3, 4, 5, 6, 7, 0),  # each becomes the next of the list
+    "shifted": (1, 2, 3, 4, 5, 6, 7, 0),  # each colour becomes the next one in the list
 }
-"""dye -> for each colour the one in which a sheet shows it."""
+"""dye -> for each colour the index of the colour in which a sheet shows it."""
 
 PRIVATE_PANEL, PRIVATE_DYE = "lower right", "swapped"
 
 RIGHT_WORDS = f"{PRIVATE_PANEL} {PRIVATE_DYE} panel"
-"""What a client would have to say; for measuring how far a learnt prompt is from it, never used in training."""
+"""Words that name the clients' panel and dye. They measure how close a learned prompt comes, and training never uses
+them."""
 
 
 def draw_sheet(
@@ -62,7 +64,7 @@ def draw_sheet(
     """Draw sheets.
 
     Args:
-        coverage: Where each picture's shape is: (..., 4, PANEL_SIDE, PANEL_SIDE), from 0 (nowhere) to 255.
+        coverage: Coverage of each pixel by the picture's shape, (..., 4, PANEL_SIDE, PANEL_SIDE), 0 (none) to 255.
         paper: Background of each picture, RGB: (..., 4, 3).
         colours: Colour of each picture's shape before dyeing: (..., 4), indices into `COLOURS`.
         dye: One of `DYES`.
@@ -79,7 +81,7 @@ def draw_sheet(
 
 @dataclass(frozen=True, eq=False)
 class SheetSplit(DrawnImages):
-    """One split's sheets: 96 x 96 RGB images, drawn when asked for and always the same."""
+    """Sheets of one split: 96 x 96 RGB images, drawn on request and always the same."""
 
     labels: NDArray[np.int64]
     class_names: tuple[str, ...]
@@ -92,7 +94,7 @@ class SheetSplit(DrawnImages):
         return len(self.sheets)
 
     def image(self, index: int) -> Image.Image:
-        """The sheet at ``index``, under the private dye.
+        """Draw the sheet at ``index``, under the private dye.
 
         Raises:
             IndexError: If there is no such index.
@@ -106,12 +108,12 @@ class SheetSplit(DrawnImages):
 
 @functools.lru_cache(maxsize=1)
 def load_vqa_demo() -> QuestionSplits:
-    """The questions of the three splits; no picture is in two of them, and the demo model has seen none."""
+    """Load the questions of the three splits; no picture is in two splits, and the demo model was trained on none."""
     return load_questions(VQA_DEMO_FOLDER)
 
 
 def load_questions(folder: Path) -> QuestionSplits:
-    """The questions that `tools/make_vqa_assets.py` wrote into a folder."""
+    """Load the questions that `tools/make_vqa_assets.py` wrote into a folder."""
     with np.load(io.BytesIO((folder / "sheets.npz").read_bytes())) as arrays:
         columns = {name: arrays[name] for name in arrays.files}
     texts = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
@@ -120,9 +122,9 @@ def load_questions(folder: Path) -> QuestionSplits:
 
 
 def _split(columns: dict[str, NDArray[np.uint8]], texts: dict[str, list[str]], split: str) -> QuestionSet:
-    """The questions of one split; ``question`` and ``answer`` are numbers into the lists of ``texts``."""
+    """Load the questions of one split; ``question`` and ``answer`` are indices into the lists of ``texts``."""
     pictures = {name: columns[f"{split}_{name}"] for name in ("paper", "colours")}
-    pictures["coverage"] = columns[f"{split}_coverage"] * np.uint8(17)  # from sixteen steps
+    pictures["coverage"] = columns[f"{split}_coverage"] * np.uint8(17)  # the file has sixteen steps, 0 to 15
     sheets, records = columns[f"{split}_sheets"].astype(np.int64), columns[f"{split}_records"].astype(np.int64)
     image_of, question, answer, labels = records.T
     images = SheetSplit(np.zeros(len(sheets), dtype=np.int64), ("sheet",), sheets, **pictures)

@@ -1,4 +1,4 @@
-"""Images of one split to features: read, transform, encode, and keep what does not change from round to round."""
+"""Features of the images of one split: read, transform, encode, and keep features that are the same in every round."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.models.base import ImageEncoder, input_shape
 
 BATCH = 32
-"""Images through the tower at once. Fixed, for another size rounds differently; small, for it bounds memory."""
+"""Number of images in a batch. It is fixed because another size rounds differently, and small to bound memory."""
 
 _LIBRARIES = (
     "fl-dualpriv",
@@ -34,36 +34,37 @@ class ImageFeatures:
     """Features of the images of one split.
 
     Guarantee:
-        Row i depends on image i and its place in the split, not on who asked or what else was asked for: features that
-        do not change are computed in shards, see `FeatureTable`. A record that cannot be used is a row of NaN.
+        Row i depends on image i and its place in the split. It depends neither on the caller nor on the other requested
+        images, because features that do not change are computed in shards, see `FeatureTable`. A record that cannot be
+        used is a row of NaN.
 
     Args:
-        backbone: The frozen model. If its image tower reads trainable prompts, nothing is kept.
-        images: The split.
-        root: Where features are kept; None: in memory only.
+        backbone: The frozen model. If its image tower reads trainable prompts, no feature is kept.
+        images: Images of the split.
+        root: Folder in which features are kept; None keeps them only in memory.
     """
 
     def __init__(self, backbone: ImageEncoder, images: ImageDataset, root: Path | None) -> None:
         self._backbone, self._images, self._root = backbone, images, root
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """Features of images as they are, float32 (len(indices), embed_dim)."""
+        """Return the features of unmirrored images, float32 (len(indices), embed_dim)."""
         if self._backbone.visual_prompts:
             return encode_images(self._backbone, self._images, indices, None, pad=True)[0]
         return self._table.rows(indices)
 
     def mirrored_rows(self, indices: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-        """The same with some images mirrored; computed at each call and not kept.
+        """Compute features with some images mirrored; they are computed at each call and not kept.
 
         Args:
-            indices: Which images.
-            mirrored: Which of them are mirrored, bool (len(indices),).
+            indices: Indices of the images.
+            mirrored: True for each image that is mirrored, bool (len(indices),).
         """
         return encode_images(self._backbone, self._images, indices, mirrored, pad=True)[0]
 
     @functools.cached_property
     def _table(self) -> FeatureTable:
-        # Without a folder nobody needs the key, and the hash of a data set reads all its files.
+        # Without a folder the key is not needed, and the hash of a data set reads all its files.
         key = "" if self._root is None else feature_cache_key(self._backbone, self._images)
         return FeatureTable(
             size=len(self._images),
@@ -75,12 +76,12 @@ class ImageFeatures:
 
 
 def refuse_unusable(rows: np.ndarray, indices: np.ndarray, which: Callable[[int], str]) -> None:
-    """Raise ConfigError if the features of some image are NaN; for runs without DP, where a bad record is an error.
+    """Raise ConfigError if the features of some image are NaN. Runs without DP use it, because they refuse bad records.
 
     Args:
-        rows: Features, (n, embed_dim); a row that cannot be used is NaN as a whole, so one column tells.
-        indices: Which images they are of, (n,).
-        which: Names an image, given its index.
+        rows: Features, (n, embed_dim). A row that cannot be used is NaN in every column, so one column is enough.
+        indices: Indices of the images of these rows, (n,).
+        which: Function that names an image, given its index.
     """
     if (bad := indices[np.isnan(rows[:, 0])]).size:
         raise ConfigError(
@@ -90,7 +91,10 @@ def refuse_unusable(rows: np.ndarray, indices: np.ndarray, which: Callable[[int]
 
 
 def feature_cache_key(backbone: ImageEncoder, images: ImageDataset) -> str:
-    """Changes whenever a feature may change by one bit: images, model, libraries, hardware and shape of batches."""
+    """Return a key that changes whenever a feature may change by one bit.
+
+    It depends on images, model, libraries, hardware and shape of batches.
+    """
     if backbone.device.type == "cuda":
         hardware = torch.cuda.get_device_name(backbone.device)
     else:
@@ -112,21 +116,21 @@ def encode_images(
     """Read some images and run them through the tower, `BATCH` at a time.
 
     Guarantee:
-        Per record: what one image is decides its own row alone, to the bit, for an unusable one takes the place of a
-        zero image through the tower and then becomes a row of NaN. NaN, because under DP a bad record must neither stop
+        Per record: the content of one image decides only its own row, to the bit. An unusable image is replaced by a
+        zero image in the tower, and its row then becomes NaN. It is NaN because under DP a bad record must neither stop
         the run nor change a count; clipping makes it zero. Without DP the caller refuses such rows by name.
 
     Args:
         backbone: The frozen model.
-        images: The split.
-        indices: Which images, (n,).
-        mirrored: Which of them to mirror left to right, bool (n,), or None.
-        pad: Fill up the last batch with zero images, so that every batch has one size.
+        images: Images of the split.
+        indices: Indices of the images to encode, (n,).
+        mirrored: True for each image that is mirrored left to right, bool (n,), or None.
+        pad: True to fill up the last batch with zero images, so that every batch has the same size.
 
     Returns:
-        Features, float32 (n, embed_dim); and whether they are final: False if an image is no longer the one of
-        ``content_hash``, or failed for a reason that may pass, such as a disk or memory that gave no answer. Such rows
-        must not be kept for later runs.
+        Features, float32 (n, embed_dim), and a flag that is True if they are final. It is False if an image is no
+        longer the one that ``content_hash`` hashed, or failed for a reason that may be temporary, such as an error of
+        disk or memory. Such rows must not be kept for later runs.
     """
     features = np.full((len(indices), backbone.embed_dim), np.nan, dtype=np.float32)
     final = True
@@ -148,7 +152,10 @@ def encode_images(
 
 
 def _stack(tensors: Sequence[torch.Tensor | None], size: int) -> torch.Tensor | None:
-    """A batch with zeros in place of what is missing, or None if all is: its size decides how products are rounded."""
+    """Stack a batch with zeros for missing images, or return None if all are missing.
+
+    The zeros are needed because the size of a batch decides how products are rounded.
+    """
     some = next((tensor for tensor in tensors if tensor is not None), None)
     if some is None:
         return None
@@ -157,24 +164,27 @@ def _stack(tensors: Sequence[torch.Tensor | None], size: int) -> torch.Tensor | 
 
 
 def _read(backbone: ImageEncoder, images: ImageDataset, index: int) -> tuple[torch.Tensor | None, bool]:
-    """One image, preprocessed, None if it cannot be used; and whether that is final."""
-    # Before and after, or a file that is replaced while it is decoded would pass for the one that was hashed.
+    """Return one preprocessed image, or None if it cannot be used; and True if this result is final."""
+    # Checked before and after: a file that is replaced during decoding must not count as the one that was hashed.
     final, tensor, failure = images.unchanged(index), None, None
     try:
         image = images.image(index)
         if not size_fault(image.width, image.height):
             tensor = backbone.preprocess(image)
             if tensor.shape != input_shape(backbone):
-                tensor = None  # a batch has one shape: another one is this record's zero, not the client's failure
-    except Exception as error:  # whatever a record makes a decoder raise is its zero, not the client's failure
+                tensor = None  # a batch has one shape: a record of another shape counts as zero, and the run goes on
+    except Exception as error:  # on any error of a decoder the record counts as zero, and the run goes on
         final = final and not any(isinstance(cause, MemoryError) for cause in _causes(error))
         failure = _error_number(error)
-    # An error of the system is final only if the hash met the same: the content that it stands for has no image here.
+    # A system error is final only if `content_hash` met the same error, because the hash then stands for no image.
     return tensor, final and failure == images.unreadable(index) and images.unchanged(index)
 
 
 def _error_number(error: BaseException) -> int | None:
-    """Of the system's error behind a failure; decoders raise OSError without a number, for what a file holds."""
+    """Return the number of the system error that caused a failure, or None.
+
+    Decoders also raise OSError, without a number, for the content of a file.
+    """
     numbers = (cause.errno for cause in _causes(error) if isinstance(cause, OSError) and cause.errno is not None)
     return next(numbers, None)
 

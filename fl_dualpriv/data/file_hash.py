@@ -1,4 +1,4 @@
-"""The hash of a file's bytes, which exists for files that cannot be read, too. Standard library only."""
+"""The hash of a file's bytes. Files that cannot be read also have one. Standard library only."""
 
 import errno
 import hashlib
@@ -7,19 +7,24 @@ from pathlib import Path
 
 NO_STAMP = (0, 0, 0, 0)
 _LASTING = frozenset({errno.ENOENT, errno.EACCES, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG})
-"""Errors that say something about the file: it is missing, closed to us or none. Any other may pass."""
+"""Errors that are facts about the file: it is missing, not readable for this user, or not a file. Other errors may be
+temporary."""
 
 
 def stamp_of(status: os.stat_result) -> tuple[int, ...]:
-    """What changes when a file is written or replaced."""
+    """Return size, times and inode of a file. They change when the file is written or replaced."""
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino % 2**63
 
 
 def file_hash(path: Path) -> tuple[bytes, tuple[int, ...], int | None]:
-    """32 bytes, the file's stamp, and the number of the error that hid it: 0 for none, None for one that may pass.
+    """Hash a file's bytes.
 
-    A file that cannot be read has a hash too, or one bad record would stop a DP run: one of its own per lasting error,
-    and a new one each time if the error may pass, because the file's content is then not known.
+    A file that cannot be read has a hash too. Otherwise one bad record would stop a DP run. Every lasting error has a
+    fixed hash. A temporary error gives a new hash each time, because the file's content is not known.
+
+    Returns:
+        Hash of 32 bytes, the file's stamp, and an error number: 0 if the file was read, the number of a lasting error,
+        or None for an error that may be temporary.
     """
     try:
         with path.open("rb") as file:

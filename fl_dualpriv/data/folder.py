@@ -22,16 +22,16 @@ MAX_PIXELS = 100_000_000
 MAX_ASPECT = 100
 _NAMED_FILES = 5
 
-Files = dict[str, list[Path]]  # images of each class folder, in the order of their names
+Files = dict[str, list[Path]]  # image files of each class folder, in the order of their names
 
 
 class BadImageError(ValueError):
-    """One image cannot be decoded. Under DP the caller turns it into a zero contribution."""
+    """Error for one image that cannot be decoded. Under DP the caller turns it into a zero contribution."""
 
 
 @dataclass(frozen=True, eq=False)
 class FolderSplit:
-    """Images of one split; ``labels`` is int64 of shape (images,) and indexes ``class_names``."""
+    """Images of one split; ``labels`` is int64 of shape (images,) and holds indices into ``class_names``."""
 
     paths: tuple[Path, ...]
     labels: np.ndarray
@@ -51,15 +51,19 @@ class FolderSplit:
 
     @property
     def content_hash(self) -> str:
-        """See `ImageDataset.content_hash`: of the bytes of all files in order; every file is read once a process.
+        """Hash of the bytes of all files in order; see `ImageDataset.content_hash`.
 
-        Where a file cannot be read for a reason that may pass, a hash that nothing else has.
+        Every file is read once per process. If a file cannot be read for a reason that may be temporary, the hash is
+        unique.
         """
         return self._hashed.content
 
     def unchanged(self, index: int) -> bool:
-        """See `ImageDataset.unchanged`; False if a file's bytes could not be hashed for a reason that may pass."""
-        if "_hashed" not in self.__dict__:  # nobody asked for the hash, so there is nothing to be true to
+        """True if the file is still the one that was hashed; see `ImageDataset.unchanged`.
+
+        False for all files if some file could not be hashed for a reason that may be temporary.
+        """
+        if "_hashed" not in self.__dict__:  # the hash was never computed, so there is nothing to compare with
             return True
         hashed = self._hashed
         if not hashed.known:
@@ -72,7 +76,7 @@ class FolderSplit:
             return False
 
     def unreadable(self, index: int) -> int | None:
-        """See `ImageDataset.unreadable`."""
+        """Return the error number if the file could not be hashed, else None; see `ImageDataset.unreadable`."""
         return int(self._hashed.errors[index]) or None if "_hashed" in self.__dict__ else None
 
     @functools.cached_property
@@ -92,13 +96,14 @@ class FolderSplit:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The findings of `read_layout` in a directory of images, with every problem of its folders, names and template.
+    """Result of `read_layout` for a directory of images, with every problem of its folders, names and template.
 
     Attributes:
-        splits: Files of each class folder, by split; without problems ``train``, ``val`` and ``test``.
+        splits: Files of each class folder, by split. If there is no problem, the splits are ``train``, ``val`` and
+            ``test``.
         names: Class name of each class folder.
-        template: With one ``{}`` for the class name.
-        problems: One a line; the directory can be used only if there is none.
+        template: Prompt template with one ``{}`` for the class name.
+        problems: Problems, one a line. The directory can be used only if there is none.
     """
 
     splits: dict[str, Files]
@@ -107,15 +112,15 @@ class Layout:
     problems: list[str]
 
     def as_splits(self) -> dict[str, FolderSplit]:
-        """The splits that are there."""
+        """Return the splits that exist."""
         return {name: _split(self.splits[name], self.names) for name in _SPLITS if name in self.splits}
 
 
 @dataclass(frozen=True, eq=False)
 class _Hashed:
-    """What the hash of a split found, file by file: stamps (files, 4), and error numbers (files,), 0 where it read.
+    """Hash of a split, with the stamp of each file, (files, 4), and its error number, (files,), 0 if it was read.
 
-    ``known`` is False if it does not know the content of some file.
+    ``known`` is False if the content of some file is not known.
     """
 
     content: str
@@ -135,20 +140,21 @@ def load_folder(
     """Read the layout of a directory of images, without keeping any image in memory.
 
     Args:
-        path: Holds one folder per class, or ``train/`` and optionally ``val/`` and ``test/`` with one per class each.
-            Hidden files and files that are not images by their extension are ignored.
-        classes: JSON file ``{"template": "a photo of a {}", "class-names": {"folder": "name"}}``, either key optional;
-            or empty: the name of a class is that of its folder, with ``_`` and ``-`` as spaces.
-        val_fraction: Share of each class of train/ that becomes the validation set where there is no val/; at least 1.
-        test_fraction: The same for test/.
-        seed: Of that cut, which depends on it and on the names of class and files alone.
+        path: Directory with one folder per class, or with ``train/`` and optionally ``val/`` and ``test/``, which have
+            one folder per class each. Hidden files and files without an image extension are ignored.
+        classes: JSON file ``{"template": "a photo of a {}", "class-names": {"folder": "name"}}``, either key optional.
+            If empty, the name of a class is that of its folder, with ``_`` and ``-`` as spaces.
+        val_fraction: Share of each class of train/ that becomes the validation set if there is no val/; at least one
+            image.
+        test_fraction: Share of each class of train/ that becomes the test set if there is no test/; at least one image.
+        seed: Seed of that cut, which depends only on the seed and on the names of class and files.
         on_bad_image: ``raise``: decode every image now and report those that fail. ``keep``: decode none.
 
     Returns:
-        The splits ``train``, ``val`` and ``test``, classes in the order of their folder names; and the template.
+        The splits ``train``, ``val`` and ``test``, with classes in the order of their folder names; and the template.
 
     Raises:
-        ConfigError: With every problem found, one a line.
+        ConfigError: If there is a problem; the message has every problem, one a line.
     """
     layout = read_layout(path, classes, val_fraction, test_fraction, seed)
     splits = layout.as_splits()
@@ -159,15 +165,15 @@ def load_folder(
 
 
 def unusable(path: Path, problems: list[str]) -> ConfigError:
-    """The error that says what is wrong with a directory of images, one problem a line."""
+    """Return the error for a directory of images with problems, one problem a line."""
     return ConfigError("\n  ".join([f"the images in {path} cannot be used:", *problems]))
 
 
 def read_layout(path: Path, classes: str, val_fraction: float, test_fraction: float, seed: int) -> Layout:
-    """Look at folders, names and template, and cut what is missing out of train; opens no image. See `load_folder`.
+    """Read folders, names and template, and cut missing splits out of train. Opens no image. See `load_folder`.
 
     Raises:
-        ConfigError: If there is no directory that can be read.
+        ConfigError: If ``path`` is not a directory that can be read.
     """
     if not path.exists():
         raise ConfigError(f"data.path = {str(path)!r}: {path.absolute()} does not exist; give an absolute path")
@@ -185,26 +191,29 @@ def read_layout(path: Path, classes: str, val_fraction: float, test_fraction: fl
 
 
 def class_folders(path: Path) -> list[Path]:
-    """The folders in a directory, hidden ones left out, by name."""
+    """Return the folders in a directory in the order of their names, without hidden ones."""
     return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def given_splits(path: Path) -> frozenset[str]:
-    """Which of train/, val/ and test/ are splits of their own below ``path``; empty for a folder of classes."""
-    # A class may be called "test": only a folder of folders is a split, and only beside others of its kind.
+    """Return the names among train/, val/ and test/ that are splits in ``path``; empty for a folder of classes."""
+    # A class may be called "test". Only a folder of folders is a split, and only if there is also a train/.
     found = frozenset(folder.name for folder in class_folders(path) if folder.name in _SPLITS and class_folders(folder))
     return found if "train" in found else frozenset()
 
 
 def _scan(path: Path, problems: list[str]) -> dict[str, Files]:
     """Find the class folders and images of each split that exists."""
-    # A class may be called "train": only a folder of folders is a split.
+    # A class may be called "train". Only a folder of folders is a split.
     folders = class_folders(path)
     roots = {folder.name: folder for folder in folders if folder.name in _SPLITS and class_folders(folder)}
     if roots:
         others = [folder.name for folder in folders if folder.name not in roots]
         if others:
-            problems.append(f"{', '.join(others)}: beside train/, val/ and test/ there may be no other or flat folder")
+            problems.append(
+                f"{', '.join(others)}: beside train/, val/ and test/ there may be no other folder, and each of these "
+                "must hold class folders"
+            )
         if "train" not in roots:
             problems.append(f"train/ is missing beside {', '.join(roots)}; add it")
     else:
@@ -225,7 +234,7 @@ def _scan_split(root: Path, path: Path, problems: list[str]) -> Files:
         shown = folder.relative_to(path)
         if class_folders(folder):
             problems.append(f"{shown}/ has sub-folders; put the images of a class directly into its folder")
-        # A directory that is named like an image is no image; a broken link is an image that cannot be read.
+        # A directory that is named like an image is not an image. A broken link is an image that cannot be read.
         found[folder.name] = sorted(
             file
             for file in folder.iterdir()
@@ -248,7 +257,7 @@ def _difference(some: Mapping[str, object], others: Mapping[str, object]) -> str
 
 
 def _class_names(classes: str, folders: list[str], problems: list[str]) -> tuple[dict[str, str], str]:
-    """Name of each class folder, and the template."""
+    """Return the name of each class folder, and the template."""
     names = {folder: folder.replace("_", " ").replace("-", " ").strip() for folder in folders}
     template = DEFAULT_TEMPLATE
     if classes:
@@ -297,13 +306,13 @@ def _cut_missing(
         return splits
     cut: dict[str, Files] = {**splits, "train": {}, **{name: {} for name in wanted}}
     for folder, files in splits["train"].items():
-        if not files:  # said already
+        if not files:  # already reported
             continue
-        # Keyed by the folder's name, so that adding a class leaves the cut of the others as it was.
+        # Keyed by the folder's name, so that adding a class does not change the cut of the others.
         order = np.random.default_rng([seed, zlib.crc32(folder.encode())]).permutation(len(files))
         start = 0
         for name, fraction in wanted.items():
-            # At least one, or the class could not be scored.
+            # At least one image, because a class without images cannot be scored.
             size = max(1, round(fraction * len(files)))
             cut[name][folder] = sorted(files[i] for i in order[start : start + size])
             start += size
@@ -323,17 +332,17 @@ def _split(files: Files, names: Mapping[str, str]) -> FolderSplit:
     return FolderSplit(
         tuple(file for folder in folders for file in files[folder]),
         labels,
-        tuple(names.get(folder, folder) for folder in folders),  # the names of another split may be the problem
+        tuple(names.get(folder, folder) for folder in folders),  # splits may differ in their folders: a known problem
     )
 
 
 def _decode(path: Path, prepare: Callable[[Image.Image], object] = lambda image: None) -> Image.Image:
-    """Decode to 8-bit RGB; ``prepare`` sees the opened file before its pixels are read."""
+    """Decode to 8-bit RGB; ``prepare`` gets the opened file before its pixels are read."""
     try:
         with Image.open(path) as image:
             prepare(image)
             if image.mode.startswith("I;16"):
-                # Pillow would clip at 255 instead of scaling. Each image by itself: nothing is shared between records.
+                # Pillow would clip at 255 instead of scaling. Each image is scaled separately: records share nothing.
                 eight_bit = (np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8)
                 return Image.fromarray(eight_bit).convert("RGB")
             if image.mode in ("I", "F"):
@@ -345,12 +354,15 @@ def _decode(path: Path, prepare: Callable[[Image.Image], object] = lambda image:
 
 
 def file_fault(path: Path) -> tuple[str, str]:
-    """Say why a file is no usable image: kind and words; both empty if it is one. Kept while the file is unchanged."""
+    """Say why a file is not a usable image: kind and description, both empty if it is one.
+
+    The result is cached as long as the file does not change.
+    """
     try:
         return _fault_of(path, stamp_of(path.stat()))
     except FileNotFoundError:
         return "missing", f"image {path} is missing"
-    except (OSError, ValueError) as error:  # closed to us, too long a name, or a zero in it
+    except (OSError, ValueError) as error:  # no permission, a name that is too long, or a zero in the name
         return "cannot be read", f"image {path} cannot be read: {error}"
 
 
@@ -361,7 +373,7 @@ def _fault_of(path: Path, stamp: tuple[int, ...]) -> tuple[str, str]:
     def small(image: Image.Image) -> None:
         nonlocal size
         size = image.size
-        # JPEG decodes small here, several times faster; every byte is still read, so truncation shows.
+        # JPEG then decodes at a small size, several times faster. Every byte is still read, so truncation shows.
         image.draft("RGB", (32, 32))
 
     try:
@@ -373,7 +385,7 @@ def _fault_of(path: Path, stamp: tuple[int, ...]) -> tuple[str, str]:
 
 
 def size_fault(width: int, height: int) -> str:
-    """Say why no image of this size can be used; empty if it can."""
+    """Say why an image of this size cannot be used; empty if it can."""
     # Resizing the shorter side of an extreme shape would need gigabytes.
     if max(width, height) > MAX_ASPECT * min(width, height):
         return f"out of proportion (one side more than {MAX_ASPECT} times the other)"
@@ -381,7 +393,7 @@ def size_fault(width: int, height: int) -> str:
 
 
 def bad_images(splits: Iterable[FolderSplit]) -> list[str]:
-    """Problem lines about files that are no images that can be used; empty if there is none."""
+    """Return problem lines about files that are not usable images; empty if there is none."""
     files = [file for split in splits for file in split.paths]
     bad = [words for _, words in map(file_fault, files) if words]
     if not bad:

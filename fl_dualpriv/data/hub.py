@@ -1,4 +1,4 @@
-"""Questions from a data set of the Hugging Face hub, or a folder that its library reads. Import site of datasets."""
+"""Questions from a Hugging Face data set, or a folder that `datasets` reads. Only this file imports datasets."""
 
 import functools
 import hashlib
@@ -21,19 +21,19 @@ _TYPES = ("type", "question_type", "answer_type")
 
 @dataclass(frozen=True, eq=False)
 class HubImages:
-    """`ImageDataset` over a column of images; ``rows``: the first row of each image."""
+    """`ImageDataset` over a column of images; ``rows`` holds the first row of each image."""
 
     table: Any
     rows: np.ndarray
 
     @property
     def labels(self) -> np.ndarray:
-        """See `ImageDataset`; images have no class here."""
+        """Zeros, because images have no class here; see `ImageDataset`."""
         return np.zeros(len(self.rows), dtype=np.int64)
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """See `ImageDataset`."""
+        """Name of the only class; see `ImageDataset`."""
         return ("image",)
 
     def __len__(self) -> int:
@@ -44,30 +44,30 @@ class HubImages:
         """Decode one image to RGB.
 
         Raises:
-            BadImageError: If it cannot be decoded, or is missing.
+            BadImageError: If the image cannot be decoded, or is missing.
         """
         try:
             found = self.table[int(self.rows[index])]["image"]
             return found.convert("RGB")
-        except Exception as error:  # whatever a record makes a decoder raise
+        except Exception as error:  # on a bad record, decoders may raise any kind
             raise BadImageError(f"image {index}: {type(error).__name__}: {error}") from error
 
     @property
     def content_hash(self) -> str:
-        """See `ImageDataset.content_hash`: the library's fingerprint of the table, and which rows."""
+        """Hash of the table's fingerprint in `datasets` and of the rows; see `ImageDataset.content_hash`."""
         return hashlib.sha256(self.table._fingerprint.encode() + self.rows.tobytes()).hexdigest()
 
     def unchanged(self, index: int) -> bool:
-        """See `ImageDataset.unchanged`: the library's tables do not change."""
+        """Always True, because tables of `datasets` do not change; see `ImageDataset.unchanged`."""
         return True
 
     def unreadable(self, index: int) -> int | None:
-        """See `ImageDataset.unreadable`."""
+        """Return None; see `ImageDataset.unreadable`."""
         return None
 
 
 def given_hub_splits(name: str) -> frozenset[str]:
-    """Which of train, val and test a data set has."""
+    """Return the splits among train, val and test that a data set has."""
     return frozenset(_splits(name))
 
 
@@ -76,8 +76,9 @@ def load_hub_questions(
 ) -> QuestionSplits:
     """Read a data set with the columns image, question, and answer or answers; see `load_questions`.
 
-    Of several answers the most frequent counts. The type of a question is in ``type``, ``question_type`` or
-    ``answer_type``, where there is one. ``NAME#CONFIGURATION`` picks a configuration of the hub.
+    If a record has several answers, the most frequent one counts. The type of a question is read from the column
+    ``type``, ``question_type`` or ``answer_type``, if there is one. ``NAME#CONFIGURATION`` picks a configuration of
+    the hub.
     """
     tables = dict(_splits(name))
     if "train" not in tables:
@@ -122,24 +123,24 @@ def _splits(name: str) -> dict[str, Any]:
             found = datasets.load_dataset("parquet", data_files=str(place))
         else:
             found = datasets.load_dataset(str(place) if place.exists() else source, configuration or None)
-    except Exception as error:  # the library, the hub and the network each raise their own kinds
+    except Exception as error:  # datasets, the hub and the network each raise different kinds
         words = (str(error).splitlines() or [""])[0]
         raise ConfigError(f"data.path = datasets:{name} cannot be loaded: {type(error).__name__}: {words}") from error
-    if isinstance(found, datasets.Dataset):  # one table, saved without splits
+    if isinstance(found, datasets.Dataset):  # a single table that was saved without splits
         found = {"train": found}
     names = {split: next((n for n in options if n in found), None) for split, options in _NAMES.items()}
     return {split: found[n] for split, n in names.items() if n is not None}
 
 
 def _with_images(table: Any, where: str) -> Any:
-    """The table with its images as images: a parquet file may name them by path, or hold their bytes."""
+    """Return the table with a column of images; in a parquet file, the column may hold image paths or bytes."""
     import datasets
 
     if isinstance(table.features["image"], datasets.Image):
         return table
     try:
         return table.cast_column("image", datasets.Image())
-    except Exception as error:  # pyarrow and the library each raise their own kinds
+    except Exception as error:  # pyarrow and datasets each raise different kinds
         raise ConfigError(
             f"data.path = {where}: column image holds {table.features['image']}, no images; it must hold images, their "
             "bytes or their paths"
@@ -172,7 +173,7 @@ def _question_set(
 
 
 def _distinct_images(table: Any) -> tuple[np.ndarray, np.ndarray]:
-    """First row of each image, and each record's image: those with the same bytes, or the same path, are one."""
+    """Return the first row of each image, and each record's image; equal bytes or equal paths mean the same image."""
     import datasets
 
     raw = table.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
@@ -191,7 +192,7 @@ def _distinct_images(table: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _answer(found: Any) -> str:
-    """One answer: of several the most frequent, of dictionaries their ``answer``."""
+    """Return one answer: the most frequent of several, and the ``answer`` entry of a dictionary."""
     if isinstance(found, list | tuple):
         texts = [_answer(one) for one in found]
         return Counter(texts).most_common(1)[0][0] if texts else ""

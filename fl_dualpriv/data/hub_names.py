@@ -1,15 +1,15 @@
-"""The meaning of ``datasets:NAME``, before the library of that name is loaded. Standard library only."""
+"""The meaning of ``datasets:NAME``, found without importing the package datasets. Standard library only."""
 
 from pathlib import Path
 
 HUB = "datasets:"
 PARQUET = ".parquet"
 _SAVED = ("dataset_dict.json", "state.json")
-"""Marks of ``DatasetDict.save_to_disk`` and of ``Dataset.save_to_disk``."""
+"""Files that ``DatasetDict.save_to_disk`` and ``Dataset.save_to_disk`` write."""
 
 
 def source_and_configuration(name: str) -> tuple[str, str]:
-    """``NAME#CONFIGURATION`` in two; a path that exists is a name as a whole."""
+    """Split ``NAME#CONFIGURATION`` in two; a path that exists is not split."""
     if Path(name).expanduser().exists():
         return name, ""
     source, _, configuration = name.partition("#")
@@ -17,11 +17,11 @@ def source_and_configuration(name: str) -> tuple[str, str]:
 
 
 def absolute_name(name: str, base: Path) -> str:
-    """Make a path from ``base`` absolute; any other name does not change, because the hub knows it.
+    """Make a path absolute, relative to ``base``; any other name is a name on the hub and does not change.
 
     Args:
-        name: Without ``datasets:``.
-        base: Folder in which the user typed it.
+        name: Name without ``datasets:``.
+        base: Folder in which the user typed the name.
     """
     path = base / Path(name).expanduser()
     if path.exists():
@@ -32,14 +32,14 @@ def absolute_name(name: str, base: Path) -> str:
 
 
 def is_saved(folder: Path) -> bool:
-    """True if the library of data sets saved this folder."""
+    """True if the package datasets saved this folder."""
     return any((folder / mark).is_file() for mark in _SAVED)
 
 
 def hub_name(path: str) -> str | None:
-    """The name that the library is asked for; None if ``data.path`` names files of questions.
+    """Return the name to load with the package datasets; None if ``data.path`` names files of questions.
 
-    A folder that the library saved and a parquet file need no ``datasets:`` in front.
+    A folder that datasets saved and a parquet file need no ``datasets:`` before the name.
     """
     if path.startswith(HUB):
         return path.removeprefix(HUB)

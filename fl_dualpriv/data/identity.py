@@ -1,4 +1,4 @@
-"""Hashes of names and classes of a run's data, so that a run that goes on notices other data."""
+"""Hashes of names and classes of a run's data, so that a resumed run notices other data."""
 
 import hashlib
 import json
@@ -12,17 +12,18 @@ from fl_dualpriv.data.questions import QuestionSet, QuestionSplits
 
 
 def data_identity(data: DataSplits | QuestionSplits, partitions: Sequence[np.ndarray]) -> dict[str, str]:
-    """SHA-256 of each part of the data by its name in messages; pixels are not read.
+    """Compute a SHA-256 of each part of the data, by the part's name in messages; pixels are not read.
 
-    It is a function of private file names, questions and labels: it may lie beside the operator's files only.
+    The hashes are functions of private file names, questions and labels. They may be stored only with the operator's
+    files.
 
     Args:
         data: Images or questions.
         partitions: Record indices of each client.
 
     Returns:
-        The class list with the template, the training records in order with their classes, their division among
-        clients, and the held-out records.
+        Hashes of the class list with the template, the training records in order with their classes, their division
+        among clients, and the held-out records.
     """
     words = _hash(json.dumps([data.class_names, data.template]).encode())
     division = _hash(*(part.astype(np.int64).tobytes() for part in partitions))
@@ -44,6 +45,6 @@ def _of_split(split: ImageDataset | QuestionSet) -> list[bytes]:
 
 def _hash(*parts: bytes) -> str:
     digest = hashlib.sha256()
-    for part in parts:  # with its length: no two lists of parts read alike
+    for part in parts:  # the length in front makes different lists of parts give different bytes
         digest.update(len(part).to_bytes(8, "big") + part)
     return digest.hexdigest()

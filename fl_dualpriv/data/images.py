@@ -19,7 +19,7 @@ class ImageDataset(Protocol):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """What the prompt says for each class id."""
+        """Name of each class id, as it appears in the prompt."""
         ...
 
     def __len__(self) -> int:
@@ -27,26 +27,29 @@ class ImageDataset(Protocol):
         ...
 
     def image(self, index: int) -> Image.Image:
-        """Decode one image to RGB; ``BadImageError`` if that is impossible."""
+        """Decode one image to RGB; ``BadImageError`` if it cannot be decoded."""
         ...
 
     @property
     def content_hash(self) -> str:
-        """Changes whenever what ``image`` gives for any index may change; says nothing about where the images lie."""
+        """Hash that changes whenever the result of ``image`` may change for any index; paths do not enter it."""
         ...
 
     def unchanged(self, index: int) -> bool:
-        """Whether a record still is what ``content_hash`` found, if that was asked for; for before and after a read."""
+        """True if a record is still the one that ``content_hash`` hashed. Callers check it before and after a read.
+
+        It is also True if ``content_hash`` was never computed.
+        """
         ...
 
     def unreadable(self, index: int) -> int | None:
-        """Error number with which ``content_hash`` found a record missing or closed; None if it could read it."""
+        """Return the error number if ``content_hash`` could not read a record, such as a missing file; else None."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class DataSplits:
-    """Three disjoint data sets over the same classes, and the prompt template with one ``{}`` for the class name."""
+    """Three disjoint data sets over the same classes, and the prompt template, with one ``{}`` for the class name."""
 
     train: ImageDataset
     val: ImageDataset
@@ -56,9 +59,9 @@ class DataSplits:
 
 
 def probe_image() -> Image.Image:
-    """One image that belongs to nobody and is always the same, to tell by its features which model made them.
+    """Return a fixed synthetic image that is not private data. Its features identify the model that made them.
 
-    It shows smooth coloured waves. It is not square, and no model reads its size.
+    It shows smooth coloured waves. It is not square, and no model reads images of its size.
     """
     y, x = np.mgrid[0:_HEIGHT, 0:_WIDTH]
     waves = [np.sin(x / 9 + y / 31), np.sin(y / 13 - x / 57), np.cos((x + 2 * y) / 23)]

@@ -25,20 +25,20 @@ def load_data(
     """Load a data set once per process; a directory that changes later is not read again.
 
     Args:
-        ref: ``demo``: the embedded images, no other argument is read. ``folder``: a directory of class folders.
+        ref: ``demo``: the embedded images; no other argument is read. ``folder``: a directory of class folders.
         path: Directory of the images; ``~`` is expanded.
         classes: JSON file with the template and class names, or empty.
-        val_fraction: Share of train/ that becomes the validation set where there is no val/.
-        test_fraction: The same for test/.
-        seed: Of that cut.
-        on_bad_image: ``raise``: an unreadable image is an error now. ``keep``: it stays a record, so that counts stay
-            public under DP, and ``image`` raises ``BadImageError`` for it.
+        val_fraction: Share of train/ that becomes the validation set if there is no val/.
+        test_fraction: Share of train/ that becomes the test set if there is no test/.
+        seed: Seed of that cut.
+        on_bad_image: ``raise``: an unreadable image raises an error now. ``keep``: it stays a record, so that counts
+            stay public under DP, and ``image`` raises ``BadImageError`` for it.
 
     Raises:
-        ConfigError: If the data set is not usable as given.
+        ConfigError: If the data set cannot be used with these arguments.
     """
     if ref == "demo":
-        from fl_dualpriv.data.demo.images import demo_template, load_demo  # heavy: only where it is asked for
+        from fl_dualpriv.data.demo.images import demo_template, load_demo  # heavy, so only the demo imports it
 
         return _splits(load_demo(), demo_template())
     if ref == "folder":
@@ -65,17 +65,17 @@ def load_questions(
     """Load questions once per process.
 
     Args:
-        ref: ``demo-vqa``: the embedded ones, no other argument is read. ``questions``: what ``path`` names.
+        ref: ``demo-vqa``: the embedded questions; no other argument is read. ``questions``: the questions at ``path``.
         path: A .jsonl or .csv file; a folder of ``train``, ``val`` and ``test`` files of these kinds; or
-            ``datasets:NAME``, a data set of the Hugging Face hub, a folder that its library reads or saved, or a
-            .parquet file. A saved folder and a .parquet file may stand without ``datasets:``.
-        val_fraction: Share of the training images that become the validation set where there is none.
-        test_fraction: The same for the test set.
-        seed: Of that cut.
-        on_bad: ``raise``: a record that cannot be read is an error. ``keep``: it stays counted and cannot be used.
+            ``datasets:NAME``, where NAME is a data set of the Hugging Face hub, a folder that the package datasets
+            reads or saved, or a .parquet file. A saved folder and a .parquet file need no ``datasets:``.
+        val_fraction: Share of the training images that becomes the validation set if there is none.
+        test_fraction: Share of the training images that becomes the test set if there is none.
+        seed: Seed of that cut.
+        on_bad: ``raise``: a record that cannot be read raises an error. ``keep``: it stays counted and cannot be used.
 
     Raises:
-        ConfigError: If the questions cannot be used; it says all that is wrong.
+        ConfigError: If the questions cannot be used; the message names every problem.
     """
     if ref == "demo-vqa":
         from fl_dualpriv.data.demo_questions import load_vqa_demo
@@ -91,7 +91,7 @@ def load_questions(
 
 
 def given_question_splits(path: str) -> frozenset[str]:
-    """Which of train, val and test are sets of their own in what ``data.path`` names."""
+    """Return the splits among train, val and test that exist as separate sets at ``data.path``."""
     if (name := hub_name(path)) is not None:
         from fl_dualpriv.data.hub import given_hub_splits
 

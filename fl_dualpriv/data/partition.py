@@ -1,4 +1,4 @@
-"""Divide records among clients. Needs labels and a seed alone, so every process and every node cuts the same way."""
+"""Divide records among clients. This needs only labels and a seed, so all processes and nodes get the same division."""
 
 import zlib
 from typing import Literal
@@ -9,7 +9,7 @@ from fl_dualpriv.errors import ConfigError
 
 _MAX_DRAWS = 200
 _FEW_DRAWS = 5
-_HOPELESS = 50  # clients without a record in the best of a few draws: no later draw gives everybody one
+_HOPELESS = 50  # if even the best of a few draws leaves more clients empty than this, further draws do not help
 
 
 def partition(
@@ -19,21 +19,21 @@ def partition(
     dirichlet_alpha: float,
     seed: int,
 ) -> list[np.ndarray]:
-    """Give every record to exactly one client; or ``by-node`` all that lie here to the one client that lives here.
+    """Give every record to exactly one client; ``by-node`` gives all records of this disk to this disk's client.
 
     Guarantee:
-        The parts are disjoint, cover all records, and none is empty. They depend on the arguments alone. ``by-node``
-        gives each client all records, so a process may act for one client only: `client.node.Node` refuses more.
+        The parts are disjoint, cover all records, and none is empty. They depend only on the arguments. ``by-node``
+        gives each client all records, so a process may act only for one client: `client.node.Node` refuses more.
 
     Args:
         labels: Class id of each record, shape (records,).
-        scheme: ``iid``: shuffled, sizes differ by at most 1. ``by-class``: contiguous blocks of class ids, or, with
-            more clients than classes, several clients on one class, whose records are divided among them.
+        scheme: ``iid``: shuffled, sizes differ by at most 1. ``by-class``: contiguous blocks of class ids. With more
+            clients than classes, several clients share one class, and its records are divided among them.
             ``dirichlet``: each class divided by shares drawn from Dir(alpha), as in Hsu et al. 2019, arXiv:1909.06335.
-            ``by-node``: each client has a disk of its own, and this is one of them.
+            ``by-node``: each client has a separate disk, and the records are those of one such disk.
         population: Number of clients; at most the number of records.
-        dirichlet_alpha: Concentration > 0, read by ``dirichlet`` alone; small is uneven.
-        seed: >= 0.
+        dirichlet_alpha: Concentration > 0, read only by ``dirichlet``; small values give uneven parts.
+        seed: Seed >= 0.
 
     Returns:
         One sorted int64 array of record indices per client, in client order.
@@ -48,7 +48,7 @@ def partition(
         raise ConfigError(f"population = {population}: must be >= 1")
     if scheme == "by-node":
         if len(labels) == 0:
-            raise ConfigError("there is no training image here; a node needs one at least")
+            raise ConfigError("there is no training image on this node; a node needs at least one")
         return [np.arange(len(labels), dtype=np.int64)] * population
     if population > len(labels):
         raise ConfigError(
@@ -87,7 +87,7 @@ def _clients_per_class(counts: np.ndarray, population: int) -> np.ndarray:
     """Spread clients over classes as evenly as the number of records in each class allows."""
     clients = np.ones_like(counts)
     for _ in range(population - len(counts)):
-        # A class without a spare record takes no further client; one with room exists as population <= records.
+        # A class without a spare record gets no further client. One with room exists because population <= records.
         clients[np.argmin(np.where(clients < counts, clients, population + 1))] += 1
     return clients
 
@@ -104,7 +104,7 @@ def _dirichlet(labels: np.ndarray, population: int, alpha: float, rng: np.random
         shares = rng.dirichlet(np.full(population, alpha), size=len(classes))
         if not np.isfinite(shares).all():  # gamma variates over- or underflow at extreme alpha
             continue
-        # Permuted even if the draw will be thrown away: the next draw continues the same stream.
+        # Permuted even if the draw is rejected, because the next draw continues the same stream.
         records = np.concatenate([rng.permutation(group) for group in groups])
         cuts = (np.cumsum(shares, axis=1)[:, :-1] * counts[:, None]).astype(np.int64)
         sizes = np.diff(cuts, axis=1, prepend=0, append=counts[:, None])

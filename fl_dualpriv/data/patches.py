@@ -1,4 +1,4 @@
-"""The patches of images as features, through the same table as the features of whole images."""
+"""Features of the patches of images; the table that keeps features of whole images keeps these too."""
 
 import PIL.Image
 from torch import Tensor
@@ -8,14 +8,14 @@ from fl_dualpriv.models.pruning.in_tower import PatchReading
 
 
 class PatchEncoder:
-    """`ImageEncoder` whose features are those of all patches, one after the other.
+    """`ImageEncoder` whose features of an image are those of all its patches, one after the other.
 
     Args:
-        backbone: A model whose image tower reads CLS.
-        reading: Of a patch, see `Backbone.patch_features`.
+        backbone: Model whose image tower reads CLS.
+        reading: Way in which a patch is read, see `Backbone.patch_features`.
 
     Raises:
-        ConfigError: If it does not.
+        ConfigError: If the image tower does not read CLS.
     """
 
     visual_prompts = False
@@ -27,19 +27,19 @@ class PatchEncoder:
         self.embed_dim = backbone.n_patches * backbone.embed_dim
 
     def preprocess(self, image: PIL.Image.Image) -> Tensor:
-        """See `ImageEncoder`."""
+        """Apply the backbone's inference transform; see `ImageEncoder`."""
         return self._backbone.preprocess(image)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """See `ImageEncoder`: (n, patches · embed_dim); each patch has unit norm."""
+        """Compute features (n, patches · embed_dim), in which each patch has unit norm; see `ImageEncoder`."""
         return self._backbone.patch_features(images, self._reading).reshape(len(images), self.embed_dim)
 
     @property
     def feature_key(self) -> str:
-        """See `ImageEncoder`."""
+        """Key that changes whenever a feature may change; see `ImageEncoder`."""
         return f"{self._backbone.feature_key} patches {self._reading}"
 
     @property
     def weight_bytes(self) -> int:
-        """See `ImageEncoder`."""
+        """Memory of the backbone's weights in bytes; see `ImageEncoder`."""
         return self._backbone.weight_bytes

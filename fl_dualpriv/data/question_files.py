@@ -1,4 +1,4 @@
-"""Questions in JSON lines or CSV files: image, question, answer and, where it is known, the question's type."""
+"""Questions in JSON lines or CSV files: image, question, answer and optionally the question's type."""
 
 import csv
 import io
@@ -21,12 +21,12 @@ SPLITS = ("train", "val", "test")
 _NEEDED = ("image", "question", "answer")
 _SHOWN = 5
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
-"""JSON has half surrogates, and zeros, which no file name may have."""
+"""Lone surrogates and zero characters. JSON can hold them, but a file name cannot."""
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One record as it stands in a file; ``fault``: why it cannot be used, or empty."""
+    """One record of a file; ``fault`` says why the record cannot be used, and is empty if it can be used."""
 
     image: Path
     question: str
@@ -36,12 +36,12 @@ class _Row:
 
 
 def given_file_splits(path: Path) -> frozenset[str]:
-    """Which of train, val and test have a file of their own in a folder; empty for a single file."""
+    """Return the splits among train, val and test that have a separate file in a folder; empty for a single file."""
     return frozenset(_files(path)) if path.is_dir() else frozenset()
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The file of each split, a JSON lines file before a CSV one."""
+    """Find the file of each split; a JSON lines file takes precedence over a CSV file."""
     found = {}
     for name in SPLITS:
         there = [folder / f"{name}{kind}" for kind in KINDS if (folder / f"{name}{kind}").is_file()]
@@ -66,7 +66,8 @@ def load_question_files(
         files = {"train": source}
     else:
         raise ConfigError(
-            f"data.path = {path!r} is no file of questions: {source.absolute()} is missing, or neither .jsonl nor .csv"
+            f"data.path = {path!r} is not a file of questions: {source.absolute()} is missing, or is neither .jsonl "
+            "nor .csv"
         )
     rows = {name: list(_read(file)) for name, file in files.items()}
     if empty := [files[name].name for name, found in rows.items() if not found]:
@@ -121,15 +122,15 @@ def _refuse(path: str, rows: Mapping[str, list[_Row]]) -> None:
 
 
 def _read(file: Path) -> Iterator[_Row]:
-    """Every record of a file. What is odd about one is its own fault and nobody else's: under DP all must go on."""
+    """Read every record of a file. A fault in one record affects no other, because under DP all others must count."""
     try:
-        # Bytes that are no UTF-8 become half surrogates, which `_is_text` refuses.
+        # Bytes that are not UTF-8 become lone surrogates, which `_is_text` refuses.
         text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror or error}") from error
-    lines = io.StringIO(text)  # not splitlines: U+2028 and others are letters within a line
+    lines = io.StringIO(text)  # not splitlines, which would also split a line at U+2028 and similar characters
     if file.suffix.lower() == ".csv":
-        csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # else one long cell fails the whole file
+        csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # otherwise one long cell fails the whole file
         reader = csv.DictReader(lines)
         if lacking := [name for name in _NEEDED if name not in (reader.fieldnames or ())]:
             raise ConfigError(f"{file}: its first line must name the columns; {', '.join(lacking)} is missing")
@@ -146,10 +147,10 @@ def _read(file: Path) -> Iterator[_Row]:
 
 
 def _row(file: Path, number: int, record: Any) -> _Row:
-    """A record of a file, with what is wrong about it: a bad one stays counted, where it can be with image and type."""
+    """Make a record with its fault. A bad record stays counted, and keeps its image and type if they can be read."""
     where = f"{file.name}, line {number}"
     if not isinstance(record, Mapping):
-        return _Row(file.parent, "", "", "", f"{where}: no JSON object")
+        return _Row(file.parent, "", "", "", f"{where}: not a JSON object")
     texts = {name: value for name in _NEEDED if _is_text(value := record.get(name))}
     image = file.parent / texts.get("image", "")
     kind = record["type"].strip() if _is_text(record.get("type")) else ""
@@ -159,5 +160,5 @@ def _row(file: Path, number: int, record: Any) -> _Row:
 
 
 def _is_text(value: Any) -> TypeGuard[str]:
-    """Whether a value is words that can be written."""
+    """True if a value is a non-empty text that can be written in UTF-8 and holds no zero character."""
     return isinstance(value, str) and bool(value.strip()) and not _UNWRITABLE.search(value)

@@ -1,4 +1,4 @@
-"""Questions about images, in the one form in which they reach the rest of the library."""
+"""Questions about images, in the form that the rest of the library uses."""
 
 from dataclasses import dataclass
 
@@ -8,21 +8,22 @@ from fl_dualpriv.data.images import ImageDataset
 from fl_dualpriv.errors import ConfigError
 
 DEFAULT_TEMPLATE = "Answer the question with a single word or phrase."
-"""What a prompt starts from unless a data set says otherwise: LLaVA-1.5's own request for short answers."""
+"""Initial text of a prompt if the data set names none: LLaVA-1.5's own request for short answers."""
 
 
 @dataclass(frozen=True, eq=False)
 class QuestionSet:
-    """Questions with their answers; a record is one of them, and several may ask about one image.
+    """Questions with their answers. A record is one question, and several records may ask about one image.
 
     Attributes:
-        images: Decoded one at a time; their labels are not read.
-        image_of: Each record's image, (record,) int64.
-        questions: One per record; empty: the record cannot be used.
-        answers: One per record.
+        images: The images, decoded one at a time; their labels are not read.
+        image_of: Index of each record's image, (record,) int64.
+        questions: Question of each record; an empty text marks a record that cannot be used.
+        answers: Answer of each record.
         labels: Question type of each record, (record,) int64, indices into ``class_names``; public metadata.
-        class_names: Of the question types.
-        faults: Why the words of each record cannot be used, or empty, for the owner of the data; (): nothing is wrong.
+        class_names: Names of the question types.
+        faults: Reason why the words of each record cannot be used, or an empty text. Only the owner of the data may
+            read the reasons. () means that there is no fault.
     """
 
     images: ImageDataset
@@ -40,7 +41,7 @@ class QuestionSet:
 
 @dataclass(frozen=True, eq=False)
 class QuestionSplits:
-    """Three sets of questions over disjoint images, of the same types, and the words that a prompt starts from."""
+    """Three sets of questions over disjoint images, with the same question types, and the initial text of a prompt."""
 
     train: QuestionSet
     val: QuestionSet
@@ -50,18 +51,18 @@ class QuestionSplits:
 
 
 def cut_by_image(images: int, fractions: dict[str, float], seed: int) -> dict[str, np.ndarray]:
-    """Deal images out, so that no held-out question is about a training image.
+    """Divide images among sets, so that no held-out question is about a training image.
 
     Args:
-        images: How many there are.
-        fractions: Share of each set that is missing, besides ``train``; each gets one image at least.
-        seed: Of the shuffle; nothing else decides.
+        images: Number of images.
+        fractions: Share of the images for each missing set, without ``train``. Each set gets at least one image.
+        seed: Seed of the shuffle. For a given number of images, only the seed decides the order.
 
     Returns:
         Sorted image numbers of ``train`` and of each missing set.
 
     Raises:
-        ConfigError: If none is left to train on.
+        ConfigError: If no image is left to train on.
     """
     order, start = np.random.default_rng([seed, images]).permutation(images), 0
     cut: dict[str, np.ndarray] = {}
@@ -73,18 +74,18 @@ def cut_by_image(images: int, fractions: dict[str, float], seed: int) -> dict[st
     if not len(cut["train"]):
         raise ConfigError(
             f"data.path: {images} images are too few to cut {' and '.join(fractions)} from them and train on the rest; "
-            "add images, or sets of their own"
+            "add images, or provide these sets separately"
         )
     return cut
 
 
 def subset(questions: QuestionSet, images: np.ndarray, chosen: ImageDataset) -> QuestionSet:
-    """The questions about some of the images.
+    """Return the questions about some of the images.
 
     Args:
-        questions: All of them.
-        images: Sorted numbers of the images.
-        chosen: These images, as a data set.
+        questions: All questions.
+        images: Sorted numbers of the chosen images.
+        chosen: The chosen images, as a data set.
     """
     place = np.full(len(questions.images), -1, dtype=np.int64)
     place[images] = np.arange(len(images))

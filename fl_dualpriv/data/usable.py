@@ -1,7 +1,7 @@
 """Count the records that can be used, and say why the others cannot: for their owner, never for a server. No torch.
 
-Under differential privacy a record that cannot be used stays a record and adds zero. Its owner may know; nothing that
-leaves may depend on it.
+Under differential privacy a record that cannot be used stays a record and contributes zero. Its owner may see the
+reason. No value that leaves the node may depend on it.
 """
 
 import time
@@ -17,21 +17,21 @@ from fl_dualpriv.data.images import ImageDataset
 from fl_dualpriv.data.questions import QuestionSet
 
 SECONDS = 20.0
-"""After so long a look ends, once it has found a record that can be used."""
+"""Duration after which `look` stops, as soon as it has found a record that can be used."""
 _NAMED = 5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Usable:
-    """The result of a look at records.
+    """Result of `look`.
 
     Attributes:
-        what: Of the records, such as ``images``.
-        looked: Which records were looked at, (looked,) int64.
-        usable: Which of these can be used, bool (looked,).
+        what: Plural noun for the records in messages, such as ``images``.
+        looked: Indices of the records that were opened, (looked,) int64.
+        usable: True for each opened record that can be used, bool (looked,).
         total: Number of all records.
-        kinds: Number of the others, by what is wrong.
-        named: What is wrong with the first of them, with names.
+        kinds: Number of opened records that cannot be used, by kind of fault.
+        named: Faults of the first records that cannot be used, with names.
     """
 
     what: str
@@ -43,16 +43,16 @@ class Usable:
 
     @property
     def count(self) -> int:
-        """Records that can be used, of those that were looked at."""
+        """Number of opened records that can be used."""
         return int(self.usable.sum())
 
     @property
     def are_all(self) -> bool:
-        """True if every record that was looked at can be used."""
+        """True if every opened record can be used."""
         return not self.kinds
 
     def says(self) -> str:
-        """Counts by kind in one line, without names."""
+        """Return the counts by kind in one line, without names."""
         if len(self.looked) < self.total:
             of = f"{self.count} usable of {len(self.looked)} that were looked at"
         else:
@@ -61,25 +61,26 @@ class Usable:
         return ", ".join([of, *kinds])
 
     def refusal(self) -> list[str]:
-        """Problem lines if no record can be used; else none."""
+        """Return problem lines if no record can be used, else an empty list."""
         if self.count or not self.total:
             return []
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common())
         return [f"none of the {self.total} {self.what} can be used: {kinds}", *self.lines()]
 
     def lines(self) -> list[str]:
-        """The first records that cannot be used, by name, one a line."""
+        """Name the first records that cannot be used, one a line."""
         more = sum(self.kinds.values()) - len(self.named)
         return [*self.named, *([f"... and {more} more"] if more > 0 else [])]
 
 
 def look(records: ImageDataset | QuestionSet, what: str, seconds: float = SECONDS) -> Usable:
-    """Open each record as a run would, in an order that is drawn, so that a look that ends early is a fair sample.
+    """Open each record as a run would. The order is random, so that a partial result is a fair sample.
 
     Args:
         records: Images, or questions about images.
-        what: They are, in the plural, for messages.
-        seconds: After which the look ends if a record that can be used was found; without one it goes on to the end.
+        what: Plural noun for the records in messages.
+        seconds: Duration after which the function stops if it has found a record that can be used. If it has found
+            none, it opens all records.
     """
     images: dict[int, tuple[str, str]] = {}
     kinds: Counter[str] = Counter()
@@ -110,7 +111,7 @@ def look(records: ImageDataset | QuestionSet, what: str, seconds: float = SECOND
 def _record_fault(
     records: ImageDataset | QuestionSet, index: int, images: dict[int, tuple[str, str]]
 ) -> tuple[str, str]:
-    """Kind and words of what is wrong with a record; ``images`` keeps those of images that several ask about."""
+    """Return kind and description of a record's fault; ``images`` caches faults of images with several questions."""
     if not isinstance(records, QuestionSet):
         return image_fault(records, index)
     if not records.questions[index]:
@@ -129,7 +130,7 @@ _VERBS = {"cannot be read": "cannot be read", "missing": "is missing"}
 
 
 def image_fault(images: ImageDataset, index: int) -> tuple[str, str]:
-    """Say why an image cannot be used: kind and words; both empty if it can."""
+    """Say why an image cannot be used: kind and description, both empty if it can be used."""
     if isinstance(images, FolderSplit):
         return file_fault(images.paths[index])
     try:
@@ -141,14 +142,17 @@ def image_fault(images: ImageDataset, index: int) -> tuple[str, str]:
 
 
 def without_usable(partitions: Sequence[np.ndarray], found: Usable) -> int | None:
-    """Clients none of whose records can be used; None if not every record was looked at."""
+    """Count the clients without a single usable record; None if not every record was opened."""
     if len(found.looked) < found.total:
         return None
     return sum(not found.usable[part].any() for part in partitions)
 
 
 def skipped_files(path: Path) -> Counter[str]:
-    """Files in a directory of images that no run reads: by ending, and ``outside`` for images in no class folder."""
+    """Count the files in a directory of images that no run reads.
+
+    The counts are by file extension. ``outside`` counts images that are in no class folder.
+    """
     found: Counter[str] = Counter()
     for top in class_folders(path) if given_splits(path) else [path]:
         found["outside"] += sum(file.suffix.lower() in EXTENSIONS for file in _files(top))

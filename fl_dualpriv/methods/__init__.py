@@ -1,1 +1,1 @@
-"""Methods of local learning: which prompts are trained, and how a released gradient moves them."""
+"""Methods of local learning: the prompts that they train, and the steps that a released gradient makes."""

@@ -1,4 +1,7 @@
-"""Which parts of DP-FPL a method has: every baseline is the same code with parts switched off. Light on import."""
+"""The parts of DP-FPL that each method has: every baseline is the same code with parts switched off.
+
+Light on import.
+"""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -14,14 +17,15 @@ class MethodParts:
     """Switches of the effective prompt P = p_G + p_L, with p_L = u·v + r.
 
     Attributes:
-        shared: p_G is trained and aggregated by the server.
-        personal: p_L is trained and stays with the client.
-        factorised: p_L moves in the tangent space of its rank-k part (DP-FPL Eq. 4); else freely.
-        residual: r = p_L − u·v is kept; else p_L is cut to rank k after every step.
-        published_procedure: the clients run the DP-FPL paper's formulas, whose ε is nominal.
-        factor_steps: p_L = u·v, and u and v take gradient steps of their own (FedPGP).
-        contrast: FedPGP's contrastive term is part of the loss.
-        learns: What p_G is: what ``prompt.learner`` says, or what a baseline has in its place.
+        shared: True if p_G is trained and aggregated by the server.
+        personal: True if p_L is trained and stays with the client.
+        factorised: True if p_L moves in the tangent space of its rank-k part (DP-FPL Eq. 4); otherwise it moves freely.
+        residual: True if r = p_L − u·v is kept; otherwise p_L is cut to rank k after every step.
+        published_procedure: True if the clients run the DP-FPL paper's formulas, whose ε is nominal.
+        factor_steps: True if p_L = u·v, and u and v take separate gradient steps (FedPGP).
+        contrast: True if FedPGP's contrastive term is part of the loss.
+        learns: Kind of p_G: ``prompt`` for the learner in ``prompt.learner``, or the name of a baseline that replaces
+            it.
     """
 
     shared: bool
@@ -35,25 +39,25 @@ class MethodParts:
 
     @property
     def reads_patches(self) -> bool:
-        """Whether the loss reads the patches of an image, beside the features of the whole."""
+        """True if the loss reads the patches of an image, beside the features of the whole image."""
         return self.learns == "fedotp"
 
     @property
     def pairs(self) -> bool:
-        """Whether the loss reads p_G and p_L as two prompts, one above the other, and not their sum."""
+        """True if the loss reads p_G and p_L as two prompts, one above the other, and not their sum."""
         return self.learns == "fedotp"
 
     def effective(self, shared: "Tensor", personal: "Tensor") -> "Tensor":
-        """What the loss reads, from p_G and p_L, (…, n_ctx, ctx_dim)."""
+        """Return the prompt that the loss reads, from p_G and p_L, (…, n_ctx, ctx_dim)."""
         if self.pairs:
-            import torch  # late: the check of a run's data reads this file and needs no torch
+            import torch  # imported late, because the check of a run's data reads this file and needs no torch
 
             return torch.cat([shared, personal], dim=-2)
         return shared + personal if self.personal else shared
 
     @property
     def trains(self) -> bool:
-        """Whether anything is learned at all."""
+        """True if the method learns any prompt."""
         return self.shared or self.personal
 
 

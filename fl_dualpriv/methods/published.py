@@ -1,4 +1,4 @@
-"""Numbers of the DP-FPL paper's own procedure (arXiv:2501.13904). The ε that they give is nominal."""
+"""Numbers of the DP-FPL paper's own procedure (arXiv:2501.13904). Their ε is nominal."""
 
 import math
 
@@ -7,5 +7,5 @@ LOCAL_DIVISOR = 10.0  # hard-coded in the authors' code and not in the paper
 
 
 def nominal_sigma(epsilon: float, delta: float, steps: int) -> float:
-    """σ = √(T ln 1/δ)/ε, Theorem 3.3 with the constant 1 of the authors' code. T: noisy steps of the whole run."""
+    """Return σ = √(T ln 1/δ)/ε, Theorem 3.3 with the constant 1 of the authors' code; T is ``steps`` of the run."""
     return math.sqrt(steps * math.log(1 / delta)) / epsilon

@@ -1,1 +1,1 @@
-"""Frozen vision-language models behind two protocols, and what loads them."""
+"""Frozen vision-language models behind two protocols, and the functions that load them."""

@@ -17,13 +17,13 @@ HUGGING_FACE = "hf:"
 
 
 class ImageEncoder(Protocol):
-    """The frozen image side of a model, as far as data need it.
+    """The frozen image side of a model, reduced to what the data code needs.
 
     Attributes:
-        name: As configured.
-        embed_dim: Numbers in the features of an image.
-        device: Where the model is.
-        visual_prompts: Whether the image tower reads trainable prompts, which rules out cached features.
+        name: Configured name of the model.
+        embed_dim: Width of an image's feature vector.
+        device: Device that holds the model.
+        visual_prompts: True if the image tower reads trainable prompts. Features must not be cached then.
     """
 
     name: str
@@ -32,44 +32,46 @@ class ImageEncoder(Protocol):
     visual_prompts: bool
 
     def preprocess(self, image: PIL.Image.Image) -> Tensor:
-        """The model's inference transform: float32 (3, height, width)."""
+        """Apply the model's inference transform; the result is float32 (3, height, width)."""
         ...
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Features of preprocessed images, (n, 3, height, width) → float32 (n, embed_dim); n may be 0.
+        """Compute features of preprocessed images: (n, 3, height, width) → float32 (n, embed_dim). n may be 0.
 
         Guarantee:
-            Per image: no value of one image enters another's features. A NaN image gives a NaN row of its own. The size
-            of the batch can change a feature by float rounding, since it changes the order of summation.
+            Per image: no value of one image enters another's features. A NaN image makes only its own row NaN. The size
+            of the batch can change a feature by float rounding, because it changes the order of summation.
         """
         ...
 
     @property
     def feature_key(self) -> str:
-        """Changes whenever `image_features` of a file may change."""
+        """Key that changes whenever `image_features` of a file may change."""
         ...
 
     @property
     def weight_bytes(self) -> int:
-        """Memory of the weights, with a text tower's copies in other layouts and precisions."""
+        """Memory of the weights in bytes, including a text tower's copies in other layouts and precisions."""
         ...
 
 
 class Backbone(ImageEncoder, Protocol):
-    """A frozen image tower and text tower with a joint feature space; evaluation mode, no parameter has a gradient.
+    """A frozen image tower and text tower with a joint feature space.
 
-    Image features have unit norm, and pass through the pruner if there is one.
+    The model is in evaluation mode, and no parameter has a gradient. Image features have unit norm. If there is a
+    pruner, it prunes their visual tokens.
 
     Attributes:
         ctx_dim: Width of a token embedding.
-        context_length: Longest text, in tokens.
-        logit_scale: Factor on the cosine similarity (the exponential of the model's parameter). A bias of the logits,
-            as SigLIP has one, is the same for every class and cancels in a softmax.
+        context_length: Length of the longest text, in tokens.
+        logit_scale: Factor on the cosine similarity (the exponential of the model's parameter). SigLIP also has a bias
+            of the logits. It is the same for every class and cancels in a softmax.
         pruner: Visual token pruner, or None.
-        rows: How a row of tokens is built around the words of a text.
-        fills_rows: Whether rows must have ``context_length`` tokens, because what stands after the end is seen.
-        text_stack: The text tower's weights where a prompt's prefix can be shared, else None.
-        plain_reason: Why ``text_stack`` is None; empty otherwise.
+        rows: Layout of a token row: the special tokens around the words of a text.
+        fills_rows: True if rows must have ``context_length`` tokens, because the tower reads tokens after the end of
+            text.
+        text_stack: The text tower's weights if classes can share a prompt's prefix, else None.
+        plain_reason: Reason why ``text_stack`` is None; empty otherwise.
     """
 
     ctx_dim: int
@@ -82,11 +84,11 @@ class Backbone(ImageEncoder, Protocol):
     plain_reason: str
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Token ids of whole rows, int64 (n, context_length), on the CPU."""
+        """Tokenize texts into whole rows, int64 (n, context_length), on the CPU."""
         ...
 
     def words(self, text: str) -> list[int]:
-        """Token ids of a text's words alone, of any number.
+        """Return only the token ids of a text's words, without special tokens and without a limit on their number.
 
         Raises:
             ConfigError: If the text cannot be written in the model's tokens.
@@ -94,18 +96,19 @@ class Backbone(ImageEncoder, Protocol):
         ...
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """Ids (..., token) → embeddings (..., token, ctx_dim), without positions."""
+        """Look up token embeddings without positions: ids (..., token) → (..., token, ctx_dim)."""
         ...
 
     def encode_embeddings(self, embeddings: Tensor, end: Tensor) -> Tensor:
-        """Text features of token embeddings, always in float32; differentiable in them.
+        """Compute text features of token embeddings, always in float32; differentiable in the embeddings.
 
-        Equal to the model's own text features for the embeddings of whole rows. Unless the tower fills rows, also for
-        rows cut anywhere after their end of text, since no earlier token sees what is cut off.
+        For the embeddings of whole rows the result equals the model's own text features. Unless the tower fills rows,
+        this also holds for rows that are cut anywhere after their end of text, because no earlier token sees the part
+        that is cut off.
 
         Args:
-            embeddings: (n, token, ctx_dim) without positions; ``token`` is ``context_length`` where rows are filled.
-            end: Index of each row's end of text, (n,); not used by towers that read another token.
+            embeddings: (n, token, ctx_dim) without positions; ``token`` is ``context_length`` if the tower fills rows.
+            end: Index of each row's end of text, (n,). Towers that read another token ignore it.
 
         Returns:
             (n, embed_dim), not normalised.
@@ -117,25 +120,25 @@ class Backbone(ImageEncoder, Protocol):
 
     @property
     def n_patches(self) -> int:
-        """Patches of an image.
+        """Number of patches of an image.
 
         Raises:
-            ConfigError: If the model pools its tokens, so that a patch has no feature of its own.
+            ConfigError: If the model pools its tokens, so that no patch has a separate feature.
         """
         ...
 
     def patch_features(self, images: Tensor, reading: PatchReading) -> Tensor:
-        """Features of the patches of preprocessed images, float32 (n, n_patches, embed_dim), each of unit norm.
+        """Compute unit-norm features of the patches of preprocessed images, float32 (n, n_patches, embed_dim).
 
-        Pruners do not matter. Guarantee as `image_features`.
+        The pruner is not applied. The guarantee is that of `image_features`.
 
         Args:
-            images: (n, 3, height, width).
-            reading: ``token``: a patch is read at the end as the model reads CLS. ``isolated``: CLS is read after a
-                last block in which that patch is the only one left.
+            images: Preprocessed images, (n, 3, height, width).
+            reading: ``token``: after the last block, the patch is read in the way in which the model reads CLS.
+                ``isolated``: CLS is read after a last block in which that patch is the only one left.
 
         Raises:
-            ConfigError: As `n_patches`.
+            ConfigError: If `n_patches` raises it.
         """
         ...
 
@@ -147,5 +150,5 @@ class Backbone(ImageEncoder, Protocol):
 
 @functools.lru_cache(maxsize=4)
 def input_shape(backbone: ImageEncoder) -> Size:
-    """What the model's preparation makes of an image: (3, height, width), from one that is nobody's."""
+    """Return the shape of a preprocessed image, (3, height, width), found with a blank image that holds no data."""
     return backbone.preprocess(PIL.Image.new("RGB", (48, 40))).shape

@@ -1,4 +1,4 @@
-"""Where image, question and answer stand in a chat: read off the template of a model's processor."""
+"""Positions of image, question and answer in a chat, read from the chat template of a model's processor."""
 
 from typing import Any
 
@@ -10,17 +10,17 @@ _SLOT = "QUESTION"
 class ChatLayout:
     """The tokens around an image, a question and an answer.
 
-    One user message with an image and a text is rendered, followed by what asks the model to answer. Without a template
-    it is the image, the question and a line each.
+    The template renders one user message with an image and a text, followed by the generation prompt, which asks the
+    model to answer. Without a template the text is the image and the question, one per line.
 
     Args:
-        name: Of the model, for messages.
-        processor: Of transformers, with a tokenizer.
+        name: Name of the model, for messages.
+        processor: Processor of transformers, with a tokenizer.
         image_id: Id that stands for an image.
-        vocabulary: Ids that the model knows.
+        vocabulary: Number of ids that the model knows.
 
     Raises:
-        ConfigError: If the template does not put one image in front of the question, or if the tokenizer does not fit.
+        ConfigError: If the template does not put one image before the question, or if the tokenizer does not fit.
     """
 
     def __init__(self, name: str, processor: Any, image_id: int, vocabulary: int) -> None:
@@ -49,52 +49,55 @@ class ChatLayout:
         self.before, _ = self._split("")
 
     def words(self, text: str) -> list[int]:
-        """Ids of a text alone; ConfigError if one of them is no word."""
+        """Return the ids of a text, without added special tokens; ConfigError if an id is special or unknown."""
         ids = self._ids(text, False)
         bad = [i for i in ids if i in self._special or i >= self._vocabulary]
         if bad:
             raise ConfigError(
                 f"backbone.name = {self._name!r}: {text!r} has words that are not in its vocabulary, or its special "
-                f"tokens (ids {', '.join(map(str, bad[:3]))}); write it otherwise"
+                f"tokens (ids {', '.join(map(str, bad[:3]))}); use other words"
             )
         return ids
 
     def question(self, text: str) -> list[int]:
-        """Ids of everything between image and answer; ConfigError as `words`, or if it is empty or cannot be laid out.
+        """Return the ids of all tokens between image and answer.
 
-        A tokenizer may join words of a question and what stands around it: then others stand before the image, or ids
-        that the model does not know behind it.
+        A tokenizer may join words of a question with the text around it. The ids before the image then change, or ids
+        that the model does not know follow the image.
+
+        Raises:
+            ConfigError: If `words` raises it, if the question is empty, or if it does not fit into the template.
         """
         if not self.words(text):
             raise ConfigError(f"backbone.name = {self._name!r}: a question must have words; {text!r} has none")
         before, behind = self._split(text.strip())
         if before != self.before or any(i == self._image_id or i >= self._vocabulary for i in behind):
-            raise ConfigError(f"backbone.name = {self._name!r}: {text!r} cannot stand in its chat template")
+            raise ConfigError(f"backbone.name = {self._name!r}: {text!r} does not fit into its chat template")
         return behind
 
     def answer(self, text: str) -> list[int]:
-        """Ids of an answer and the end; ConfigError as `words`, or if there is none."""
+        """Return the ids of an answer and the end token; ConfigError if `words` raises it or the answer is empty."""
         ids = self.words(text.strip())
         if not ids:
             raise ConfigError(f"backbone.name = {self._name!r}: an answer must have words; {text!r} has none")
         return [*ids, self.end]
 
     def text(self, ids: list[int]) -> str:
-        """What ids of words say; special tokens say nothing."""
+        """Return the text of token ids; special tokens are left out."""
         return self._tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def _render(self, processor: Any) -> str:
         content = [{"type": "image"}, {"type": "text", "text": _SLOT}]
         try:
             return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        except Exception as error:  # whatever a template raises
+        except Exception as error:  # a template may raise any kind
             reason = f"{type(error).__name__}: {str(error).strip()}"
             raise ConfigError(
                 f"backbone.name = {self._name!r}: its chat template cannot be rendered: {reason}"
             ) from error
 
     def _split(self, question: str) -> tuple[list[int], list[int]]:
-        """Ids before and behind the image, of the whole text as the model would read it."""
+        """Tokenize the whole text as the model would read it; return the ids before and after the image."""
         ids = self._ids(self._text.replace(_SLOT, question), self._adds_start)
         if self._image_id not in ids:
             raise ConfigError(
@@ -108,7 +111,7 @@ class ChatLayout:
             return self._tokenizer(text, add_special_tokens=special)["input_ids"]
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a panic in Rust is no `Exception`, and must not tell whose text it was
+        except BaseException as error:  # a panic in Rust is not an `Exception`, and must not reveal whose text it was
             reason = f"{type(error).__name__}: {error}"
             raise ConfigError(
                 f"backbone.name = {self._name!r}: its tokenizer cannot read {text!r}: {reason}"

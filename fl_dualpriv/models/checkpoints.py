@@ -1,4 +1,4 @@
-"""What can be checked about a model before it is built: device, folder, text tower, checkpoint file. No open_clip here.
+"""Checks of a model before it is built: device, folder, text tower, checkpoint file. Does not import open_clip.
 
 Every function raises `ConfigError` with the key, the value, what is allowed and what to do.
 """
@@ -29,12 +29,12 @@ _SUPPORTED_TEXT = (
     "or CoCa text towers inside open_clip; transformers' own CLIP and SigLIP models are named hf:NAME"
 )
 _PROBE_SECONDS = 5.0
-_QUOTED = 3  # differences named in an error
+_QUOTED = 3  # number of differences that an error names
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` → a device that exists; from here on, fp32 convolutions are fp32."""
-    # cuDNN's default is TF32, 10 bits of mantissa: an image embedded on a GPU would differ from the CPU's by 1e-3.
+    """Return the device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; from then on fp32 convolutions use full fp32."""
+    # cuDNN's default is TF32 with 10 bits of mantissa: features from a GPU would differ from the CPU's by 1e-3.
     torch.backends.cudnn.allow_tf32 = False
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -47,7 +47,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def read_folder_config(name: str, folder: Path) -> dict[str, Any]:
-    """The model section of a folder's configuration, after a look at whether the folder is complete."""
+    """Check that a folder is complete, and return the model section of its configuration."""
     config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     for path, exists in (
         (folder, folder.is_dir()),
@@ -71,7 +71,7 @@ def read_folder_config(name: str, folder: Path) -> dict[str, Any]:
 
 
 def check_text_tower(name: str, config: Mapping[str, Any]) -> None:
-    """Refuse text towers that are not open_clip's own, or that would not read the prompt."""
+    """Refuse text towers that are not open_clip's own, and text towers that would not read the prompt."""
     text = config["text_cfg"]
     pool, causal = text.get("pool_type", "argmax"), not text.get("no_causal_mask", False)
     problems = {
@@ -86,7 +86,7 @@ def check_text_tower(name: str, config: Mapping[str, Any]) -> None:
 
 
 def read_shapes(checkpoint: Path) -> Shapes:
-    """Name and shape of every tensor in a checkpoint."""
+    """Return name and shape of every tensor in a checkpoint."""
     try:
         if checkpoint.suffix == ".safetensors":
             with safe_open(checkpoint, framework="pt") as file:
@@ -95,7 +95,7 @@ def read_shapes(checkpoint: Path) -> Shapes:
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)
             shapes = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
-    except Exception as error:  # pickle, zip, safetensors and torch each raise their own kinds
+    except Exception as error:  # pickle, zip, safetensors and torch each raise different kinds
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"{checkpoint} cannot be read as a checkpoint: {type(error).__name__}: {reason}") from error
     if not shapes:
@@ -104,7 +104,7 @@ def read_shapes(checkpoint: Path) -> Shapes:
 
 
 def mismatches(expected: Shapes, found: Shapes) -> str:
-    """The first few differences of two sets of tensors; empty if there is none."""
+    """Return the first few differences of two sets of tensors as text; empty if there is none."""
     both = [key for key in expected if key in found]
     problems = [f"{key} is {found[key]}, expected {expected[key]}" for key in both if found[key] != expected[key]]
     problems += [f"{key} is missing" for key in expected if key not in found]
@@ -115,7 +115,7 @@ def mismatches(expected: Shapes, found: Shapes) -> str:
 
 @contextlib.contextmanager
 def no_retries_when_offline() -> Iterator[None]:
-    """Look into the local cache only, if the model hub does not answer: its client would retry for most of a minute."""
+    """Read only the local cache if the model hub does not answer: its client would retry for most of a minute."""
     constants = huggingface_hub.constants
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or not _answers(constants.ENDPOINT)
@@ -129,7 +129,7 @@ def _answers(url: str) -> bool:
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PROBE_SECONDS).close()
     except urllib.error.HTTPError:
-        return True  # an error page is an answer
+        return True  # an error page also shows that the hub answers
     except (OSError, ValueError, http.client.HTTPException):
         return False
     return True

@@ -1,4 +1,4 @@
-"""What frozen models of every library share: image features in a precision, a fingerprint, memory, reading weights."""
+"""Shared code of the frozen models of every library: image features, fingerprints, memory use, reading of weights."""
 
 import functools
 import hashlib
@@ -16,11 +16,11 @@ from fl_dualpriv.models.pruning.towers import ImageTower
 from fl_dualpriv.models.text_stack import Linear, Norm, TextStack
 
 
-@torch.no_grad()  # not inference_mode: its tensors may not enter a later backward pass
+@torch.no_grad()  # not inference_mode: a later backward pass could not use its tensors
 def encode_images(
     encode: Callable[[Tensor], Tensor], images: Tensor, embed_dim: int, device: torch.device, precision: str
 ) -> Tensor:
-    """Unit-norm float32 features (n, embed_dim) of preprocessed images; under bf16 the products alone are bfloat16."""
+    """Compute unit-norm float32 features (n, embed_dim); with bf16, only the matrix products are bfloat16."""
     if images.shape[0] == 0:
         return torch.zeros(0, embed_dim, device=device)
     images = images.to(device, torch.float32)
@@ -30,10 +30,10 @@ def encode_images(
 
 
 class FrozenModel:
-    """What is the same for a model of any library: keys of its weights and features, its memory, the rows it reads.
+    """Base class of the models of every library: keys of weights and features, memory use, patches, row lengths.
 
-    A subclass sets the attributes of `Backbone` that are read here, and says in `_described` what beside the weights
-    decides its image features.
+    A subclass sets the attributes of `Backbone` that this class reads. Its `_described` returns everything other than
+    the weights that decides its image features.
     """
 
     name: str
@@ -49,20 +49,20 @@ class FrozenModel:
         raise NotImplementedError
 
     def image_tower(self) -> ImageTower:
-        """The image side, taken apart.
+        """Return the image side, taken apart into its blocks.
 
         Raises:
-            ConfigError: If it cannot be.
+            ConfigError: If the image side cannot be taken apart.
         """
         raise NotImplementedError
 
     @property
     def n_patches(self) -> int:
-        """Patches of an image; see `Backbone`."""
+        """Number of patches of an image; see `Backbone`."""
         return self._patch_tower.n_patches
 
     def patch_features(self, images: Tensor, reading: PatchReading) -> Tensor:
-        """Unit-norm features of patches; see `Backbone`."""
+        """Compute unit-norm features of patches; see `Backbone`."""
         tower = self._patch_tower
         if images.shape[0] == 0:
             return torch.zeros(0, tower.n_patches, self.embed_dim, device=self.device)
@@ -75,10 +75,10 @@ class FrozenModel:
         try:
             tower = self.image_tower()
         except ConfigError as error:
-            raise ConfigError(f"backbone.name = {self.name!r}: features of patches cannot be had: {error}") from error
+            raise ConfigError(f"backbone.name = {self.name!r}: it gives no features of patches: {error}") from error
         if not tower.reads_cls:
             raise ConfigError(
-                f"backbone.name = {self.name!r} pools all tokens of an image: a patch has no feature of its own; name "
+                f"backbone.name = {self.name!r} pools all tokens of an image, so no patch has a separate feature; name "
                 "a model that reads CLS, as OpenAI's CLIP ViTs do"
             )
         return tower
@@ -90,7 +90,7 @@ class FrozenModel:
 
     @property
     def feature_key(self) -> str:
-        """Changes with whatever may change image features; see `Backbone`."""
+        """Key that changes whenever an image feature may change; see `Backbone`."""
         return self._keys[1]
 
     @functools.cached_property
@@ -100,18 +100,18 @@ class FrozenModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Memory of the weights; see `Backbone`."""
+        """Memory of the weights in bytes; see `Backbone`."""
         return used_bytes(self._model, self.text_stack)
 
     def _check_row_length(self, length: int) -> None:
-        """Raise ValueError if the text tower cannot read rows of so many tokens."""
+        """Raise ValueError if the text tower cannot read rows of ``length`` tokens."""
         if length > self.context_length or (self.fills_rows and length < self.context_length):
             limit = "rows of" if self.fills_rows else "at most"
             raise ValueError(f"{length} tokens: the text tower of {self.name!r} reads {limit} {self.context_length}")
 
 
 def fingerprint(model: nn.Module) -> str:
-    """First 16 hex digits of a SHA-256 over names, types, shapes and bytes of the weights."""
+    """Return the first 16 hex digits of a SHA-256 over names, types, shapes and bytes of the weights."""
     hashed = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         hashed.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -120,12 +120,12 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def digest(described: list[Any]) -> str:
-    """First 16 hex digits of a SHA-256 over a description that JSON can write, other values as text."""
+    """Return the first 16 hex digits of a SHA-256 over a description as JSON, with other values as text."""
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def used_bytes(model: nn.Module, stack: TextStack | None) -> int:
-    """Memory of a model and of what its text stack holds beside it; shared storage counts once."""
+    """Return the memory of a model and of its text stack in bytes; shared storage counts once."""
     tensors = [*model.parameters(), *model.buffers(), *_tensors(stack)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
@@ -142,11 +142,11 @@ def _tensors(node: Any) -> Iterator[Tensor]:
 
 
 def read_norm(module: nn.LayerNorm) -> Norm:
-    """The weights of a layer norm."""
+    """Return the weights of a layer norm."""
     return Norm(weight=module.weight.detach(), bias=module.bias.detach(), eps=module.eps)
 
 
 def read_linear(module: nn.Linear) -> Linear:
-    """The weights of a linear layer; a missing bias is zero."""
+    """Return the weights of a linear layer; a missing bias becomes zero."""
     weight = module.weight.detach()
     return Linear(weight=weight, bias=weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach())

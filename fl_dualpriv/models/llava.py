@@ -1,7 +1,7 @@
 """Frozen LLaVA models of transformers: vision tower, projector and a causal language model that reads visual tokens.
 
-The language model is the library's own, run in two parts: what stands before a prompt without gradients, into keys and
-values that are kept, and the rest behind them.
+The language model is that of transformers. It runs in two parts: first the tokens before a prompt, without gradients,
+into keys and values that are kept; then the remaining tokens, which attend to those keys and values.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _VISION = ("clip_vision_model", "siglip_vision_model")
 _LANGUAGE = ("llama", "mistral", "qwen2")
 _TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _TRIAL_SIZE = (48, 40)
-# transformers 5.24 renamed the argument, and warns of the old name.
+# transformers 5.24 renamed this argument and warns about the old name.
 _CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values"
 
 
@@ -37,15 +37,15 @@ class LlavaBackbone(FrozenModel):
     """A frozen LLaVA of transformers; see `AnsweringModel`.
 
     Args:
-        name: As configured.
+        name: Configured name of the model.
         model: `transformers.LlavaForConditionalGeneration`.
-        processor: Of transformers, with a tokenizer and an image processor on PIL images.
-        device: Where the model is.
-        pruner: Prunes the visual tokens of each image; None keeps all.
-        precision: Of the weights.
+        processor: Processor of transformers, with a tokenizer and an image processor that works on PIL images.
+        device: Device that holds the model.
+        pruner: Pruner of the visual tokens of each image; None keeps all.
+        precision: Precision of the weights.
 
     Raises:
-        ConfigError: If the parts do not fit.
+        ConfigError: If model, processor and pruner do not fit together.
     """
 
     visual_prompts = False
@@ -80,16 +80,16 @@ class LlavaBackbone(FrozenModel):
 
     @property
     def language_model(self) -> nn.Module:
-        """The language model without the layer of scores; frozen, and shared by every backbone of these weights."""
+        """The frozen language model without the output layer; every backbone with these weights shares it."""
         return self._language
 
     def preprocess(self, image: PIL.Image.Image) -> Tensor:
-        """The image processor's transform: float32 (3, height, width)."""
+        """Apply the image processor's transform; the result is float32 (3, height, width)."""
         return self._image_processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
 
-    @torch.no_grad()  # not inference_mode: its tensors may not enter a later backward pass
+    @torch.no_grad()  # not inference_mode: a later backward pass could not use its tensors
     def image_features(self, images: Tensor) -> Tensor:
-        """Projected visual tokens, float32 (n, n_visual * ctx_dim); see `AnsweringModel`."""
+        """Compute projected visual tokens, float32 (n, n_visual * ctx_dim); see `AnsweringModel`."""
         if images.shape[0] == 0:
             return torch.zeros(0, self.embed_dim, device=self.device)
         images = images.to(self.device, torch.float32)
@@ -99,24 +99,24 @@ class LlavaBackbone(FrozenModel):
         return torch.where(finite[:, None], tokens, float("nan"))
 
     def words(self, text: str) -> list[int]:
-        """Token ids of a text alone; see `AnsweringModel`."""
+        """Return the token ids of a text; see `AnsweringModel`."""
         return self._layout.words(text)
 
     @torch.no_grad()
     def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """Ids (..., token) → embeddings float32 (..., token, ctx_dim)."""
+        """Look up token embeddings: ids (..., token) → float32 (..., token, ctx_dim)."""
         return self._language.embed_tokens(tokens.to(self.device)).float()
 
     def question_tokens(self, question: str) -> list[int]:
-        """Ids between the prompt and the answer; see `AnsweringModel`."""
+        """Return the ids between the prompt and the answer; see `AnsweringModel`."""
         return self._layout.question(question)
 
     def answer_tokens(self, answer: str) -> list[int]:
-        """Ids of an answer and the end; see `AnsweringModel`."""
+        """Return the ids of an answer and the end token; see `AnsweringModel`."""
         return self._layout.answer(answer)
 
     def text(self, ids: list[int]) -> str:
-        """What ids of words say; see `AnsweringModel`."""
+        """Return the text of token ids; see `AnsweringModel`."""
         return self._layout.text(ids)
 
     def check_length(self, n_ctx: int, max_tokens: int) -> None:
@@ -134,13 +134,13 @@ class LlavaBackbone(FrozenModel):
 
     @torch.no_grad()
     def prefix(self, visual: Tensor) -> Prefix:
-        """Keys and values in front of a prompt; see `AnsweringModel`."""
-        cache: Any = transformers.DynamicCache()  # without a configuration: layers that keep every token
+        """Compute keys and values of the tokens before a prompt; see `AnsweringModel`."""
+        cache: Any = transformers.DynamicCache()  # without a configuration its layers keep every token
         self._run(self._in_front(visual), cache, 0)
         return Prefix(tuple((layer.keys, layer.values) for layer in cache.layers))
 
     def logits(self, prefix: Prefix, embeddings: Tensor, first: int, *, checkpointing: bool = False) -> Tensor:
-        """Scores of the token behind each position; see `AnsweringModel`."""
+        """Compute the scores of the next token after each position; see `AnsweringModel`."""
         cache: Any = transformers.DynamicCache()
         cache.layers = [_KeptLayer(keys, values) for keys, values in prefix.layers]
         past = prefix.layers[0][0].shape[2]
@@ -149,13 +149,15 @@ class LlavaBackbone(FrozenModel):
         return self._model.lm_head(hidden[:, first:]).float()
 
     def whole_logits(self, language: Callable[..., Any], visual: Tensor, embeddings: Tensor, first: int) -> Tensor:
-        """The same of whole sequences through a variant of the language model, with gradients from the first token on.
+        """Compute the scores of whole sequences with a variant of the language model; no kept prefix is used.
+
+        Gradients flow through all tokens, from the first token on.
 
         Args:
-            language: As `language_model`, with what else it learns.
+            language: Callable like `language_model`, such as one with LoRA layers.
             visual: Visual tokens of n images, (n, embed_dim).
-            embeddings: What stands behind them, (n, token, ctx_dim), without positions.
-            first: Position in ``embeddings`` of the first score wanted.
+            embeddings: Embeddings that follow the visual tokens, (n, token, ctx_dim), without positions.
+            first: Position in ``embeddings`` of the first score that is returned.
 
         Returns:
             float32 (n, token - first, vocabulary).
@@ -165,7 +167,7 @@ class LlavaBackbone(FrozenModel):
         return self._model.lm_head(hidden.last_hidden_state[:, front.shape[1] + first :]).float()
 
     def _in_front(self, visual: Tensor) -> Tensor:
-        """Embeddings of ``[before][visual tokens]``, (n, token, ctx_dim)."""
+        """Return the embeddings of ``[before][visual tokens]``, (n, token, ctx_dim)."""
         tokens = visual.to(self.device, self._type).unflatten(1, (self.n_visual, self.ctx_dim))
         return torch.cat([self._before.to(self._type).expand(len(tokens), -1, -1), tokens], dim=1)
 
@@ -175,14 +177,14 @@ class LlavaBackbone(FrozenModel):
         return self._language(**arguments).last_hidden_state
 
     def _visual_tokens(self, pixels: Tensor) -> Tensor:
-        """(n, 3, height, width) → (n, n_visual, ctx_dim)."""
+        """Compute visual tokens: (n, 3, height, width) → (n, n_visual, ctx_dim)."""
         if self.pruner is not None:
             hidden = pruned_hidden(self._model.model.vision_tower, pixels, self.pruner)
             return self._model.model.multi_modal_projector(hidden)
         return torch.stack(list(self._model.get_image_features(pixel_values=pixels).pooler_output))
 
     def _check_prunable(self, config: Any, pruner: TokenPruner) -> None:
-        """Refuse a pruner that would make other tokens than the language model was trained on."""
+        """Refuse a pruner whose tokens would differ in kind from those that the language model was trained on."""
         tower = self._model.model.vision_tower
         n_visual_tokens(tower, pruner)
         layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
@@ -191,24 +193,25 @@ class LlavaBackbone(FrozenModel):
         if not isinstance(layer, int) or layer % states != pruner.layer % states:
             raise ConfigError(
                 f"pruning.visual-layer = {pruner.layer}: {self.name!r} reads hidden state {layer} of its vision tower "
-                f"(vision_feature_layer), which must be one, and the one that is pruned; {OFF}, or prune that one"
+                "(vision_feature_layer); only a single hidden state can be pruned, and only the one that is read; "
+                f"{OFF}, or set pruning.visual-layer to that state"
             )
         if strategy != wanted:
             raise ConfigError(
                 f"backbone.name = {self.name!r}: tokens of its vision tower can be pruned if the language model reads "
-                f"patches alone (vision_feature_select_strategy = {wanted!r}); it is {strategy!r}; {OFF}"
+                f"only patches (vision_feature_select_strategy = {wanted!r}); it is {strategy!r}; {OFF}"
             )
 
     def _count_visual(self) -> int:
-        """Visual tokens of an image; refuses an image processor that does not fit."""
+        """Count the visual tokens of an image; refuse an image processor that does not fit."""
         try:
             pixels = self.preprocess(PIL.Image.new("L", _TRIAL_SIZE))[None].to(self.device, self._type)
             with torch.no_grad():
                 return self._visual_tokens(pixels).shape[1]
-        except Exception as error:  # whatever the pair raises
+        except Exception as error:  # image processor and model may raise any kind
             reason = f"{type(error).__name__}: {str(error).strip()}"
             raise ConfigError(
-                f"backbone.name = {self.name!r} cannot read what its image processor makes: {reason}"
+                f"backbone.name = {self.name!r} cannot read the output of its image processor: {reason}"
             ) from error
 
     def _described(self) -> list[Any]:
@@ -219,7 +222,7 @@ class LlavaBackbone(FrozenModel):
 
 
 class _KeptLayer(transformers.cache_utils.DynamicLayer):
-    """Keys and values of one block that are read and never grow, so that a block can run twice (checkpointing)."""
+    """Keys and values of one block that only get read and never grow, so that a block can run twice (checkpointing)."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
@@ -228,15 +231,15 @@ class _KeptLayer(transformers.cache_utils.DynamicLayer):
         self.values: Tensor = values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The kept ones and the new ones behind them."""
+        """Return the kept keys and values followed by the new ones, without keeping the new ones."""
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
 
 @contextlib.contextmanager
 def _checkpointed(layers: nn.ModuleList) -> Iterator[None]:
-    """Inside, blocks keep their input alone and run again in the backward pass.
+    """Make blocks keep only their input and run again in the backward pass, inside the context.
 
-    The library's own checkpointing would drop the keys and values in front of the prompt.
+    transformers' own checkpointing would drop the keys and values before the prompt.
     """
     for layer in layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
@@ -251,10 +254,12 @@ def _checkpointed(layers: nn.ModuleList) -> Iterator[None]:
 def load_llava(
     name: str, source: str, device: str, pruner: TokenPruner | None, precision: Precision = "fp32"
 ) -> LlavaBackbone:
-    """Load and freeze a LLaVA; arguments as in `answering.load_answering_model`, ``source`` a folder or hub name.
+    """Load and freeze a LLaVA from ``source``, a folder or hub name.
+
+    The other arguments are those of `models.load.load_answering_model`.
 
     Raises:
-        ConfigError: If the model cannot be used exactly as asked for.
+        ConfigError: If the model cannot be used exactly as the arguments say.
     """
     resolved = checkpoints.resolve_device(device)
     return LlavaBackbone(name, *_load_parts(name, source, str(resolved), precision), resolved, pruner, precision)
@@ -262,7 +267,7 @@ def load_llava(
 
 @functools.lru_cache
 def _load_parts(name: str, source: str, device: str, precision: Precision) -> tuple[nn.Module, Any]:
-    """The frozen model and its processor, shared by backbones that differ in pruning alone."""
+    """Load the frozen model and its processor; backbones that differ only in pruning share them."""
     place, local = find_place(name, source)
     with contextlib.nullcontext() if local else checkpoints.no_retries_when_offline():
         config = load_part(name, "configuration", transformers.AutoConfig.from_pretrained, place, local)
@@ -271,7 +276,7 @@ def _load_parts(name: str, source: str, device: str, precision: Precision) -> tu
         read = functools.partial(transformers.AutoProcessor.from_pretrained, backend="pil")
         processor = load_part(name, "processor", read, place, local)
     for part in ("tokenizer", "image_processor"):
-        if not hasattr(processor, part):  # transformers takes a tokenizer for a processor where that is all there is
+        if not hasattr(processor, part):  # in a folder with only a tokenizer, transformers returns the tokenizer
             raise ConfigError(
                 f"backbone.name = {name!r}: its processor has no {part}; add the files that its save_pretrained writes"
             )

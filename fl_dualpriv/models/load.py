@@ -1,4 +1,4 @@
-"""Load a frozen model by its name. open_clip and transformers are imported only for a model of theirs."""
+"""Load a frozen model by its name. open_clip and transformers are imported only for a model that needs them."""
 
 from fl_dualpriv.assets import VQA_DEMO_FOLDER
 from fl_dualpriv.errors import ConfigError
@@ -24,11 +24,11 @@ def load_backbone(
             transformers model (CLIP or SigLIP) with its tokenizer and image processor.
         pretrained: For an open_clip model name, a tag or a .safetensors, .pt or .pth file; else empty.
         device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-        pruner: Prunes visual tokens inside the image tower; None: off.
-        precision: Of the matrix products of the image tower and of the shared-prefix text tower.
+        pruner: Pruner of visual tokens inside the image tower; None prunes nothing.
+        precision: Precision of the matrix products of the image tower and of the shared-prefix text tower.
 
     Raises:
-        ConfigError: If the model cannot be used exactly as asked for.
+        ConfigError: If the model cannot be used exactly as the arguments say.
     """
     if name.startswith(HUGGING_FACE):
         from fl_dualpriv.models.transformers import load_backbone as load
@@ -40,17 +40,17 @@ def load_backbone(
 def load_answering_model(
     name: str, device: str, pruner: TokenPruner | None, precision: Precision = "fp32"
 ) -> AnsweringModel:
-    """Load and freeze a model; the weights are read once per process and never random.
+    """Load and freeze an answering model; the weights are read once per process and never random.
 
     Args:
         name: ``demo-vqa`` (the embedded demo), or ``hf:NAME``, a folder or hub name of a transformers model of type
             llava with its processor.
         device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-        pruner: Prunes the visual tokens of each image; None keeps all.
-        precision: Of the weights and the products.
+        pruner: Pruner of the visual tokens of each image; None keeps all.
+        precision: Precision of the weights and of the matrix products.
 
     Raises:
-        ConfigError: If the model cannot be used exactly as asked for.
+        ConfigError: If the model cannot be used exactly as the arguments say.
     """
     from fl_dualpriv.models.llava import load_llava
 
@@ -58,7 +58,7 @@ def load_answering_model(
         return load_llava(name, str(VQA_DEMO_FOLDER), device, pruner, precision)
     if not name.startswith(HUGGING_FACE):
         raise ConfigError(
-            f"backbone.name = {name!r} answers no questions; name {DEMO} or {HUGGING_FACE}NAME, a folder or hub name "
-            "of a LLaVA model"
+            f"backbone.name = {name!r} cannot answer questions; name {DEMO} or {HUGGING_FACE}NAME, a folder or hub "
+            "name of a LLaVA model"
         )
     return load_llava(name, name.removeprefix(HUGGING_FACE), device, pruner, precision)

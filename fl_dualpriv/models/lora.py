@@ -1,8 +1,8 @@
-"""LoRA factors beside the language model of a frozen LLaVA, and each example's own gradient. Import site of peft.
+"""LoRA factors for the language model of a frozen LLaVA, and per-example gradients. Only this file imports peft.
 
-Of every adapted layer y = W x + (α/r) B A x (Hu et al. 2021, arXiv:2106.09685), with α = r: scale 1. All factors of a
-model are one matrix (rank, cols) whose row j holds A_m[j, :] and B_m[:, j] of each layer m in turn: what is learnt has
-the form of a prompt, and clip, noise and aggregation need not know what it is.
+An adapted layer computes y = W x + (α/r) B A x (Hu et al. 2021, arXiv:2106.09685) with α = r, so the scale is 1. All
+factors of a model form one matrix (rank, cols). Its row j holds A_m[j, :] and B_m[:, j] of each layer m in turn. The
+learned matrix thus has the form of a prompt, and clipping, noise and aggregation treat it like one.
 """
 
 import copy
@@ -29,18 +29,19 @@ _ADAPTER = "default"
 
 
 class LoraModel:
-    """The language model of a LLaVA with LoRA layers of peft; the LLaVA itself stays as it is.
+    """The language model of a LLaVA with LoRA layers of peft; the LLaVA itself does not change.
 
-    The modules are copies that share the frozen weights, and factors are handed to each pass: nothing is written to.
+    The modules are copies that share the frozen weights. Every pass gets the factors as an argument, so no pass writes
+    to a module.
 
     Args:
         backbone: The frozen model.
-        rank: r.
-        targets: Names of the linear layers that are adapted, in each block.
+        rank: Rank r of the factors.
+        targets: Names of the adapted linear layers in each block.
 
     Attributes:
         segments: Widths of A_1, B_1, A_2, B_2, … in the matrix.
-        shape: Of the matrix, (rank, sum of the widths).
+        shape: Shape of the matrix, (rank, sum of the widths).
     """
 
     def __init__(self, backbone: LlavaBackbone, rank: int, targets: Sequence[str] = TARGETS) -> None:
@@ -49,7 +50,7 @@ class LoraModel:
         shared = {id(tensor): tensor for tensor in (*frozen.parameters(), *frozen.buffers())}
         self._language: nn.Module = copy.deepcopy(frozen, shared)
         config = peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=list(targets))
-        with torch.random.fork_rng(devices=[]):  # its own start of the factors is not used
+        with torch.random.fork_rng(devices=[]):  # peft draws initial factors, which are not used
             peft.inject_adapter_in_model(config, self._language, adapter_name=_ADAPTER)
         self._language.eval().requires_grad_(False)
         self._linears: dict[str, nn.Linear] = {
@@ -63,7 +64,10 @@ class LoraModel:
         self.shape = rank, sum(self.segments)
 
     def initial(self, seed: int) -> Tensor:
-        """The start of peft and of the paper's code, keyed by the seed: A ~ U(±1/√in), B = 0, the un-tuned model."""
+        """Return the initial factors of peft and of the paper's code: A ~ U(±1/√in) drawn with the seed, and B = 0.
+
+        With B = 0 the adapted model equals the un-tuned model.
+        """
         source = KeyedRandom(StreamKey(seed=seed, purpose="initial-prompt"))
         start = torch.zeros(self.shape)
         for name, part in zip(self._linears, start.split(self.segments, dim=1), strict=True):
@@ -73,21 +77,21 @@ class LoraModel:
         return start
 
     def weights(self, matrix: Tensor) -> dict[str, Tensor]:
-        """Factors under the names that they have in the adapted language model; views of the matrix."""
+        """Return the factors by their names in the adapted language model; they are views of the matrix."""
         parts = zip(self._linears, matrix.split(self.segments, dim=1), strict=True)
         return {f"{name}.weight": part if _is_a(name) else part.mT for name, part in parts}
 
     def logits(self, matrix: Tensor, visual: Tensor, embeddings: Tensor, first: int) -> Tensor:
-        """Scores of the token behind each position; differentiable in the matrix.
+        """Compute the scores of the next token after each position; differentiable in the matrix.
 
         Guarantee:
-            As `AnsweringModel.logits`: a row depends on the matrix and on its own image and embeddings alone.
+            As `AnsweringModel.logits`: a row depends only on the matrix and on its own image and embeddings.
 
         Args:
-            matrix: (rank, cols).
+            matrix: Factors, (rank, cols).
             visual: Visual tokens of n images, (n, embed_dim).
-            embeddings: What stands behind them, (n, token, ctx_dim), without positions.
-            first: Position in ``embeddings`` of the first score wanted.
+            embeddings: Embeddings that follow the visual tokens, (n, token, ctx_dim), without positions.
+            first: Position in ``embeddings`` of the first score that is returned.
 
         Returns:
             float32 (n, token - first, vocabulary).
@@ -100,18 +104,20 @@ class LoraModel:
         return self.backbone.whole_logits(run, visual, embeddings, first)
 
     def rows(self, matrix: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
-        """Gradient of each example's own loss, from one pass and one backward pass of their sum.
+        """Compute the gradient of each example's loss, with one forward pass and one backward pass of their sum.
 
-        A factor meets an example at its tokens alone, so the example's gradient is Σ_t (∂loss/∂output_t) input_tᵀ of
-        the factor's layer, over its own tokens. Inputs and outputs are kept on the way.
+        A factor acts on an example only at that example's tokens. The example's gradient is therefore
+        Σ_t (∂loss/∂output_t) input_tᵀ of the factor's layer, over the example's own tokens. The forward pass keeps
+        these inputs and outputs.
 
         Guarantee:
-            Row i is the gradient of the loss of example i alone, exactly but for float rounding: with `logits`, the sum
-            of the losses depends on the outputs of row i through the loss of example i only.
+            Row i is the gradient of only the loss of example i, exact up to float rounding: with `logits`, the sum of
+            the losses depends on the outputs of row i only through the loss of example i.
 
         Args:
-            matrix: (rank, cols).
-            loss: (matrix) → each example's loss, (n,), made of one call of `logits` with all examples in order.
+            matrix: Factors, (rank, cols).
+            loss: Function of the matrix that returns each example's loss, (n,). It must call `logits` once, with all
+                examples in order.
 
         Returns:
             (n, rank, cols), float32.
@@ -131,7 +137,7 @@ class LoraModel:
         inputs, outputs = zip(*(passes[name] for name in self._linears), strict=True)
         backward = torch.autograd.grad(total, outputs)
         parts = [
-            torch.bmm(back.mT, x) if _is_a(name) else torch.bmm(x.mT, back)  # over the tokens of each example
+            torch.bmm(back.mT, x) if _is_a(name) else torch.bmm(x.mT, back)  # sums over the tokens of each example
             for name, x, back in zip(self._linears, inputs, backward, strict=True)
         ]
         return torch.cat(parts, dim=2)
@@ -143,6 +149,6 @@ def _is_a(name: str) -> bool:
 
 @functools.lru_cache(maxsize=2)
 def load_lora(model: AnsweringModel, rank: int) -> LoraModel:
-    """`LoraModel` of the usual layers; once a process."""
-    assert isinstance(model, LlavaBackbone)  # there is no other kind
+    """Return the `LoraModel` of the default layers; it is built once per process."""
+    assert isinstance(model, LlavaBackbone)  # the only kind of answering model
     return LoraModel(model, rank)

@@ -1,7 +1,7 @@
-"""Frozen open_clip model behind one narrow class. The library's import site of open_clip.
+"""Frozen open_clip model behind one small class. Only this file and `models.tokenizer` import open_clip.
 
-`load_backbone` finds the model, checks it and freezes it; weights are always loaded, never random. Everything that can
-be wrong with a name, a path or a checkpoint ends in one `ConfigError`.
+`load_backbone` finds the model, checks it and freezes it. The weights are always loaded, never random. Every problem
+with a name, a path or a checkpoint raises one `ConfigError`.
 """
 
 import contextlib
@@ -70,11 +70,11 @@ class OpenClipBackbone(FrozenModel):
         )
 
     def preprocess(self, image: PIL.Image.Image) -> Tensor:
-        """open_clip's inference transform: float32 (3, height, width)."""
+        """Apply open_clip's inference transform; the result is float32 (3, height, width)."""
         return self._transform(image)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Token ids of whole rows, int64 (n, context_length), on the CPU.
+        """Tokenize texts into whole rows, int64 (n, context_length), on the CPU.
 
         Raises:
             ConfigError: If a trimmed vocabulary lacks a word.
@@ -85,7 +85,7 @@ class OpenClipBackbone(FrozenModel):
             raise ConfigError(str(error)) from error
 
     def words(self, text: str) -> list[int]:
-        """Token ids of a text's words alone; see `Backbone`.
+        """Return only the token ids of a text's words; see `Backbone`.
 
         Raises:
             ConfigError: If a trimmed vocabulary lacks a word, or a word would end the text.
@@ -98,7 +98,7 @@ class OpenClipBackbone(FrozenModel):
     def _read_rows(self) -> TokenRows:
         rules = {"argmax": "largest", "eos": "first"}
         rule: Any = rules.get(self._text.pool_type, "none")
-        if hasattr(self._tokenizer, "sot_token_id"):  # CLIP's own, whole or trimmed: both pad with 0
+        if hasattr(self._tokenizer, "sot_token_id"):  # CLIP's own tokenizer, whole or trimmed: both pad with 0
             start, end = (self._tokenizer.sot_token_id,), self._tokenizer.eot_token_id
             rows = TokenRows(start=start, end=end, pad=0, end_rule=rule)
         else:
@@ -112,11 +112,11 @@ class OpenClipBackbone(FrozenModel):
         return rows
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """Ids (..., token) → embeddings (..., token, ctx_dim), without positions."""
+        """Look up token embeddings without positions: ids (..., token) → (..., token, ctx_dim)."""
         return self._text.token_embedding(tokens.to(self.device))
 
     def encode_embeddings(self, embeddings: Tensor, end: Tensor) -> Tensor:
-        """Text features of token embeddings, (n, embed_dim); see `Backbone`.
+        """Compute text features of token embeddings, (n, embed_dim); see `Backbone`.
 
         Raises:
             ValueError: If the rows have a length that the tower cannot read.
@@ -125,7 +125,7 @@ class OpenClipBackbone(FrozenModel):
         return self._text.encode(embeddings, end)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Unit-norm image features, float32 (n, embed_dim); see `Backbone`."""
+        """Compute unit-norm image features, float32 (n, embed_dim); see `Backbone`."""
         return encode_images(self._encode_images, images, self.embed_dim, self.device, self._precision)
 
     def _encode_images(self, images: Tensor) -> Tensor:
@@ -134,14 +134,14 @@ class OpenClipBackbone(FrozenModel):
         return encode_pruned(self._tower, images, self.pruner)
 
     def image_tower(self) -> ImageTower:
-        """See `FrozenModel`."""
+        """Return the image side, taken apart; see `FrozenModel`."""
         return open_clip_tower(self._model.visual)
 
     def _described(self) -> list[Any]:
         return [
             str(self._model.visual),
             _heads(self._model.visual),
-            self._model_config,  # how tokens are pooled is neither a weight nor printed
+            self._model_config,  # holds the pooling of tokens, which is neither a weight nor in the printed module
             open_clip.get_model_preprocess_cfg(self._model),
             repr(self.pruner),
             self._precision,
@@ -149,14 +149,14 @@ class OpenClipBackbone(FrozenModel):
 
 
 def _words(tokenizer: Any, text: str) -> list[int]:
-    """Ids without start, end and padding; ValueError if a trimmed vocabulary lacks a word."""
+    """Return ids without start, end and padding; ValueError if a trimmed vocabulary lacks a word."""
     if hasattr(tokenizer, "sot_token_id"):
         return tokenizer.encode(text)
     return tokenizer.tokenizer(tokenizer.clean_fn(text), add_special_tokens=False)["input_ids"]
 
 
 def _heads(visual: nn.Module) -> list[int]:
-    """Head counts, which neither the weights nor the printed module show."""
+    """Return the head counts, because neither the weights nor the printed module show them."""
     return [module.num_heads for module in visual.modules() if isinstance(module, nn.MultiheadAttention)]
 
 
@@ -168,12 +168,12 @@ def load_backbone(
     pruner: TokenPruner | None = None,
     precision: Precision = "fp32",
 ) -> OpenClipBackbone:
-    """Load and freeze an open_clip model; arguments as in `backbone.load_backbone`.
+    """Load and freeze an open_clip model; arguments as in `models.load.load_backbone`.
 
     The weights are read once per process. In a ``local-dir:`` folder a vocabulary.json selects the trimmed tokenizer.
 
     Raises:
-        ConfigError: If the model cannot be used exactly as asked for.
+        ConfigError: If the model cannot be used exactly as the arguments say.
     """
     resolved = checkpoints.resolve_device(device)
     model, tokenizer, model_config = _load_model(name, pretrained, str(resolved))
@@ -182,9 +182,10 @@ def load_backbone(
 
 @functools.lru_cache
 def _load_model(name: str, pretrained: str, device: str) -> tuple[nn.Module, Any, Mapping[str, Any]]:
-    """The frozen model, its tokenizer and its configuration, shared by backbones that differ in pruning and precision.
+    """Load the frozen model, its tokenizer and its configuration.
 
-    The configuration is open_clip's ``model_cfg``; what a checkpoint's tag changes in it shows in the printed module.
+    Backbones that differ only in pruning or precision share them. The configuration is open_clip's ``model_cfg``; the
+    changes that a checkpoint's tag makes to it show in the printed module.
     """
     folder = None
     if name == _DEMO:
@@ -210,7 +211,7 @@ def _load_model(name: str, pretrained: str, device: str) -> tuple[nn.Module, Any
 
 
 def _check_model_name(name: str) -> str:
-    """open_clip's spelling of a model name."""
+    """Return open_clip's spelling of a model name; ConfigError if open_clip has no such model."""
     known, spelled = open_clip.list_models(), name.replace("/", "-")
     if spelled in known:
         return spelled
@@ -223,7 +224,7 @@ def _check_model_name(name: str) -> str:
 
 
 def _find_checkpoint(model: str, pretrained: str) -> tuple[Path, Mapping[str, Any]]:
-    """Checkpoint file, and what open_clip knows about the tag (preprocessing, activation)."""
+    """Return the checkpoint file, and open_clip's configuration of the tag (preprocessing, activation)."""
     tags = open_clip.list_pretrained_tags_by_model(model)
     suffixes = checkpoints.CHECKPOINT_SUFFIXES
     offer = f"tags of {model}: {', '.join(tags) or 'none'}; or a {', '.join(suffixes)} file"
@@ -246,7 +247,7 @@ def _download(model: str, pretrained: str, tag: dict[str, Any]) -> Path:
     try:
         with checkpoints.no_retries_when_offline():
             return Path(open_clip.download_pretrained(tag))
-    except Exception as error:  # the hub, urllib and open_clip each raise their own kinds
+    except Exception as error:  # the hub, urllib and open_clip each raise different kinds
         source = tag.get("hf_hub") or tag.get("url")
         raise ConfigError(
             f"backbone.pretrained = {pretrained!r}: the weights of {model} are not on this machine and cannot be "
@@ -256,7 +257,7 @@ def _download(model: str, pretrained: str, tag: dict[str, Any]) -> Path:
 
 
 def _create(name: str, architecture: str, checkpoint: Path, tag: Mapping[str, Any]) -> nn.Module:
-    """Build the model on the CPU with exactly this checkpoint's weights."""
+    """Build the model on the CPU with exactly the weights of this checkpoint."""
     found = checkpoints.read_shapes(checkpoint)
     try:
         model = open_clip.create_model(
@@ -291,17 +292,17 @@ def _describe_failure(
 
 
 def _load_tokenizer(name: str, architecture: str, folder: Path | None, model: nn.Module) -> Any:
-    """The model's tokenizer, checked against its text tower."""
+    """Load the model's tokenizer and check that it fits the text tower."""
     try:
         if folder is not None and (folder / checkpoints.VOCABULARY_FILE).is_file():
             tokenizer: Any = TrimmedTokenizer.from_json(folder / checkpoints.VOCABULARY_FILE)
         else:
-            # CLIP's own vocabulary comes with open_clip; another one, such as SigLIP's, may come from the hub.
+            # CLIP's own vocabulary comes with open_clip. Another one, such as SigLIP's, may come from the hub.
             hub = (open_clip.get_model_config(architecture) or {}).get("text_cfg", {}).get("hf_tokenizer_name")
             with checkpoints.no_retries_when_offline() if hub else contextlib.nullcontext():
                 tokenizer = open_clip.get_tokenizer(architecture)
-        tokens = tokenizer([""])[0]  # start and end of text, the largest ids
-    except Exception as error:  # JSON, transformers and the hub each raise their own kinds
+        tokens = tokenizer([""])[0]  # start and end of text, which have the largest ids
+    except Exception as error:  # JSON, transformers and the hub each raise different kinds
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"backbone.name = {name!r}: its tokenizer cannot be loaded: {reason}") from error
     text: Any = getattr(model, "text", model)

@@ -1,7 +1,7 @@
-"""The text tower of an open_clip model: its plain forward pass, and its weights where a prefix can be shared.
+"""The text tower of an open_clip model: its plain forward pass, and its weights if classes can share a prefix.
 
-open_clip's classes are told by name, so that its import stays in one file; what is read here is compared with the
-tower itself before it is used (`learners.context`).
+This module recognises open_clip's classes by their names, so that it need not import open_clip. Before the weights are
+used, `learners.context` compares their features with those of the tower itself.
 """
 
 from typing import Any
@@ -19,18 +19,18 @@ class OpenClipText:
     """A frozen text tower that takes token embeddings.
 
     Attributes:
-        token_embedding: The table.
-        context_length: Longest text, in tokens.
-        pool_type: Where the feature is read: ``argmax`` or ``eos`` (end of text), ``first``, ``last``.
-        causal: Whether a token sees only those before it.
-        reads_end: Whether the feature is read at the end of text.
-        fills_rows: Whether rows must have their full length, because what stands after the end of text is seen.
-        plain_reason: Why the prefix of a prompt cannot be shared among classes; empty if it can.
-        stack: The weights, or None where ``plain_reason`` says why.
+        token_embedding: Table of token embeddings.
+        context_length: Length of the longest text, in tokens.
+        pool_type: Token at which the feature is read: ``argmax`` or ``eos`` (end of text), ``first``, ``last``.
+        causal: True if a token attends only to itself and the tokens before it.
+        reads_end: True if the feature is read at the end of text.
+        fills_rows: True if rows must have their full length, because the tower reads tokens after the end of text.
+        plain_reason: Reason why classes cannot share the prefix of a prompt; empty if they can.
+        stack: The weights, or None if ``plain_reason`` is not empty.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        tower: Any = getattr(model, "text", model)  # CustomTextCLIP keeps it apart, CLIP spreads it over itself
+        tower: Any = getattr(model, "text", model)  # CustomTextCLIP has a separate module, CLIP holds the parts itself
         self.token_embedding: nn.Embedding = tower.token_embedding
         self.context_length: int = tower.context_length
         self.pool_type: str = getattr(tower, "pool_type", None) or tower.text_pool_type
@@ -56,7 +56,7 @@ class OpenClipText:
         return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
 
     def encode(self, embeddings: Tensor, end: Tensor) -> Tensor:
-        """Features of token embeddings (n, token, ctx_dim) → (n, embed_dim); see `Backbone.encode_embeddings`."""
+        """Compute text features: (n, token, ctx_dim) → (n, embed_dim); see `Backbone.encode_embeddings`."""
         tower, length = self._tower, embeddings.shape[1]
         mask = None if self._mask is None else self._mask[:length, :length]
         x = tower.transformer(embeddings + tower.positional_embedding[:length], attn_mask=mask)
@@ -98,7 +98,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_default(block: Any) -> bool:
-    """A plain pre-norm block, with or without layer scales."""
+    """True if ``block`` is a plain pre-norm block, with or without layer scales."""
     if type(block).__name__ != "ResidualAttentionBlock" or type(block.attn) is not nn.MultiheadAttention:
         return False
     attention: nn.MultiheadAttention = block.attn
@@ -129,7 +129,7 @@ def _read_stack(tower: Any) -> TextStack:
     blocks = tuple(_read_block(block) for block in tower.transformer.resblocks)
     first = tower.transformer.resblocks[0]
     activation = _activation(first.mlp.gelu)
-    assert activation is not None  # `_why_plain` has looked
+    assert activation is not None  # `_why_plain` has checked it
     return TextStack(
         blocks=blocks,
         heads=first.attn.num_heads,
@@ -153,7 +153,7 @@ def _read_block(block: Any) -> TextBlock:
 
 
 def _scaled(linear: Linear, scale: Any) -> Linear:
-    """γ (x Wᵀ + b) as one linear map."""
+    """Return γ (x Wᵀ + b) as one linear map."""
     if type(scale) is nn.Identity:
         return linear
     gamma = scale.gamma.detach()

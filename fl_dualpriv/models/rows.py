@@ -1,4 +1,4 @@
-"""How a tokenizer builds a row around the words of a text: start, words, end, padding. Read off its own rows."""
+"""Layout of a tokenizer's rows: start, words, end, padding. It is read from rows that the tokenizer makes."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,10 +6,11 @@ from typing import Literal
 from fl_dualpriv.errors import ConfigError
 
 PROBE = "a photo"
-"""Text to read a layout from."""
+"""Text whose row shows the layout."""
 
 EndRule = Literal["largest", "first", "none"]
-"""How a tower finds the end of text: as the largest id of a row, as the first end token, or it reads elsewhere."""
+"""Rule by which a tower finds the end of text: the largest id of a row, or the first end token. ``none``: the tower
+does not read its feature at the end of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +20,8 @@ class TokenRows:
     Attributes:
         start: Ids before the words; SigLIP has none.
         end: Id after the words.
-        pad: Id of what fills a row up.
-        end_rule: How the tower finds the end.
+        pad: Id that fills up the rest of the row.
+        end_rule: Rule by which the tower finds the end.
     """
 
     start: tuple[int, ...]
@@ -29,31 +30,31 @@ class TokenRows:
     end_rule: EndRule
 
     def check_words(self, name: str, text: str, words: list[int]) -> list[int]:
-        """The same words, unless the tower would take one of them for the end of the text.
+        """Return ``words`` unchanged if the tower takes none of them for the end of the text.
 
         Raises:
-            ConfigError: If it would.
+            ConfigError: If the tower would take one of the words for the end of the text.
         """
         if self.end_rule == "largest":
             taken = [word for word in words if word >= self.end]
         else:
             taken = [word for word in words if word == self.end] if self.end_rule == "first" else []
         if taken:
-            raise ConfigError(f"backbone.name = {name!r}: {text!r} holds a token that ends a text; write it otherwise")
+            raise ConfigError(f"backbone.name = {name!r}: {text!r} holds a token that ends a text; use other words")
         return words
 
 
 def read_rows(name: str, row: list[int], words: list[int], end_rule: EndRule) -> TokenRows:
-    """Read start, end and padding off one row of a tokenizer.
+    """Read start, end and padding from one row of a tokenizer.
 
     Args:
-        name: Of the backbone, for messages.
+        name: Name of the backbone, for messages.
         row: The whole row of a short text.
-        words: Ids of its words alone, without special tokens.
+        words: Ids of only the words of that text, without special tokens.
         end_rule: See `TokenRows`.
 
     Raises:
-        ConfigError: If the row is built otherwise than `TokenRows` says.
+        ConfigError: If the row does not have the layout that `TokenRows` describes.
     """
     for begin in range(len(row) - len(words) - 1 if words else 0):
         if row[begin : begin + len(words)] == words:

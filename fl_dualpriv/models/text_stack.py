@@ -1,4 +1,4 @@
-"""The frozen weights of a causal text transformer, read out of whatever library holds them. torch only."""
+"""The frozen weights of a causal text transformer, in a form that is the same for every library. torch only."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -20,7 +20,7 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """X → x Wᵀ + b; weight (out, in) in the precision of the product, bias (out,)."""
+    """A linear map x → x Wᵀ + b; weight (out, in) in the precision of the product, bias (out,)."""
 
     weight: Tensor
     bias: Tensor
@@ -47,12 +47,12 @@ class TextStack:
     """A text tower whose mask is causal and whose feature is read at the end of text.
 
     Attributes:
-        blocks: In order.
-        heads: Attention heads of every block.
-        activation: Of the MLP.
-        positions: (context_length, ctx_dim).
+        blocks: Transformer blocks in the order in which they run.
+        heads: Number of attention heads of every block.
+        activation: Activation of the MLP.
+        positions: Position embeddings, (context_length, ctx_dim).
         final: Norm before the projection.
-        projection: (embed_dim, ctx_dim), or None.
+        projection: Projection to the features, weight (embed_dim, ctx_dim); None if the model has none.
     """
 
     blocks: tuple[TextBlock, ...]
@@ -63,7 +63,7 @@ class TextStack:
     projection: Linear | None
 
     def to_precision(self, dtype: torch.dtype) -> "TextStack":
-        """The same stack with the weights of its matrix products in ``dtype``; norms, biases, positions as they are."""
+        """Return the stack with its product weights in ``dtype``; norms, biases and positions keep their precision."""
 
         def cast(linear: Linear) -> Linear:
             return replace(linear, weight=linear.weight.to(dtype))

@@ -1,4 +1,4 @@
-"""CLIP's own byte-pair tokenizer cut down to the words that the embedded demo CLIP was trained on."""
+"""CLIP's own byte-pair tokenizer, reduced to the words that the embedded demo CLIP was trained on."""
 
 import json
 from collections.abc import Sequence
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 PADDING_ID = 0
-"""Id 0 only fills a row up after its end-of-text token, where a causal text tower cannot see it."""
+"""Id 0 only fills up a row after its end-of-text token, and a causal text tower cannot see it there."""
 
 
 class TrimmedTokenizer:
-    """Callable on texts, as open_clip's tokenizers are, with a small vocabulary.
+    """A tokenizer with a small vocabulary, callable on texts like open_clip's tokenizers.
 
-    The words are split by open_clip's `SimpleTokenizer`; the ids that the demo never uses are left out, which makes
-    its token embedding some hundred rows instead of 49,408. End of text has the largest id, as open_clip's pooling by
-    ``argmax`` needs.
+    open_clip's `SimpleTokenizer` splits the words. The ids that the demo never uses are left out, so that the demo's
+    token embedding has some hundred rows instead of 49,408. End of text has the largest id, because open_clip's
+    pooling by ``argmax`` needs that.
 
     Args:
-        bpe_ids: `SimpleTokenizer`'s id for each trimmed id, end of text last; entry 0 is padding, no word.
+        bpe_ids: `SimpleTokenizer`'s id for each trimmed id, end of text last. Entry 0 is padding and not a word.
         context_length: Length of every row.
 
     Raises:
@@ -31,7 +31,7 @@ class TrimmedTokenizer:
         from fl_dualpriv.models import torchvision_shim
 
         torchvision_shim.install()
-        from open_clip.tokenizer import SimpleTokenizer  # heavy, and needs the shim: not at import time
+        from open_clip.tokenizer import SimpleTokenizer  # here, because it is heavy and needs the shim first
 
         self._bpe = SimpleTokenizer()
         self.context_length = context_length
@@ -49,7 +49,7 @@ class TrimmedTokenizer:
         return cls(content["bpe_ids"], content["context_length"])
 
     def encode(self, text: str) -> list[int]:
-        """Trimmed ids of a text, without start and end of text.
+        """Return the trimmed ids of a text, without start and end of text.
 
         Raises:
             ValueError: If a word is not in the demo CLIP's vocabulary.
@@ -65,7 +65,7 @@ class TrimmedTokenizer:
         return [self._trimmed[bpe_id] for bpe_id in bpe_ids]
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """Ids of one text or several, each row start of text ... end of text, then padding.
+        """Tokenize one text or several. Each row is start of text, the words, end of text, then padding.
 
         Returns:
             int64 tensor (number of texts, context_length).

@@ -1,13 +1,13 @@
 """Make ``import torchvision`` work with a CPU build of torch.
 
-The torchvision wheel that fits a CPU torch can be one whose compiled operators link against CUDA. They then stay
-unloaded, torchvision describes its operator ``nms`` to torch all the same, and the import ends in "operator
-torchvision::nms does not exist". With it fail open_clip, timm and transformers' image models, although none of them
-uses such an operator here. Declaring the operators, without an implementation, is enough: calling one still raises
+The torchvision wheel that fits a CPU torch can have compiled operators that link against CUDA. They are then not
+loaded. torchvision still describes its operator ``nms`` to torch, and the import ends in "operator torchvision::nms
+does not exist". The imports of open_clip, timm and transformers' image models then fail too, although none of them uses
+such an operator here. It is enough to declare the operators without an implementation: calling one still raises
 torchvision's own "Couldn't load custom C++ ops".
 
-Every process needs it before it first imports open_clip or a transformers image model; the modules that do so call
-`install`.
+Every process needs the shim before it first imports open_clip or a transformers image model. The modules that import
+them call `install`.
 """
 
 import importlib
@@ -15,15 +15,15 @@ import importlib.util
 
 import torch
 
-_DECLARED_WITHOUT_CHECK = ("nms", "qnms")  # the operators that torchvision describes even if they are not loaded
-_libraries: list[torch.library.Library] = []  # a declaration lives as long as its Library object
+_DECLARED_WITHOUT_CHECK = ("nms", "qnms")  # torchvision describes these operators even if they are not loaded
+_libraries: list[torch.library.Library] = []  # keeps the Library objects: a declaration ends with its object
 
 
 def install() -> None:
-    """Import torchvision, declaring its missing operators if that is what stops it.
+    """Import torchvision, and declare its missing operators if the import fails because of them.
 
-    Does nothing where torchvision is absent (transformers works without it) or already imports; may be called any
-    number of times. An import error of any other kind is raised as it is.
+    Without torchvision this does nothing, because transformers works without it. If torchvision imports without help,
+    this declares nothing. It may be called any number of times. Every other import error is raised unchanged.
     """
     if importlib.util.find_spec("torchvision") is None:
         return

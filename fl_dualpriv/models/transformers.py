@@ -1,8 +1,7 @@
-"""Frozen CLIP and SigLIP models of transformers. The library's import site of transformers.
+"""Frozen CLIP and SigLIP models of transformers. Only this file imports transformers.
 
-``hf:NAME`` is a folder as ``save_pretrained`` writes it, or a name on the hub; model, tokenizer and image processor
-come from the same place. Weights are always loaded, never random, and everything that can be wrong ends in one
-`ConfigError`.
+The NAME in ``hf:NAME`` is a folder that ``save_pretrained`` wrote, or a name on the hub. Model, tokenizer and image
+processor come from the same place. The weights are always loaded, never random. Every problem raises one `ConfigError`.
 """
 
 import functools
@@ -28,7 +27,7 @@ torchvision_shim.install()  # transformers' image models import torchvision, whi
 
 import transformers  # noqa: E402
 
-transformers.utils.logging.disable_progress_bar()  # a bar for each file, in each worker
+transformers.utils.logging.disable_progress_bar()  # every worker would print a bar for each file
 
 _MODELS: dict[str, Any] = {"clip": transformers.CLIPModel, "siglip": transformers.SiglipModel}
 _ACTIVATIONS: dict[str, Activation] = {
@@ -39,20 +38,20 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 _TRIAL_SIZE = (48, 40)
 _LEGACY_EOS = 2
-"""CLIP configurations from before 2023 name this end token, and transformers then reads the largest id instead."""
+"""End token that CLIP configurations from before 2023 name; transformers then reads the largest id instead."""
 
 
 class TransformersBackbone(FrozenModel):
     """A frozen CLIP or SigLIP of transformers; see `Backbone`.
 
     Args:
-        name: As configured.
+        name: Configured name of the model.
         model: `transformers.CLIPModel` or `transformers.SiglipModel`.
-        tokenizer: Of transformers.
-        image_processor: Of transformers, on PIL images.
-        device: Where the model is.
+        tokenizer: Tokenizer of transformers.
+        image_processor: Image processor of transformers that works on PIL images.
+        device: Device that holds the model.
         pruner: Visual token pruner, or None.
-        precision: Of the matrix products.
+        precision: Precision of the matrix products.
     """
 
     visual_prompts = False
@@ -88,18 +87,18 @@ class TransformersBackbone(FrozenModel):
         self.rows = self._read_rows(config)
 
     def preprocess(self, image: PIL.Image.Image) -> Tensor:
-        """The image processor's transform: float32 (3, height, width)."""
+        """Apply the image processor's transform; the result is float32 (3, height, width)."""
         return self._image_processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Token ids of whole rows, int64 (n, context_length), on the CPU."""
+        """Tokenize texts into whole rows, int64 (n, context_length), on the CPU."""
         rows = self._tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=self.context_length, return_tensors="pt"
         )
         return rows["input_ids"]
 
     def words(self, text: str) -> list[int]:
-        """Token ids of a text's words alone; see `Backbone`.
+        """Return only the token ids of a text's words; see `Backbone`.
 
         Raises:
             ConfigError: If a word would end the text, or the model does not know it.
@@ -110,11 +109,11 @@ class TransformersBackbone(FrozenModel):
         return self.rows.check_words(self.name, text, words)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """Ids (..., token) → embeddings (..., token, ctx_dim), without positions."""
+        """Look up token embeddings without positions: ids (..., token) → (..., token, ctx_dim)."""
         return self._text.embeddings.token_embedding(tokens.to(self.device))
 
     def encode_embeddings(self, embeddings: Tensor, end: Tensor) -> Tensor:
-        """Text features of token embeddings, (n, embed_dim); see `Backbone`.
+        """Compute text features of token embeddings, (n, embed_dim); see `Backbone`.
 
         Raises:
             ValueError: If the rows have a length that the tower cannot read.
@@ -129,7 +128,7 @@ class TransformersBackbone(FrozenModel):
         return self._text.head(x[:, -1])
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Unit-norm image features, float32 (n, embed_dim); see `Backbone`."""
+        """Compute unit-norm image features, float32 (n, embed_dim); see `Backbone`."""
         return encode_images(self._encode_images, images, self.embed_dim, self.device, self._precision)
 
     def _encode_images(self, images: Tensor) -> Tensor:
@@ -138,7 +137,7 @@ class TransformersBackbone(FrozenModel):
         return encode_pruned(self._tower, images, self.pruner)
 
     def image_tower(self) -> ImageTower:
-        """See `FrozenModel`."""
+        """Return the image side, taken apart; see `FrozenModel`."""
         return transformers_tower(self._model)
 
     def _described(self) -> list[Any]:
@@ -163,7 +162,7 @@ class TransformersBackbone(FrozenModel):
 
     def _read_rows(self, config: Any) -> TokenRows:
         legacy = config.eos_token_id == _LEGACY_EOS
-        if self._words("cat") == self._words("dog"):  # transformers makes an empty one where there are no files
+        if self._words("cat") == self._words("dog"):  # without files, transformers makes an empty tokenizer
             raise ConfigError(f"backbone.name = {self.name!r}: its tokenizer has no vocabulary; add its files")
         row = self.tokenize([PROBE])[0].tolist()
         if len(row) != self.context_length:
@@ -182,7 +181,7 @@ class TransformersBackbone(FrozenModel):
 
 
 def _causal_mask(length: int, like: Tensor) -> Tensor:
-    """(1, 1, token, token), added to the scores."""
+    """Return the causal mask (1, 1, token, token) that is added to the scores."""
     return torch.full((1, 1, length, length), float("-inf"), dtype=like.dtype, device=like.device).triu(1)
 
 
@@ -219,10 +218,10 @@ def load_backbone(
     pruner: TokenPruner | None = None,
     precision: Precision = "fp32",
 ) -> TransformersBackbone:
-    """Load and freeze a model of transformers; arguments as in `backbone.load_backbone`.
+    """Load and freeze a model of transformers; arguments as in `models.load.load_backbone`.
 
     Raises:
-        ConfigError: If the model cannot be used exactly as asked for.
+        ConfigError: If the model cannot be used exactly as the arguments say.
     """
     if pretrained:
         raise ConfigError(
@@ -236,13 +235,13 @@ def load_backbone(
 
 
 def _try_an_image(backbone: TransformersBackbone) -> None:
-    """Refuse an image processor that does not fit the model: later on its errors would look like bad images."""
+    """Refuse an image processor that does not fit the model: in a run, its errors would look like bad images."""
     try:
         features = backbone.image_features(backbone.preprocess(PIL.Image.new("L", _TRIAL_SIZE))[None])
-    except Exception as error:  # whatever the pair raises
+    except Exception as error:  # image processor and model may raise any kind
         reason = f"{type(error).__name__}: {str(error).strip()}"
         raise ConfigError(
-            f"backbone.name = {backbone.name!r} cannot read what its image processor makes: {reason}"
+            f"backbone.name = {backbone.name!r} cannot read the output of its image processor: {reason}"
         ) from error
     if features.shape != (1, backbone.embed_dim):
         raise ConfigError(
@@ -253,7 +252,10 @@ def _try_an_image(backbone: TransformersBackbone) -> None:
 
 @functools.lru_cache
 def _load_parts(name: str, device: str) -> tuple[nn.Module, Any, Any]:
-    """The frozen model, its tokenizer and its image processor, shared by backbones that differ in precision alone."""
+    """Load the frozen model, its tokenizer and its image processor.
+
+    Backbones that differ only in pruning or precision share them.
+    """
     place, local = find_place(name, name.removeprefix(HUGGING_FACE))
     with checkpoints.no_retries_when_offline():
         config = load_part(name, "configuration", transformers.AutoConfig.from_pretrained, place, local)
@@ -270,22 +272,23 @@ def _load_parts(name: str, device: str) -> tuple[nn.Module, Any, Any]:
 
 
 def find_place(name: str, source: str) -> tuple[str, bool]:
-    """What transformers is to read: a folder, or a name on the hub; and whether it is a folder."""
-    if not source.strip():  # it would be the working directory
+    """Return the place from which transformers reads (a folder, or a name on the hub), and True if it is a folder."""
+    if not source.strip():  # an empty path would mean the working directory
         raise ConfigError(f"backbone.name = {name!r}: name a folder or a model on the hub after {HUGGING_FACE!r}")
     folder = Path(source).expanduser()
     return (str(folder), True) if folder.is_dir() else (source, False)
 
 
 def load_part(name: str, part: str, load: Callable[..., Any], place: str, local: bool) -> Any:
-    """What a function of transformers reads from a folder or the hub; ConfigError if that fails.
+    """Read one part of a model from a folder or the hub with a function of transformers; ConfigError if that fails.
 
     Guarantee:
-        No code that lies beside a model runs: a server names models, and transformers would ask at the terminal.
+        No code that comes with a model runs. A server names the models, and without ``trust_remote_code=False``
+        transformers would ask at the terminal.
     """
     try:
         return load(place, local_files_only=local, trust_remote_code=False)
-    except Exception as error:  # transformers, tokenizers, the hub and JSON each raise their own kinds
+    except Exception as error:  # transformers, tokenizers, the hub and JSON each raise different kinds
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(
             f"backbone.name = {name!r}: its {part} cannot be loaded; name a folder that holds model, tokenizer and "
@@ -294,12 +297,15 @@ def load_part(name: str, part: str, load: Callable[..., Any], place: str, local:
 
 
 def load_weights(name: str, kind: Any, place: str, local: bool, dtype: torch.dtype) -> nn.Module:
-    """A model of a kind in a precision: transformers would take the checkpoint's own, and fill gaps at random.
+    """Load a model of the class ``kind`` with weights of type ``dtype``.
+
+    The arguments and checks are needed because transformers would take the checkpoint's own precision, and would fill
+    missing weights at random.
 
     Raises:
         ConfigError: If the weights cannot be read, do not fill the model or are not finite.
     """
-    # Left to itself a configuration may name a repository of native code for its attention.
+    # Without attn_implementation, a configuration could name a repository of native code for its attention.
     load = functools.partial(kind.from_pretrained, dtype=dtype, output_loading_info=True, attn_implementation="sdpa")
     model, loaded = load_part(name, "model", load, place, local)
     problems = [f"{key} is missing" for key in sorted(loaded["missing_keys"])]

@@ -1,1 +1,1 @@
-"""The private mechanism: clip, noise, plans, accounting and ledger. It knows neither federation nor models."""
+"""The private mechanism: clip, noise, plans, accounting and ledger. It depends on neither federation nor models."""

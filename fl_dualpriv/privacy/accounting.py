@@ -1,7 +1,9 @@
-"""ε from dp-accounting's privacy loss distributions, and its Rényi divergences. The only import site of dp_accounting.
+"""ε from dp-accounting's privacy loss distributions (PLD), and its Rényi divergences.
 
-A PLD composes terms that are fixed beforehand. Where somebody chooses the terms of later releases after seeing earlier
-ones, its ε bounds nothing (arXiv:2602.15815); `privacy.filters` holds the rules that do.
+Only this file imports dp_accounting.
+
+A PLD composes terms that are fixed beforehand. If the terms of later releases are chosen after earlier releases were
+seen, the ε of the PLD bounds nothing (arXiv:2602.15815). The rules in `privacy.filters` give a bound in that case.
 """
 
 import functools
@@ -18,28 +20,29 @@ from scipy.stats import binom
 
 from fl_dualpriv.privacy.loss_size import LOG_TAIL, error_share, grid_for, least_loss, pld_size
 
-# Both are upper bounds on the true ε; the coarse grid is for progress lines and searches.
+# Both grids give upper bounds on the true ε. The coarse grid is for progress lines and searches.
 FINE_GRID = 1e-4
 COARSE_GRID = 1e-3
 
 PLAIN_CELLS, MOST_CELLS = 150_000, 200_000
-"""Of a PLD of one release, and a tenth of those of a composition: seconds, and less than 1 GiB.
+"""Largest numbers of cells in the PLD of one release; a composition may have ten times as many.
 
-The first is for dp-accounting's own PLDs, which go through dictionaries.
+They keep a computation to seconds and to less than 1 GiB. ``PLAIN_CELLS`` applies to dp-accounting's own PLDs, which
+use dictionaries.
 """
 
-LARGEST_GRID = 100.0  # e to the power of a step must stay a usable float
+LARGEST_GRID = 100.0  # e to the power of one grid step must stay a usable float
 
 NEIGHBORING_RELATION = "add-or-remove-one"
 
 
 def sampled_gaussian(sampling_rate: float, noise_multiplier: float, releases: int) -> dp_accounting.DpEvent:
-    """The event of ``releases`` Gaussian releases, each on its own Poisson sample.
+    """Return the event of ``releases`` Gaussian releases, each on its own Poisson sample.
 
     Args:
         sampling_rate: q in (0, 1].
-        noise_multiplier: Noise std divided by the sensitivity of what it is added to.
-        releases: How often; 0 gives the empty event.
+        noise_multiplier: Noise std divided by the sensitivity of the value to which the noise is added.
+        releases: Number of releases; 0 gives the empty event.
     """
     if releases == 0:
         return dp_accounting.NoOpDpEvent()
@@ -48,12 +51,12 @@ def sampled_gaussian(sampling_rate: float, noise_multiplier: float, releases: in
 
 
 class SampledGaussians(NamedTuple):
-    """Some Gaussian releases, each on its own Poisson sample.
+    """Gaussian releases on equal terms, each on its own Poisson sample.
 
     Attributes:
         sampling_rate: q in (0, 1].
-        noise_multiplier: Noise std divided by the sensitivity of what it is added to.
-        releases: How many.
+        noise_multiplier: Noise std divided by the sensitivity of the value to which the noise is added.
+        releases: Number of releases.
     """
 
     sampling_rate: float
@@ -66,8 +69,9 @@ def composed_epsilon(charges: tuple[SampledGaussians, ...], delta: float, grid: 
     """Return ε at ``delta`` of Poisson-sampled Gaussian releases whose terms are fixed beforehand, in any order.
 
     Guarantee:
-        An upper bound for add-or-remove-one neighbours, unit = the sampled one; see `bounded_epsilon`. The data may be
-        queried adaptively; q, z and the number of releases must not follow from earlier releases.
+        The result is an upper bound for add-or-remove-one neighbours. The unit is the sampled one; see
+        `bounded_epsilon`. The queries of the data may be adaptive. q, z and the number of releases must not depend on
+        earlier releases.
 
     Reference:
         dp-accounting's PLDAccountant; Koskela et al. 2020, arXiv:1906.03049.
@@ -80,9 +84,10 @@ class EpsilonBound(NamedTuple):
 
     Attributes:
         epsilon: ε; infinite where no bound is finite.
-        bound: What it is: ``nothing`` is released; ``pld``: a privacy loss distribution on the grid that was asked for;
-            ``pld-refined``: one on another grid; ``gaussian``: the exact ε of unsampled releases; ``coins-shown``: as
-            if everybody knew which samples the unit was in; ``renyi``: Rényi divergences.
+        bound: Kind of the bound. ``nothing``: there is no release. ``pld``: a privacy loss distribution on the
+            requested grid. ``pld-refined``: a privacy loss distribution on another grid. ``gaussian``: the exact ε of
+            unsampled releases. ``coins-shown``: the bound for an attacker who knows which samples contain the unit.
+            ``renyi``: Rényi divergences.
     """
 
     epsilon: float
@@ -90,17 +95,17 @@ class EpsilonBound(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-@np.errstate(over="ignore", divide="ignore")  # dp-accounting takes logarithms of subnormal masses: ±inf is meant
+@np.errstate(over="ignore", divide="ignore")  # dp-accounting takes logarithms of subnormal masses: ±inf is intended
 def bounded_epsilon(charges: tuple[SampledGaussians, ...], delta: float, grid: float = FINE_GRID) -> EpsilonBound:
-    """`composed_epsilon`, and what kind of bound it is. It answers within seconds and in less than 2 GiB.
+    """Return the ε of `composed_epsilon` and the kind of the bound, within seconds and in less than 2 GiB.
 
-    The PLD of dp-accounting's `PLDAccountant` on ``grid`` is the answer wherever it fits into memory and the grid moves
-    ε by little: by about 0.5 % for the fine grid, 5 % for the coarse one. Elsewhere the answer is the smallest of PLDs
-    on other grids, of the exact formula for unsampled releases, and of two bounds without a grid.
+    The result is the PLD of dp-accounting's `PLDAccountant` on ``grid`` wherever that PLD fits into memory and the grid
+    moves ε by little: by about 0.5 % for the fine grid, 5 % for the coarse one. Elsewhere the result is the smallest of
+    PLDs on other grids, of the exact formula for unsampled releases, and of two bounds without a grid.
 
     Guarantee:
-        Each of these is an upper bound, so the smallest is. A PLD is pessimistic on every grid. It is asked for a δ
-        that is smaller by `rounding`, which is more than the rounding errors of its convolutions.
+        Each of these is an upper bound, so the smallest is. A PLD is pessimistic on every grid. The function asks a PLD
+        for its ε at a δ that is smaller by `rounding`, which is more than the rounding errors of its convolutions.
     """
     charges = tuple(charge for charge in _merged(charges) if charge.releases)
     if not charges:
@@ -127,9 +132,9 @@ def bounded_epsilon(charges: tuple[SampledGaussians, ...], delta: float, grid: f
 
 
 def _is_plain(charges: tuple[SampledGaussians, ...], grid: float, cells: int) -> bool:
-    """Whether dp-accounting's own PLDs are small on a grid.
+    """Return True if dp-accounting's own PLDs are small on a grid.
 
-    Of a PLD of up to 1000 cells it computes their number to the power of the releases.
+    For a PLD of up to 1000 cells dp-accounting computes the number of cells to the power of the number of releases.
     """
     size = pld_size(charges, LOG_TAIL)
     return size.least_grid(cells) <= grid and (
@@ -138,14 +143,17 @@ def _is_plain(charges: tuple[SampledGaussians, ...], grid: float, cells: int) ->
 
 
 def composed_delta(charges: tuple[SampledGaussians, ...], epsilon: float, grid: float = FINE_GRID) -> float:
-    """Return δ at ``epsilon`` by PLD; otherwise as `composed_epsilon`. For ordinary terms: it takes what it takes."""
+    """Return δ at ``epsilon`` by PLD; otherwise as `composed_epsilon`.
+
+    It is for ordinary terms, because its time and memory have no bound.
+    """
     if not any(charge.releases for charge in charges):
         return 0.0
     return float(_accountant(charges, grid).get_delta(epsilon))
 
 
 def rounding(charges: Iterable[SampledGaussians]) -> float:
-    """What rounding may take from the δ of a PLD.
+    """Return a bound on the rounding error in the δ of a PLD.
 
     A power of a Fourier transform multiplies its relative errors by the number of releases.
     """
@@ -164,7 +172,7 @@ def _accountant(charges: tuple[SampledGaussians, ...], grid: float) -> pld.PLDAc
 def _refined(
     charges: tuple[SampledGaussians, ...], delta: float, found: float, grid: float, share: float, cells: int
 ) -> float:
-    """The smallest ε of PLDs on ever finer grids, until the grid moves ε by ``share`` or has ``cells`` cells."""
+    """Return the smallest ε of PLDs on ever finer grids, until a grid moves ε by ``share`` or has ``cells`` cells."""
     size = pld_size(charges, log_tail(charges, delta))
     floor = size.least_grid(cells)
     if not math.isfinite(floor) or floor > LARGEST_GRID:
@@ -181,9 +189,10 @@ def _refined(
 
 
 def rough_epsilon(charges: tuple[SampledGaussians, ...], delta: float, about: float, cells: int = 4_000) -> float:
-    """ε by the PLD on a grid for an ε of ``about``, with so many cells at most: an upper bound, quickly, for searches.
+    """Return a quick upper bound on ε for searches, by a PLD of at most ``cells`` cells.
 
-    Infinite where no such PLD can be made: some release is unsampled, or losses are too large.
+    Its grid suits an ε of ``about``. The result is infinite where no such PLD exists: some release is unsampled, or
+    losses are too large.
     """
     if any(charge.sampling_rate == 1 for charge in charges) or delta < 2 * rounding(charges):
         return math.inf
@@ -193,21 +202,21 @@ def rough_epsilon(charges: tuple[SampledGaussians, ...], delta: float, about: fl
 
 
 def log_tail(charges: Iterable[SampledGaussians], delta: float) -> float:
-    """Logarithm of the noise's mass that a PLD may cut off: it moves δ by 1e-4 of δ."""
+    """Return the logarithm of the mass of noise that a PLD may cut off: it moves δ by 1e-4 of δ."""
     sampled = sum(charge.releases * charge.sampling_rate for charge in charges)
     return min(max(math.log(1e-4 * delta / sampled), LOG_TAIL), -16.0)
 
 
 @np.errstate(over="ignore", divide="ignore")  # as `bounded_epsilon`
 def grid_epsilon(charges: tuple[SampledGaussians, ...], delta: float, grid: float) -> float:
-    """ε by the PLD on one grid, whatever it moves ε by.
+    """Return ε by the PLD on one grid, however much the grid moves ε.
 
     Guarantee:
-        An upper bound, as `bounded_epsilon`. Losses of the removal are those of dp-accounting's "connect the dots"
-        (arXiv:2207.04380): a pair of distributions whose hockey-stick divergence is at least the true one at every ε
-        above the least loss, negative ones included. H(Q‖P; e^ε) = 1 − e^ε + e^ε H(P‖Q; e^−ε), so the same pair turned
-        round bounds the addition, where the noise beyond the least loss counts as an infinite loss. Dp-accounting's own
-        PLD of the addition is the difference of nearly equal numbers where q is small.
+        The result is an upper bound, as in `bounded_epsilon`. The losses of the removal are those of dp-accounting's
+        "connect the dots" (arXiv:2207.04380): a pair of distributions whose hockey-stick divergence is at least the
+        true one at every ε above the least loss, negative ones included. H(Q‖P; e^ε) = 1 − e^ε + e^ε H(P‖Q; e^−ε), so
+        the same pair in reverse order bounds the addition, where the noise beyond the least loss counts as an infinite
+        loss. Dp-accounting's own PLD of the addition is the difference of nearly equal numbers where q is small.
     """
     tail = log_tail(charges, delta)
     composed = None
@@ -221,12 +230,12 @@ def grid_epsilon(charges: tuple[SampledGaussians, ...], delta: float, grid: floa
 def one_release_pld(
     charge: SampledGaussians, grid: float, tail: float
 ) -> privacy_loss_distribution.PrivacyLossDistribution:
-    """The PLD of one release at a rate below 1, by which `grid_epsilon` bounds ε.
+    """Return the PLD of one release at a rate below 1, which `grid_epsilon` uses to bound ε.
 
     Args:
-        charge: Its terms.
-        grid: Of the losses.
-        tail: Logarithm of the mass of noise that is cut off, and counts as an infinite loss.
+        charge: Terms of the release.
+        grid: Grid step of the losses.
+        tail: Logarithm of the mass of noise that is cut off and counts as an infinite loss.
     """
     removal = privacy_loss_mechanism.GaussianPrivacyLoss(
         charge.noise_multiplier, log_mass_truncation_bound=tail, sampling_prob=charge.sampling_rate
@@ -238,7 +247,7 @@ def one_release_pld(
     deltas = np.minimum.accumulate(np.clip(removal.get_delta_for_epsilon(losses.tolist()), 0.0, 1.0))
     # Algorithm 1 of the paper, with equal steps.
     falls = -np.diff(deltas)
-    up, down = falls / -math.expm1(-grid), falls / math.expm1(grid)  # what a fall gives to its upper and lower end
+    up, down = falls / -math.expm1(-grid), falls / math.expm1(grid)  # shares of a fall for its upper and lower end
     masses = np.maximum(np.concatenate([[1 - deltas[0]], up]) - np.concatenate([down, [0.0]]), 0.0)
     turned = (masses * np.exp(-losses))[::-1]
     beyond = max(0.0, 1 - math.fsum(turned)) + math.exp(LOG_TAIL)
@@ -250,14 +259,14 @@ def one_release_pld(
 
 
 def _precision(charges: Iterable[SampledGaussians]) -> float:
-    """Σ z⁻² of unsampled releases."""
+    """Return Σ z⁻² of unsampled releases."""
     return math.fsum(charge.releases / max(charge.noise_multiplier, 1e-100) ** 2 for charge in charges)
 
 
 def _gaussian_epsilon(precision: float, delta: float) -> float:
-    """The exact ε of unsampled Gaussian releases (Balle and Wang 2018, arXiv:1805.06530), rounded up.
+    """Return the exact ε of unsampled Gaussian releases (Balle and Wang 2018, arXiv:1805.06530), rounded up.
 
-    Where ε is above 5e8 it is the bound by the Gaussian tail exp(−t²/2).
+    Where ε is above 5e8 the result is the bound by the Gaussian tail exp(−t²/2).
     """
     if not 0 < precision < 1e200:
         return math.inf if precision else 0.0
@@ -268,12 +277,13 @@ def _gaussian_epsilon(precision: float, delta: float) -> float:
 
 
 def coins_shown_epsilon(charges: tuple[SampledGaussians, ...], delta: float) -> float:
-    """ε as if everybody knew which samples the unit is in; half of δ covers that it is in too many.
+    """Return ε for an attacker who knows which samples contain the unit; half of δ covers too many of them.
 
     Guarantee:
-        An upper bound. The output with and without the unit is a mixture over its coins of unsampled Gaussian releases,
-        and the divergence of mixtures is at most the mean divergence (joint convexity). With P(K_i > k_i) at most
-        δ/(2m) for each of m kinds of terms, the mean is at most δ/2 plus the divergence at all k_i.
+        The result is an upper bound. The output with and without the unit is a mixture over its coins of unsampled
+        Gaussian releases, and the divergence of mixtures is at most the mean divergence (joint convexity). With
+        P(K_i > k_i) at most δ/(2m) for each of m kinds of terms, the mean is at most δ/2 plus the divergence at all
+        k_i.
     """
     most = delta / 2 / len(charges)
 
@@ -289,7 +299,7 @@ _ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512, 1024)
 
 
 def renyi_epsilon(charges: tuple[SampledGaussians, ...], delta: float) -> float:
-    """ε by Rényi divergences at whole orders (Mironov et al. 2019, arXiv:1908.10530)."""
+    """Return ε by Rényi divergences at whole orders (Mironov et al. 2019, arXiv:1908.10530)."""
     divergences = ((order, _renyi(charges, order)) for order in _ORDERS)
     # Proposition 12 of Canonne, Kamath and Steinke, as `renyi_bound`.
     bounds = [d + math.log1p(-1 / a) - (math.log(delta) + math.log(a)) / (a - 1) for a, d in divergences]
@@ -303,7 +313,7 @@ def _renyi(charges: tuple[SampledGaussians, ...], order: float) -> float:
 
 
 def _merged(charges: tuple[SampledGaussians, ...]) -> tuple[SampledGaussians, ...]:
-    """Put unsampled releases of different multipliers together: exact, and correlated noise has one a round.
+    """Merge unsampled releases of different multipliers into one, exactly; correlated noise has one in each round.
 
     Gaussian releases of z₁, z₂, … of sampling rate 1 compose to one of (Σ z⁻²)^(−1/2): see `joint_noise_multiplier`.
     """
@@ -316,7 +326,7 @@ def _merged(charges: tuple[SampledGaussians, ...]) -> tuple[SampledGaussians, ..
 
 
 def gathered(charges: Iterable[SampledGaussians]) -> tuple[SampledGaussians, ...]:
-    """Equal releases together, in one order: the same releases give the same ε to the last digit."""
+    """Group equal releases and sort them, so that the same releases give the same ε to the last digit."""
     counts = Counter[tuple[float, float]]()
     for charge in charges:
         counts[charge.sampling_rate, charge.noise_multiplier] += charge.releases
@@ -326,12 +336,12 @@ def gathered(charges: Iterable[SampledGaussians]) -> tuple[SampledGaussians, ...
 def epsilon(
     sampling_rate: float, noise_multiplier: float, releases: int, delta: float, grid: float = FINE_GRID
 ) -> float:
-    """`composed_epsilon` of releases that are all alike."""
+    """Return the `composed_epsilon` of releases on equal terms."""
     return composed_epsilon((SampledGaussians(sampling_rate, noise_multiplier, releases),), delta, grid)
 
 
 def joint_noise_multiplier(*noise_multipliers: float) -> float:
-    """Effective multiplier of one release made of several independent Gaussian views of the same clipped sum.
+    """Return the effective multiplier of one release made of independent Gaussian views of the same clipped sum.
 
     Two views s + N(0, z₁²C²) and s + N(0, z₂²C²) have the sufficient statistic of one view with precision
     z₁⁻² + z₂⁻², so the pair leaks exactly as much as a single release with (z₁⁻² + z₂⁻²)^(−1/2).
@@ -340,7 +350,7 @@ def joint_noise_multiplier(*noise_multipliers: float) -> float:
 
 
 # The series of a fractional order ends where a term is below e^-30 of the sum, and its logarithms have rounding errors
-# of about 1e-12. Both are far below these, which are added.
+# of about 1e-12. Both errors are far below these two numbers, which are added to the divergence.
 _RELATIVE_SLACK, _ABSOLUTE_SLACK = 1e-9, 1e-11
 
 
@@ -349,8 +359,8 @@ def renyi_divergence(sampling_rate: float, noise_multiplier: float, order: float
     """Return the Rényi divergence, at one order, of one Gaussian release on a Poisson sample.
 
     Guarantee:
-        An upper bound in both directions of add-or-remove-one neighbours: the larger one is that of the mixture
-        against the plain Gaussian (Mironov, Talwar and Zhang 2019, arXiv:1908.10530, Theorem 5).
+        The result is an upper bound in both directions of add-or-remove-one neighbours: the larger divergence is that
+        of the mixture against the plain Gaussian (Mironov, Talwar and Zhang 2019, arXiv:1908.10530, Theorem 5).
 
     Args:
         sampling_rate: q in (0, 1].

@@ -1,7 +1,8 @@
-"""What an auditor's guesses about planted canaries prove about ε. Statistics alone: numpy and scipy.
+"""Lower bounds on ε that follow from an auditor's guesses about planted canaries. Imports only numpy and scipy.
 
-Each of m canaries is in the data or out of it by its own fair coin; whoever sees the releases guesses the coins. Under
-(ε, δ)-DP nobody guesses much better than e^ε / (1 + e^ε), however they go about it, so too many right guesses refute ε.
+A fair coin for each of m canaries decides if the canary is in the data. The auditor sees the releases and guesses the
+coins. Under (ε, δ)-DP no guesser, by any procedure, guesses much better than e^ε / (1 + e^ε), so too many right guesses
+refute ε.
 """
 
 import itertools
@@ -15,20 +16,20 @@ from scipy.special import expit, log_ndtr, ndtr
 
 _MOST_EPSILON = 60.0
 _RESOLUTION = 1e-4
-_FEWEST_GUESSES = 64  # fewer prove next to nothing
-_STEP = 2  # between the numbers of guesses that are tried
+_FEWEST_GUESSES = 64  # fewer guesses prove next to nothing
+_STEP = 2  # ratio between successive numbers of guesses
 
 
 @dataclass(frozen=True, kw_only=True)
 class LowerBound:
-    """What one run proves.
+    """Lower bound on ε that one run proves.
 
     Attributes:
-        epsilon: ε is at least this, at the audited δ.
-        confidence: Chance, over coins and run, that the statement is true.
-        canaries: m, all of them, abstentions too.
-        guesses: r, made for this bound.
-        correct: v, right ones.
+        epsilon: The bound: ε is at least this at the audited δ.
+        confidence: Probability, over coins and run, that the statement is true.
+        canaries: m, the number of all canaries, abstentions included.
+        guesses: r, the number of guesses for this bound.
+        correct: v, the number of right guesses.
         statistic: Index of the score that gave the bound.
     """
 
@@ -41,20 +42,20 @@ class LowerBound:
 
 
 def guessing_p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
-    """Bound the chance that an (ε, δ)-DP mechanism lets anybody guess this well.
+    """Bound the probability that an (ε, δ)-DP mechanism lets a guesser guess this well.
 
     Guarantee:
         If each of ``canaries`` records (or clients) is present by its own fair coin and the mechanism is (ε, δ)-DP for
         adding or removing one of them, then any guesser who sees the releases and commits to ``guesses`` guesses has
-        ``correct`` or more right with at most this probability. Nothing is assumed of the guesser, and nothing of how
-        canaries interact. The value grows with ε, so that a search by bisection is one by comparison.
+        ``correct`` or more right with at most this probability. Nothing is assumed of the guesser or of the interaction
+        of canaries. The value grows with ε, so bisection finds where it crosses a level.
 
     Args:
-        canaries: m.
+        canaries: m, the number of canaries.
         guesses: r <= m, a number fixed before the releases are seen; the guesser abstains on the others.
-        correct: v <= r.
-        epsilon: >= 0.
-        delta: In [0, 1].
+        correct: v <= r, the number of right guesses.
+        epsilon: ε >= 0.
+        delta: δ in [0, 1].
 
     Raises:
         ValueError: If the counts are not 0 <= v <= r <= m, or ε or δ is out of range.
@@ -69,7 +70,7 @@ def guessing_p_value(canaries: int, guesses: int, correct: int, epsilon: float, 
         raise ValueError(f"{correct} correct of {guesses} guesses about {canaries} canaries; need 0 <= v <= r <= m")
     if not (epsilon >= 0 and 0 <= delta <= 1):
         raise ValueError(f"epsilon = {epsilon}, delta = {delta}; need epsilon >= 0 and delta in [0, 1]")
-    # In wrong guesses, each of chance 1 / (1 + e^ε): for large ε that number is exact where 1 minus it is not.
+    # Count wrong guesses, each of probability 1 / (1 + e^ε): for large ε that number is exact and 1 minus it is not.
     wrong = guesses - correct
     beta = float(stats.binom.cdf(wrong, guesses, expit(-epsilon)))
     if delta == 0 or correct == 0:
@@ -85,21 +86,21 @@ def epsilon_lower_bound(canaries: int, guesses: int, correct: int, delta: float,
 
     Guarantee:
         If the mechanism is (ε, δ)-DP, the returned number exceeds ε with probability at most 1 − ``confidence``.
-        (ε, δ)-DP implies (ε', δ)-DP for ε' > ε, so the refuted ones are an interval from 0.
+        (ε, δ)-DP implies (ε', δ)-DP for ε' > ε, so the refuted values are an interval from 0.
 
     Args:
         canaries: m, as in `guessing_p_value`.
-        guesses: r.
-        correct: v.
+        guesses: r, as in `guessing_p_value`.
+        correct: v, as in `guessing_p_value`.
         delta: δ of the audited claim.
-        confidence: In (0, 1).
+        confidence: Confidence of the bound, in (0, 1).
     """
     _check_confidence(confidence)
     return _search(canaries, guesses, correct, delta, 1 - confidence, at_least=0.0)
 
 
 def _search(canaries: int, guesses: int, correct: int, delta: float, level: float, at_least: float) -> float:
-    """The largest refuted ε above ``at_least``; ``at_least`` itself if that is not refuted."""
+    """Return the largest refuted ε above ``at_least``, or ``at_least`` itself if that is not refuted."""
     low, high = at_least, _MOST_EPSILON
     if guessing_p_value(canaries, guesses, correct, low, delta) > level:
         return at_least
@@ -112,7 +113,7 @@ def _search(canaries: int, guesses: int, correct: int, delta: float, level: floa
 
 @dataclass(frozen=True, kw_only=True)
 class _Guess:
-    """Who guesses what: the ``present`` highest scores are in, the ``absent`` lowest are out, the others are left."""
+    """Rule for guesses: the ``present`` highest scores are in, the ``absent`` lowest are out, the others are open."""
 
     present: int
     absent: int
@@ -122,7 +123,7 @@ class _Guess:
         return self.present + self.absent
 
     def correct(self, order: np.ndarray, present: np.ndarray) -> int:
-        """Right guesses, given the canaries in order of their scores."""
+        """Count the right guesses, given the canaries in order of their scores."""
         high, low = order[len(order) - self.present :], order[: self.absent]
         return int(present[high].sum() + (~present[low]).sum())
 
@@ -133,15 +134,15 @@ def one_run_bound(
     """Guess coins by scores and return the best lower bound on ε that the right guesses prove.
 
     Guarantee:
-        As `epsilon_lower_bound`. Several scores and numbers of guesses are tried; they are fixed by how many canaries
-        and scores there are, and each gets an equal share of 1 − ``confidence`` (union bound). Scores must be functions
-        of the releases and of what is public, the canaries' contents included, and never of the coins.
+        As in `epsilon_lower_bound`. Several scores and numbers of guesses are tried. The numbers of canaries and of
+        scores fix them, and each gets an equal share of 1 − ``confidence`` (union bound). Scores must be functions of
+        the releases and of public values, the canaries' contents included, and never of the coins.
 
     Args:
-        scores: One or more, each (canary,): higher where a canary seems present. What is not a number counts as 0.
-        present: The coins, (canary,) bool.
+        scores: One or more scores, each (canary,), higher where a canary seems present. A NaN counts as 0.
+        present: Coins (canary,) bool, True where the canary is in the data.
         delta: δ of the audited claim.
-        confidence: In (0, 1).
+        confidence: Confidence of the bound, in (0, 1).
 
     Raises:
         ValueError: If there is no score, too few canaries, or scores of another number of canaries.
@@ -170,7 +171,7 @@ def one_run_bound(
 
 
 def most_provable(canaries: int, delta: float, confidence: float = 0.95, statistics: int = 1) -> float:
-    """The bound of `one_run_bound` if no guess is wrong: no mechanism, however leaky, can be shown to be worse."""
+    """Return the bound of `one_run_bound` if no guess is wrong, the largest that it can prove for any mechanism."""
     guesses = list(_numbers_of_guesses(canaries))
     level = (1 - confidence) / (statistics * len(guesses))
     most = max(guess.total for guess in guesses)
@@ -178,11 +179,12 @@ def most_provable(canaries: int, delta: float, confidence: float = 0.95, statist
 
 
 def _numbers_of_guesses(canaries: int) -> Iterator[_Guess]:
-    """From nearly everybody down, with guesses of absence and without.
+    """Yield numbers of guesses from nearly all canaries downwards, with guesses of absence and without.
 
-    Without: where sampling is rare, a canary that was never drawn looks absent, and only its presence can be told.
+    Guesses without absence suit rare sampling: a canary that was never drawn looks absent, so that only presence can be
+    guessed.
     """
-    # How many coins fell on one side is off half of m by sqrt(m) / 2 or so: four of them are left in the middle.
+    # The number of coins on one side differs from m / 2 by about sqrt(m) / 2: four times that is left in the middle.
     side = math.floor(canaries / 2 - 2 * math.sqrt(canaries))
     if 2 * side < _FEWEST_GUESSES:
         raise ValueError(f"{canaries} canaries are too few to prove anything; plant at least 128")
@@ -197,15 +199,17 @@ def _check_confidence(confidence: float) -> None:
         raise ValueError(f"confidence = {confidence}; it must be between 0 and 1, both excluded")
 
 
-# --- an estimate, which is no bound ---------------------------------------------------------------------------------
+# --- an estimate, not a bound ---------------------------------------------------------------------------------------
 
 
 def separation(scores: np.ndarray, present: np.ndarray) -> float:
-    """How far present and absent canaries' mean scores lie apart, in standard deviations; 0 if they do not vary.
+    """Return the distance between mean scores of present and absent canaries, in standard deviations.
+
+    The result is 0 if the scores do not vary.
 
     Reference:
         Andrew et al. 2024, arXiv:2302.03098: canary clients with random directions; the score is the cosine of each
-        with what was released. Its scale drops out here.
+        direction with the release. Its scale drops out here.
     """
     inside, outside = scores[present], scores[~present]
     spread = math.sqrt((float(inside.var()) + float(outside.var())) / 2)
@@ -213,15 +217,15 @@ def separation(scores: np.ndarray, present: np.ndarray) -> float:
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """ε at δ of telling N(0, 1) from N(μ, 1): exact for one Gaussian release of sensitivity μ and noise 1.
+    """Return ε at δ of telling N(0, 1) from N(μ, 1), exact for one Gaussian release of sensitivity μ and noise 1.
 
-    With a `separation` in place of μ it is an *estimate* of ε without any confidence: it takes the scores for Gaussian
-    with one variance, the canaries for the worst case, and says nothing of other attackers. Compare it with a claim;
-    never print it as a bound.
+    With a `separation` in place of μ the result is an *estimate* of ε without any confidence: it takes the scores for
+    Gaussian with one variance and the canaries for the worst case, and says nothing about other attackers. Compare it
+    with a claim; never print it as a bound.
 
     Args:
-        mu: >= 0 counts; below, 0 is returned.
-        delta: In (0, 1).
+        mu: μ; the result is 0 for a negative value.
+        delta: δ in (0, 1).
 
     Reference:
         Balle and Wang 2018, arXiv:1805.06530, Theorem 5: δ(ε) = Φ(μ/2 − ε/μ) − e^ε Φ(−μ/2 − ε/μ).

@@ -1,4 +1,4 @@
-"""From an ε to the noise multiplier that spends it, within 1 % and never above."""
+"""Calibration: find the noise multiplier that spends a target ε, within 1 % and never above it."""
 
 import contextlib
 import functools
@@ -20,13 +20,13 @@ from fl_dualpriv.privacy.limits import LARGEST_NOISE_MULTIPLIER, SMALLEST_NOISE_
 from fl_dualpriv.privacy.loss_size import error_share
 
 LEAST_SHARE = 0.99
-"""Of the target that a calibrated multiplier spends at least, wherever some multiplier does."""
+"""Smallest share of the target ε that a calibrated multiplier spends, wherever some multiplier spends so much."""
 
 NOTE_AFTER = 2.0
-"""Seconds after which a calibration says that it is at work."""
+"""Seconds after which a calibration logs that it is at work."""
 
-_CELLS = (4_000, 40_000)  # of the PLDs of a search: a rough one, then one that is nearly exact
-_IDLE_MULTIPLIER = 0.051  # where less noise spends no more: nobody is sampled but with probability δ
+_CELLS = (4_000, 40_000)  # cells of the PLDs of a search: a rough one, then one that is nearly exact
+_IDLE_MULTIPLIER = 0.051  # used where less noise spends no more: a unit is sampled only with probability δ
 
 _log = logging.getLogger("fl_dualpriv")
 
@@ -35,13 +35,13 @@ _log = logging.getLogger("fl_dualpriv")
 def calibrate_noise_multiplier(target_epsilon: float, delta: float, sampling_rate: float, releases: int) -> float:
     """Return a noise multiplier whose `epsilon` is at most ``target_epsilon`` and, where possible, 0.99 of it or more.
 
-    It is a multiple of 0.001 where the least such multiple that the coarse grid admits spends 0.99 of the target, else
-    it has six digits. Dp-accounting's own `calibrate_dp_mechanism` bisects on one grid, which would have to suit all
-    multipliers from 0.001 to a million.
+    The result is a multiple of 0.001 if the smallest such multiple that the coarse grid admits spends 0.99 of the
+    target. Otherwise it has six digits. Dp-accounting's own `calibrate_dp_mechanism` bisects on one grid, which would
+    have to suit all multipliers from 0.001 to a million.
 
     Guarantee:
         ``epsilon(sampling_rate, result, releases, delta) <= target_epsilon``, checked on the fine grid. Searches on
-        other grids only propose.
+        other grids only propose candidates.
 
     Raises:
         PrivacyError: If no multiplier up to `LARGEST_NOISE_MULTIPLIER` is enough.
@@ -71,26 +71,26 @@ def _calibrated(target: float, delta: float, rate: float, releases: int) -> floa
 
 
 def _proposed(target: float, delta: float, rate: float, releases: int, cells: int, noise: float) -> float:
-    """ε of a multiplier, quickly: on a grid for the target, with so many cells at most."""
+    """Return the ε of a multiplier quickly: on a grid for the target, with at most ``cells`` cells."""
     charges = (SampledGaussians(rate, noise, releases),)
     quick = rough_epsilon(charges, delta, target, cells)
     return quick if math.isfinite(quick) else bounded_epsilon(charges, delta, COARSE_GRID).epsilon
 
 
 def _found(spent: Callable[[float], float], target: float, lowest: float, start: float) -> float:
-    """A multiplier of six digits with ``lowest``·target <= spent <= target, by false position in logarithms.
+    """Find a multiplier of six digits with ``lowest``·target <= spent <= target, by false position in logarithms.
 
     Args:
-        spent: ε of a multiplier, falling.
-        target: What it may be at most.
-        lowest: The share of the target that is enough.
-        start: Where to begin.
+        spent: Function from a multiplier to its ε, falling.
+        target: Largest ε allowed.
+        lowest: Share of the target that is enough.
+        start: Multiplier at which the search begins.
 
     Returns:
-        The least multiplier tried that spends at most the target; the end of the range if that spends too little.
+        The smallest multiplier tried that spends at most the target; the end of the range if that spends too little.
     """
     aim = math.log(target * (1 + lowest) / 2)
-    low: tuple[float, float] | None = None  # logarithms of a multiplier that spends too much, and of what it spends
+    low: tuple[float, float] | None = None  # logarithms of a multiplier that spends too much, and of its ε
     high: tuple[float, float] | None = None
     noise, step = _six_digits(start), 1.02 if start != 1.0 else 4.0
     for turn in range(60):
@@ -108,32 +108,35 @@ def _found(spent: Callable[[float], float], target: float, lowest: float, start:
             noise = min(max(_six_digits(noise), SMALLEST_NOISE_MULTIPLIER), LARGEST_NOISE_MULTIPLIER)
             step **= 1.5
             continue
-        if high[0] - low[0] < 1.2e-5:  # neighbours of six digits
+        if high[0] - low[0] < 1.2e-5:  # the two differ in the last of six digits
             break
-        share = (low[1] - aim) / (low[1] - high[1]) if turn % 3 else 0.5  # a third of the steps halves
+        share = (low[1] - aim) / (low[1] - high[1]) if turn % 3 else 0.5  # every third step bisects
         share = min(max(share, 0.02), 0.98)
         noise = min(_six_digits(math.exp(low[0] + share * (high[0] - low[0]))), math.exp(high[0]))
     return _six_digits(math.exp(high[0])) if high is not None else LARGEST_NOISE_MULTIPLIER
 
 
 def _six_digits(noise: float) -> float:
-    """The number, to six significant digits."""
+    """Round a number to six significant digits."""
     return float(f"{noise:.6g}")
 
 
 def _is_coarse_enough(target: float, delta: float, rate: float, releases: int) -> bool:
-    """Whether the coarse grid moves ε by less than the share that a calibration may leave."""
+    """Return True if the coarse grid moves ε by less than the share that a calibration may leave."""
     charges = (SampledGaussians(rate, 1.0, releases),)
     return error_share(charges, delta, COARSE_GRID, target) < 1 - LEAST_SHARE
 
 
 def _rounded(spent: Callable[[float, float], float], target: float, near: float) -> float | None:
-    """The multiple of 0.001 that bisection of (0.05, 1), (1, 2), (2, 4) … on the coarse grid ends at; None if not near.
+    """Return the multiple of 0.001 at which bisection of (0.05, 1), (1, 2), (2, 4) … on the coarse grid ends.
 
     Args:
-        spent: ε of a multiplier on a grid.
-        target: What it may be at most, on the fine grid.
-        near: About where the result lies; most of the bisection need not be computed.
+        spent: Function from a multiplier and a grid to ε.
+        target: Largest ε allowed, on the fine grid.
+        near: Approximate result, which saves most of the bisection.
+
+    Returns:
+        None if the result is not near ``near``.
     """
     if not near * 1.01 > 0.051:
         return None
@@ -165,7 +168,7 @@ def _rounded(spent: Callable[[float, float], float], target: float, near: float)
 
 @contextlib.contextmanager
 def _said_if_slow(words: str) -> Iterator[None]:
-    """Log a line if what is inside takes longer than `NOTE_AFTER`."""
+    """Log a line if the body of the ``with`` block takes longer than `NOTE_AFTER`."""
     timer = threading.Timer(NOTE_AFTER, _log.warning, args=(words,))
     timer.daemon = True
     timer.start()

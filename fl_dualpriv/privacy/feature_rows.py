@@ -1,4 +1,4 @@
-"""Clip and sum gradients with respect to the *class features*, in closed form: noise space ``feature``.
+"""Clip and sum gradients with respect to the *class features*, in closed form, for noise space ``feature``.
 
 Example i's gradient is the outer product s·(softmax_i − y_i) x_iᵀ, of Frobenius norm s·‖softmax_i − y_i‖·‖x_i‖.
 """
@@ -12,16 +12,16 @@ from fl_dualpriv.privacy.clipping import GRID_STEPS, Arithmetic, ClippedSum, as_
 from fl_dualpriv.privacy.limits import check_clip_norm
 
 _MOST_ROWS = 256
-_BLOCK_ENTRIES = 2**16  # of outer products at a time: half a MiB stays in a cache
+_BLOCK_ENTRIES = 2**16  # entries of outer products at a time: half a MiB stays in a cache
 
 
 def feature_blocks(classes: Tensor, x: Tensor, y: Tensor, logit_scale: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both factors of each example's gradient, in blocks of one size for every batch; padding is zero.
+    """Yield both factors of each example's gradient, in blocks of one size for every batch; padding is zero.
 
     Guarantee:
-        Row i is a function of ``classes`` and of example i only, bit by bit: each cosine is a separate sum. A matrix
-        kernel, which may round a row by its place or by the number of rows, has no part in it. The memory does not grow
-        with a batch, whose size is private.
+        Row i is a function of ``classes`` and of example i only, bit by bit: each cosine is a separate sum. No matrix
+        kernel is used, because its rounding of a row may depend on the row's place or on the number of rows. The memory
+        does not grow with a batch, whose size is private.
 
     Args:
         classes: Unit-norm class features (n_cls, embed_dim).
@@ -53,21 +53,21 @@ def clipped_feature_sum(
     """Clip and sum the gradients with respect to the class features; arguments as `feature_blocks`.
 
     Guarantee:
-        As `clipped_sum`: the value is a sum of per-example terms of norm at most ``clip_norm`` each (float64), so one
-        example moves it by at most that. An example with a non-finite value contributes zero. In integers the outer
-        products are formed, some at a time, and each is cut down to the grid: one example moves the value by exactly
-        its own integer row, since all others are the same bit by bit without it; slower.
+        As in `clipped_sum`: the value is a sum of per-example terms of norm at most ``clip_norm`` each (float64), so
+        one example moves it by at most that. An example with a non-finite value contributes zero. In integers the outer
+        products are formed, some at a time, and each is cut down to the grid. One example then moves the value by
+        exactly its own integer row, because all other rows are the same bit by bit without it. Integers are slower.
 
     Args:
-        classes: Released before.
-        x: See `feature_blocks`.
-        y: See `feature_blocks`.
+        classes: Class features, which were released before.
+        x: Image features, see `feature_blocks`.
+        y: Class ids, see `feature_blocks`.
         logit_scale: s.
         clip_norm: C, in units of this gradient, 1e-30 to 1e30.
         arithmetic: Floats, or integers in units of ``clip_norm / GRID_STEPS``.
 
     Returns:
-        (n_cls, embed_dim), float64.
+        The sum (n_cls, embed_dim), float64.
 
     Raises:
         ValueError: If ``clip_norm`` is not between 1e-30 and 1e30.
@@ -84,16 +84,16 @@ def clipped_feature_sum(
 
 
 def clipped_factors(residual: Tensor, x: Tensor, clip_norm: float) -> tuple[Tensor, Tensor]:
-    """Factors (row, n_cls) and (row, embed_dim) of the clipped gradients; zeros where something is not finite."""
+    """Return factors (row, n_cls) and (row, embed_dim) of the clipped gradients, zeros for a row that is not finite."""
     norms = torch.linalg.vector_norm(residual, dim=1) * torch.linalg.vector_norm(x, dim=1)
     finite = torch.isfinite(norms)
-    # NaN times zero is NaN: bad rows are replaced, not multiplied away.
+    # NaN times zero is NaN, so bad rows are replaced by zeros and not multiplied by zero.
     x, residual = (torch.where(finite[:, None], t, torch.zeros_like(t)) for t in (x, residual))
     scale = torch.clamp(clip_norm / torch.clamp(norms, min=torch.finfo(torch.float64).tiny), max=1.0)
     return torch.where(finite, scale, torch.zeros_like(scale))[:, None] * residual, x
 
 
 def integer_feature_rows(left: Tensor, right: Tensor, clip_norm: float) -> Tensor:
-    """Each clipped gradient in whole grid units, (row, n_cls, embed_dim) float64, of norm GRID_STEPS at most."""
+    """Return clipped gradients in whole grid units, (row, n_cls, embed_dim) float64, of norm GRID_STEPS at most."""
     scaled = (left / clip_norm * GRID_STEPS)[:, :, None] * right[:, None, :]
     return cut_rows(scaled.flatten(1)).unflatten(1, (left.shape[1], right.shape[1]))

@@ -1,7 +1,7 @@
-"""The rounded Gaussian: integer noise that leaks nothing through low-order bits. The only import site of mpmath.
+"""The rounded Gaussian: integer noise that leaks nothing through low-order bits. Only this file imports mpmath.
 
-A uniform's binary digits are drawn as far as they are needed: 52 of them with `scipy.special.ndtri` where both ends of
-the uniform's interval round to the same integer, more of them with mpmath where they do not.
+A draw uses only the binary digits of a uniform that it needs. 52 digits with `scipy.special.ndtri` are enough where
+both ends of the uniform's interval round to the same integer. Otherwise mpmath uses more digits.
 """
 
 import math
@@ -31,15 +31,15 @@ def rounded_gaussian(source: RandomSource, shape: tuple[int, ...], std: float) -
 
     Guarantee:
         Each coordinate's law is within 2**-900 (total variation) of the exactly rounded normal distribution, tails
-        included, given NDTRI_ERROR and mpmath's precision; every coordinate has its own uniform, and digits that are
-        drawn later belong to one coordinate alone. For an integer vector S, S + round(N) = round(S + N) almost surely:
-        what is released is a function of the real-valued Gaussian mechanism's output, so that mechanism's (ε, δ),
-        also under Poisson sampling and composition, bounds it with no loss, in any dimension. Its support is all
-        integer vectors whatever S is, and integers are added exactly: low-order bits tell nothing (Mironov 2012).
-        How long a draw takes depends on the noise, never on data.
+        included, given NDTRI_ERROR and mpmath's precision. Every coordinate has its own uniform, and digits that are
+        drawn later belong to only one coordinate. For an integer vector S, S + round(N) = round(S + N) almost surely.
+        So the released value is a function of the real-valued Gaussian mechanism's output, and that mechanism's (ε, δ),
+        also under Poisson sampling and composition, bounds it with no loss, in any dimension. The support is all
+        integer vectors for every S, and integers are added exactly: low-order bits tell nothing (Mironov 2012). The
+        duration of a draw depends on the noise, never on data.
 
     Args:
-        source: Where the bits come from.
+        source: Source of the random bits.
         shape: Shape of the result.
         std: Standard deviation before rounding, in grid units; 0 (no noise) to 2**46.
 
@@ -52,7 +52,7 @@ def rounded_gaussian(source: RandomSource, shape: tuple[int, ...], std: float) -
     Reference:
         Mironov 2012, "On significance of the least significant bits for differential privacy"; Jin et al. 2021,
         arXiv:2112.05307. The discrete Gaussian (Canonne et al. 2020, arXiv:2004.00010) is not rotation invariant: its
-        one-dimensional privacy loss bounds no vector's. Rounding keeps the Gaussian's own proof.
+        one-dimensional privacy loss does not bound the loss of a vector. Rounding keeps the proof of the Gaussian.
     """
     if not (math.isfinite(std) and 0 <= std <= LARGEST_STD):
         raise ValueError(f"std = {std}; it must be 0 to 2**46 grid units: lower the noise multiplier")
@@ -60,8 +60,8 @@ def rounded_gaussian(source: RandomSource, shape: tuple[int, ...], std: float) -
     if std == 0:
         return torch.zeros(shape, dtype=torch.float64)
     words = source.words(count)
-    # A word begins a uniform U, and N is its normal quantile, as in `gaussian_noise`. By symmetry the upper half is
-    # folded down: then 2 U = V, with |N| >= t exactly where V <= erfc(t / (std sqrt 2)).
+    # A word holds the first digits of a uniform U, and N is its normal quantile, as in `gaussian_noise`. By symmetry
+    # the upper half is folded down: then 2 U = V, with |N| >= t exactly where V <= erfc(t / (std sqrt 2)).
     negative = (words >> np.uint64(_WORD_BITS - 1)) == 0
     folded = np.where(negative, words, ~words)
     cell = (folded >> np.uint64(_WORD_BITS - 1 - _FAST_BITS)).astype(np.float64)
@@ -76,10 +76,10 @@ def rounded_gaussian(source: RandomSource, shape: tuple[int, ...], std: float) -
 
 
 def _resolve(source: RandomSource, digits: int, low: int, high: int, std: float) -> int:
-    """Round |N|, known to lie in low … high, from the first 63 binary digits of V and as many more as it takes.
+    """Round |N|, known to lie in low … high, from the first 63 binary digits of V and as many more as needed.
 
     A draw that 1023 digits do not decide is rounded towards zero: for std <= 2**46 at most 2**53 borders between
-    integers lie within 64 std, each in one interval of length 2**-1023, and beyond 64 std there is less than 2**-2900.
+    integers lie within 64 std, each in one interval of length 2**-1023, and the mass beyond 64 std is below 2**-2900.
     """
     bits = _WORD_BITS - 1
     while low < high:

@@ -1,4 +1,4 @@
-"""An append-only, human-readable record of releases: written and synced *before* each release is made.
+"""An append-only, human-readable record of releases: each line is written and synced *before* its release is made.
 
 A line is an event, a plan that is reserved for a run, or the header that names the ledger's filter
 (`privacy.filters`). The header comes before the first event that the filter admits.
@@ -23,17 +23,17 @@ _LOCK_SECONDS = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerEvent:
-    """Some Gaussian releases of one round, each on its own Poisson sample.
+    """Gaussian releases of one round, each on its own Poisson sample.
 
     Attributes:
-        run: Token of the run the releases belong to.
-        unit: ``record`` or ``client``.
-        server_round: Round, from 1.
-        releases: How many; a client's round makes one per local step.
+        run: Token of the run to which the releases belong.
+        unit: Protected unit, ``record`` or ``client``.
+        server_round: Number of the round, from 1.
+        releases: Number of releases; a client's round makes one per local step.
         sampling_rate: q, in (0, 1].
         noise_multiplier: Effective multiplier of everything released at once, > 0.
-        kind: ``gaussian``: independent Gaussian noise; ``correlated``: the part that one round adds to a run of
-            correlated noise (see `CorrelatedNoise.charge`).
+        kind: Kind of the noise. ``gaussian``: independent Gaussian noise. ``correlated``: the part that one round adds
+            to a run of correlated noise (see `CorrelatedNoise.charge`).
     """
 
     run: str
@@ -46,7 +46,7 @@ class LedgerEvent:
 
     @property
     def is_sound(self) -> bool:
-        """Whether the accountant can make a number of it; a line from a damaged disk may say anything."""
+        """True if the accountant can compute an ε from this event; a line from a damaged disk may hold any values."""
         return (
             isinstance(self.run, str)
             and _is_count(self.server_round)
@@ -63,9 +63,9 @@ class ReservedPlan:
 
     Attributes:
         run: Token of the run.
-        releases: How many at most, over all rounds.
-        sampling_rate: q of each, in (0, 1].
-        noise_multiplier: z of each, > 0.
+        releases: Largest number of releases over all rounds.
+        sampling_rate: q of each release, in (0, 1].
+        noise_multiplier: z of each release, > 0.
     """
 
     run: str
@@ -75,7 +75,7 @@ class ReservedPlan:
 
     @property
     def is_sound(self) -> bool:
-        """Whether the accountant can compute a number from it."""
+        """True if the accountant can compute an ε from this plan."""
         return (
             isinstance(self.run, str)
             and _is_count(self.releases)
@@ -85,12 +85,13 @@ class ReservedPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerContent:
-    """What a ledger says.
+    """Content of a ledger.
 
     Attributes:
         events: All whole events, in the order written.
-        damaged: Lines that are no event. A torn one is a write that a crash cut off, before its releases were made;
-            since nobody can tell it from a line that a disk damaged later, it is charged all the same.
+        damaged: Number of lines that cannot be read as an event, a plan or a header. A torn line is a write that a
+            crash cut off, before its releases were made. It looks like a line that a disk damaged later, so both are
+            charged.
         plans: All reserved plans, in the order written.
         headers: All header lines, in the order written: none before a filter admits the first event, then one.
     """
@@ -101,9 +102,9 @@ class LedgerContent:
     headers: tuple[Mapping[str, Any], ...] = ()
 
     def releases(self, run: str | None = None, *, damaged_as: int = 1) -> int:
-        """Releases of one run, or of all with the damaged lines.
+        """Return the number of releases of one run, or of all runs with the damaged lines.
 
-        A damaged line counts as the largest round here, and as ``damaged_as`` at least.
+        A damaged line counts as the largest round in the ledger, and as ``damaged_as`` at least.
         """
         if run is not None:
             return sum(event.releases for event in self.events if event.run == run)
@@ -112,18 +113,19 @@ class LedgerContent:
         return sum(event.releases for event in self.events) + self.damaged * largest
 
     def last_round(self, run: str) -> int:
-        """The last round of a run that stands here; 0 if none does."""
+        """Return the last round of a run that has an event in the ledger; 0 if there is none."""
         return max((event.server_round for event in self.events if event.run == run), default=0)
 
     def epsilon(self, delta: float, further: Iterable[LedgerEvent] = (), grid: float = FINE_GRID) -> float:
-        """ε at ``delta`` of everything in the ledger and of ``further`` events together, of all runs.
+        """Return ε at ``delta`` of everything in the ledger and of ``further`` events together, of all runs.
 
         Guarantee:
-            For terms that were fixed beforehand only: then an upper bound under add-or-remove-one, for one unit. Every
-            event is charged as if the same record (client) had been there in all of them. A damaged line is charged as
-            a round of the most releases, the highest rate and the least noise that appear anywhere in the composition.
-            Infinite if there are only damaged lines. Where somebody chose the terms of a run after an earlier run,
-            this number is information and admits nothing: `privacy.filters` does that.
+            The result is an upper bound under add-or-remove-one, for one unit, only if the terms were fixed beforehand.
+            Every event is charged as if the same record (client) had been there in all of them. A damaged line is
+            charged as a round of the most releases, the highest rate and the least noise that appear anywhere in the
+            composition. The result is infinite if there are only damaged lines. If the terms of a run were chosen after
+            an earlier run, this number is only information and must not admit a release: use `privacy.filters` for
+            that.
         """
         further = tuple(further)
         if self.damaged and not (self.events or further):
@@ -131,10 +133,10 @@ class LedgerContent:
         return composed_epsilon(self.charges(further), delta, grid)
 
     def charges(self, further: Iterable[LedgerEvent] = ()) -> tuple[SampledGaussians, ...]:
-        """What `epsilon` composes, equal releases together."""
+        """Return the releases that `epsilon` composes, with equal releases grouped."""
         events = [*self.events, *further]
         if self.damaged and not events:
-            raise ValueError(f"the ledger holds {self.damaged} damaged lines and no event: nothing bounds it")
+            raise ValueError(f"the ledger holds {self.damaged} damaged lines and no event: its ε has no bound")
         if self.damaged:
             worst = replace(
                 events[0],
@@ -147,10 +149,10 @@ class LedgerContent:
 
 
 class Ledger:
-    """A JSON-lines file of `LedgerEvent`s, one line each with the time of writing.
+    """A JSON-lines file of `LedgerEvent`s, each on one line with the time of writing.
 
     Args:
-        path: The file; its folder is made with the first event.
+        path: The file; the first event creates its folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -160,13 +162,13 @@ class Ledger:
         """Append an event and sync it to disk, before its releases.
 
         Guarantee:
-            When this returns, the line is on disk, in a file whose name is on disk: a crash at any later moment finds
-            it. A crash before can leave less than a line, and then nothing was released: too much may be counted, never
-            too little.
+            When this returns, the line is on disk, in a file whose name is on disk: the line survives a crash at any
+            later moment. An earlier crash can leave a part of a line, and then nothing was released. So the ledger may
+            count too much, never too little.
 
         Raises:
-            ValueError: If the event is one that no accountant can charge.
-            OSError: If the disk takes it not; then nothing may be released.
+            ValueError: If no accountant can charge the event.
+            OSError: If the line cannot be written. The caller must then release nothing.
         """
         if not event.is_sound:
             raise ValueError(f"{event}: not a release that can be accounted for")
@@ -176,7 +178,7 @@ class Ledger:
         self._append(fields)
 
     def reserve(self, plan: ReservedPlan) -> None:
-        """Append the plan of a run and sync it to disk, before the run's first event; as `record`.
+        """Append the plan of a run and sync it to disk, before the run's first event, as `record` does.
 
         Raises:
             ValueError: If no accountant can charge the plan.
@@ -187,7 +189,7 @@ class Ledger:
         self._append({"plan": asdict(plan)})
 
     def begin(self, header: Mapping[str, Any]) -> None:
-        """Append the header and sync it to disk, before the first event that its filter admits; as `record`.
+        """Append the header and sync it to disk, before the first event that its filter admits, as `record` does.
 
         Raises:
             OSError: If the line cannot be written. The caller must then release nothing.
@@ -195,13 +197,13 @@ class Ledger:
         self._append({"header": dict(header)})
 
     def _append(self, fields: Mapping[str, Any]) -> None:
-        """Write one line with its time, whole and synced."""
+        """Write one whole line with its time, and sync it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = {"time": utc_now(), **fields}
         with self.path.open("a+b") as file:
-            if file.tell() == 0:  # first its name: no line is ever in a file that a power cut can take away whole
+            if file.tell() == 0:  # sync the name first: a power cut can then never remove a file with lines
                 _sync_names(self.path.parent.resolve())
-            # A crash can leave half a line; it stays, as a line of its own that still counts.
+            # A crash can leave half a line. It stays as a separate line, which still counts.
             torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
             file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
             file.flush()
@@ -209,10 +211,13 @@ class Ledger:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold this ledger alone, across processes: between looking at its content and adding to it nobody else may.
+        """Hold the exclusive lock of this ledger across processes.
+
+        Between a read of the content and an append no other process may write.
 
         Raises:
-            TimeoutError: If another process holds it for seconds; the clients beside this one must not wait for it.
+            TimeoutError: If another process holds the lock for `_LOCK_SECONDS`. The other clients of this process must
+                not wait for it.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.with_suffix(".lock").open("w") as file:
@@ -228,7 +233,7 @@ class Ledger:
             yield
 
     def read(self) -> LedgerContent:
-        """All that is written; an absent file is an empty ledger."""
+        """Return the whole content of the ledger; an absent file is an empty ledger."""
         events: list[LedgerEvent] = []
         plans: list[ReservedPlan] = []
         headers: list[Mapping[str, Any]] = []
@@ -252,12 +257,12 @@ class Ledger:
 
 
 def utc_now() -> str:
-    """The time of a line in the files that a client keeps, to the second."""
+    """Return the current time in UTC, to the second, for a line in the files that a client keeps."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _parsed(line: str) -> LedgerEvent | ReservedPlan | Mapping[str, Any] | None:
-    """An event, a plan or a header; None for a damaged line."""
+    """Parse a line as an event, a plan or a header; return None for a damaged line."""
     try:
         fields: dict[str, Any] = json.loads(line)
         fields.pop("time", None)
@@ -292,7 +297,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _sync_names(folder: Path) -> None:
-    """A new file is on disk only with the entry of its folder, and that with the entries of all folders above it."""
+    """Sync a folder and all folders above it, because a new file is on disk only with the entries of all of them."""
     _sync_folder(folder)
     _sync_folder(folder.parent)
     _sync_above(folder.parent, folder.parent.stat().st_ino)
@@ -300,7 +305,7 @@ def _sync_names(folder: Path) -> None:
 
 @functools.lru_cache(maxsize=64)  # the clients of a run share these folders
 def _sync_above(folder: Path, inode: int) -> None:
-    """Sync the folders above, whoever made them, but for those that this process could not have made anything in."""
+    """Sync the folders above, except those in which this process could not have created an entry."""
     device = folder.stat().st_dev
     for above in folder.parents:
         if above.stat().st_dev != device or not os.access(above, os.R_OK | os.W_OK):

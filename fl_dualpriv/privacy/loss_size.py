@@ -1,6 +1,7 @@
-"""How large a discretised privacy loss distribution (PLD) gets, and how far its grid moves ε, known before it is made.
+"""Predicted size of a discretised privacy loss distribution (PLD), and predicted error in ε due to its grid.
 
-These numbers choose a grid and bound nothing: on any grid the ε of a pessimistic PLD is an upper bound.
+These numbers only choose a grid. They need not bound anything, because on any grid the ε of a pessimistic PLD is an
+upper bound.
 """
 
 import math
@@ -15,8 +16,8 @@ LOG_TAIL = -50.0
 
 _POINTS = 2001  # of the quadrature over the noise; the trapezoidal rule is exact to rounding for smooth tails of zero
 _ORDERS = 20  # dp-accounting bounds the tails of a composition by Chernoff's bound at ±1 … ±20 over the length
-_TAIL_MASS = 1e-15  # dp-accounting's: what it cuts off a composition
-_LARGEST_LOSS = 1e9  # beyond it no grid is tried
+_TAIL_MASS = 1e-15  # the mass that dp-accounting cuts off a composition
+_LARGEST_LOSS = 1e9  # no grid is tried for larger losses
 
 
 class Terms(Protocol):
@@ -34,17 +35,17 @@ class Terms(Protocol):
 
     @property
     def releases(self) -> int:
-        """How many."""
+        """Number of releases."""
         ...
 
 
 class PldSize(NamedTuple):
-    """Lengths in units of privacy loss, the longer of both directions; infinite where no PLD can be made.
+    """Lengths of PLDs in units of privacy loss, the longer of both directions; infinite where no PLD exists.
 
     Attributes:
-        one: Of the longest PLD of one release.
-        ones: Of the PLDs of one release of each kind, together.
-        composed: Of the composition of all.
+        one: Length of the longest PLD of one release.
+        ones: Sum of the lengths of the PLDs of one release of each kind.
+        composed: Length of the composition of all releases.
     """
 
     one: float
@@ -52,12 +53,15 @@ class PldSize(NamedTuple):
     composed: float
 
     def least_grid(self, cells: int) -> float:
-        """The finest grid with at most ``cells`` cells in a PLD of one release, and 10 times that in a composition."""
+        """Return the finest grid with at most ``cells`` cells in a PLD of one release.
+
+        A composition may have 10 times as many cells.
+        """
         return max(self.one / cells, self.ones / (4 * cells), self.composed / (10 * cells))
 
 
 def pld_size(terms: Sequence[Terms], log_tail: float) -> PldSize:
-    """The size of the PLDs that dp-accounting makes of some releases.
+    """Return the size of the PLDs that dp-accounting computes for some releases.
 
     Args:
         terms: The releases.
@@ -68,12 +72,12 @@ def pld_size(terms: Sequence[Terms], log_tail: float) -> PldSize:
 
 
 def _spans(rate: float, noise: float, releases: int, log_tail: float) -> tuple[float, float]:
-    """Length of one release's losses and of all together, the longer of both directions."""
+    """Return the length of one release's losses and of all releases together, the longer of both directions."""
     width = -float(ndtri(0.5 * math.exp(log_tail)))
     furthest = -float(ndtri(0.5 * math.exp(LOG_TAIL)))
     if not noise > 1e-6 or (1 / noise + furthest) / noise > _LARGEST_LOSS:
         return math.inf, math.inf
-    x = np.linspace(-furthest, width + 1 / noise, _POINTS)  # noise in units of its own standard deviation
+    x = np.linspace(-furthest, width + 1 / noise, _POINTS)  # noise in units of its standard deviation
     log_density = -0.5 * x**2
     ratio = (x - 0.5 / noise) / noise  # log of the density ratio without sampling
     loss = ratio if rate == 1 else np.logaddexp(math.log1p(-rate), math.log(rate) + ratio)
@@ -91,26 +95,26 @@ def _spans(rate: float, noise: float, releases: int, log_tail: float) -> tuple[f
 
 
 def least_loss(term: Terms) -> float:
-    """The privacy loss of a removal where the noise is cut off at its lower end (`LOG_TAIL`)."""
+    """Return the privacy loss of a removal at the point where the noise is cut off at its lower end (`LOG_TAIL`)."""
     rate, noise = term.sampling_rate, term.noise_multiplier
     ratio = (float(ndtri(0.5 * math.exp(LOG_TAIL))) - 0.5 / noise) / noise
     return ratio if rate == 1 else float(np.logaddexp(math.log1p(-rate), math.log(rate) + ratio))
 
 
 def error_share(terms: Sequence[Terms], delta: float, grid: float, epsilon: float) -> float:
-    """About how far the grid raises ε, as a share of ε.
+    """Estimate the share of ε by which the grid raises ε.
 
     A pessimistic PLD ("connect the dots", arXiv:2207.04380) splits a loss between the ends of its cell, which keeps its
     mass under both distributions. At a distance x from one end of a cell of length h this adds variance x(h − x), and
-    half of that to the mean. Losses that are spread over many cells add h²/6 each; where most losses lie within q of
-    zero, and so within one cell, about h·q. Where ε is about k standard deviations, with k² = 2 log(1/δ), ε grows by
-    the share s²·(log(1/δ)/ε² + 1/(2ε)) for an added variance of s².
+    half of that to the mean. Losses that are spread over many cells add h²/6 each. Where most losses lie within q of
+    zero, and so within one cell, each adds about h·q. Where ε is about k standard deviations, with k² = 2 log(1/δ), ε
+    grows by the share s²·(log(1/δ)/ε² + 1/(2ε)) for an added variance of s².
 
     Args:
         terms: The releases.
         delta: δ.
-        grid: h.
-        epsilon: ε, or a guess.
+        grid: Grid step h.
+        epsilon: ε, or a guess of it.
     """
     if not (0 < epsilon < math.inf and delta > 0):
         return 0.0 if epsilon == 0 else math.inf
@@ -118,7 +122,7 @@ def error_share(terms: Sequence[Terms], delta: float, grid: float, epsilon: floa
 
 
 def grid_for(terms: Sequence[Terms], delta: float, epsilon: float, share: float) -> float:
-    """The coarsest grid, to a factor of 1.3, whose `error_share` is at most ``share``; a fiftieth of ε at most."""
+    """Return the coarsest grid, up to a factor of 1.3, whose `error_share` is at most ``share``; at most ε/50."""
     grid = min(epsilon / 50, 1e3)
     while grid > 1e-12 and error_share(terms, delta, grid, epsilon) > share:
         grid /= 1.3

@@ -1,7 +1,7 @@
 """Randomness for sampling and noise: the kernel's generator by default, a keyed one for reproducible runs.
 
-Both kinds hand out random words, and uniforms made of them; noise and Poisson batches come from these by one code
-path, so what is tested on the keyed source is what the secret source runs.
+Both kinds return random words, and uniforms made from them. Noise and Poisson batches use these by one code path, so
+tests with the keyed source exercise the code that the secret source runs.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ _BITS = 52  # with 53, the half step below would round the largest word up to 1
 
 
 class RandomSource(Protocol):
-    """A stream of random 64-bit words; a word is handed out once, as it is or as a uniform."""
+    """A stream of random 64-bit words; each word is returned once, either as a word or as a uniform."""
 
     @property
     def reproducible(self) -> bool:
-        """True if anyone who knows the key can repeat the stream: then the noise protects nobody."""
+        """True if every holder of the key can repeat the stream; the noise then protects no unit."""
         ...
 
     def words(self, count: int) -> np.ndarray:
@@ -42,7 +42,7 @@ def _to_open_unit_interval(words: np.ndarray) -> np.ndarray:
 
 
 class OsRandom:
-    """Words from the operating system's cryptographic generator; cannot be repeated or predicted."""
+    """Words from the operating system's cryptographic generator, which cannot be repeated or predicted."""
 
     reproducible = False
 
@@ -57,7 +57,7 @@ class OsRandom:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamKey:
-    """What a stream is for. Two draws share a stream only if all five agree, whatever process or order they run in."""
+    """Purpose of a stream. Two draws share a stream only if all five fields agree, in any process and any order."""
 
     seed: int
     purpose: str
@@ -67,7 +67,7 @@ class StreamKey:
 
 
 class KeyedRandom:
-    """Words that depend on a `StreamKey` alone: for tests and repeatable simulations, never for publication."""
+    """Words that depend only on a `StreamKey`: for tests and repeatable simulations, never for publication."""
 
     reproducible = True
 
@@ -92,7 +92,7 @@ def random_sources(randomness: str) -> RandomSources:
     """Return a factory of sources: ``os`` ignores the key, ``seeded`` follows it.
 
     Raises:
-        ValueError: If ``randomness`` is neither.
+        ValueError: If ``randomness`` is neither ``os`` nor ``seeded``.
     """
     if randomness == "os":
         return lambda key: OsRandom()
@@ -106,15 +106,15 @@ def gaussian_noise(source: RandomSource, shape: tuple[int, ...], std: float) -> 
 
     Guarantee:
         Every coordinate is the normal quantile of its own 52-bit uniform, scaled by ``std``; no draw is used twice.
-        The tails end at ±8.2 std (total mass 2e-16 outside, to be added to δ by a strict reader). This is the position
-        of ``arithmetic = "float"``: 52-bit uniforms reach few of the float64 numbers, and which sums of data and noise
-        can be reached depends on the data, so it is not safe against attacks on the low-order bits (Mironov 2012; Jin
-        et al. 2021, arXiv:2112.05307). `rounded_gaussian` is; see docs/privacy.md.
+        The tails end at ±8.2 std (total mass 2e-16 outside, which a strict reader adds to δ). This is the
+        floating-point position of ``arithmetic = "float"``: 52-bit uniforms reach few of the float64 numbers, and the
+        set of reachable sums of data and noise depends on the data. So it is not safe against attacks on the low-order
+        bits (Mironov 2012; Jin et al. 2021, arXiv:2112.05307). `rounded_gaussian` is safe; see docs/privacy.md.
 
     Args:
-        source: Where the uniforms come from.
+        source: Source of the uniforms.
         shape: Shape of the result.
-        std: Standard deviation, in the units of what it is added to; finite, >= 0.
+        std: Standard deviation, in the units of the value to which the noise is added; finite, >= 0.
 
     Raises:
         ValueError: If ``std`` is negative or not finite.
@@ -129,8 +129,8 @@ def poisson_sample(source: RandomSource, population: int, rate: float) -> np.nda
     """Let each of ``population`` members join independently with probability ``rate``.
 
     Guarantee:
-        This is the sampling that Poisson-subsampled accounting assumes: member j's coin is its own uniform, so
-        membership of one record does not change anyone else's; with 52-bit uniforms the probability is ``rate`` to
+        This is the sampling that Poisson-subsampled accounting assumes. The coin of member j is its own uniform, so the
+        membership of one record does not change that of any other. With 52-bit uniforms the probability is ``rate`` to
         within 2**-52. The result may be empty.
 
     Returns:

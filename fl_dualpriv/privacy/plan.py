@@ -1,6 +1,6 @@
-"""Frozen plans that couple sampling, clipping, noise and accounting, one per level, and the table of what is released.
+"""Frozen plans that couple sampling, clipping, noise and accounting, one per level, and the table of releases.
 
-The mechanism is closed on purpose: a new one is a reviewed change here, with a proof and a test.
+The set of mechanisms is closed on purpose: a new one is a reviewed change here, with a proof and a test.
 """
 
 from dataclasses import dataclass
@@ -23,21 +23,21 @@ from fl_dualpriv.privacy.ledger import ReservedPlan
 from fl_dualpriv.privacy.limits import check_clip_norm
 
 ServerUnit = Literal["client", "record", "nominal"]
-"""Unit whose data the server's noise protects; the noise of ``nominal`` proves nothing."""
+"""Unit whose data the noise of the server protects; the noise of ``nominal`` proves nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundTerms:
-    """What a server asks a client to release in one round, in the words of `RecordLevelPlan`.
+    """Terms on which a server asks a client for its releases of one round, in the symbols of `RecordLevelPlan`.
 
     Attributes:
-        mechanism: ``none``: the update as it is.
-        trusts_server: The clean clipped sum.
+        mechanism: Mechanism of the releases; with ``none`` the client sends its raw update.
+        trusts_server: True if the client sends the clean clipped sum.
         clip_norm: C; 0 without a mechanism.
         noise_multiplier: z; 0 without a mechanism.
         sampling_rate: q of a local step.
-        releases: Local steps of the round.
-        arithmetic: Of clipped sums and noise; ``float`` without a mechanism.
+        releases: Number of local steps of the round.
+        arithmetic: Arithmetic of clipped sums and noise; ``float`` without a mechanism.
     """
 
     mechanism: Literal["none", "gaussian"]
@@ -50,7 +50,7 @@ class RoundTerms:
 
 
 def round_terms(plan: "RecordLevelPlan | None", sampling_rate: float, releases: int) -> RoundTerms:
-    """The terms of a round under a plan, or without record-level privacy."""
+    """Return the terms of a round under a plan, or without record-level privacy."""
     return RoundTerms(
         mechanism="none" if plan is None else "gaussian",
         trusts_server=plan is not None and plan.trusts_server,
@@ -66,11 +66,11 @@ def check_terms(own: RoundTerms, offered: RoundTerms) -> None:
     """Refuse a server that asks for more than this client's own configuration promises to release.
 
     Guarantee:
-        What the client then does follows ``own``, whatever was offered; so a round that passes is one that both sides
-        account for at least as strictly as they promised.
+        After this check the client follows ``own``, not ``offered``. So both sides account for a round that passes at
+        least as strictly as they promised.
 
     Raises:
-        PrivacyError: With everything that is wrong.
+        PrivacyError: If an offered term exceeds the client's own. The message lists all problems.
     """
     problems = []
     if offered.mechanism != own.mechanism:
@@ -85,7 +85,7 @@ def check_terms(own: RoundTerms, offered: RoundTerms) -> None:
         problems.append(f"sampling rate {offered.sampling_rate:g}, here at most {own.sampling_rate:g}")
     if not offered.releases <= own.releases:
         problems.append(f"{offered.releases} local steps, here at most {own.releases}")
-    if offered.arithmetic != own.arithmetic:  # another one speaks of other numbers, and floats tell more
+    if offered.arithmetic != own.arithmetic:  # the other arithmetic has other units, and floats leak more
         problems.append(f"arithmetic {offered.arithmetic!r:.40}, here {own.arithmetic!r}")
     if problems:
         raise PrivacyError(
@@ -95,17 +95,17 @@ def check_terms(own: RoundTerms, offered: RoundTerms) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordLevelPlan:
-    """Every local step of one client: Poisson batch, one clip, one Gaussian release.
+    """Plan for every local step of one client: a Poisson batch, one clip, one Gaussian release.
 
     Attributes:
         clip_norm: C, bound on one record's gradient with respect to the effective prompt; 1e-30 to 1e30.
         noise_multiplier: z, effective multiplier of everything released in one step.
         sampling_rate: q, the probability that a record joins a batch.
-        releases: Local steps over the whole run.
+        releases: Number of local steps over the whole run.
         delta: δ at which ε is stated.
-        trusts_server: The server sees the clean clipped sum and noises the global prompt itself.
-        personal: The client also moves a personal prompt, from its own noised copy of the same sum.
-        arithmetic: Of clipped sums and noise; the ε is the same (see `rounded_gaussian`).
+        trusts_server: True if the server sees the clean clipped sum and noises the global prompt itself.
+        personal: True if the client also moves a personal prompt, from its own noised copy of the same sum.
+        arithmetic: Arithmetic of clipped sums and noise; the ε is the same (see `rounded_gaussian`).
 
     Raises:
         ValueError: If ``clip_norm`` is out of range.
@@ -127,8 +127,8 @@ class RecordLevelPlan:
     def local_noise_multiplier(self) -> float:
         """Multiplier of the noise that the client adds.
 
-        With a trusted server a step makes two views of one clipped sum, the client's and the server's. Each gets √2·z,
-        so that (z_L⁻² + z_G⁻²)^(−1/2) = z (see `accounting.joint_noise_multiplier`).
+        With a trusted server a step yields two noised views of one clipped sum, the client's and the server's. Each has
+        multiplier √2·z, so that (z_L⁻² + z_G⁻²)^(−1/2) = z (see `accounting.joint_noise_multiplier`).
         """
         return 2**0.5 * self.noise_multiplier if self.trusts_server else self.noise_multiplier
 
@@ -136,15 +136,15 @@ class RecordLevelPlan:
     def server_noise_multiplier(self) -> float:
         """Multiplier of the noise that a trusted server adds to the sum over clients; 0 if it is not trusted.
 
-        A client's gradients also depend on its personal prompt, so the global prompts alone are *not* covered by z_G
-        on its own: only the joint view composes, and its ε is what is printed for every release.
+        A client's gradients also depend on its personal prompt, so z_G by itself does *not* cover even the global
+        prompts. Only the joint view composes, and its ε is printed for every release.
         """
         if not self.trusts_server:
             return 0.0
         return 2**0.5 * self.noise_multiplier if self.personal else self.noise_multiplier
 
     def reserved(self, run_token: str) -> ReservedPlan:
-        """The plan as a line of the ledger, for a filter that charges it before the first release."""
+        """Return the plan as a line of the ledger, for a filter that charges it before the first release."""
         return ReservedPlan(
             run=run_token,
             releases=self.releases,
@@ -153,30 +153,31 @@ class RecordLevelPlan:
         )
 
     def spent(self, releases: int, grid: float = COARSE_GRID) -> float:
-        """ε after that many steps (an upper bound)."""
+        """Return an upper bound on ε after ``releases`` steps."""
         return epsilon(self.sampling_rate, self.noise_multiplier, releases, self.delta, grid)
 
     def epsilon(self) -> float:
-        """ε of the whole run."""
+        """Return ε of the whole run."""
         return self.spent(self.releases, FINE_GRID)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClientLevelPlan:
-    """Every round at the server: Poisson cohort, one clip per update, one Gaussian release on the sum.
+    """Plan for every round at the server: a Poisson cohort, one clip per update, one Gaussian release on the sum.
 
     With ``correlated`` noise cohorts follow a fixed schedule, and all rounds are one Gaussian release together.
 
     Attributes:
-        clip_norm: S, bound on one client's update, 1e-30 to 1e30; with ``adaptive`` that of the first round.
+        clip_norm: S, bound on one client's update, 1e-30 to 1e30; with ``adaptive`` the bound of the first round.
         noise_multiplier: z of everything that a round releases, or with ``correlated`` noise the whole run.
-        population: Number of clients, public.
-        expected_cohort: q·population, public; the divisor, whoever really takes part.
-        rounds: Releases over the whole run.
+        population: Number of clients, which is public.
+        expected_cohort: q·population, which is public. It is the divisor of the sum, independent of the clients that
+            really take part.
+        rounds: Number of releases over the whole run.
         delta: δ at which ε is stated.
-        arithmetic: Of the sum over the cohort and its noise; the ε is the same (see `rounded_gaussian`).
-        adaptive: How S follows a quantile of the norms, released with the sum; None: S is fixed.
-        correlated: Noise over all rounds of the run as planned, however many are made; None: independent noise.
+        arithmetic: Arithmetic of the sum over the cohort and its noise; the ε is the same (see `rounded_gaussian`).
+        adaptive: Rule by which S follows a quantile of the norms, which is released with the sum. None if S is fixed.
+        correlated: Noise over all planned rounds of the run, even if it ends earlier. None for independent noise.
     """
 
     clip_norm: float
@@ -194,34 +195,34 @@ class ClientLevelPlan:
 
     @property
     def sampling_rate(self) -> float:
-        """q, the probability that a client joins a round; 1 where that is no chance, and amplifies nothing."""
+        """q, the probability that a client joins a round; 1 with correlated noise, which has no amplification."""
         return 1.0 if self.correlated else self.expected_cohort / self.population
 
     @property
     def sum_noise_multiplier(self) -> float:
-        """Noise on a round's sum over S; for ``correlated`` noise see `CorrelatedNoise.sigma`.
+        """Noise on a round's sum, divided by S; for ``correlated`` noise see `CorrelatedNoise.sigma`.
 
-        With ``adaptive`` it is more than z, which covers the noised share of small updates too.
+        With ``adaptive`` it is larger than z, because z covers the noised share of small updates too.
         """
         return self.adaptive.update_noise_multiplier(self.noise_multiplier) if self.adaptive else self.noise_multiplier
 
     def spent(self, rounds: int, grid: float = COARSE_GRID) -> float:
-        """ε after that many rounds (an upper bound)."""
+        """Return an upper bound on ε after ``rounds`` rounds."""
         if self.correlated is not None:
-            # Gathered as a ledger of these rounds is, whose ε must not be above this one's by a rounding.
+            # Grouped as in a ledger of these rounds, whose ε must not exceed this ε by a rounding error.
             charges = gathered(self.correlated.charges(self.noise_multiplier, rounds))
             return composed_epsilon(charges, self.delta, grid)
         return epsilon(self.sampling_rate, self.noise_multiplier, rounds, self.delta, grid)
 
     def epsilon(self) -> float:
-        """ε of the whole run."""
+        """Return ε of the whole run."""
         return self.spent(self.rounds, FINE_GRID)
 
 
 def noise_multiplier_for(
     calibrate_to: str, target_epsilon: float, noise_multiplier: float, delta: float, sampling_rate: float, releases: int
 ) -> float:
-    """The multiplier a plan uses: given, or calibrated so that the whole run spends at most ``target_epsilon``."""
+    """Return the given multiplier, or one calibrated so that the whole run spends at most ``target_epsilon``."""
     if calibrate_to == "noise-multiplier":
         return noise_multiplier
     return calibrate_noise_multiplier(target_epsilon, delta, sampling_rate, releases)
@@ -229,19 +230,19 @@ def noise_multiplier_for(
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """One thing that leaves, and what it reveals. Never an ε without unit, relation, sampling and count beside it.
+    """One kind of release and its guarantee. An ε never stands without its unit, relation, sampling and count.
 
     Attributes:
-        release: What leaves.
-        unit: Whose presence is hidden: ``record`` (of one client) or ``client``.
+        release: Name of the release.
+        unit: Unit whose presence is hidden, ``record`` (of one client) or ``client``.
         relation: Neighbouring relation.
-        sampling: How the unit is sampled.
+        sampling: Description of the sampling of the unit.
         releases: Number of Gaussian releases composed.
         epsilon: ε at ``delta``.
         delta: δ.
-        trusts: Who is trusted to see more than this release.
+        trusts: Party that is trusted to see more than this release.
         guarantee: ``theorem`` or ``nominal`` (the DP-FPL paper's formula, which is no bound).
-        note: Why this release costs what it costs.
+        note: Reason for the cost of this release.
     """
 
     release: str
@@ -257,7 +258,7 @@ class Release:
 
 
 def record_level_releases(plan: RecordLevelPlan, *, shared: bool, scored: bool) -> list[Release]:
-    """What leaves under record-level DP, for one client; everything is post-processing of the same steps."""
+    """List the releases of one client under record-level DP; all are post-processing of the same steps."""
 
     def row(release: str, note: str) -> Release:
         return Release(
@@ -285,7 +286,7 @@ def record_level_releases(plan: RecordLevelPlan, *, shared: bool, scored: bool) 
 
 
 def client_level_releases(plan: ClientLevelPlan, *, scored: bool) -> list[Release]:
-    """What leaves under client-level DP: the global prompts, and scores of them. Personal prompts are not covered."""
+    """List the releases under client-level DP: global prompts and their scores. It does not cover personal prompts."""
     relation, releases = NEIGHBORING_RELATION, plan.rounds
     sampling = f"Poisson cohort, q = {plan.sampling_rate:g} per round"
     together = "all rounds together"
@@ -293,7 +294,7 @@ def client_level_releases(plan: ClientLevelPlan, *, scored: bool) -> list[Releas
         together += ", with the noised shares of small updates that move the clip norm"
     if plan.correlated is not None:
         schedule = plan.correlated.schedule
-        relation += " (zero-out)"  # a client's places in the schedule stay, and are empty
+        relation += " (zero-out)"  # the places of a removed client in the schedule stay, and are empty
         sampling, releases = f"none: every {schedule.separation}. round, at most {schedule.most_rounds} times", 1
         together += ": one Gaussian release, of correlated noise"
 
@@ -317,7 +318,7 @@ def client_level_releases(plan: ClientLevelPlan, *, scored: bool) -> list[Releas
 
 
 def client_level_notes(plan: ClientLevelPlan) -> list[str]:
-    """What a reader must know of a clip norm that moves, or of noise that spans the run."""
+    """List the notes for a reader about a moving clip norm, or about noise that spans the run."""
     found = []
     if plan.adaptive is not None:
         found.append(
@@ -336,7 +337,7 @@ def client_level_notes(plan: ClientLevelPlan) -> list[str]:
 
 
 def nominal_releases(nominal_epsilon: float, delta: float, releases: int) -> list[Release]:
-    """The claim of the DP-FPL paper. Batch clipping bounds no record's influence: not a guarantee."""
+    """List the claims of the DP-FPL paper. They are no guarantee: batch clipping bounds no record's influence."""
     names = ("global prompt", "published personal prompt", "reported metrics")
     return [
         Release(

@@ -1,4 +1,4 @@
-"""The one place where noise meets a clipped sum, at a client and at the server."""
+"""The only function that adds noise to a clipped sum, at a client and at the server."""
 
 from torch import Tensor
 
@@ -11,18 +11,19 @@ def release(clean: ClippedSum, noise_multiplier: float, source: RandomSource) ->
     """Return the clipped sum plus Gaussian noise of std ``noise_multiplier`` × its sensitivity, in real units, float64.
 
     Guarantee:
-        The Gaussian mechanism with that multiplier for one added or removed row, whatever the sum is of (nothing, too).
-        Floats: as `gaussian_noise`, up to its floating-point position. Integers: sum and noise are integers in float64
-        and are added exactly (each is below 2**52), so the total is round(S + N) of the real-valued mechanism, on one
-        support whatever the data are; multiplying it by the grid is a function of that integer: post-processing.
+        This is the Gaussian mechanism with that multiplier for one added or removed row, for any rows in the sum and
+        for an empty sum. Floats: as `gaussian_noise`, up to its floating-point position. Integers: sum and noise are
+        integers in float64 and are added exactly (each is below 2**52). So the total is round(S + N) of the real-valued
+        mechanism, and its support is the same for all data. The product of that integer and the grid is a function of
+        the integer: post-processing.
 
     Args:
-        clean: Of fewer than MOST_ROWS rows.
+        clean: Clipped sum of fewer than MOST_ROWS rows.
         noise_multiplier: z >= 0.
-        source: Used for nothing else.
+        source: Random source of the noise; nothing else uses it.
 
     Raises:
-        ValueError: If the noise's std is negative, not finite or, in integers, above 2**46 grid units.
+        ValueError: If the std of the noise is negative, not finite or, in integers, above 2**46 grid units.
     """
     std, shape = noise_multiplier * clean.sensitivity, tuple(clean.value.shape)
     if clean.grid is None:

@@ -1,4 +1,4 @@
-"""Linux control groups: which ones this process is in, and the numbers that their files hold. Standard library only."""
+"""Linux control groups: the groups of this process, and the numbers in their files. Standard library only."""
 
 from pathlib import Path
 
@@ -7,10 +7,11 @@ def group_names(file: Path) -> dict[str, str]:
     """Read ``/proc/self/cgroup``.
 
     Args:
-        file: That file; tests give another one.
+        file: Path of that file; tests give another one.
 
     Returns:
-        Controller to group of this process. The group of version 2 stands under the empty name. Empty without the file.
+        The group of this process by controller. The group of version 2 has the empty name as its key. The result is
+        empty without the file.
     """
     try:
         lines = [line.split(":", 2) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -20,7 +21,7 @@ def group_names(file: Path) -> dict[str, str]:
 
 
 def and_above(group: str | None) -> list[str]:
-    """A group's path and those above it, relative to the root of the hierarchy; inside a container only '' exists."""
+    """Return the path of a group and those above it, relative to the root; inside a container only '' exists."""
     if group is None:
         return []
     parts = [part for part in group.split("/") if part]
@@ -28,13 +29,13 @@ def and_above(group: str | None) -> list[str]:
 
 
 def numbers(file: Path, start: str = "") -> list[int]:
-    """The whole number after ``start`` on the lines that begin so; none if the file cannot be read."""
+    """Return the whole number after ``start`` on each line that begins so; empty if the file cannot be read."""
     words = [line[len(start) :].split() for line in _lines(file) if line.startswith(start)]
     return [int(found[0]) for found in words if found and found[0].isdigit()]
 
 
 def words(file: Path) -> list[str]:
-    """The words of a file's first line; none if the file cannot be read."""
+    """Return the words of a file's first line; empty if the file cannot be read."""
     return (_lines(file) or [""])[0].split()
 
 

@@ -1,7 +1,7 @@
-"""The server's checkpoint: what a run that was cut off goes on from. One file, replaced in one step, verified on load.
+"""The server's checkpoint, from which an interrupted run continues. One file, replaced in one step, verified on load.
 
-A round's checkpoint is on disk before its result leaves the server: so a round without one was seen by nobody, and one
-with it is never made twice.
+The checkpoint of a round is on disk before the result of the round leaves the server. So no client saw the result of a
+round without a checkpoint, and a round with a checkpoint is never made twice.
 """
 
 import hashlib
@@ -25,21 +25,21 @@ _log = logging.getLogger("fl_dualpriv")
 
 FORMAT = 2
 FILES = ("checkpoint.bin", "checkpoint.previous.bin")
-# What never changes a result; all other keys must be as they were.
+# Keys that never change a result. All other keys must stay the same on resume.
 _FREE = ("output.", "resources.", "join-timeout", "reply-timeout", "dead-actors")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
-        run_token: Marks the run in all ledgers.
-        rounds_done: Rounds whose result is ``prompt``.
-        events: Of this run in the server's ledger; on load there must be as many at least.
-        deliveries: Uploads that counted.
-        failures: Calls of clients that failed.
-        last_failure: Why the last of them did.
+        run_token: Token that marks the run in all ledgers.
+        rounds_done: Number of rounds whose result is the ``prompt`` of the checkpoint.
+        events: Number of events of this run in the server's ledger; on load the ledger must hold at least as many.
+        deliveries: Number of uploads that counted.
+        failures: Number of client calls that failed.
+        last_failure: Reason of the last failure; None if there was none.
     """
 
     run_token: str
@@ -52,12 +52,12 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A server between two rounds.
+    """State of a server between two rounds.
 
     Attributes:
-        progress: How far the run is.
+        progress: Progress of the run.
         prompt: p_G, (n_ctx, ctx_dim).
-        state: All that the strategy remembers.
+        state: Full memory of the strategy.
     """
 
     progress: Progress
@@ -66,39 +66,39 @@ class Checkpoint:
 
 
 class Damaged(ValueError):
-    """A file that is no whole checkpoint."""
+    """The file is not a whole checkpoint."""
 
 
 class CheckpointFolder:
     """The last two checkpoints of a run.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
         run_config: Flat run configuration.
-        cards: Public number of records of each client, in order: data that were exchanged make another run.
-        data: `data_identity` of the server's data. It is made of names of private files: it stays in the checkpoint,
-            which is an operator's file.
+        cards: Public number of records of each client, in order. If the data were exchanged, it is another run.
+        data: `data_identity` of the server's data. It is derived from names of private files, so it stays in the
+            checkpoint, which is an operator's file.
     """
 
     def __init__(
         self, folder: Path, run_config: Mapping[str, ConfigValue], cards: list[int], data: Mapping[str, str]
     ) -> None:
         self._last, self._previous = (folder / name for name in FILES)
-        kept = {key: value for key, value in sorted(run_config.items()) if not key.startswith(_FREE)}
-        self._made_by = {"version": version("fl-dualpriv"), "config": kept, "records": cards, "data": dict(data)}
+        fixed = {key: value for key, value in sorted(run_config.items()) if not key.startswith(_FREE)}
+        self._made_by = {"version": version("fl-dualpriv"), "config": fixed, "records": cards, "data": dict(data)}
 
     def write(self, checkpoint: Checkpoint) -> None:
         """Replace the last checkpoint, which becomes the previous one.
 
         Guarantee:
             When this returns, the checkpoint is on disk, synced. A crash at any moment leaves whole files under both
-            names, the newer of them at least as new as what was there.
+            names, the newer of them at least as new as the last checkpoint before the call.
 
         Raises:
-            OSError: If the disk takes it not; then the round's result must not leave.
+            OSError: If the checkpoint cannot be written. The result of the round must then not leave.
         """
         tensors = {"prompt": checkpoint.prompt} | {f"state.{k}": v for k, v in checkpoint.state.items()}
-        # Copies: views of one memory, as a strategy may keep them, are not a file's.
+        # Copies, because a strategy may keep views of shared memory, which safetensors refuses.
         payload = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
         header = json.dumps({**self._made_by, "progress": asdict(checkpoint.progress)}).encode()
         body = b"%d\n%s\n%s" % (FORMAT, header, payload)
@@ -108,22 +108,24 @@ class CheckpointFolder:
         write_bytes(self._last, content, synced=True, private=True)
 
     def remove(self) -> None:
-        """After the results are written: a strategy's memory may be secret, as that of correlated noise is.
+        """Remove all checkpoints and their temporary files after the results are written.
 
-        So is what a kill left of a write; the folder is this run's alone, so nobody is writing there.
+        The memory of a strategy may be secret, as that of correlated noise is. So may a temporary file that a killed
+        write left. Only this run holds the folder, so no other process is writing there.
         """
         left = [f for name in FILES for f in self._last.parent.glob(f".{name}.*.tmp")]
         for file in (self._last, self._previous, *left):
             file.unlink(missing_ok=True)
 
     def read(self, *, may_go_back: bool) -> Checkpoint | None:
-        """The last checkpoint, or the one before if the last is damaged; None if there is none at all.
+        """Return the last checkpoint, or the previous one if the last is damaged; None if there is none.
 
         Args:
-            may_go_back: Whether rounds whose results were seen may be made once more.
+            may_go_back: True if rounds whose results were seen may be made again.
 
         Raises:
-            ConfigError: If there are only damaged ones, or one of another version or configuration.
+            ConfigError: If all checkpoints are damaged, if the previous one is needed and ``may_go_back`` is False, or
+                if a checkpoint has another version, configuration or data.
         """
         problems: list[str] = []
         for file in (self._last, self._previous):
@@ -131,7 +133,7 @@ class CheckpointFolder:
                 content = file.read_bytes()
             except FileNotFoundError:
                 if file == self._last and self._previous.exists():
-                    problems.append(f"{file.name} is missing")  # no crash does that
+                    problems.append(f"{file.name} is missing")  # a crash cannot cause this
                 continue
             try:
                 found = self._parse(file, content)
@@ -140,24 +142,24 @@ class CheckpointFolder:
                 continue
             if problems and not may_go_back:
                 raise ConfigError(
-                    f"{problems[0]}, and the one before cannot be used: with correlated noise, or noise on sums of "
-                    "records (trusts-server), from the operating system a round that was seen must not be made twice. "
+                    f"{problems[0]}, and the previous one cannot be used: with unseeded correlated noise, or unseeded "
+                    "noise on sums of records (trusts-server), a round whose result was seen must not be made twice. "
                     "Start a new run in another folder"
                 )
             if problems:
-                _log.warning("%s: going on from %s, round %d", problems[0], file.name, found.progress.rounds_done)
+                _log.warning("%s: continuing from %s, round %d", problems[0], file.name, found.progress.rounds_done)
             return found
         if problems:
             raise ConfigError(
-                f"{self._last.parent} cannot be resumed: {'; '.join(problems)}. What was released stands in the "
-                "ledgers; start a new run in another folder"
+                f"{self._last.parent} cannot be resumed: {'; '.join(problems)}. The ledgers list all releases; start a "
+                "new run in another folder"
             )
         return None
 
     def _parse(self, file: Path, content: bytes) -> Checkpoint:
         checksum, _, body = content.partition(b"\n")
         if hashlib.sha256(body).hexdigest().encode() != checksum:
-            raise Damaged(f"{len(content)} bytes, whose checksum is not theirs")
+            raise Damaged(f"checksum mismatch ({len(content)} bytes)")
         form, _, rest = body.partition(b"\n")
         if form != b"%d" % FORMAT:
             raise ConfigError(
@@ -176,10 +178,10 @@ class CheckpointFolder:
             raise Damaged(f"{type(error).__name__}: {error}") from error
 
     def _check_origin(self, file: Path, found: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint that other code, another configuration or other data made.
+        """Refuse a checkpoint from another version, another configuration or other data.
 
         Raises:
-            ConfigError: With what differs.
+            ConfigError: If one of them differs. The message names the differences.
         """
         mine = self._made_by
         if found["version"] != mine["version"]:
@@ -202,6 +204,6 @@ class CheckpointFolder:
         then, now = found["data"], mine["data"]
         if changed := [name for name in now if then.get(name) != now[name]]:
             raise ConfigError(
-                f"{file} is of a run over other data: {', '.join(changed)} changed since. Put the data back as they "
-                "were, or start a new run in another folder"
+                f"{file} is of a run over other data: {', '.join(changed)} changed since. Put the data back into their "
+                "earlier state, or start a new run in another folder"
             )

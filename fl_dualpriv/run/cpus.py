@@ -1,4 +1,4 @@
-"""Counts the CPUs that this process may use: on a shared machine fewer than it has. Standard library only."""
+"""Count the CPUs that this process may use, which on a shared machine may be a part of them. Standard library only."""
 
 import os
 from pathlib import Path
@@ -16,27 +16,28 @@ def usable_cpus(root: Path = _ROOT) -> int:
     half CPUs only wait for each other.
 
     Args:
-        root: ``/``; tests put another tree there.
+        root: Root of the file system, ``/``; tests pass another folder.
 
     Returns:
-        1 at least. Without affinity and control groups, as on macOS, it is the number of the machine.
+        The number of CPUs, at least 1. Without affinity and control groups, as on macOS, it is the number of CPUs of
+        the machine.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([allowed, *(int(quota) for quota in _quotas(root))]))
 
 
 def _quotas(root: Path) -> list[float]:
-    """CPU quotas above this process, in CPUs."""
+    """Return the CPU quotas of this process and of the control groups above it, in CPUs."""
     groups, names = root / "sys/fs/cgroup", cgroups.group_names(root / "proc/self/cgroup")
     found = []
     # A machine with both versions has the second one in the folder `unified`.
     for top in (groups, groups / "unified"):
         for path in cgroups.and_above(names.get("")):
             match cgroups.words(top / path / "cpu.max"):
-                case [quota, period] if quota.isdigit() and period.isdigit():  # "max 100000": no quota
+                case [quota, period] if quota.isdigit() and period.isdigit():  # "max 100000" means no quota
                     found.append((int(quota), int(period)))
     for path in cgroups.and_above(names.get("cpu")):
         folder = groups / "cpu" / path
         quotas, periods = (cgroups.numbers(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
-        found += zip(quotas, periods, strict=False)  # a quota of -1, which is none, is no number here
+        found += zip(quotas, periods, strict=False)  # `numbers` skips a quota of -1, which means no quota
     return [quota / period for quota, period in found if period > 0]

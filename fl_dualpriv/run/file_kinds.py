@@ -4,8 +4,8 @@ A *result* may be published under the ε that the run states. It is a function o
 differential privacy it holds no duration, no clock reading that was taken after private data were first read, and no
 hash, size or count of private data that docs/privacy.md §1 does not call public.
 
-An *operator's file* holds what the releases do not cover: times, logs, failures, memory, ledgers, a client's own state.
-It stays with the owner of the machine on which it lies.
+An *operator's file* holds information that the releases do not cover: times, logs, failures, memory, ledgers, a
+client's own state. It stays with the owner of the machine on which it lies.
 """
 
 import fnmatch
@@ -31,11 +31,11 @@ class RunFile:
     Attributes:
         pattern: Path below the place, with ``/``. ``*`` stands for a part of one name; ``**`` at the end stands for
             everything below.
-        kind: Who may see it.
-        why: The reason, in one line.
-        place: ``run``: the folder of a run. ``client``: the folder of a client, which is below ``clients/`` in a run's
-            folder or is the state folder of a deployed node. ``cache``: the cache of features. ``export``: where
-            `fl-dualpriv export` writes.
+        kind: Kind of the file, which decides the people that may see it.
+        why: Reason for the kind, in one line.
+        place: Folder in which the path begins. ``run``: the folder of a run. ``client``: the folder of a client, which
+            is below ``clients/`` in a run's folder or is the state folder of a deployed node. ``cache``: the cache of
+            features. ``export``: the target folder of `fl-dualpriv export`.
     """
 
     pattern: str
@@ -56,10 +56,10 @@ RUN_FILES: tuple[RunFile, ...] = (
     RunFile(pattern="checkpoint.bin", kind="operator", why="secret noise, failures, hashes of file names"),
     RunFile(pattern="checkpoint.previous.bin", kind="operator", why="secret noise, failures, hashes of file names"),
     RunFile(pattern="run.json", kind="operator", why="paths of the machine, for --resume"),
-    RunFile(pattern="run.lock", kind="operator", why="number of the process"),
-    RunFile(pattern="flower.log", kind="operator", why="times, failures and their words"),
-    RunFile(pattern="error.json", kind="operator", why="words of an error may quote data"),
-    RunFile(pattern="error.log", kind="operator", why="words of an error may quote data"),
+    RunFile(pattern="run.lock", kind="operator", why="id of the process"),
+    RunFile(pattern="flower.log", kind="operator", why="times, failures and their messages"),
+    RunFile(pattern="error.json", kind="operator", why="the message of an error may quote data"),
+    RunFile(pattern="error.log", kind="operator", why="the message of an error may quote data"),
     RunFile(pattern="actors/actor-*.json", kind="operator", why="memory: it grows with a batch, whose size is private"),
     RunFile(pattern=f"{PLUGINS}/**", kind="operator", why="no proof covers what a plug-in writes"),
     RunFile(pattern="prompt.safetensors", kind="operator", why="memory of a client", place="client"),
@@ -69,24 +69,24 @@ RUN_FILES: tuple[RunFile, ...] = (
     RunFile(pattern="ledger.jsonl", kind="operator", why="releases of the client, with times", place="client"),
     RunFile(pattern="ledger.lock", kind="operator", why="lock of the ledger", place="client"),
     RunFile(pattern="refusals.jsonl", kind="operator", why="what a server asked for, with times", place="client"),
-    RunFile(pattern="node-run.json", kind="operator", why="what the prompt is for, names on machines", place="client"),
+    RunFile(pattern="node-run.json", kind="operator", why="purpose of the prompt, names on machines", place="client"),
     RunFile(pattern="*/shard-*.npy", kind="operator", why="features of private images", place="cache"),
     RunFile(pattern="*/shard-*.lock", kind="operator", why="lock of a shard", place="cache"),
     RunFile(pattern="*.safetensors", kind="result", why="a prompt with its guarantee", place="export"),
     RunFile(pattern="*.md", kind="result", why="the card of a prompt, from the same facts", place="export"),
 )
-"""All files. A file that is not here has no kind, and a test fails for it."""
+"""All files of a run. A file that is not in this table has no kind, and a test then fails."""
 
 _CLIENTS = "clients/client-*/"
 
 
 def kind_of(name: str, place: Place = "run") -> Kind | None:
-    """The kind of a file; None if the table does not have it.
+    """Return the kind of a file; None if the table does not have it.
 
     Args:
-        name: Path below the place. What a killed write left (``.NAME.PID.tmp``) is an operator's file if NAME has a
-            kind, because it was never checked.
-        place: Where the path begins.
+        name: Path below the place. The temporary file of a killed write (``.NAME.PID.tmp``) is an operator's file if
+            NAME has a kind, because its content was never checked.
+        place: Folder in which the path begins.
     """
     path = PurePosixPath(name)
     if path.name.startswith(".") and path.name.endswith(".tmp"):
@@ -105,34 +105,34 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def path_of(folder: Path, name: str, kind: Kind) -> Path:
-    """Where a file of a run lies. Every writer of a result asks here.
+    """Return the path of a file of a run. Every writer of a result calls this function.
 
     Raises:
-        ValueError: If the table does not have the file as this kind: then it must not be written.
+        ValueError: If the table does not list the file as this kind. The caller must then not write it.
     """
     if (found := kind_of(name)) != kind:
-        raise ValueError(f"{name} is written as kind {kind!r}, and file_kinds.py has it as {found!r}")
+        raise ValueError(f"{name} is written as kind {kind!r}, but file_kinds.py lists it as {found!r}")
     return folder / name
 
 
 def kinds_in(folder: Path, place: Place = "run") -> dict[str, Kind | None]:
-    """The files that are in a folder, with their kinds."""
+    """Return the files in a folder with their kinds."""
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
     return {name: kind_of(name, place) for name in names}
 
 
 def results_in(folder: Path) -> list[str]:
-    """The files in the folder of a run that may be published under its ε."""
+    """Return the files in the folder of a run that may be published under its ε."""
     return [name for name, kind in kinds_in(folder).items() if kind == "result"]
 
 
 def without_kind(folder: Path) -> list[str]:
-    """The files in the folder of a run that no line of the table has."""
+    """Return the files in the folder of a run that match no line of the table."""
     return [name for name, kind in kinds_in(folder).items() if kind is None]
 
 
 def read_totals(folder: Path) -> Mapping[str, Any]:
-    """``seconds`` and ``failures`` of a run that has ended, for its operator.
+    """Read ``seconds`` and ``failures`` of a run that has ended, for its operator.
 
     Raises:
         OSError: If the folder has no such file.

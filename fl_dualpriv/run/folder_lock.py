@@ -1,4 +1,4 @@
-"""One run at a time in a folder: a lock that the kernel lets go when its process ends, however that happens."""
+"""Lock for one run at a time in a folder; the kernel releases it when its process ends in any way."""
 
 import contextlib
 import fcntl
@@ -14,14 +14,14 @@ NAME = "run.lock"
 
 @contextlib.contextmanager
 def held_alone(folder: Path, seconds: float = 0.0) -> Iterator[None]:
-    """Hold ``folder``, which is made if need be, for one run.
+    """Hold the lock of ``folder`` for one run; create the folder if necessary.
 
     Args:
-        folder: Where a run writes.
-        seconds: How long to wait for a run that is being ended.
+        folder: Folder into which a run writes.
+        seconds: Time to wait for a run that is about to end.
 
     Raises:
-        ConfigError: If another process holds it.
+        ConfigError: If another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + seconds

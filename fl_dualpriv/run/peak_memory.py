@@ -1,6 +1,6 @@
-"""How much memory each process took at most: a local file per process, for whoever owns the machine.
+"""Peak memory of each process, in a local file per process for the owner of the machine.
 
-It never travels: the sizes of batches are private. Light on import.
+These files never leave the machine, because they depend on the sizes of batches, which are private. Light on import.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ _reported: dict[Path | None, float] = {}
 
 
 def resident_peak() -> int:
-    """The largest resident size of this program so far, in bytes."""
-    with contextlib.suppress(OSError):  # Linux; its getrusage would count what the program's starter held, too
+    """Return the largest resident size of this process so far, in bytes."""
+    with contextlib.suppress(OSError):  # Linux, where getrusage would count the memory of the parent process, too
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -31,9 +31,9 @@ def report_peak(folder: Path | None, kind: str, peak: Callable[[], int] = reside
     """Log this process's peak, and write it to ``folder/actors/actor-PID.json``, when it grew by more than 5 %.
 
     Args:
-        folder: The run's folder; None: log only. A folder that cannot be written to is no reason to stop.
-        kind: What is measured, such as ``cpu`` or ``cuda:0``.
-        peak: Measures it, in bytes.
+        folder: Folder of the run; None to log only. A failure to write there does not stop the run.
+        kind: Kind of the measured memory, such as ``cpu`` or ``cuda:0``.
+        peak: Function that measures the peak, in bytes.
     """
     size = peak() / _MIB
     if size <= _GROWTH * _reported.get(folder, 0.0):
@@ -42,7 +42,7 @@ def report_peak(folder: Path | None, kind: str, peak: Callable[[], int] = reside
     _log.info("peak memory of process %d: %.0f MiB (%s)", os.getpid(), size, kind)
     if folder is None:
         return
-    from fl_dualpriv.files import write_json  # late: it brings torch, which the front does without
+    from fl_dualpriv.files import write_json  # imported late, because it needs torch and the front does not
 
     with contextlib.suppress(OSError):  # a full disk must not end a round
         content = {"pid": os.getpid(), "kind": kind, "peak-mib": round(size, 1)}
@@ -50,7 +50,7 @@ def report_peak(folder: Path | None, kind: str, peak: Callable[[], int] = reside
 
 
 def describe_peaks(folder: Path) -> str | None:
-    """One line about all processes of a run; None if none left a file."""
+    """Describe the peaks of all processes of a run in one line; None if no process left a file."""
     peaks = []
     for file in sorted((folder / "actors").glob("actor-*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

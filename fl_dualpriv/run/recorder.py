@@ -1,6 +1,6 @@
-"""What a run leaves behind: one line a round, a summary, the global prompt and a curve; times for its operator.
+"""Writer of the files of a run: one line a round, a summary, the global prompt, a curve, and times for the operator.
 
-`run_files` says which of them are results and which are operator's files.
+`file_kinds` states which of them are results and which are operator's files.
 """
 
 import contextlib
@@ -26,14 +26,14 @@ PACKAGES = ("fl-dualpriv", "flwr", "ray", "torch", "open_clip_torch", "dp-accoun
 
 
 class RunRecorder:
-    """Writes the files of one run; each is appended by whole lines or replaced in one step.
+    """Writer of the files of one run; it appends whole lines to a file or replaces a file in one step.
 
     Guarantee:
-        Under differential privacy the results (`run_files`) are functions of releases and of public numbers. Times and
+        Under differential privacy the results (`file_kinds`) are functions of releases and of public numbers. Times and
         failures are given to methods that write operator's files, and to no other method.
 
     Args:
-        folder: ``DIR`` of the run.
+        folder: Folder of the run.
 
     Attributes:
         rounds: Lines of ``rounds.jsonl``, a result.
@@ -47,14 +47,16 @@ class RunRecorder:
 
     @contextlib.contextmanager
     def claimed(self, *, resume: bool) -> Iterator[None]:
-        """Hold the folder for this run alone; ``error.json`` tells why it failed, unless another run holds it.
+        """Hold the folder for only this run; write the reason of a failure to ``error.json``.
+
+        A run does not write ``error.json`` if another run holds the folder.
 
         Args:
-            resume: Whether the folder holds a run that was cut off, to go on with.
+            resume: True if the folder holds an interrupted run that continues.
 
         Raises:
-            ConfigError: If another run is writing there, or the folder is not what it should be: an earlier run's
-                rounds or results would be mixed or lost.
+            ConfigError: If another run writes there, or if the content of the folder does not fit ``resume``, because
+                rounds or results of an earlier run would be mixed or lost.
         """
         with held_alone(self.folder):
             try:
@@ -72,15 +74,17 @@ class RunRecorder:
         for name in () if resume else (ROUNDS, SUMMARY, *FILES):
             if (self.folder / name).exists():
                 raise ConfigError(f"output.dir = {self.folder}: it holds an earlier run ({name}); give another folder")
-        if not resume:  # no results are there: it is left of a run whose results were removed
+        if not resume:  # the folder has no results: an old file remains of a run whose results were removed
             (self.folder / PROGRESS).unlink(missing_ok=True)
         (self.folder / "error.json").unlink(missing_ok=True)
 
     def check_empty(self) -> None:
-        """Nothing can be there of a run that has no checkpoint: its first one comes before its first message.
+        """Refuse a folder that holds parts of a run and no checkpoint.
+
+        A run writes its first checkpoint before its first message, so a run without one cannot have left anything.
 
         Raises:
-            ConfigError: If there is something.
+            ConfigError: If the folder holds rounds, a ledger or states of clients.
         """
         for name in (ROUNDS, "ledger.jsonl", "clients"):
             if (self.folder / name).exists():
@@ -90,7 +94,7 @@ class RunRecorder:
                 )
 
     def resume(self, rounds_done: int) -> None:
-        """Read the rounds that were reported, and forget what comes after the checkpoint or was cut off half-way.
+        """Read the reported rounds, and remove lines that follow the checkpoint or are incomplete.
 
         Raises:
             ConfigError: If rounds are missing.
@@ -105,11 +109,11 @@ class RunRecorder:
             or (rounds_done > 0 and first + len(lines) < rounds_done)
         ):
             raise ConfigError(
-                f"{file} lacks rounds before round {rounds_done}, up to which the checkpoint goes: the run cannot be "
+                f"{file} lacks rounds before round {rounds_done}, the last round of the checkpoint: the run cannot be "
                 "resumed; start a new one in another folder"
             )
         self.rounds = lines
-        # A round's line for the operator comes first: it may be of a round that was not reported.
+        # The operator's line of a round is written first, so it may belong to a round that was not reported.
         told = self._file(PROGRESS, "operator")
         self.progress = _lines_until(told, self.last_round) if lines else []
         _cut_after(file, len(self.rounds))
@@ -117,7 +121,7 @@ class RunRecorder:
 
     @property
     def last_round(self) -> int:
-        """The last round that was reported; 0 before round 1."""
+        """Last reported round; 0 before round 1."""
         return self.rounds[-1]["round"] if self.rounds else 0
 
     def add_round(
@@ -129,19 +133,19 @@ class RunRecorder:
         failures: int,
         seconds: float,
     ) -> None:
-        """Report a round (round 0: zero-shot): scores and ε spent to the results, the rest to the operator.
+        """Report a round (round 0: zero-shot): scores and spent ε to the results, the rest to the operator.
 
         Args:
-            server_round: Which.
-            accuracy: On public images; None: not scored.
-            record_epsilon: Spent at record level; None: there is none.
-            client_epsilon: Spent at client level; None: there is none.
-            failures: Calls of clients that failed in this round.
-            seconds: Since the run began or went on.
+            server_round: Number of the round.
+            accuracy: Accuracy on public images; None if the round was not scored.
+            record_epsilon: ε spent at record level; None if that level has no mechanism.
+            client_epsilon: ε spent at client level; None if that level has no mechanism.
+            failures: Number of client calls that failed in this round.
+            seconds: Seconds since the run began or was resumed.
         """
         told = {"round": server_round, "failures": failures, "seconds": round(seconds, 3)}
         self.progress.append(told)
-        # First, so that it is there when the line of rounds.jsonl is.
+        # Written first, so that it exists whenever the line of rounds.jsonl does.
         append_json_line(self._file(PROGRESS, "operator"), told)
         line = {
             "round": server_round,
@@ -149,30 +153,30 @@ class RunRecorder:
             "epsilon": {"record_level": record_epsilon, "client_level": client_epsilon},
         }
         self.rounds.append(line)
-        append_json_line(self._file(ROUNDS, "result"), line, synced=True)  # clients are a round further next
+        append_json_line(self._file(ROUNDS, "result"), line, synced=True)  # synced before clients begin the next round
 
     def write_prompt(self, prompt: Tensor, context: Tensor | None, metadata: Mapping[str, str]) -> None:
-        """Write ``prompts/global.safetensors``: what travelled, and the context prompt that it amounts to, if any."""
+        """Write ``prompts/global.safetensors``: the global prompt, and its equivalent context prompt if any."""
         tensors = {"global": prompt} if context is None else {"global": prompt, "context": context}
         write_tensors(self._file(PROMPT, "result"), tensors, metadata)
 
     def write_error(self, error: BaseException) -> None:
-        """Write ``error.json``, for a front that only sees a process end; a full disk must not hide the error."""
+        """Write ``error.json`` for a front that only sees the process end; a full disk must not hide the error."""
         lines = "".join(traceback.format_exception(error))
         content = {"type": type(error).__name__, "message": str(error), "traceback": lines}
         with contextlib.suppress(OSError):
             write_json(self.folder / "error.json", content)
 
     def write_totals(self, failures: int, seconds: float) -> None:
-        """Write ``operator/totals.json``: failed calls of clients, and seconds since the run began or went on."""
+        """Write ``operator/totals.json``: failed client calls, and seconds since the run began or was resumed."""
         write_json(self._file(TOTALS, "operator"), {"failures": failures, "seconds": round(seconds, 3)})
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write ``summary.json``: its presence means that the run ended well."""
+        """Write ``summary.json``. Its presence means that the run ended successfully."""
         write_json(self._file(SUMMARY, "result"), dict(summary))
 
     def write_curve(self, caption: str = "") -> None:
-        """Draw ``curve.png``: local and neighbour accuracy, and ε, by round; ``caption``: what a reader must know."""
+        """Draw ``curve.png``: local and neighbour accuracy, and ε, by round; ``caption`` holds notes for a reader."""
         import io
 
         import matplotlib
@@ -214,7 +218,7 @@ class RunRecorder:
 
 
 def _lines_until(file: Path, last_round: int) -> list[dict[str, Any]]:
-    """The whole lines at the start of a file, up to a round."""
+    """Return the complete lines at the start of a file, up to a round."""
     content = file.read_bytes() if file.exists() else b""
     lines: list[dict[str, Any]] = []
     with contextlib.suppress(ValueError, TypeError, KeyError):
@@ -227,7 +231,7 @@ def _lines_until(file: Path, last_round: int) -> list[dict[str, Any]]:
 
 
 def _cut_after(file: Path, lines: int) -> None:
-    """Keep the first lines of a file; nothing is written if there are no others."""
+    """Keep only the first lines of a file; write nothing if there are no other lines."""
     content = file.read_bytes() if file.exists() else b""
     kept = b"".join(line + b"\n" for line in content.split(b"\n")[:-1][:lines])
     if kept != content:
@@ -235,12 +239,12 @@ def _cut_after(file: Path, lines: int) -> None:
 
 
 def _entry(accuracy: Accuracy) -> dict[str, Any]:
-    """An accuracy in JSON; without groups where none are told."""
+    """Convert an accuracy to JSON, without groups if none are reported."""
     return {name: value for name, value in asdict(accuracy).items() if name != "by_group" or value}
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide the numbers."""
+    """Return the versions of the packages that decide the numbers."""
     found = {}
     for name in PACKAGES:
         try:
@@ -267,13 +271,14 @@ def build_summary(
     notes: Sequence[str],
     config: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The content of ``summary.json``, a result: each argument is a function of releases and public numbers.
+    """Build the content of ``summary.json``, a result: each argument is a function of releases and public numbers.
 
-    ``rows`` is how many clients compute their gradients in which way (`row_check`): a function of machine and shapes.
+    ``rows`` maps each way to compute gradients (`row_check`) to its number of clients, a function of machine and
+    shapes.
     """
     nothing = Accuracy(local=None, neighbour=None)
     before, after = zero_shot or nothing, final or nothing
-    # A node may have other groups than ours: then nobody's are named.
+    # A node may have other groups than the server. The summary then names no groups.
     is_told = len(before.by_group) == len(after.by_group) == len(group_names)
     return {
         "method": method,
@@ -294,7 +299,7 @@ def build_summary(
 
 
 def first_and_last_accuracy(recorder: RunRecorder, *, trains: bool) -> tuple[Accuracy | None, Accuracy | None]:
-    """Zero-shot, and of the last scored round."""
+    """Return the zero-shot accuracy and that of the last scored round."""
     scored = {line["round"]: Accuracy(**line["accuracy"]) for line in recorder.rounds if line["accuracy"]}
     zero_shot = scored.pop(0, None)
     return zero_shot, scored[max(scored)] if scored else None if trains else zero_shot

@@ -1,4 +1,4 @@
-"""The tables that a run prints to its operator, made from its ``summary.json``. Imports rich only."""
+"""The tables that a run prints for its operator, built from its ``summary.json``. Imports only rich."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,26 +13,26 @@ _MISSING = "-"
 
 
 def percent(fraction: float | None) -> str:
-    """A fraction in [0, 1] as a percentage with one decimal; ``-`` for None."""
+    """Format a fraction in [0, 1] as a percentage with one decimal; ``-`` for None."""
     return _MISSING if fraction is None else f"{100 * fraction:.1f} %"
 
 
 def epsilon_text(epsilon: float | None) -> str:
-    """ε rounded *up* to three decimals, so that what is printed is never less than what holds; ``-`` for None."""
+    """Round ε *up* to three decimals, so that the printed value is never below the true one; ``-`` for None."""
     if epsilon is None:
         return _MISSING
-    # The tolerance is for a target such as 4.0 that bisection meets to nine digits from above.
+    # The tolerance is for a target such as 4.0, which bisection may reach from above to nine digits.
     if math.isinf(epsilon):
         return "∞"
     return f"{math.ceil(epsilon * 1000 - 1e-6) / 1000:.3f}".rstrip("0").rstrip(".")
 
 
 def headline(summary: Mapping[str, Any], totals: Mapping[str, Any]) -> str:
-    """What ran, in one line for its operator; says so if it has noise that anyone who reads the seed can reproduce.
+    """Describe the run in one line for its operator; mark noise that every reader of the seed can reproduce.
 
     Args:
-        summary: Of the run.
-        totals: `read_totals` of the run.
+        summary: Summary of the run.
+        totals: Totals of the run from `read_totals`.
     """
     parts = [
         *(summary["method"], f"engine {summary['engine']}", f"seed {summary['seed']}"),
@@ -43,9 +43,10 @@ def headline(summary: Mapping[str, Any], totals: Mapping[str, Any]) -> str:
 
 
 def results_table(summary: Mapping[str, Any]) -> Table:
-    """Accuracy before and after training, on clients' own (local) and on other clients' (neighbour) classes.
+    """Build the table of accuracy before and after training, on local and on neighbour classes.
 
-    Of question types one line each, before → after, over the clients that hold the type.
+    Local classes are the client's own, neighbour classes those of other clients. Each question type has one line,
+    before → after, over the clients that hold the type.
     """
     table = Table(caption=SEEDED_NOTE if _is_reproducible(summary) else None, box=box.SIMPLE_HEAD)
     table.add_column("accuracy")
@@ -62,7 +63,7 @@ def results_table(summary: Mapping[str, Any]) -> Table:
 
 
 def _is_reproducible(summary: Mapping[str, Any]) -> bool:
-    """Whether the run has noise that protects, and from a seed: such noise stands in the table of releases."""
+    """Return True if the run has noise from a seed and states an ε for it in the table of releases."""
     return summary["randomness"] == "seeded" and bool(summary["privacy"])
 
 
@@ -71,17 +72,17 @@ def _points(before: float | None, after: float | None) -> str:
 
 
 def privacy_table(releases: Sequence[Mapping[str, Any]]) -> Table:
-    """What leaves, and what an outsider can learn from it.
+    """Build the table of releases and of their guarantees.
 
     Args:
         releases: Entries of ``summary["privacy"]``.
 
     Returns:
-        One row a release. A nominal ε is no guarantee and never stands in the ε column.
+        A table with one row per release. A nominal ε is no guarantee and never stands in the ε column.
     """
     table = Table(title="privacy", box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
     for name in ("release", "unit", "relation", "sampling", "releases", "ε", "δ", "trusts", "guarantee"):
-        # fold: on a narrow terminal a word breaks, but none is left out
+        # fold: on a narrow terminal words break, but no word is left out
         table.add_column(name, justify="right" if name in ("releases", "ε", "δ") else "left", overflow="fold")
     notes = []
     for entry in releases:

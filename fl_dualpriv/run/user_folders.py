@@ -1,4 +1,4 @@
-"""Folders of the user who runs this: the home, or what stands in for one. Standard library only."""
+"""Folders of the current user: the home folder, or a replacement for it. Standard library only."""
 
 import os
 import stat
@@ -9,14 +9,14 @@ from fl_dualpriv.errors import ConfigError
 
 
 def home() -> Path:
-    """The user's home folder.
+    """Return the user's home folder.
 
-    A container often runs as a user id that has no entry in the list of users, and without ``HOME``. Then a folder of
-    this user only (0700) in the folder for temporary files stands in for the home.
+    A container often runs as a user id that has no entry in the list of users, and without ``HOME``. Then a folder in
+    the folder for temporary files replaces the home. Only this user may access it (0700).
 
     Raises:
-        ConfigError: If there is no home, and the stand-in cannot be made or belongs to another user, who could read
-            features of private images in it or put made-up ones there.
+        ConfigError: If there is no home, and the replacement cannot be made or belongs to another user. That user could
+            read features of private images in it or put false ones there.
     """
     try:
         return Path.home()
@@ -25,21 +25,21 @@ def home() -> Path:
 
 
 def settle_home() -> str:
-    """Set ``HOME``, and a user's name, where the system has none, because libraries of others ask for both.
+    """Set ``HOME`` and a user name where the system has none, because other libraries ask for both.
 
     Returns:
         One line for the user; empty if there was a home.
 
     Raises:
-        ConfigError: As `home`.
+        ConfigError: As in `home`.
     """
     try:
         Path.home()
-        said = ""
+        line = ""
     except RuntimeError:
         folder = _stand_in()
         os.environ["HOME"] = str(folder)
-        said = f"this user (id {os.getuid()}) has no home folder: {folder} stands in for it; set HOME to choose another"
+        line = f"this user (id {os.getuid()}) has no home folder: {folder} stands in for it; set HOME to choose another"
     if not any(os.environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):  # as getpass.getuser looks
         try:
             import pwd
@@ -49,11 +49,11 @@ def settle_home() -> str:
             os.environ["USER"] = f"user-{os.getuid()}"
         except ImportError:  # a system without user ids has no such users
             pass
-    return said
+    return line
 
 
 def expanded(path: str | Path) -> Path:
-    """A path of the user's, with ``~`` and ``~name`` replaced by home folders.
+    """Return the path with ``~`` and ``~name`` replaced by home folders.
 
     Raises:
         ConfigError: If there is no such user, or this user has no home folder.
@@ -70,7 +70,7 @@ def expanded(path: str | Path) -> Path:
 
 def _stand_in() -> Path:
     name = f"fl-dualpriv-{os.getuid()}"
-    folder = Path(os.environ.get("TMPDIR", "/tmp")) / name  # for the message, if no folder for temporary files is found
+    folder = Path(os.environ.get("TMPDIR", "/tmp")) / name  # for the message, if no temporary folder is found
     try:
         folder = Path(tempfile.gettempdir()) / name
         folder.mkdir(mode=0o700, exist_ok=True)

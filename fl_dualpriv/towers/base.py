@@ -1,4 +1,4 @@
-"""What every prompt learner gives: class features of many prompts at once, and batched vector-Jacobian products."""
+"""Protocols of prompt towers: class features of many prompts at once, and batched vector-Jacobian products."""
 
 from typing import Protocol, Self
 
@@ -9,7 +9,7 @@ class ClassFeatures(Protocol):
     """One forward pass of K prompts, kept for backward passes.
 
     Guarantee:
-        Row (k, b) of `vjp` and `vjp_some` is a function of prompt k and of cotangent (k, b) alone: a linear map of the
+        Row (k, b) of `vjp` and `vjp_some` is a function of only prompt k and cotangent (k, b), and linear in the
         cotangent. Nothing mixes rows or prompts.
     """
 
@@ -20,12 +20,12 @@ class ClassFeatures(Protocol):
 
     @property
     def prompt_shape(self) -> tuple[int, int]:
-        """Of one prompt, (n_ctx, ctx_dim)."""
+        """Shape of one prompt, (n_ctx, ctx_dim)."""
         ...
 
     @property
     def bytes_per_row(self) -> int:
-        """Memory that one row of `vjp` takes, roughly."""
+        """Approximate memory of one row of `vjp`, in bytes."""
         ...
 
     def vjp(self, cotangents: Tensor) -> Tensor:
@@ -33,29 +33,29 @@ class ClassFeatures(Protocol):
         ...
 
     def vjp_apart(self, cotangents: Tensor) -> Tensor:
-        """As `vjp`, with each row in products of its own: slower, and no row's rounding can depend on its place."""
+        """As `vjp`, but with separate products for each row: slower, and no row's rounding can depend on its place."""
         ...
 
     def vjp_some(self, cotangents: Tensor, classes: Tensor) -> Tensor:
-        """Pull back cotangents of some classes per row, (prompt, row, m, embed_dim); the others' are zero.
+        """Pull back cotangents of some classes per row; the cotangents of all other classes count as zero.
 
         Args:
-            cotangents: In the order of ``classes``.
+            cotangents: Cotangents in the order of ``classes``, (prompt, row, m, embed_dim).
             classes: Class ids, (prompt, row, m), distinct within a row.
         """
         ...
 
     def narrow(self, start: int, stop: int) -> Self:
-        """The same pass for the prompts from ``start`` to before ``stop``; a view."""
+        """Return a view of the pass with only the prompts from ``start`` up to and excluding ``stop``."""
         ...
 
 
 class PromptTower(Protocol):
-    """Maps prompts to class features."""
+    """A callable that maps prompts to class features."""
 
     @property
     def bytes_per_prompt(self) -> int:
-        """Memory that a forward pass of one prompt keeps, roughly."""
+        """Approximate memory that a forward pass of one prompt keeps, in bytes."""
         ...
 
     def __call__(self, prompts: Tensor) -> ClassFeatures:
@@ -63,5 +63,5 @@ class PromptTower(Protocol):
         ...
 
     def values(self, prompts: Tensor) -> Tensor:
-        """``self(prompts).values`` with nothing kept for a backward pass."""
+        """Compute ``self(prompts).values`` and keep nothing for a backward pass."""
         ...

@@ -1,7 +1,8 @@
-"""A text stack with its norms' affine parts folded into the products that follow them: fewer passes, the same function.
+"""A text stack with its norms' affine parts folded into the products that follow: fewer passes, the same function.
 
-A product after a norm, W (γ ∘ x̂ + β) + b, is W′ x̂ + b′ with W′ = W diag(γ) (I − 11ᵀ/d) and b′ = b + W β. The centring
-factor changes nothing forward, since x̂ is centred, and backward it saves the norm's mean subtraction: g W′ is centred.
+A product after a norm, W (γ ∘ x̂ + β) + b, equals W′ x̂ + b′ with W′ = W diag(γ) (I − 11ᵀ/d) and b′ = b + W β. In the
+forward pass the centring factor changes nothing, because x̂ is centred. In the backward pass it saves the norm's mean
+subtraction, because g W′ is centred.
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from fl_dualpriv.towers.products import prompt_products
 
 @dataclass(frozen=True, kw_only=True)
 class FoldedBlock:
-    """A block on normalised inputs x̂; queries carry the factor head_dim^-1/2."""
+    """A block on normalised inputs x̂; its query weights include the factor head_dim^-1/2."""
 
     qkv: Linear
     out: Linear
@@ -27,7 +28,7 @@ class FoldedBlock:
 
 @dataclass(frozen=True, kw_only=True)
 class FoldedStack:
-    """All of a tower; ``projection`` (embed_dim, ctx_dim) is the identity where the model has none."""
+    """A whole folded tower; ``projection`` (embed_dim, ctx_dim) starts from the identity if the model has none."""
 
     blocks: tuple[FoldedBlock, ...]
     heads: int
@@ -82,32 +83,35 @@ def fold(stack: TextStack) -> FoldedStack:
 
 
 def affine(x: Tensor, linear: Linear) -> Tensor:
-    """X wᵀ + b of each prompt, (prompt, …, ctx_dim), see `prompt_products`."""
+    """Compute x wᵀ + b of each prompt, (prompt, …, ctx_dim); see `prompt_products`."""
     if linear.weight.dtype == x.dtype:
         return prompt_products(x, linear.weight.T, linear.bias)
     return prompt_products(x.to(linear.weight.dtype), linear.weight.T).to(x.dtype).add_(linear.bias)
 
 
 def pull(gradient: Tensor, weight: Tensor) -> Tensor:
-    """G w, the product of the backward pass, of each prompt; in the precision of ``weight``, the result is float32."""
+    """Compute g w, the product of the backward pass, of each prompt.
+
+    The product is in the precision of ``weight``. The result has the type of ``gradient``, which is float32.
+    """
     return prompt_products(gradient.to(weight.dtype), weight).to(gradient.dtype)
 
 
 def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x̂ and 1/σ over the last dimension."""
+    """Return x̂ and 1/σ over the last dimension."""
     centred, _, rstd = torch.native_layer_norm(x, [x.shape[-1]], None, None, eps)
     return centred, rstd
 
 
 def activate(x: Tensor, kind: Activation) -> Tensor:
-    """The MLP's activation."""
+    """Apply the MLP's activation."""
     if kind == "quick_gelu":
         return x * torch.sigmoid(1.702 * x)
     return torch.nn.functional.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 def slope(x: Tensor, kind: Activation) -> Tensor:
-    """The activation's derivative."""
+    """Compute the activation's derivative."""
     if kind == "quick_gelu":
         s = torch.sigmoid(1.702 * x)
         return s * (1 + 1.702 * x * (1 - s))

@@ -1,9 +1,9 @@
-"""Products of many prompts with one weight, in which a prompt's numbers do not depend on the prompts beside it.
+"""Products of many prompts with one weight; a prompt's result does not depend on the other prompts.
 
-A matrix library chooses its kernels by the size of a product, and a kernel may treat the last rows otherwise than the
-first, so one product of all prompts rounds a prompt's rows by their place and by how many there are. Here the result
-is that of one product for each prompt. Faster forms are used where they give the same bits. Each process tries that
-once for each shape, on random numbers.
+A matrix library chooses its kernels by the size of a product, and a kernel may treat the last rows differently from
+the first. In one product of all prompts, the rounding of a prompt's rows thus depends on their place and on the number
+of rows. Here the result is that of one product for each prompt. Faster forms are used if they give the same bits. Each
+process tests that once for each shape, on random numbers.
 """
 
 import functools
@@ -16,7 +16,7 @@ from torch import Tensor
 Form = Literal["one product", "a batch", "a loop"]
 
 _LARGE_ROWS = 512
-"""From here on a product of its own is as fast as a part of a larger one (docs/log.md, 2026-11-30)."""
+"""From this number of rows on, a separate product is as fast as a part of a larger one (docs/log.md, 2026-11-30)."""
 
 
 def prompt_products(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -24,19 +24,19 @@ def prompt_products(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
     Guarantee:
         ``result[p]`` is, bit by bit, that of ``x[p : p + 1]``: it depends on no other prompt, nor on their number, as
-        far as a product of fixed shapes does not depend on where in memory its operands lie. `row_check` tries that
+        far as a product of fixed shapes does not depend on where in memory its operands lie. `row_check` tests that
         on the whole learner.
 
     Args:
-        x: (prompt, …, k), in the precision of ``weight``.
-        weight: (k, n).
-        bias: (n,), or None.
+        x: Rows of the prompts, (prompt, …, k), in the precision of ``weight``.
+        weight: Weight, (k, n).
+        bias: Bias, (n,), or None.
 
     Returns:
-        (prompt, …, n).
+        Products (prompt, …, n).
     """
     prompts, count, width = len(x), math.prod(x.shape[1:-1]), x.shape[-1]
-    rows = x.reshape(prompts, count, width).contiguous()  # how a matrix lies in memory decides about kernels, too
+    rows = x.reshape(prompts, count, width).contiguous()  # the memory layout of a matrix also decides about kernels
     form: Form = "a loop"
     if prompts > 1 and count < _LARGE_ROWS:
         transposed, biased = weight.stride(0) == 1, bias is not None
@@ -49,7 +49,7 @@ def prompt_products(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 def exact_form(
     prompts: int, rows: int, k: int, n: int, transposed: bool, biased: bool, dtype: torch.dtype, device: torch.device
 ) -> Form:
-    """The fastest form that equals the loop bit by bit, on random numbers of this shape: a function of the machine."""
+    """Find the fastest form that equals the loop bit by bit on random numbers of this shape; depends on the machine."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -66,7 +66,7 @@ def exact_form(
 
 
 def _product(form: Form, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(prompt, row, k) times (k, n), plus (n,)."""
+    """Compute (prompt, row, k) times (k, n), plus (n,), in one form."""
     if form == "one product" or len(rows) == 1:
         flat = rows.flatten(0, 1)
         return flat @ weight if bias is None else torch.addmm(bias, flat, weight)

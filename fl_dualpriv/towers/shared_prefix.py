@@ -1,11 +1,11 @@
 """A causal text tower for prompts that all classes share: the prefix runs once, each class adds its few name tokens.
 
-Under a causal mask no token sees what follows, so SOS and context have the same activations for every class: they run
-once per prompt, and the suffix of each class (name, what the template says after it, end of text) attends to the
-prefix's keys and values. Nothing is padded, SOS and the first block's suffix products do not depend on the prompt and
-are computed once, and the last block is run for the end-of-text tokens alone. Exact: the plain tower with less work.
-The passes are written out by hand, forward here and backward in `shared_prefix_vjp`, so that many prompts and many
-cotangents are single matrix products and nothing falls back to a slow path.
+Under a causal mask no token sees later tokens, so SOS and context have the same activations for every class. They run
+once per prompt. The suffix of each class (name, the template's text after it, end of text) attends to the keys and
+values of this prefix. Nothing is padded. SOS and the first block's suffix products do not depend on the prompt and are
+computed once. The last block runs only for the end-of-text tokens. The result is exact: that of the plain tower with
+less work. Both passes are written by hand, forward here and backward in `shared_prefix_vjp`, so that many prompts and
+many cotangents form single matrix products and no operation falls back to a slow path.
 """
 
 import functools
@@ -22,7 +22,7 @@ from fl_dualpriv.towers.shared_prefix_vjp import SharedPrefixFeatures, by_class_
 
 @dataclass(frozen=True)
 class _Constants:
-    """What depends on n_ctx but on no prompt: SOS keys and values per block, suffix inputs, their first q, k, v."""
+    """Values that depend on n_ctx but not on a prompt: SOS keys and values per block, suffix inputs, first q, k, v."""
 
     layout: Layout
     sos: list[tuple[Tensor, Tensor]]
@@ -37,13 +37,13 @@ class SharedPrefixTower:
         stack: The frozen tower.
         sos: Embedding of the start token, (1, ctx_dim).
         suffix: Embeddings of name tokens and end of text, padded at the end, (n_cls, n_suffix, ctx_dim).
-        lengths: Tokens up to and including the end of text, (n_cls,).
+        lengths: Number of suffix tokens up to and including the end of text, (n_cls,).
     """
 
     def __init__(self, stack: TextStack, sos: Tensor, suffix: Tensor, lengths: Tensor) -> None:
         self.stack: FoldedStack = fold(stack)
         self._sos, self._suffix = sos, suffix
-        # Stable, so that classes of one length keep their order; with one length the order is the identity.
+        # A stable sort keeps the order of classes with equal lengths. If all lengths are equal, it is the identity.
         self._order = torch.argsort(lengths, stable=True)
         self._lengths = lengths[self._order].tolist()
         self._groups = [(self._lengths.count(length), length) for length in sorted(set(self._lengths))]
@@ -51,7 +51,10 @@ class SharedPrefixTower:
 
     @property
     def bytes_per_prompt(self) -> int:
-        """A forward pass keeps about 12 numbers per channel and token in each block, and needs 12 more to work in."""
+        """Approximate memory of a forward pass, in bytes.
+
+        The pass keeps about 12 numbers per channel and token in each block. Working memory takes as much as one block.
+        """
         tokens = sum(classes * length for classes, length in self._groups) + 8
         return 4 * tokens * self.stack.positions.shape[1] * 12 * (len(self.stack.blocks) + 1)
 
@@ -66,7 +69,7 @@ class SharedPrefixTower:
         return SharedPrefixFeatures(self.stack, constants.layout, self._order, tape)
 
     def values(self, prompts: Tensor) -> Tensor:
-        """Unit-norm class features (prompt, n_cls, embed_dim), with nothing kept for a backward pass."""
+        """Compute unit-norm class features (prompt, n_cls, embed_dim) and keep nothing for a backward pass."""
         _, final = self._run(prompts.detach(), None)
         features = affine(normalise(final, self.stack.eps)[0], self.stack.projection)
         return by_class_id(torch.nn.functional.normalize(features, dim=-1), self._order)
@@ -76,7 +79,7 @@ class SharedPrefixTower:
         stack = self.stack
         place = layout(n_ctx, self._groups, self._suffix.device)
         sos = []
-        x = self._sos[None] + stack.positions[:1]  # it attends to itself alone, so its share is 1
+        x = self._sos[None] + stack.positions[:1]  # SOS attends only to itself, so its attention weight is 1
         for block in stack.blocks:
             qkv = affine(normalise(x, block.eps_1)[0], block.qkv)
             k, v = (_heads(t, stack.heads) for t in qkv.chunk(3, dim=-1)[1:])
@@ -93,7 +96,7 @@ class SharedPrefixTower:
 
     @torch.no_grad()
     def _run(self, prompts: Tensor, tape: list[BlockTape] | None) -> tuple[_Constants, Tensor]:
-        """All blocks; returns the end-of-text tokens before the final norm, (prompt, class row, ctx_dim)."""
+        """Run all blocks; return the end-of-text tokens before the final norm, (prompt, class row, ctx_dim)."""
         constants = self._constants(prompts.shape[1])
         context = prompts + self.stack.positions[1 : 1 + prompts.shape[1]]
         x = torch.cat([context, constants.suffix.expand(len(prompts), -1, -1)], dim=1)
@@ -134,7 +137,7 @@ class SharedPrefixTower:
 
 
 def _heads(x: Tensor, count: int) -> Tensor:
-    """(prompt, token, ctx_dim) → (prompt, head, token, head_dim)."""
+    """Split into heads: (prompt, token, ctx_dim) → (prompt, head, token, head_dim)."""
     return x.unflatten(-1, (count, -1)).transpose(1, 2).contiguous()
 
 
@@ -145,12 +148,16 @@ def _merge(x: Tensor) -> Tensor:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor, place: Layout, *, last: bool
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of every row to the prefix and its own suffix: shares, and values (prompt, head, row, dim)."""
+    """Apply causal attention of every row to the prefix and its own suffix.
+
+    Returns:
+        Attention weights, and attended values (prompt, head, row, dim).
+    """
     prefix = k_prefix.shape[2]
     scores = q.new_full((*q.shape[:3], prefix + place.widest), float("-inf"))
     scores[..., :prefix] = q @ k_prefix.transpose(-1, -2)
     if not last:
-        # Context token i stands at position 1 + i: it sees SOS and context 0 … i.
+        # Context token i is at position 1 + i: it sees SOS and context tokens 0 … i.
         scores[:, :, : place.n_ctx, :prefix] += _after(place.n_ctx, prefix, 1, q.device)
     spans = place.last_spans if last else place.spans
     for span in spans:
@@ -168,5 +175,5 @@ def _attend(
 
 @functools.lru_cache(maxsize=64)
 def _after(rows: int, columns: int, diagonal: int, device: torch.device) -> Tensor:
-    """−∞ above the diagonal: the causal mask."""
+    """Return the causal mask, with −∞ above the given diagonal."""
     return torch.full((rows, columns), float("-inf"), device=device).triu(diagonal + 1)

@@ -1,4 +1,4 @@
-"""What a pass through the shared-prefix tower lays out and keeps: token layout, and the tape of its backward pass."""
+"""Token layout of the shared-prefix tower, and the tape: tensors that a forward pass keeps for the backward pass."""
 
 import functools
 from dataclasses import dataclass, fields
@@ -13,10 +13,10 @@ class Span:
     """Classes whose suffixes have the same length.
 
     Attributes:
-        classes: How many.
-        length: Suffix tokens of each.
-        keys: Their tokens among all tokens of a prompt.
-        queries: Their rows among the rows that attend: ``keys``, or in the last block one row per class.
+        classes: Number of these classes.
+        length: Number of suffix tokens of each class.
+        keys: Range of their tokens among all tokens of a prompt.
+        queries: Range of their rows among the rows that attend: ``keys``, or in the last block one row per class.
     """
 
     classes: int
@@ -27,13 +27,13 @@ class Span:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where what stands: tokens are the context, then the suffixes, span by span, class by class.
+    """Order of the tokens: the context, then the suffixes, span by span, class by class.
 
     Attributes:
-        n_ctx: Context tokens; the prefix is SOS and these.
-        spans: Every block but the last.
-        last_spans: The last block, whose rows are the end-of-text tokens.
-        ends: Token index of each row of the last block: (row,), or (prompt, row) where prompts differ.
+        n_ctx: Number of context tokens. The prefix is SOS and the context.
+        spans: Spans of every block except the last.
+        last_spans: Spans of the last block, whose rows are the end-of-text tokens.
+        ends: Token index of each row of the last block: (row,), or (prompt, row) if prompts differ.
     """
 
     n_ctx: int
@@ -43,29 +43,29 @@ class Layout:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a prompt, without SOS."""
+        """Number of tokens of a prompt with all suffixes, without SOS."""
         return self.spans[-1].keys.stop
 
     @property
     def widest(self) -> int:
-        """Tokens of the longest suffix."""
+        """Number of tokens of the longest suffix."""
         return max(span.length for span in self.spans)
 
     @functools.cached_property
     def lasts(self) -> Tensor:
-        """Place of its end of text in the suffix of each row of the last block."""
+        """Index of the end of text within the suffix, for each row of the last block."""
         lengths = [span.length for span in self.spans for _ in range(span.classes)]
         return torch.tensor(lengths, device=self.ends.device) - 1
 
     @functools.cached_property
     def padded(self) -> Tensor:
-        """Suffix tokens of each row of the last block, padded by repeating the last, (row, widest)."""
+        """Token indices of the suffix of each row of the last block, padded by repeating the last, (row, widest)."""
         steps = torch.arange(self.widest, device=self.ends.device)
         return (self.ends - self.lasts)[:, None] + torch.minimum(steps, self.lasts[:, None])
 
 
 def layout(n_ctx: int, groups: list[tuple[int, int]], device: torch.device) -> Layout:
-    """Lay out ``(classes, suffix length)`` groups behind the context."""
+    """Lay out ``(classes, suffix length)`` groups after the context."""
     spans, last, ends, token, row = [], [], [], n_ctx, 0
     for classes, length in groups:
         keys = slice(token, token + classes * length)
@@ -78,19 +78,21 @@ def layout(n_ctx: int, groups: list[tuple[int, int]], device: torch.device) -> L
 
 @dataclass(frozen=True)
 class BlockTape:
-    """What a block's backward pass needs; leading dimension: prompt. ``rows`` are those that attend.
+    """Tensors that a block's backward pass needs.
+
+    All have the prompt as leading dimension, which the shapes below omit. ``rows`` are the rows that attend.
 
     Attributes:
-        x_1: Normalised inputs (token, ctx_dim), of the context alone in the first block.
-        rstd_1: Their 1/σ.
-        q: (head, rows, head_dim).
-        k: (head, token, head_dim).
-        v: As ``k``.
-        k_prefix: SOS and context, (head, 1 + n_ctx, head_dim).
-        v_prefix: As ``k_prefix``.
-        shares: Attention of each row to the prefix, then to its own suffix, (head, rows, 1 + n_ctx + widest).
+        x_1: Normalised inputs (token, ctx_dim); in the first block only those of the context.
+        rstd_1: 1/σ of the norm of these inputs.
+        q: Queries, (head, rows, head_dim).
+        k: Keys, (head, token, head_dim).
+        v: Values, (head, token, head_dim).
+        k_prefix: Keys of SOS and context, (head, 1 + n_ctx, head_dim).
+        v_prefix: Values of SOS and context, (head, 1 + n_ctx, head_dim).
+        shares: Attention weights of each row to the prefix, then to its own suffix, (head, rows, 1 + n_ctx + widest).
         x_2: Normalised inputs of the MLP (rows, ctx_dim).
-        rstd_2: Their 1/σ.
+        rstd_2: 1/σ of the norm of the MLP's inputs.
         slope: The activation's derivative at the MLP's hidden values, (rows, hidden).
     """
 
@@ -107,13 +109,16 @@ class BlockTape:
     slope: Tensor
 
     def take(self, here: slice | Tensor) -> Self:
-        """The same for some prompts: views of a slice, copies of prompts that an index names, several times or not."""
+        """Return the tape of some prompts: views for a slice, copies for an index, which may repeat a prompt."""
         return type(self)(*(getattr(self, f.name)[here] for f in fields(self)))
 
 
 @dataclass(frozen=True)
 class Tape:
-    """A forward pass: its blocks, and features before they get unit norm (prompt, row of the last block, embed_dim)."""
+    """Tape of a whole forward pass: its blocks, the final norm, and the features as unit vectors and norms.
+
+    Features have the shape (prompt, row of the last block, embed_dim).
+    """
 
     blocks: list[BlockTape]
     x_final: Tensor
@@ -122,11 +127,11 @@ class Tape:
     norms: Tensor
 
     def take(self, here: slice | Tensor) -> Self:
-        """See `BlockTape.take`."""
+        """Return the tape of some prompts; see `BlockTape.take`."""
         rest = (t[here] for t in (self.x_final, self.rstd_final, self.units, self.norms))
         return type(self)([block.take(here) for block in self.blocks], *rest)
 
 
 def by_class(x: Tensor, rows: slice, span: Span) -> Tensor:
-    """(prompt, head, row, …) → (prompt, head, class, row of the class, …)."""
+    """Split rows by class: (prompt, head, row, …) → (prompt, head, class, row of the class, …)."""
     return x[:, :, rows].unflatten(2, (span.classes, -1))

@@ -1,7 +1,7 @@
 """Backward passes of `shared_prefix`: many cotangents of many prompts at once, as plain matrix products.
 
-Gradients have the layout (prompt, token, row, ctx_dim), row = one cotangent: what the forward pass kept is then
-broadcast over rows, never copied, and attention's products run over all rows of a prompt together.
+Gradients have the layout (prompt, token, row, ctx_dim), where a row is one cotangent. The tensors that the forward pass
+kept are then broadcast over rows, never copied, and the products of attention run over all rows of a prompt together.
 """
 
 import functools
@@ -19,10 +19,10 @@ class SharedPrefixFeatures:
     """`ClassFeatures` of a `SharedPrefixTower`.
 
     Args:
-        stack: The tower.
-        place: Its token layout.
+        stack: The folded tower.
+        place: Token layout of the tower.
         order: Class id of each row of the last block.
-        tape: What the forward pass kept.
+        tape: Tensors that the forward pass kept.
     """
 
     def __init__(self, stack: FoldedStack, place: Layout, order: Tensor, tape: Tape) -> None:
@@ -39,16 +39,19 @@ class SharedPrefixFeatures:
 
     @property
     def prompt_shape(self) -> tuple[int, int]:
-        """Of one prompt, (n_ctx, ctx_dim)."""
+        """Shape of one prompt, (n_ctx, ctx_dim)."""
         return self._layout.n_ctx, self._stack.positions.shape[1]
 
     @property
     def bytes_per_row(self) -> int:
-        """About 14 numbers per channel and token live at once; with `vjp_apart` a copy of the tape, too."""
+        """Approximate memory of one row of `vjp`, in bytes.
+
+        About 14 numbers per channel and token live at once. `vjp_apart` also needs a copy of the tape.
+        """
         return 4 * 14 * self._layout.tokens * self._stack.positions.shape[1]
 
     def narrow(self, start: int, stop: int) -> Self:
-        """The same pass for some prompts; a view."""
+        """Return a view of the pass with only the prompts from ``start`` up to and excluding ``stop``."""
         return type(self)(self._stack, self._layout, self._order, self._tape.take(slice(start, stop)))
 
     @torch.no_grad()
@@ -59,7 +62,7 @@ class SharedPrefixFeatures:
 
     @torch.no_grad()
     def vjp_apart(self, cotangents: Tensor) -> Tensor:
-        """As `vjp`; each row becomes a prompt of its own, for which `prompt_products` makes products of one size."""
+        """As `vjp`, but each row becomes a separate prompt, so that `prompt_products` makes products of one size."""
         prompts, rows = cotangents.shape[:2]
         owner = torch.arange(prompts, device=cotangents.device).repeat_interleave(rows)
         flat = cotangents.index_select(2, self._order).flatten(0, 1)[:, :, None]
@@ -68,10 +71,10 @@ class SharedPrefixFeatures:
 
     @torch.no_grad()
     def vjp_some(self, cotangents: Tensor, classes: Tensor) -> Tensor:
-        """Pull back cotangents of some classes per row: those suffixes alone run backward.
+        """Pull back cotangents of some classes per row; only the suffixes of these classes run backward.
 
-        Each row becomes a prompt of its own that has the chosen classes, padded to the longest suffix. Padding has no
-        gradient and nobody's attention, so it adds exact zeros.
+        Each row becomes a separate prompt that has the chosen classes, padded to the longest suffix. Padding has no
+        gradient and no token attends to it, so it adds exact zeros.
         """
         prompts, rows, some = classes.shape
         picked = torch.argsort(self._order)[classes].flatten(0, 1)  # class → row of the last block
@@ -88,12 +91,12 @@ class SharedPrefixFeatures:
 
 
 def by_class_id(rows: Tensor, order: Tensor) -> Tensor:
-    """Rows of the last block, (prompt, row, …) → class ids, (prompt, n_cls, …)."""
+    """Reorder rows of the last block by class id: (prompt, row, …) → (prompt, n_cls, …)."""
     return rows.index_select(1, torch.argsort(order))
 
 
 def _gather(tape: Tape, owner: Tensor, tokens: Tensor, rows: Tensor) -> Tape:
-    """A tape of ``len(owner)`` prompts: prompt i has the tokens ``tokens[i]`` (last block: rows ``rows[i]``)."""
+    """Gather a tape of ``len(owner)`` prompts: prompt i has the tokens ``tokens[i]`` (last block: rows ``rows[i]``)."""
 
     def take(x: Tensor, index: Tensor) -> Tensor:
         if x.ndim == 3:
@@ -124,7 +127,10 @@ def _gather(tape: Tape, owner: Tensor, tokens: Tensor, rows: Tensor) -> Tape:
 
 
 def _backward(stack: FoldedStack, place: Layout, tape: Tape, cotangents: Tensor) -> Tensor:
-    """(prompt, class, row, embed_dim), classes in the order of the last block → (prompt, n_ctx, row, ctx_dim)."""
+    """Run the backward pass: (prompt, class, row, embed_dim) → (prompt, n_ctx, row, ctx_dim).
+
+    Classes are in the order of the last block.
+    """
     units = tape.units[:, :, None]
     radial = (cotangents * units).sum(dim=-1, keepdim=True)
     g = (cotangents - units * radial) / tape.norms[:, :, None]
@@ -136,7 +142,7 @@ def _backward(stack: FoldedStack, place: Layout, tape: Tape, cotangents: Tensor)
         g = g.add_(_through_norm(pull(hidden, block.up.weight), kept.x_2, kept.rstd_2))
         attended = _split(pull(g, block.out.weight), stack.heads)
         scores = _scores_vjp(kept, attended, place, last=last)
-        if first:  # suffix embeddings are constants: from here the context alone goes on
+        if first:  # suffix embeddings are constants, so only the context needs a gradient from here on
             h = _context_input_vjp(kept, attended, scores, block, place, last=last)
             return h if last else h.add_(g[:, : place.n_ctx])
         h = _through_norm(_input_vjp(kept, attended, scores, block, place, last=last), kept.x_1, kept.rstd_1)
@@ -145,19 +151,19 @@ def _backward(stack: FoldedStack, place: Layout, tape: Tape, cotangents: Tensor)
 
 
 def _through_norm(h: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
-    """Back through x̂ = (x − mean)/σ, in place; ``h`` is centred already, by the folded product it comes from."""
+    """Pull back through x̂ = (x − mean)/σ, in place; the folded product that made ``h`` has already centred it."""
     x = x[:, :, None]
     along = (h * x).sum(dim=-1, keepdim=True).div_(-h.shape[-1])
     return h.addcmul_(x, along).mul_(rstd[:, :, None])
 
 
 def _split(x: Tensor, heads: int) -> Tensor:
-    """(prompt, token, row, ctx_dim) → (prompt, head, token, row, head_dim)."""
+    """Split into heads: (prompt, token, row, ctx_dim) → (prompt, head, token, row, head_dim)."""
     return x.unflatten(-1, (heads, -1)).permute(0, 3, 1, 2, 4).contiguous()
 
 
 def _join(parts: list[Tensor]) -> Tensor:
-    """Undo `_split` for queries, keys and values side by side: (prompt, token, row, parts · ctx_dim)."""
+    """Undo `_split` for queries, keys and values, one after the other: (prompt, token, row, parts · ctx_dim)."""
     prompts, heads, tokens, rows, width = parts[0].shape
     joined = parts[0].new_empty(prompts, tokens, rows, len(parts), heads, width)
     for i, part in enumerate(parts):
@@ -177,7 +183,7 @@ def _spans(place: Layout, *, last: bool) -> tuple[Span, ...]:
 
 
 def _scores_vjp(kept: BlockTape, attended: Tensor, place: Layout, *, last: bool) -> Tensor:
-    """Back through attention's weighted sum and softmax: (prompt, head, query, row, 1 + n_ctx + widest)."""
+    """Pull back through attention's weighted sum and softmax: (prompt, head, query, row, 1 + n_ctx + widest)."""
     prefix, rows = kept.k_prefix.shape[2], attended.shape[3]
     scores = attended.new_zeros(*attended.shape[:4], kept.shares.shape[-1])
     scores[..., :prefix] = (attended.flatten(2, 3) @ kept.v_prefix.transpose(-1, -2)).unflatten(2, (-1, rows))
@@ -191,7 +197,7 @@ def _scores_vjp(kept: BlockTape, attended: Tensor, place: Layout, *, last: bool)
 
 
 def _prefix_vjp(kept: BlockTape, attended: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the context's keys and values, from everybody who attends to them; SOS is a constant."""
+    """Compute gradients of the context's keys and values, from all rows that attend to them; SOS is a constant."""
     prefix, rows = kept.k_prefix.shape[2], attended.shape[3]
     to_context = scores[..., 1:prefix].transpose(-1, -2).flatten(3)  # (prompt, head, query, n_ctx · row)
     d_k = (to_context.transpose(-1, -2) @ kept.q).unflatten(2, (-1, rows))
@@ -202,11 +208,11 @@ def _prefix_vjp(kept: BlockTape, attended: Tensor, scores: Tensor) -> tuple[Tens
 def _context_input_vjp(
     kept: BlockTape, attended: Tensor, scores: Tensor, block: FoldedBlock, place: Layout, *, last: bool
 ) -> Tensor:
-    """Gradient of the context tokens that enter the first block."""
+    """Compute the gradient of the context tokens that enter the first block."""
     prefix, n_ctx, rows = kept.k_prefix.shape[2], place.n_ctx, attended.shape[3]
     parts = list(_prefix_vjp(kept, attended, scores))
     weight = block.qkv.weight
-    if last:  # a single block: the context attends to nothing
+    if last:  # with a single block, no context token is a query
         weight = weight[weight.shape[1] :]
     else:
         own = scores[:, :, :n_ctx, :, :prefix].flatten(2, 3) @ kept.k_prefix
@@ -217,7 +223,7 @@ def _context_input_vjp(
 def _input_vjp(
     kept: BlockTape, attended: Tensor, scores: Tensor, block: FoldedBlock, place: Layout, *, last: bool
 ) -> Tensor:
-    """Gradient of a block's normalised inputs, all tokens: (prompt, token, row, ctx_dim)."""
+    """Compute the gradient of a block's normalised inputs, for all tokens: (prompt, token, row, ctx_dim)."""
     prefix, rows = kept.k_prefix.shape[2], attended.shape[3]
     d_q = (scores[..., :prefix].flatten(2, 3) @ kept.k_prefix).unflatten(2, (-1, rows))
     d_k, d_v = (kept.k.new_empty(*kept.k.shape[:3], rows, kept.k.shape[3]) for _ in range(2))

@@ -1,1 +1,1 @@
-"""Pictures of the embedded demo, drawn when they are read."""
+"""Images of the embedded demo, drawn when they are read."""

@@ -1,4 +1,4 @@
-"""Images of the embedded demos: drawn when asked for, from arrays in memory, and always the same."""
+"""Images of the embedded demos: drawn on request from arrays in memory, and always the same."""
 
 import functools
 import hashlib
@@ -9,23 +9,23 @@ from numpy.typing import NDArray
 
 
 class DrawnImages:
-    """What `ImageDataset` asks of images that no file can change; a subclass says what they are drawn from."""
+    """Methods of `ImageDataset` for images that are in memory; a subclass names the arrays that they are drawn from."""
 
     def _drawn_from(self) -> tuple[Path, Sequence[NDArray]]:
-        """The file of the code that draws, and the arrays."""
+        """Return the file of the code that draws, and the arrays."""
         raise NotImplementedError
 
     @property
     def content_hash(self) -> str:
-        """See `ImageDataset.content_hash`: of what the images are drawn from, and of the code that draws them."""
+        """Hash of the arrays and of the code that draws the images; see `ImageDataset.content_hash`."""
         return self._content_hash
 
     def unchanged(self, index: int) -> bool:
-        """See `ImageDataset.unchanged`: they are in memory."""
+        """Always True, because the images are in memory; see `ImageDataset.unchanged`."""
         return True
 
     def unreadable(self, index: int) -> int | None:
-        """See `ImageDataset.unreadable`."""
+        """Return None, because the images are in memory; see `ImageDataset.unreadable`."""
         return None
 
     @functools.cached_property

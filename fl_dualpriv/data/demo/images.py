@@ -1,6 +1,6 @@
 """The embedded demo's private task: sketches of a hundred classes, each drawn in a private domain, in three splits.
 
-Class ids run category by category, ten classes each: ten clients that split the ids evenly hold one category each.
+Class ids are ordered by category, with ten classes each. Ten clients that split the ids evenly hold one category each.
 """
 
 import functools
@@ -24,7 +24,7 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True, eq=False)
 class DemoSplit(DrawnImages):
-    """One split: labelled 32 x 32 RGB images, rendered when asked for and always the same."""
+    """One split: labelled 32 x 32 RGB images, rendered on request and always the same."""
 
     labels: NDArray[np.int64]
     class_names: tuple[str, ...]
@@ -36,7 +36,7 @@ class DemoSplit(DrawnImages):
         return len(self.labels)
 
     def image(self, index: int) -> Image.Image:
-        """The image at ``index``, drawn in its private domain.
+        """Draw the image at ``index`` in its private domain.
 
         Raises:
             IndexError: If there is no such index.
@@ -50,7 +50,7 @@ class DemoSplit(DrawnImages):
 
 @functools.lru_cache(maxsize=1)
 def load_demo() -> dict[str, DemoSplit]:
-    """The splits ``train``, ``val`` and ``test``; no image is in two of them, and the demo CLIP has seen none."""
+    """Load the splits ``train``, ``val`` and ``test``; no image is in two of them, and the demo CLIP has seen none."""
     with np.load(io.BytesIO((demo_folder() / "images.npz").read_bytes())) as arrays:
         columns = {name: arrays[name] for name in ("labels", "sketches", "domain", "seed", "split")}
     names = tuple(_classes()["class_names"])
@@ -63,12 +63,12 @@ def load_demo() -> dict[str, DemoSplit]:
 
 
 def demo_template() -> str:
-    """The sentence whose context a prompt starts from; ``{}`` is the class name."""
+    """Return the template whose words are the initial context of a prompt; ``{}`` is the class name."""
     return _classes()["template"]
 
 
 def demo_categories() -> dict[str, tuple[str, ...]]:
-    """The class names of each category, in the order of their ids."""
+    """Return the class names of each category, in the order of their ids."""
     return {category: tuple(names) for category, names in _classes()["categories"].items()}
 
 

@@ -1,8 +1,8 @@
-"""Turns a 28 x 28 gray sketch into a 32 x 32 RGB image: public styles that captions name, private domains without.
+"""Turn a 28 x 28 gray sketch into a 32 x 32 RGB image, in a public style or a private domain.
 
-The demo CLIP is trained on `render_public` and its captions; clients hold `render_private`. Every random choice comes
-from the generator or seed given, so an image is the same on every machine and in every process. Imports numpy and
-scipy only.
+Captions name the public styles. No caption names a private domain. The demo CLIP is trained on images of
+`render_public` and their captions; clients hold images of `render_private`. Every random choice comes from the
+generator or seed argument, so an image is the same on every machine and in every process. Imports only numpy and scipy.
 """
 
 from dataclasses import dataclass, field
@@ -50,7 +50,7 @@ ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
         "hollow": ("hollow", "outlined"),
     },
 }
-"""attribute -> value -> the words a caption may use for it (none: never named)."""
+"""attribute -> value -> the words that a caption may use for it; captions never name a value without words."""
 
 _COMMON = {"stroke": "medium", "size": "medium", "texture": "plain", "finish": "sharp"}
 _COMMON_SHARE = 0.65
@@ -64,7 +64,7 @@ _CENTRE = (SIDE - 1) / 2
 
 @dataclass(frozen=True)
 class Style:
-    """A public style: for each attribute of `ATTRIBUTES` one of its values."""
+    """A public style: one value for each attribute of `ATTRIBUTES`."""
 
     values: dict[str, str] = field(default_factory=dict)
 
@@ -73,7 +73,7 @@ class Style:
 
 
 def sample_style(rng: np.random.Generator) -> Style:
-    """Draw a style; ink and paper always contrast, every other attribute has its common value two times in three."""
+    """Draw a random style: ink and paper always contrast, and each other attribute is common two times in three."""
     names = list(COLOURS)
     ink = names[rng.integers(len(names))]
     others = [name for name in names if _contrast(name, ink) > 150]
@@ -89,8 +89,8 @@ def render_public(sketch: NDArray[np.uint8], style: Style, rng: np.random.Genera
 
     Args:
         sketch: Gray values (28, 28), 255 where the pen was.
-        style: What captions may say of the image.
-        rng: Source of everything that they do not say.
+        style: Style of the image, which captions may name.
+        rng: Source of all random differences, which captions do not name.
 
     Returns:
         RGB values (32, 32, 3).
@@ -117,8 +117,8 @@ def render_private(sketch: NDArray[np.uint8], domain: str, seed: int, severity: 
     Args:
         sketch: Gray values (28, 28), 255 where the pen was.
         domain: One of `DOMAINS`.
-        seed: Fixes everything else about the image.
-        severity: Scales the distortion; 1 is what the demo ships.
+        seed: Seed that fixes everything else about the image.
+        severity: Scale of the distortion; the embedded demo uses 1.
 
     Returns:
         RGB values (32, 32, 3).
@@ -177,7 +177,7 @@ def _place(
     shear: float,
     warp: NDArray[np.float64] | float = 0.0,
 ) -> NDArray[np.float64]:
-    """Pen coverage in [0, 1] of the sketch turned, sheared, scaled about its centre and moved on the page."""
+    """Compute the pen coverage in [0, 1] of the sketch, turned, sheared, scaled about its centre and moved."""
     cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
     inverse = np.array([[cos, sin], [-sin, cos]]) @ np.array([[1.0, 0.0], [shear, 1.0]]) / scale
     page = _GRID - _CENTRE - shift[:, None, None] + warp
@@ -190,7 +190,7 @@ def _thicken(pen: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _texture(name: str, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Brightness the paper's texture adds to each pixel."""
+    """Return the brightness that the paper's texture adds to each pixel."""
     phase = rng.integers(4)
     if name == "striped":
         return 38 * np.sign(np.sin((_GRID[rng.integers(2)] + phase) * np.pi / 2 + 0.1))

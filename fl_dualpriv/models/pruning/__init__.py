@@ -1,1 +1,1 @@
-"""Dual-Priv pruning of visual tokens inside and behind image towers."""
+"""Dual-Priv pruning of visual tokens inside and after image towers."""

@@ -1,7 +1,7 @@
-"""What a block of an image tower pays attention to, from its own projections.
+"""Attention weights of a block of an image tower, computed from the block's own projections.
 
-The fused attention kernels return no weights, transformers' without saying so. Nothing here depends on them: queries
-and keys are projected anew, and only the rows that are read are computed.
+The fused attention kernels return no weights, and those of transformers do not report that. This module does not depend
+on them: it projects queries and keys again, and computes only the rows that it needs.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.models.pruning.tokens import OFF
 
 _QUERIES_AT_ONCE = 64
-"""Bounds the memory of `mean_attention`, which is (n, head, these, token)."""
+"""Number of queries that `mean_attention` handles at once. It bounds the scores, (n, head, query, token), in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +23,9 @@ class AttentionParts:
     """A block's self-attention up to its weights: ``softmax(scale · query(norm(x)) · key(norm(x))ᵀ)``.
 
     Attributes:
-        norm: What the block does to tokens before it projects them.
-        query: (…, dim) → (…, head, head_dim).
-        key: Likewise.
+        norm: Function that the block applies to tokens before it projects them.
+        query: Projection to queries, (…, dim) → (…, head, head_dim).
+        key: Projection to keys, (…, dim) → (…, head, head_dim).
         scale: Factor on the scores.
     """
 
@@ -36,7 +36,9 @@ class AttentionParts:
 
 
 def read_attention(block: nn.Module) -> AttentionParts:
-    """Take a block of open_clip's or timm's default ViT, or of a CLIP or SigLIP of transformers, apart.
+    """Read the attention parts of a block.
+
+    The block belongs to open_clip's or timm's default ViT, or to a CLIP or SigLIP of transformers.
 
     Raises:
         ConfigError: If the block is of another kind.
@@ -48,7 +50,7 @@ def read_attention(block: nn.Module) -> AttentionParts:
     parts = readers[kind](block) if kind in readers else None
     if parts is None:
         raise ConfigError(
-            f"visual token pruning cannot read the attention of this image tower, its blocks are custom ({kind}); {OFF}"
+            f"visual token pruning cannot read the attention of this image tower: its blocks are custom ({kind}); {OFF}"
         )
     return parts
 
@@ -70,7 +72,7 @@ def _open_clip(block: Any) -> AttentionParts | None:
 
 def _timm(block: Any) -> AttentionParts | None:
     attn = block.attn
-    if type(attn).__name__ != "Attention":  # others rotate, mask or mix
+    if type(attn).__name__ != "Attention":  # other classes rotate, mask or mix
         return None
     weights = attn.qkv.weight.chunk(3)
     biases = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
@@ -96,18 +98,19 @@ def _transformers(layer: Any) -> AttentionParts:
 
 @torch.no_grad()
 def importance(parts: AttentionParts, tokens: Tensor, n_prefix: int, *, reads_cls: bool) -> tuple[Tensor, Tensor]:
-    """Attention that each patch is paid in a block, and the patches' keys; both averaged over heads.
+    """Compute the attention that each patch receives in a block, and the patches' keys; both averaged over heads.
 
     Guarantee:
-        Per image: row i depends on row i of ``tokens`` alone.
+        Per image: row i depends only on row i of ``tokens``.
 
     Args:
-        parts: Of the block.
-        tokens: What the block reads, (n, prefix + patch, dim).
-        n_prefix: CLS, registers and other tokens in front that are no patches; they are attended to but not scored.
-        reads_cls: The model reads CLS, the first token: the score is what CLS pays. Otherwise (average or attention
-            pooling, SigLIP) it is the mean of what all tokens pay. The query of a pooling head is not used: it is made
-            for the last hidden state and says nothing about an earlier one.
+        parts: Attention parts of the block.
+        tokens: Tokens that the block reads, (n, prefix + patch, dim).
+        n_prefix: Number of tokens before the patches: CLS, registers and others. They are attended to but not scored.
+        reads_cls: True if the model reads CLS, the first token. A patch's score is then the attention from CLS.
+            Otherwise (average or attention pooling, SigLIP) it is the mean attention from all tokens. The query of a
+            pooling head is not used, because it is made for the last hidden state and says nothing about an earlier
+            one.
 
     Returns:
         Attention float32 (n, patch), and keys (n, patch, head_dim).
@@ -115,22 +118,22 @@ def importance(parts: AttentionParts, tokens: Tensor, n_prefix: int, *, reads_cl
     x = parts.norm(tokens)
     keys = parts.key(x)
     query = parts.query(x[:, 0] if reads_cls else x)
-    with torch.autocast(tokens.device.type, enabled=False):  # bfloat16 would make ties
+    with torch.autocast(tokens.device.type, enabled=False):  # with bfloat16, scores would be equal more often
         attend = cls_attention if reads_cls else mean_attention
         attention = attend(query.float(), keys.float(), parts.scale)
         return attention[:, n_prefix:], keys[:, n_prefix:].float().mean(dim=2)
 
 
 def cls_attention(query: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """One query's attention to each token, (n, head, head_dim) and (n, token, head, head_dim) → (n, token)."""
+    """Compute one query's attention, (n, head, head_dim) and (n, token, head, head_dim) → (n, token)."""
     scores = torch.einsum("nhd,nthd->nht", query, keys) * scale
     return scores.softmax(dim=-1).mean(dim=1)
 
 
 def mean_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Mean of all tokens' attention to each token, twice (n, token, head, head_dim) → (n, token).
+    """Compute the mean of all tokens' attention to each token: twice (n, token, head, head_dim) → (n, token).
 
-    Exact, a block of queries at a time.
+    The mean is exact. It is summed over blocks of queries.
     """
     total = keys.new_zeros(keys.shape[:2])
     for some in queries.split(_QUERIES_AT_ONCE, dim=1):

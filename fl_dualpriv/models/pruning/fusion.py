@@ -1,6 +1,6 @@
 """Fuse the tokens that are not kept: clusters around centres (as published), or one attention-weighted token (EViT).
 
-Every form is a matrix of mixing weights, (fused, rest) for each image, times the tokens that are left.
+Every form multiplies a matrix of mixing weights, (fused, rest) for each image, by the tokens that are not kept.
 """
 
 import hashlib
@@ -13,22 +13,22 @@ from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey, gaussian_noise
 
 
 def cluster_weights(keys: Tensor, n_fused: int, merge: Literal["average", "sum"]) -> Tensor:
-    """Mixing weights of clusters around every ``floor(rest / n_fused)``-th token.
+    """Compute mixing weights of clusters around every ``floor(rest / n_fused)``-th token.
 
-    Every other token joins the centre whose key has the largest cosine similarity with its own. ``sum``, as published,
-    is centre + mean of its members: about twice as long as a token if they are alike. ``average`` is the mean of the
-    cluster with its centre.
+    Every other token joins the centre whose key has the largest cosine similarity with its own key. ``sum``, as
+    published, is the centre plus the mean of its members: about twice as long as a token if they are alike. ``average``
+    is the mean of the cluster, centre included.
 
     Guarantee:
-        Per image: row i of the result depends on row i of ``keys`` alone.
+        Per image: row i of the result depends only on row i of ``keys``.
 
     Args:
-        keys: (n, rest, head_dim), the attention's keys averaged over heads.
+        keys: Keys of the attention averaged over heads, (n, rest, head_dim).
         n_fused: Number of centres k, 1 to ``rest``.
-        merge: As above.
+        merge: ``sum`` or ``average``, see above.
 
     Returns:
-        (n, k, rest), float32.
+        Mixing weights (n, k, rest), float32.
 
     Reference:
         Dual-Priv (arXiv:2506.07077), Mechanism 1: c_i = v_center,i + 1/|C_i| Σ v_j; centres and keys as in VisionZip
@@ -37,7 +37,7 @@ def cluster_weights(keys: Tensor, n_fused: int, merge: Literal["average", "sum"]
     centres = torch.arange(n_fused, device=keys.device) * (keys.shape[1] // n_fused)
     unit = nn.functional.normalize(keys.float(), dim=-1)
     nearest = (unit @ unit[:, centres].mT).argmax(dim=-1)
-    nearest[:, centres] = torch.arange(n_fused, device=keys.device)  # a centre stays with itself, whatever its twin
+    nearest[:, centres] = torch.arange(n_fused, device=keys.device)  # even if another centre has an equal key
     cluster = nn.functional.one_hot(nearest, n_fused).mT.float()
     if merge == "average":
         return cluster / cluster.sum(dim=-1, keepdim=True)
@@ -47,48 +47,48 @@ def cluster_weights(keys: Tensor, n_fused: int, merge: Literal["average", "sum"]
 
 
 def attention_weights(attention: Tensor) -> Tensor:
-    """Mixing weights of one fused token, each token's share of the attention that the rest gets.
+    """Compute mixing weights of one fused token: each token's share of the attention to the rest.
 
     Args:
-        attention: (n, rest), not negative.
+        attention: Attention to each token of the rest, (n, rest), not negative.
 
     Returns:
-        (n, 1, rest); each row sums to 1.
+        Mixing weights (n, 1, rest); each row sums to 1.
 
     Reference:
         EViT, Liang et al. 2022, arXiv:2202.07800.
     """
     total = attention.sum(dim=1, keepdim=True)
-    # Attention can underflow to zero for every token that is left; a plain mean is then the limit.
+    # Attention can underflow to zero for every token of the rest. The limit is then a plain mean.
     equal = torch.full_like(attention, 1 / max(1, attention.shape[1]))
     return torch.where(total == 0, equal, attention / total).unsqueeze(1)
 
 
 def mix(weights: Tensor, tokens: Tensor) -> Tensor:
-    """Weights (n, fused, rest) and tokens (n, rest, dim) → (n, fused, dim), summed in float32 at least."""
+    """Mix tokens: weights (n, fused, rest) and tokens (n, rest, dim) → (n, fused, dim), summed at least in float32."""
     fused = [(row.unsqueeze(-1) * tokens).sum(dim=1) for row in weights.unbind(dim=1)]
     return torch.stack(fused, dim=1).to(tokens.dtype)
 
 
 def fusion_noise(images: Tensor, shape: tuple[int, int], std: float, seed: int) -> Tensor:
-    """The paper's "heuristic" noise on fused tokens. It has NO ε: nothing accounts for it, and nothing may.
+    """Draw the paper's "heuristic" noise on fused tokens. It has NO ε: no code accounts for it, and none may.
 
-    Each image has a stream of its own, keyed by the seed and a hash of its own pixels. Noise from the operating system
-    would make cached features depend on who computed them first and would protect no more. The pixels are hashed and
-    not the tokens, for tokens round differently in batches of another size.
+    Each image has a separate stream, keyed by the seed and a hash of the image's pixels. Noise from the operating
+    system would make cached features depend on the process that computed them first, and would not protect more. The
+    pixels are hashed and not the tokens, because tokens round differently in batches of another size.
 
     Guarantee:
-        None of privacy. Row i depends on image i, ``std`` and ``seed`` alone, so the map from a record to its features
-        stays a map of single records, and whatever DP mechanism follows keeps its ε.
+        No privacy guarantee. Row i depends only on image i, ``std`` and ``seed``. The map from a record to its features
+        therefore stays a map of single records, and every DP mechanism that follows keeps its ε.
 
     Args:
-        images: Preprocessed, (n, 3, height, width).
-        shape: (fused, dim) of an image's noise.
+        images: Preprocessed images, (n, 3, height, width).
+        shape: Shape of an image's noise, (fused, dim).
         std: Standard deviation in the units of the tokens.
-        seed: Of the run.
+        seed: Seed of the run.
 
     Returns:
-        (n, fused, dim), float64 on the CPU.
+        Noise (n, fused, dim), float64 on the CPU.
     """
     pixels = images.detach().float().cpu().contiguous().numpy()
     purposes = [f"fusion-noise/{hashlib.sha256(image.tobytes()).hexdigest()}" for image in pixels]

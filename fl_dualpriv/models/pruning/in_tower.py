@@ -1,7 +1,8 @@
-"""Prune patches between two blocks of the image tower of a classifier, which reads what is left.
+"""Prune patches between two blocks of a classifier's image tower; the later blocks read the remaining patches.
 
-The paper prunes behind the tower, for a language model. There a CLIP classifier would not notice: it reads one token of
-the last hidden state. This is the form of EViT (Liang et al. 2022, arXiv:2202.07800), not the paper's own.
+The paper prunes after the tower, for a language model. Pruning there would change nothing for a CLIP classifier, which
+reads one token of the last hidden state. This module uses the form of EViT (Liang et al. 2022, arXiv:2202.07800), not
+the paper's own.
 """
 
 import math
@@ -22,7 +23,8 @@ PatchReading = Literal["token", "isolated"]
 def open_clip_tower(visual: nn.Module) -> ImageTower:
     """Take the image tower of an open_clip model apart: its default ViT, or timm's ``VisionTransformer``.
 
-    Where CLS is what the model reads, it scores the patches; with average or attention pooling all tokens do.
+    If the model reads CLS, the attention from CLS scores the patches. With average or attention pooling, the attention
+    from all tokens does.
 
     Raises:
         ConfigError: If the tower is of another kind.
@@ -71,7 +73,7 @@ def transformers_tower(model: nn.Module) -> ImageTower:
     """Take the image side of a ``CLIPModel`` or ``SiglipModel`` of transformers apart.
 
     Raises:
-        ConfigError: If it is of another kind.
+        ConfigError: If the model is of another kind.
     """
     clip: Any = model
     tower = vision_tower(clip.vision_model)
@@ -81,16 +83,16 @@ def transformers_tower(model: nn.Module) -> ImageTower:
 
 
 def encode_patches(tower: ImageTower, images: Tensor, reading: PatchReading) -> Tensor:
-    """Features of each patch, (n, patch, embed_dim), not normalised.
+    """Compute features of each patch, (n, patch, embed_dim), not normalised.
 
     Guarantee:
-        Per image, as the tower is.
+        Per image, if the tower works per image.
 
     Args:
-        tower: Of a model that reads CLS alone.
-        images: (n, 3, height, width).
-        reading: ``token``: a patch after the last block is read as if it were CLS, with its norm and projection.
-            ``isolated``: CLS is read, after a last block that had this patch alone beside what stands in front.
+        tower: Image tower of a model that reads only CLS.
+        images: Preprocessed images, (n, 3, height, width).
+        reading: ``token``: after the last block, the norm and projection of CLS are applied to the patch.
+            ``isolated``: CLS is read, after a last block whose input has the prefix tokens and only this patch.
     """
     if reading == "token":
         patches = tower.hidden(images, len(tower.blocks))[:, tower.n_prefix :]
@@ -103,29 +105,29 @@ def encode_patches(tower: ImageTower, images: Tensor, reading: PatchReading) -> 
 
 
 def check_prunable(tower: ImageTower, pruner: TokenPruner) -> None:
-    """Raise ConfigError unless the tower is deep enough for ``pruner``, has enough patches, and can be read there."""
+    """Raise ConfigError unless ``tower`` is deep enough, has enough patches and has a readable block for ``pruner``."""
     depth = depth_of(pruner.layer, len(tower.blocks), behind=1)
     read_attention(tower.blocks[depth - 1])
     pruner.n_tokens(tower.n_patches)
 
 
 def encode_pruned(tower: ImageTower, images: Tensor, pruner: TokenPruner) -> Tensor:
-    """Image features with ``pruner`` between two blocks.
+    """Compute image features with ``pruner`` applied between two blocks.
 
     Guarantee:
-        Per image: the values of one image never enter the result of another, if the pruner keeps its promise. With a
-        pruner that keeps every patch this is the model's own arithmetic, step by step.
+        Per image: the values of one image never enter the result of another, if the pruner keeps the guarantee of
+        `TokenPruner`. With a pruner that keeps every patch this is the model's own arithmetic, step by step.
 
     Args:
-        tower: Of the model.
-        images: (n, 3, height, width).
-        pruner: Where and what to prune.
+        tower: Image tower of the model.
+        images: Preprocessed images, (n, 3, height, width).
+        pruner: Pruner of the patches; it also says after which block to prune.
 
     Returns:
         Features (n, embed_dim), not normalised. Tokens carry a gradient; the choice and the weights do not.
 
     Raises:
-        ConfigError: If the tower is not deep enough, or cannot be read.
+        ConfigError: If the tower is not deep enough, or if its attention cannot be read.
     """
     depth = depth_of(pruner.layer, len(tower.blocks), behind=1)
     if pruner.keeps_all(tower.n_patches):

@@ -1,4 +1,4 @@
-"""Visual tokens as the paper prunes them: behind the image tower of a LLaVA-type model, in front of its projector."""
+"""Visual tokens pruned as in the paper: after the image tower of a LLaVA-type model, before its projector."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from fl_dualpriv.models.pruning.towers import ImageTower, vision_tower
 
 
 def n_visual_tokens(vision_model: nn.Module, pruner: TokenPruner) -> int:
-    """Tokens of an image that `pruned_hidden` leaves.
+    """Return the number of tokens that `pruned_hidden` returns for an image.
 
     Raises:
         ConfigError: If the tower cannot be read, lacks the layer, or has too few patches for the pruner.
@@ -18,23 +18,25 @@ def n_visual_tokens(vision_model: nn.Module, pruner: TokenPruner) -> int:
 
 @torch.no_grad()
 def pruned_hidden(vision_model: nn.Module, pixel_values: Tensor, pruner: TokenPruner) -> Tensor:
-    """Patches of a hidden state, pruned and fused; no block behind that state runs.
+    """Compute the patches of a hidden state, pruned and fused; no block after that state runs.
 
-    A LLaVA-type model reads the hidden state that it was trained on (``vision_feature_layer``): ``pruner.layer`` should
-    be that one. Of CLIP, patches are scored by what CLS pays them; of SigLIP, by the mean of what all patches pay.
+    A LLaVA-type model reads the hidden state that it was trained on (``vision_feature_layer``). ``pruner.layer`` should
+    be that state. In CLIP, a patch's score is the attention from CLS. In SigLIP, it is the mean attention from all
+    patches.
 
     Guarantee:
-        Per image: no value of one image enters another's tokens, if the pruner keeps its promise. A map of single
-        records from public weights, so it costs no privacy and gives none: fusion noise, if the pruner adds it, has NO
-        ε. If nothing is pruned the result is exactly ``hidden_states[layer]`` of the model without CLS.
+        Per image: no value of one image enters another's tokens, if the pruner keeps the guarantee of `TokenPruner`.
+        This is a map of single records with public weights, so it costs no privacy and gives none: fusion noise, if the
+        pruner adds it, has NO ε. If nothing is pruned, the result is exactly ``hidden_states[layer]`` of the model
+        without CLS.
 
     Args:
         vision_model: ``CLIPVisionModel`` or ``SiglipVisionModel`` of transformers, in any precision.
-        pixel_values: (n, 3, height, width).
-        pruner: Where and what to prune.
+        pixel_values: Preprocessed images, (n, 3, height, width).
+        pruner: Pruner of the patches; it also names the hidden state.
 
     Returns:
-        (n, K + k, width) in the tower's type; no gradient.
+        Tokens (n, K + k, width) in the tower's type; no gradient.
 
     Raises:
         ConfigError: If the tower cannot be read, lacks the layer, or has too few patches for the pruner.

@@ -1,11 +1,11 @@
-"""Which visual tokens of an image stay: the seam `TokenPruner` and the pruner of Dual-Priv (arXiv:2506.07077).
+"""Selection of an image's visual tokens: the protocol `TokenPruner` and the pruner of Dual-Priv (arXiv:2506.07077).
 
-As published (Mechanism 1) tokens are pruned behind the encoder, for a language model that reads patches:
-``published.py``. A classifier reads one token, so there they are pruned between two blocks of the image tower, in the
-form of EViT (arXiv:2202.07800): ``in_tower.py``. One pruner serves both.
+As published (Mechanism 1), tokens are pruned after the encoder, for a language model that reads patches:
+``published.py``. A classifier reads one token, so its tokens are pruned between two blocks of the image tower, in the
+form of EViT (arXiv:2202.07800): ``in_tower.py``. The same pruner serves both.
 
-What survives is decided inside one image from public frozen weights. It is a map applied to each example by itself, so
-it costs no privacy; it must therefore never look across the batch.
+The pruner chooses the tokens of one image from that image and public frozen weights. It is a map applied to each
+example separately, so it costs no privacy. For the same reason it must never look at other images of the batch.
 """
 
 import math
@@ -23,14 +23,14 @@ OFF = "set pruning.visual-keep-ratio = 1"
 
 
 class TokenPruner(Protocol):
-    """Shortens the patch sequence of each image by itself.
+    """A callable that shortens the patch sequence of each image separately.
 
-    It is given patches alone: CLS, registers and prompt tokens are put back in front by the caller, and cannot be lost.
-    A pruner is hashable, and its ``repr`` says everything that changes a result: it is part of the key of cached
-    features.
+    It gets only the patches. The caller keeps CLS, registers and prompt tokens and puts them back before the patches,
+    so they cannot be lost. A pruner is hashable. Its ``repr`` must name everything that changes a result, because it is
+    part of the key of cached features.
 
-    Guarantee owed by an implementation: row i of the result depends on row i of the arguments alone, and the number of
-    tokens that stay on the number of patches alone.
+    Guarantee that an implementation must give: row i of the result depends only on row i of the arguments, and the
+    number of tokens that stay depends only on the number of patches.
     """
 
     @property
@@ -39,44 +39,45 @@ class TokenPruner(Protocol):
         ...
 
     def n_tokens(self, n_patches: int) -> int:
-        """Tokens that an image of ``n_patches`` patches has afterwards; ConfigError if it cannot be pruned so."""
+        """Return the number of tokens after pruning ``n_patches`` patches; ConfigError if that is impossible."""
         ...
 
     def keeps_all(self, n_patches: int) -> bool:
-        """Whether ``n_patches`` patches stay as they are."""
+        """True if ``n_patches`` patches stay unchanged."""
         ...
 
     def __call__(self, patches: Tensor, attention: Tensor, keys: Tensor, images: Tensor) -> Tensor:
-        """Prune.
+        """Prune the patches.
 
         Args:
-            patches: (n, patch, dim).
-            attention: What each patch is paid, (n, patch); float32, without gradient.
-            keys: Averaged over heads, (n, patch, head_dim); without gradient.
+            patches: Patch tokens, (n, patch, dim).
+            attention: Attention that each patch receives, (n, patch); float32, without gradient.
+            keys: Keys of the patches averaged over heads, (n, patch, head_dim); without gradient.
             images: The preprocessed images, (n, 3, height, width).
 
         Returns:
-            (n, ``n_tokens(patch)``, dim).
+            Tokens (n, ``n_tokens(patch)``, dim).
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisualTokenPruner:
-    """Keep K dominant patches in their order, fuse the others into k contextual tokens behind them.
+    """Pruner that keeps K dominant patches in their order and appends k contextual tokens fused from the others.
 
     Args:
         layer: Index of the hidden state that is pruned, as transformers counts: l >= 1 after l blocks, -1 after all,
             -2 after all but the last.
         keep_ratio: Share of patches kept, in (0, 1]: K = ``ceil(keep_ratio * n_patches)``. Either this or ``dominant``.
-        dominant: K itself, >= 1. K at or above the number of patches keeps all, and then there is nothing to fuse.
-        contextual: k, >= 0; 0 drops what is not kept.
+        dominant: K itself, >= 1. If K is at or above the number of patches, all are kept and there is nothing to fuse.
+        contextual: k, >= 0; 0 drops the patches that are not kept.
         merge: ``average`` or ``sum`` of clusters, see `cluster_weights`; ``attention``: one attention-weighted token.
-        score: What ranks patches. ``random``: one fixed permutation for all images, a function of seed and number of
-            patches; the control. It changes which patches stay, and nothing else.
-        fusion_noise_std: Of the paper's "heuristic" noise on fused tokens, in units of the tokens; 0 switches it off.
-            It has NO ε. An image is noised once and alike in training and in tests, since its features are cached.
-        seed: Of the random control and of the fusion noise.
+        score: Ranking of the patches. ``attention`` ranks by attention. ``random`` is the control: one fixed
+            permutation for all images, a function of seed and number of patches. It changes only which patches stay.
+        fusion_noise_std: Standard deviation of the paper's "heuristic" noise on fused tokens, in units of the tokens;
+            0 switches it off. The noise has NO ε. An image gets the same noise in training and in tests, because its
+            features are cached.
+        seed: Seed of the random control and of the fusion noise.
 
     Raises:
         ConfigError: If an argument is out of range.
@@ -93,18 +94,22 @@ class VisualTokenPruner:
 
     def __post_init__(self) -> None:
         if (self.keep_ratio is None) == (self.dominant is None):
-            raise ConfigError("visual token pruning takes one of keep_ratio and dominant, the number of patches kept")
+            raise ConfigError(
+                "visual token pruning takes exactly one of keep_ratio and dominant, the number of patches kept"
+            )
         if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
             raise ConfigError(f"pruning.visual-keep-ratio = {self.keep_ratio}: must be in (0, 1]; 1 keeps every patch")
         if self.dominant is not None and self.dominant < 1:
             raise ConfigError(f"visual token pruning: dominant = {self.dominant}; at least one patch must stay")
         if self.layer == 0:
             raise ConfigError(
-                "pruning.visual-layer = 0: no block has been there to attend to anything; choose 1 or more, or count "
+                "pruning.visual-layer = 0: before the first block there is no attention; choose 1 or more, or count "
                 "from the end: -2 is after all blocks but the last"
             )
         if self.contextual < 0:
-            raise ConfigError(f"pruning.visual-fused = {self.contextual}: must be at least 0; 0 drops what is not kept")
+            raise ConfigError(
+                f"pruning.visual-fused = {self.contextual}: must be at least 0; 0 drops the patches that are not kept"
+            )
         for key, value, allowed in (
             ("merge", self.merge, ("average", "sum", "attention")),
             ("score", self.score, ("attention", "random")),
@@ -125,7 +130,7 @@ class VisualTokenPruner:
             )
 
     def n_kept(self, n_patches: int) -> int:
-        """K, 1 to ``n_patches``."""
+        """Return K, 1 to ``n_patches``."""
         if self.dominant is not None:
             return min(self.dominant, n_patches)
         assert self.keep_ratio is not None
@@ -133,10 +138,10 @@ class VisualTokenPruner:
         return max(1, math.ceil(round(self.keep_ratio * n_patches, 9)))
 
     def n_tokens(self, n_patches: int) -> int:
-        """See `TokenPruner`: K + k, or all patches if K covers them.
+        """Return the number of tokens after pruning: K + k, or all patches if K covers them; see `TokenPruner`.
 
         Raises:
-            ConfigError: If fewer than k patches are left to fuse, but not none.
+            ConfigError: If at least one patch but fewer than k patches are left to fuse.
         """
         n_kept = self.n_kept(n_patches)
         left = n_patches - n_kept
@@ -151,13 +156,13 @@ class VisualTokenPruner:
         return n_kept + self.contextual
 
     def keeps_all(self, n_patches: int) -> bool:
-        """See `TokenPruner`."""
+        """True if K covers all patches; see `TokenPruner`."""
         return self.n_kept(n_patches) >= n_patches
 
     def __call__(self, patches: Tensor, attention: Tensor, keys: Tensor, images: Tensor) -> Tensor:
-        """See `TokenPruner`: the kept patches in their original order, then the fused tokens.
+        """Return the kept patches in their original order, then the fused tokens; see `TokenPruner`.
 
-        Equal scores keep the earlier patch. The choice and the weights carry no gradient.
+        Of patches with equal scores the earlier one is kept. The choice and the weights carry no gradient.
         """
         n_patches, dim = patches.shape[1:]
         n_tokens, n_kept = self.n_tokens(n_patches), self.n_kept(n_patches)
@@ -190,12 +195,13 @@ class VisualTokenPruner:
 
 
 def depth_of(layer: int, n_blocks: int, *, behind: int) -> int:
-    """Number of blocks in front of a hidden state.
+    """Return the number of blocks before a hidden state.
 
     Args:
-        layer: As transformers counts hidden states: l >= 1 after l blocks, -1 after all of them, -2 after all but one.
-        n_blocks: Of the image tower.
-        behind: Number of blocks that must follow.
+        layer: Index of the hidden state, as transformers counts: l >= 1 after l blocks, -1 after all of them, -2 after
+            all but one.
+        n_blocks: Number of blocks of the image tower.
+        behind: Number of blocks that must follow the hidden state.
 
     Raises:
         ConfigError: If there is no such state, or fewer than ``behind`` blocks follow it.

@@ -1,4 +1,4 @@
-"""Image towers taken apart between their blocks, each with its own modules; no heavy library is imported here."""
+"""Image towers taken apart between their blocks; they use the model's own modules. Imports no heavy library."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from fl_dualpriv.models.pruning.tokens import OFF, TokenPruner
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTower:
-    """An image tower: ``finish(blocks(embed(images)))`` is what the model makes of images.
+    """An image tower in parts: ``finish(blocks(embed(images)))`` equals the output of the model for images.
 
     Attributes:
-        embed: Images (n, 3, height, width) → (n, prefix + patch, dim), as the first block reads them.
-        blocks: In their order.
-        step: Runs one of them.
-        finish: (n, prefix + any number, dim) after the last block → what the model returns.
-        n_prefix: Tokens in front that are no patches: CLS first, if there is one, registers, prompts.
-        image_size: What the model reads, (height, width).
-        n_patches: Of such an image.
-        reads_cls: Whether ``finish`` reads CLS alone; see `importance`.
+        embed: Map from images (n, 3, height, width) to the input of the first block, (n, prefix + patch, dim).
+        blocks: Blocks in the order in which they run.
+        step: Function that runs one block on tokens.
+        finish: Map from tokens after the last block, (n, prefix + any number, dim), to the model's output.
+        n_prefix: Number of tokens before the patches: CLS first, if there is one, then registers and prompts.
+        image_size: Size of the images that the model reads, (height, width).
+        n_patches: Number of patches of such an image.
+        reads_cls: True if ``finish`` reads only CLS; see `importance`.
     """
 
     embed: Callable[[Tensor], Tensor]
@@ -37,10 +37,10 @@ class ImageTower:
     reads_cls: bool
 
     def hidden(self, images: Tensor, depth: int) -> Tensor:
-        """Tokens after ``depth`` blocks, (n, prefix + patch, dim).
+        """Compute the tokens after ``depth`` blocks, (n, prefix + patch, dim).
 
         Raises:
-            ConfigError: If the images have another size than the model reads.
+            ConfigError: If the images do not have the size that the model reads.
         """
         if (found := tuple(images.shape[-2:])) != self.image_size:
             raise ConfigError(
@@ -53,10 +53,10 @@ class ImageTower:
         return tokens
 
     def pruned(self, images: Tensor, depth: int, pruner: TokenPruner) -> Tensor:
-        """Tokens after ``depth`` blocks, pruned by the last of them, (n, prefix + fewer, dim).
+        """Compute the tokens after ``depth`` blocks, pruned by the attention of the last one, (n, prefix + fewer, dim).
 
         Guarantee:
-            Per image, if the pruner keeps its promise. What stands in front of the patches stays as it is.
+            Per image, if the pruner keeps the guarantee of `TokenPruner`. The tokens before the patches do not change.
         """
         before, block = self.hidden(images, depth - 1), self.blocks[depth - 1]
         attention, keys = importance(read_attention(block), before, self.n_prefix, reads_cls=self.reads_cls)
@@ -66,7 +66,7 @@ class ImageTower:
 
 
 def vision_tower(vision_model: nn.Module) -> ImageTower:
-    """Take a ``CLIPVisionModel`` or ``SiglipVisionModel`` of transformers apart; ``finish`` gives its pooled output.
+    """Take a ``CLIPVisionModel`` or ``SiglipVisionModel`` apart; ``finish`` returns the pooled output of transformers.
 
     Raises:
         ConfigError: If the model is of another kind.

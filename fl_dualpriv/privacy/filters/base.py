@@ -1,4 +1,4 @@
-"""The protocol of privacy filters, and the parts that all of them share. Each filter has its own file."""
+"""The protocol of privacy filters, and the helpers that all of them share. Each filter has its own file."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -12,7 +12,7 @@ _EXACT_RELEASES = 10_000
 
 
 class PrivacyFilter(Protocol):
-    """One rule. Numbers are of one unit's data: one record of a client, or one client.
+    """One rule. All numbers concern the data of one unit: one record of a client, or one client.
 
     Guarantee:
         If `check` admitted every event of a ledger before its releases, everything in the ledger together is (ε, δ)-DP
@@ -29,41 +29,41 @@ class PrivacyFilter(Protocol):
         """Refuse the event if the rule does not admit it; nothing is written.
 
         Args:
-            made: The ledger's content.
-            plan: The whole plan of the event's run.
-            event: The releases that are asked for.
+            made: Content of the ledger.
+            plan: Whole plan of the event's run.
+            event: Requested releases.
 
         Raises:
-            PrivacyError: With what is left, and what it buys.
+            PrivacyError: If the rule does not admit the event. The message states the rest and what it buys.
         """
         ...
 
     def affordable(self, made: LedgerContent, sampling_rate: float, noise_multiplier: float) -> int:
-        """The number of releases on these terms, in one further run, that the rule would still admit."""
+        """Return the number of releases on these terms, in one further run, that the rule would still admit."""
         ...
 
     def share(self, made: LedgerContent) -> float:
-        """The part of the budget that is spent: 1 and more if nothing is left, infinite if the ledger is closed."""
+        """Return the spent part of the budget: 1 or more if nothing is left, infinite if the ledger is closed."""
         ...
 
     def balance(self, made: LedgerContent) -> str:
-        """What is spent and what is left, in words."""
+        """Describe in words how much is spent and how much is left."""
         ...
 
     def claim(self) -> str:
-        """The guarantee, in words."""
+        """Describe the guarantee in words."""
         ...
 
 
 def header_of(budget: Budget, numbers: dict[str, object]) -> dict[str, object]:
-    """The header of a filter: its name, ε, δ, and its own numbers."""
+    """Return the header of a filter: its name, ε, δ, and its own numbers."""
     return {"filter": budget.filter.name, "epsilon": budget.epsilon, "delta": budget.delta, **numbers}
 
 
 def largest(fits: Callable[[int], bool]) -> int:
-    """The largest number that fits, where every smaller one does; 0 if 1 does not.
+    """Return the largest number that fits, if every smaller one fits; 0 if 1 does not fit.
 
-    From `_EXACT_RELEASES` on it may be too small by a thousandth: each trial of a large number takes a while.
+    From `_EXACT_RELEASES` on the result may be too small by a thousandth, because each trial of a large number is slow.
     """
     if not fits(1):
         return 0
@@ -79,13 +79,13 @@ def largest(fits: Callable[[int], bool]) -> int:
 def most_releases(
     charges: Callable[[int], tuple[SampledGaussians, ...]], delta: float, about: float, fits: Callable[[float], bool]
 ) -> int:
-    """The `largest` number of releases whose ε fits; a quick bound on ε is tried before the exact one.
+    """Return the `largest` number of releases whose ε fits; a quick bound on ε is tried before the exact one.
 
     Args:
-        charges: From a number of releases to what is charged.
+        charges: Function from a number of releases to the charged releases.
         delta: δ.
-        about: The ε that may fit at most, or a guess.
-        fits: Whether an ε fits.
+        about: Largest ε that may fit, or a guess of it.
+        fits: Function that returns True if an ε fits.
     """
 
     def is_within(releases: int) -> bool:
@@ -96,17 +96,17 @@ def most_releases(
 
 
 def rest_buys(chosen: PrivacyFilter, made: LedgerContent, plan: ReservedPlan) -> str:
-    """What is left, as a number of releases on the terms of a plan, for a refusal."""
+    """Describe the rest of the budget as a number of releases on the terms of a plan, for a refusal."""
     most = chosen.affordable(made, plan.sampling_rate, plan.noise_multiplier)
     terms = f"q = {plan.sampling_rate:g} and z = {plan.noise_multiplier:g}"
     return f"The rest buys {most} releases at {terms}" if most else f"The rest buys no release at {terms}"
 
 
 def plan_words(plan: ReservedPlan) -> str:
-    """A plan in words."""
+    """Describe a plan in words."""
     return f"{plan.releases} releases at q = {plan.sampling_rate:g} and z = {plan.noise_multiplier:g}"
 
 
 def budget_words(budget: Budget) -> str:
-    """A budget in words, for a refusal."""
+    """Describe a budget in words, for a refusal."""
     return f"the budget of this node's data is ε = {budget.epsilon:g} at δ = {budget.delta:g}"

@@ -1,7 +1,7 @@
-"""What the owner of some data allows to be released about one record of it, ever, and the terms on which.
+"""The owner's lifetime budget: all that may ever be released about one record of the owner's data, and on which terms.
 
-A plan (`privacy.plan`) is what a run promises; in Flower whoever submits the run writes it. A budget is the owner's:
-it lies beside the data, and no message or run configuration can change it.
+A plan (`privacy.plan`) is the promise of a run; in Flower the user who submits the run writes it. A budget belongs to
+the owner: it lies beside the data, and no message or run configuration can change it.
 """
 
 from dataclasses import dataclass
@@ -20,16 +20,18 @@ class FilterChoice:
     """The rule that admits releases to a ledger for its whole life, and its public numbers; see `privacy.filters`.
 
     Attributes:
-        name: ``reserve``: the whole plan of each run is charged before its first release. ``renyi``: the releases'
-            Rényi divergences at one fixed order add up. ``worst-terms``: each release is charged at the owner's
-            largest q and smallest z.
-        expected_runs: ``reserve``: the number of runs among which δ is divided, and the most that are admitted.
-        composition: ``reserve``: how plans add up. ``sum``, or ``advanced``, which needs ``delta_prime``.
+        name: Name of the rule. ``reserve``: the whole plan of each run is charged before its first release. ``renyi``:
+            the releases' Rényi divergences at one fixed order add up. ``worst-terms``: each release is charged at the
+            owner's largest q and smallest z.
+        expected_runs: ``reserve``: the number of runs among which δ is divided, and the largest number of admitted
+            runs.
+        composition: ``reserve``: the way in which plans add up, ``sum`` or ``advanced``. The latter needs
+            ``delta_prime``.
         delta_prime: ``advanced``: the part of δ that the composition itself costs; 0 with ``sum``.
-        max_run_epsilon: ``reserve``: the most that the plan of one run may cost, and the charge of a damaged line.
-            None: one run may take all that is left, and a damaged line closes the ledger.
-        max_round_releases: The most releases of one round, which is one line of the ledger. A damaged line is charged
-            as so many, at the owner's worst terms.
+        max_run_epsilon: ``reserve``: the largest cost of the plan of one run, and the charge of a damaged line. None:
+            one run may take all that is left, and a damaged line closes the ledger.
+        max_round_releases: Largest number of releases of one round, which is one line of the ledger. A damaged line is
+            charged as that many releases, at the owner's worst terms.
         expected_sampling_rate: ``renyi``: q of the runs that the owner expects, from which the order follows. None: the
             largest q that is allowed.
         expected_noise_multiplier: ``renyi``: z of these runs. None: the smallest z that is allowed.
@@ -55,17 +57,18 @@ class Budget:
     """Limits for one client's data at the record level.
 
     Attributes:
-        epsilon: Bound on ε of everything that is ever released, over all runs and servers, > 0. It holds whatever terms
-            a server chooses after seeing earlier releases.
-        delta: δ at which it is stated, in (0, 1).
+        epsilon: Bound on ε of everything that is ever released, over all runs and servers, > 0. It holds for any terms
+            that a server chooses after seeing earlier releases.
+        delta: δ at which ``epsilon`` is stated, in (0, 1).
         max_sampling_rate: Largest q of a step.
-        min_noise_multiplier: Least z of a step.
+        min_noise_multiplier: Smallest z of a step.
         max_clip_norm: Largest C of a step.
-        trusts_server: Whether a clean clipped sum may go to the server.
-        scores: Whether accuracies on the held-out images may leave; say true only if those images are public.
-        seeded_noise: Whether noise may come from a seed that others know, which protects nobody: for tests.
-        integer_arithmetic: Whether sums and noise must be exact integers; else a run chooses, and may take floats.
-        filter: The rule that holds ``epsilon``; it is fixed when the ledger begins.
+        trusts_server: True if a clean clipped sum may go to the server.
+        scores: True if accuracies on the held-out images may leave. Set it only if those images are public.
+        seeded_noise: True if noise may come from a seed that others know. Such noise protects no record; it is for
+            tests.
+        integer_arithmetic: True if sums and noise must be exact integers. Otherwise a run chooses, and may take floats.
+        filter: The rule that enforces ``epsilon``; it is fixed when the ledger begins.
     """
 
     epsilon: float
@@ -80,14 +83,14 @@ class Budget:
     filter: FilterChoice = FilterChoice()
 
     def check_plan(self, plan: "RecordLevelPlan | None", *, reproducible: bool) -> None:
-        """Refuse a run whose steps are not on the owner's terms.
+        """Refuse a run whose steps do not satisfy the owner's terms.
 
         Args:
-            plan: What the run's configuration promises; None: it would train without record-level privacy.
-            reproducible: Whether its noise comes from a seed.
+            plan: Plan in the run's configuration. None if the run would train without record-level privacy.
+            reproducible: True if the noise of the run comes from a seed.
 
         Raises:
-            PrivacyError: With everything that is wrong.
+            PrivacyError: If a term is not allowed. The message lists all problems.
         """
         if plan is None:
             raise PrivacyError(
@@ -109,5 +112,5 @@ class Budget:
             problems.append('noise from a seed (privacy.randomness = "seeded"), never')
         if problems:
             raise PrivacyError(
-                "the run is outside of what the owner of this node allows: " + "; ".join(problems) + "; it is refused"
+                "the run breaks the limits of the owner of this node: " + "; ".join(problems) + "; it is refused"
             )

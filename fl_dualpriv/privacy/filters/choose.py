@@ -1,9 +1,9 @@
-"""Privacy filters: the rules by which a lifetime budget admits releases, and the one way to spend it.
+"""Choice of the privacy filter, and the only functions that spend a lifetime budget.
 
-A server or a person may choose the terms (q, z, steps) of a run after seeing what earlier runs released. The ε of the
-terms that happened, composed afterwards, is no bound then: a server that stops where its luck was good, and goes on
-where it was not, leaks more than δ says (arXiv:2602.15815). Each rule here is proved for such choices. A ledger has one
-rule for its whole life, which stands in its first line.
+A server or a person may choose the terms (q, z, steps) of a run after seeing the releases of earlier runs. The ε of the
+terms that occurred, composed afterwards, is then no bound: a server that stops after lucky releases, and continues
+after others, leaks more than δ says (arXiv:2602.15815). Each rule here is proved for such choices. A ledger has one
+rule for its whole life, and the header of the ledger names it.
 """
 
 import functools
@@ -19,7 +19,7 @@ from fl_dualpriv.privacy.ledger import Ledger, LedgerContent, LedgerEvent, Reser
 
 
 def filter_of(budget: Budget) -> PrivacyFilter:
-    """The filter that the owner's file names."""
+    """Return the filter that the owner's file names."""
     return _filter(budget)
 
 
@@ -35,14 +35,14 @@ def _filter(budget: Budget) -> PrivacyFilter:
 
 
 def check_header(made: LedgerContent, now: Mapping[str, object]) -> None:
-    """Refuse a ledger that another filter, or the same one with other numbers, has begun.
+    """Refuse a ledger that another filter, or the same filter with other numbers, has begun.
 
     Guarantee:
         The rule that admits a release is the one that admitted all earlier releases. Its numbers come from the owner's
         file; the header only confirms them.
 
     Raises:
-        PrivacyError: If a header differs, with what differs.
+        PrivacyError: If a header differs. The message names the differences.
     """
     for header in made.headers:
         if differences := [
@@ -58,7 +58,7 @@ def check_header(made: LedgerContent, now: Mapping[str, object]) -> None:
 
 
 def spend(ledger: Ledger, chosen: PrivacyFilter, plan: ReservedPlan, event: LedgerEvent) -> None:
-    """Admit an event by a filter and write it: the one way to spend a lifetime budget.
+    """Admit an event by a filter and write it. This is the only way to spend a lifetime budget.
 
     Guarantee:
         When this returns, the header, the run's plan where plans are reserved, and the event are on disk in this
@@ -66,10 +66,10 @@ def spend(ledger: Ledger, chosen: PrivacyFilter, plan: ReservedPlan, event: Ledg
         The caller holds the ledger (`Ledger.exclusive`).
 
     Args:
-        ledger: Of one unit's data.
-        chosen: The filter.
-        plan: The whole plan of the event's run.
-        event: Releases of one round, of this plan.
+        ledger: Ledger of one unit's data.
+        chosen: Filter of the ledger.
+        plan: Whole plan of the event's run.
+        event: Releases of one round of this plan.
 
     Raises:
         PrivacyError: If the filter does not admit the event, or is not the ledger's.
@@ -86,11 +86,11 @@ def spend(ledger: Ledger, chosen: PrivacyFilter, plan: ReservedPlan, event: Ledg
 
 
 def spend_budget(ledger: Ledger, budget: Budget, plan: ReservedPlan, event: LedgerEvent) -> None:
-    """`spend` by the filter of an owner's budget.
+    """Admit and write an event, as `spend` does, by the filter of an owner's budget.
 
     Raises:
-        PrivacyError: As `spend`, and if a round has more releases than the owner admits in one line of the ledger.
-        OSError: As `spend`.
+        PrivacyError: As in `spend`, and if a round has more releases than the owner admits in one line of the ledger.
+        OSError: As in `spend`.
     """
     most = budget.filter.max_round_releases
     if event.releases > most:

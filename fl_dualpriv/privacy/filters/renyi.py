@@ -1,4 +1,4 @@
-"""The filter ``renyi``: Rényi divergences at one fixed order add up."""
+"""The filter ``renyi``, which adds up Rényi divergences at one fixed order."""
 
 import functools
 import math
@@ -11,7 +11,7 @@ from fl_dualpriv.privacy.filters.budget import Budget
 from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent, ReservedPlan
 
 RENYI_ORDERS = (*(2 + i / 4 for i in range(33)), *range(11, 65), 80, 96, 128, 192, 256)
-"""The candidates from which `best_order` takes one, before the first release."""
+"""Candidate orders: `best_order` chooses one of them before the first release."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,11 @@ class RenyiFilter:
     """``renyi``: the Rényi divergences of all releases, at one order, stay within that order's bound for (ε, δ).
 
     Guarantee:
-        As `PrivacyFilter`. The sum of adaptively chosen Rényi divergences at a *fixed* order that never passes ρ gives
-        divergence ρ of everything (Feldman and Zrnic 2021, arXiv:2008.11193, Theorem 3.1), interleaved runs too (Haney
-        et al. 2023, arXiv:2309.05901), and ρ is the largest that implies (ε, δ) (`renyi_bound`). The order is a
-        function of the owner's file only: the best order of the releases that happened would be chosen by them.
+        As in `PrivacyFilter`. If the sum of adaptively chosen Rényi divergences at a *fixed* order never exceeds ρ,
+        then everything together has divergence ρ (Feldman and Zrnic 2021, arXiv:2008.11193, Theorem 3.1). This holds
+        for interleaved runs too (Haney et al. 2023, arXiv:2309.05901). ρ is the largest divergence that implies (ε, δ)
+        (`renyi_bound`). The order is a function of the owner's file only: the best order for the releases that occurred
+        would depend on these releases.
 
     Args:
         budget: The owner's limits.
@@ -37,16 +38,19 @@ class RenyiFilter:
 
     @property
     def bound(self) -> float:
-        """ρ, the largest divergence at `order` that everything together may have."""
+        """ρ, the largest divergence at `order` that all releases together may have."""
         return renyi_bound(self.budget.epsilon, self.budget.delta, self.order)
 
     @property
     def header(self) -> dict[str, object]:
-        """As `PrivacyFilter.header`."""
+        """See `PrivacyFilter.header`."""
         return header_of(self.budget, {"order": self.order})
 
     def spent(self, made: LedgerContent) -> float:
-        """Divergence of everything in the ledger; a damaged line is charged as the largest round at worst terms."""
+        """Return the divergence of everything in the ledger.
+
+        A damaged line is charged as the largest round at the worst terms.
+        """
         total = math.fsum(self._cost(e.releases, e.sampling_rate, e.noise_multiplier) for e in made.events)
         budget = self.budget
         if not made.damaged:
@@ -60,7 +64,7 @@ class RenyiFilter:
         return releases * renyi_divergence(sampling_rate, noise_multiplier, self.order)
 
     def check(self, made: LedgerContent, plan: ReservedPlan, event: LedgerEvent) -> None:
-        """As `PrivacyFilter.check`."""
+        """See `PrivacyFilter.check`."""
         cost = self._cost(event.releases, event.sampling_rate, event.noise_multiplier)
         if not self.spent(made) + cost <= self.bound:
             raise PrivacyError(
@@ -70,16 +74,16 @@ class RenyiFilter:
             )
 
     def affordable(self, made: LedgerContent, sampling_rate: float, noise_multiplier: float) -> int:
-        """As `PrivacyFilter.affordable`."""
+        """See `PrivacyFilter.affordable`."""
         spent = self.spent(made)
         return largest(lambda releases: spent + self._cost(releases, sampling_rate, noise_multiplier) <= self.bound)
 
     def share(self, made: LedgerContent) -> float:
-        """As `PrivacyFilter.share`."""
+        """See `PrivacyFilter.share`."""
         return self.spent(made) / self.bound
 
     def balance(self, made: LedgerContent) -> str:
-        """As `PrivacyFilter.balance`."""
+        """See `PrivacyFilter.balance`."""
         spent = self.spent(made)
         if not spent <= self.bound:
             return f"Rényi divergence {spent:.4g} of {self.bound:.4g} at order {self.order:g}: the ledger is closed"
@@ -89,14 +93,15 @@ class RenyiFilter:
         )
 
     def claim(self) -> str:
-        """As `PrivacyFilter.claim`."""
+        """See `PrivacyFilter.claim`."""
         return f"renyi: divergences at the fixed order {self.order:g} add up to at most {self.bound:.4g}"
 
 
 def best_order(budget: Budget) -> float:
-    """The Rényi order that admits the most releases on the terms that the owner expects.
+    """Return the Rényi order that admits the most releases on the terms that the owner expects.
 
-    A function of the owner's file only. How many releases a run has does not matter: divergences add up.
+    The order is a function of the owner's file only. It does not depend on the number of releases, because divergences
+    add up.
 
     Raises:
         PrivacyError: If the owner's file states no terms to expect, or no order admits one release on them.

@@ -1,4 +1,4 @@
-"""The filter ``reserve``: whole plans of runs are charged beforehand."""
+"""The filter ``reserve``, which charges the whole plan of each run beforehand."""
 
 import math
 from collections import Counter
@@ -17,12 +17,12 @@ class ReserveFilter:
     """``reserve``: the whole plan of a run is charged at its PLD before the run's first release, and never refunded.
 
     Guarantee:
-        As `PrivacyFilter`. A plan's terms are fixed before its first release, so the run is an interactive mechanism
+        As in `PrivacyFilter`. A plan's terms are fixed before its first release, so the run is an interactive mechanism
         that is (ε_i, δ_i)-DP by PLD, with δ_i = (δ − δ′) / ``expected_runs``. With ``sum`` the plans that are admitted
         have Σ ε_i ≤ ε and Σ δ_i ≤ δ (Rogers et al. 2016, arXiv:1605.08294). With ``advanced`` they have
         √(2 log(1/δ′) Σ ε_i²) + ½ Σ ε_i² ≤ ε (Whitehouse et al. 2023, arXiv:2203.05481, Theorem 1). Both hold for ε_i
-        chosen from earlier releases, and for runs that interleave (Haney et al. 2023, arXiv:2309.05901). Releases that
-        are made again after a crash count against the plan.
+        that are chosen after earlier releases, and for runs that interleave (Haney et al. 2023, arXiv:2309.05901).
+        Releases that are made again after a crash count against the plan.
 
     Args:
         budget: The owner's limits.
@@ -32,13 +32,13 @@ class ReserveFilter:
 
     @property
     def run_delta(self) -> float:
-        """δ_i, at which the ε of each plan is taken."""
+        """δ_i, the δ at which the ε of each plan is computed."""
         choice = self.budget.filter
         return (self.budget.delta - choice.delta_prime) / choice.expected_runs
 
     @property
     def header(self) -> dict[str, object]:
-        """As `PrivacyFilter.header`."""
+        """See `PrivacyFilter.header`."""
         choice = self.budget.filter
         return header_of(
             self.budget,
@@ -50,16 +50,16 @@ class ReserveFilter:
         )
 
     def cost(self, releases: int, sampling_rate: float, noise_multiplier: float) -> float:
-        """ε_i of a plan."""
+        """Return ε_i of a plan."""
         charge = SampledGaussians(sampling_rate, noise_multiplier, releases)
         return composed_epsilon((charge,), self.run_delta, COARSE_GRID)
 
     def charges(self, made: LedgerContent) -> list[float]:
-        """ε_i of each plan in the ledger, of each run that has events without a plan, and of each damaged line.
+        """Return ε_i of each plan in the ledger, of each run that has events without a plan, and of each damaged line.
 
-        Events without a plan are those of a ledger that is older than its filter. They are charged as one plan a run,
-        at the run's largest q and smallest z. A damaged line may have been a plan, so it is charged as the largest
-        one that the owner admits.
+        Events without a plan occur in a ledger that is older than its filter. They are charged as one plan per run, at
+        the run's largest q and smallest z. A damaged line may have been a plan, so it is charged as the largest plan
+        that the owner admits.
         """
         charges = [self.cost(plan.releases, plan.sampling_rate, plan.noise_multiplier) for plan in made.plans]
         charges += [self.cost(*terms) for terms in _unplanned(made).values()]
@@ -67,7 +67,7 @@ class ReserveFilter:
         return charges + [self.budget.epsilon if largest is None else largest] * made.damaged
 
     def total(self, charges: Sequence[float]) -> float:
-        """ε of some plans together; infinite if there are more than δ was divided for."""
+        """Return ε of some plans together; infinite if there are more plans than parts of δ."""
         choice = self.budget.filter
         if len(charges) > choice.expected_runs:
             return math.inf
@@ -77,13 +77,13 @@ class ReserveFilter:
         return math.sqrt(2 * math.log(1 / choice.delta_prime) * squares) + squares / 2
 
     def check(self, made: LedgerContent, plan: ReservedPlan, event: LedgerEvent) -> None:
-        """As `PrivacyFilter.check`: a new run's plan must fit, and an event must lie within its run's plan."""
+        """Refuse as `PrivacyFilter.check`: a new run's plan must fit, and an event must lie within its run's plan."""
         _check_plan_covers(plan, event)
         known = [reserved for reserved in made.plans if reserved.run == plan.run]
         if known and known != [plan]:
             raise PrivacyError(
-                f"the ledger holds another plan of this run: {plan_words(known[0])}; asked is {plan_words(plan)}: a "
-                "plan is fixed before its first release; the round is refused"
+                f"the ledger holds another plan of this run: {plan_words(known[0])}; requested is {plan_words(plan)}: "
+                "a plan is fixed before its first release; the round is refused"
             )
         after = made if known else _with_plan(made, plan)
         self._check_total(made, after, plan)
@@ -110,7 +110,7 @@ class ReserveFilter:
         )
 
     def affordable(self, made: LedgerContent, sampling_rate: float, noise_multiplier: float) -> int:
-        """As `PrivacyFilter.affordable`."""
+        """See `PrivacyFilter.affordable`."""
         spent, most = self.charges(made), self.budget.filter.max_run_epsilon
 
         def fits(cost: float) -> bool:
@@ -124,12 +124,12 @@ class ReserveFilter:
         )
 
     def share(self, made: LedgerContent) -> float:
-        """As `PrivacyFilter.share`: of ε or of the runs, whichever is larger."""
+        """Return the larger one of the spent shares of ε and of the runs; see `PrivacyFilter.share`."""
         spent = self.charges(made)
         return max(self.total(spent) / self.budget.epsilon, len(spent) / self.budget.filter.expected_runs)
 
     def balance(self, made: LedgerContent) -> str:
-        """As `PrivacyFilter.balance`."""
+        """See `PrivacyFilter.balance`."""
         spent, runs = self.charges(made), self.budget.filter.expected_runs
         if not self.total(spent) < self.budget.epsilon:
             return f"{len(spent)} plans of at most {runs} are charged and nothing is left: the ledger is closed"
@@ -140,7 +140,7 @@ class ReserveFilter:
         )
 
     def claim(self) -> str:
-        """As `PrivacyFilter.claim`."""
+        """See `PrivacyFilter.claim`."""
         choice = self.budget.filter
         how = "added up" if choice.composition == "sum" else f"by advanced composition, δ′ = {choice.delta_prime:g}"
         return (
@@ -156,7 +156,7 @@ def _check_plan_covers(plan: ReservedPlan, event: LedgerEvent) -> None:
     ):
         raise PrivacyError(
             f"a release of kind {event.kind} at q = {event.sampling_rate:g} and z = {event.noise_multiplier:g} is not "
-            f"of the run's plan, {plan_words(plan)}; the round is refused"
+            f"in the run's plan, {plan_words(plan)}; the round is refused"
         )
 
 
@@ -165,7 +165,7 @@ def _with_plan(made: LedgerContent, plan: ReservedPlan) -> LedgerContent:
 
 
 def _unplanned(made: LedgerContent) -> dict[str, tuple[int, float, float]]:
-    """Releases, largest q and smallest z of each run's events that no plan in the ledger covers."""
+    """Return releases, largest q and smallest z of each run's events that no plan in the ledger covers."""
     room = Counter[tuple[str, float, float]]()
     for plan in made.plans:
         room[plan.run, plan.sampling_rate, plan.noise_multiplier] += plan.releases

@@ -1,4 +1,7 @@
-"""The filter ``worst-terms``, and its form for correlated noise at the server: one sequence dominates all others."""
+"""The filter ``worst-terms``, and the rule for correlated noise at the server.
+
+In ``worst-terms`` one fixed sequence of releases dominates all others.
+"""
 
 import functools
 import math
@@ -17,14 +20,14 @@ class WorstTermsFilter:
     """``worst-terms``: every release is charged at the owner's largest q and smallest z, by PLD.
 
     Guarantee:
-        As `PrivacyFilter`. A release at q ≤ q_max and z ≥ z_min is dominated by one at (q_max, z_min): smaller
-        sampling is a mixture with the neighbour, and more noise is post-processing. So everything is dominated by one
-        fixed sequence that a stopping time ends, and its PLD at the largest number of releases bounds it. Releases of
-        another kind are refused, but for those whose worst terms and number are charged beforehand.
+        As in `PrivacyFilter`. A release at q ≤ q_max and z ≥ z_min is dominated by one at (q_max, z_min): a smaller
+        sampling rate is a mixture with the neighbour, and more noise is post-processing. So everything is dominated by
+        one fixed sequence that a stopping time ends, and its PLD at the largest number of releases bounds it. Releases
+        of another kind are refused, except for those whose worst terms and number are charged beforehand.
 
     Args:
         budget: The owner's limits.
-        grid: Of the PLD.
+        grid: Grid step of the PLD.
     """
 
     budget: Budget
@@ -32,7 +35,7 @@ class WorstTermsFilter:
 
     @property
     def header(self) -> dict[str, object]:
-        """As `PrivacyFilter.header`."""
+        """See `PrivacyFilter.header`."""
         budget, choice = self.budget, self.budget.filter
         return header_of(
             budget,
@@ -45,7 +48,7 @@ class WorstTermsFilter:
         )
 
     def epsilon(self, releases: int) -> float:
-        """ε of so many releases at the worst terms, with those that are charged beforehand."""
+        """Return ε of ``releases`` releases at the worst terms, together with those that are charged beforehand."""
         return composed_epsilon(self._charges(releases), self.budget.delta, self.grid)
 
     def _charges(self, releases: int) -> tuple[SampledGaussians, ...]:
@@ -57,16 +60,19 @@ class WorstTermsFilter:
         return tuple(charges)
 
     def fits(self, releases: int) -> bool:
-        """Whether ε of so many releases stays within the budget."""
+        """Return True if ε of ``releases`` releases at the worst terms stays within the budget."""
         return self.epsilon(releases) <= self.budget.epsilon
 
     def epsilon_with(self, made: LedgerContent, further: Sequence[LedgerEvent]) -> float:
-        """ε by this rule of a ledger and of further events; infinite if one lies outside the terms."""
+        """Return ε of a ledger and of further events by this rule; infinite if one lies outside the worst terms."""
         spent = self.spent(replace(made, events=(*made.events, *further)))
         return self.epsilon(int(spent)) if math.isfinite(spent) else math.inf
 
     def spent(self, made: LedgerContent) -> float:
-        """Releases in the ledger, a damaged line as the largest round; infinite if one lies outside the terms."""
+        """Count the releases in the ledger, a damaged line as the largest round.
+
+        The result is infinite if an event lies outside the worst terms.
+        """
         if any(self._outside(event) for event in made.events) or self._correlated(made) > self._most_correlated:
             return math.inf
         plain = sum(event.releases for event in made.events if event.kind == "gaussian")
@@ -80,7 +86,7 @@ class WorstTermsFilter:
         return sum(event.releases for event in made.events if event.kind == "correlated")
 
     def _outside(self, event: LedgerEvent) -> str:
-        """Why an event is not dominated by the worst terms; empty if it is."""
+        """Return the reason why the worst terms do not dominate an event; empty if they do."""
         budget = self.budget
         if event.kind == "correlated":
             least = budget.filter.min_correlated_noise_multiplier
@@ -94,7 +100,7 @@ class WorstTermsFilter:
         return ""
 
     def check(self, made: LedgerContent, plan: ReservedPlan, event: LedgerEvent) -> None:
-        """As `PrivacyFilter.check`."""
+        """See `PrivacyFilter.check`."""
         if outside := self._outside(event):
             raise PrivacyError(f"outside the worst terms of the owner's file: {outside}; the round is refused")
         if event.kind == "correlated":
@@ -112,29 +118,29 @@ class WorstTermsFilter:
 
     @functools.cached_property
     def most(self) -> int:
-        """The largest number of releases that fits."""
+        """Largest number of releases that fits."""
         if self.grid != COARSE_GRID:
             return largest(self.fits)
         return most_releases(self._charges, self.budget.delta, self.budget.epsilon, lambda x: x <= self.budget.epsilon)
 
     def affordable(self, made: LedgerContent, sampling_rate: float, noise_multiplier: float) -> int:
-        """As `PrivacyFilter.affordable`; the same for all terms within the worst."""
+        """See `PrivacyFilter.affordable`; the result is the same for all terms within the worst terms."""
         within = sampling_rate <= self.budget.max_sampling_rate and noise_multiplier >= self.budget.min_noise_multiplier
         return max(0, self.most - int(self.spent(made))) if within and self._open(made) else 0
 
     def share(self, made: LedgerContent) -> float:
-        """As `PrivacyFilter.share`."""
+        """See `PrivacyFilter.share`."""
         return self.spent(made) / self.most if self.most else math.inf
 
     def balance(self, made: LedgerContent) -> str:
-        """As `PrivacyFilter.balance`."""
+        """See `PrivacyFilter.balance`."""
         if not self._open(made):
             return "the ledger holds releases outside the worst terms: it is closed"
         spent = int(self.spent(made))
         return f"{spent} of {self.most} releases at the worst terms are spent, {max(0, self.most - spent)} are left"
 
     def claim(self) -> str:
-        """As `PrivacyFilter.claim`."""
+        """See `PrivacyFilter.claim`."""
         budget = self.budget
         return (
             f"worst-terms: at most {self.most} releases, each charged at q = {budget.max_sampling_rate:g} and z = "
@@ -144,7 +150,7 @@ class WorstTermsFilter:
 
 @dataclass(frozen=True)
 class GaussianSumFilter:
-    """Rule of a server's ledger of correlated noise: inverse squares of unsampled Gaussian releases add up.
+    """Rule for a server's ledger of correlated noise: inverse squares of unsampled Gaussian releases add up.
 
     Guarantee:
         Unsampled Gaussian releases whose multipliers are chosen adaptively, with Σ z⁻² never above μ², are together
@@ -153,7 +159,7 @@ class GaussianSumFilter:
 
     Args:
         budget: ε and δ.
-        worst: The charge of a damaged line: the dearest round of the run.
+        worst: Charge of a damaged line, which is the charge of the dearest round of the run.
     """
 
     budget: Budget
@@ -161,11 +167,11 @@ class GaussianSumFilter:
 
     @property
     def header(self) -> dict[str, object]:
-        """As `PrivacyFilter.header`."""
+        """See `PrivacyFilter.header`."""
         return {"filter": "gaussian-sum", "epsilon": self.budget.epsilon, "delta": self.budget.delta}
 
     def epsilon_with(self, made: LedgerContent, further: Sequence[LedgerEvent]) -> float:
-        """ε by this rule of a ledger and of further events; infinite if one is sampled."""
+        """Return ε of a ledger and of further events by this rule; infinite if one of them is sampled."""
         events = [*made.events, *further]
         if any(event.sampling_rate != 1 for event in events):
             return math.inf
