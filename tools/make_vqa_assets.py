@@ -81,26 +81,27 @@ class Muon(torch.optim.Optimizer):
                 p.add_(x, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
 
 
-PROVENANCE = """# Where the question-answering demo's files come from
+PROVENANCE = """# Origin of the question-answering demo's files
 
-- **Pictures and questions** (`sheets.npz`, `questions.json`), and what the model was trained on: easy-VQA 1.0 by Victor
+- **Pictures and questions** (`sheets.npz`, `questions.json`) and the model's training data: easy-VQA 1.0 by Victor
   Zhou, <https://github.com/vzhou842/easy-VQA>, as in the wheel `easy-vqa` 1.0 of the Python package index. MIT License,
   Copyright (c) 2019 Victor Zhou: `LICENSE-easy-vqa`. Changed: pictures made 48 x 48, shapes kept in sixteen steps of
-  coverage, put on sheets of four, colours exchanged by a fixed rule (*dyed*); 4.2 % of the pictures left out, of which
-  no question gives the shape away. Questions and answers are easy-VQA's own, word for word;
-  of those answered by yes or no as many of either are kept.
+  coverage, put on sheets of four, colours exchanged by a fixed rule (*dyed*). 4.2 % of the pictures are left out,
+  because none of their questions reveals the shape. Questions and answers are easy-VQA's own, word for word. Of the
+  questions answered by yes or no, equally many with each answer are kept.
 - **Weights** (`model.safetensors`) and **tokenizer**: transformers' LLaVA architecture, trained from random weights by
   `tools/make_vqa_assets.py` on 1,350 other pictures of easy-VQA's training set, painted in random colours, with
-  questions made from easy-VQA's forms. No picture of `sheets.npz` was seen in training. Apache-2.0, as the project.
+  questions made from easy-VQA's forms. No picture of `sheets.npz` was used in training. Apache-2.0, like the project.
 
-**What the private task is.** The model was taught words that name a panel of the sheet and a dye. All private questions
-are about the lower right panel, under the dye *swapped*. The template that prompts start from, *TEMPLATE*,
-names no panel and no dye. The model has met that panel and that dye in its training, under their words,
-*RIGHT*: a learnt prompt finds again, from private questions alone, what those words would say.
-It teaches the model nothing that its weights do not hold. Half of the other panels show a colour and a shape that the
-picture has not, first those that its questions name, so that looking anywhere does no better than a constant answer.
+**The private task.** The model was trained to follow words that name a panel of the sheet and a dye. All private
+questions are about the lower right panel, under the dye *swapped*. A prompt starts from the template
+*TEMPLATE*, which names no panel and no dye. In its training the model met that panel and that dye under
+the words *RIGHT*. A learned prompt finds the meaning of those words again, only from private
+questions. It teaches the model nothing that its weights do not hold. Half of the other panels show a colour, and
+mostly a shape, that the picture does not have, first those that its questions name. Looking anywhere on the sheet, instead of at that
+panel, therefore does no better than a constant answer.
 
-Greedy exact match (%) of the files as they are, the first 200 questions of each type (held-out: 80):
+Greedy exact match (%) of the shipped files on the first 200 questions of each type (held-out: 80):
 
 FIGURES
 
