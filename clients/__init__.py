@@ -1,1 +1,1 @@
-"""The ClientApp, and one local method per file."""
+"""The ClientApp."""

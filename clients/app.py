@@ -16,7 +16,7 @@ app = ClientApp()
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Report the clients of this node and their public numbers of records, after a check of data and model."""
+    """Report the clients of this node and their public record counts, after a check of data and model."""
     from fl_dualpriv import messages
 
     return reply(message, context, lambda node: messages.cards_content(node.cards()))

@@ -1,13 +1,17 @@
-"""Make what a federation needs to know itself: a CA, the server's certificate, and, if wanted, keys for nodes.
+"""Make the certificates of a federation: a CA, the server's certificate, and optional keys for nodes.
 
     python deploy/certificates.py certs --host fl.example.org --host localhost --host 127.0.0.1 [--nodes 3] [--days 365]
 
-The SuperLink's process that runs the server's side of an app connects to 127.0.0.1: the certificate must name it.
-``ca.key`` signs servers: keep it off the server, and off the nodes. ``ca.crt`` goes to every node and to whoever starts
-runs; ``server.pem`` and ``server.key`` to the server. A node's key is best made on the node, so that it never travels:
-``ssh-keygen -t ecdsa -b 384 -N "" -f node.key``; only its ``node.key.pub`` goes to the server, to be registered.
-With ``--nodes`` keys are made here, for a trial. Files that exist are kept: a second call with other hosts makes a new
-server certificate of the same CA once ``server.pem`` and ``server.key`` were removed.
+The SuperLink's process that runs the server's side of an app connects to 127.0.0.1, so the certificate must name this
+address. ``ca.key`` signs server certificates: keep it off the server and off the nodes. Copy ``ca.crt`` to every node
+and to every user who starts runs. Copy ``server.pem`` and ``server.key`` to the server.
+
+It is best to make a node's key on the node, so that it never leaves the node:
+``ssh-keygen -t ecdsa -b 384 -N "" -f node.key``. Only ``node.key.pub`` goes to the server, which registers it. With
+``--nodes`` the script makes keys here, for a trial.
+
+Existing files are kept. To make a new server certificate of the same CA for other hosts, remove ``server.pem`` and
+``server.key`` and call the script again.
 """
 
 import argparse
@@ -30,16 +34,16 @@ def make(folder: Path, hosts: Sequence[str], *, nodes: int = 0, days: int = 365)
     """Write the files that are not there yet.
 
     Args:
-        folder: Made if it does not exist, readable by its owner alone.
-        hosts: Names and addresses under which nodes reach the server; all of them stand in its certificate.
-        nodes: Keys ``node-0.key``, ``node-0.key.pub`` and so on.
-        days: Until the server's certificate expires.
+        folder: Folder for the files. It is made if it does not exist, and only its owner can read it.
+        hosts: Names and addresses under which nodes reach the server. The certificate names all of them.
+        nodes: Number of key pairs ``node-0.key``, ``node-0.key.pub`` and so on.
+        days: Days until the server's certificate expires.
 
     Returns:
-        What was written.
+        The files that were written.
 
     Raises:
-        ValueError: If there is no host, or it is neither a name nor an address.
+        ValueError: If there is no host, or a host is neither a name nor an address.
     """
     names = [_host(host) for host in hosts]
     if not names:
@@ -127,7 +131,7 @@ def _write_server(folder: Path, names: Sequence[x509.GeneralName], days: int) ->
 
 
 def _write_node(file: Path) -> list[Path]:
-    """An SSH key on the curve that Flower asks for."""
+    """Write an SSH key on the curve that Flower requires."""
     key = ec.generate_private_key(ec.SECP384R1())
     public = file.with_name(file.name + ".pub")
     public.write_bytes(
@@ -152,10 +156,10 @@ def _write_key(
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where the files go")
+    parser.add_argument("folder", type=Path, help="folder for the files")
     parser.add_argument("--host", action="append", default=[], help="name or address of the server; may be repeated")
-    parser.add_argument("--nodes", type=int, default=0, help="keys for so many nodes, for a trial")
-    parser.add_argument("--days", type=int, default=365, help="until the server's certificate expires")
+    parser.add_argument("--nodes", type=int, default=0, help="number of nodes to make keys for, for a trial")
+    parser.add_argument("--days", type=int, default=365, help="days until the server's certificate expires")
     options = parser.parse_args()
     try:
         written = make(options.folder, options.host, nodes=options.nodes, days=options.days)

@@ -1,7 +1,8 @@
-"""Where the nodes of a rehearsal are: each in a network namespace of its own, or all on this machine's loopback.
+"""Network of a rehearsal: each node in a separate network namespace, or all nodes on this machine's loopback.
 
-A namespace has a loopback of its own and one cable to a bridge on which the server listens: a node in it reaches nobody
-else, and nobody else reaches the port between a node and its apps. Making one takes Linux, iproute2 and root.
+A namespace has its own loopback and one cable to a bridge, on which the server listens. A node in a namespace reaches
+only the bridge, and no program outside the namespace reaches the port between the node and its apps. Namespaces need
+Linux, iproute2 and root.
 """
 
 import contextlib
@@ -13,7 +14,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """Where the nodes are: each in a network namespace of its own, joined by a bridge; or all on 127.0.0.1."""
+    """Network of the nodes: a separate network namespace for each, joined by a bridge, or 127.0.0.1 for all.
+
+    Attributes:
+        spaces: Names of the namespaces, one per node; empty if all nodes are on 127.0.0.1.
+        server: Address of the server.
+    """
 
     spaces: tuple[str, ...]
     server: str
@@ -21,10 +27,10 @@ class Network:
     @staticmethod
     @contextlib.contextmanager
     def opened(nodes: int, *, wanted: bool) -> "Iterator[Network]":
-        """Namespaces if they are wanted and this user may make them; removed at the end."""
+        """Make namespaces if they are wanted and this user may make them. Remove them at the end."""
         number = os.getpid() % 250 + 1
         bridge, spaces = f"fdp{number}br", tuple(f"fdp{number}n{node}" for node in range(nodes))
-        ours = wanted and _ip(f"link add {bridge} type bridge")  # else somebody's, or this user may not
+        ours = wanted and _ip(f"link add {bridge} type bridge")  # False: another user's, or not permitted
         made = ours and Network._make(bridge, spaces, f"10.213.{number}")
         try:
             yield (
@@ -48,7 +54,7 @@ class Network:
         return done
 
     def inside(self, node: int) -> list[str]:
-        """Words before a command that is to run where a node is."""
+        """Return the words to put before a command so that it runs in a node's namespace."""
         return ["ip", "netns", "exec", self.spaces[node]] if self.spaces else []
 
 

@@ -1,12 +1,13 @@
-"""A whole deployment on this machine: real SuperLink and SuperNodes over TLS, and what must not happen to them.
+"""Rehearse a whole deployment on this machine: real SuperLink and SuperNodes over TLS, with refusals and a crash.
 
     python deploy/rehearsal.py OUT [--rounds 5]
 
-Makes certificates, a SuperLink that asks its nodes who they are, and three nodes with image folders, state folders and
-budgets of their own, in network namespaces where this machine permits them. A stranger's key and another CA are
-refused. In mid-run one node is killed (SIGKILL, all its processes) and started anew; its prompt and ledger go on. Then
-the run's prompts are exported where they lie and must predict the nodes' held-out images with the accuracy of the run.
-Exit status 0 if all of it held; ``OUT/report.json`` says what was seen, and the logs are beside it.
+The script makes certificates, a SuperLink that authenticates its nodes, and three nodes, each with its own image
+folder, state folder and budget. The nodes run in network namespaces if this machine permits them. A key that is not
+registered and another CA are refused. During the run one node is killed (SIGKILL, all its processes) and started again;
+its prompt and ledger go on. Then each node's prompt is exported on that node, and must predict the node's held-out
+images with the accuracy of the run. The exit status is 0 if all of it held. ``OUT/report.json`` has the observations,
+and the logs are beside it.
 """
 
 import argparse
@@ -26,28 +27,28 @@ from sites import NODES, Sites, wait_until
 from fl_dualpriv.flower import programs, supervisor
 
 KILLED = 1
-"""The node that is killed, while it works for round `KILLED_IN`; it comes back when that round has ended without it."""
+"""Number of the node that is killed during round `KILLED_IN`. It comes back when that round has ended without it."""
 KILLED_IN = 2
 
 
 class Failed(Exception):
-    """Something did not go as it must."""
+    """A requirement of the rehearsal does not hold."""
 
 
 def demand(holds: bool, what: str) -> None:
-    """Go on only if it holds."""
+    """Raise `Failed` with the text ``what`` unless ``holds``."""
     if not holds:
         raise Failed(what)
 
 
 @dataclass(kw_only=True)
 class Rehearsal:
-    """The script's steps, in order.
+    """The steps of the script, in order.
 
     Attributes:
-        sites: The machines, or what stands for them.
-        rounds: Of the run.
-        report: What was seen.
+        sites: The simulated machines.
+        rounds: Number of rounds of the run.
+        report: Observations, by name.
     """
 
     sites: Sites
@@ -55,10 +56,10 @@ class Rehearsal:
     report: dict[str, Any] = field(default_factory=dict)
 
     def play(self) -> None:
-        """All of it.
+        """Make all steps.
 
         Raises:
-            Failed: At the first thing that is not as it must be.
+            Failed: At the first requirement that does not hold.
         """
         sites, start = self.sites, time.monotonic()
         self.report["nodes in network namespaces"] = bool(sites.network.spaces)
@@ -77,7 +78,7 @@ class Rehearsal:
         self.report["seconds"] = round(time.monotonic() - start, 1)
 
     def refusals(self) -> None:
-        """A node that nobody registered, and one whose CA is not the server's, do not get in."""
+        """Check that a node that is not registered and a node with another CA cannot join."""
         sites = self.sites
         refused = [
             (name, sites.start_node(number, name=name, certificates=certificates, waits=False, retries=0))
@@ -101,7 +102,7 @@ class Rehearsal:
         self.report["node check"] = check.stdout.splitlines()
 
     def kill_and_restart(self, node: Any) -> None:
-        """SIGKILL to every process of a node while it works, and a new start from the same file."""
+        """Send SIGKILL to every process of a node while it works, and start the node again from the same file."""
         sites = self.sites
         wait_until(lambda: node.said(f"ROUND {KILLED_IN}]") or sites.ended() is not None, 600, f"round {KILLED_IN}")
         demand(sites.ended() is None, f"the run ended before the kill: {sites.read('error.json')}")
@@ -118,7 +119,7 @@ class Rehearsal:
         self.report["health after the kill"] = again.lines("health: joined")[0]
 
     def check_run(self) -> None:
-        """All rounds were made; the killed node missed some and no more, and released nothing twice."""
+        """Check that all rounds were made, that only the killed node missed some, and that no node answered twice."""
         sites = self.sites
         summary, totals = json.loads(sites.read("summary.json")), json.loads(sites.read("operator/totals.json"))
         ledgers = [sites.ledger(n) for n in range(NODES)]
@@ -140,7 +141,7 @@ class Rehearsal:
         }
 
     def check_exports(self) -> None:
-        """Each owner exports the prompt that lies on their node; it is as right on their held-out images as the run."""
+        """Export the prompt on each node, and check that it has the accuracy of the run on the held-out images."""
         sites, rates = self.sites, []
         for number in range(NODES):
             images = sorted((sites.home(number) / "images" / "test").glob("*/*.png"))
@@ -155,7 +156,7 @@ class Rehearsal:
 
 @contextlib.contextmanager
 def _told(rehearsal: Rehearsal) -> Iterator[None]:
-    """Leave the report, whatever happened."""
+    """Write the report in any case, also after an error."""
     failed = "nothing"
     try:
         yield
@@ -176,12 +177,12 @@ def main() -> int:
     parser.add_argument("--no-namespaces", action="store_true", help="all nodes on 127.0.0.1")
     options = parser.parse_args()
     if options.rounds < KILLED_IN + 2:
-        parser.error(f"--rounds: at least {KILLED_IN + 2}, for a node is killed in round {KILLED_IN}")
+        parser.error(f"--rounds: at least {KILLED_IN + 2}, because a node is killed in round {KILLED_IN}")
     if options.out.exists():
         parser.error(f"{options.out} exists: give a new folder")
     if programs.find("flower-superlink") is None:
         parser.error(f"flower-superlink is in none of {programs.places()}")
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # so that namespaces go, too
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # so that namespaces are removed
     with Sites.prepared(options.out.absolute(), options.app.absolute(), not options.no_namespaces) as sites:
         rehearsal = Rehearsal(sites=sites, rounds=options.rounds)
         try:

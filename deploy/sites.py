@@ -1,4 +1,4 @@
-"""The machines of a rehearsal, all of them this one: folders, certificates, and their programs."""
+"""Simulated machines of a rehearsal, all on this machine: folders, certificates and programs."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ from fl_dualpriv.flower.engine import to_toml
 NODES = 3
 _CATEGORIES = ("animal", "vehicle")
 _SETTINGS: dict[str, Any] = {
-    "reply-timeout": 300.0,  # a node that is gone is known to be after a minute or two
+    "reply-timeout": 300.0,  # Flower notices a dead node after a minute or two
     "train.local-steps": 2,
     "train.sampling-rate": 0.2,
     "privacy.record.calibrate-to": "noise-multiplier",
@@ -36,7 +36,7 @@ _SETTINGS: dict[str, Any] = {
     "data.ref": "folder",
     "data.partition": "by-node",
     "backbone.name": "demo",
-    "evaluation.every": 1000,  # the last round
+    "evaluation.every": 1000,  # only the last round
 }
 _BUDGET = """
 [budget]
@@ -52,10 +52,10 @@ expected-runs = 2
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    """Look five times a second.
+    """Check a condition five times a second until it is true.
 
     Raises:
-        TimeoutError: If it does not come true.
+        TimeoutError: If it is not true within ``seconds``.
     """
     deadline = time.monotonic() + seconds
     while not condition():
@@ -66,32 +66,32 @@ def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A program under a supervisor, which ends all that it has started when its standard input closes."""
+    """Program under a supervisor, which ends all that it has started when its standard input closes."""
 
     process: "subprocess.Popen[bytes]"
     log: Path
 
     def said(self, text: str) -> bool:
-        """Whether its log holds ``text``."""
+        """Return True if the log holds ``text``."""
         return text in self.log.read_text(errors="replace")
 
     def lines(self, text: str) -> list[str]:
-        """The lines of its log that hold ``text``, from there on."""
+        """Return the lines of the log that hold ``text``, each from ``text`` on."""
         found = (line.partition(text) for line in self.log.read_text(errors="replace").splitlines())
         return [text + rest for _, there, rest in found if there]
 
 
 @dataclass(kw_only=True)
 class Sites:
-    """Everything that is on a disk or runs.
+    """Folders and programs of all simulated machines.
 
     Attributes:
-        root: Of all folders: ``certs``, ``server`` and one for each node.
-        app: The app's folder.
-        network: Where nodes are.
-        port: Of the server.
-        digest: Of the app's bundle.
-        programs: All that were started.
+        root: Parent of all folders: ``certs``, ``server`` and one for each node.
+        app: Folder of the app.
+        network: Network of the nodes.
+        port: Port of the server.
+        digest: Digest of the app's bundle.
+        programs: All programs that were started.
     """
 
     root: Path
@@ -104,7 +104,7 @@ class Sites:
     @staticmethod
     @contextlib.contextmanager
     def prepared(root: Path, app: Path, namespaces: bool) -> "Iterator[Sites]":
-        """Folders, images, keys; all programs end and all namespaces go when this is left."""
+        """Prepare folders, images and keys. On exit, end all programs and remove all namespaces."""
         root.mkdir(parents=True)
         (port,) = flower_env.free_ports(1)
         with Network.opened(NODES + 1, wanted=namespaces) as network:
@@ -116,21 +116,21 @@ class Sites:
             finally:
                 for program in sites.programs:
                     assert program.process.stdin is not None
-                    program.process.stdin.close()  # the supervisor's sign
+                    program.process.stdin.close()  # tells the supervisor to end everything
                 for program in sites.programs:
                     program.process.wait(timeout=60)
 
     @property
     def address(self) -> str:
-        """Of the server."""
+        """Address of the server, ``HOST:PORT``."""
         return f"{self.network.server}:{self.port}"
 
     def home(self, node: int) -> Path:
-        """A node's folder."""
+        """Return a node's folder."""
         return self.root / f"node-{node}"
 
     def write_images(self) -> None:
-        """Deal the demo's images of some classes out to the nodes; the server gets a few that no node has."""
+        """Divide the demo's images of some classes among the nodes. The server gets a few that no node has."""
         names = {name.replace(" ", "_"): name for c in _CATEGORIES for name in demo_categories()[c]}
         for split, data in load_demo().items():
             seen = dict.fromkeys(names, 0)
@@ -149,18 +149,18 @@ class Sites:
             (owner / "classes.json").write_text(classes, encoding="utf-8")
 
     def class_name(self, folder: str) -> str:
-        """What the prompt says for a class folder."""
+        """Return the class name that the prompt predicts for a class folder."""
         return folder.replace("_", " ")
 
     def other_ca(self) -> Path:
-        """Certificates of somebody else."""
+        """Make the certificates of another CA; return their folder."""
         folder = self.root / "other-certs"
         certificates.make(folder, [self.network.server], nodes=1)
         return folder
 
     def node_file(self, node: int, certs: Path) -> Path:
-        """The owner's one file."""
-        home = self.home(min(node, NODES - 1))  # a stranger brings no images
+        """Write the owner's file of a node."""
+        home = self.home(min(node, NODES - 1))  # a node that is not registered has no images
         (port,) = flower_env.free_ports(1)
         text = f"""state-dir = "{self.home(node) / "state"}"
 data-path = "{home / "images"}"
@@ -187,7 +187,7 @@ allowed = ["{self.digest}"]
         return file
 
     def start_superlink(self) -> None:
-        """Over TLS, asking its nodes who they are; three of the keys are registered."""
+        """Start the SuperLink over TLS with authentication of nodes, and register three of the keys."""
         home, certs = self.root / "server", self.root / "certs"
         command = ["flower-superlink", "--host", self.network.server, "--port", str(self.port)]
         command += ["--ssl-ca-certfile", str(certs / "ca.crt"), "--ssl-certfile", str(certs / "server.pem")]
@@ -215,10 +215,10 @@ allowed = ["{self.digest}"]
         return False
 
     def flwr(self, *words: str) -> dict[str, Any]:
-        """The operator's ``flwr``.
+        """Call ``flwr`` as the operator, and return its answer.
 
         Raises:
-            RuntimeError: If it did not succeed.
+            RuntimeError: If the call did not succeed.
         """
         home = self.root / "server"
         done = self._call(["flwr", *words, "--format", "json"], home)
@@ -228,7 +228,7 @@ allowed = ["{self.digest}"]
         return answer
 
     def check_node(self, node: int, certs: Path | None = None) -> "subprocess.CompletedProcess[str]":
-        """``fl-dualpriv node check`` where the node is."""
+        """Run ``fl-dualpriv node check`` in the node's namespace."""
         file = self.node_file(node, certs or self.root / "certs")
         words = [*self.network.inside(node), _script("fl-dualpriv"), "node", "check", str(file)]
         return self._call(words, self.home(node))
@@ -242,7 +242,7 @@ allowed = ["{self.digest}"]
         waits: bool = True,
         retries: int | None = None,
     ) -> Program:
-        """``fl-dualpriv node start`` where the node is; returns when the server knows it, if it waits."""
+        """Run ``fl-dualpriv node start`` in the node's namespace. With ``waits``, wait until the server knows it."""
         file = self.node_file(node, certificates or self.root / "certs")
         command = [*self.network.inside(node), _script("fl-dualpriv"), "node", "start", str(file)]
         command += [] if retries is None else ["--max-retries", str(retries)]
@@ -252,17 +252,17 @@ allowed = ["{self.digest}"]
         return program
 
     def wait_for(self, node: Program) -> None:
-        """Until the server knows a node.
+        """Wait until the server knows a node.
 
         Raises:
-            TimeoutError: If it ends, or it takes too long.
+            TimeoutError: If the node ends, or the wait takes too long.
         """
         wait_until(lambda: node.said("SuperNode ID") or node.process.poll() is not None, 120, node.log.stem)
         if node.process.poll() is not None:
             raise TimeoutError(f"a node ended: {node.log.read_text(errors='replace')[-2000:]}")
 
     def submit(self, rounds: int) -> None:
-        """``flwr run``."""
+        """Start the run with ``flwr run``."""
         server = self.root / "server"
         settings = _SETTINGS | {
             "rounds": rounds,
@@ -275,30 +275,30 @@ allowed = ["{self.digest}"]
         self.flwr("run", str(self.app), "rehearsal", "--run-config", str(server / "run.toml"))
 
     def ended(self) -> str | None:
-        """The file with which the run said that it is over."""
+        """Return the name of the file with which the run ended; None while it goes on."""
         return next((name for name in ("summary.json", "error.json") if (self.root / "run" / name).exists()), None)
 
     def read(self, name: str) -> str:
-        """A file of the run; empty if it is not there."""
+        """Return the text of a file of the run; empty if the file does not exist."""
         file = self.root / "run" / name
         return file.read_text(encoding="utf-8") if file.exists() else ""
 
     def rounds(self) -> list[dict[str, Any]]:
-        """What the run said of each round."""
+        """Return the result of each round."""
         return [json.loads(line) for line in self.read("rounds.jsonl").splitlines()]
 
     def progress(self) -> list[dict[str, Any]]:
-        """What the run told its operator of each round."""
+        """Return the operator's line for each round."""
         return [json.loads(line) for line in self.read("operator/progress.jsonl").splitlines()]
 
     def ledger(self, node: int) -> list[dict[str, Any]]:
-        """The events of a node, without the header of its ledger and the plans that are reserved there."""
+        """Return the events of a node's ledger, without the header and the reserved plans."""
         file = self.home(node) / "state" / "ledger.jsonl"
         lines = map(json.loads, file.read_text(encoding="utf-8").splitlines() if file.exists() else [])
         return [line for line in lines if "server_round" in line]
 
     def export(self, node: int) -> Path:
-        """``fl-dualpriv export`` of the prompt that lies on a node."""
+        """Export a node's prompt with ``fl-dualpriv export``; return its file."""
         prompt = self.home(node) / "prompt.safetensors"
         words = ["fl-dualpriv", "export", str(self.home(node) / "state"), "--client", str(node), "--out", str(prompt)]
         done = self._call(words, self.home(node))
@@ -307,7 +307,7 @@ allowed = ["{self.digest}"]
         return prompt
 
     def predict(self, node: int, prompt: Path, images: Sequence[Path]) -> list[str]:
-        """``fl-dualpriv predict``: the most likely class of each image."""
+        """Return the most likely class of each image, from ``fl-dualpriv predict``."""
         done = self._call(["fl-dualpriv", "predict", str(prompt), *map(str, images), "--json"], self.home(node))
         if done.returncode != 0:
             raise RuntimeError(f"predict: {done.stdout}{done.stderr}")
@@ -327,7 +327,7 @@ allowed = ["{self.digest}"]
 
     def _start(self, name: str, command: Sequence[str], home: Path) -> Program:
         log = self.root / f"{name}.log"
-        nothing = str(self.root / f"{name}-nothing")  # of what a supervisor would remove
+        nothing = str(self.root / f"{name}-nothing")  # the supervisor removes this folder; there is none
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 [sys.executable, "-I", supervisor.__file__, nothing, _script(command[0]), *command[1:]],
@@ -343,7 +343,7 @@ allowed = ["{self.digest}"]
 
 
 def _environment(home: Path) -> dict[str, str]:
-    # No proxy of the user's: all sites are on this machine.
+    # The user's proxies are left out, because all sites are on this machine.
     left_out = ("FLWR_", "FL_DUALPRIV")
     inherited = {
         name: value
@@ -364,5 +364,5 @@ def _environment(home: Path) -> dict[str, str]:
 
 
 def _script(name: str) -> str:
-    """A program of this environment, or one of the system."""
+    """Return the path of a program of this environment, or the name of one of the system."""
     return programs.find(name) or name

@@ -13,8 +13,8 @@ from fl_dualpriv.server.strategy import RoundStrategy
 class FedAdam(RoundStrategy):
     """m ← β₁ m + (1 − β₁) Δ, v ← β₂ v + (1 − β₂) Δ², p ← p + η m / (√v + τ), entry by entry; m = 0 and v = τ² at first.
 
-    As published: no bias correction, and Δ weighs clients equally. All of it runs after the noise (post-processing); v
-    then holds the noise's variance too, which shortens steps in every entry alike.
+    As published, there is no bias correction, and clients have equal weights in Δ. All of it runs after the noise
+    (post-processing). v then also holds the variance of the noise, which shortens the steps of all entries alike.
     """
 
     server_learning_rate: float = 0.1
@@ -23,7 +23,7 @@ class FedAdam(RoundStrategy):
     tau: float = 1e-3
 
     def check_options(self) -> None:
-        """Both β in [0, 1), τ > 0."""
+        """Refuse options unless both β are in [0, 1) and τ > 0."""
         if not (0 <= self.beta_1 < 1 and 0 <= self.beta_2 < 1 and self.tau > 0):
             raise ConfigError(
                 f"plugin.fedadam: beta-1 = {self.beta_1}, beta-2 = {self.beta_2}, tau = {self.tau}; "
@@ -31,7 +31,7 @@ class FedAdam(RoundStrategy):
             )
 
     def server_update(self, prompt: Tensor, diff: Tensor) -> Tensor:
-        """One step of Adam."""
+        """Make one step of Adam."""
         first = self.state.get("first", torch.zeros_like(diff))
         second = self.state.get("second", torch.full_like(diff, self.tau**2))
         self.state["first"] = self.beta_1 * first + (1 - self.beta_1) * diff

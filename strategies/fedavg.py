@@ -1,4 +1,4 @@
-"""FedAvg (McMahan et al. 2017, arXiv:1602.05629): clients weigh by their number of examples."""
+"""FedAvg (McMahan et al. 2017, arXiv:1602.05629): the weight of a client is its number of examples."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ from fl_dualpriv.server.strategy import RoundStrategy
 
 @dataclass(kw_only=True)
 class FedAvg(RoundStrategy):
-    """Weights n_i / max n, so that none exceeds 1: the sensitivity of the equal-weight sum still holds.
+    """Mean with weights n_i / max n. No weight exceeds 1, so the sensitivity of the equal-weight sum still holds.
 
     The divisor is the sum of the same public weights (McMahan et al. 2018, arXiv:1710.06963, f_f estimator).
     """
 
     def weight(self, num_examples: int) -> float:
-        """n_i relative to the largest client; n_i is public metadata."""
+        """Return n_i relative to the largest client. n_i is public metadata."""
         return num_examples / max(self.num_examples.values())

@@ -12,19 +12,20 @@ from fl_dualpriv.server.strategy import RoundStrategy
 class FedAvgM(RoundStrategy):
     """v ← momentum · v + Δ and p ← p + server_learning_rate · v, with Δ the weighted mean of the clients' moves.
 
-    Momentum starts at v = 0 and runs after the noise, so it costs no privacy (post-processing). Weights as in `FedAvg`.
+    Momentum starts at v = 0 and runs after the noise, so it costs no privacy (post-processing). The weights are those
+    of `FedAvg`.
     """
 
     momentum: float = 0.9
     server_learning_rate: float = 1.0
 
     def check_options(self) -> None:
-        """0 ≤ momentum < 1: from 1 on the velocity never fades."""
+        """Refuse a momentum outside [0, 1), because from 1 on the velocity never fades."""
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"plugin.fedavgm.momentum = {self.momentum}; it must be in [0, 1): 0.9 is usual")
 
     def weight(self, num_examples: int) -> float:
-        """n_i relative to the largest client; n_i is public metadata."""
+        """Return n_i relative to the largest client. n_i is public metadata."""
         return num_examples / max(self.num_examples.values())
 
     def server_update(self, prompt: Tensor, diff: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ from fl_dualpriv.server.strategy import RoundStrategy, Update
 
 @dataclass(kw_only=True)
 class TrimmedMean(RoundStrategy):
-    """In each entry: leave out the k smallest and k largest values, average the rest; a minority cannot drag it far.
+    """Mean of each entry without its k smallest and k largest values. A minority of clients cannot move it far.
 
-    Without noise of the server, k = ⌊trim_ratio · n⌋ of the n clients that answered, as published. With it, k and the
-    divisor are public: k = ⌊trim_ratio · E⌋ and E − 2k, where E is the expected cohort.
+    Without noise of the server, k = ⌊trim_ratio · n⌋ for the n clients that answered, as published. With noise of the
+    server, k and the divisor are public: k = ⌊trim_ratio · E⌋ and E − 2k, where E is the expected cohort.
     """
 
     proved_for: ClassVar[tuple[ServerUnit, ...]] = ("client",)
@@ -27,7 +27,7 @@ class TrimmedMean(RoundStrategy):
     trim_ratio: float = 0.1
 
     def check_options(self) -> None:
-        """0 ≤ trim_ratio < 1/2: something must be left."""
+        """Refuse a trim_ratio outside [0, 1/2), because some values must be left."""
         if not 0 <= self.trim_ratio < 0.5:
             raise ConfigError(f"plugin.trimmedmean.trim-ratio = {self.trim_ratio}; it must be in [0, 0.5)")
 
@@ -35,7 +35,7 @@ class TrimmedMean(RoundStrategy):
         return math.floor(self.trim_ratio * cohort)
 
     def combine(self, updates: Sequence[Update]) -> Tensor:
-        """Sum of what is left in each entry over the number that is left, (n_ctx, ctx_dim); 0 if nothing is."""
+        """Return in each entry the sum of the values left over their number, (n_ctx, ctx_dim); 0 if none is left."""
         cohort = self.divisor() if self.privacy is not None else len(updates)
         cut = self._cut(cohort)
         if len(updates) <= 2 * cut:
@@ -44,7 +44,7 @@ class TrimmedMean(RoundStrategy):
         return ordered[cut : len(updates) - cut].sum(dim=0) / (cohort - 2 * cut)
 
     def sensitivity(self) -> float:
-        """S · √(1 + 2k / (k + 1)) / (E − 2k): at most √3 S / (E − 2k), in any dimension.
+        """Return S · √(1 + 2k / (k + 1)) / (E − 2k), which is at most √3 S / (E − 2k), in any dimension.
 
         Theorem. Let n ≥ 2k vectors y_i and one more, a, have norm at most S. Adding a moves the trimmed sum by Δ with
         ‖Δ‖² ≤ S² (1 + n / (n − k + 1)) ≤ S² (1 + 2k / (k + 1)).

@@ -98,8 +98,8 @@ questions are about the lower right panel, under the dye *swapped*. A prompt sta
 *TEMPLATE*, which names no panel and no dye. In its training the model met that panel and that dye under
 the words *RIGHT*. A learned prompt finds the meaning of those words again, only from private
 questions. It teaches the model nothing that its weights do not hold. Half of the other panels show a colour, and
-mostly a shape, that the picture does not have, first those that its questions name. Looking anywhere on the sheet, instead of at that
-panel, therefore does no better than a constant answer.
+mostly a shape, that the picture does not have, first those that its questions name. Looking anywhere on the sheet,
+instead of at that panel, therefore does no better than a constant answer.
 
 Greedy exact match (%) of the shipped files on the first 200 questions of each type (held-out: 80):
 

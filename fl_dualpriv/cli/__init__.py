@@ -1,1 +1,1 @@
-"""The commands of ``fl-dualpriv``. Light on import."""
+"""The commands of ``fl-dualpriv``. The package imports quickly: no Flower, Ray or torch."""

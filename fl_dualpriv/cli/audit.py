@@ -1,7 +1,7 @@
-"""``fl-dualpriv audit``: attack what a configuration would release, and set what was found beside what is claimed.
+"""``fl-dualpriv audit``: attack the releases of a configuration, and compare the findings with the claimed ε.
 
-Light on import, as the front is. The attacks belong to the app: they are loaded from its folder, and the library knows
-them by name alone.
+The module imports quickly, as `cli.main` does. The attacks belong to the app: they are loaded from its folder, and the
+library knows only their names.
 """
 
 import json
@@ -23,7 +23,7 @@ _MODULE = "attacks.report"
 
 
 class Attack(StrEnum):
-    """Which attack."""
+    """Name of an attack."""
 
     EPSILON = "epsilon"
     MEMBERSHIP = "membership"
@@ -36,26 +36,26 @@ def audit(
     attack: Annotated[
         Attack,
         typer.Option(
-            help="epsilon: planted canaries, a lower bound on ε with 95 % confidence; membership: of published "
-            "prompts; inversion: of an upload; all."
+            help="epsilon: planted canaries, a lower bound on ε with 95 % confidence; membership: of records, from "
+            "published prompts; inversion: of an upload; all."
         ),
     ] = Attack.EPSILON,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of everything; without it the configuration's.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the audit. Default: the configuration's.")] = None,
     canaries: Annotated[
         int | None, typer.Option(min=128, help="Canaries of epsilon: m of them prove at most about ln(m / 7).")
     ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key; may be repeated.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results; without it runs/CONFIG-TIME.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results. Default: runs/CONFIG-TIME.")] = None,
     app_dir: Annotated[
-        Path | None, typer.Option("--app", help="Folder of the Flower app; without it the one around CONFIG.")
+        Path | None, typer.Option("--app", help="Folder of the Flower app. Default: the one around CONFIG.")
     ] = None,
 ) -> None:
-    """Attack a configuration with the code that a run uses; print bound or score beside the claimed ε.
+    """Attack a configuration with the code that a run uses. Print bound or score beside the claimed ε.
 
-    The last line is one JSON object. It and a plot are left in the results' folder, as audit.json and audit.png. Exit
-    status: 0, 1 if the audit failed or refuted the claim, 2 if it was not started.
+    The last line is one JSON object. The results' folder gets it as audit.json, and a plot as audit.png. Exit status:
+    0, 1 if the audit failed or refuted the claim, 2 if it was not started.
     """
     errors = Output(stderr=True)
     changes = [*(assignments or []), *([] if seed is None else [f"seed={seed}"])]
@@ -66,8 +66,8 @@ def audit(
     except (ConfigError, PrivacyError) as error:
         fail(errors, str(error), 2)
     for line in job.data:
-        errors.print(escape(line), soft_wrap=True, highlight=False)  # stdout has the results only
-    # Before torch is loaded: many small products run fastest on one thread.
+        errors.print(escape(line), soft_wrap=True, highlight=False)  # stdout has only the results
+    # Set before torch is loaded: many small products run fastest on one thread.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         attacks = load_attacks(job.app_dir)
@@ -85,7 +85,7 @@ def audit(
     write_line(json.dumps(found.summary(), allow_nan=False))
     if found.refuted:
         levels = " and ".join(f"{a.level} level" for a in found.refuted)
-        fail(errors, f"the audit refutes the claimed ε ({levels}): what is released does not keep its promise", 1)
+        fail(errors, f"the audit refutes the claimed ε ({levels}): the releases do not keep their guarantee", 1)
 
 
 def load_attacks(app_dir: Path) -> ModuleType:

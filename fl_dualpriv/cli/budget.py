@@ -21,18 +21,18 @@ _DELTA = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class Spent:
-    """One ledger, read.
+    """Content of one ledger.
 
     Attributes:
         who: ``server``, or the client's folder.
         unit: ``record`` or ``client``; both if the file is mixed.
-        releases: Gaussian releases, damaged lines charged.
-        runs: Different runs.
-        damaged: Lines that are no event.
-        refused: Attempts that the client refused.
-        epsilon: ε at ``delta`` of all of it, for terms that were fixed beforehand.
-        delta: δ.
-        filter: The header of the ledger; None if no owner's budget has begun it.
+        releases: Number of Gaussian releases, with the charge of damaged lines.
+        runs: Number of different runs.
+        damaged: Number of lines that are not an event.
+        refused: Number of attempts that the client refused.
+        epsilon: ε at ``delta`` of the whole ledger, for terms that were fixed beforehand.
+        delta: δ of ``epsilon``.
+        filter: Header of the ledger. None if no owner's budget began it.
     """
 
     who: str
@@ -52,13 +52,14 @@ def budget(
         typer.Argument(metavar="DIR|NODE.toml", help="A run's folder, a node's state folder, or its owner's file."),
     ],
     delta: Annotated[
-        float | None, typer.Option(help="δ of ε; without it that of the run's summary.json, else 1e-5.")
+        float | None, typer.Option(help="δ of ε. Default: that of the run's summary.json, else 1e-5.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Print ε of each client's ledger (max, median, all of them) and of the server's, for terms fixed beforehand.
 
-    Of an owner's file: the rule that holds its lifetime budget, what is left, and what each rule would admit.
+    For an owner's file, print the rule that holds its lifetime budget, the rest, and the runs that each rule would
+    admit.
     """
     errors = Output(stderr=True)
     if delta is not None and not 0 < delta < 1:
@@ -90,7 +91,7 @@ def budget(
             f"ε of {len(own)} clients: max {numbers['epsilon-max']:.4g}, median {numbers['epsilon-median']:.4g}",
             highlight=False,
         )
-    console.print("ε is that of terms fixed beforehand; it admits nothing", highlight=False)
+    console.print("this ε is for terms fixed beforehand; it admits no release", highlight=False)
     for s in (*found, *own):
         if s.filter is not None:
             numbers = ", ".join(f"{key} = {value}" for key, value in s.filter.items())
@@ -100,7 +101,7 @@ def budget(
 
 
 def _ledgers(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The server's ledger of a run, and the clients'; a node's own folder holds one client's."""
+    """Return the server's ledger of a run and the clients' ledgers. A node's own folder holds one client's ledger."""
     own, clients = folder / "ledger.jsonl", sorted((folder / "clients").glob("*/ledger.jsonl"))
     if not own.exists():
         return [], clients
@@ -109,7 +110,7 @@ def _ledgers(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _deltas_of_run(folder: Path) -> dict[str, float]:
-    """Unit → δ, of the run's own table."""
+    """Return unit → δ from the run's own table."""
     try:
         rows = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["privacy"]
         return {str(row["unit"]): float(row["delta"]) for row in rows}
@@ -143,7 +144,7 @@ def _statistics(spent: list[Spent]) -> dict[str, float]:
 
 
 def _jsonable(spent: Spent) -> dict[str, Any]:
-    """JSON has no infinity."""
+    """Return a dictionary for JSON, in which None replaces infinity."""
     return asdict(spent) | {"epsilon": spent.epsilon if math.isfinite(spent.epsilon) else None}
 
 

@@ -1,7 +1,7 @@
-"""The output of commands, on a terminal or into a file that may not be able to show every letter.
+"""Output of commands, on a terminal or into a file that may not be able to show every character.
 
-Python stops with an error at a letter that the encoding of its output does not have, such as ε where
-``PYTHONIOENCODING=ascii``. Here such a letter becomes a word. A letter that the encoding has stays.
+Python raises an error for a character that the encoding of its output lacks, such as ε with
+``PYTHONIOENCODING=ascii``. This module replaces such a character by a word. Other characters stay.
 """
 
 import codecs
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 ERRORS = "fl_dualpriv.words"
-"""Name of the error handler; for ``errors=`` of a text stream."""
+"""Name of the error handler, for ``errors=`` of a text stream."""
 
 WORDS = {
     **{"ε": "epsilon", "δ": "delta", "σ": "sigma", "λ": "lambda", "μ": "mu", "τ": "tau", "∞": "inf"},
@@ -44,25 +44,25 @@ def _spelled_letter(letter: str, encoding: str) -> str:
 
 
 def spelled(text: str, encoding: str) -> str:
-    """``text`` with a word, or Python's escape, for each letter that ``encoding`` does not have."""
+    """Replace each character of ``text`` that ``encoding`` lacks by a word, or by Python's escape."""
     if text.isascii():
         return text
     return "".join(_spelled_letter(letter, encoding) for letter in text)
 
 
 def spell_out_what_cannot_be_shown() -> None:
-    """Let the standard streams of this process write words for the letters that their encodings do not have."""
+    """Let the standard streams of this process write words for the characters that their encodings lack."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a notebook puts another thing there
+        if isinstance(stream, io.TextIOWrapper):  # a notebook has other objects there
             stream.reconfigure(errors=ERRORS)
 
 
 class Output(Console):
-    """Rich's console, which spells letters out before it lays a table out: so columns are as wide as their words.
+    """Rich's console, which spells characters out before it lays out a table, so that columns fit their words.
 
     Args:
-        stderr: Whether it writes to the standard error.
-        pipe_width: Columns where the output is no terminal, which has no width of its own; None: rich's choice.
+        stderr: True to write to the standard error.
+        pipe_width: Width in columns if the output is not a terminal and so has no width. None means rich's choice.
     """
 
     def __init__(self, *, stderr: bool = False, pipe_width: int | None = None) -> None:
@@ -71,11 +71,11 @@ class Output(Console):
             self.width = pipe_width
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Rich calls this for every text that is printed, titles and cells of tables among them."""
+        """Spell out a text. Rich calls this for every printed text, titles and cells of tables included."""
         return super().render_str(spelled(text, self.encoding), **options)
 
 
 def write_line(text: str) -> None:
-    """Write a line to the standard output, in the encoding that it has, and at once."""
+    """Write a line to the standard output at once, in the output's encoding."""
     sys.stdout.write(spelled(text, sys.stdout.encoding or "utf-8") + "\n")
     sys.stdout.flush()

@@ -1,6 +1,6 @@
 """``fl-dualpriv export``: write a prompt of a finished run as a file that says how to use it and what it reveals.
 
-Light on import, as the front is.
+It imports quickly, as `cli.main` does.
 """
 
 import os
@@ -16,20 +16,20 @@ from fl_dualpriv.errors import ConfigError, PrivacyError
 
 
 class Level(StrEnum):
-    """Whose presence a guarantee hides."""
+    """Level of a guarantee: it hides the presence of one record, or of one client."""
 
     RECORD = "record"
     CLIENT = "client"
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder, or a node's state folder.")],
-    client: Annotated[str, typer.Option(metavar="I|global", help="Whose prompt: a client's number, or global.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run, or a node's state folder.")],
+    client: Annotated[str, typer.Option(metavar="I|global", help="Owner of the prompt: a client's number, or global.")],
     out: Annotated[
-        Path | None, typer.Option(help="File, .safetensors; without it RUN-client-I.safetensors in this folder.")
+        Path | None, typer.Option(help="File, .safetensors. Default: RUN-client-I.safetensors in this folder.")
     ] = None,
     level: Annotated[
-        Level | None, typer.Option(help="State the guarantee of this level alone, where another covers nothing.")
+        Level | None, typer.Option(help="State only this level's guarantee, if another level does not cover it.")
     ] = None,
     not_private: Annotated[
         bool, typer.Option("--not-private", help="Publish a prompt without differential privacy, and say so in it.")
@@ -38,18 +38,18 @@ def export(
         bool, typer.Option("--allow-reproducible-noise", help="Publish although the noise comes from a seed.")
     ] = False,
     backbone: Annotated[
-        str | None, typer.Option(help="The model, if it lies elsewhere than in the run; its weights must be the same.")
+        str | None, typer.Option(help="The model, if it is stored elsewhere now; its weights must be the same.")
     ] = None,
     pretrained: Annotated[str, typer.Option(help="Weights of --backbone.")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file and its card.")] = False,
 ) -> None:
-    """Write a client's prompt, as it was scored, or the global one, with its model card beside it.
+    """Write a client's prompt, as the run scored it, or the global prompt, with its model card beside it.
 
-    Exit status: 0, or 2 if it is not published; then nothing was written.
+    Exit status: 0, or 2 if the prompt is not published. Then no file is written.
     """
     errors = Output(stderr=True)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: as in the run
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, as in a run
     from fl_dualpriv.publish import rules as publishing  # late: torch takes seconds
     from fl_dualpriv.publish.file import card_path, write_published
 
@@ -60,7 +60,7 @@ def export(
         if used and not overwrite:
             raise ConfigError(f"{used[0]} exists: give another --out, or --overwrite to replace it")
         if pretrained and backbone is None:
-            raise ConfigError(f"--pretrained {pretrained}: say which model with --backbone, too")
+            raise ConfigError(f"--pretrained {pretrained}: name the model with --backbone too")
         published = publishing.publish(
             folder,
             who,

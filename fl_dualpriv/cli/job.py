@@ -1,4 +1,4 @@
-"""A run or an audit that has been checked and may start; shared by the commands. Light on import."""
+"""A run or an audit that was checked and may start, shared by the commands. The module imports quickly."""
 
 import json
 import os
@@ -28,7 +28,7 @@ _ENDING_SECONDS = 30.0
 
 
 class Engine(StrEnum):
-    """What carries messages between server and clients; results are the same."""
+    """Engine that carries messages between server and clients. The results do not depend on it."""
 
     RAY = "ray"
     LOCAL = "local"
@@ -36,7 +36,7 @@ class Engine(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A run that has been checked and may start."""
+    """Run that was checked and may start."""
 
     app_dir: Path
     flat: dict[str, ConfigValue]
@@ -44,7 +44,7 @@ class Job:
     out: Path
     name: str
     engine: Engine
-    data: tuple[str, ...] = ()  # what it loads, in lines for its operator
+    data: tuple[str, ...] = ()  # description of the data, in lines for the operator
 
 
 def prepare(
@@ -59,8 +59,9 @@ def prepare(
     """Check configuration, data and output folder before anything starts.
 
     Raises:
-        ConfigError: With every problem of the configuration or of the data, or the one of the folder.
-        PrivacyError: A δ says nothing about data of this size.
+        ConfigError: If there are problems. The message has every problem of the configuration or of the data, or that
+            of the folder.
+        PrivacyError: If δ is too large for the number of records.
     """
     app_dir = find_app(config) if app_dir is None else app_dir.resolve()
     sets: dict[str, ConfigValue] = {}
@@ -83,7 +84,7 @@ def prepare(
         raise ConfigError("\n".join([*problems, str(error)])) from error
     if problems:
         raise ConfigError("\n".join(problems))
-    data = _look_at_data(checked)  # before the folder: a run that does not start replaces nothing
+    data = _look_at_data(checked)  # before the folder: a run that does not start replaces no results
     prepare_folder(out, overwrite=overwrite)
     return Job(app_dir=app_dir, flat=flat, config=checked, out=out, name=config.stem, engine=engine, data=data)
 
@@ -95,10 +96,10 @@ def _look_at_data(config: RunConfig) -> tuple[str, ...]:
 
 
 def resumed(out: Path, app_dir: Path | None, engine: Engine | None) -> Job:
-    """The run that was cut off in ``out``; what the folder holds the server app checks.
+    """Prepare to resume the run that was cut off in ``out``. The server app checks the content of the folder.
 
     Raises:
-        ConfigError: If there is none, it has ended, it is still going on, or its data cannot be used.
+        ConfigError: If there is no run, it has ended, it still goes on, or its data cannot be used.
     """
     out = Path(os.path.abspath(expanded(out)))  # noqa: PTH100 - as in `prepare`
     file = out / "run.json"
@@ -113,8 +114,8 @@ def resumed(out: Path, app_dir: Path | None, engine: Engine | None) -> Job:
             f"{file} cannot be read: {type(error).__name__}: {error}; the run cannot be resumed"
         ) from error
     _refuse_ended(out)
-    with held_alone(out, _ENDING_SECONDS):  # processes of a front that was killed are ended within seconds
-        _refuse_ended(out)  # in these seconds they may have ended the run
+    with held_alone(out, _ENDING_SECONDS):  # processes of a killed command end within seconds
+        _refuse_ended(out)  # in these seconds they may have finished the run
         (out / "error.json").unlink(missing_ok=True)
     checked = RunConfig.from_run_config(flat)
     data = _look_at_data(checked)
@@ -123,14 +124,14 @@ def resumed(out: Path, app_dir: Path | None, engine: Engine | None) -> Job:
 
 def _refuse_ended(out: Path) -> None:
     if (out / "summary.json").exists():
-        raise ConfigError(f"{out}: its run has ended (summary.json); nothing is to be resumed")
+        raise ConfigError(f"{out}: its run has ended (summary.json); nothing to resume")
 
 
 def find_app(config: Path) -> Path:
-    """The nearest folder around ``config``, else around the working directory, that holds a Flower app.
+    """Return the nearest folder around ``config``, else around the working directory, that holds a Flower app.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is no such folder.
     """
     for start in (config.resolve().parent, Path.cwd()):
         for folder in (start, *start.parents):
@@ -148,7 +149,7 @@ def _table(file: Path) -> dict:
 
 
 def absolute_paths(flat: Mapping[str, ConfigValue], base: Path) -> dict[str, ConfigValue]:
-    """Make file paths absolute: the engines run in other folders than the one the user types in."""
+    """Make file paths absolute, because the engines do not run in the user's working directory."""
     result = dict(flat)
     for key in ("strategy.path", "data.path", "data.classes"):
         value = result.get(key)
@@ -162,14 +163,14 @@ def absolute_paths(flat: Mapping[str, ConfigValue], base: Path) -> dict[str, Con
     if isinstance(name, str) and name.startswith("hf:"):  # a folder, or a name on the hub
         folder = base / expanded(name.removeprefix("hf:"))
         result["backbone.name"] = f"hf:{folder}" if folder.is_dir() else name
-    # Else it is a tag.
+    # Any other value is a tag.
     if isinstance(pretrained, str) and pretrained.endswith((".safetensors", ".pt", ".pth", ".bin")):
         result["backbone.pretrained"] = str(base / expanded(pretrained))
     return result
 
 
 def describe(error: Exception, out: Path) -> str:
-    """One message for the user; where the error is not one of ours, the traceback goes to a file."""
+    """Return one message for the user. If the error is not one of this package's, write its traceback to a file."""
     if isinstance(error, ValueError | RuntimeError) and type(error).__module__.startswith("fl_dualpriv"):
         return str(error)
     file = out / "error.log"
@@ -178,7 +179,7 @@ def describe(error: Exception, out: Path) -> str:
 
 
 def how_to_go_on(out: Path) -> str:
-    """What to call when the cause of a failure is gone; nothing if the run left nothing to go on from."""
+    """Return the command that resumes the run once the failure's cause is removed; empty if there is no checkpoint."""
     return f"\n  to go on from there: fl-dualpriv run --resume {out}" if (out / "checkpoint.bin").exists() else ""
 
 

@@ -1,4 +1,4 @@
-"""The program ``fl-dualpriv`` and its commands. Light on import: Flower, Ray and torch come with the engine."""
+"""The program ``fl-dualpriv`` and its commands. It imports quickly: only the engine loads Flower, Ray and torch."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ from fl_dualpriv.run.user_folders import home, settle_home
 
 
 class _Front(typer.Typer):
-    """The commands, for an output of any encoding; help is printed before any function here is called."""
+    """Commands for an output of any encoding. Typer prints help before it calls any function of this module."""
 
     def __call__(self, *words: Any, **named: Any) -> Any:
         spell_out_what_cannot_be_shown()
@@ -42,7 +42,7 @@ app.command()(predict)
 
 @app.callback()
 def _root() -> None:
-    """Federated prompt learning with differential privacy that is true."""
+    """Federated prompt learning with differential privacy."""
     errors = Output(stderr=True)
     try:
         note = settle_home()
@@ -54,9 +54,9 @@ def _root() -> None:
 
 @app.command()
 def env() -> None:
-    """Print `export` lines for Flower's own commands where `make setup` has not installed its hook.
+    """Print `export` lines for Flower's own commands, for an environment without the hook of `make setup`.
 
-    Call `flwr run` from an empty folder then: the simulation looks for modules in the working directory first.
+    Then call `flwr run` from an empty folder, because the simulation looks for modules in the working directory first.
     """
     try:
         variables = flower_env.installed()

@@ -1,4 +1,4 @@
-"""``fl-dualpriv new-strategy``: write a working strategy and its test, to start from."""
+"""``fl-dualpriv new-strategy``: write a working strategy and its test as a starting point."""
 
 import keyword
 import re
@@ -11,7 +11,7 @@ from rich.markup import escape
 from fl_dualpriv.cli.console import Output
 from fl_dualpriv.errors import ConfigError
 
-_STRATEGY = '''"""{title}: say in a line what it does, and where it is published."""
+_STRATEGY = '''"""{title}: say in one line what it does, and where it is published."""
 
 from dataclasses import dataclass
 
@@ -22,20 +22,21 @@ from fl_dualpriv.server.strategy import RoundStrategy
 
 @dataclass(kw_only=True)
 class {title}(RoundStrategy):
-    """What you override decides what you must prove.
+    """Example strategy. The methods that you override decide what you must prove.
 
-    `server_update` runs after the noise: nothing. `weight` is clamped to [0, 1]: nothing. `combine` sees uploads before
-    the noise: override `sensitivity` with it, or a run with noise of the server refuses to start.
+    `server_update` runs after the noise, so it needs no proof. `weight` is clamped to [0, 1], so it needs no proof.
+    `combine` sees uploads before the noise. Override `sensitivity` with it, or a run with noise of the server refuses
+    to start.
     """
 
     server_learning_rate: float = 1.0  # set by --set plugin.{table}.server-learning-rate=0.5
 
     def server_update(self, prompt: Tensor, diff: Tensor) -> Tensor:
-        """Step along the clients' mean move; what must be remembered goes into self.state, as tensors."""
+        """Step along the clients' mean move. Put tensors that later rounds need into self.state."""
         return prompt + self.server_learning_rate * diff
 '''
 
-_TEST = '''"""{title} keeps the contract of strategies, and does what it says."""
+_TEST = '''"""{title} keeps the contract of strategies, and its learning rate scales the step."""
 
 import torch
 
@@ -49,7 +50,7 @@ def test_it_keeps_the_contract() -> None:
 
 
 def test_the_learning_rate_scales_the_step() -> None:
-    # Put numbers that you have worked out by hand here.
+    # Put numbers here that you have computed by hand.
     strategy = make_strategy({title}, server_learning_rate=0.5)
     moved = strategy.server_update(torch.ones(1, 2), torch.full((1, 2), 4.0))
     assert torch.equal(moved, torch.full((1, 2), 3.0))  # 1 + 0.5 * 4
@@ -80,7 +81,7 @@ def new_strategy(
 
 
 def title_of(name: str) -> str:
-    """``my_mean`` → ``MyMean``."""
+    """Return the class name for a module name: ``my_mean`` → ``MyMean``."""
     return "".join(part.capitalize() for part in name.split("_"))
 
 
@@ -88,29 +89,33 @@ def write_strategy(name: str, folder: Path) -> tuple[str, list[Path]]:
     """Write a strategy and its test.
 
     Args:
-        name: Of the module.
-        folder: Where; if it is a checkout of the app, the files go where its own are.
+        name: Name of the module.
+        folder: Folder for the files. In a checkout of the app they go into its folders for strategies and tests.
 
     Returns:
         The module's dotted name, and the two files.
 
     Raises:
-        ConfigError: If the name is none, or a file is there already or cannot be written; then nothing is.
+        ConfigError: If the name is not a valid module name, or a file exists already or cannot be written. No file is
+            left then.
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(name):
-        raise ConfigError(f"{name!r} is no name of a module: lower-case letters, digits and single _, such as my_mean")
+        raise ConfigError(f"{name!r} is not a valid module name: use a-z, 0-9 and single _, such as my_mean")
     checkout = (folder / "simulations" / "server_app.py").is_file() and (folder / "strategies").is_dir()
     module = f"strategies.{name}" if checkout else name
     places = (folder / "strategies", folder / "tests" / "strategies") if checkout else (folder, folder)
     files = [places[0] / f"{name}.py", places[1] / f"test_{name}.py"]
     if there := [file for file in files if file.exists()]:
-        raise ConfigError(f"{there[0]} exists already and is kept: choose another name")
-    title = title_of(name)
+        raise ConfigError(f"{there[0]} exists already and is not overwritten: choose another name")
+    title, begun = title_of(name), []
     try:
         for file, text in zip(files, (_STRATEGY, _TEST), strict=True):
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("x", encoding="utf-8") as stream:
+                begun.append(file)
                 stream.write(text.format(title=title, table=title.lower(), module=module))
     except OSError as error:
+        for file in begun:
+            file.unlink(missing_ok=True)
         raise ConfigError(f"{folder} cannot be written: {error.strerror or error}; go to another folder") from error
     return module, files

@@ -1,6 +1,6 @@
 """``fl-dualpriv node``: check and start a node for the owner of some data; print the digest of an app it may run.
 
-Light on import: Flower and torch come with the node.
+The module imports quickly: only a node loads Flower and torch.
 """
 
 import sys
@@ -16,48 +16,48 @@ from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower.app_bundle import load_bundle, read_bundle
 from fl_dualpriv.node.pin import PinUnavailable
 
-_PIPE_WIDTH = 160  # a log has no width of its own
-app = typer.Typer(no_args_is_help=True, help="Run a node for the owner of some data, with limits of their own.")
+_PIPE_WIDTH = 160  # a log has no width
+app = typer.Typer(no_args_is_help=True, help="Run a node for the owner of some data, with the owner's limits.")
 
 
 @app.command()
 def start(
     node_file: Annotated[Path, typer.Argument(metavar="NODE.toml", help="The owner's file: folder, budget, apps.")],
     superlink: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="The server; without it [server] of NODE.toml.")
+        str | None, typer.Option(metavar="HOST:PORT", help="The server. Default: [server] of NODE.toml.")
     ] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Without TLS: for a server on this machine.")] = False,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Without TLS, for a server on this machine.")] = False,
     root_certificates: Annotated[
-        Path | None, typer.Option(help="PEM file to check the server's certificate with; without it the system's.")
+        Path | None, typer.Option(help="PEM file that verifies the server's certificate. Default: the system's.")
     ] = None,
     auth_private_key: Annotated[
         Path | None,
         typer.Option("--auth-supernode-private-key", help="SSH key by which the server knows this node."),
     ] = None,
     trusted_entities: Annotated[
-        Path | None, typer.Option(help="Flower's YAML file of publishers, one of whom must also have signed the app.")
+        Path | None, typer.Option(help="Flower's YAML file of publishers; one of them must also have signed the app.")
     ] = None,
     partition_id: Annotated[
-        int | None, typer.Option(min=0, help="Which client of the run this node is; without it NODE.toml's, or 0.")
+        int | None, typer.Option(min=0, help="Number of this node's client in the run. Default: NODE.toml's, or 0.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address of --port.")] = "127.0.0.1",
     port: Annotated[
         int | None,
-        typer.Option(min=1, max=65535, help="TCP port for this node's apps; without it NODE.toml's, or 9094."),
+        typer.Option(min=1, max=65535, help="TCP port for this node's apps. Default: NODE.toml's, or 9094."),
     ] = None,
     max_retries: Annotated[
-        int | None, typer.Option(min=0, help="Attempts to reach the server again; without it for ever.")
+        int | None, typer.Option(min=0, help="Attempts to reach the server again. Default: no limit.")
     ] = None,
     any_app: Annotated[
-        bool, typer.Option("--any-app", help="Run whatever code the server sends: then no budget holds against it.")
+        bool, typer.Option("--any-app", help="Run any code that the server sends: then no budget holds against it.")
     ] = False,
     health_seconds: Annotated[
-        float, typer.Option(min=1.0, help="Between two looks at the node's health; it logs what changed.")
+        float, typer.Option(min=1.0, help="Seconds between two checks of the node's health; changes are logged.")
     ] = 60.0,
 ) -> None:
-    """Start Flower's SuperNode with the owner's limits; an app that NODE.toml does not allow is refused unseen.
+    """Start Flower's SuperNode with the owner's limits. It refuses an app that NODE.toml does not allow before it runs.
 
-    Exit status: 2 if it was not started, else Flower's.
+    Exit status: 2 if the node was not started, else Flower's.
     """
     from fl_dualpriv.node import start as node_start
 
@@ -82,8 +82,8 @@ def start(
             console.print(f"[bold yellow]warning:[/bold yellow] {node_start.ANY_APP}", soft_wrap=True, highlight=False)
         if node.budget is None:
             console.print(
-                f"[bold yellow]warning:[/bold yellow] {escape(str(node_file))} has no \\[budget]: the configuration of "
-                "each run alone limits what leaves",
+                f"[bold yellow]warning:[/bold yellow] {escape(str(node_file))} has no \\[budget]: only the "
+                "configuration of each run limits what leaves",
                 soft_wrap=True,
                 highlight=False,
             )
@@ -97,7 +97,7 @@ def check(
     node_file: Annotated[Path, typer.Argument(metavar="NODE.toml", help="The owner's file, with a [server].")],
     offline: Annotated[bool, typer.Option("--offline", help="Do not try to reach the server.")] = False,
 ) -> None:
-    """Look at data, model, budget, certificate, clock and port before joining; nothing is sent and nothing joined.
+    """Check data, model, budget, certificate, clock and port before joining. Nothing is sent and nothing joined.
 
     Exit status: 0 if the node can start, else 1.
     """
@@ -126,8 +126,8 @@ def hash_app(
 ) -> None:
     """Print the digest to put into NODE.toml: SHA-256 of the app's bundle, built here if a folder is given.
 
-    It is Flower's fab-hash of the run. Look at the app before you allow it: the digest says that it is this one, not
-    that it is harmless.
+    The digest is Flower's fab-hash of the run. Read the app before you allow it: the digest identifies the app, but
+    does not show that it is harmless.
     """
     notes = Output(stderr=True)
     try:

@@ -1,6 +1,6 @@
-"""``fl-dualpriv predict``: what a published prompt says of images, with the model that it was trained on.
+"""``fl-dualpriv predict``: apply a published prompt to images, with the model that it was trained on.
 
-Light on import, as the front is.
+It imports quickly, as `cli.main` does.
 """
 
 import json
@@ -25,21 +25,22 @@ def predict(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER...", help="Images, and folders of them.")],
     question: Annotated[str | None, typer.Option(help="About every image; for prompts that answer questions.")] = None,
     top: Annotated[
-        int | None, typer.Option(min=1, help="How many classes of each image; without it 3, and in JSON all.")
+        int | None, typer.Option(min=1, help="Number of classes per image. Default: 3, and in JSON all.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line for each image.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image, one per line.")] = False,
     backbone: Annotated[
-        str | None, typer.Option(help="The model, as backbone.name of a run; without it the one that PROMPT names.")
+        str | None, typer.Option(help="The model, as backbone.name of a run. Default: the model that PROMPT names.")
     ] = None,
     pretrained: Annotated[str, typer.Option(help="Weights of --backbone.")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Print the likeliest classes of each image, or the answer to a question about it.
 
-    Exit status: 0; 1 if some images cannot be used, which is said of each and stops no other; 2 if PROMPT is refused.
+    An image that cannot be used gets an error and does not stop the others. Exit status: 0, 1 if there are such images,
+    2 if PROMPT is refused.
     """
     errors = Output(stderr=True)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: as in the run
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, as in a run
     from fl_dualpriv.publish.use import load_prompt  # late: torch takes seconds
 
     try:
@@ -82,5 +83,5 @@ def _entry(found: "Prediction", top: int | None) -> dict[str, Any]:
 
 
 def shown(text: str) -> str:
-    """A text whose letters cannot act on a terminal: names in a prompt's file are a stranger's."""
+    """Escape the characters that could act on a terminal, because names in a prompt's file are not trusted."""
     return "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in text)

@@ -1,6 +1,6 @@
-"""Shows a run to its operator while it goes on: a bar on a terminal, plain lines elsewhere.
+"""Show the progress of a run to its operator: a bar on a terminal, plain lines elsewhere.
 
-It follows two files: ``rounds.jsonl``, a result, and ``operator/progress.jsonl`` with times and failures.
+The module follows two files: ``rounds.jsonl``, a result, and ``operator/progress.jsonl`` with times and failures.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ _EVERY_SECONDS = 0.3
 
 
 class Follower:
-    """Reads the whole lines that were added to a file since the last look."""
+    """Reader of the complete lines that were added to a file since the last look."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = 0
 
     def new(self) -> list[dict[str, Any]]:
-        """The new lines, parsed. A line that is still being written waits for the next look."""
+        """Return the new lines, parsed. A line that is still being written waits for the next look."""
         try:
             with self._path.open("rb") as stream:
                 stream.seek(self._offset)
@@ -40,7 +40,7 @@ class Follower:
 
 
 def round_text(entry: dict[str, Any], failures: int = 0) -> str:
-    """Accuracy and ε spent so far, of one line of ``rounds.jsonl``, and failed calls of clients."""
+    """Return a text with accuracy and spent ε from one line of ``rounds.jsonl``, and with the failed client calls."""
     parts = []
     if entry["accuracy"] is not None:
         parts.append(
@@ -63,8 +63,8 @@ def shown(console: Console, folder: Path, rounds: int) -> Iterator[None]:
     """Show the rounds that a run reports in its folder while the body runs, and the last ones after it.
 
     Args:
-        console: Where to; a bar if it is a terminal, else one line a round.
-        folder: Of the run; its files may not exist yet.
+        console: Output for the progress: a bar if it is a terminal, else one line per round.
+        folder: Folder of the run. Its files may not exist yet.
         rounds: Number of rounds of the whole run.
     """
     results, operators = Follower(folder / ROUNDS), Follower(folder / PROGRESS)
@@ -81,14 +81,14 @@ def shown(console: Console, folder: Path, rounds: int) -> Iterator[None]:
 
     def look() -> None:
         entries = results.new()
-        told.update({line["round"]: line for line in operators.new()})  # after the results, which are written later
+        told.update({line["round"]: line for line in operators.new()})  # read last, because results are written later
         for entry in entries:
             own = told.get(entry["round"], {})
             text = round_text(entry, own.get("failures", 0))
             bar.update(task, completed=entry["round"], description=text)
             if not console.is_terminal:
                 seconds = f" · {own['seconds']:.1f} s" if own else ""
-                # soft_wrap: a pipe has no width to fold lines at
+                # soft_wrap, because a pipe has no width at which to break lines
                 console.print(f"round {entry['round']}/{rounds}{seconds} · {text}", soft_wrap=True)
 
     done = threading.Event()

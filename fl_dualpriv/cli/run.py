@@ -1,7 +1,7 @@
 """``fl-dualpriv run``: check everything, run an engine, show progress, print results and privacy table.
 
 The exit status is 0 if the run ended well and left its results, 1 if it failed, 2 if it was not started, and 130 after
-Ctrl-C. The module is light on import: Flower, Ray and torch come with the engine.
+Ctrl-C. The module imports quickly: only the engine loads Flower, Ray and torch.
 """
 
 import json
@@ -24,7 +24,7 @@ from fl_dualpriv.run.out_folder import is_refusal, progress_of
 from fl_dualpriv.run.peak_memory import describe_peaks
 from fl_dualpriv.run.tables import headline, privacy_table, results_table
 
-_PIPE_WIDTH = 180  # a log has no width of its own; rich would take 80 and break the privacy table's words
+_PIPE_WIDTH = 180  # a log has no width; rich would assume 80 and break words of the privacy table
 
 
 def run(
@@ -37,15 +37,15 @@ def run(
     engine: Annotated[
         Engine | None, typer.Option(help="ray: Flower's simulation, the default; local: one process.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results; without it runs/CONFIG-TIME.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results. Default: runs/CONFIG-TIME.")] = None,
     app_dir: Annotated[
-        Path | None, typer.Option("--app", help="Folder of the Flower app; without it the one around CONFIG.")
+        Path | None, typer.Option("--app", help="Folder of the Flower app. Default: the one around CONFIG.")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove an earlier run's results from the folder.")
     ] = False,
     resume: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Go on with the run that was cut off in this folder; no CONFIG.")
+        Path | None, typer.Option(metavar="DIR", help="Resume the run that was cut off in this folder; no CONFIG.")
     ] = None,
 ) -> None:
     """Run one federation, show its progress, print its results and its privacy table.
@@ -57,7 +57,7 @@ def run(
         if resume is not None:
             if config or assignments or out or overwrite:
                 raise ConfigError(
-                    "--resume takes its configuration from DIR: leave CONFIG, --set, --out and --overwrite out"
+                    "--resume takes its configuration from DIR: omit CONFIG, --set, --out and --overwrite"
                 )
             job = resumed(resume, app_dir, engine)
         elif config is None:
@@ -78,7 +78,7 @@ def run(
         console.print(escape(line), soft_wrap=True, highlight=False)
     if job.engine == Engine.RAY:
         console.print(
-            f"starting Flower and Ray, half a minute before round 1; their log: {escape(str(job.out / 'flower.log'))}",
+            f"starting Flower and Ray, about half a minute until round 1; log: {escape(str(job.out / 'flower.log'))}",
             soft_wrap=True,
             highlight=False,
         )
@@ -87,7 +87,7 @@ def run(
         with shown(console, job.out, job.config.rounds):
             run_engine(job.engine, job)
     except KeyboardInterrupt:
-        fail(errors, f"stopped by Ctrl-C; what there is lies in {job.out}{how_to_go_on(job.out)}", 130)
+        fail(errors, f"stopped by Ctrl-C; the files so far are in {job.out}{how_to_go_on(job.out)}", 130)
     except Exception as error:
         refused = is_refusal(error, job.out) and progress_of(job.out) == before
         fail(errors, describe(error, job.out) + how_to_go_on(job.out), 2 if refused else 1)
@@ -115,13 +115,13 @@ def run(
 
 
 def run_engine(engine: Engine, job: Job) -> None:
-    """Run ``job`` to its end; raises if it fails."""
+    """Run ``job`` to its end; raise an error if it fails."""
     if engine is Engine.LOCAL:
-        # Before torch is loaded. One thread, as in Ray's actors: sums then have one order in both engines.
+        # Set before torch is loaded. One thread, as in Ray's actors, so that sums have the same order in both engines.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         from fl_dualpriv.flower.local import run_local
 
-        logging.getLogger("flwr").setLevel(logging.WARNING)  # its progress lines would break into ours
+        logging.getLogger("flwr").setLevel(logging.WARNING)  # its progress lines would mix with ours
         run_local(job.app_dir, job.flat)
     else:
         from fl_dualpriv.flower.engine import run_flower

@@ -1,7 +1,7 @@
 """Ways to cut a prompt's gradient into blocks that are kept, dropped or shrunk as a whole.
 
-Gradients are stacked over clients, (client, rows, cols); nothing here mixes clients. In a prompt a row is a context
-token, in a packed LoRA update a matrix is some neighbouring columns.
+Gradients are stacked over clients, (client, rows, cols), and no function of this module mixes clients. In a prompt a
+row is a context token. In a packed LoRA update a matrix is a range of neighbouring columns.
 """
 
 from dataclasses import dataclass
@@ -22,26 +22,27 @@ class Blocks(Protocol):
         ...
 
     def energies(self, gradient: Tensor) -> Tensor:
-        """Squared norm of each block, (client, block) float64; they add up to the gradient's."""
+        """Compute the squared norm of each block, (client, block) float64; they add up to that of the gradient."""
         ...
 
     def weighted(self, gradient: Tensor, weights: Tensor) -> Tensor:
-        """Each block times its weight, (client, block), added up again: the gradient's shape and type."""
+        """Multiply each block by its weight, (client, block), and add the blocks up; keeps the shape and the type."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoordinateBlocks:
-    """Blocks that are sets of coordinates: what a mask can say, before and after the clip.
+    """Blocks that are sets of coordinates, so that a mask can express them before and after the clip.
 
     Attributes:
         kind: ``token``: a row. ``coordinate``: one entry. ``matrix``: a segment of columns, over all rows.
-        rows: Of a gradient.
-        cols: Of a gradient.
-        segments: Widths of the matrices, in order; they add up to ``cols``. Empty: one matrix. Read for ``matrix``.
+        rows: Number of rows of a gradient.
+        cols: Number of columns of a gradient.
+        segments: Widths of the matrices, in order; they add up to ``cols``. Empty for one matrix. Only ``matrix`` reads
+            them.
 
     Raises:
-        ValueError: If the widths are not positive or do not add up.
+        ValueError: If the widths are not positive or do not add up to ``cols``.
     """
 
     kind: Literal["token", "coordinate", "matrix"]
@@ -51,7 +52,7 @@ class CoordinateBlocks:
 
     def __post_init__(self) -> None:
         if self.kind == "matrix" and (sum(self._widths) != self.cols or min(self._widths) < 1):
-            raise ValueError(f"matrices of {self.segments} columns; they must be >= 1 and add up to {self.cols}")
+            raise ValueError(f"segments = {self.segments}; the widths must be >= 1 and add up to {self.cols}")
 
     @property
     def _widths(self) -> tuple[int, ...]:
@@ -79,7 +80,7 @@ class CoordinateBlocks:
         return torch.stack([part.sum(dim=(-2, -1)) for part in squares.split(self._widths, dim=-1)], dim=-1)
 
     def spread(self, weights: Tensor) -> Tensor:
-        """A weight of each block → one of each coordinate: (client, block) → (client, rows, cols)."""
+        """Expand weights of blocks to weights of coordinates, (client, block) → (client, rows, cols)."""
         if self.kind == "token":
             return weights[:, :, None].expand(-1, -1, self.cols)
         if self.kind == "coordinate":
@@ -88,25 +89,25 @@ class CoordinateBlocks:
         return weights.repeat_interleave(widths, dim=1)[:, None].expand(-1, self.rows, -1)
 
     def weighted(self, gradient: Tensor, weights: Tensor) -> Tensor:
-        """See `Blocks`; a weight of 1 leaves its block as it is, bit by bit."""
+        """See `Blocks`; a weight of 1 leaves its block unchanged, bit by bit."""
         return gradient * self.spread(weights).to(gradient.dtype)
 
 
 @dataclass(frozen=True)
 class ComponentBlocks:
-    """Parts of a gradient along the rank components of p_L = u·v, and what no component holds.
+    """Parts of a gradient along the rank components of p_L = u·v, and the rest outside all components.
 
-    With orthonormal bases u_j (columns) and v_j (rows), component j is G v_jᵀ v_j + u_j u_jᵀ G (I − vᵀv): all that
-    moves v_j's row, and what moves u_j's column outside the span of v. The components are orthogonal, since v_j v_lᵀ,
-    u_jᵀ u_l and v_j (I − vᵀv) are zero for j ≠ l, and add up to the tangent projection G vᵀv + u uᵀG (I − vᵀv). The
-    rest, (I − u uᵀ) G (I − vᵀv), is the last block: only the global prompt moves along it. The overlap u_i v_j is given
-    to v_j, so that each direction of the tangent space belongs to one component.
+    With orthonormal bases u_j (columns) and v_j (rows), component j is G v_jᵀ v_j + u_j u_jᵀ G (I − vᵀv): the part that
+    moves v_j's row, and the part that moves u_j's column outside the span of v. The components are orthogonal, because
+    v_j v_lᵀ, u_jᵀ u_l and v_j (I − vᵀv) are zero for j ≠ l, and they add up to the tangent projection
+    G vᵀv + u uᵀG (I − vᵀv). The rest, (I − u uᵀ) G (I − vᵀv), is the last block; only the global prompt moves along it.
+    The overlap u_i v_j belongs to v_j, so that each direction of the tangent space belongs to one component.
 
     The bases turn from step to step. A component therefore has no fixed coordinates and no release memory.
 
     Attributes:
-        u: (client, rows, k).
-        v: (client, k, cols).
+        u: Column basis, (client, rows, k).
+        v: Row basis, (client, k, cols).
     """
 
     u: Tensor
@@ -114,13 +115,13 @@ class ComponentBlocks:
 
     @property
     def sizes(self) -> Tensor:
-        """See `Blocks`; rows + cols − k for a component. The rest is left out where the components fill everything."""
+        """See `Blocks`; a component has rows + cols − k dimensions. The rest is left out if it has no dimensions."""
         (rows, rank), cols = self.u.shape[1:], self.v.shape[2]
         rest = (rows - rank) * (cols - rank)
         return torch.tensor([rows + cols - rank] * rank + [rest] * (rest > 0), dtype=torch.float64)
 
     def _parts(self, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """G vᵀ (client, rows, k); uᵀG (I − vᵀv) (client, k, cols); the rest."""
+        """Return G vᵀ (client, rows, k), uᵀG (I − vᵀv) (client, k, cols) and the rest."""
         on_v = gradient @ self.v.mT
         outside = gradient - on_v @ self.v
         on_u = self.u.mT @ outside

@@ -1,4 +1,4 @@
-"""A Flower node and the clients it hosts: who they are, where their state lies, how good their prompts are."""
+"""A Flower node and the clients it hosts: their public metadata, state folders and scores."""
 
 import contextlib
 import functools
@@ -32,16 +32,16 @@ from fl_dualpriv.tasks.memory import peak_bytes
 
 _log = logging.getLogger("fl_dualpriv")
 
-# Eight prompts fill the products of a text tower on a CPU core (docs/benchmarks.md); more of them pay while they fit
-# into the caches together.
+# Eight prompts fill the products of a text tower on a CPU core (docs/benchmarks.md); more prompts help only while they
+# fit into the caches together.
 _CPU_PROMPTS, _CPU_CACHE_BYTES = 8, 8 * 2**20
 
 
 class RunContext:
-    """A configuration and what follows from it, once a process: messages of one run differ in little else.
+    """A configuration and the objects derived from it, built once per process for all messages of a run.
 
     Args:
-        config: The run's configuration.
+        config: Configuration of the run.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -60,10 +60,12 @@ class RunContext:
         self._counts: tuple[tuple[str, bytes], Counts] | None = None
 
     def _checked(self) -> tuple[Objective[Any], RowPath | None]:
-        """The form of the objective whose rows depend on nobody else here, see `row_check`; no path without training.
+        """Return the form of the objective whose rows depend on no other record or client here, and its path.
+
+        See `row_check`. The path is None for a method that does not train.
 
         Raises:
-            PrivacyError: If records are protected and there is none.
+            PrivacyError: If records are protected and there is no such form.
         """
         config, task = self.config, self.task
         objective = task.objective(config)
@@ -78,21 +80,21 @@ class RunContext:
 
     @property
     def clients_apart(self) -> bool:
-        """Whether clients have to step one by one."""
+        """True if clients have to step one by one."""
         return self.row_path in ("clients apart", "records and clients apart")
 
     @property
     def keeps_state(self) -> bool:
-        """Whether a client has anything to keep: a personal prompt, or the rounds that its plan may not repeat."""
+        """True if a client keeps state: a personal prompt, or the rounds that its plan may not repeat."""
         return self.parts.personal or self.plan is not None
 
     @functools.cached_property
     def held(self) -> Tensor:
-        """Whether a client holds a group, (population, group) bool; public metadata."""
+        """True where a client holds a group, (population, group) bool; public metadata."""
         return held_groups(self.task)
 
     def shared_counts(self, kind: messages.PromptKind, prompt: Tensor) -> Counts:
-        """Right and all held-out records per group for a prompt that all clients share; the last one is kept."""
+        """Count correct and all held-out records per group for a prompt of all clients; cache the last result."""
         key = (kind, b"" if kind == "zero-shot" else prompt.numpy().tobytes())
         if self._counts is None or self._counts[0] != key:
             if kind == "zero-shot":
@@ -104,16 +106,16 @@ class RunContext:
 
 
 class Sized(Protocol):
-    """A tower or an objective: what says how much one more prompt takes."""
+    """A tower or an objective that knows the memory of one more prompt."""
 
     @property
     def bytes_per_prompt(self) -> int:
-        """Memory of one prompt on its way, roughly."""
+        """Approximate memory of one prompt in a pass."""
         ...
 
 
 def prompts_at_once(sized: Sized, workspace_bytes: int, device: torch.device) -> int:
-    """How many prompts may run together; at least one. Splits the work, never changes a result."""
+    """Return how many prompts may run together, at least one. It splits the work and never changes a result."""
     fitting = max(1, workspace_bytes // max(1, sized.bytes_per_prompt))
     if device.type == "cuda":
         return fitting
@@ -121,17 +123,17 @@ def prompts_at_once(sized: Sized, workspace_bytes: int, device: torch.device) ->
 
 
 def chunks(partitions: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """Groups of at most ``size`` clients, in order."""
+    """Yield groups of at most ``size`` clients, in order."""
     for start in range(0, len(partitions), size):
         yield partitions[start : start + size]
 
 
 class Failures(dict[int, str]):
-    """Partition → why it failed, for the server; the whole of it goes to the node's log, once per reason.
+    """Reason of each failed partition, for the server. The node's log gets each full reason once.
 
     Args:
-        private: Whether the clients' data are protected by noise: then nothing else may speak of them, and only a
-            refusal, whose words are made of public numbers, travels in words. Of other errors only the type does.
+        private: True if noise protects the clients' data. Then no other output may depend on them. A refusal, whose
+            text is made of public numbers, travels in full; of other errors only the type travels.
     """
 
     def __init__(self, *, private: bool = False) -> None:
@@ -140,11 +142,11 @@ class Failures(dict[int, str]):
         self._logged: set[str] = set()
 
     def add(self, partitions: Iterable[int], error: Exception) -> None:
-        """These clients failed together."""
+        """Add clients that failed together with one error."""
         reason = f"{type(error).__name__}: {error}"
         if reason not in self._logged:
             self._logged.add(reason)
-            ours = isinstance(error, ConfigError | PrivacyError)  # says all there is to say
+            ours = isinstance(error, ConfigError | PrivacyError)  # its message explains the problem without a traceback
             _log.warning("a client failed: %s", reason, exc_info=None if ours else error)
         if self._private and not isinstance(error, PrivacyError):
             reason = type_alone(error)
@@ -156,11 +158,11 @@ class Node:
     """One Flower node of a run. It hosts the clients j, j + nodes, j + 2 nodes and so on.
 
     Attributes:
-        run_context: What all nodes of the process share.
-        index: j.
-        run_folder: Of the run, for clients without a folder that the node's owner chose.
-        state_dir: The owner's folder of the one client of this node, if there is one.
-        budget: The owner's limits for each client here; None: the plan of the run is the only limit.
+        run_context: Objects that all nodes of the process share.
+        index: Index j of the node.
+        run_folder: Folder of the run, for clients without a folder that the node's owner chose.
+        state_dir: Folder that the node's owner chose for its only client, or None.
+        budget: Limits that the node's owner set for each client here; None if the plan of the run is the only limit.
     """
 
     run_context: RunContext
@@ -174,15 +176,15 @@ class Node:
         if not 0 <= self.index < nodes:
             raise ConfigError(
                 f"partition-id = {self.index} of this node, but the run has {nodes} nodes; give every node a "
-                "partition-id of its own, from 0"
+                "different partition-id, counted from 0"
             )
         if self.run_context.config.data.partition == "by-node" and len(self.hosted) > 1:
-            raise ConfigError(  # they would be the same records, each counted once for every client
+            raise ConfigError(  # all clients would hold the same records, and each record would count several times
                 f'this node has all records of its folder (data.partition = "by-node") and the run would give it '
                 f"{len(self.hosted)} clients; set supernodes = 0"
             )
         if self.state_dir is not None and len(self.hosted) > 1:
-            # One folder, one budget: a second layout of clients in it would start ledgers anew for the same records.
+            # One folder has one budget: another layout of clients in it would start new ledgers for the same records.
             raise ConfigError(
                 f"this node keeps its client's state in {self.state_dir} (state-dir), and the run would give it "
                 f"{len(self.hosted)} clients; set supernodes = 0"
@@ -195,16 +197,16 @@ class Node:
         return range(self.index, config.population, config.num_supernodes)
 
     def cards(self) -> list[messages.ClientCard]:
-        """Public metadata of all hosted clients."""
+        """Return the public metadata of all hosted clients."""
         task, rows = self.run_context.task, self.run_context.row_path
         return [messages.ClientCard(partition=p, num_examples=task.num_examples(p), rows=rows) for p in self.hosted]
 
     def folder(self, partition: int) -> ClientFolder:
-        """A client's own folder."""
+        """Return the folder of one client."""
         return ClientFolder(self.state_dir or self.run_folder / "clients" / f"client-{partition:03d}")
 
     def keep_run(self, partition: int, run_token: str) -> None:
-        """Write down on a deployed node what its prompt is for, so that its owner can publish it."""
+        """Record on a deployed node the use of its prompt, so that the owner can publish the prompt."""
         if self.state_dir is not None:
             run_context = self.run_context
             keep_node_run(
@@ -212,27 +214,27 @@ class Node:
             )
 
     def asked(self, partitions: Sequence[int]) -> list[int]:
-        """Check whom a message speaks of; in order.
+        """Check the clients that a message names, and return them in order.
 
         Raises:
-            PrivacyError: If a client is not hosted here, or named twice.
+            PrivacyError: If a client is not hosted here, or is named twice.
         """
         if len(set(partitions)) != len(partitions) or any(p not in self.hosted for p in partitions):
             raise PrivacyError("a message names a client twice, or one that this node does not host; it is refused")
         return sorted(partitions)
 
     def score(self, request: messages.EvaluateRequest) -> messages.Scores:
-        """Score the zero-shot, the global or the personal prompt of each client that is asked on held-out images.
+        """Score the zero-shot, the global or the personal prompt of each requested client on held-out images.
 
         Raises:
-            PrivacyError: If those images are private here.
+            PrivacyError: If those images are private here, or the owner of the node does not let their scores leave.
         """
         run_context = self.run_context
         partitions = self.asked(request.partitions)
         if not run_context.may_score:
             raise PrivacyError("the held-out images are private here: their scores would be an unaccounted release")
         if self.budget is not None and not (self.budget.scores and run_context.held_out_is_given):
-            reason = "the owner of this node lets scores leave of public test/ or val/ folders alone, if at all"
+            reason = "the owner of this node lets only scores of public test/ or val/ folders leave, or no scores"
             for partition in partitions:
                 self.folder(partition).log_refusal(request.run_token, f"evaluate, round {request.server_round}", reason)
             raise PrivacyError(reason)
@@ -271,7 +273,7 @@ class Node:
         return messages.Scores(partitions=tuple(scores), values=list(scores.values()), failed=failed)
 
     def report_memory(self) -> None:
-        """Log the process's peak when it grew; beside the results it is written down too."""
+        """Log the peak memory of the process if it grew; without an owner's state folder, also write it to a file."""
         device = self.run_context.task.backbone.device
         folder = self.run_folder if self.state_dir is None else None
         report_peak(folder, str(device), lambda: peak_bytes(device))

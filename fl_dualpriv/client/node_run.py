@@ -1,4 +1,4 @@
-"""Files that a deployed client keeps so that its prompt can be published later. None of them holds private data."""
+"""Files that a deployed client keeps so that its prompt can be published later. No file holds private data."""
 
 import contextlib
 import json
@@ -23,22 +23,22 @@ NODE_RUN_FILE, SCORED_FILE = "node-run.json", "scored.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class NodeRun:
-    """What a deployed node keeps of the run that its prompt is of, in ``node-run.json``.
+    """Facts about the run of a deployed node's prompt, kept in ``node-run.json``.
 
     Attributes:
-        run_token: Of the run.
-        client: Which client the node was.
-        method: Of the run.
-        rounds: Of the run.
-        population: Of the run.
-        version: Of fl-dualpriv.
-        randomness: Of the noise.
-        split: That is scored.
-        releases: Entries of the privacy table of one client at record level; empty without it.
-        claims_client_level: Whether the run states an ε of clients, too, which covers no personal prompt.
-        use: See `use_facts`.
+        run_token: Token of the run.
+        client: Partition of the client.
+        method: Method of the run.
+        rounds: Number of rounds of the run.
+        population: Number of clients of the run.
+        version: Version of fl-dualpriv.
+        randomness: Source of the noise.
+        split: Split that is scored.
+        releases: Entries of the privacy table of one client at record level; empty without record-level DP.
+        claims_client_level: True if the run also states a client-level ε, which covers no personal prompt.
+        use: Facts about the use of the prompt, see `use_facts`.
         backbone: Name of the model, as configured; it stays on the node.
-        pretrained: Likewise.
+        pretrained: Name of the weights, as configured; it stays on the node.
     """
 
     run_token: str
@@ -59,7 +59,8 @@ class NodeRun:
 def keep_node_run(folder: Path, config: RunConfig, task: Task, run_token: str, client: int, *, scored: bool) -> None:
     """Write ``node-run.json`` into the folder of a deployed node's client, in the first round of a run.
 
-    A process of a node answers one message: reading a line costs less than a fingerprint of all weights in each round.
+    In later rounds it only reads the run token of the file. A process of a node answers one message, and reading a line
+    costs less than a fingerprint of all weights in each round.
     """
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         if json.loads((folder / NODE_RUN_FILE).read_text(encoding="utf-8"))["run_token"] == run_token:
@@ -85,7 +86,7 @@ def keep_node_run(folder: Path, config: RunConfig, task: Task, run_token: str, c
 
 
 def keep_scored(folder: Path, prompt: Tensor, score: Score, run_token: str, server_round: int) -> None:
-    """Keep a personal prompt as it was scored, with its counts: the last global prompt comes with the last score."""
+    """Keep a scored personal prompt with its counts; the last global prompt of a run comes with the last score."""
     metadata = {"run-token": run_token, "server-round": str(server_round)}
     for kind in ("local", "neighbour"):
         correct, total = getattr(score, f"{kind}_correct"), getattr(score, f"{kind}_total")

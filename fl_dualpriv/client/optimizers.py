@@ -1,6 +1,6 @@
-"""UpdateRule from released gradients: momentum and Adam as post-processing, aware of blocks that were pruned.
+"""Update directions from released gradients: momentum and Adam as post-processing, aware of pruned blocks.
 
-A client's gradient is noised before it comes here, and what an optimizer remembers was noised too: no ε is owed.
+A client's gradient is noised before it comes here, and the optimizer remembers only noised gradients, so it costs no ε.
 """
 
 from dataclasses import dataclass
@@ -20,24 +20,25 @@ _TINY = 1e-8
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """How a noised gradient becomes a direction; the caller's learning rates scale it.
+    """Map from a noised gradient to a direction, which the caller scales with its learning rates.
 
     Guarantee:
-        A function of noised releases and of public numbers alone, hence post-processing.
+        The direction is a function of only noised releases and public numbers, hence post-processing.
 
     Attributes:
         name: ``sgd``: the gradient itself, bit by bit. ``momentum``: heavy ball, m ← μ m + g, direction m. ``adam``:
-            Kingma and Ba's, both averages unbiased, second decay 0.999. ``adam-corrected``: Adam whose second moment
-            is freed of the noise's share Φ, which is known: m̂ / √max(v̂ − Φ, γ). Under it Adam divides all
-            coordinates by about the noise's own scale and is SGD with another step size.
-        momentum: μ, or Adam's first decay; in [0, 1). Not read by ``sgd``.
+            Kingma and Ba's Adam, both averages unbiased, second decay 0.999. ``adam-corrected``: Adam whose second
+            moment is corrected by the noise's share Φ, which is known: m̂ / √max(v̂ − Φ, γ). Without the correction the
+            noise dominates v̂, so that Adam divides all coordinates by about the scale of the noise and is SGD with
+            another step size.
+        momentum: μ, or Adam's first decay; in [0, 1). ``sgd`` does not read it.
 
     Raises:
         ValueError: If ``momentum`` is out of range.
 
     Reference:
         Tang, Shpilevskiy and Lécuyer 2024 (DP-AdamBC), arXiv:2312.14334. Their γ is a hyper-parameter; here it is one
-        standard deviation of the noise in v̂ itself, below which v̂ − Φ cannot be told from nothing.
+        standard deviation of the noise in v̂ itself, below which v̂ − Φ cannot be distinguished from zero.
     """
 
     name: Name
@@ -48,7 +49,7 @@ class Optimizer:
             raise ValueError(f"momentum = {self.momentum}; it must be in [0, 1)")
 
     def release_memory_shapes(self, rows: int, cols: int) -> ReleaseMemoryShapes:
-        """What a client remembers for it."""
+        """Return the shapes of the tensors that a client remembers for the optimizer."""
         names = {
             "sgd": (),
             "momentum": (_FIRST,),
@@ -62,19 +63,19 @@ class Optimizer:
     def direction(
         self, gradient: Tensor, release_memory: ReleaseMemory, noise_std: Tensor, *, closed: Tensor | None = None
     ) -> tuple[Tensor, ReleaseMemory]:
-        """One step.
+        """Take one step.
 
         Args:
-            gradient: Noised and pruned, (client, rows, cols).
-            release_memory: Stacked, as `release_memory_shapes`; other names pass.
+            gradient: Noised and pruned gradient, (client, rows, cols).
+            release_memory: Stacked release memory, see `release_memory_shapes`. Other names are passed through.
             noise_std: Std of the noise in each coordinate of ``gradient``, (client, rows, cols); read by
                 ``adam-corrected``.
-            closed: Coordinates that must not move: their direction is zero and what is remembered of them stays as it
-                is, so that they go on where they stopped. None: none; a pruned block then has a zero gradient, which
-                the averages take as a value, and momentum still moves it.
+            closed: Coordinates that must not move. Their direction is zero and their release memory does not change, so
+                that they later continue from it. With None, all coordinates may move: a pruned block has a zero
+                gradient, which the averages take as a value, and momentum still moves it.
 
         Returns:
-            The direction to go against, and the new release memory.
+            The direction, which the caller subtracts, and the new release memory.
         """
         if self.name == "sgd":
             return gradient, release_memory
@@ -107,7 +108,7 @@ class Optimizer:
         if self.name == "adam":
             return first / (second.sqrt() + _TINY)
         noise = unbiased(moved[_NOISE], _SECOND_DECAY, count)
-        # The square of a normal variable has variance 2 s⁴; averaging leaves `noise_left` of it.
+        # The square of a normal variable has variance 2 s⁴; averaging leaves the share `noise_left` of it.
         least = noise * (2 * noise_left(_SECOND_DECAY, count)).sqrt().to(noise.dtype)
         return first / torch.maximum(second - noise, least).clamp_min(_TINY**2).sqrt()
 

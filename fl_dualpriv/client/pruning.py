@@ -1,8 +1,9 @@
-"""Update pruning: which blocks of a released gradient a client follows, and which it leaves out.
+"""Update pruning: select the blocks of a released gradient that a client follows, and leave out the others.
 
-Dual-Priv (arXiv:2506.07077, Mechanism 2) keeps the blocks of largest *noised* gradient. Here it stands beside its
-control (a random mask) and stronger forms: a mask from past releases, which is applied before the clip so that signal
-is not clipped away on frozen blocks; and shrinkage instead of a cut. No rule ever sees a clean gradient.
+Dual-Priv (arXiv:2506.07077, Mechanism 2) keeps the blocks of largest *noised* gradient. This module also has its
+control (a random mask) and two stronger forms. The first is a mask from past releases, applied before the clip so that
+no part of the clip norm is spent on frozen blocks. The second is shrinkage instead of a cut. No rule ever sees a clean
+gradient.
 """
 
 import math
@@ -18,18 +19,19 @@ from fl_dualpriv.client.release_memory import ReleaseMemory, ReleaseMemoryShapes
 
 Rule = Literal["noised", "random", "past", "random-past", "shrink"]
 Draw = Callable[[int], Tensor]
-"""How many → that many uniforms of each client's own stream, (client, count) float64; once a step at most."""
+"""Count → that many uniforms from each client's own stream, (client, count) float64; called at most once per step."""
 
 _BEFORE_CLIP = ("past", "random-past")
 _AVERAGE, _SEEN = "past.average", "past.seen"
 
 
 class Pruned(NamedTuple):
-    """What is left of a gradient.
+    """A pruned gradient.
 
     Attributes:
-        gradient: (client, rows, cols).
-        weights: What each coordinate was multiplied with, (client, rows, cols); None: all ones, or components.
+        gradient: Gradient after pruning, (client, rows, cols).
+        weights: Factor of each coordinate, (client, rows, cols). None if all factors are one or the blocks are
+            components.
     """
 
     gradient: Tensor
@@ -41,28 +43,30 @@ class UpdatePruning:
     """One rule of update pruning.
 
     Guarantee:
-        Which blocks are kept is a function of noised releases and of coins that are independent of all data; the rules
+        The choice of blocks is a function of noised releases and of coins that are independent of all data. The rules
         ``noised``, ``random`` and ``shrink`` are post-processing of the release they prune. ``past`` and
-        ``random-past`` multiply each example's gradient by a mask m that is known before the step: a per-example map,
-        so the sum of clip(m ⊙ g_i) has sensitivity C as before, and the step is one more adaptively chosen Gaussian
-        mechanism with the same multiplier. The noise still goes on every coordinate and the release is masked after:
-        on a closed block the clean sum is exactly zero, so what is thrown away is independent noise alone, and what is
-        left has the law of noise drawn on the open blocks only. ε is the same with every rule and without.
+        ``random-past`` multiply each example's gradient by a mask m that is known before the step. This is a
+        per-example map, so the sum of clip(m ⊙ g_i) has sensitivity C as before, and the step is one more adaptively
+        chosen Gaussian mechanism with the same multiplier. The noise is still added to every coordinate, and the
+        release is masked after. On a closed block the clean sum is exactly zero, so the discarded part is only
+        independent noise, and the rest has the law of noise drawn only on the open blocks. ε is the same with every
+        rule and without.
 
     Attributes:
-        rule: ``noised``: the blocks of largest root mean square in the noised gradient (as published). ``random``: as
-            many, by chance, after the noise. ``past``: before the clip, the blocks of largest debiased energy in past
-            releases. ``random-past``: before the clip, by chance. ``shrink``: every block is scaled down by how much of
-            it is noise (James-Stein).
-        keep_ratio: Of n blocks, ceil(keep_ratio · n) are kept; in (0, 1]. 1 switches every rule off, ``shrink`` too,
-            which reads no more of it than that.
-        block: What is kept or dropped as a whole; ``component`` after the noise alone.
-        frozen: A dropped block does not move, whatever an optimizer remembers of it. Else its gradient is zero.
-        warm_up: ``past``: releases of all blocks before the first cut.
-        exploration: ``past``: this share of the blocks that would be closed, rounded up, is opened by chance each step;
-            without it a closed block is never seen again.
-        floor: ``shrink``: least weight of a block.
-        decay: ``past``: of the average over releases, β.
+        rule: ``noised``: keep the blocks of largest root mean square in the noised gradient (as published). ``random``:
+            keep as many blocks, drawn at random, after the noise. ``past``: before the clip, open the blocks of largest
+            debiased energy in past releases. ``random-past``: before the clip, open blocks drawn at random.
+            ``shrink``: scale every block down by its share of noise (James-Stein).
+        keep_ratio: Share of kept blocks, in (0, 1]: of n blocks, ceil(keep_ratio · n) are kept. 1 switches every rule
+            off, including ``shrink``, which reads nothing else from it.
+        block: Unit that is kept or dropped as a whole; ``component`` is possible only after the noise.
+        frozen: If True, a dropped block does not move, even if an optimizer remembers gradients of it. Else its
+            gradient is zero.
+        warm_up: For ``past``: number of releases of all blocks before the first cut.
+        exploration: For ``past``: share of the blocks that would be closed, rounded up, that is opened at random in
+            each step. Without exploration a closed block is never seen again.
+        floor: For ``shrink``: least weight of a block.
+        decay: For ``past``: decay β of the average over releases.
         segments: Widths of ``matrix`` blocks, see `CoordinateBlocks`.
 
     Raises:
@@ -90,42 +94,45 @@ class UpdatePruning:
         if self.warm_up < 0:
             raise ValueError(f"warm_up = {self.warm_up}; it must be >= 0")
         if self.block == "component" and self.masks_before_clip:
-            raise ValueError(f"rule = {self.rule}: components turn with every step and have no past; choose a token")
+            raise ValueError(
+                f"rule = {self.rule} needs fixed blocks, but components turn with every step; choose another block, "
+                "for example token"
+            )
 
     @property
     def is_on(self) -> bool:
-        """Whether anything is pruned."""
+        """True if any block may be pruned."""
         return self.keep_ratio < 1
 
     @property
     def masks_before_clip(self) -> bool:
-        """Whether gradients are masked example by example."""
+        """True if each example's gradient is masked before the clip."""
         return self.is_on and self.rule in _BEFORE_CLIP
 
     def cut(self, rows: int, cols: int) -> CoordinateBlocks | None:
-        """The blocks of a gradient of this shape; None for components, which need the step's subspace bases."""
+        """Return the blocks of a gradient of this shape; None for components, which need the step's subspace bases."""
         if self.block == "component":
             return None
         return CoordinateBlocks(kind=self.block, rows=rows, cols=cols, segments=self.segments)
 
     def release_memory_shapes(self, rows: int, cols: int) -> ReleaseMemoryShapes:
-        """What a client remembers for this rule: the average of its releases, and how many each block has seen."""
+        """Return the shapes of a client's memory for this rule: average of its releases, and their count per block."""
         blocks = self.cut(rows, cols)
         if not self.is_on or self.rule != "past" or blocks is None:
             return {}
         return {_AVERAGE: ((rows, cols), torch.float32), _SEEN: ((blocks.count,), torch.int64)}
 
     def opened(self, release_memory: ReleaseMemory, noise_std: Tensor, draw: Draw, blocks: CoordinateBlocks) -> Tensor:
-        """Choose the blocks that gradients of the coming step may have, for rules before the clip.
+        """Choose the open blocks of the coming step, for rules before the clip.
 
         Guarantee:
-            A function of past noised releases and coins alone: the step's own data are not read yet.
+            The choice is a function of only past noised releases and coins: the data of the step are not read yet.
 
         Args:
-            release_memory: Stacked, as `release_memory_shapes`.
+            release_memory: Stacked release memory, see `release_memory_shapes`.
             noise_std: See `scores`.
-            draw: Coins.
-            blocks: From `cut`.
+            draw: Source of coins.
+            blocks: Blocks from `cut`.
 
         Returns:
             1 for an open block, 0 for a closed one, (client, block) float32.
@@ -141,20 +148,20 @@ class UpdatePruning:
         return torch.where(warming, 1.0, best)
 
     def scores(self, release_memory: ReleaseMemory, noise_std: Tensor, blocks: CoordinateBlocks) -> Tensor:
-        """Energy of each block in the average of past releases, less what noise alone would leave, per dimension.
+        """Compute the energy per dimension of each block in the average of past releases, less the energy of noise.
 
-        E_b = ‖average_b‖²/p_b − s² · `noise_left`, from the releases in which the block was open. Where masks do not
-        depend on the noise its expectation is the energy of the averaged true gradient: zero for pure noise. A block
-        that is closed *because* its average came out small stops there, and its score stays low: exploration, not the
-        correction, heals that. A block that was never seen comes first.
+        E_b = ‖average_b‖²/p_b − s² · `noise_left`, from the releases in which the block was open. If masks do not
+        depend on the noise, its expectation is the energy of the averaged true gradient, which is zero for pure noise.
+        A block that is closed *because* its average came out small keeps this average, and its score stays low. Only
+        exploration heals that, not the correction. A block that was never seen comes first.
 
         Args:
-            release_memory: Stacked, as `release_memory_shapes`.
+            release_memory: Stacked release memory, see `release_memory_shapes`.
             noise_std: Std of the noise on each coordinate of a mean gradient, public, (client,): s = z·C/(q·n_i).
-            blocks: From `cut`.
+            blocks: Blocks from `cut`.
 
         Returns:
-            (client, block), float64.
+            Scores, (client, block), float64.
         """
         seen = release_memory[_SEEN]
         average = unbiased(release_memory[_AVERAGE], self.decay, blocks.spread(seen))
@@ -180,15 +187,15 @@ class UpdatePruning:
         """Drop or shrink blocks of a noised mean gradient.
 
         Guarantee:
-            Post-processing: no data but the release can reach it. Calling it on a gradient that is not yet noised
-            would void the guarantee of the release.
+            Post-processing: it reads no data but the release. Calling it on a gradient that is not yet noised would
+            void the guarantee of the release.
 
         Args:
-            release: (client, rows, cols), after clipping and noise; each client is pruned on its own.
-            opened: What `opened` said before the step, for rules before the clip.
+            release: Mean gradients after clipping and noise, (client, rows, cols); each client is pruned separately.
+            opened: Result of `opened` before the step, for rules before the clip; else None.
             noise_std: See `scores`; zeros without noise.
-            draw: Coins.
-            blocks: From `cut`, or the step's `ComponentBlocks`.
+            draw: Source of coins.
+            blocks: Blocks from `cut`, or the step's `ComponentBlocks`.
         """
         if not self.is_on:
             return Pruned(release, None)
@@ -197,7 +204,7 @@ class UpdatePruning:
         return Pruned(blocks.weighted(release, weights), spread)
 
     def _weights(self, release: Tensor, opened: Tensor | None, noise_std: Tensor, draw: Draw, blocks: Blocks) -> Tensor:
-        """(client, block), float32."""
+        """Compute the weight of each block, (client, block), float32."""
         if opened is not None:
             return opened
         sizes = blocks.sizes.to(release.device)
@@ -206,7 +213,7 @@ class UpdatePruning:
         energies = blocks.energies(release)
         if self.rule == "noised":
             return _first(-energies / sizes, self._kept(len(sizes)))
-        # James and Stein's (p − 2) s²/‖g‖² estimates the share of noise in a block; with p <= 2 there is no such gain.
+        # James and Stein's (p − 2) s²/‖g‖² estimates the share of noise in a block; for p <= 2 shrinkage has no gain.
         noise = (sizes - 2).clamp_min(0) * noise_std.to(torch.float64)[:, None].square()
         weights = torch.where(noise > 0, 1 - noise / energies, 1.0)
         return weights.clamp_min(self.floor).to(release.dtype)
@@ -220,6 +227,6 @@ KEEP_ALL = UpdatePruning(rule="noised", keep_ratio=1.0, block="token", frozen=Fa
 
 
 def _first(values: Tensor, count: int) -> Tensor:
-    """1 at each row's ``count`` smallest values, else 0; of equal ones the earlier counts. (client, block), float32."""
+    """Return 1 at each row's ``count`` smallest values, else 0, (client, block) float32; earlier blocks win ties."""
     places = values.argsort(dim=1, stable=True)[:, :count]
     return torch.zeros(values.shape, device=values.device).scatter_(1, places, 1.0)

@@ -1,17 +1,17 @@
 """The formulas of the DP-FPL paper (arXiv:2501.13904, Algorithm 1), for comparison. This is not the authors' code.
 
-Its ε is nominal: a batch clip bounds no record. Per step there is one shuffled minibatch of the expected size.
-Gradients with respect to p_G, u and v are each clipped *as a batch mean* to C = 10. The gradients of u and v get noise
-of std σ·C/B, σ = √(T ln 1/δ)/ε. Eq. 4 turns them into a step of p_L. The clean clipped gradient of p_G goes to the
-server, which adds its noise. Two numbers are the code's and not the paper's: the constant 1 in σ, and a step of p_L
-divided by 10.
+Its ε is nominal, because clipping a batch mean bounds no record. Each step uses one shuffled minibatch of the expected
+size. Gradients with respect to p_G, u and v are each clipped *as a batch mean* to C = 10. The gradients of u and v get
+noise of std σ·C/B, σ = √(T ln 1/δ)/ε. Eq. 4 turns them into a step of p_L. The clean clipped gradient of p_G goes to
+the server, which adds its noise. Two numbers come from the authors' code and not from the paper: the constant 1 in σ,
+and a step of p_L divided by 10.
 
 The official code (github.com/linhhtran/DP-FPL, commit 5191961) differs from the paper's formulas, and so from this
 file:
 
 * It adds u uᵀ ∇u v in Eq. 4, where the paper and this file subtract it. On one common step the full gradients differ by
   0.284 of their norm; with a plus sign here they agree to 1e-7.
-* T in σ is the number of rounds; here it is rounds × local steps, since each step draws noise.
+* T in σ is the number of rounds; here it is rounds × local steps, because each step draws noise.
 * The server averages and adds noise to the gradient of p_G after each batch; here once a round, to the sum of its
   steps.
 * The power iteration starts afresh at each step; here it starts from the last v.
@@ -54,16 +54,17 @@ def published_updates(
     logit_scale: float,
     training: Callable[[Participant], PublishedTraining],
 ) -> list[tuple[Tensor, PersonalState]]:
-    """Run one round by the paper's formulas, clients in step.
+    """Run one round by the paper's formulas; the clients step together.
 
-    No guarantee: the noise is scaled as if every record was clipped.
+    There is no guarantee: the noise is scaled as if every record was clipped.
 
     Args:
-        global_prompt: p_G of this round, (n_ctx, ctx_dim).
+        global_prompt: Prompt p_G of this round, (n_ctx, ctx_dim).
         participants: The clients.
-        tower: Prompts → class features.
+        tower: Tower that maps prompts to class features.
         logit_scale: CLIP's inverse temperature.
-        training: The numbers of a client: its batch size depends on its number of records. All take as many steps.
+        training: Function that returns the numbers of a client, whose batch size depends on its number of records. All
+            clients take the same number of steps.
 
     Returns:
         For each client −learning rate × the sum of the clean clipped gradients of p_G, and the new personal state.
@@ -79,7 +80,7 @@ def published_updates(
 
 
 class _Client:
-    """One client on its way through a round."""
+    """State of one client during a round."""
 
     def __init__(self, participant: Participant, training: PublishedTraining, global_prompt: Tensor) -> None:
         self.training, self.state, self.upload = training, participant.state, torch.zeros_like(global_prompt)
@@ -89,13 +90,13 @@ class _Client:
         self._size = min(training.batch_size, self._data.num_examples)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """The next records of the shuffle, round and round."""
+        """Return the next records of the shuffled order, starting again at its end."""
         picked = np.take(self._order, range(step * self._size, (step + 1) * self._size), mode="wrap")
         index = torch.from_numpy(picked).to(self._data.features.device)
         return self._data.features[index], self._data.labels[index]
 
     def move(self, step: int, gradient: Tensor) -> None:
-        """Eq. 4 on the noised gradients of u and v; the upload takes the clean clipped gradient."""
+        """Apply Eq. 4 to the noised gradients of u and v; add the clean clipped gradient to the upload."""
         start = self.state.personal if bool(self.state.personal.any()) else gradient
         u, v = subspace_bases(start, self.state.row_basis)
         grad_u = self._noised(_clip_batch(gradient @ v.T), "noise-u", step)

@@ -1,4 +1,4 @@
-"""One train message: the clients of a node step together, and what fails for one fails for one alone."""
+"""One train message: the clients of a node step together, and a failure of one client affects only that client."""
 
 import contextlib
 import functools
@@ -33,16 +33,17 @@ class TrainRound:
 
     Guarantee:
         Under record-level DP a client's event of the round stands in its own ledger before its first release is drawn,
-        and its ledger is held until its state is kept. An upload leaves only if the state was kept. What the server
-        asks for, the plan, the owner's budget and the ledger are checked before that; a refused round touches no data,
-        and is noted in the client's folder.
-        A server that was cut off asks again. A round whose upload is kept is answered by that upload, which releases
-        nothing. With seeded randomness a round that a crash ended before is made as it would have been, see
-        `is_same_release`; with randomness of the operating system it is refused: its event is spent.
+        and its ledger is locked until its state is saved. An upload leaves only if the state was saved. The request of
+        the server, the plan, the owner's budget and the ledger are checked before that. A refused round touches no
+        data, and is noted in the client's folder.
+        A server that was cut off asks again. A round whose upload was saved is answered by that upload, which releases
+        nothing. With seeded randomness a round that a crash ended before that is made exactly as it would have been,
+        see `is_same_release`. With randomness of the operating system such a round is refused, because its event is
+        spent.
 
     Args:
-        node: Where the clients are.
-        task: What is asked.
+        node: Node that hosts the clients.
+        request: Request of the server.
     """
 
     def __init__(self, node: Node, request: messages.TrainRequest) -> None:
@@ -54,19 +55,19 @@ class TrainRound:
         self._failed = Failures(private=self._run_context.plan is not None)
 
     def run(self) -> messages.Uploads:
-        """Train everybody; a client that fails takes nobody with it.
+        """Train all requested clients; a client that fails does not affect the others.
 
         Raises:
-            PrivacyError: If the message speaks of clients that are not here.
+            PrivacyError: If the message names a client that is not hosted here, or one twice.
         """
         run_context = self._run_context
         try:
             partitions = self._node.asked(self._request.partitions)
         except PrivacyError as error:
-            if self._node.state_dir is not None:  # else there is no folder of somebody whom it concerns
+            if self._node.state_dir is not None:  # else no client's folder is the right place
                 self._node.folder(self._node.index).log_refusal(self._request.run_token, "train", str(error))
             raise
-        # Half of the workspace for prompts on their way through the tower, half for rows on their way back.
+        # Half of the workspace is for the forward pass of prompts, half for the backward pass of rows.
         size = prompts_at_once(
             run_context.objective, run_context.config.resources.workspace_mib * 2**19, self._prompt.device
         )
@@ -82,7 +83,7 @@ class TrainRound:
         )
 
     def _train(self, group: Sequence[int]) -> None:
-        """Let the clients of a group step together; each ledger is written before, and held until its state is kept."""
+        """Let the clients of a group step together; write each ledger first and lock it until the state is saved."""
         ready: list[Participant] = []
         kept: dict[int, Tensor] = {}
         with contextlib.ExitStack() as locks:
@@ -99,17 +100,17 @@ class TrainRound:
                     self._failed.add([partition], error)
                 except Exception as error:
                     self._failed.add([partition], error)
-            if ready and self._run_context.reproducible:  # sums of the tower may follow who is stacked with whom
+            if ready and self._run_context.reproducible:  # float sums may depend on the stacked clients
                 ready = sorted([*ready, *self._once_more(kept)], key=lambda participant: participant.partition)
             self._uploads |= kept
             if ready:
                 self._step(ready)
 
     def _once_more(self, kept: dict[int, Tensor]) -> list[Participant]:
-        """Those of a crashed round's clients that had finished it, as they were before; they leave ``kept``."""
+        """Return clients that had finished a crashed round, in their state before it, and drop them from ``kept``."""
         found = []
         for partition in list(kept):
-            with contextlib.suppress(Exception):  # what was sent is still there
+            with contextlib.suppress(Exception):  # the saved upload is still there
                 state = self._state(partition, previous=True)
                 if state.server_round < self._request.server_round:
                     found.append(self._participant(partition, state))
@@ -117,10 +118,10 @@ class TrainRound:
         return found
 
     def _step(self, ready: list[Participant]) -> None:
-        """Run some clients together; if that fails, each alone, so that one cannot take the others with it.
+        """Run some clients together. If that fails, run each client separately, so that only the failing ones fail.
 
-        Nothing of the first try left this function, so what is released is still what the ledgers say. The events of a
-        client that fails stay there.
+        No result of the first attempt left this function, so the releases still match the ledgers. The events of a
+        client that fails stay in its ledger.
         """
         try:
             results = self._updates(ready)
@@ -135,10 +136,10 @@ class TrainRound:
             self._finish(participant.partition, upload, state)
 
     def _prepare(self, partition: int, locks: contextlib.ExitStack) -> Participant | Tensor:
-        """A client's state, data and random streams, after its own checks and with its ledger written.
+        """Check the request for a client, write its ledger, and collect its state, data and random streams.
 
         Returns:
-            That, or the upload that the client sent in this round when it was asked before.
+            The participant, or the saved upload if the client already answered this round.
 
         Raises:
             PrivacyError: If the client refuses the round.
@@ -149,11 +150,13 @@ class TrainRound:
             self._node.budget.check_plan(run_context.plan, reproducible=run_context.reproducible)
         if tuple(request.global_prompt.shape) != run_context.prompt_shape:
             raise PrivacyError(
-                f"a global prompt of shape {tuple(request.global_prompt.shape)}; this run's is "
+                f"the request has a global prompt of shape {tuple(request.global_prompt.shape)}; this run's is "
                 f"{run_context.prompt_shape}"
             )
         if request.global_prompt.dtype != torch.float32:  # before the event: a step in another type would fail after it
-            raise PrivacyError(f"a global prompt of type {request.global_prompt.dtype}; it must be torch.float32")
+            raise PrivacyError(
+                f"the request has a global prompt of type {request.global_prompt.dtype}; it must be torch.float32"
+            )
         if run_context.plan is None:
             state = self._state(partition)
             kept = self._kept(partition, state)
@@ -182,14 +185,14 @@ class TrainRound:
         return self._participant(partition, state)
 
     def _participant(self, partition: int, state: PersonalState) -> Participant:
-        """Reads the data: not before the event, even reading is paid for."""
+        """Load the data and make the participant, after the ledger event, because even reading data is paid for."""
         run_context, server_round = self._run_context, self._request.server_round
         random = functools.partial(_stream, run_context.sources, run_context.config.seed, partition, server_round)
         data = run_context.task.client_data(partition, server_round)
         return Participant(partition=partition, state=state, data=data, random=random)
 
     def _kept(self, partition: int, state: PersonalState) -> Tensor | None:
-        """What the client sent in this round, if it was asked before."""
+        """Return the upload that the client sent in this round if it already answered it, else None."""
         request = self._request
         if not self._keeps_state or state.server_round < request.server_round:
             return None
@@ -207,17 +210,17 @@ class TrainRound:
 
     @property
     def _keeps_state(self) -> bool:
-        """Also without a personal prompt or a plan, if something is remembered from round to round."""
+        """True if a client keeps state, because of a personal prompt, a plan or release memory."""
         return self._run_context.keeps_state or bool(self._training.release_memory_shapes(*self._prompt.shape))
 
     @functools.cached_property
     def _nothing(self) -> PersonalState:
-        """The state of clients that keep none."""
+        """State of clients that keep none."""
         n_ctx, ctx_dim = self._prompt.shape
         return fresh_state(n_ctx, ctx_dim, self._run_context.config.prompt.rank).to(self._prompt.device)
 
     def _finish(self, partition: int, upload: Tensor, state: PersonalState) -> None:
-        """Keep upload and state, then let the upload go: a round whose state is lost must not be answered."""
+        """Save upload and state, then add the upload to the reply: a round whose state is lost must not be answered."""
         if self._keeps_state:
             request, folder = self._request, self._node.folder(partition)
             try:
@@ -231,7 +234,7 @@ class TrainRound:
         self._uploads[partition] = upload
 
     def _updates(self, ready: list[Participant]) -> list[tuple[Tensor, PersonalState]]:
-        """The round of some clients: ours, or the DP-FPL paper's."""
+        """Run the round of some clients, by the library's procedure or by the DP-FPL paper's."""
         run_context = self._run_context
         if run_context.parts.published_procedure:
             assert isinstance(run_context.objective, Classification)  # the configuration allows no other
@@ -254,7 +257,7 @@ class TrainRound:
 
 
 def published_training(config: RunConfig, participant: Participant) -> PublishedTraining:
-    """Numbers of the DP-FPL paper's formulas, from the configuration and a client's public number of records."""
+    """Return the numbers of the DP-FPL paper's formulas, from the configuration and a client's number of records."""
     record, steps = config.privacy.record, config.rounds * config.train.local_steps
     return PublishedTraining(
         local_steps=config.train.local_steps,
@@ -266,7 +269,7 @@ def published_training(config: RunConfig, participant: Participant) -> Published
 
 
 def local_training(config: RunConfig, segments: tuple[int, ...] = ()) -> LocalTraining:
-    """Numbers of a local step, from the configuration; ``segments`` as `Task.prompt_segments`."""
+    """Return the numbers of a local step, from the configuration; see `Task.prompt_segments` for ``segments``."""
     pruning = config.pruning
     return LocalTraining(
         local_steps=config.train.local_steps,
@@ -291,5 +294,5 @@ def local_training(config: RunConfig, segments: tuple[int, ...] = ()) -> LocalTr
 def _stream(
     sources: RandomSources, seed: int, partition: int, server_round: int, purpose: str, step: int
 ) -> RandomSource:
-    """A client's stream for one purpose and step, whoever hosts it."""
+    """Return a client's stream for one purpose and step; it does not depend on the node that hosts the client."""
     return sources(StreamKey(seed=seed, purpose=purpose, partition=partition, server_round=server_round, step=step))

@@ -1,4 +1,4 @@
-"""What belongs to a client: its data as features, its personal prompt and its ledger, on its own disk."""
+"""State of a client on its own disk: personal prompt, release memory, saved uploads and ledger."""
 
 import contextlib
 import functools
@@ -24,12 +24,12 @@ _MOST_REFUSED_BYTES = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class PersonalState:
-    """p_L and the power iteration's memory. It never travels.
+    """Personal prompt p_L and the memory of the power iteration. It never travels.
 
     Attributes:
-        personal: p_L, (n_ctx, ctx_dim); zeros before the first step.
-        row_basis: The last v, (k, ctx_dim), start of the next power iteration.
-        server_round: The last round that moved it.
+        personal: Personal prompt p_L, (n_ctx, ctx_dim); zeros before the first step.
+        row_basis: The last v, (k, ctx_dim), which starts the next power iteration.
+        server_round: The last round that changed the state.
         release_memory: Tensors that update pruning and the optimizer keep of the client's noised releases. Empty before
             the first release.
     """
@@ -40,7 +40,7 @@ class PersonalState:
     release_memory: ReleaseMemory = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "PersonalState":
-        """The same state on another device."""
+        """Return the same state on another device."""
         return replace(
             self,
             personal=self.personal.to(device),
@@ -50,7 +50,7 @@ class PersonalState:
 
 
 def fresh_state(n_ctx: int, ctx_dim: int, rank: int) -> PersonalState:
-    """p_L = 0, and a fixed start of the power iteration that depends on no data."""
+    """Return p_L = 0, and a fixed start of the power iteration that depends on no data."""
     return PersonalState(
         personal=torch.zeros(n_ctx, ctx_dim), row_basis=_first_row_basis(ctx_dim, rank).clone(), server_round=0
     )
@@ -63,11 +63,11 @@ def _first_row_basis(ctx_dim: int, rank: int) -> Tensor:
 
 
 class ClientFolder:
-    """A client's own folder: its prompt, its ledger and the refused attempts; each replaced or appended whole.
+    """Folder of one client: its prompt, its ledger and the refused requests. Each write replaces or appends as a whole.
 
-    For a server that was cut off and asks again there are ``sent.safetensors``, the uploads of the last two rounds, and
-    ``prompt.previous.safetensors``, the state before the last one. With ``trusts-server`` uploads are clean sums: that
-    file is for nobody's eyes but the server's.
+    Two files serve a server that was cut off and asks again: ``sent.safetensors`` has the uploads of the last two
+    rounds, and ``prompt.previous.safetensors`` has the state before the last one. With ``trusts-server`` uploads are
+    clean sums, so only the server may read ``sent.safetensors``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,7 +78,7 @@ class ClientFolder:
         self.ledger = path / "ledger.jsonl"
 
     def log_refusal(self, run_token: str, what: str, reason: str) -> None:
-        """Note a refused attempt. A hostile server cannot fill the disk with them, and a full disk is no help to it."""
+        """Note a refused request. The size of the file is bounded, and a full disk does not prevent the refusal."""
         line = {
             "time": utc_now(),
             "run": run_token[:_MOST_LETTERS],
@@ -100,39 +100,41 @@ class ClientFolder:
         previous: bool = False,
         terms: str = "",
     ) -> PersonalState:
-        """The state this run left here, or a fresh one if another run wrote the file or nobody did.
+        """Load the state of this run, or return a fresh one if the file is missing or of another run.
 
         Guarantee:
-            With ``terms`` no state, and so no kept upload, goes from a run into one that promises something else. Run
-            tokens are no secret: they stand in published files.
+            With ``terms`` no state, and so no saved upload, passes from a run to another one with different terms. Run
+            tokens are not secret: they stand in published files.
 
         Args:
-            run_token: Of this run.
-            n_ctx: Of the prompt.
-            ctx_dim: Of the prompt.
-            rank: k.
+            run_token: Token of this run.
+            n_ctx: Number of context tokens of the prompt.
+            ctx_dim: Dimension of a context token.
+            rank: Rank k.
             release_memory: Shapes of the tensors that the run keeps of releases. The file must hold these and no
                 others. None skips the check, as for scores.
-            previous: The state before the last round instead.
-            terms: What the run promises, as `save` kept it; empty: it is not looked at.
+            previous: Load the state before the last round instead.
+            terms: Privacy terms of the run, as given to `save`. An empty string skips the check.
 
         Raises:
-            PrivacyError: If the run of this token kept its state under other terms.
-            ValueError: If the file is of this run but does not hold such a state: it was damaged or exchanged.
+            PrivacyError: If the run of this token saved its state under other terms.
+            ValueError: If the file is of this run but does not hold such a state: it was damaged or replaced.
         """
         file = self._previous if previous else self._prompt
         if file.exists():
             tensors, metadata = read_tensors(file)
             if metadata.get("run-token") == run_token:
                 if terms and metadata.get("terms", "") != terms:
-                    raise PrivacyError("the run of this token was on other terms than this one; it is refused")
+                    raise PrivacyError("the run of this token was on other terms than this request; it is refused")
                 shapes = {"personal": (n_ctx, ctx_dim), "carrier": (rank, ctx_dim)}
                 _check(file.name, tensors, {name: (shape, torch.float32) for name, shape in shapes.items()})
                 if release_memory is not None:
                     _check(file.name, tensors, release_memory)
                     unknown = tensors.keys() - shapes.keys() - release_memory.keys() - {"global"}
                     if unknown:
-                        raise ValueError(f"{file.name} holds {', '.join(sorted(unknown))}; no such thing is kept")
+                        raise ValueError(
+                            f"{file.name} holds {', '.join(sorted(unknown))}; this run keeps no such tensor"
+                        )
                 return PersonalState(
                     personal=tensors["personal"],
                     row_basis=tensors["carrier"],
@@ -142,9 +144,9 @@ class ClientFolder:
         return fresh_state(n_ctx, ctx_dim, rank)
 
     def save(self, state: PersonalState, global_prompt: Tensor, run_token: str, terms: str = "") -> None:
-        """Keep the personal prompt beside the global prompt it was trained on: together they are the client's model.
+        """Save the personal prompt with the global prompt it was trained on: together they are the client's model.
 
-        The state of an earlier round of the run becomes the previous one; at no moment is there no state.
+        The state of an earlier round of the run becomes the previous one. At every moment there is a complete state.
         """
         if self._prompt.exists() and _round_of(read_metadata(self._prompt), run_token) < state.server_round:
             keep_previous(self._prompt, self._previous)
@@ -155,7 +157,7 @@ class ClientFolder:
         )
 
     def keep_sent(self, upload: Tensor, global_prompt: Tensor, server_round: int, run_token: str) -> None:
-        """Keep what is about to be sent, before the state: a round whose state is kept has its upload here."""
+        """Save an upload before it is sent and before the state, so that every saved state has its upload."""
         tensors, metadata = self._read_sent(run_token)
         tensors, metadata = dict(tensors), dict(metadata)
         others = sorted((int(name) for name in tensors if int(name) != server_round), reverse=True)
@@ -166,10 +168,10 @@ class ClientFolder:
         write_tensors(self._sent, tensors, metadata, private=True)
 
     def sent(self, server_round: int, global_prompt: Tensor, run_token: str) -> Tensor | None:
-        """What was sent in a round of this run, bit by bit; None if it is not kept, or answered another prompt.
+        """Return the upload of a round of this run, bit by bit; None if it is not saved, or was for another prompt.
 
         Guarantee:
-            To send it once more releases nothing: it is a function of what was released.
+            Sending the upload again releases nothing, because it is a function of what was released.
         """
         tensors, metadata = self._read_sent(run_token)
         if metadata.get(f"prompt-{server_round}") != digest(global_prompt):
@@ -181,18 +183,18 @@ class ClientFolder:
             return {}, {}
         try:
             tensors, metadata = read_tensors(self._sent)
-        except SafetensorError:  # damaged: then nothing is sent again
+        except SafetensorError:  # a damaged file: no upload is sent again
             return {}, {}
         return (tensors, metadata) if metadata.get("run-token") == run_token else ({}, {})
 
 
 def digest(prompt: Tensor) -> str:
-    """SHA-256 of a prompt's numbers."""
+    """Return the SHA-256 of a prompt's numbers."""
     return hashlib.sha256(prompt.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _round_of(metadata: Mapping[str, str], run_token: str) -> int:
-    """Round of a state of this run; the states of other runs are older than all of them."""
+    """Return the round of a state of this run, or 0 for a state of another run, which counts as older."""
     return int(metadata["server-round"]) if metadata.get("run-token") == run_token else 0
 
 
@@ -210,9 +212,9 @@ def check_round(plan: RecordLevelPlan, made: LedgerContent, state: PersonalState
 
     Guarantee:
         No run ever has more events in the ledger of this folder than its plan composes, and without an owner's budget
-        neither have all runs together, whatever rounds, run tokens or repetitions a server asks for. It is checked
-        before the first release of the round; an event of this round in the ledger, of a try that a crash ended, is a
-        round that was done.
+        neither have all runs together, for any rounds, run tokens or repetitions that a server asks for. This is
+        checked before the first release of the round. An event of this round in the ledger, from an attempt that a
+        crash ended, counts as a round that was done.
 
     Raises:
         PrivacyError: If the round is refused.
@@ -229,11 +231,13 @@ def check_round(plan: RecordLevelPlan, made: LedgerContent, state: PersonalState
 
 
 def check_single_run(plan: RecordLevelPlan, made: LedgerContent, event: LedgerEvent) -> None:
-    """Where no owner has set a budget, the plan of one run is all that may ever be spent in a folder.
+    """Refuse a round that would spend more than the plan of one run, for a folder without an owner's budget.
+
+    Without such a budget the plan of one run is all that may ever be spent in a folder.
 
     Raises:
-        PrivacyError: If the ledger, damaged lines included, holds too many releases of other runs, or one on weaker
-            terms than this plan's.
+        PrivacyError: If the ledger, damaged lines included, holds too many releases of other runs, or a release on
+            weaker terms than this plan's.
     """
     weaker = [
         e for e in made.events if e.sampling_rate > plan.sampling_rate or e.noise_multiplier < event.noise_multiplier
@@ -254,13 +258,13 @@ def check_single_run(plan: RecordLevelPlan, made: LedgerContent, event: LedgerEv
 
 
 def is_same_release(made: LedgerContent, state: PersonalState, event: LedgerEvent, *, reproducible: bool) -> bool:
-    """Whether the round was paid for by a try that a crash ended, and comes out bit by bit as that one would have.
+    """Return True if an attempt that a crash ended paid for the round, and the round repeats that attempt bit by bit.
 
     Guarantee:
-        If this is true, the event stands in the ledger already, nothing of its release has left the client (its state,
-        which comes before the upload, is not there), and the draws are functions of the seed, the round and a state
-        that is the one of the round before. So the round makes the release that the event in the ledger is for. With
-        randomness of the operating system it is never true: a second draw is a second release.
+        If this is True, the event already stands in the ledger, nothing of its release has left the client (its state,
+        which is saved before the upload leaves, is not there), and the draws are functions of the seed, the round and
+        a state that is the one of the round before. So the round makes the release that the event in the ledger is
+        for. With randomness of the operating system it is never True: a second draw is a second release.
     """
     before = max((e.server_round for e in made.events if e.run == event.run and e != event), default=0)
     return reproducible and event in made.events and before <= state.server_round < event.server_round

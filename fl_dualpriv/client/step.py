@@ -1,9 +1,9 @@
 """The local method: DP-FPL's low-rank personal prompt with one clip and one Gaussian release per step.
 
-With P = p_G + p_L every gradient DP-FPL needs is a linear image of one matrix, the gradient of the effective prompt.
-So a step releases that matrix once, noised, and the global step, the tangent projection (Eq. 4), update pruning and the
-residual are all post-processing. Clients of a cohort step together through one frozen tower; what is theirs stays
-theirs: batches, clipped sums, noise and prompts never mix.
+With P = p_G + p_L every gradient that DP-FPL needs is a linear image of one matrix, the gradient of the effective
+prompt. A step therefore releases that matrix once, noised, and the global step, the tangent projection (Eq. 4), update
+pruning and the residual are all post-processing. Clients of a cohort step together through one frozen tower, but their
+batches, clipped sums, noise and prompts never mix.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,14 +35,14 @@ class LocalTraining:
     """Numbers of a local step; none of them can change the guarantee.
 
     Attributes:
-        local_steps: Poisson batches in a round.
-        sampling_rate: q.
-        global_learning_rate: For p_G.
-        local_learning_rate: For p_L.
-        pruning: Which blocks of an update are followed.
-        optimizer: What becomes of the noised gradients.
-        prompts: How many a gradient speaks of, one above the other: p_G and p_L where the loss reads both.
-        factor_rank: k, if the method's factors take steps of their own: u is kept from round to round; 0: it is not.
+        local_steps: Number of Poisson batches in a round.
+        sampling_rate: Sampling rate q.
+        global_learning_rate: Learning rate of p_G.
+        local_learning_rate: Learning rate of p_L.
+        pruning: Rule that selects the blocks of an update that are followed.
+        optimizer: Optimizer that turns noised gradients into directions.
+        prompts: Number of prompts in a gradient, one above the other: 2 (p_G and p_L) if the loss reads both, else 1.
+        factor_rank: Rank k if the method's factors take separate steps; u is then kept from round to round. 0 if not.
     """
 
     local_steps: int
@@ -55,7 +55,7 @@ class LocalTraining:
     prompts: int = 1
 
     def release_memory_shapes(self, n_ctx: int, ctx_dim: int) -> ReleaseMemoryShapes:
-        """What a client remembers of its releases from step to step and round to round."""
+        """Return the shapes of the tensors that a client remembers of its releases across steps and rounds."""
         rows = self.prompts * n_ctx
         shapes = {
             **self.pruning.release_memory_shapes(rows, ctx_dim),
@@ -69,10 +69,10 @@ class Participant:
     """One client of a cohort.
 
     Attributes:
-        partition: Which client.
-        state: Its personal prompt.
-        data: Its records.
-        random: (purpose, step) → its own source.
+        partition: Partition of the client.
+        state: Personal state of the client.
+        data: Records of the client.
+        random: (purpose, step) → the client's own random source.
     """
 
     partition: int
@@ -107,24 +107,25 @@ def cohort_update(
     """Run one round of local steps of some clients, together.
 
     Guarantee:
-        With a plan, a client's data enter each step only through one clipped sum of its own Poisson batch plus
-        N(0, z²C²) from its own source; the noise is there for an empty batch too, and the divisor q·n_i is public. With
-        a trusted server the upload is the clipped sum itself, for the server to noise, and the personal prompt still
-        moves by a noised copy. With integer arithmetic that sum is uploaded as the integers it is made of, so that it
-        stays exact until the server has added its noise. Masks before the clip come from earlier releases and coins;
-        what is pruned, averaged or projected after is post-processing (see `UpdatePruning`): the noise is as without.
-        So is the pull of a regulariser, which reads prompts alone.
-        No client's numbers depend on who steps beside it, but for float rounding: the size of a matrix product can
-        change the order of its sums. The caller has written the ledger events of these releases.
+        With a plan, a client's data enter each step only through one clipped sum of the client's Poisson batch plus
+        N(0, z²C²) from the client's own source. The noise is also added for an empty batch, and the divisor q·n_i is
+        public. With a trusted server the upload is the clipped sum itself, which the server noises, and the personal
+        prompt still moves by a noised copy. With integer arithmetic that sum is uploaded as the integers it is made of,
+        so that it stays exact until the server has added its noise. Masks before the clip come from earlier releases
+        and coins. Pruning, averaging and projecting after the noise are post-processing (see `UpdatePruning`): the
+        noise is the same as without them. The gradient of a regulariser, which reads only prompts, is post-processing
+        too.
+        No client's numbers depend on the other clients of the step, except for float rounding: the size of a matrix
+        product can change the order of its sums. The caller has written the ledger events of these releases.
 
     Args:
-        global_prompt: p_G of this round, (n_ctx, ctx_dim).
+        global_prompt: Global prompt p_G of this round, (n_ctx, ctx_dim).
         participants: The clients; their numbers of records may differ.
-        objective: Loss of their records under prompts.
-        parts: Which prompts exist and move.
+        objective: Loss of the clients' records under prompts.
+        parts: Parts of the method: the prompts that exist and move.
         training: Step sizes and counts.
-        plan: Record-level DP, or None for the non-private method.
-        regulariser: A term of the loss that no record enters.
+        plan: Plan of record-level DP, or None for the non-private method.
+        regulariser: Term of the loss that reads no record, or None.
 
     Returns:
         For each participant the upload (the move of p_G, local − global; with a trusted server −learning rate × the
@@ -168,7 +169,7 @@ def cohort_update(
             clean = _clean_sums(gradients, plan, masks)
             if clean_upload is not None:
                 factor = 1.0 if exact else training.global_learning_rate  # in integers the server applies it
-                # Of a pair p_G's half alone: no longer than the whole, which C bounds.
+                # Of a pair only p_G's half is uploaded; its norm is at most that of the whole, which C bounds.
                 clean_upload -= factor * torch.stack([c.value[: len(global_prompt)] for c in clean])
                 if not parts.personal:
                     continue  # nothing local is released or moved
@@ -203,44 +204,44 @@ def cohort_update(
 
 
 def _batches(participants: Sequence[Participant], step: int, rate: float) -> list[np.ndarray]:
-    """Every client's own Poisson batch; at rate 1 every coin is certain and none is drawn."""
+    """Draw a separate Poisson batch for each client; at rate 1 the batch is certain, and no coin is drawn."""
     if rate == 1:
         return [np.arange(p.data.num_examples) for p in participants]
     return [poisson_sample(p.random("batch", step), p.data.num_examples, rate) for p in participants]
 
 
 def _noise_of_a_mean(plan: RecordLevelPlan | None, expected: Tensor) -> Tensor:
-    """Std of the noise on each coordinate of a client's mean gradient, (client,): public. z·C over q·n_i."""
+    """Compute the public std of the noise on each coordinate of a client's mean gradient, (client,): z·C over q·n_i."""
     std = 0.0 if plan is None else plan.local_noise_multiplier * plan.clip_norm
     return std / expected
 
 
 def _clean_sums(gradients: StepGradients, plan: RecordLevelPlan, masks: Tensor | None) -> list[ClippedSum]:
-    """Each client's clipped sum: what the noise is about to be added to."""
+    """Compute each client's clipped sum, before the noise."""
     return gradients.clipped_sums(plan.clip_norm, plan.arithmetic, masks)
 
 
 def _release(clean: ClippedSum, plan: RecordLevelPlan, source: RandomSource) -> Tensor:
-    """The clipped sum plus the client's noise: the one place where a record's influence leaves the private side."""
+    """Add the client's noise to the clipped sum: the only place where a record's influence leaves the private side."""
     return release(clean, plan.local_noise_multiplier, source)
 
 
 def _subspace_bases(prompts: _Prompts, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Subspaces of p_L, (client, n_ctx, k) and (client, k, ctx_dim).
+    """Compute the subspace bases of p_L, (client, n_ctx, k) and (client, k, ctx_dim).
 
-    While p_L is zero it has none: the first noised gradient lends its own.
+    While p_L is zero it has no subspace, and the bases of the first noised gradient are used.
     """
     moved = prompts.personal.flatten(1).any(dim=1)[:, None, None]
     return subspace_bases(torch.where(moved, prompts.personal, gradient), prompts.row_basis)
 
 
 def _left(state: PersonalState) -> Tensor:
-    """FedPGP's u of a client, (n_ctx, rank); zero before its first step, so that it starts at p_G."""
+    """Return FedPGP's u of a client, (n_ctx, rank); zero before its first step, so that the client starts at p_G."""
     return state.release_memory.get(_LEFT, state.personal.new_zeros(len(state.personal), len(state.row_basis)))
 
 
 def _move_factors(prompts: _Prompts, direction: Tensor, learning_rate: float) -> None:
-    """Gradient steps of u and v (FedPGP): of P = p_G + u·v they are G̃ vᵀ and uᵀG̃. Post-processing of G̃."""
+    """Take gradient steps of u and v (FedPGP), G̃ vᵀ and uᵀG̃ for P = p_G + u·v. Post-processing of G̃."""
     u, v = prompts.left, prompts.row_basis
     prompts.left = u - learning_rate * direction @ v.mT
     prompts.row_basis = v - learning_rate * u.mT @ direction
@@ -250,10 +251,10 @@ def _move_factors(prompts: _Prompts, direction: Tensor, learning_rate: float) ->
 def _move_personal(
     prompts: _Prompts, direction: Tensor, parts: MethodParts, learning_rate: float, closed: Tensor | None
 ) -> None:
-    """p_L ← p_L − η · Π(G̃), then cut to rank k if there is no residual. Post-processing of G̃.
+    """Update p_L ← p_L − η · Π(G̃), then cut to rank k if there is no residual. Post-processing of G̃.
 
-    The projection spreads a row over others: it is masked once more where coordinates must not move. Cutting to rank k
-    spreads as well, and there nothing can be held still.
+    The projection spreads a row over other rows, so the move is masked again where coordinates must not move. Cutting
+    to rank k also spreads rows, and there no coordinate can be held still.
     """
     if not parts.factorised:
         prompts.personal = prompts.personal - learning_rate * direction

@@ -1,4 +1,4 @@
-"""From the noised gradients of some clients to directions: update pruning, then the optimizer, client by client."""
+"""Turn the noised gradients of some clients into directions: update pruning, then the optimizer, client by client."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,25 +13,27 @@ from fl_dualpriv.client.release_memory import ReleaseMemory, empty_release_memor
 from fl_dualpriv.privacy.noise import RandomSource
 
 Stream = Callable[[str, int], RandomSource]
-"""(purpose, step) → a client's own source."""
+"""(purpose, step) → a client's own random source."""
 
 
 class UpdateRule:
-    """One round of clients that step together.
+    """Update rule for one round of clients that step together.
 
     Call `masks` and then `direction` for each step, and `release_memories` at the end.
 
     Guarantee:
-        What comes out is a function of noised gradients, earlier and present ones, of public numbers and of coins; the
+        The output is a function of noised gradients, earlier and present ones, of public numbers and of coins. The
         masks of a step are known before its data are read. No client's numbers depend on another's.
 
     Args:
-        pruning: Which blocks are followed.
-        optimizer: What becomes of the gradients.
-        release_memories: What each client remembers; empty before its first step.
-        streams: Each client's sources; of purpose ``update-mask`` one per step is used, if the rule needs coins.
-        noise_std: Std of the noise on each coordinate of a client's mean gradient, public, (client,); zeros without.
-        like: A tensor of a gradient's shape, (rows, cols), on its device.
+        pruning: Rule that selects the blocks that are followed.
+        optimizer: Optimizer that turns noised gradients into directions.
+        release_memories: Release memory of each client; empty before its first step.
+        streams: Random sources of each client. If the rule needs coins, one source of purpose ``update-mask`` is used
+            per step.
+        noise_std: Std of the noise on each coordinate of a client's mean gradient, public, (client,); zeros without
+            noise.
+        like: Tensor with the shape of a gradient, (rows, cols), on its device.
     """
 
     def __init__(
@@ -61,11 +63,11 @@ class UpdateRule:
 
     @property
     def closed(self) -> Tensor | None:
-        """Coordinates that must not move in this step, (client, rows, cols); None: all may."""
+        """Coordinates that must not move in this step, (client, rows, cols); None if all may move."""
         return self._closed
 
     def masks(self, step: int) -> Tensor | None:
-        """What each example's gradient is multiplied with before the clip, (client, rows, cols); None: nothing."""
+        """Return the mask of each example's gradient before the clip, (client, rows, cols); None for no mask."""
         self._step, self._opened = step, None
         if not self._pruning.masks_before_clip:
             return None
@@ -74,11 +76,11 @@ class UpdateRule:
         return self._blocks.spread(self._opened)
 
     def direction(self, release: Tensor, subspace_bases: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Prune a noised mean gradient (client, rows, cols), then let the optimizer have it.
+        """Prune a noised mean gradient (client, rows, cols), then apply the optimizer.
 
         Args:
-            release: Of this step, from gradients multiplied by `masks`.
-            subspace_bases: u and v of the step, where blocks are components.
+            release: Noised mean gradient of this step, from gradients multiplied by `masks`.
+            subspace_bases: Bases u and v of the step if blocks are components, else None.
         """
         if self._opened is not None and self._blocks is not None:
             self._release_memory = self._pruning.remember(self._release_memory, release, self._opened, self._blocks)
@@ -94,7 +96,7 @@ class UpdateRule:
         return direction
 
     def release_memories(self) -> list[ReleaseMemory]:
-        """What each client now remembers."""
+        """Return the current release memory of each client."""
         return [{name: tensor[i] for name, tensor in self._release_memory.items()} for i in range(len(self._streams))]
 
     def _draw(self, count: int) -> Tensor:

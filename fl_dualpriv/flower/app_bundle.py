@@ -1,7 +1,7 @@
-"""The bundle in which a Flower app travels (FAB): its digest, what it says of itself, and how to build it.
+"""Bundles of Flower apps (FAB): compute the digest, read the description, and build a bundle.
 
-The digest is SHA-256 of the bundle's bytes. Flower uses the same number as a run's ``fab-hash``, and its first eight
-digits in the names of files and folders.
+The digest is the SHA-256 of the bundle's bytes. Flower uses the same number as a run's ``fab-hash``. It puts the first
+eight digits into the names of files and folders.
 """
 
 import hashlib
@@ -16,13 +16,13 @@ from fl_dualpriv.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class AppBundle:
-    """What a bundle is.
+    """Description of a bundle.
 
     Attributes:
-        digest: SHA-256 of its bytes, 64 lower-case hex digits.
-        app_id: ``publisher/name``, in its own words.
-        version: In its own words.
-        files: Names of all files in it.
+        digest: SHA-256 of the bundle's bytes, 64 lower-case hex digits.
+        app_id: ``publisher/name``, as the bundle states it.
+        version: Version of the app, as the bundle states it.
+        files: Names of all files in the bundle.
     """
 
     digest: str
@@ -32,15 +32,15 @@ class AppBundle:
 
 
 def digest_of(content: bytes) -> str:
-    """SHA-256 of a bundle's bytes; nothing in it is looked at."""
+    """Return the SHA-256 of a bundle's bytes, without a look at the content."""
     return hashlib.sha256(content).hexdigest()
 
 
 def read_bundle(content: bytes) -> AppBundle:
-    """Digest and description of a bundle; runs none of its code.
+    """Return digest and description of a bundle. None of the bundle's code runs.
 
     Raises:
-        ConfigError: If it is not a bundle of a Flower app.
+        ConfigError: If the bytes are not a bundle of a Flower app.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -50,16 +50,18 @@ def read_bundle(content: bytes) -> AppBundle:
         version = project["project"]["version"]
     except (zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"no bundle of a Flower app ({type(error).__name__}: {error}); expected what `flwr build` writes"
+            f"not the bundle of a Flower app ({type(error).__name__}: {error}); expected what `flwr build` writes"
         ) from error
     return AppBundle(digest=digest_of(content), app_id=f"{publisher}/{name}", version=str(version), files=files)
 
 
 def build_bundle(app_dir: Path) -> bytes:
-    """Build the bundle of an app's folder as ``flwr run`` does; twice, for its digest must not depend on when.
+    """Build the bundle of an app's folder as ``flwr run`` does.
+
+    The function builds twice and compares, because the digest must not depend on the time of the build.
 
     Raises:
-        ConfigError: If there is no app, Flower does not accept it, or two builds differ.
+        ConfigError: If the folder holds no app, Flower does not accept the app, or the two builds differ.
     """
     from flwr.cli.build import build_fab_from_disk
 
@@ -75,10 +77,10 @@ def build_bundle(app_dir: Path) -> bytes:
 
 
 def load_bundle(path: Path) -> bytes:
-    """The bytes of a ``.fab`` file, or of the bundle built of an app's folder.
+    """Return the bytes of a ``.fab`` file, or of the bundle that is built from an app's folder.
 
     Raises:
-        ConfigError: If there is neither.
+        ConfigError: If the path is neither a readable file nor the folder of an app that can be bundled.
     """
     if path.is_dir():
         return build_bundle(path)

@@ -1,4 +1,4 @@
-"""The modules of a Flower app, imported from its folder and from nowhere else. Standard library only."""
+"""Import the modules of a Flower app from the app's folder only. Standard library only."""
 
 import importlib
 import sys
@@ -11,8 +11,8 @@ from fl_dualpriv.errors import ConfigError
 def put_first(app_dir: Path) -> None:
     """Put the app's folder before all others on the module path.
 
-    An installation from a checkout has the folder there already, but behind the folders of ``PYTHONPATH``, in which
-    another package may have the name of one of the app's.
+    After an installation from a checkout the folder is already on the path, but behind the folders of ``PYTHONPATH``.
+    A package there may have the same name as one of the app's packages.
     """
     folder = str(app_dir)
     sys.path[:] = [folder, *(entry for entry in sys.path if entry != folder)]
@@ -20,15 +20,15 @@ def put_first(app_dir: Path) -> None:
 
 
 def import_from(app_dir: Path, module_name: str) -> ModuleType:
-    """Import a module, and make sure that it is the app's if the app has one of that name.
+    """Import a module. If the app has a module of that name, check that the import found the app's.
 
     Args:
-        app_dir: The app's folder; call `put_first` with it before.
-        module_name: Dotted name.
+        app_dir: Folder of the app. Call `put_first` with it first.
+        module_name: Dotted name of the module.
 
     Raises:
-        ConfigError: If another package of that name was imported before, by whatever runs at Python's start.
-        ImportError: If there is none.
+        ConfigError: If another package of that name was imported before, by code that runs at Python's start.
+        ImportError: If there is no such module.
     """
     module = importlib.import_module(module_name)
     top = module_name.partition(".")[0]
@@ -36,7 +36,7 @@ def import_from(app_dir: Path, module_name: str) -> ModuleType:
     file = Path(module.__file__ or "")
     if is_theirs and not file.resolve().is_relative_to(app_dir.resolve()):
         raise ConfigError(
-            f"{module_name} was imported from {file}, and the app in {app_dir} has a module of that name: another "
+            f"{module_name} was imported from {file}, but the app in {app_dir} has a module of that name: another "
             f"package called {top!r} was loaded before it; look at PYTHONPATH and at the .pth files of this Python"
         )
     return module

@@ -1,7 +1,7 @@
-"""Engine ``ray``: one run of a Flower app in a SuperLink of its own, with a true outcome and no process left behind.
+"""Engine ``ray``: run a Flower app in a separate SuperLink, report the true outcome and leave no process behind.
 
-Uses Flower's public programs only (``flower-superlink``, ``flwr run``, ``flwr list``); the exit status of ``flwr run``
-says that a run was accepted, not how it ended. Imports no Flower.
+The engine uses only Flower's public programs (``flower-superlink``, ``flwr run``, ``flwr list``). The exit status of
+``flwr run`` says that Flower accepted a run, not how the run ended. This module does not import Flower.
 """
 
 import contextlib
@@ -30,17 +30,18 @@ _START_SECONDS = 60.0
 _PORT_TRIES = 3
 _TAKEN = b"address already in use"
 _CALL_SECONDS = 120.0
-_STATUS_SECONDS = 60.0  # between looks at the status: each costs a second of CPU, watching files costs nothing
-_ENDED_SECONDS = 2.0  # after the log has ended
+_LONGEST_OUTPUT = 2000  # letters of a failed call that are shown
+_STATUS_SECONDS = 60.0  # between status queries: a query costs a second of CPU, watching files costs nothing
+_ENDED_SECONDS = 2.0  # from the end of the log to the next status query
 _FINISH_SECONDS = 20.0  # a hung client keeps a simulation from ending after its results are written
 _SOCKET_SUFFIX = len("/fdp-12345678/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.lock")
-_LOG_SECONDS = 5.0  # Flower hands log lines over every few seconds
+_LOG_SECONDS = 5.0  # Flower passes log lines on every few seconds
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _EXCEPTION = re.compile(r"^(?:\([^)]*\)\s*)?(?:\w+\.)*\w*(?:Error|Exception|Exit|Failed)(?::.*)?$")
 
 
 class RunFailed(RuntimeError):
-    """A run that gave no result. The message is for the user: what happened, and where the whole log lies."""
+    """The run gave no result. The message tells the user what happened and where the full log is."""
 
 
 def run_flower(
@@ -55,21 +56,21 @@ def run_flower(
 ) -> None:
     """Run a Flower app on the simulation runtime (Ray) and wait for its end.
 
-    The SuperLink has its own home, ports and Ray folder. It and all its descendants are ended before this returns,
-    also on errors and Ctrl-C, and by themselves if this process is killed.
+    The SuperLink has its own home, ports and Ray folder. The SuperLink and all its descendants are ended before this
+    function returns, also on errors and Ctrl-C. If this process is killed, they end by themselves.
 
     Args:
         app_dir: Folder whose ``pyproject.toml`` has ``[tool.flwr.app]``.
-        run_config: Flat keys; the app's ``pyproject.toml`` must have each.
-        num_supernodes: Flower nodes; each hosts one client or more.
+        run_config: Flat run configuration. The app's ``pyproject.toml`` must define each key.
+        num_supernodes: Number of Flower nodes; each hosts one client or more.
         cpus_per_client: CPUs of one Ray actor.
         gpus_per_client: GPUs of one Ray actor; a fraction shares a GPU.
-        work_dir: Where ``flower.log`` goes, and where the server app writes ``summary.json`` or ``error.json``.
-        timeout: Seconds after which the run is given up; None: never.
+        work_dir: Folder for ``flower.log``. The server app writes ``summary.json`` or ``error.json`` there.
+        timeout: Time limit of the run in seconds. None means no limit.
 
     Raises:
-        RunFailed: With the server app's own message if it left one, else with Flower's.
-        ValueError: If the resources can never be met.
+        RunFailed: If the run gave no result. The message is the server app's if there is one, otherwise Flower's.
+        ValueError: If this process can never provide the resources.
     """
     federation = federation_config(num_supernodes, cpus_per_client, gpus_per_client)
     work_dir.mkdir(parents=True, exist_ok=True)
@@ -82,10 +83,10 @@ def run_flower(
 
 
 def federation_config(num_supernodes: int, cpus_per_client: int, gpus_per_client: float) -> dict[str, int | float]:
-    """Settings of Flower's simulation: as many actors as the CPUs that this process may use allow.
+    """Return the settings of Flower's simulation: as many actors as the CPUs that this process may use allow.
 
     Raises:
-        ValueError: If the resources can never be met.
+        ValueError: If this process can never provide the resources.
     """
     cpus = usable_cpus()
     if not 1 <= cpus_per_client <= cpus:
@@ -96,14 +97,14 @@ def federation_config(num_supernodes: int, cpus_per_client: int, gpus_per_client
         "num-supernodes": num_supernodes,
         "client-resources-num-cpus": cpus_per_client,
         "client-resources-num-gpus": float(gpus_per_client),
-        # More actors than nodes would only cost memory: each loads its own backbone.
+        # More actors than nodes would only cost memory, because each actor loads its own backbone.
         "init-args-num-cpus": min(cpus // cpus_per_client, num_supernodes) * cpus_per_client,
     }
 
 
 @dataclass(frozen=True, kw_only=True)
 class _SuperLink:
-    """A running SuperLink: its supervisor, the environment of programs that talk to it, its folder and log."""
+    """Running SuperLink: its supervisor, the environment of programs that talk to it, its folder and its log."""
 
     process: "subprocess.Popen[bytes]"
     environ: Mapping[str, str]
@@ -113,12 +114,12 @@ class _SuperLink:
 
 @contextlib.contextmanager
 def _superlink(log: Path) -> Iterator[_SuperLink]:
-    """Start a SuperLink on a free port; end all of it on the way out.
+    """Start a SuperLink on a free port, and end all its processes on exit.
 
-    Between the choice of a port and Flower's use of it another program may take it: then another one is tried.
+    Another program may take the port before Flower uses it. Then the function tries another port.
 
     Raises:
-        RunFailed: If it does not come up.
+        RunFailed: If the SuperLink does not start.
     """
     log.write_bytes(b"")
     for _ in range(_PORT_TRIES):
@@ -136,9 +137,9 @@ def _superlink(log: Path) -> Iterator[_SuperLink]:
 
 @contextlib.contextmanager
 def _superlink_on(log: Path, port: int, control_port: int) -> Iterator[_SuperLink]:
-    """A SuperLink that is about to start, under a supervisor, in a folder of its own."""
+    """Start a SuperLink under a supervisor, in a separate folder. The SuperLink may not answer yet."""
     root = tempfile.gettempdir()
-    # The path of a Unix socket holds at most 107 characters (103 on macOS); Ray keeps its own in this folder.
+    # The path of a Unix socket holds at most 107 characters (103 on macOS). Ray puts its sockets in this folder.
     home = Path(tempfile.mkdtemp(prefix="fdp-", dir=root if len(root) + _SOCKET_SUFFIX <= 103 else "/tmp"))
     try:
         flower_env.write_flower_config(home, f"127.0.0.1:{port}")
@@ -148,7 +149,7 @@ def _superlink_on(log: Path, port: int, control_port: int) -> Iterator[_SuperLin
             yield _SuperLink(process=process, environ=environ, home=home, log=log)
         finally:
             assert process.stdin is not None
-            process.stdin.close()  # the supervisor's sign to end everything
+            process.stdin.close()  # tells the supervisor to end everything
             process.wait(timeout=60)
     finally:
         shutil.rmtree(home, ignore_errors=True)
@@ -161,7 +162,7 @@ def _environment(home: Path, http_port: int, control_port: int) -> dict[str, str
         **inherited,
         **flower_env.environment(home, http_port, control_port),
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
-        "RAY_TMPDIR": str(home),  # removed with it
+        "RAY_TMPDIR": str(home),  # removed with the home folder
         # Flower starts its programs by bare name.
         "PATH": programs.search_path(),
         **flower_env.TEXT,
@@ -170,7 +171,7 @@ def _environment(home: Path, http_port: int, control_port: int) -> dict[str, str
 
 
 def _start(log: Path, home: Path, port: int, environ: Mapping[str, str]) -> "subprocess.Popen[bytes]":
-    """Start the supervisor with a SuperLink under it."""
+    """Start the supervisor, which starts the SuperLink."""
     empty = home / "empty"  # Ray puts the working directory before the app on the clients' path
     empty.mkdir()
     command = [_script("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
@@ -184,13 +185,17 @@ def _start(log: Path, home: Path, port: int, environ: Mapping[str, str]) -> "sub
             stderr=subprocess.STDOUT,
             cwd=empty,
             env=dict(environ),
-            start_new_session=True,  # the terminal's Ctrl-C is for us alone
+            start_new_session=True,  # the terminal's Ctrl-C must reach only this process
         )
 
 
 @contextlib.contextmanager
 def _copied_log(link: _SuperLink, run_id: str) -> Iterator[Callable[[], bool]]:
-    """Append what the apps print to the log: the SuperLink keeps it to itself. Gives whether it is still doing so."""
+    """Append the apps' output to the log, because the SuperLink does not.
+
+    Yields:
+        Function that returns True while the copy goes on.
+    """
     with link.log.open("ab") as stream:
         process = subprocess.Popen(
             [_script("flwr"), "log", run_id, "--stream"],
@@ -205,7 +210,7 @@ def _copied_log(link: _SuperLink, run_id: str) -> Iterator[Callable[[], bool]]:
         yield lambda: process.poll() is None
         _finish(process)
     except RunFailed:
-        _finish(process)  # the traceback is on its way
+        _finish(process)  # the traceback may still have to be copied
         raise
     finally:
         process.kill()
@@ -227,19 +232,27 @@ def _script(name: str) -> str:
 
 
 def _comes_up(link: _SuperLink, port: int, logged: int) -> bool:
-    """Wait until the SuperLink answers; False if another program has its port. ``logged``: bytes of earlier tries.
+    """Wait until the SuperLink answers.
+
+    Args:
+        link: SuperLink that was started.
+        port: Port of the SuperLink.
+        logged: Length in bytes of the log before this try.
+
+    Returns:
+        False if another program has the port.
 
     Raises:
-        RunFailed: If it ended for another reason, or does not answer.
+        RunFailed: If the SuperLink ended for another reason, or does not answer.
     """
     deadline = time.monotonic() + _START_SECONDS
-    directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy this process has
+    directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # ignores the proxies of this process
     while time.monotonic() < deadline:
         if link.process.poll() is not None:
             if _TAKEN in link.log.read_bytes()[logged:].lower():
                 return False
             raise RunFailed(_explain("Flower's SuperLink ended at once", link.log))
-        # Only our own is asked. URLError and time-outs are OSErrors.
+        # Ask only the SuperLink that was started here. URLError and time-outs are OSErrors.
         if supervisor.listens(link.process.pid, port):
             with contextlib.suppress(OSError), directly.open(f"http://127.0.0.1:{port}/health", timeout=2):
                 return True
@@ -248,7 +261,10 @@ def _comes_up(link: _SuperLink, port: int, logged: int) -> bool:
 
 
 def _flwr(link: _SuperLink, arguments: list[str]) -> dict[str, Any]:
-    """Call ``flwr ... --format json``; {} if it answers no JSON, with what it said instead in the log."""
+    """Call ``flwr ... --format json`` and return its answer.
+
+    If it times out or prints no JSON, the answer has one key, ``error-message``, with the end of its output.
+    """
     try:
         done = subprocess.run(
             [_script("flwr"), *arguments, "--format", "json"],
@@ -263,15 +279,17 @@ def _flwr(link: _SuperLink, arguments: list[str]) -> dict[str, Any]:
             start_new_session=True,
         )
     except subprocess.TimeoutExpired:
-        return {}
+        return {"error-message": f"flwr {arguments[0]} did not answer within {_CALL_SECONDS:g} s"}
     for line in done.stdout.splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             answer = json.loads(line)
             if isinstance(answer, dict):
                 return answer
-    with contextlib.suppress(json.JSONDecodeError):  # pretty-printed, or after a line of greeting
-        return json.loads(done.stdout[done.stdout.index("{") :]) if "{" in done.stdout else {}
-    return {}
+    with contextlib.suppress(json.JSONDecodeError):  # pretty-printed, or preceded by other output
+        if "{" in done.stdout:
+            return json.loads(done.stdout[done.stdout.index("{") :])
+    output = (done.stderr.strip() or done.stdout.strip())[-_LONGEST_OUTPUT:]
+    return {"error-message": output or f"flwr {arguments[0]} ended with status {done.returncode} and no output"}
 
 
 def _submit(link: _SuperLink, app_dir: Path, run_config: RunConfigValues, federation: Mapping[str, int | float]) -> str:
@@ -291,7 +309,7 @@ def to_toml(flat: RunConfigValues) -> str:
     """Write flat dotted keys as TOML, so that parsing gives back the same values and types."""
     lines = []
     for key, value in flat.items():
-        # JSON's strings are TOML's except for DEL; repr gives all digits of a float, and TOML's names for inf and nan.
+        # JSON strings are valid TOML except for DEL. repr gives all digits of a float, and inf and nan as in TOML.
         text = json.dumps(value, ensure_ascii=False) if isinstance(value, bool | str) else repr(value)
         lines.append(f"{key} = " + text.replace("\x7f", "\\u007f"))
     return "\n".join(lines) + "\n"
@@ -305,9 +323,9 @@ def _watch(
     deadline: float,
     copying: Callable[[], bool],
 ) -> None:
-    """Return when the run has completed or its results are there; raise when it failed.
+    """Return when the run has completed or its results exist; raise RunFailed when it failed.
 
-    Asking Flower costs a second of CPU. The copy of the log ends with the run; while it goes on, looks are seldom.
+    A status query costs a second of CPU. The copy of the log ends with the run, so queries are rare until then.
     """
     look = time.monotonic() + _STATUS_SECONDS
     finish = None
@@ -330,7 +348,7 @@ def _watch(
             if status == "finished:completed":
                 return
             if status.startswith("finished"):
-                time.sleep(0.5)  # the server app's own words come first, if it got to write them
+                time.sleep(0.5)  # the server app's own message is better, if it is being written
                 if _stamp(work_dir / "error.json") == before["error.json"]:
                     details = str(runs[0].get("status-details", "")).strip()
                     raise RunFailed(
@@ -344,7 +362,7 @@ def _watch(
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """Changes when the file is written anew, so that one from an earlier run is not taken for this run's."""
+    """Return a value that changes when the file is rewritten, to tell this run's file from an earlier run's."""
     try:
         stat = path.stat()
     except OSError:
@@ -353,18 +371,18 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 
 def _server_message(path: Path, log: Path) -> str:
-    """The server app's own words; its traceback, if it left one, goes to the log: Flower's copy comes too late."""
+    """Return the server app's message. Append its traceback to the log, because Flower's copy comes too late."""
     try:
         error = json.loads(path.read_text(encoding="utf-8"))
         with log.open("a", encoding="utf-8") as stream:
             stream.write(error.get("traceback", ""))
         return f"{error['type']}: {error['message']}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"the server app failed; what it left in {path} cannot be read"
+        return f"the server app failed, and its error file {path} cannot be read"
 
 
 def _explain(what: str, log: Path, *, read_log: bool = True) -> str:
-    """One message: what happened, the last exceptions that the log names, and where the log is."""
+    """Return one message: what happened, the last exceptions in the log, and the path of the log."""
     found: list[str] = []
     if read_log and log.exists():
         for line in _ANSI.sub("", log.read_text(encoding="utf-8", errors="replace")).splitlines():

@@ -1,8 +1,8 @@
-"""Everything Flower and Ray need set, in one place: environment variables, ports, and the hook that sets them.
+"""Environment variables and ports that Flower and Ray need, and the installation of the hook that sets them.
 
 Flower's defaults share one SuperLink per machine, install an app's dependencies again for each run and let the working
 directory shadow the app. ``python -m fl_dualpriv.flower.env install`` (part of ``make setup``) gives this virtual
-environment its own Flower home and ports, so that plain ``flwr run .`` is right. Imports no Flower.
+environment its own Flower home and ports, so that plain ``flwr run .`` works. This module does not import Flower.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ from fl_dualpriv.flower import supervisor
 _PORTS = range(20_000, 32_000)
 _HOOK = "_fl_dualpriv_flower"
 TEXT = {"PYTHONIOENCODING": "utf-8"}
-"""For programs whose output we read: UTF-8, whatever the user's terminal can show. Flower writes emoji."""
+"""Variables for programs whose output this package reads: UTF-8 on any terminal, because Flower writes emoji."""
 _HEADER = (
     "# Written by `make setup`: the simulation that plain `flwr run` starts. Yours to edit; the last set-up wins.\n"
 )
 
 
 def environment(home: Path, http_port: int, control_port: int) -> dict[str, str]:
-    """Variables for every Flower and Ray process of one SuperLink.
+    """Return the variables for every Flower and Ray process of one SuperLink.
 
     Args:
         home: Flower's folder: connection settings, unpacked apps, state and log of the SuperLink.
@@ -40,8 +40,8 @@ def environment(home: Path, http_port: int, control_port: int) -> dict[str, str]
         control_port: TCP port of its control API.
 
     Returns:
-        Name to value. They must be set where the SuperLink starts: its children inherit them, a later ``flwr run``
-        against a running SuperLink changes nothing.
+        Variables by name. Set them in the process that starts the SuperLink, because its children inherit them. A later
+        ``flwr run`` against a running SuperLink changes nothing.
     """
     return {
         "FLWR_HOME": str(home),
@@ -55,7 +55,8 @@ def environment(home: Path, http_port: int, control_port: int) -> dict[str, str]
         "RAY_ADDRESS": "local",  # never join a Ray cluster that happens to run on this machine
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_worker_niceness": "0",
-        # Ray kills workers when the machine is nearly full, whoever fills it; Flower goes on giving dead ones clients.
+        # Ray kills workers when the machine's memory is nearly full, also if another program fills it. Flower goes on
+        # to send clients to dead workers.
         "RAY_memory_monitor_refresh_ms": "0",
         # Messages hold prompts, not models; the default reserves 30 % of the memory.
         "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(512 * 1024**2),
@@ -66,10 +67,10 @@ def environment(home: Path, http_port: int, control_port: int) -> dict[str, str]
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct TCP ports on 127.0.0.1 that nothing listens on now.
+    """Return distinct TCP ports on 127.0.0.1 that are free now.
 
     Raises:
-        OSError: If fewer than ``count`` are free.
+        OSError: If fewer than ``count`` ports are free.
     """
     chosen: list[int] = []
     for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
@@ -88,7 +89,7 @@ def write_flower_config(home: Path, address: str, options: Mapping[str, int | fl
 
     Args:
         home: Flower's folder.
-        address: ``:local:`` (``flwr run`` starts the SuperLink) or ``127.0.0.1:PORT`` (it runs already).
+        address: ``:local:`` (``flwr run`` starts the SuperLink) or ``127.0.0.1:PORT`` (the SuperLink runs already).
         options: Simulation options of the connection: ``num-supernodes``, ``num-cpus`` per client.
     """
     home.mkdir(parents=True, exist_ok=True)
@@ -128,11 +129,11 @@ def install(app_dir: Path, site_packages: Path | None = None, prefix: Path | Non
 
     Args:
         app_dir: Checkout whose ``pyproject.toml`` gives the default population and CPUs per client.
-        site_packages: Where the hook goes; default: of the running interpreter.
-        prefix: Root of the environment; default: ``sys.prefix``.
+        site_packages: Folder for the hook. The default is that of the running interpreter.
+        prefix: Root of the environment. The default is ``sys.prefix``.
 
     Returns:
-        The Flower home. Ports chosen by an earlier call are kept, so a running SuperLink stays reachable.
+        The Flower home. The ports of an earlier call are kept, so a running SuperLink stays reachable.
     """
     prefix = prefix or Path(sys.prefix)
     site_packages = site_packages or Path(sysconfig.get_path("purelib"))
@@ -140,7 +141,7 @@ def install(app_dir: Path, site_packages: Path | None = None, prefix: Path | Non
     home = prefix / "flower"
     known: dict[str, str] = json.loads(state.read_text(encoding="utf-8"))["environment"] if state.exists() else {}
     names = ("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "FLWR_LOCAL_CONTROL_API_PORT")
-    # A copied environment brings another checkout's ports with it; its home gives it away.
+    # A copied environment holds another checkout's ports. Its Flower home then differs from this one.
     kept = known.get("FLWR_HOME") == str(home)
     ports = [int(known[name]) for name in names] if kept else free_ports(2)
     settings = {
@@ -158,7 +159,7 @@ def install(app_dir: Path, site_packages: Path | None = None, prefix: Path | Non
 
 
 def installed() -> dict[str, str]:
-    """The variables that the hook sets in this virtual environment.
+    """Return the variables that the hook sets in this virtual environment.
 
     Raises:
         FileNotFoundError: If the hook is not installed.
@@ -172,7 +173,7 @@ def installed() -> dict[str, str]:
 
 
 def for_user(home: Path) -> dict[str, str]:
-    """The variables for a user without the hook: chosen once and kept in ``home``, so that all shells agree."""
+    """Return the variables for a user without the hook. They are chosen once and kept in ``home``: all shells agree."""
     state = home / "environment.json"
     if not state.exists():
         home.mkdir(parents=True, exist_ok=True)
@@ -181,7 +182,7 @@ def for_user(home: Path) -> dict[str, str]:
 
 
 def exports(variables: Mapping[str, str | None]) -> str:
-    """Shell lines that set ``variables``, and unset those that are None."""
+    """Return shell lines that set ``variables``, and unset those that are None."""
     return "\n".join(
         f"unset {name}" if value is None else f"export {name}={shlex.quote(value)}" for name, value in variables.items()
     )
@@ -191,7 +192,7 @@ def stop(home: Path, timeout: float = 20.0) -> bool:
     """Stop the SuperLink that ``flwr run`` started in ``home``, with its simulation.
 
     Returns:
-        False if none runs. Only the process that wrote ``superlink.pid`` there, and its descendants, are touched.
+        False if none runs. The function ends only the process that wrote ``superlink.pid`` there and its descendants.
     """
     file = home / "superlink.pid"
     if not file.exists():
@@ -199,7 +200,7 @@ def stop(home: Path, timeout: float = 20.0) -> bool:
     pid = int(file.read_text(encoding="utf-8"))
     file.unlink()
     if "flower-superlink" not in supervisor.command_line(pid):
-        return False  # it ended by itself, and the number may be someone else's by now
+        return False  # it ended by itself, and another program may have its id by now
     family = [pid, *supervisor.descendants(pid)]
     os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + timeout
@@ -210,13 +211,13 @@ def stop(home: Path, timeout: float = 20.0) -> bool:
 
 
 def main() -> None:
-    """``python -m fl_dualpriv.flower.env install|stop``."""
+    """Run ``python -m fl_dualpriv.flower.env install|stop``."""
     match sys.argv[1:]:
         case ["install"]:
             if sys.prefix == sys.base_prefix:
                 sys.exit("this is not a virtual environment: run `make setup`, or see `fl-dualpriv env`")
             home = install(Path.cwd())
-            # A folder's name may have letters that this output has not.
+            # The folder's name may have characters that the output's encoding lacks.
             shown = str(home).encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(errors="replace")
             sys.stdout.write(f"`flwr run` in this environment uses {shown}\n")
         case ["stop"]:

@@ -1,7 +1,7 @@
-"""Messages that nobody waits for any more are not delivered: a node that was away must not spend its budget on them.
+"""Let a message expire when the server no longer waits for its reply, so that no node spends its budget on it.
 
-Flower's time limit ends the server's waiting alone; a message itself lives for hours. A node that was off, or slow,
-would take the rounds that it missed one by one, spend ε on each for replies that nobody reads, and so be late again.
+Flower's time limit ends only the server's wait. The message itself lives for hours. A node that was off or slow would
+process the rounds that it missed one by one, spend ε on each for replies that no server reads, and so be late again.
 """
 
 from collections.abc import Iterable
@@ -11,18 +11,18 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 SLACK = 30.0
-"""Seconds that a message lives longer than its reply is waited for: clocks differ, and its reply inherits its life."""
+"""Seconds by which a message outlives the wait for its reply: clocks differ, and the reply inherits the lifetime."""
 
 
 class ExpiringGrid(Grid):
-    """Flower's grid of a deployment, with a life for each message.
+    """Flower's grid of a deployment, with a lifetime for each message.
 
     Guarantee:
-        A message that is sent and waited for with a time limit is handed to no node later than `SLACK` seconds after
-        that limit, by the clock of the server.
+        If a message is sent and its reply is awaited with a time limit, no node receives the message later than `SLACK`
+        seconds after that limit, by the clock of the server.
 
     Args:
-        grid: Flower's.
+        grid: Flower's grid, which carries the messages.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -56,7 +56,7 @@ class ExpiringGrid(Grid):
         return self._grid.pull_messages(message_ids)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """See `Grid`; messages live as long as their replies are waited for."""
+        """See `Grid`. With a time limit, a message lives until `SLACK` seconds after it at most."""
         sent = list(messages)
         if timeout is not None:
             for message in sent:

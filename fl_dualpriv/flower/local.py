@@ -1,6 +1,7 @@
-"""The ``local`` engine: the same ServerApp, ClientApp and Strategy objects as under Ray, in one process.
+"""Engine ``local``: run the same ServerApp, ClientApp and Strategy objects as under Ray, in one process.
 
-For tests, debugging and small machines: real exit codes, no start-up, and bitwise the same prompts as the Ray engine.
+It is for tests, debugging and small machines. It gives real exit codes, starts at once, and computes bitwise the same
+prompts as the Ray engine.
 """
 
 import itertools
@@ -23,12 +24,12 @@ _CLIENT_APP_RAISED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 
 class LocalGrid(Grid):
-    """A Flower Grid whose nodes are contexts of this process; a message is answered by one call of the ClientApp.
+    """Flower Grid whose nodes are contexts of this process. One call of the ClientApp answers a message.
 
     Args:
-        client_app: Answers every message.
+        client_app: ClientApp that answers every message.
         num_supernodes: Number of nodes; each hosts one client or more.
-        run_config: Flat run configuration, as Flower hands it to apps.
+        run_config: Flat run configuration, as Flower passes it to apps.
     """
 
     def __init__(self, client_app: ClientApp, num_supernodes: int, run_config: Config) -> None:
@@ -46,15 +47,15 @@ class LocalGrid(Grid):
             )
             for index in range(num_supernodes)
         }
-        # Messages cannot be made outside a task; this process is the task of node 0, the server.
+        # Flower makes messages only inside a task. This process is the task of node 0, the server.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, self.run_id, 0
 
     def set_run(self, run: Any) -> None:
-        """Nothing to set: the grid is made for one run."""
+        """Do nothing, because the grid is made for one run."""
 
     @property
     def run(self) -> Any:
-        """There is no Flower ``Run`` behind this grid."""
+        """Unavailable: this grid has no Flower ``Run``."""
         raise NotImplementedError("the local engine has no Run record; use LocalGrid.run_id")
 
     def create_message(
@@ -64,11 +65,11 @@ class LocalGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """All nodes: they are there from the start."""
+        """Return all nodes. They exist from the start."""
         return list(self.contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Answer each message at once; an exception of the client becomes an error reply, as under Ray."""
+        """Answer each message at once. An exception of the client becomes an error reply, as under Ray."""
         return [self._push(message) for message in messages]
 
     def _push(self, message: Message) -> str:
@@ -76,17 +77,17 @@ class LocalGrid(Grid):
         message.metadata.__dict__["_message_id"] = name
         try:
             reply = self._app(message, self.contexts[message.metadata.dst_node_id])
-        except Exception as error:  # whatever a client raises is its failure, not the server's
+        except Exception as error:  # any error that a client raises is its own failure, not the server's
             reply = Message(Error(_CLIENT_APP_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
         self._replies[name] = reply
         return name
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies, in the order asked for; each is handed out once."""
+        """Return the replies in the requested order. Each reply is returned once."""
         return [self._replies.pop(name) for name in message_ids if name in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Push and pull. Nothing can be late: ``timeout`` has nothing to do."""
+        """Push and pull. ``timeout`` has no effect, because no reply can be late."""
         return self.pull_messages(self.push_messages(messages))
 
 
@@ -105,14 +106,14 @@ def _load(reference: str, app_dir: Path) -> Any:
 
 
 def run_local(app_dir: Path, run_config: Config) -> None:
-    """Run the whole federation in this process; returns when it ended well.
+    """Run the whole federation in this process, and return when it has succeeded.
 
     Args:
         app_dir: Folder with the app's pyproject.toml.
-        run_config: Flat run configuration; the number of nodes is ``supernodes``, or ``population`` if that is 0.
+        run_config: Flat run configuration. The number of nodes is ``supernodes``, or ``population`` if that is 0.
 
     Raises:
-        Exception: Whatever the server app raises, unchanged.
+        Exception: Any error of the server app, unchanged.
     """
     server_app, client_app = load_apps(app_dir)
     grid = LocalGrid(client_app, int(run_config["supernodes"] or run_config["population"]), run_config)
@@ -121,7 +122,7 @@ def run_local(app_dir: Path, run_config: Config) -> None:
 
 
 def engine_name(grid: Grid) -> str:
-    """``local``, ``ray`` (Flower's simulation runtime) or ``deployment``."""
+    """Return ``local``, ``ray`` (Flower's simulation runtime) or ``deployment``."""
     if isinstance(grid, LocalGrid):
         return "local"
     return "ray" if type(grid).__name__ == "InMemoryGrid" else "deployment"

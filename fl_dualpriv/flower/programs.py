@@ -1,4 +1,4 @@
-"""Finds the programs of this installation: Flower's, and ours. Standard library only."""
+"""Find the programs of this installation: Flower's and this package's. Standard library only."""
 
 import os
 import shutil
@@ -14,28 +14,29 @@ _OWNERS = ("flwr", "fl-dualpriv")
 def find(name: str) -> str | None:
     """Find a program.
 
-    The places, in order: where the Flower and the fl-dualpriv that this interpreter imports have installed their
-    programs (also with ``pip install --user``, ``--prefix`` or ``--target``), the folders of ``PATH``, the folder of
-    the interpreter. The first place goes before ``PATH`` because another environment's Flower may stand there.
+    The function searches these places in order. First come the folders into which the imported Flower and fl-dualpriv
+    have installed their programs (also with ``pip install --user``, ``--prefix`` or ``--target``). Then come the
+    folders of ``PATH``, and then the folder of the interpreter. The installation folders come before ``PATH`` because
+    ``PATH`` may hold another environment's Flower.
 
     Args:
         name: File name, such as ``flower-superlink``.
 
     Returns:
-        Its absolute path; None if it is in none of these places.
+        Absolute path of the program; None if it is in none of these places.
     """
     for path in _recorded(name):
         if os.access(path, os.X_OK) and path.is_file():
             return str(path)
     found = shutil.which(name) or shutil.which(name, path=os.pathsep.join(_own_folders()))
-    return None if found is None else os.path.abspath(found)  # noqa: PTH100 - a program is known by its link's name
+    return None if found is None else os.path.abspath(found)  # noqa: PTH100 - keep the name of a link to a program
 
 
 def search_path(path: str | None = None) -> str:
-    """The ``PATH`` for programs that start Flower's programs by bare name: that of `find` comes first.
+    """Return a ``PATH`` for programs that start Flower's programs by bare name; the folder that `find` uses is first.
 
     Args:
-        path: The ``PATH`` to put them in front of; None: that of this process.
+        path: ``PATH`` to extend. None means the ``PATH`` of this process.
     """
     found = find("flower-superlink")
     first = [str(Path(found).parent)] if found else []
@@ -49,7 +50,7 @@ def places() -> str:
 
 
 def _recorded(name: str) -> Iterator[Path]:
-    """The paths of a program in the records that pip wrote when it installed Flower and this package."""
+    """Yield the paths of a program from the records that pip wrote when it installed Flower and this package."""
     for owner in _OWNERS:
         try:
             files = metadata.distribution(owner).files or []
@@ -62,5 +63,5 @@ def _recorded(name: str) -> Iterator[Path]:
 
 
 def _own_folders() -> list[str]:
-    """The folders of this interpreter's programs; in a virtual environment they are one."""
+    """Return the folders of this interpreter's programs. In a virtual environment there is only one."""
     return list(dict.fromkeys([sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]))

@@ -1,9 +1,10 @@
-"""Runs one command and leaves no process of it behind. Standard library only: `flower_engine` starts it as a script.
+"""Run one command and leave no process of it behind. Standard library only: `flower.engine` starts it as a script.
 
-Flower and Ray detach their children (own sessions) and leave them running when a parent dies. On Linux the supervisor
-is the *child subreaper*: an orphaned descendant becomes its child, so walking the process tree down from here finds
-all that was started from here and nothing else. It tears down when the command ends or when its standard input closes;
-the second happens however its own parent ends, SIGKILL included. Elsewhere it ends the command's process group only.
+Flower and Ray detach their children (in separate sessions) and leave them running when a parent dies. On Linux the
+supervisor is the *child subreaper*: an orphaned descendant becomes its child. A walk down the process tree from the
+supervisor therefore finds every process that it started, and no other. The supervisor ends these processes when the
+command ends or when its own standard input closes. Standard input closes however the supervisor's parent ends, SIGKILL
+included. On other systems the supervisor ends only the command's process group.
 """
 
 import contextlib
@@ -23,9 +24,9 @@ _PROC = Path("/proc")
 
 
 def _stat(pid: int) -> tuple[str, int] | None:
-    """State letter and parent of a process; None if there is no such process (or no ``/proc``)."""
+    """Return state letter and parent of a process; None if there is no such process (or no ``/proc``)."""
     try:
-        # "PID (name) state ppid ...", and the name may hold spaces and brackets.
+        # The line is "PID (name) state ppid ...", and the name may hold spaces and brackets.
         state, parent = (_PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
         return state, int(parent)
     except (OSError, ValueError):
@@ -33,13 +34,13 @@ def _stat(pid: int) -> tuple[str, int] | None:
 
 
 def alive(pid: int) -> bool:
-    """Whether the process exists and is no zombie."""
+    """Return True if the process exists and is not a zombie."""
     stat = _stat(pid)
     return stat is not None and stat[0] not in "ZX"
 
 
 def command_line(pid: int) -> str:
-    """The words of a process's command, joined by blanks; empty if there is no such process."""
+    """Return the words of a process's command, joined by spaces; empty if there is no such process."""
     try:
         return (_PROC / str(pid) / "cmdline").read_text(errors="replace").replace("\0", " ").strip()
     except OSError:
@@ -47,7 +48,7 @@ def command_line(pid: int) -> str:
 
 
 def descendants(pid: int) -> list[int]:
-    """Children of ``pid`` that are alive, their children, and so on."""
+    """Return all descendants of ``pid`` that are alive."""
     children: dict[int, list[int]] = {}
     for folder in _PROC.glob("[0-9]*"):
         stat = _stat(int(folder.name))
@@ -63,9 +64,9 @@ def descendants(pid: int) -> list[int]:
 
 
 def listens(pid: int, port: int) -> bool:
-    """Whether ``pid`` or a process below it listens on this TCP port (IPv4): else who answers there is someone else.
+    """Return True if ``pid`` or a descendant listens on this TCP port (IPv4). If not, another program answers there.
 
-    Without ``/proc`` nothing can be said, and the answer is yes.
+    Without ``/proc`` the function cannot check this, and returns True.
     """
     table = _PROC / "net" / "tcp"
     if not table.exists():
@@ -80,7 +81,7 @@ def _open_files(pid: int) -> set[str]:
     found: set[str] = set()
     with contextlib.suppress(OSError):
         for handle in (_PROC / str(pid) / "fd").iterdir():
-            with contextlib.suppress(OSError):  # it was closed meanwhile
+            with contextlib.suppress(OSError):  # the process closed it meanwhile
                 found.add(str(handle.readlink()))
     return found
 
@@ -93,7 +94,7 @@ def kill(pids: Iterable[int], number: signal.Signals = signal.SIGKILL) -> None:
 
 
 def _reap() -> dict[int, int]:
-    """Collect children that ended, adopted ones too: process id to exit status."""
+    """Collect ended children, adopted ones included; return their exit status by process id."""
     ended: dict[int, int] = {}
     with contextlib.suppress(ChildProcessError):
         while (result := os.waitpid(-1, os.WNOHANG))[0] != 0:
@@ -112,13 +113,13 @@ def _wait(done: Callable[[], bool], seconds: float) -> bool:
 
 
 def _tear_down(child: int) -> None:
-    """End the command, then everything below this process: politely first, then by SIGKILL until nothing is left."""
+    """End the command, then all descendants of this process: first by SIGTERM, then by SIGKILL until none is left."""
     me = os.getpid()
     kill([child], signal.SIGTERM)
     _wait(lambda: not alive(child), 5.0)
     if not _wait(lambda: not descendants(me), 1.0):
         kill(descendants(me), signal.SIGTERM)
-        # Repeated, because a process may start another one between the look and the signal.
+        # Repeat, because a process may start another one between the look and the signal.
         while not _wait(lambda: not descendants(me), 2.0):
             kill(descendants(me), signal.SIGKILL)
     if not _PROC.is_dir():
@@ -128,7 +129,7 @@ def _tear_down(child: int) -> None:
 
 
 def supervise(command: list[str], temporary: Path) -> int:
-    """Run ``command`` in a session of its own until it ends or standard input closes; then end all it has started.
+    """Run ``command`` in a separate session until it ends or standard input closes, then end all that it started.
 
     Args:
         command: Program and arguments.
@@ -148,7 +149,7 @@ def supervise(command: list[str], temporary: Path) -> int:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    # Ignored signals would be inherited; the new session already keeps the terminal's Ctrl-C away.
+    # The child would inherit ignored signals. The new session already keeps the terminal's Ctrl-C away from it.
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_default_signals).pid
     status = 0
     try:
@@ -172,5 +173,5 @@ def _default_signals() -> None:
 
 
 if __name__ == "__main__":
-    # TEMPORARY COMMAND...
+    # Arguments: TEMPORARY COMMAND...
     sys.exit(supervise(sys.argv[2:], Path(sys.argv[1])) & 0xFF)

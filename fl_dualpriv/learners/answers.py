@@ -1,6 +1,7 @@
-"""Questions with answers as records, and what every way to tune a model on them shares: blocks, losses, clipped sums.
+"""Records of questions with answers, and the blocks, losses and clipped sums that all learners on them share.
 
-Loss of a record: the mean, over the tokens of its answer and the end, of the cross-entropy of each given those before.
+The loss of a record is the mean cross-entropy over the tokens of its answer and the end token, each given the tokens
+before it.
 """
 
 import functools
@@ -19,19 +20,20 @@ from fl_dualpriv.models.answering import AnsweringModel
 from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, as_clipped_sum, bounded_rows
 
 BLOCK = 8
-"""Records that run together, padded, unless told otherwise."""
+"""Default number of records that run together, padded."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AnswerRecords:
-    """A client's questions with their answers, or a held-out split; on the CPU, ``visual`` on any device.
+    """Questions with their answers, of a client or of a held-out split; on the CPU, with ``visual`` on any device.
 
     Attributes:
-        visual: Visual tokens of each image, (image, embed_dim) float32; a row that is not finite cannot be used.
-        image_of: Each record's image, (record,) int64.
-        tokens: What follows the prompt, (record, max_tokens) int64: question, answer, end, then padding.
-        answer_start: Where the answer starts, (record,) int64.
-        length: Tokens that count, (record,) int64. 0: the record cannot be used; it has no gradient and stays counted.
+        visual: Visual tokens of each image, (image, embed_dim) float32. A row that is not finite cannot be used.
+        image_of: Image index of each record, (record,) int64.
+        tokens: Tokens that follow the prompt, (record, max_tokens) int64: question, answer, end, then padding.
+        answer_start: Position of the first answer token, (record,) int64.
+        length: Number of tokens without padding, (record,) int64. 0 marks a record that cannot be used: it has no
+            gradient and stays counted.
         labels: Question type, (record,) int64.
     """
 
@@ -44,17 +46,17 @@ class AnswerRecords:
 
     @property
     def num_examples(self) -> int:
-        """n_i, public metadata: counts records that cannot be used, too."""
+        """Number of records n_i, public metadata; includes records that cannot be used."""
         return len(self.length)
 
     @functools.cached_property
     def usable(self) -> Tensor:
-        """Which records can be used, bool (record,)."""
+        """True for each record that can be used, bool (record,)."""
         finite = torch.isfinite(self.visual).all(dim=1).cpu()
         return finite[self.image_of] & (self.length > 0)
 
     def clean_visual(self, images: Tensor, device: torch.device) -> Tensor:
-        """Visual tokens of some images; zeros for one that cannot be used, else it would be NaN times zero."""
+        """Return visual tokens of some images, with zeros for an image that cannot be used: NaN times zero is NaN."""
         visual = self.visual[images.to(self.visual.device)].to(device)
         return torch.where(torch.isfinite(visual).all(dim=1, keepdim=True), visual, 0.0)
 
@@ -69,28 +71,28 @@ def answer_records(
     max_tokens: int,
     on_bad: Literal["raise", "keep"],
 ) -> AnswerRecords:
-    """Write questions and answers in a model's tokens.
+    """Tokenize questions and answers with the tokenizer of a model.
 
     Guarantee:
-        Per record: a row depends on its own question, answer and image alone, its length on ``max_tokens``.
+        Per record: a row depends only on its own question, answer and image, and its length on ``max_tokens``.
 
     Args:
-        model: Whose tokens.
+        model: Model whose tokenizer is used.
         questions: One per record.
         answers: One per record.
         image_of: Row of ``visual`` of each record, (record,).
         labels: Question type of each record, (record,).
-        visual: As `AnswerRecords`.
-        max_tokens: Of question and answer together with what the model's chat puts around them; public.
-        on_bad: What to do with a record that is too long or cannot be written in the model's tokens: ``raise``, or
-            ``keep`` it as one that cannot be used. Under DP it must be kept, or its presence would show.
+        visual: See `AnswerRecords`.
+        max_tokens: Most tokens of a question and its answer, including the tokens of the model's chat format; public.
+        on_bad: Treatment of a record that is too long or cannot be tokenized: ``raise``, or ``keep`` it as a record
+            that cannot be used. Under DP it must be kept, because its presence would show otherwise.
 
     Raises:
-        ConfigError: If a record cannot be used and ``on_bad`` says so.
+        ConfigError: If a record cannot be used and ``on_bad`` is ``raise``.
     """
     tokens = torch.full((len(questions), max_tokens), model.end, dtype=torch.long)
     start, length = torch.zeros(2, len(questions), dtype=torch.long)
-    ask = functools.lru_cache(maxsize=4096)(model.question_tokens)  # questions repeat, rendering costs
+    ask = functools.lru_cache(maxsize=4096)(model.question_tokens)  # questions repeat, and rendering one is slow
     for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         try:
             before, behind = ask(question), model.answer_tokens(answer)
@@ -118,14 +120,14 @@ def answer_records(
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Some records of one client; what cannot be used is an empty image with nothing to answer.
+    """Some records of one client. A record that cannot be used becomes a blank image with no answer tokens.
 
     Attributes:
-        records: Whose.
-        images: Rows of their ``visual``, (row,), on the CPU; the rest is on the model's device.
-        tokens: (row, max_tokens).
-        in_answer: Which of them count in a loss, bool (row, max_tokens).
-        usable: Which rows are records that can be used, bool (row,).
+        records: Records of the client.
+        images: Rows of ``records.visual``, (row,), on the CPU. The other tensors are on the model's device.
+        tokens: Tokens, (row, max_tokens).
+        in_answer: True for each token that counts in a loss, bool (row, max_tokens).
+        usable: True for each row that is a record that can be used, bool (row,).
     """
 
     records: AnswerRecords
@@ -136,13 +138,13 @@ class Block:
 
 
 class AnswerObjective(ABC):
-    """`Objective` of answering questions, for what many clients learn; a subclass says how a model answers with it.
+    """`Objective` of answering questions, for many clients at once; a subclass defines how the model uses a prompt.
 
     Args:
         model: The frozen model.
-        block: Records that run together, padded; must be public, such as a function of the expected batch. What is held
-            does not grow with a batch, whose size is private, and a record's numbers do not depend on how many there
-            are.
+        block: Number of records that run together, padded. It must be public, such as a function of the expected batch.
+            The memory in use does not grow with a batch, whose size is private, and the numbers of a record do not
+            depend on how many records there are.
     """
 
     def __init__(self, model: AnsweringModel, block: int) -> None:
@@ -155,23 +157,23 @@ class AnswerObjective(ABC):
 
     @abstractmethod
     def logits(self, prompt: Tensor, block: Block) -> Tensor:
-        """Scores of each token of ``block.tokens`` with what is learnt, (row, token, vocabulary); differentiable.
+        """Compute the logits of each token of ``block.tokens``, (row, token, vocabulary); differentiable.
 
-        Guarantee owed by an implementation:
-            Row i is a function of the prompt and of row i of the block alone.
+        Guarantee that every implementation must give:
+            Row i is a function of only the prompt and row i of the block.
         """
 
     @abstractmethod
     def rows(self, prompt: Tensor, block: Block) -> Tensor:
-        """Gradient of each row's own loss at a prompt (rows, cols) that all share, (row, rows, cols).
+        """Compute the gradient of each row's own loss at a prompt (rows, cols) that all rows share, (row, rows, cols).
 
-        Guarantee owed by an implementation:
-            Row i is a function of the prompt and of row i of the block alone.
+        Guarantee that every implementation must give:
+            Row i is a function of only the prompt and row i of the block.
         """
 
     @abstractmethod
     def apart(self) -> Self:
-        """See `Objective`: blocks of one record."""
+        """See `Objective`; each block holds one record."""
 
     def bind(self, data: Sequence[AnswerRecords]) -> "PooledAnswers":
         """See `Objective`."""
@@ -179,16 +181,16 @@ class AnswerObjective(ABC):
 
     @torch.no_grad()
     def correct(self, prompt: Tensor, records: AnswerRecords) -> Tensor:
-        """Exact match: whether each token of the answer and the end is the likeliest one given those before.
+        """Check for exact match: each token of the answer and the end token is the likeliest given the tokens before.
 
-        That is whether greedy decoding gives this answer. A record that cannot be used is wrong.
+        This is equivalent to greedy decoding giving this answer. A record that cannot be used is wrong.
 
         Args:
-            prompt: (rows, cols).
-            records: What is asked.
+            prompt: Prompt, (rows, cols).
+            records: Questions with their answers.
 
         Returns:
-            bool (record,), on the CPU.
+            True for each exact match, bool (record,), on the CPU.
         """
         prompt = prompt.to(self._model.device)
         right = []
@@ -199,14 +201,14 @@ class AnswerObjective(ABC):
         return torch.cat([torch.zeros(0, dtype=torch.bool), *right])
 
     def losses(self, prompt: Tensor, block: Block) -> Tensor:
-        """Loss of each record of a block, (row,); 0 if it cannot be used."""
+        """Compute the loss of each record of a block, (row,); 0 for a record that cannot be used."""
         logits = self.logits(prompt, block)
         each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), block.tokens, reduction="none")
         total = torch.where(block.in_answer, each, 0.0).sum(dim=1)
         return total / block.in_answer.sum(dim=1).clamp(min=1)
 
     def blocks(self, records: AnswerRecords, picked: np.ndarray) -> Iterator[tuple[Block, int]]:
-        """The picked records in blocks of one size, and how many of each block are not padding."""
+        """Yield the picked records in blocks of one size, each with its number of rows that are not padding."""
         device, size = self._model.device, self.block
         for start in range(0, len(picked), size):
             here = torch.from_numpy(picked[start : start + size].astype(np.int64))
@@ -237,7 +239,7 @@ class PooledAnswers:
 
 
 class AnswerGradients:
-    """`StepGradients`; a pass through the model each time that one is asked for."""
+    """`StepGradients` of answers; each call of a method runs the model again."""
 
     def __init__(
         self, objective: AnswerObjective, data: Sequence[AnswerRecords], prompts: Tensor, picked: Picked
@@ -245,11 +247,11 @@ class AnswerGradients:
         self._objective, self._data, self._prompts, self._picked = objective, data, prompts, picked
 
     def rows(self, client: int) -> Iterator[Tensor]:
-        """Each record's own gradient, block by block, (block, rows, cols), padded with zeros.
+        """Yield the gradient of each record, block by block, (block, rows, cols), padded with zeros.
 
         Guarantee:
-            A row is a function of the prompt and of its own record alone, see `AnswerObjective.rows`, and it runs in a
-            block of one size whatever the batch. A record that cannot be used is zero.
+            A row is a function of only the prompt and its own record, see `AnswerObjective.rows`. It runs in a block of
+            one fixed size for every batch. A record that cannot be used is zero.
         """
         for block, _ in self._objective.blocks(self._data[client], self._picked[client]):
             rows = self._objective.rows(self._prompts[client].to(block.tokens.device), block)
@@ -261,8 +263,8 @@ class AnswerGradients:
         Guarantee:
             Adding or removing one record moves its client's value by at most ``clip_norm`` and no other client's
             (tests/guarantees/test_soft_prompt_rows.py, test_lora_rows.py): each row is masked, then clipped, then
-            added, in float64. In integers the move is exactly that record's own integer row, as far as the rows of the
-            others are the same bit by bit without it. An empty batch gives zero.
+            added, in float64. In integers the move is exactly that record's own integer row, provided that the rows of
+            the other records are the same bit by bit without it. An empty batch gives zero.
         """
         found = []
         for client, prompt in enumerate(self._prompts):
@@ -274,11 +276,11 @@ class AnswerGradients:
         return found
 
     def to_prompts(self, noised: Tensor) -> Tensor:
-        """See `StepGradients`: noise is on gradients of the prompts, so nothing is to do."""
+        """Return the input: the noise is already on gradients of the prompts. See `StepGradients`."""
         return noised
 
     def sums(self) -> Tensor:
-        """See `StepGradients`: one backward pass for all records of a block."""
+        """See `StepGradients`; one backward pass covers all records of a block."""
         totals = torch.zeros_like(self._prompts)
         for client, prompt in enumerate(self._prompts):
             for block, _ in self._objective.blocks(self._data[client], self._picked[client]):

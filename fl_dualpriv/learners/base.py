@@ -1,4 +1,4 @@
-"""What a local method differentiates: the loss of each record under a prompt, seen only through sums over records."""
+"""Protocols of what a local method differentiates: the loss of each record under a prompt, as sums over records."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from torch import Tensor
 from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum
 
 Picked = Sequence[np.ndarray]
-"""A batch per client, as numbers of its own records, counted from zero."""
+"""One batch per client: indices into that client's records, counted from zero."""
 
 
 class Records(Protocol):
-    """A client's data, in whatever form its objective reads."""
+    """A client's data, in the form that its objective reads."""
 
     @property
     def num_examples(self) -> int:
-        """n_i, public metadata."""
+        """Number of records n_i; public metadata."""
         ...
 
 
@@ -27,9 +27,10 @@ class ClientData:
     """A client's records, ready for prompt learning.
 
     Attributes:
-        features: (record, embed_dim), unit norm; the row of an unreadable record is NaN, so that it stays counted.
-        labels: (record,).
-        patches: (record, patch, embed_dim), each of unit norm, where a method reads them; else None.
+        features: Image features, (record, embed_dim), unit norm. The row of an unreadable record is NaN, so that the
+            record stays counted.
+        labels: Class ids, (record,).
+        patches: Patch features, (record, patch, embed_dim), each of unit norm. None if the method reads no patches.
     """
 
     features: Tensor
@@ -38,7 +39,7 @@ class ClientData:
 
     @property
     def num_examples(self) -> int:
-        """n_i, public metadata."""
+        """Number of records n_i; public metadata."""
         return len(self.labels)
 
 
@@ -46,58 +47,59 @@ Data = TypeVar("Data", bound=Records, contravariant=True)
 
 
 class StepGradients(Protocol):
-    """Gradients of one batch per client, each at its client's prompt."""
+    """Gradients of one batch per client, each taken at the prompt of its client."""
 
     def clipped_sums(self, clip_norm: float, arithmetic: Arithmetic, masks: Tensor | None = None) -> list[ClippedSum]:
-        """Each client's sum of clipped per-example gradients.
+        """Return each client's sum of clipped per-example gradients.
 
-        Guarantee owed by an implementation:
-            A client's value is a sum of one term per record of its batch, of norm at most ``clip_norm``; a term is a
-            function of that record, the prompt and the mask alone. A record that cannot be used gives a zero term, an
-            empty batch zeros.
+        Guarantee that every implementation must give:
+            A client's value is a sum of one term per record of its batch. Each term has norm at most ``clip_norm`` and
+            is a function of only that record, the prompt and the mask. A record that cannot be used gives a zero term.
+            An empty batch gives zeros.
 
         Args:
-            clip_norm: C.
-            arithmetic: Of the sums, see `ClippedSum`.
-            masks: Multiplies each gradient before it is clipped, (client, rows, cols) of 0 and 1; None: nothing. It
-                must come from public numbers, such as earlier releases.
+            clip_norm: Clip norm C.
+            arithmetic: Arithmetic of the sums, see `ClippedSum`.
+            masks: Factors of 0 and 1, (client, rows, cols), that multiply each gradient before it is clipped. None
+                multiplies nothing. Masks must come from public numbers, such as earlier releases.
         """
         ...
 
     def rows(self, client: int) -> Iterator[Tensor]:
-        """A client's gradients before they are clipped, block by block, (row, …); what is behind the batch is padding.
+        """Yield a client's gradients before they are clipped, block by block, (row, …).
 
-        `clipped_sums` adds up these very rows, by the same code on the same shapes: what holds for them, see
-        `row_check`, holds for its terms.
+        Rows after the last record of the batch are padding.
+        `clipped_sums` adds up these same rows, with the same code on the same shapes. Every property of the rows that
+        `row_check` establishes therefore holds for the terms of the sums.
         """
         ...
 
     def to_prompts(self, noised: Tensor) -> Tensor:
-        """Gradients of the prompts from noised sums, (client, …) → (client, rows, cols): post-processing."""
+        """Convert noised sums to gradients of the prompts, (client, …) → (client, rows, cols): post-processing."""
         ...
 
     def sums(self) -> Tensor:
-        """Each client's sum of gradients as they are, (client, rows, cols): no clipping, no privacy."""
+        """Return each client's sum of unclipped gradients, (client, rows, cols): no clipping, no privacy."""
         ...
 
 
 class PooledObjective(Protocol):
-    """The objective over the data of some clients that step together."""
+    """An objective bound to the data of the clients that step together."""
 
     def gradients(self, prompts: Tensor, picked: Picked) -> StepGradients:
-        """Look at one batch per client, at one prompt per client, (client, rows, cols)."""
+        """Differentiate one batch per client at one prompt per client, (client, rows, cols)."""
         ...
 
 
 class Regulariser(Protocol):
-    """A term of the loss that reads prompts alone: what it pulls is added after the noise and costs no ε.
+    """A term of the loss that reads only prompts. Its gradient is added after the noise and costs no ε.
 
-    Guarantee owed by an implementation:
-        It is a function of its arguments and of public numbers. Clients do not mix.
+    Guarantee that every implementation must give:
+        The result is a function of the arguments and of public numbers. Clients do not mix.
     """
 
     def gradients(self, shared: Tensor, effective: Tensor) -> tuple[Tensor, Tensor]:
-        """Its gradients at each client's p_G and at its effective prompt, both (client, rows, cols)."""
+        """Return the gradients at each client's p_G and at its effective prompt, both (client, rows, cols)."""
         ...
 
 
@@ -106,13 +108,13 @@ class Objective(Protocol[Data]):
 
     @property
     def bytes_per_prompt(self) -> int:
-        """Memory that a client that steps along takes, roughly, beside the rows of its gradients."""
+        """Approximate memory of one more client in a step, without the rows of its gradients."""
         ...
 
     def bind(self, data: Sequence[Data]) -> PooledObjective:
-        """The same over the data of these clients, in their order."""
+        """Bind the objective to the data of these clients, in their order."""
         ...
 
     def apart(self) -> Self:
-        """The same with each record in products of its own: slower; see `row_check`."""
+        """Return the same objective with separate matrix products for each record: slower; see `row_check`."""
         ...

@@ -20,12 +20,12 @@ class Classification:
     """Softmax cross-entropy over all classes, for the prompts of many clients at once.
 
     Attributes:
-        tower: Prompts → class features.
+        tower: Tower that maps prompts to class features.
         logit_scale: CLIP's inverse temperature.
         top_m: Residuals that each example back-propagates; 0 = all, exact.
-        noise_space: Where to clip and noise: gradients of the prompt, or of the class features.
+        noise_space: Space of clip and noise: gradients of the prompt, or of the class features.
         workspace_bytes: Bound on the activations of one backward pass.
-        rows_apart: Each record in products of its own.
+        rows_apart: Give each record separate matrix products.
     """
 
     tower: PromptTower
@@ -41,7 +41,7 @@ class Classification:
 
     @property
     def bytes_per_prompt(self) -> int:
-        """See `Objective`: what a forward pass keeps."""
+        """Memory that the forward pass of one prompt keeps; see `Objective`."""
         return self.tower.bytes_per_prompt
 
     def bind(self, data: Sequence[ClientData]) -> "PooledClassification":
@@ -50,7 +50,7 @@ class Classification:
 
 
 class PooledClassification:
-    """`PooledObjective`: the clients' records in one table, so that a step's batches are one look-up."""
+    """`PooledObjective` with the records of all clients in one table, so that the batches of a step are one look-up."""
 
     def __init__(self, objective: Classification, data: Sequence[ClientData]) -> None:
         self._objective = objective
@@ -60,15 +60,15 @@ class PooledClassification:
         self._last: tuple[Picked, Batches, Tensor | None] | None = None
 
     def gradients(self, prompts: Tensor, picked: Picked) -> "ClassificationGradients":
-        """See `PooledObjective`; clients go through the tower in the order of their batches, largest first."""
-        if self._last is None or self._last[0] is not picked:  # with every record in each batch nothing changes
+        """See `PooledObjective`; clients go through the tower in the order of their batch sizes, largest first."""
+        if self._last is None or self._last[0] is not picked:  # at sampling rate 1 the batches never change
             self._last = (picked, *self._gather(picked))
         _, batches, order = self._last
         features = self._objective.tower(prompts if order is None else prompts[order])
         return ClassificationGradients(self._objective, features, batches, order)
 
     def _gather(self, picked: Picked) -> tuple[Batches, Tensor | None]:
-        """The batches, largest first; and which client stands where (None: as they are)."""
+        """Return the batches, largest first, and the order of the clients (None if it did not change)."""
         order = sorted(range(len(picked)), key=lambda i: -len(picked[i]))
         batches = Batches.gather(self._features, self._labels, [picked[i] + self._starts[i] for i in order])
         as_they_are = order == list(range(len(order)))
@@ -76,7 +76,7 @@ class PooledClassification:
 
 
 class ClassificationGradients:
-    """`StepGradients` from one forward pass; inside, clients stand in the order of their batches."""
+    """`StepGradients` from one forward pass; internally clients are ordered by their batch sizes."""
 
     def __init__(
         self, objective: Classification, features: ClassFeatures, batches: Batches, order: Tensor | None
@@ -85,15 +85,15 @@ class ClassificationGradients:
         self._inverse = None if order is None else torch.argsort(order)
 
     def clipped_sums(self, clip_norm: float, arithmetic: Arithmetic, masks: Tensor | None = None) -> list[ClippedSum]:
-        """See `StepGradients`: of prompt gradients, or of class-feature gradients, which have no mask.
+        """See `StepGradients`; sums are of prompt gradients, or of class-feature gradients, which have no mask.
 
         Raises:
-            ValueError: If there are masks and the noise is to go on the class features.
+            ValueError: If there are masks and ``noise_space`` is ``feature``.
         """
         objective, batches = self._objective, self._batches
         if objective.noise_space == "feature":
             if masks is not None:
-                raise ValueError("masks are of the prompt; gradients of the class features have none")
+                raise ValueError("masks apply to prompt gradients; class-feature gradients cannot be masked")
             found = [
                 clipped_feature_sum(
                     classes, batches.features[own], batches.labels[own], objective.logit_scale, clip_norm, arithmetic
@@ -115,7 +115,7 @@ class ClassificationGradients:
         return found if self._inverse is None else [found[i] for i in self._inverse.tolist()]
 
     def rows(self, client: int) -> Iterator[Tensor]:
-        """See `StepGradients`; all clients run, as in a step, and the rows of one are kept."""
+        """See `StepGradients`; all clients run, as in a step, and only the rows of one client are returned."""
         objective, batches = self._objective, self._batches
         place = client if self._inverse is None else int(self._inverse[client])
         if objective.noise_space == "feature":
@@ -135,7 +135,7 @@ class ClassificationGradients:
                 yield rows[place - prompts.start]
 
     def to_prompts(self, noised: Tensor) -> Tensor:
-        """See `StepGradients`: one backward pass of noised class-feature gradients, or nothing to do."""
+        """Back-propagate noised class-feature gradients, or return noised prompt gradients; see `StepGradients`."""
         if self._objective.noise_space == "prompt":
             return noised
         cotangents = _reordered(noised.to(self._features.values.dtype), self._order)

@@ -1,4 +1,4 @@
-"""Class features from a prompt: the template's words as context, class names after it."""
+"""Class features from a prompt, which stands before each class name as its context."""
 
 import functools
 import logging
@@ -15,21 +15,24 @@ from fl_dualpriv.towers.shared_prefix import SharedPrefixTower
 _logger = logging.getLogger("fl_dualpriv")
 _CHECKED_CLASSES = 12
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
-"""Of the shared prefix against the plain tower, relative to the largest entry, by precision of its products."""
+"""Largest allowed difference of the shared-prefix tower from the plain one, relative to the largest entry.
+
+The key is the precision of the matrix products.
+"""
 
 
 class PromptedText:
     """Text side of the classifier for one set of class names.
 
-    The class token stands at the end: sequence = start, context, class name (and what the template says after it), end.
+    The class token stands at the end: sequence = start, context, class name (and the template's text after it), end.
 
     Args:
         backbone: The frozen model.
-        class_names: One per class, in label order.
+        class_names: Name of each class, in label order.
         template: Text with one ``{}`` for the class name, such as ``"a photo of a {}"``.
 
     Raises:
-        ConfigError: If a name cannot be written in the model's tokens.
+        ConfigError: If a name cannot be tokenized with the model's tokenizer.
     """
 
     def __init__(self, backbone: Backbone, class_names: tuple[str, ...], template: str) -> None:
@@ -39,7 +42,7 @@ class PromptedText:
         self._template_context = _embed(backbone, backbone.words(before.strip()))
         suffixes = [[*backbone.words((name + after).strip()), rows.end] for name in class_names]
         self._lengths = torch.tensor([len(tokens) for tokens in suffixes], device=backbone.device)
-        # Filled rows need padding for any number of context tokens; elsewhere nobody sees what follows the end.
+        # Models that read full rows need padding for any number of context tokens; others ignore tokens after the end.
         width = max(backbone.context_length, self._longest) if backbone.fills_rows else self._longest
         padded = torch.full((len(suffixes), width), rows.pad)
         for row, tokens in zip(padded, suffixes, strict=True):
@@ -53,9 +56,9 @@ class PromptedText:
 
     @functools.cached_property
     def tower(self) -> PromptTower:
-        """The fastest exact form: the shared prefix where the model allows it, else one row per class.
+        """Fastest exact text tower: the shared prefix if the model allows it, else one row per class.
 
-        The shared prefix is compared with the model's own tower first, in values and gradients of a few classes; if
+        The shared prefix is first compared with the model's own tower, in values and gradients of a few classes. If
         they differ, the plain form is used.
         """
         stack = self._backbone.text_stack
@@ -64,7 +67,7 @@ class PromptedText:
             _say_once(logging.INFO, self._backbone.name, f"{reason}, so every class runs its whole row")
             return self.plain_tower
         difference, allowed = self._difference(), _TOLERANCE[stack.blocks[0].qkv.weight.dtype]
-        if not difference <= allowed:  # NaN is no agreement
+        if not difference <= allowed:  # NaN must count as a difference
             message = (
                 f"the shared-prefix text tower differs from the plain one by {difference:.1e} (allowed {allowed:.0e}, "
                 "relative), so every class runs its whole row"
@@ -75,11 +78,11 @@ class PromptedText:
 
     @property
     def shares_prefix(self) -> bool:
-        """Whether SOS and context run once for all classes."""
+        """True if SOS and context run once for all classes."""
         return self.tower is not self.plain_tower
 
     def _difference(self) -> float:
-        """Largest difference of the two forms on some classes of all lengths, relative to the largest entry."""
+        """Return the largest difference of the two forms on classes of all lengths, relative to the largest entry."""
         stack, order = self._backbone.text_stack, torch.argsort(self._lengths)
         picks = torch.linspace(0, len(order) - 1, min(len(order), _CHECKED_CLASSES)).round().long()
         chosen = order[picks.to(order.device)]
@@ -87,7 +90,7 @@ class PromptedText:
         suffix = self._suffix[chosen, : int(lengths.max())]
         room = self._backbone.context_length - 1 - int(lengths.max())
         assert stack is not None
-        if room < 1:  # no prompt fits, and `check_length` says so
+        if room < 1:  # no prompt fits, and `check_length` reports it
             return 0.0
         generator = torch.Generator().manual_seed(0)
 
@@ -111,10 +114,10 @@ class PromptedText:
         return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
     def template_context(self, n_ctx: int) -> Tensor:
-        """Embeddings of the template's words before the class name, (n_ctx, ctx_dim): prompt learning from zero-shot.
+        """Return embeddings of the template's words before the class name, (n_ctx, ctx_dim): the zero-shot start.
 
         Raises:
-            ConfigError: If the template has another number of tokens.
+            ConfigError: If the template does not have ``n_ctx`` tokens before the class name.
         """
         words = self._template_context.shape[0]
         if words != n_ctx:
@@ -134,14 +137,14 @@ class PromptedText:
             )
 
     def class_features(self, context: Tensor) -> Tensor:
-        """Unit-norm class features (n_cls, embed_dim) of one prompt (n_ctx, ctx_dim), without a gradient."""
+        """Compute unit-norm class features (n_cls, embed_dim) of one prompt (n_ctx, ctx_dim), without a gradient."""
         return self.tower.values(context[None])[0]
 
     @torch.no_grad()
     def zero_shot_features(self) -> Tensor:
-        """Unit-norm features of the filled-in template, (n_cls, embed_dim): no learning."""
+        """Compute unit-norm features of the filled-in template, (n_cls, embed_dim): no learning."""
         before, last = len(self._backbone.rows.start), self._backbone.context_length - 1
-        ends = [min(before + len(self._backbone.words(text)), last) for text in self._texts]  # too long a text is cut
+        ends = [min(before + len(self._backbone.words(text)), last) for text in self._texts]  # long texts are cut
         end = torch.tensor(ends, device=self._backbone.device)
         embedded = self._backbone.embed_tokens(self._backbone.tokenize(self._texts))
         return torch.nn.functional.normalize(self._backbone.encode_embeddings(embedded, end), dim=-1)

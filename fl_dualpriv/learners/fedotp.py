@@ -1,12 +1,13 @@
 """FedOTP (Li et al. 2024, arXiv:2403.00041, sec. 3): a global and a local prompt share the patches of an image.
 
-G are the unit-norm features of an image's M patches, H_c those of class c under the global and the local prompt (N =
-2). With the plan T_c of `transport_plan` between them and the cost 1 − G H_cᵀ the distance is d_c = ⟨T_c, 1 − G H_cᵀ⟩,
-the logit s·(1 − d_c), and the loss softmax cross-entropy. 1 − d_c is ⟨T_c, G H_cᵀ⟩ + 1 − γ, whose constant is that of
-all classes. As published the plan is a constant to the gradient. The server averages global prompts; local ones stay.
+G denotes the unit-norm features of an image's M patches, and H_c those of class c under the global and the local prompt
+(N = 2). With the plan T_c of `transport_plan` between them and the cost 1 − G H_cᵀ, the distance is
+d_c = ⟨T_c, 1 − G H_cᵀ⟩, the logit is s·(1 − d_c), and the loss is softmax cross-entropy. 1 − d_c equals
+⟨T_c, G H_cᵀ⟩ + 1 − γ, and the constant 1 − γ is the same for all classes. As published, the gradient treats the plan as
+a constant. The server averages global prompts; local ones stay on the clients.
 
-An example's gradient at H_c is s·(softmax_c − one-hot_c) T_cᵀ G: pulled back through the tower to *both* prompts, which
-stand one above the other, it is one row, with one clip and one noise.
+An example's gradient at H_c is s·(softmax_c − one-hot_c) T_cᵀ G. Pulled back through the tower to *both* prompts, which
+are stacked one above the other, it is one row, with one clip and one noise.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,9 +25,9 @@ from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, as_clipped_sum,
 from fl_dualpriv.towers.base import ClassFeatures, PromptTower
 
 _IMAGES = 64
-"""Scored together, or fewer where their plans need more than the workspace."""
+"""Most images that are scored together; fewer if their plans need more than the workspace."""
 _NUMBERS_PER_ENTRY = 8
-"""Of a plan while it is made: float64 matrices of its size, counted in `transport_plan`."""
+"""Float64 matrices of the size of a plan that exist while it is computed, counted in `transport_plan`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,14 +35,14 @@ class TransportObjective:
     """`Objective` of prompts [p_G; p_L], (2 n_ctx, ctx_dim), on patches.
 
     Attributes:
-        tower: One prompt → class features.
-        local_start: Added to p_L, (n_ctx, ctx_dim): where the local prompt of every client starts; public.
-        logit_scale: s.
-        mass: γ.
-        regularisation: λ of the plan.
-        iterations: Of the plan.
-        workspace_bytes: For the plans of images that are scored together.
-        rows_apart: Each record in products of its own.
+        tower: Tower that maps prompts to class features.
+        local_start: Start of the local prompt of every client, (n_ctx, ctx_dim), which is added to p_L; public.
+        logit_scale: Scale s of the logits.
+        mass: Mass γ of a plan.
+        regularisation: Entropy weight λ of a plan.
+        iterations: Iterations of `transport_plan`.
+        workspace_bytes: Memory for the plans of images that are scored together.
+        rows_apart: Give each record separate matrix products.
     """
 
     tower: PromptTower
@@ -59,7 +60,7 @@ class TransportObjective:
 
     @property
     def bytes_per_prompt(self) -> int:
-        """See `Objective`: a pair goes through the tower."""
+        """Memory of a pair of prompts in the tower; see `Objective`."""
         return 2 * self.tower.bytes_per_prompt
 
     def bind(self, data: Sequence[ClientData]) -> "PooledTransport":
@@ -67,24 +68,24 @@ class TransportObjective:
         return PooledTransport(self, data)
 
     def class_features(self, prompts: Tensor) -> ClassFeatures:
-        """Of (client, 2 n_ctx, ctx_dim): of all clients' prompts, each client's two side by side."""
+        """Run the pairs (client, 2 n_ctx, ctx_dim) through the tower; the two prompts of a client are neighbours."""
         both = prompts.unflatten(1, (2, -1)).clone()
         both[:, 1] += self.local_start
         return self.tower(both.flatten(0, 1))
 
     def match(self, patches: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of images, s⟨T_c, G H_cᵀ⟩, (image, n_cls), and their plans T, (image, n_cls, patch, prompt).
+        """Compute logits of images, s⟨T_c, G H_cᵀ⟩, (image, n_cls), and their plans T, (image, n_cls, patch, prompt).
 
         Args:
-            patches: G, (image, patch, embed_dim).
-            classes: H, (prompt, n_cls, embed_dim).
+            patches: Patch features G, (image, patch, embed_dim).
+            classes: Class features H, (prompt, n_cls, embed_dim).
         """
         similarity = torch.einsum("ime,pce->icmp", patches, classes)
         plan = transport_plan(similarity, self.mass, self.regularisation, self.iterations)
         return self.logit_scale * (plan * similarity).sum(dim=(-2, -1)), plan
 
     def cotangents(self, patches: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
-        """∂loss/∂H of each image, (image, prompt, n_cls, embed_dim)."""
+        """Compute ∂loss/∂H of each image, (image, prompt, n_cls, embed_dim)."""
         logits, plan = self.match(patches, classes)
         residual = torch.softmax(logits, dim=-1)
         residual = residual.scatter_add(-1, labels[:, None], torch.full_like(residual[:, :1], -1.0))
@@ -93,7 +94,12 @@ class TransportObjective:
 
     @torch.no_grad()
     def logits(self, prompts: Tensor, images: ClientData) -> Iterator[Tensor]:
-        """Of each pair (prompt, 2 n_ctx, ctx_dim), or of global prompts alone, (prompt, n_ctx, ctx_dim)."""
+        """Yield logits (image, n_cls) of each pair of prompts, or of each global prompt.
+
+        Args:
+            prompts: Pairs, (prompt, 2 n_ctx, ctx_dim), or only global prompts, (prompt, n_ctx, ctx_dim).
+            images: Images to score.
+        """
         pairs = prompts.shape[1] == 2 * len(self.local_start)
         features = self.class_features(prompts).values.unflatten(0, (-1, 2)) if pairs else self.tower(prompts).values
         patches = _patches(images)
@@ -107,12 +113,12 @@ class TransportObjective:
 
 
 def _patches(data: ClientData) -> Tensor:
-    assert data.patches is not None  # the task has them if the method reads them
+    assert data.patches is not None  # the task provides patches if the method reads them
     return data.patches
 
 
 class PooledTransport:
-    """`PooledObjective`."""
+    """`PooledObjective` of a `TransportObjective`."""
 
     def __init__(self, objective: TransportObjective, data: Sequence[ClientData]) -> None:
         self._objective, self._data = objective, data
@@ -137,9 +143,10 @@ class TransportGradients:
         """See `StepGradients`.
 
         Guarantee:
-            A term is a function of its own image, for the plan is; both prompts' gradients are one row under one clip.
-            A patch that is not finite makes its record's row so, and that becomes zero. Blocks have one size, the last
-            one padded, so that no number depends on how many records there are.
+            The term of an image is a function of that image, because the plan is one. The gradients of both prompts
+            are one row under one clip. A patch that is not finite makes the row of its record non-finite, and that row
+            becomes zero. All blocks have one size, the last one padded, so that no number depends on how many records
+            there are.
         """
         found = []
         for client in range(len(self._data)):
@@ -158,7 +165,7 @@ class TransportGradients:
             yield self._pull(client, cotangents.transpose(0, 1)).transpose(0, 1).flatten(1, 2)
 
     def to_prompts(self, noised: Tensor) -> Tensor:
-        """See `StepGradients`: nothing to do."""
+        """Return the input, which is already a gradient of the prompts; see `StepGradients`."""
         return noised
 
     @torch.no_grad()
@@ -177,11 +184,11 @@ class TransportGradients:
         return torch.stack(found)
 
     def _pull(self, client: int, cotangents: Tensor) -> Tensor:
-        """(prompt, row, n_cls, embed_dim) → (prompt, row, n_ctx, ctx_dim)."""
+        """Pull cotangents back, (prompt, row, n_cls, embed_dim) → (prompt, row, n_ctx, ctx_dim)."""
         return self._features.narrow(2 * client, 2 * client + 2).vjp(cotangents)
 
     def _blocks(self, client: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Patches and classes of some records, and how many of them are no padding."""
+        """Yield patches and classes of some records, and how many of them are not padding."""
         data, picked = self._data[client], self._picked[client]
         size = 1 if self._objective.rows_apart else rows_at_once(data.labels.device)
         for start in range(0, len(picked), size):

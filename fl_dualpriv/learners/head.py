@@ -1,7 +1,7 @@
 """A prompt without a text tower: low-rank factors added to the zero-shot class features, on cached image features.
 
-W = W₀ + UᵀV; the "prompt" is the matrix [U | V] of shape (rank, n_cls + embed_dim). The cheapest thing that can be
-learnt privately on a frozen CLIP: a task residual (Yu et al. 2023, arXiv:2211.10277) in LoRA form (Hu et al. 2021,
+W = W₀ + UᵀV, and the "prompt" is the matrix [U | V] of shape (rank, n_cls + embed_dim). It is the cheapest form of
+private learning on a frozen CLIP: a task residual (Yu et al. 2023, arXiv:2211.10277) in LoRA form (Hu et al. 2021,
 arXiv:2106.09685).
 """
 
@@ -17,7 +17,7 @@ class LowRankHead:
     """`PromptTower` on class features.
 
     Args:
-        zero_shot: W₀, unit norm, (n_cls, embed_dim).
+        zero_shot: Zero-shot class features W₀, unit norm, (n_cls, embed_dim).
     """
 
     def __init__(self, zero_shot: Tensor) -> None:
@@ -25,15 +25,15 @@ class LowRankHead:
 
     @property
     def bytes_per_prompt(self) -> int:
-        """Class features, and as much again to work in."""
+        """Memory of the class features and of the intermediate tensors."""
         return 4 * 4 * self.zero_shot.numel()
 
     def shape(self, rank: int) -> tuple[int, int]:
-        """Of a prompt."""
+        """Return the shape of a prompt, (rank, n_cls + embed_dim)."""
         return rank, sum(self.zero_shot.shape)
 
     def initial(self, rank: int, seed: int) -> Tensor:
-        """U ~ N(0, 1/rank), keyed by the seed; V = 0, so that the start is zero-shot."""
+        """Draw U ~ N(0, 1/rank), keyed by the seed, and set V = 0, so that the start is zero-shot."""
         start = torch.zeros(self.shape(rank))
         source = KeyedRandom(StreamKey(seed=seed, purpose="initial-prompt"))
         n_cls = len(self.zero_shot)
@@ -42,7 +42,7 @@ class LowRankHead:
 
     @torch.no_grad()
     def __call__(self, prompts: Tensor) -> "HeadFeatures":
-        """Run (prompt, rank, n_cls + embed_dim)."""
+        """Compute class features of prompts (prompt, rank, n_cls + embed_dim)."""
         n_cls = len(self.zero_shot)
         u, v = prompts[..., :n_cls], prompts[..., n_cls:]
         features = torch.baddbmm(self.zero_shot.expand(len(prompts), -1, -1), u.transpose(1, 2), v)
@@ -50,7 +50,7 @@ class LowRankHead:
         return HeadFeatures(u, v, features / norms, norms)
 
     def values(self, prompts: Tensor) -> Tensor:
-        """Unit-norm class features (prompt, n_cls, embed_dim)."""
+        """Compute unit-norm class features, (prompt, n_cls, embed_dim)."""
         return self(prompts).values
 
 
@@ -67,16 +67,16 @@ class HeadFeatures:
 
     @property
     def prompt_shape(self) -> tuple[int, int]:
-        """Of one prompt, (rank, n_cls + embed_dim)."""
+        """Shape of one prompt, (rank, n_cls + embed_dim)."""
         return self._u.shape[1], self._u.shape[2] + self._v.shape[2]
 
     @property
     def bytes_per_row(self) -> int:
-        """A few matrices of the size of the class features."""
+        """Memory of one row of `vjp`: a few matrices of the size of the class features."""
         return 4 * 4 * self._units[0].numel()
 
     def narrow(self, start: int, stop: int) -> Self:
-        """The same pass for some prompts; a view."""
+        """Return the same pass for some prompts; a view."""
         return type(self)(*(t[start:stop] for t in (self._u, self._v, self._units, self._norms)))
 
     @torch.no_grad()
@@ -87,7 +87,7 @@ class HeadFeatures:
         return torch.cat([d_u, self._u[:, None] @ g], dim=-1)
 
     def vjp_apart(self, cotangents: Tensor) -> Tensor:
-        """As `vjp`, whose products are of one row each."""
+        """Pull cotangents back as `vjp` does, whose products already hold one row each."""
         return self.vjp(cotangents)
 
     @torch.no_grad()

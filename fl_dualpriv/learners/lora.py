@@ -1,7 +1,7 @@
 """Private tuning of LoRA factors of a multimodal language model, with the template's words before the question.
 
-Keys and values of everything in front of an answer depend on the factors, image included: whole sequences run with
-gradients, and no prefix can be kept.
+The keys and values of all tokens in front of an answer, image tokens included, depend on the factors. Whole sequences
+therefore run with gradients, and no prefix can be cached.
 """
 
 import math
@@ -15,11 +15,11 @@ from fl_dualpriv.models.lora import LoraModel
 
 
 class LoraObjective(AnswerObjective):
-    """`AnswerObjective` of matrices of factors (rank, cols), see `LoraModel`, of many clients.
+    """`AnswerObjective` of factor matrices (rank, cols) of many clients, see `LoraModel`.
 
     Args:
         lora: The frozen model with its adapted layers.
-        words: Embeddings of the template's words, where a soft prompt would stand, (token, ctx_dim).
+        words: Embeddings of the template's words, (token, ctx_dim), in the place of a soft prompt.
         block: See `AnswerObjective`.
     """
 
@@ -28,17 +28,17 @@ class LoraObjective(AnswerObjective):
         self._lora, self._words = lora, words
 
     def apart(self) -> Self:
-        """See `Objective`: blocks of one record."""
+        """See `Objective`; each block holds one record."""
         return type(self)(self._lora, self._words, block=1)
 
     @property
     def bytes_per_prompt(self) -> int:
-        """See `Objective`: one block's rows, in float32 and float64."""
+        """Memory of the rows of one block, in float32 and float64; see `Objective`."""
         return 12 * self.block * math.prod(self._lora.shape)
 
     def logits(self, prompt: Tensor, block: Block) -> Tensor:
         """See `AnswerObjective`."""
-        text = self._model.embed_tokens(block.tokens[:, :-1])  # nothing follows the last one
+        text = self._model.embed_tokens(block.tokens[:, :-1])  # no token follows the last one
         embeddings = torch.cat([self._words.expand(len(text), -1, -1), text], dim=1)
         visual = block.records.clean_visual(block.images, self._model.device)
         return self._lora.logits(prompt, visual, embeddings, len(self._words) - 1)

@@ -1,10 +1,10 @@
 """Prototypes: a class is the direction of the sum of its records' features (Snell et al. 2017, arXiv:1703.05175).
 
-That is their Eq. 1, the class mean, up to a factor that a cosine ignores. Σ x e_yᵀ over records is minus the gradient
-of Σ −⟨w_y, x⟩, which does not depend on W: one step at sampling rate 1 from W = 0 gives the class sums, and what is
-released is that sum with one Gaussian noise. Features have unit norm, so with clip norm 1 nothing is clipped and a
-record moves the sum by 1. Federated as in FedProto (Tan et al. 2022, arXiv:2105.00243): a client divides by its public
-number of records, and the server takes the mean, weighted or not. Further steps average more releases, no more.
+This is their Eq. 1, the class mean, up to a factor that a cosine ignores. Σ x e_yᵀ over records is minus the gradient
+of Σ −⟨w_y, x⟩, which does not depend on W. One step at sampling rate 1 from W = 0 therefore gives the class sums, and
+the release is that sum with one Gaussian noise. Features have unit norm, so with clip norm 1 nothing is clipped and a
+record moves the sum by 1. The federation follows FedProto (Tan et al. 2022, arXiv:2105.00243): a client divides by its
+public number of records, and the server takes the mean, weighted or not. Further steps only average more releases.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ _ROWS = 1024
 
 
 def prototype_directions(prototypes: Tensor) -> Tensor:
-    """Class features for scoring: unit norm, (…, n_cls, embed_dim); a class that nobody holds stays zero."""
+    """Return class features for scoring, unit norm, (…, n_cls, embed_dim); a class that no client holds stays zero."""
     return torch.nn.functional.normalize(prototypes, dim=-1)
 
 
@@ -33,11 +33,11 @@ class PrototypeObjective:
 
     @property
     def bytes_per_prompt(self) -> int:
-        """A sum in float64, and as much again to work in."""
+        """Memory of a sum in float64 and of a working copy."""
         return 2 * 8 * self.shape[0] * self.shape[1]
 
     def apart(self) -> Self:
-        """See `Objective`: a row is the record's feature, and there is no product."""
+        """Return this objective: a row is the record's feature, without a product. See `Objective`."""
         return self
 
     def bind(self, data: Sequence[ClientData]) -> "PooledPrototypes":
@@ -46,13 +46,13 @@ class PrototypeObjective:
 
 
 class PooledPrototypes:
-    """`PooledObjective`."""
+    """`PooledObjective` of a `PrototypeObjective`."""
 
     def __init__(self, data: Sequence[ClientData]) -> None:
         self._data = data
 
     def gradients(self, prompts: Tensor, picked: Picked) -> "PrototypeGradients":
-        """See `PooledObjective`; the prompts do not matter."""
+        """See `PooledObjective`; the gradients do not depend on the prompts."""
         return PrototypeGradients(self._data, picked, (prompts.shape[1], prompts.shape[2]))
 
 
@@ -63,11 +63,12 @@ class PrototypeGradients:
         self._data, self._picked, self._shape = data, picked, shape
 
     def clipped_sums(self, clip_norm: float, arithmetic: Arithmetic, masks: Tensor | None = None) -> list[ClippedSum]:
-        """See `StepGradients`: a term is one record's feature in the row of its class, clipped by itself.
+        """See `StepGradients`; a term is one record's feature in the row of its class, clipped on its own.
 
         Guarantee:
-            Adding or removing a record moves a client's value by at most ``clip_norm``: its one row that is not zero
-            has that norm at most (tests/fl_dualpriv/learners/test_prototypes.py). A feature that is not finite is zero.
+            Adding or removing a record moves a client's value by at most ``clip_norm``, because the only non-zero row
+            of its term has at most that norm (tests/fl_dualpriv/learners/test_prototypes.py). A feature that is not
+            finite is zero.
         """
         found = []
         for client in range(len(self._data)):
@@ -79,12 +80,12 @@ class PrototypeGradients:
         return found
 
     def rows(self, client: int) -> Iterator[Tensor]:
-        """See `StepGradients`: each in the row of its class."""
+        """See `StepGradients`; each feature stands in the row of its class."""
         for x, y in self._rows(client):
             yield x.new_zeros(len(x), *self._shape).index_put_((torch.arange(len(x), device=x.device), y), -x)
 
     def to_prompts(self, noised: Tensor) -> Tensor:
-        """See `StepGradients`: nothing to do."""
+        """Return the input, which is already a gradient of the learned tensor; see `StepGradients`."""
         return noised
 
     def sums(self) -> Tensor:
@@ -102,7 +103,7 @@ class PrototypeGradients:
         return torch.zeros(self._shape, dtype=dtype, device=self._data[client].features.device)
 
     def _rows(self, client: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features and classes of a batch, some at a time: what is held does not grow with a batch."""
+        """Yield features and classes of a batch in parts, so that memory does not grow with the batch."""
         data = self._data[client]
         for start in range(0, len(self._picked[client]), _ROWS):
             index = torch.from_numpy(self._picked[client][start : start + _ROWS]).to(data.features.device)

@@ -1,9 +1,9 @@
-"""Try on made-up records that a record's gradient keeps all its bits when other records or clients come or go.
+"""Check on made-up records that a record's gradient keeps all its bits when other records or clients come or go.
 
-The sensitivity of a clipped sum needs each term to be a function of its own record (docs/privacy.md §4.1). In exact
-arithmetic it is. In floats a matrix kernel may round a row by its place, or by how many rows there are. The machine and
-the shapes decide which kernels run. So each process tries its kernels before the first private step, with the code that
-makes the rows of the run, on records that are made up.
+The sensitivity of a clipped sum requires that the term of a record is a function of that record (docs/privacy.md §4.1).
+In exact arithmetic it is. In floats a matrix kernel may round a row by its place, or by the number of rows.
+The machine and the shapes decide which kernels run. Each process therefore tests its kernels before the first private
+step, on made-up records, with the same code that computes the rows of the run.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,12 +17,16 @@ from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.learners.base import Objective, Picked, Records, StepGradients
 
 RowPath = Literal["together", "records apart", "clients apart", "records and clients apart"]
-"""The products that are shared: those of records and of clients, of clients only, of records only, or none."""
+"""Form of the matrix products.
+
+With ``together``, records and clients share products. With ``records apart``, only clients share products. With
+``clients apart``, only records do. With ``records and clients apart``, neither do.
+"""
 
 COMPANY = 3
-"""Clients that step together in a check, where that many can."""
+"""Most clients that step together in a check; fewer if a node hosts fewer."""
 MADE_UP_BLOCKS = 3
-"""Full blocks of made-up records, and one record more: each row stands at several places of a block."""
+"""Full blocks of made-up records; one record is added, so that each row stands at several places of a block."""
 
 
 def checked_objective(
@@ -31,22 +35,23 @@ def checked_objective(
     """Choose the fastest form of an objective whose rows depend on no other record or client on this machine.
 
     Guarantee:
-        With the returned form, on the shapes that were tried, a record that is removed from a batch changes no bit of
-        another row, and neither does a client that steps along or not. The choice is a function of the machine and of
-        public shapes. No record of a client is read.
+        With the returned form, on the shapes that were tried, removing a record from a batch changes no bit of another
+        row, and neither does adding or removing a client in the same step. The choice is a function of the machine and
+        of public shapes. No record of a client is read.
 
     Args:
-        objective: Of the run.
-        made_up: Makes records of the run's shapes, the same ones at each call, as new objects: what an objective keeps
-            of records must not stand in for the work. One more than full blocks.
-        prompts: Some, (prompt, rows, cols): as many as step together, up to `COMPANY`.
-        private: Single records are protected. Otherwise only the clients' sums must not depend on others.
+        objective: Objective of the run.
+        made_up: Function that makes records of the run's shapes: full blocks and one more record. Each call returns
+            the same records as new objects, so that an objective cannot use cached results instead of computing.
+        prompts: Prompts to test, (prompt, rows, cols): as many as step together, up to `COMPANY`.
+        private: True if single records are protected. Otherwise only the clients' sums must not depend on others.
 
     Returns:
-        The objective to use, and its path. With "clients apart" its clients must step one by one.
+        The objective to use, and its path. With "clients apart" in the path, its clients must step one by one.
 
     Raises:
-        PrivacyError: If single records are protected and no form passes: then no sensitivity can be stated here.
+        PrivacyError: If single records are protected and no form passes, because then no sensitivity can be stated on
+            this machine.
     """
     if not private:
         holds = len(prompts) == 1 or _clients_do_not_mix(objective, made_up, prompts, private=False)
@@ -64,17 +69,18 @@ def checked_objective(
         if clients_apart or len(prompts) == 1 or _clients_do_not_mix(form, made_up, prompts, private=True):
             return form, path
     raise PrivacyError(
-        "on this machine a record's gradient changes with who else is in its batch, even one record at a time: the "
-        "sensitivity of a step cannot be stated, and nothing is released; use other hardware or another build of torch"
+        "on this machine a record's gradient changes with the other records of its batch, even if each record is "
+        "computed separately: the sensitivity of a step cannot be stated, and nothing is released; use other hardware "
+        "or another build of torch"
     )
 
 
 def _rows_do_not_mix(objective: Objective[Any], made_up: Callable[[], Records], prompt: Tensor) -> bool:
-    """Compare a client's rows with those without one of its records, and without all others."""
+    """Compare a client's rows with the rows without one of its records, and with the row of a single record."""
     everything = np.arange(made_up().num_examples)
     whole = _rows(objective, made_up, prompt, [everything])
     if not bool(torch.isfinite(whole).all() and whole.any()):
-        return False  # there is nothing to compare
+        return False  # NaN or all-zero rows prove nothing
     middle = len(everything) // 2
     kept = [np.delete(everything, 0), np.delete(everything, middle), everything[-1:]]
     return all(torch.equal(_rows(objective, made_up, prompt, [rows]), whole[rows]) for rows in kept)
@@ -83,7 +89,7 @@ def _rows_do_not_mix(objective: Objective[Any], made_up: Callable[[], Records], 
 def _clients_do_not_mix(
     objective: Objective[Any], made_up: Callable[[], Records], prompts: Tensor, *, private: bool
 ) -> bool:
-    """Compare clients that step together with each by itself, with batches of several sizes, in two orders."""
+    """Compare clients that step together with each client on its own, with batches of several sizes, in two orders."""
     everything = np.arange(made_up().num_examples)
     falling = [everything[: len(everything) // (1 + 2 * place)] for place in range(len(prompts))]
     for picked in (falling, falling[::-1]):

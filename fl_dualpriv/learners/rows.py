@@ -1,6 +1,6 @@
 """Exact per-example gradients of the classification loss with respect to prompts, for many prompts at once.
 
-Class features W(P) do not depend on the example, so one forward pass serves every example of a client: with logits
+Class features W(P) do not depend on the example, so one forward pass serves every example of a client. With logits
 s·x_i·W(P)ᵀ, example i's gradient is the vector-Jacobian product of W at P with cotangent s·(softmax_i − y_i) x_iᵀ.
 """
 
@@ -16,15 +16,16 @@ from torch import Tensor
 from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, as_clipped_sum, bounded_rows
 from fl_dualpriv.towers.base import ClassFeatures
 
-# Rows go backward in blocks of one size, the last one padded: the size of a matrix product can change the order of its
-# sums, and so a client's numbers do not depend on who steps beside it. 8 rows fill a CPU core, a GPU wants more.
+# Rows go backward in blocks of one size, the last one padded, because the size of a matrix product can change the order
+# of its sums. A client's numbers therefore do not depend on the other clients of a step. 8 rows fill a CPU core; a GPU
+# needs more.
 _CPU_ROWS, _CUDA_ROWS = 8, 64
 # Activations that stay in the caches run fastest on a CPU: measured best between 16 and 64 MiB.
 _CPU_CACHE_BYTES = 48 * 2**20
 
 
 def rows_at_once(device: torch.device) -> int:
-    """Rows of one prompt in a block."""
+    """Return the number of rows of one prompt in a block."""
     return _CUDA_ROWS if device.type == "cuda" else _CPU_ROWS
 
 
@@ -35,9 +36,9 @@ class Batches:
     Attributes:
         features: Image features (record, embed_dim), unit norm.
         labels: Class ids (record,).
-        index: Records of each batch, (prompt, row), padded to a multiple of `rows_at_once`; padding points at a record
-            and is masked away.
-        counts: True rows of each prompt.
+        index: Record indices of each batch, (prompt, row), padded to a multiple of `rows_at_once`. Padding points at a
+            record and is masked out.
+        counts: Number of rows of each prompt without padding.
     """
 
     features: Tensor
@@ -50,7 +51,7 @@ class Batches:
 
     @classmethod
     def of(cls, *records: tuple[Tensor, Tensor]) -> Self:
-        """Whole sets of records as batches: (features (row, embed_dim), class ids (row,))."""
+        """Make batches of whole sets of records, each a pair (features (row, embed_dim), class ids (row,))."""
         counts = [len(labels) for _, labels in records]
         starts = np.cumsum([0, *counts[:-1]])
         picked = [np.arange(count) + start for start, count in zip(starts, counts, strict=True)]
@@ -58,7 +59,7 @@ class Batches:
 
     @classmethod
     def gather(cls, features: Tensor, labels: Tensor, picked: Sequence[np.ndarray]) -> Self:
-        """Batches of the picked records."""
+        """Make batches of the picked records."""
         block, counts = rows_at_once(features.device), tuple(len(rows) for rows in picked)
         index = np.zeros((len(picked), -(-max(counts) // block) * block), dtype=np.int64)
         for place, rows in enumerate(picked):
@@ -66,39 +67,40 @@ class Batches:
         return cls(features=features, labels=labels, index=torch.from_numpy(index).to(features.device), counts=counts)
 
     def rows(self) -> list[Tensor]:
-        """Each batch's records, without padding."""
+        """Return the record indices of each batch, without padding."""
         return [index[:count] for index, count in zip(self.index, self.counts, strict=True)]
 
     def is_row(self, prompts: slice = slice(None), rows: slice = slice(None)) -> Tensor:
-        """Where there is a record: (prompt, row)."""
+        """Return True for each row that is a record and not padding, (prompt, row)."""
         device = self.features.device
         counts = torch.tensor(self.counts[prompts], device=device)
         return torch.arange(self.index.shape[1], device=device)[rows] < counts[:, None]
 
     @functools.cached_property
     def readable(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All rows at once: features, with zeros for those that are not finite; class ids; which rows to use."""
+        """All rows at once: features with zeros for non-finite rows, class ids, and a mask of the rows to use."""
         x = self.features[self.index]
-        finite = torch.isfinite(x.sum(dim=-1))  # of unit norm: a sum overflows only where an entry does
+        finite = torch.isfinite(x.sum(dim=-1))  # features have unit norm: a sum overflows only if an entry does
         if not bool(finite.all()):
             x = torch.where(finite[..., None], x, 0.0)
         return x, self.labels[self.index], finite & self.is_row()
 
     def blocks(self) -> Iterator[tuple[slice, int]]:
-        """Each block of rows, and how many prompts have a row in it."""
+        """Yield each block of rows, and how many prompts have a row in it."""
         step = rows_at_once(self.features.device)
         for start in range(0, max(self.counts, default=0), step):
-            # On a GPU kernels are chosen by the size of a batch of products as well: there everybody runs to the end.
+            # On a GPU the size of a batch of products also selects the kernel, so there every prompt runs to the end.
             everybody = self.features.is_cuda
             prompts = len(self.counts) if everybody else sum(count > start for count in self.counts)
             yield slice(start, start + step), prompts
 
 
 def residuals(classes: Tensor, x: Tensor, y: Tensor, logit_scale: float) -> Tensor:
-    """Softmax minus one-hot of each example: (prompt, row, n_cls) from class features (prompt, n_cls, embed_dim).
+    """Compute softmax minus one-hot of each example, (prompt, row, n_cls), from features (prompt, n_cls, embed_dim).
 
-    Each cosine is a sum of its own, which no matrix kernel arranges by its place: a row has so few of them that a check
-    of some rows would not show all that a kernel can do. No larger than the cotangent that is made of them.
+    Each cosine is computed as a separate sum, which no matrix kernel rearranges by its place. With a matrix product, a
+    row has so few cosines that a check of some rows would not reveal every effect of the kernel. The intermediate
+    product is no larger than the cotangent that is made from the residuals.
     """
     return _softmax_minus_one_hot((x[:, :, None] * classes[:, None]).sum(dim=-1), y, logit_scale)
 
@@ -109,11 +111,12 @@ def _softmax_minus_one_hot(cosines: Tensor, y: Tensor, logit_scale: float) -> Te
 
 
 def largest(residual: Tensor, top_m: int) -> tuple[Tensor, Tensor]:
-    """Each example's m residuals of largest absolute value, made to sum to zero as all of them do, and their classes.
+    """Keep each example's m residuals of largest absolute value, rescaled to sum to zero, with their classes.
 
-    The true class is always among them, since its residual is minus the sum of the others. It is kept as it is, and
-    the other kept ones are scaled up to balance it: left as they are, they would pull on what all class features have
-    in common, which a prompt moves most. A per-example map, biased, and cheaper with many classes.
+    The true class is always among them, because its residual is minus the sum of the others. Its residual stays
+    unchanged, and the other kept ones are scaled up to balance it. Without this balance they would pull on the common
+    part of all class features, which a prompt moves most. This is a per-example map, biased, and cheaper with many
+    classes.
 
     Args:
         residual: Softmax minus one-hot, (…, n_cls).
@@ -122,7 +125,7 @@ def largest(residual: Tensor, top_m: int) -> tuple[Tensor, Tensor]:
     Returns:
         Residuals (…, m), the true class first, and class ids (…, m).
     """
-    true, at = residual.min(dim=-1, keepdim=True)  # the one that is not positive
+    true, at = residual.min(dim=-1, keepdim=True)  # the only residual that is not positive
     others, classes = residual.topk(top_m - 1, dim=-1)
     total = others.sum(dim=-1, keepdim=True)
     balanced = others * torch.where(total > 0, -true / total, 0.0)
@@ -141,24 +144,26 @@ def gradient_blocks(
     """Differentiate each example's cross-entropy with respect to its client's prompt, some rows at a time.
 
     Guarantee:
-        A row is a function of its prompt and of its example alone (tests/guarantees/test_per_example.py), exact or with
-        ``top_m``: which classes an example keeps is decided by its own residuals. How many prompts run at once to stay
-        within the workspace changes nothing, and what is held never grows with a batch, whose size is private. A
+        A row is a function of only its prompt and its example (tests/guarantees/test_per_example.py), exact or with
+        ``top_m``: an example's own residuals decide which classes it keeps. The number of prompts that run at once
+        within the workspace changes nothing, and the memory in use never grows with a batch, whose size is private. A
         non-finite image feature makes its own row non-finite and no other; `clip_rows` turns such a row into zero.
         Padding gives exact zeros.
-        Whether a row is the same bit by bit at another place of its block, or beside other prompts, is a matter of the
-        machine's kernels; `row_check` tries it. With ``apart`` no product holds two rows.
+        The machine's kernels decide if a row is the same bit by bit at another place of its block or beside other
+        prompts; `row_check` tests it. With ``apart`` no product holds two rows.
 
     Args:
         features: The forward pass of the prompts, in the order of ``batches``.
-        batches: What to differentiate; the largest first, so that prompts with rows left are always the first ones.
-        logit_scale: s, CLIP's inverse temperature.
+        batches: Batches to differentiate, the largest first, so that prompts with rows left are always the first ones.
+        logit_scale: Scale s, CLIP's inverse temperature.
         workspace_bytes: Bound on the memory of one backward pass; one block of rows of one prompt always runs.
-        top_m: 0: exact. Else the m largest absolute residuals of each example are back-propagated, see `largest`.
-        apart: Each row in products of its own.
+        top_m: 0 for exact gradients. Else the m largest absolute residuals of each example are back-propagated, see
+            `largest`.
+        apart: Give each row separate matrix products.
 
     Yields:
-        Which prompts, which rows, and their gradients of -log softmax(logits)[label], (prompt, row, n_ctx, ctx_dim).
+        Slice of prompts, slice of rows, and their gradients of -log softmax(logits)[label], (prompt, row, n_ctx,
+        ctx_dim).
     """
     assert list(batches.counts) == sorted(batches.counts, reverse=True)
     classes = features.values
@@ -191,7 +196,7 @@ def per_example_gradients(
     top_m: int = 0,
     apart: bool = False,
 ) -> Tensor:
-    """All of `gradient_blocks` at once, (prompt, row, n_ctx, ctx_dim), with padding: for tests and small batches."""
+    """Compute all of `gradient_blocks` at once, (prompt, row, n_ctx, ctx_dim), padded: for tests and small batches."""
     rows = features.values.new_zeros(*batches.index.shape, *features.prompt_shape)
     for prompts, block, gradients in gradient_blocks(
         features, batches, logit_scale, workspace_bytes=workspace_bytes, top_m=top_m, apart=apart
@@ -212,16 +217,18 @@ def clipped_sums(
     masks: Tensor | None = None,
     apart: bool = False,
 ) -> list[ClippedSum]:
-    """Each client's sum of clipped per-example gradients, in the order of ``batches``; arguments as `gradient_blocks`.
+    """Compute each client's sum of clipped per-example gradients, in the order of ``batches``.
 
-    ``masks``, (prompt, n_ctx, ctx_dim) of 0 and 1, multiply each gradient before it is clipped.
+    ``masks``, (prompt, n_ctx, ctx_dim) of 0 and 1, multiply each gradient before it is clipped. See `gradient_blocks`
+    for the other arguments.
 
     Guarantee:
-        As `clipped_sum` of that client's rows: adding or removing one of its records moves its value by at most
+        As for `clipped_sum` of that client's rows: adding or removing one of its records moves its value by at most
         ``clip_norm`` and no other client's. Float64. An empty batch gives zero. In integers the move is exactly that
-        record's own integer row, where the rows of the others are the same bit by bit without it: `row_check` tries
-        that before a run, and a run whose rows fail has ``apart``. A mask is the same for all records of a client, so
-        each term stays a function of its own record, as long as the mask is made of public numbers.
+        record's own integer row, provided that the rows of the other records are the same bit by bit without it:
+        `row_check` tests that before a run, and a run whose rows fail uses ``apart``. A mask is the same for all
+        records of a client, so the term of a record stays a function of that record, as long as the mask is made of
+        public numbers.
     """
     totals = features.values.new_zeros(len(batches.counts), *features.prompt_shape, dtype=torch.float64)
     for prompts, _, rows in gradient_blocks(
@@ -234,14 +241,14 @@ def clipped_sums(
 
 
 def summed_gradient(features: ClassFeatures, batches: Batches, logit_scale: float) -> Tensor:
-    """Gradient of each client's *summed* cross-entropy, (prompt, n_ctx, ctx_dim): no clipping, no privacy.
+    """Compute the gradient of each client's *summed* cross-entropy, (prompt, n_ctx, ctx_dim): no clipping, no privacy.
 
-    Equal to ``per_example_gradients(...).sum(1)`` up to rounding; used where no record is clipped. An example with
-    non-finite features is left out, so that one bad record does not spoil a client under client-level DP.
+    It equals ``per_example_gradients(...).sum(1)`` up to rounding and is used where no record is clipped. An example
+    with non-finite features is left out, so that one bad record does not spoil a client under client-level DP.
     """
     classes = features.values
     x, y, usable = batches.readable
-    step = rows_at_once(classes.device)  # products of one size, to which padding adds exact zeros
+    step = rows_at_once(classes.device)  # all products have one size, and padding adds exact zeros
     blocks = [slice(start, start + step) for start in range(0, x.shape[1], step)]
     cotangent = torch.zeros_like(classes)
     if blocks:

@@ -1,7 +1,7 @@
 """Private tuning of a soft prompt in front of the question of a multimodal language model.
 
-Each example gets its own copy of the prompt, so one backward pass of the summed losses gives every example's own
-gradient, exactly, at the price of one with a shared prompt: nothing but the copies differs.
+Each example gets its own copy of the prompt. One backward pass of the summed losses then gives the exact gradient of
+every example, at the cost of a backward pass with a shared prompt.
 """
 
 import functools
@@ -21,10 +21,11 @@ class SoftPromptObjective(AnswerObjective):
     Args:
         model: The frozen model.
         block: See `AnswerObjective`.
-        checkpointing: Keep each block's input only and run it twice: less memory, more time, same gradients.
-        kept_bytes: Prefixes of images (see `Prefix`) are kept as long as their records live, if all of a client's fit
-            into this much memory together with those that are there. They do not depend on a prompt, so nothing
-            changes but the time.
+        checkpointing: Keep only the input of each transformer block and run it twice: less memory, more time, same
+            gradients.
+        kept_bytes: Memory for cached prefixes of images (see `Prefix`). The prefixes of a client are cached as long as
+            its records live, if all of them fit together with those in the cache. Prefixes do not depend on a prompt,
+            so the cache changes only the time.
     """
 
     def __init__(
@@ -35,25 +36,25 @@ class SoftPromptObjective(AnswerObjective):
         self._prefixes = _Prefixes(model, kept_bytes)
 
     def apart(self) -> Self:
-        """See `Objective`: blocks of one record; prefixes are computed one by one, too."""
+        """See `Objective`; each block holds one record, and prefixes are also computed one by one."""
         checkpointing, kept_bytes = self._checkpointing, self._kept_bytes
         return type(self)(self._model, block=1, checkpointing=checkpointing, kept_bytes=kept_bytes)
 
     @property
     def bytes_per_prompt(self) -> int:
-        """See `Objective`: the prefixes of one block."""
+        """Memory of the prefixes of one block; see `Objective`."""
         return self.block * self._prefixes.bytes_per_image
 
     def logits(self, prompt: Tensor, block: Block) -> Tensor:
-        """See `AnswerObjective`; one prompt for all rows, or one for each, (row, n_ctx, ctx_dim)."""
+        """See `AnswerObjective`; ``prompt`` is one prompt for all rows, or one for each row, (row, n_ctx, ctx_dim)."""
         prefix = self._prefixes.of(block.records, block.images)
-        text = self._model.embed_tokens(block.tokens[:, :-1])  # nothing follows the last one
+        text = self._model.embed_tokens(block.tokens[:, :-1])  # no token follows the last one
         prompts = prompt.to(text.dtype).expand(self.block, -1, -1)
         embeddings = torch.cat([prompts, text], dim=1)
         return self._model.logits(prefix, embeddings, prompts.shape[1] - 1, checkpointing=self._checkpointing)
 
     def rows(self, prompt: Tensor, block: Block) -> Tensor:
-        """See `AnswerObjective`: a record's copy of the prompt reaches no other record's loss."""
+        """See `AnswerObjective`; a record's copy of the prompt does not enter the loss of another record."""
         copies = prompt.expand(self.block, -1, -1).clone().requires_grad_(True)
         with torch.enable_grad():
             total = self.losses(copies, block).sum()
@@ -61,7 +62,7 @@ class SoftPromptObjective(AnswerObjective):
 
 
 class _Prefixes:
-    """Prefixes of images, kept within a budget of bytes where one is given."""
+    """Prefixes of images, cached within a budget of bytes; a budget of 0 caches none."""
 
     def __init__(self, model: AnsweringModel, budget: int) -> None:
         self._model, self._budget = model, budget
@@ -74,7 +75,7 @@ class _Prefixes:
         return self._one.nbytes
 
     def of(self, records: AnswerRecords, images: Tensor) -> Prefix:
-        """Prefixes of a block of images of some records."""
+        """Return prefixes of a block of images of some records."""
         table = self._table(records)
         if table is None:
             return self._compute(records, images)
@@ -101,5 +102,5 @@ class _Prefixes:
 
     @functools.cached_property
     def _one(self) -> Prefix:
-        """Of an empty image: shapes."""
+        """Prefix of a blank image, used only for its shapes."""
         return self._model.prefix(torch.zeros(1, self._model.embed_dim, device=self._model.device))

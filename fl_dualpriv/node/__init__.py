@@ -1,1 +1,1 @@
-"""A deployed node: owner file, checks, start and lifetime budget."""
+"""A deployed node: the owner's file, checks, start and lifetime budget."""

@@ -1,4 +1,4 @@
-"""Answer one message on a node: find the owner's file, apply it, and let no words about private data leave.
+"""Answer one message on a node: find and apply the owner's file, and let no text about private data leave the node.
 
 torch and the model are imported inside the functions, because Flower's driver imports the ClientApp and needs neither.
 """
@@ -22,14 +22,14 @@ _run_contexts: "dict[int, RunContext]" = {}
 
 
 def _run_config(context: Context, owner: "NodeFile | None") -> "dict[str, ConfigValue]":
-    """The run's configuration with what the owner of this node decides in place of what the server names."""
+    """Return the run's configuration, with the decisions of this node's owner in place of the server's values."""
     from fl_dualpriv.node.device import usable_device
 
     flat = dict(context.run_config)
     if owner is None:
         return flat
     flat |= owner.overrides()
-    if "node-file" in context.node_config:  # a deployed node: this machine is its own, and so is the folder
+    if "node-file" in context.node_config:  # a deployed node has its own machine and folder
         if owner.data_path is not None:
             flat["data.partition"] = "by-node"
         chosen = str(context.node_config.get("device") or owner.device or "auto")
@@ -40,10 +40,12 @@ def _run_config(context: Context, owner: "NodeFile | None") -> "dict[str, Config
 
 
 def _run_context(context: Context, owner: "NodeFile | None") -> "RunContext":
-    """The parsed configuration and the shared objects of this process, made once a run: it never changes in one.
+    """Return the parsed configuration and the shared objects of this process. They are made once per run.
+
+    The configuration never changes during a run.
 
     Raises:
-        PrivacyError: If the run is outside of what the owner of the node allows: then no image is read for it.
+        PrivacyError: If the run exceeds the limits of the node's owner. Then no image is read for it.
     """
     from fl_dualpriv.client.node import RunContext
     from fl_dualpriv.config.plans import record_level_plan
@@ -56,18 +58,18 @@ def _run_context(context: Context, owner: "NodeFile | None") -> "RunContext":
             reproducible = config.privacy.randomness == "seeded"
             owner.budget.check_plan(record_level_plan(config), reproducible=reproducible)
         found = RunContext(config)
-        _run_contexts.clear()  # one run at a time: the memory is for its features
+        _run_contexts.clear()  # one run at a time: its features need the memory
         _run_contexts[context.run_id] = found
     return found
 
 
 def _node(context: Context, owner: "NodeFile | None") -> "Node":
-    """This node, and where it keeps what belongs to its clients."""
+    """Return this node, with the folders for the state of its clients."""
     from fl_dualpriv.client.node import Node
     from fl_dualpriv.tasks.base import run_folder
 
     if owner is not None and owner.state_dir is not None:
-        make_state_folder(owner.state_dir)  # before anything is written into it, a refusal included
+        make_state_folder(owner.state_dir)  # before any write into it, also that of a refusal
     chosen = context.node_config.get("state-dir")
     run_context = _run_context(context, owner)
     state_dir = None if chosen is None else Path(str(chosen))
@@ -81,17 +83,17 @@ def _node(context: Context, owner: "NodeFile | None") -> "Node":
 
 
 def reply(message: Message, context: Context, answer: "Callable[[Node], RecordDict]") -> Message:
-    """Answer; on a node whose owner holds a budget no error but a refusal leaves in words: they may quote data."""
+    """Answer a message. With an owner's budget, only refusals leave with their text: other errors may quote data."""
     from fl_dualpriv.client.state import ClientFolder
 
     named = context.node_config.get("node-file")
-    owner = find_node_file(None if named is None else str(named))  # first: without it nothing may be read
+    owner = find_node_file(None if named is None else str(named))  # first: without the owner's file no data may be read
     if owner is None or owner.budget is None:
         return Message(answer(_node(context, owner)), reply_to=message)
     try:
         try:
             node = _node(context, owner)
-        except PrivacyError as error:  # what `answer` refuses, it notes itself
+        except PrivacyError as error:  # `answer` logs its refusals itself
             if owner.state_dir is not None:
                 asked = f"{message.metadata.message_type}, a whole run"
                 ClientFolder(owner.state_dir).log_refusal(f"Flower's run {context.run_id}", asked, str(error))

@@ -1,7 +1,7 @@
-"""``fl-dualpriv node check``: everything that a node needs, looked at before it joins; nothing is sent, nothing joined.
+"""``fl-dualpriv node check``: check everything that a node needs before it joins. Nothing is sent, nothing joined.
 
-Each check is a function of the owner's file that says what it found. *Bad* means that the node would not work, or not
-protect; *note* is for the owner to judge.
+Each check is a function of the owner's file that returns a finding. *Bad* means that the node would not work, or would
+not protect its data. *Note* means that the owner must judge.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from fl_dualpriv.node.file import NodeFile, make_state_folder, missing_folders
 from fl_dualpriv.node.tables import NodeServer
 
 _AHEAD, _BEHIND = 4.0, 300.0
-"""Seconds by which this clock may differ: Flower's server refuses signed requests from 5 s ahead or 305 s behind."""
+"""Seconds by which this clock may differ. Flower's server refuses signed requests from 5 s ahead or 305 s behind."""
 _SOON = datetime.timedelta(days=14)
 _DISK_MIB = 500
 
@@ -36,11 +36,11 @@ class Finding:
 
 
 def check(node: NodeFile, server: NodeServer | None, *, offline: bool = False) -> Iterator[Finding]:
-    """All findings, as they come.
+    """Yield all findings, one by one.
 
     Args:
         node: The owner's file.
-        server: What the file or the options say of it.
+        server: Connection to the server, from the file or the options.
         offline: Do not try to reach the server.
     """
     yield _guarded("app", lambda: _app(node))
@@ -50,7 +50,7 @@ def check(node: NodeFile, server: NodeServer | None, *, offline: bool = False) -
     yield _guarded("model", lambda: _model(node))
     yield _guarded("budget", lambda: _budget(node))
     if server is None:
-        yield _bad("server", "nothing says where it is: put a [server] with an address into the file")
+        yield _bad("server", "no address: put a [server] with an address into the file")
         return
     yield _guarded("port", lambda: _port(server.port))
     if not server.insecure:
@@ -80,12 +80,12 @@ def _bad(what: str, says: str) -> Finding:
 
 
 def _guarded(what: str, look: Callable[[], Finding]) -> Finding:
-    """A check that cannot be made is a bad finding, and the others follow all the same."""
+    """Make one check. A check that raises is a bad finding, and the other checks still follow."""
     try:
         return look()
     except ConfigError as error:
         return _bad(what, str(error))
-    except Exception as error:  # libraries of models and images raise anything
+    except Exception as error:  # libraries of models and images raise any error
         return _bad(what, f"{type(error).__name__}: {error}")
 
 
@@ -119,7 +119,7 @@ def _state(node: NodeFile) -> Finding:
 
 def _data(node: NodeFile) -> Finding:
     if node.data_path is None:
-        return _note("data", "no data-path: the run names it, and was not looked at")
+        return _note("data", "no data-path: the run names the data, which were not checked")
     data = look_at(node.data_path, node.classes)
     if data.found.are_all and data.found.count:
         return _good("data", "; ".join([data.says, *([data.note] if data.note else [])]))
@@ -138,7 +138,7 @@ def _device(node: NodeFile) -> Finding:
 
 def _model(node: NodeFile) -> Finding:
     if node.model is None:
-        return _note("model", "none named under [model]: the run names it, and it was not loaded")
+        return _note("model", "none named under [model]: the run names the model, which was not loaded")
     if node.data_path is not None and asks_questions(node.data_path):
         from fl_dualpriv.models.load import load_answering_model
 
@@ -154,8 +154,8 @@ def _model(node: NodeFile) -> Finding:
 def _budget(node: NodeFile) -> Finding:
     budget = node.budget
     if budget is None:
-        return _note("budget", "no [budget]: the configuration of each run alone limits what leaves")
-    assert node.state_dir is not None  # `_state` said so
+        return _note("budget", "no [budget]: only the configuration of each run limits what leaves")
+    assert node.state_dir is not None  # `_state` reported it
     from fl_dualpriv.privacy.filters.choose import check_header, filter_of
     from fl_dualpriv.privacy.ledger import Ledger
 
@@ -191,9 +191,9 @@ def _port(port: int) -> Finding:
 
 def _root(server: NodeServer) -> Finding:
     if server.root_certificates is None:
-        return _note("CA", "no root-certificates: the system's authorities are believed")
+        return _note("CA", "no root-certificates: the system's authorities are trusted")
     begin, end = root_validity(server.root_certificates)
-    if begin > (now := datetime.datetime.now(datetime.UTC)):  # needs no server to show that a clock is wrong
+    if begin > (now := datetime.datetime.now(datetime.UTC)):  # a wrong clock shows without a server
         said = f"valid from {begin:%Y-%m-%d %H:%M}, and this clock says {now:%Y-%m-%d %H:%M} UTC: is it behind?"
         return _bad("CA", f"{server.root_certificates}, {said}")
     return _dated("CA", f"{server.root_certificates}", end)
@@ -221,7 +221,7 @@ def _server(server: NodeServer, found: Contact) -> Finding:
         with contextlib.suppress(ValueError):
             if socket.gethostbyname(server.host_and_port[0]).startswith("127."):
                 return _good("server", f"{server.address} answers, without TLS, on this machine")
-        return _note("server", f"{server.address} answers without TLS: whoever is on the way can read and change all")
+        return _note("server", f"{server.address} answers without TLS: anyone on the way can read and change all")
     assert found.expires is not None
     return _dated("server", f"{server.address} answers, its certificate is of this CA", found.expires)
 

@@ -1,7 +1,7 @@
-"""What a node can learn of its server before it joins: whether it answers, certificate, clock. And its own key.
+"""Contact the server before a node joins: reachability, certificate and clock. Also read the node's own key.
 
-The standard library makes the connection and judges the certificate, as Flower's client does; `cryptography`, which
-Flower brings, reads the certificate that was refused, so that a refusal can say what is wrong with it.
+The standard library makes the connection and verifies the certificate, as Flower's client does. `cryptography`, which
+Flower installs, reads a refused certificate, so that the message can say what is wrong with it.
 """
 
 import base64
@@ -32,14 +32,14 @@ _NAMED = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Contact:
-    """What came of a connection.
+    """Result of a connection.
 
     Attributes:
-        answered: Whether anybody answers at the address.
-        problem: Why the connection cannot be used, in words; empty: it can.
-        expires: When the server's certificate does; None without TLS.
-        ahead: Seconds by which this clock is ahead of the server's, to a second; None: the server did not say. Nobody
-            vouches for it if the certificate was refused.
+        answered: True if a program answers at the address.
+        problem: Reason why the connection cannot be used, in words; empty if it can be used.
+        expires: Time at which the server's certificate expires; None without TLS.
+        ahead: Seconds by which this clock is ahead of the server's, to a second; None if the server did not send its
+            time. The value is not authenticated if the certificate was refused.
     """
 
     answered: bool
@@ -74,7 +74,7 @@ def contact(server: NodeServer, seconds: float = _SECONDS) -> Contact:
 
 
 def proxy_on_the_way(server: NodeServer) -> str:
-    """The proxy of the environment through which Flower's client would reach the server; empty: it goes directly."""
+    """Return the proxy variable that Flower's client would use to reach the server; empty if it connects directly."""
     host, _ = server.host_and_port
     if server.is_here or urllib.request.proxy_bypass(host):
         return ""
@@ -84,7 +84,7 @@ def proxy_on_the_way(server: NodeServer) -> str:
 
 
 def _ask(connection: http.client.HTTPConnection) -> tuple[float | None, bytes]:
-    """How far this clock is ahead of the answer's date, and the server's certificate."""
+    """Return the seconds by which this clock is ahead of the answer's date, and the server's certificate."""
     with contextlib.closing(connection):
         connection.connect()
         der = connection.sock.getpeercert(True) if isinstance(connection.sock, ssl.SSLSocket) else None
@@ -95,16 +95,16 @@ def _ask(connection: http.client.HTTPConnection) -> tuple[float | None, bytes]:
         said = email.utils.parsedate_to_datetime(date or "")
     except ValueError:
         return None, der or b""
-    if said.tzinfo is None:  # "-0000": a time of nowhere in particular
+    if said.tzinfo is None:  # "-0000": the time zone is unknown
         return None, der or b""
-    # The header is cut to a second: on average half of one is missing.
+    # The header has whole seconds, so on average half a second is missing.
     return (now - said).total_seconds() - 0.5, der or b""
 
 
 def _refused(host: str, port: int, seconds: float, refusal: ssl.SSLCertVerificationError) -> Contact:
-    """Say what is wrong with a certificate that the SuperNode will refuse too."""
+    """Describe the problem of a certificate that the SuperNode will also refuse."""
     context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # only to look: nothing of this node is sent
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # only to read it: no data of this node is sent
     ahead, der = None, b""
     with contextlib.suppress(OSError, http.client.HTTPException):
         ahead, der = _ask(http.client.HTTPSConnection(host, port, timeout=seconds, context=context))
@@ -117,7 +117,7 @@ def _refused(host: str, port: int, seconds: float, refusal: ssl.SSLCertVerificat
         problem = f"the server's certificate is valid from {span}, and this clock says {now:%Y-%m-%d %H:%M} UTC"
     elif "mismatch" in problem.lower():
         names = ", ".join(_names(certificate)) or "no name"
-        problem = f"the server's certificate is for {names}, not for {host}: use one of these, or have it made anew"
+        problem = f"the server's certificate is for {names}, not for {host}: use one of these, or have a new one made"
     else:
         problem = f"the server's certificate is not signed by this CA ({problem}): is it the ca.crt of this server?"
     return Contact(answered=True, problem=problem, expires=certificate.not_valid_after_utc, ahead=ahead)
@@ -134,10 +134,10 @@ def _expiry(der: bytes) -> datetime.datetime | None:
 
 
 def root_validity(file: Path) -> tuple[datetime.datetime, datetime.datetime]:
-    """From when and until when all certificates in a PEM file are valid.
+    """Return the start and the end of the time in which all certificates in a PEM file are valid.
 
     Raises:
-        ConfigError: If there is none in it.
+        ConfigError: If the file cannot be read or holds no certificate.
     """
     try:
         found = x509.load_pem_x509_certificates(file.read_bytes())
@@ -149,10 +149,10 @@ def root_validity(file: Path) -> tuple[datetime.datetime, datetime.datetime]:
 
 
 def key_fingerprint(file: Path) -> str:
-    """The public half of the node's key, short, as ``ssh-keygen -l`` shows it.
+    """Return the fingerprint of the node's public key, as ``ssh-keygen -l`` shows it.
 
     Raises:
-        ConfigError: If it is no private key that Flower takes, or others may read it.
+        ConfigError: If the file is not a private key that Flower accepts, or other users may read it.
     """
     try:
         content, mode = file.read_bytes(), file.stat().st_mode
@@ -161,7 +161,8 @@ def key_fingerprint(file: Path) -> str:
         raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise ConfigError(
-            f'{file} is no SSH private key without a password: make one with ssh-keygen -t ecdsa -b 384 -N "" -f {file}'
+            f"{file} is not an SSH private key without a password: make one with ssh-keygen -t ecdsa -b 384 "
+            f'-N "" -f {file}'
         ) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ConfigError(f"{file} is not on a NIST curve: make one with ssh-keygen -t ecdsa -b 384")
@@ -171,7 +172,7 @@ def key_fingerprint(file: Path) -> str:
 
 
 def ssh_fingerprint(key: ec.EllipticCurvePublicKey) -> str:
-    """SHA-256 of the key as SSH writes it, in base 64."""
+    """Return the SHA-256 of the key in SSH format, in base 64."""
     text = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     digest = hashlib.sha256(base64.b64decode(text.split()[1])).digest()
     return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")

@@ -1,6 +1,6 @@
-"""Look at the folder of a node's owner, as a run would open it. For the owner only: no torch, no network.
+"""Check the data folder of a node's owner, as a run would open it. For the owner only: no torch, no network.
 
-A server never gets these counts. They decide whether the node joins, and nothing after that.
+A server never gets these counts. They decide only if the node joins.
 """
 
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.node.file import NodeFile
 
 _CUT = (0.1, 0.2, 0)
-"""Fractions and seed of a cut are the run's; only counts depend on them."""
+"""Fractions and seed of a cut. The run has its own values, but only counts depend on them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NodeData:
-    """The training records of a node.
+    """Training records of a node.
 
     Attributes:
-        says: How many there are, of what.
-        found: Which of them can be used.
-        note: What else the owner should know.
+        says: Number and kind of the records, in words.
+        found: Count of the usable records, and the names of the others.
+        note: Further information for the owner.
     """
 
     says: str
@@ -32,12 +32,12 @@ class NodeData:
     note: str
 
     def lines(self) -> list[str]:
-        """For the owner's log: counts, names of records that cannot be used, and the note."""
+        """Return lines for the owner's log: counts, names of records that cannot be used, and the note."""
         return [f"data: {self.says}, {self.found.says()}", *self.found.lines(), *([self.note] if self.note else [])]
 
 
 def asks_questions(path: Path) -> bool:
-    """Say if the records are questions about images."""
+    """Return True if the records are questions about images."""
     return path.is_file() or hub_name(str(path)) is not None or any(path.glob("*.jsonl")) or any(path.glob("*.csv"))
 
 
@@ -46,8 +46,8 @@ def look_at(path: Path, classes: Path | None, seconds: float = SECONDS) -> NodeD
 
     Args:
         path: ``data-path`` of the owner's file.
-        classes: ``classes`` of it.
-        seconds: See `look`.
+        classes: ``classes`` of the owner's file.
+        seconds: Time limit, see `look`.
 
     Raises:
         ConfigError: If no run could load them.
@@ -59,21 +59,22 @@ def look_at(path: Path, classes: Path | None, seconds: float = SECONDS) -> NodeD
     images = load_data("folder", str(path), str(classes or ""), *_CUT, "keep")
     own = "test" in given_splits(path)
     says = f"{len(images.train)} training images of {len(images.class_names)} classes, "
-    says += "test/ of its own" if own else "test images cut out of them: their scores never leave"
+    says += "a separate test/" if own else "test images cut out of them: their scores never leave"
     skipped = ", ".join(f"{count} {kind or 'without ending'}" for kind, count in skipped_files(path).most_common())
     note = f"skipped because of their ending or place: {skipped}" if skipped else ""
     return NodeData(says=says, found=look(images.train, "training images", seconds), note=note)
 
 
 def before_joining(node: NodeFile) -> list[str]:
-    """Lines for the owner's log, before a node joins.
+    """Return lines for the owner's log, before a node joins.
 
     Guarantee:
-        The node joins or not: that is participation, which docs/privacy.md §2 does not protect. It is decided before
-        the server hears of this node, and what the server hears after that does not depend on these counts.
+        The node joins or does not join. That is participation, which docs/privacy.md §2 does not protect. The decision
+        is made before the server hears of this node. Everything that the server hears afterwards does not depend on
+        these counts.
 
     Raises:
-        ConfigError: If no run could use a record of the owner's folder; with counts and names.
+        ConfigError: If no run could use any record of the owner's folder. The message has counts and names.
     """
     if node.data_path is None:
         return []

@@ -1,8 +1,8 @@
-"""The device that a node's owner chose, or the CPU with one line that says why: a node goes on without its GPU.
+"""Return the device that a node's owner chose, or the CPU with one line that says why: a node goes on without its GPU.
 
-A run's configuration is the researcher's and names a device that must exist; this one is the owner's, of a machine
-whose driver may be gone after an update. ``python -m fl_dualpriv.node.device cuda`` prints the device and the line, so
-that a SuperNode, which needs no torch, can ask without loading it.
+A researcher's configuration of a run names a device that must exist. The owner's file names a device of a machine whose
+driver may fail after an update. ``python -m fl_dualpriv.node.device cuda`` prints the device and the line, so that a
+SuperNode, which needs no torch, can ask without loading torch.
 """
 
 import os
@@ -16,13 +16,13 @@ _PROBE_SECONDS = 120.0
 
 
 def usable_device(device: str) -> tuple[str, str]:
-    """What to run on.
+    """Return the device to use.
 
     Args:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Returns:
-        ``device`` and an empty text, or ``cpu`` and what the owner should know.
+        ``device`` and an empty text, or ``cpu`` and a line that tells the owner why.
     """
     if device in ("auto", "cpu"):
         return device, ""
@@ -32,7 +32,7 @@ def usable_device(device: str) -> tuple[str, str]:
 
     try:
         torch.zeros(1, device=resolve_device(device))
-    except (ConfigError, RuntimeError) as error:  # no such GPU; or there is one and its driver cannot use it
+    except (ConfigError, RuntimeError) as error:  # there is no such GPU, or its driver cannot use it
         reason = f"torch sees {torch.cuda.device_count()} CUDA devices"
         if not isinstance(error, ConfigError):
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -41,11 +41,11 @@ def usable_device(device: str) -> tuple[str, str]:
 
 
 def probe(device: str) -> tuple[str, str]:
-    """`usable_device` in a process of its own, whose GPU memory and libraries are gone when it ends."""
+    """Call `usable_device` in a separate process, whose GPU memory and libraries are gone when it ends."""
     if device in ("auto", "cpu"):
         return device, ""
     try:
-        done = subprocess.run(  # -P: nothing that lies in the working folder runs
+        done = subprocess.run(  # -P: no module of the working folder is imported
             [sys.executable, "-P", "-m", "fl_dualpriv.node.device", device],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -1,20 +1,21 @@
-"""The file in which the owner of a node says what may happen with the data on it. TOML; nothing in it travels.
+"""Read the owner's file of a node: TOML that says what may happen with the data on the node. Nothing in it is sent.
 
     state-dir = "/var/lib/fl-dualpriv"   # the client's prompt and ledger; must survive restarts and new apps
-    data-path = "/srv/images"            # the only images or questions that a run may read, whatever its data.path
-                                         # says; all of them are this node's client
-    classes = "/srv/classes.json"        # if the names of its folders are not those of the classes (as data.classes)
-    device = "cuda"                      # auto | cpu | cuda | cuda:N; without such a GPU it says so and takes the CPU
+    data-path = "/srv/images"            # the only images or questions that a run may read, for any data.path of the
+                                         # run; all of them belong to this node's client
+    classes = "/srv/classes.json"        # if folder names are not class names (as data.classes)
+    device = "cuda"                      # auto | cpu | cuda | cuda:N; without such a GPU the node says so and uses
+                                         # the CPU
 
-    [model]                              # the only model that a run may use; without it the one that the run names
+    [model]                              # the only model that a run may use; the default is the run's model
     name = "local-dir:/srv/models/vit"   # as backbone.name, and pretrained as backbone.pretrained
 
     [server]
     address = "fl.example.org:8000"
     root-certificates = "/etc/fl-dualpriv/ca.crt"
     private-key = "/etc/fl-dualpriv/node.key"
-    partition-id = 0                     # which client this node is
-    port = 9094                          # on this machine alone; another one for each node of it
+    partition-id = 0                     # number of this node's client
+    port = 9094                          # only on this machine; each node of the machine needs another port
 
     [budget]                             # of one record of this node's data, over all runs and servers
     epsilon = 8.0
@@ -27,21 +28,22 @@
     scores = false                       # true: test/ and val/ (of questions test.jsonl …) are public, so accuracies
                                          # on them may leave
     seeded-noise = false                 # true: tests only
-    filter = "reserve"                   # reserve | renyi | worst-terms: the rule that holds epsilon, whatever terms a
-                                         # server chooses; fixed when the ledger begins (docs/privacy.md, section 6)
-    expected-runs = 10                   # reserve: delta is divided among so many runs, and no more are admitted
+    filter = "reserve"                   # reserve | renyi | worst-terms: the rule that holds epsilon for any terms
+                                         # that a server chooses; fixed when the ledger begins (docs/privacy.md,
+                                         # section 6)
+    expected-runs = 10                   # reserve: delta is divided among this many runs, and no more are admitted
     max-run-epsilon = 1.0                # reserve: the most that one run may take, and the charge of a damaged line;
                                          # without it a damaged line closes the ledger
     # composition = "advanced"           # reserve: Whitehouse et al.'s bound in place of the sum; needs delta-prime
-    # delta-prime = 1e-6                 # the part of delta that it costs
+    # delta-prime = 1e-6                 # the part of delta that the advanced composition costs
     # expected-sampling-rate = 0.15      # renyi: the terms for which its fixed order is the best; without them the
     # expected-noise-multiplier = 1.1    # largest rate and the smallest multiplier above
-    max-round-releases = 100             # local steps of one round; a damaged line is charged as so many
+    max-round-releases = 100             # local steps of one round; a damaged line is charged as this many
 
     [app]
     allowed = ["…"]                      # SHA-256 of each app bundle that may run here
 
-Standard library only, but for our own budget class.
+Standard library only, except for this package's own budget class.
 """
 
 import math
@@ -70,7 +72,7 @@ from fl_dualpriv.privacy.limits import (
 )
 
 ENVIRONMENT = "FL_DUALPRIV_NODE"
-"""Names the file where no node configuration can: in a simulation, whose nodes are made by Flower."""
+"""Variable that names the owner's file where no node configuration can: in a simulation, Flower makes the nodes."""
 
 _HEX = frozenset("0123456789abcdef")
 _REQUIRED = ("epsilon", "delta", "max-sampling-rate", "min-noise-multiplier", "max-clip-norm")
@@ -78,18 +80,18 @@ _REQUIRED = ("epsilon", "delta", "max-sampling-rate", "min-noise-multiplier", "m
 
 @dataclass(frozen=True, kw_only=True)
 class NodeFile:
-    """What the owner says.
+    """Content of the owner's file.
 
     Attributes:
-        state_dir: Absolute folder of the client's prompt and ledger; None: in the run's folder (simulations).
+        state_dir: Absolute folder of the client's prompt and ledger. None means the run's folder (simulations).
         data_path: Absolute folder of the images, or of the questions (whose files may name images elsewhere), in place
-            of the run's ``data.path``; None: what the run names.
-        budget: Limits at the record level; None: the run's own plan is the only limit.
+            of the run's ``data.path``. None means that of the run.
+        budget: Limits at the record level. None means that the run's own plan is the only limit.
         apps: SHA-256 digests, lower-case hex, of the app bundles that may run here.
         classes: Absolute path of the file of class names, in place of the run's ``data.classes``.
-        device: Where the model runs, in place of the run's ``resources.device``.
-        model: In place of the run's ``backbone.name`` and ``backbone.pretrained``.
-        server: How the node reaches its server; None: the options of its start say it.
+        device: Device of the model, in place of the run's ``resources.device``.
+        model: Model, in place of the run's ``backbone.name`` and ``backbone.pretrained``.
+        server: Connection to the node's server. None means that the options of its start give it.
     """
 
     state_dir: Path | None
@@ -102,11 +104,11 @@ class NodeFile:
     server: NodeServer | None = None
 
     def overrides(self) -> dict[str, str]:
-        """Configuration keys of every run on this node that its owner decides, whatever the server names.
+        """Return the configuration keys that the owner decides for every run on this node, for any value of the server.
 
         Guarantee:
-            With a ``data_path`` no run names a file of this node's disk to be read as data, and with a ``state_dir``
-            none names a place to which features of the data are written.
+            With a ``data_path`` no run can name a file of this node's disk to be read as data. With a ``state_dir`` no
+            run can name a place to which features of the data are written.
         """
         keys: dict[str, str] = {}
         if self.data_path is not None:
@@ -121,12 +123,12 @@ class NodeFile:
 
 
 def find_node_file(named: str | None) -> NodeFile | None:
-    """The owner's file: named in the node's configuration, else in the environment, else none.
+    """Find and read the owner's file: named in the node's configuration, else in the environment, else None.
 
     Raises:
-        ConfigError: If it cannot be used: then nothing may run, for the owner meant to set limits. So if a node's own
-            configuration names a file with a budget and without folders: a ledger in a run's folder is gone with the
-            run, and a server that names the images could name others.
+        ConfigError: If the file cannot be used. Then nothing may run, because the owner meant to set limits. This
+            includes a file that a node's own configuration names and that has a budget but no folders: a ledger in a
+            run's folder disappears with the run, and a server that names the images could name others.
     """
     path = named or os.environ.get(ENVIRONMENT, "")
     found = read_node_file(Path(path)) if path else None
@@ -136,21 +138,21 @@ def find_node_file(named: str | None) -> NodeFile | None:
 
 
 def missing_folders(node: NodeFile) -> str | None:
-    """What a deployed node with a budget lacks, in words; None if nothing."""
+    """Say in words which folder a deployed node with a budget lacks; None if it lacks none."""
     if node.budget is None:
         return None
     if node.state_dir is None:
         return "a [budget] but no state-dir: every run would start with the whole budget; give an absolute folder"
     if node.data_path is None:
-        return "a [budget] but no data-path: the server would say which images it is for; give an absolute folder"
+        return "a [budget] but no data-path: the server would choose the images; give an absolute folder"
     return None
 
 
 def make_state_folder(folder: Path) -> None:
-    """Make an owner's state folder, readable by this user only (0700); one that is there keeps its mode.
+    """Make an owner's state folder, readable by this user only (0700). An existing folder keeps its mode.
 
     Raises:
-        OSError: If it cannot be made.
+        OSError: If the folder cannot be made.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -203,7 +205,7 @@ def _apps(value: Any, problems: list[str]) -> tuple[str, ...]:
 
 
 def _budget(table: Any, problems: list[str]) -> Budget | None:
-    """The limits. A missing number is a problem: no default is the owner's decision. Permissions default to no."""
+    """Read the limits. A missing number is a problem: no default decides for the owner. Permissions default to no."""
     if not isinstance(table, Mapping):
         problems.append("budget must be a table")
         return None

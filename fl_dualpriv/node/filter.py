@@ -1,6 +1,6 @@
-"""The keys of ``[budget]`` in a node's file that name the filter of its ledger. See `node_file` and `privacy.filters`.
+"""Read the keys of ``[budget]`` in a node's file that choose its ledger's filter. See `node.file`, `privacy.filters`.
 
-Standard library only: a SuperNode reads them before anything else is loaded.
+Standard library only, because a SuperNode reads them before it loads any other package.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ from fl_dualpriv.privacy.limits import (
 
 
 class _Key(NamedTuple):
-    """One key: which values it takes, in words and as a test, and the filters that it belongs to (all if empty)."""
+    """One key: its allowed values, in words and as a test, and the filters that it belongs to (all if empty)."""
 
     allowed: str
     test: Callable[[Any], bool]
@@ -54,11 +54,11 @@ FILTER_KEYS = frozenset(_KEYS)
 
 
 def read_filter(table: Mapping[str, Any], problems: list[str]) -> FilterChoice:
-    """The filter that a ``[budget]`` names, with defaults for absent keys.
+    """Return the filter that a ``[budget]`` names, with defaults for absent keys.
 
     Args:
         table: The ``[budget]`` of a node's file.
-        problems: Takes a line for each value that is not allowed.
+        problems: List that receives a line for each value that is not allowed.
     """
     values: dict[str, Any] = {}
     for key, rule in _KEYS.items():
@@ -81,7 +81,7 @@ def read_filter(table: Mapping[str, Any], problems: list[str]) -> FilterChoice:
 
 
 def filter_problems(budget: Budget) -> list[str]:
-    """Combinations of keys that no filter can work with, a line each."""
+    """Return one line for each combination of keys that no filter can work with."""
     choice, found = budget.filter, list[str]()
     if choice.composition == "advanced" and not 0 < choice.delta_prime < budget.delta:
         found.append(
@@ -100,7 +100,7 @@ def filter_problems(budget: Budget) -> list[str]:
             "min-noise-multiplier above 0"
         )
     if bool(choice.max_correlated_releases) != bool(choice.min_correlated_noise_multiplier):
-        found.append("budget.max-correlated-releases and min-correlated-noise-multiplier need one another")
+        found.append("budget.max-correlated-releases and min-correlated-noise-multiplier: set both of them or neither")
     return found
 
 

@@ -1,8 +1,8 @@
-"""The health line of a running node: joined or not, what it was asked, how many rounds it answered, the budget left.
+"""Health line of a running node: joined or not, messages since the start, answered rounds, and the rest of the budget.
 
-A thread of the SuperNode's process looks once a minute and writes a line into its log when something changed, and once
-an hour in any case. What the ledger means in ε is computed in a process of its own (``python -m fl_dualpriv.node.health
-NODE.toml``): an accountant takes more memory than a SuperNode.
+A thread of the SuperNode's process checks once a minute. It writes a line into the node's log when something changed,
+and once an hour in any case. A separate process (``python -m fl_dualpriv.node.health NODE.toml``) computes the ε of the
+ledger, because an accountant takes more memory than a SuperNode.
 """
 
 import importlib
@@ -30,13 +30,13 @@ _COUNT_SECONDS = 120.0
 
 @dataclass(kw_only=True)
 class Pulse:
-    """What is seen of the SuperNode's loop.
+    """Observed state of the SuperNode's loop.
 
     Attributes:
-        node_id: The number by which the server knows this node; 0 before it joined.
-        heard: When the server last answered, of ``clock``.
-        messages: Taken from the server since the start.
-        clock: Seconds.
+        node_id: Number by which the server knows this node; 0 before the node joined.
+        heard: Time of the server's last answer, by ``clock``.
+        messages: Number of messages received from the server since the start.
+        clock: Function that returns the time in seconds.
     """
 
     node_id: int = 0
@@ -45,7 +45,7 @@ class Pulse:
     clock: Callable[[], float] = field(default=time.monotonic)
 
     def watch(self, pull: Callable[..., int | None]) -> Callable[..., int | None]:
-        """Flower's ``_pull_and_store_message``, which a node that has joined calls every few seconds, noted here."""
+        """Wrap Flower's ``_pull_and_store_message`` and note its calls; a joined node calls it every few seconds."""
 
         def pull_and_note(**arguments: Any) -> int | None:
             self.node_id, self.heard = arguments["state"].get_node_id(), self.clock()
@@ -57,7 +57,7 @@ class Pulse:
         return pull_and_note
 
     def state(self) -> str:
-        """In words."""
+        """Return the state in words."""
         if not self.node_id:
             return _APART
         silent = self.clock() - self.heard
@@ -67,9 +67,9 @@ class Pulse:
 
 
 def count(node: NodeFile) -> str:
-    """The ledger in words: rounds, and the budget that is left. Loads the accountant."""
+    """Return the ledger in words: rounds, and the rest of the budget. This loads the accountant."""
     if node.state_dir is None:
-        return "no state-dir, so no ledger of its own"
+        return "no state-dir, so no separate ledger"
     from fl_dualpriv.privacy.filters.choose import filter_of
     from fl_dualpriv.privacy.ledger import Ledger
 
@@ -81,13 +81,13 @@ def count(node: NodeFile) -> str:
 
 
 class HealthLine:
-    """Writes the line.
+    """Writer of the health line.
 
     Args:
         node_file: The owner's file.
-        pulse: Of the loop.
-        seconds: Between two looks.
-        write: Takes a line.
+        pulse: State of the SuperNode's loop.
+        seconds: Seconds between two checks.
+        write: Function that receives a line.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class HealthLine:
         self._counted: tuple[object, str] = (None, "")
 
     def start(self) -> None:
-        """Look from now on, in a thread that ends with the process."""
+        """Check from now on, in a thread that ends with the process."""
         threading.Thread(target=self._run, name="health", daemon=True).start()
 
     def look(self) -> None:
@@ -115,7 +115,7 @@ class HealthLine:
         while True:
             try:
                 self.look()
-            except Exception as error:  # a full disk, say: the node goes on, and so does the next look
+            except Exception as error:  # such as a full disk: the node and the checks go on
                 _log.warning("health: %s: %s", type(error).__name__, error)
             time.sleep(self._seconds if self._last is not None and self._last[0] != _APART else 1.0)
 
@@ -130,7 +130,7 @@ class HealthLine:
     def _ledger(self) -> str:
         stamp = self._ledger_stamp()
         if self._counted[1] == "" or self._counted[0] != stamp:
-            done = subprocess.run(  # -P: nothing that lies in the working folder runs
+            done = subprocess.run(  # -P: no module of the working folder is imported
                 [sys.executable, "-P", "-m", "fl_dualpriv.node.health", str(self._file)],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
@@ -145,9 +145,9 @@ class HealthLine:
 
 
 def install(node_file: Path, seconds: float) -> None:
-    """Watch the SuperNode that this process is going to start; call it after the pin, whose refusals count as messages.
+    """Watch the SuperNode that this process will start. Call it after the pin, whose refusals count as messages.
 
-    Health is no protection: on a Flower whose loop has another form the line says that the node has not joined.
+    Health does not protect. On a Flower with another loop, the line says that the node has not joined.
     """
     loop: Any = importlib.import_module("flwr.supernode.start_client_internal")
     pulse = Pulse()

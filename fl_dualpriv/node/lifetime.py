@@ -1,4 +1,4 @@
-"""The lifetime budget of a node's owner: what its filter guarantees, what is left, and what each filter would admit."""
+"""Lifetime budget of a node's owner: the filter's guarantee, the rest, and the runs that each filter would admit."""
 
 import math
 from dataclasses import dataclass, replace
@@ -15,12 +15,12 @@ if TYPE_CHECKING:  # the accountant takes a second to load
 
 @dataclass(frozen=True, kw_only=True)
 class Admission:
-    """The number of equal runs that one filter would admit to an empty ledger.
+    """Number of equal runs that one filter would admit to an empty ledger.
 
     Attributes:
-        filter: Its name; ``path`` is the PLD of the terms that happened, which is no filter.
-        runs: How many; None if the owner's file does not say what this filter needs.
-        note: Why there is no number, or what the number is worth.
+        filter: Name of the filter. ``path`` is the PLD of the terms that happened, which is not a filter.
+        runs: Number of runs. None if the owner's file lacks a value that this filter needs.
+        note: Reason why there is no number, or the claim that comes with the number.
     """
 
     filter: str
@@ -30,18 +30,18 @@ class Admission:
 
 @dataclass(frozen=True, kw_only=True)
 class Lifetime:
-    """An owner's budget and ledger.
+    """Budget and ledger of an owner.
 
     Attributes:
-        epsilon: ε for ever.
-        delta: δ for ever.
-        claim: The rule that holds it, in words.
-        balance: What is spent and left, in words.
-        share: The part that is spent; infinite if the ledger is closed.
+        epsilon: ε over the whole lifetime.
+        delta: δ over the whole lifetime.
+        claim: Rule that holds the budget, in words.
+        balance: Spent part and rest, in words.
+        share: Spent part of the budget; infinite if the ledger is closed.
         spent: ε of everything in the ledger, for terms fixed beforehand.
-        last: Releases, q and z of the last run's plan; without a run one release at the owner's worst terms.
-        buys: Releases at the terms of ``last`` that are left.
-        admissions: Runs of ``last`` by each filter.
+        last: Releases, q and z of the last run's plan; without a run, one release at the owner's worst terms.
+        buys: Number of releases at the terms of ``last`` that are left.
+        admissions: Number of runs like ``last`` that each filter would admit.
     """
 
     epsilon: float
@@ -55,7 +55,7 @@ class Lifetime:
     admissions: tuple[Admission, ...]
 
     def words(self) -> str:
-        """Several lines for a person."""
+        """Return several lines for a person."""
         releases, rate, noise = self.last
         lines = [
             f"lifetime budget: ε = {self.epsilon:g} at δ = {self.delta:g}",
@@ -70,7 +70,7 @@ class Lifetime:
         return "\n".join(lines)
 
     def jsonable(self) -> dict[str, Any]:
-        """One JSON object; JSON has no infinity."""
+        """Return the content of one JSON object. None replaces infinity, which JSON lacks."""
         releases, rate, noise = self.last
         return {
             "epsilon": self.epsilon,
@@ -90,7 +90,7 @@ def lifetime_of(file: Path) -> Lifetime:
 
     Raises:
         ConfigError: If the file cannot be used, or has no budget or no state folder.
-        PrivacyError: If another filter has begun the ledger.
+        PrivacyError: If another filter began the ledger.
     """
     node = read_node_file(file.resolve())
     if node.budget is None or node.state_dir is None:
@@ -125,11 +125,11 @@ def _last_plan(budget: Budget, content: "LedgerContent") -> tuple[int, float, fl
 
 
 def admissions(budget: Budget, run: tuple[int, float, float]) -> tuple[Admission, ...]:
-    """Runs of one plan that each filter would admit to an empty ledger, and the PLD of the path beside them.
+    """Return the runs of one plan that each filter would admit to an empty ledger, and the PLD of the path beside them.
 
     Args:
-        budget: The owner's limits; the filter's own name is not looked at.
-        run: Releases, q and z.
+        budget: The owner's limits. Its own choice of a filter is ignored.
+        run: Releases, q and z of the plan.
     """
     return (*(_admitted(budget, name, run) for name in get_args(FilterName)), _of_path(budget, run))
 
@@ -168,4 +168,4 @@ def _of_path(budget: Budget, run: tuple[int, float, float]) -> Admission:
         budget.epsilon,
         lambda epsilon: epsilon <= budget.epsilon,
     )
-    return Admission(filter="path", runs=runs, note="no filter: the PLD of terms that somebody chose bounds nothing")
+    return Admission(filter="path", runs=runs, note="no filter: the PLD of terms that a server chose bounds nothing")

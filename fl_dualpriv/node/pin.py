@@ -1,10 +1,10 @@
-"""The pin: which app bundles may run on a node. Checked in the SuperNode, before any code of an app is imported.
+"""The pin: a list of the app bundles that may run on a node. The SuperNode checks it before it imports code of an app.
 
-Flower hands a node whatever app its server names, and a node that runs whatever code it is sent has no budget at all:
-that code can read the data and answer what it likes. Flower's own ``--trusted-entities`` needs signatures of its hub; a
-list of digests needs nobody. The one place where a bundle reaches a SuperNode is ``_pull_and_store_message``, no public
-name of Flower: so `install` replaces it only after the replacement has refused a bundle on trial, in the very Flower
-that is installed, and else nothing is started.
+Flower gives a node any app that its server names. A node that runs any code that it receives has no budget at all: that
+code can read the data and send any answer. Flower's own ``--trusted-entities`` needs signatures of Flower's hub; a list
+of digests needs no third party. A bundle reaches a SuperNode only in ``_pull_and_store_message``, which is not a public
+name of Flower. Therefore `install` replaces this function only after the replacement has refused a bundle on trial, in
+the installed Flower. Otherwise no node is started.
 """
 
 import importlib
@@ -16,32 +16,32 @@ from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower.app_bundle import digest_of, read_bundle
 
 _INVALID_FAB = 7  # Flower's ErrorCode.INVALID_FAB
-_log = logging.getLogger("flwr")  # so that a refusal stands in the SuperNode's own log
+_log = logging.getLogger("flwr")  # so that the SuperNode's own log has the refusals
 
 
 class AppRefused(Exception):
-    """The app of a message may not run here; the text is for the server and the log."""
+    """The app of a message may not run here. The text is for the server and the log."""
 
 
 class PinUnavailable(RuntimeError):
-    """The installed Flower is not one in which the pin is known to hold; nothing may be started."""
+    """The pin is not known to hold in the installed Flower. No node may be started."""
 
 
 def check_app(allowed: Collection[str], run: Any, bundle: Any) -> None:
     """Refuse a run whose app the owner did not allow.
 
     Guarantee:
-        After this check the bundle's bytes have one of the digests in ``allowed``, and the run speaks of that bundle
-        by its own name and version: a node looks for the unpacked app under a path made of them, so that other names
-        could lead it to other code on its disk.
+        After this check the bundle's bytes have one of the digests in ``allowed``, and the run gives the bundle's own
+        name and version. A node looks for the unpacked app under a path made of name and version, so other names could
+        lead it to other code on its disk.
 
     Args:
         allowed: SHA-256 digests, lower-case hex.
         run: Flower's ``Run``, as the server describes it.
-        bundle: Flower's ``Fab``, as the server sent it. Its ``hash_str`` is the server's word and is not believed.
+        bundle: Flower's ``Fab``, as the server sent it. Its ``hash_str`` is only a claim of the server, not trusted.
 
     Raises:
-        AppRefused: If the run is refused.
+        AppRefused: If the bundle is not allowed, is not the bundle of an app, or is not the one that the run names.
     """
     digest = digest_of(bundle.content)
     if digest not in allowed:
@@ -64,18 +64,18 @@ def check_app(allowed: Collection[str], run: Any, bundle: Any) -> None:
 def pinned(
     pull: Callable[..., int | None], insert: Callable[..., None], allowed: Collection[str]
 ) -> Callable[..., int | None]:
-    """Flower's ``_pull_and_store_message``, refusing messages of apps that are not allowed.
+    """Return Flower's ``_pull_and_store_message`` with a refusal of messages of apps that are not allowed.
 
     Guarantee:
-        A bundle reaches the node's state, from where the processes of apps take their code, only through `check_app`.
-        A refused message is answered with an error that says why, and nothing of its run is kept: each of its messages
-        is checked anew. The parameters are Flower's, by name: if a later one calls it otherwise, that is an error, and
-        no message is taken.
+        A bundle reaches the node's state, from which the processes of apps take their code, only through `check_app`.
+        The answer to a refused message is an error that says why. No part of its run is kept, so each message of the
+        run is checked again. The parameters have Flower's names. If a later Flower calls the function in another way,
+        that is an error, and no message is accepted.
 
     Args:
         pull: Flower's function.
         insert: Flower's ``_insert_message``, which queues a reply.
-        allowed: SHA-256 digests.
+        allowed: SHA-256 digests, lower-case hex.
     """
     from flwr.app import Error, Message
 
@@ -134,16 +134,17 @@ def install(allowed: Collection[str]) -> None:
     """Pin the SuperNode of this process to some apps, for good.
 
     Guarantee:
-        When this returns, the SuperNode that this process may start takes bundles through `pinned` alone. Shown on the
-        installed Flower, not assumed: the loop that it runs looks the function up under the replaced name, and the
-        replacement refused a bundle on trial, which left no run, no code and no task behind, and one error as a reply.
+        When this returns, the SuperNode that this process may start accepts bundles only through `pinned`. This is
+        tested on the installed Flower, not assumed. The SuperNode's loop looks the function up under the replaced name,
+        and the replacement has refused a bundle on trial. The trial left no run, no code and no task behind, and one
+        error as a reply.
 
     Raises:
-        PinUnavailable: If any of that is not so. Start nothing then.
+        PinUnavailable: If any of this does not hold. Then start no node.
     """
     try:
         loop: Any = importlib.import_module("flwr.supernode.start_client_internal")
-        # By name: the package has a function of the module's name.
+        # Import by name, because the package also has a function with the module's name.
         program = importlib.import_module("flwr.supernode.cli.flower_supernode")
         pull, insert = loop._pull_and_store_message, loop._insert_message
         if program.start_client_internal is not loop.start_client_internal:
@@ -152,20 +153,20 @@ def install(allowed: Collection[str]) -> None:
             raise PinUnavailable("its loop does not call _pull_and_store_message")
         _try_out(pinned(pull, insert, frozenset()))
         loop._pull_and_store_message = pinned(pull, insert, frozenset(allowed))
-    except Exception as error:  # whatever it is, Flower is not what this was written for
+    except Exception as error:  # any error means that this Flower has another form
         import flwr
 
         raise PinUnavailable(
-            f"Flower {flwr.__version__} does not take apps the way this pin knows ({type(error).__name__}: {error}); "
-            "the node is not started. Install a Flower that pyproject.toml names"
+            f"Flower {flwr.__version__} does not receive apps in the way that this pin knows ({type(error).__name__}: "
+            f"{error}); the node is not started. Install a version of Flower that pyproject.toml names"
         ) from error
 
 
 def _try_out(pull: Callable[..., int | None]) -> None:
-    """Let ``pull``, which allows no app, meet a message with a bundle, in a node state of its own.
+    """Give ``pull``, which allows no app, a message with a bundle, in a separate node state.
 
     Raises:
-        PinUnavailable: If anything of it got in.
+        PinUnavailable: If any part of the bundle got into the node, or the reply is not one error.
     """
     from flwr.app import Metadata, RecordDict
     from flwr.app.message import make_message
@@ -193,7 +194,7 @@ def _try_out(pull: Callable[..., int | None]) -> None:
         ),
         content=RecordDict(),
     )
-    was_disabled, _log.disabled = _log.disabled, True  # no refusal that an owner should read about
+    was_disabled, _log.disabled = _log.disabled, True  # an owner need not read about this refusal
     try:
         answered = pull(
             state=state,
@@ -209,7 +210,7 @@ def _try_out(pull: Callable[..., int | None]) -> None:
     finally:
         _log.disabled = was_disabled
     if state.get_run(1) is not None or state.get_fab(run.fab_hash) is not None or state.get_tasks():
-        raise PinUnavailable("a bundle that nobody allowed got into the node on trial")
+        raise PinUnavailable("a bundle that is not allowed got into the node on trial")
     replies = state.get_messages_legacy(is_reply=True)
     if answered != 1 or [reply.has_error() and reply.error.code for reply in replies] != [_INVALID_FAB]:
-        raise PinUnavailable("a bundle that nobody allowed was not answered with an error on trial")
+        raise PinUnavailable("a bundle that is not allowed was not answered with an error on trial")

@@ -1,8 +1,8 @@
-"""Start Flower's SuperNode for the owner of some data: their node file, and no app but those that it allows.
+"""Start Flower's SuperNode for the owner of some data, with the owner's node file and only the apps that it allows.
 
-The SuperNode runs in this process, since the pin (`node.pin`) must stand where apps arrive. Flower unpacks an app into
-its home and later loads it from there by name, without a second look; so a node gets a home of its own, empty at the
-start and closed to other users: only bundles that passed the pin are ever unpacked in it.
+The SuperNode runs in this process, because the pin (`node.pin`) must check apps where they arrive. Flower unpacks an
+app into its home and later loads it from there by name, without a second check. Each node therefore gets its own home,
+empty at the start and closed to other users: only bundles that passed the pin are ever unpacked in it.
 """
 
 import logging
@@ -25,28 +25,28 @@ from fl_dualpriv.node.tables import NodeServer, split_address
 from fl_dualpriv.run.user_folders import home as home_of_user
 
 ANY_APP = (
-    "--any-app: this node runs whatever code its server sends, and against a hostile server it then has no budget at "
+    "--any-app: this node runs any code that its server sends, and against a hostile server it then has no budget at "
     "all: such code can read the data and send it away"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeOptions:
-    """What an owner says at the start; the rest stands in the node file, and None is what stands there too.
+    """Options that an owner gives at the start. The node file gives the rest, and the value of an option that is None.
 
     Attributes:
         node_file: The owner's file.
         superlink: ``HOST:PORT`` of the server.
-        insecure: Without TLS; for a SuperLink on this machine.
-        root_certificates: PEM file that the server's certificate is checked with; None: the system's.
-        auth_private_key: SSH key (NIST curve) by which the server knows this node; None: anonymous.
-        trusted_entities: Flower's YAML file of publishers; a bundle must then also be signed by one of them.
-        partition_id: Which client of the run this node is, from 0.
-        host: Address of the port below; other machines have no business there.
-        port: TCP port between this node and the processes of its apps; each node of a machine needs its own.
-        max_retries: Attempts to reach the server again; None: for ever.
-        any_app: Start without a pin.
-        health_seconds: Between two looks at the node's health.
+        insecure: True to connect without TLS, for a SuperLink on this machine.
+        root_certificates: PEM file that verifies the server's certificate. None means the system's certificates.
+        auth_private_key: SSH key (NIST curve) by which the server knows this node. None means anonymous.
+        trusted_entities: Flower's YAML file of publishers. A bundle must then also be signed by one of them.
+        partition_id: Number of this node's client in the run, from 0.
+        host: Address of the port below. No other machine needs access to it.
+        port: TCP port between this node and the processes of its apps. Each node of a machine needs its own.
+        max_retries: Attempts to reach the server again. None means no limit.
+        any_app: True to start without a pin.
+        health_seconds: Seconds between two checks of the node's health.
     """
 
     node_file: Path
@@ -64,10 +64,10 @@ class NodeOptions:
 
 
 def check_options(options: NodeOptions) -> NodeFile:
-    """Read the owner's file and refuse what would start a node without the protection that its owner expects.
+    """Read the owner's file, and refuse options that would start a node without the protection that its owner expects.
 
     Raises:
-        ConfigError: If the file cannot be used, or options and file do not fit.
+        ConfigError: If the file cannot be used, or options and file contradict each other.
     """
     file = options.node_file
     node = read_node_file(file)
@@ -75,16 +75,16 @@ def check_options(options: NodeOptions) -> NodeFile:
         raise ConfigError(f"{file} allows {len(node.apps)} app(s), and --any-app allows all: choose one")
     if not node.apps and not options.any_app:
         raise ConfigError(
-            f'{file} allows no app: put `allowed = ["DIGEST"]` under [app], with what `fl-dualpriv node hash APP` '
-            "prints, or give --any-app to run whatever the server sends, without any budget against it"
+            f'{file} allows no app: put `allowed = ["DIGEST"]` under [app], with the digest that `fl-dualpriv node '
+            "hash APP` prints, or give --any-app to run any app that the server sends, without any budget against it"
         )
     if missing := missing_folders(node):
         raise ConfigError(f"{file} has {missing}")
     if options.insecure and options.root_certificates is not None:
-        raise ConfigError("--insecure is without TLS and --root-certificates is for TLS: choose one")
+        raise ConfigError("--insecure disables TLS and --root-certificates is for TLS: choose one")
     if options.superlink is None and node.server is None:
         raise ConfigError(
-            f"nothing says where the server is: give --superlink HOST:PORT, or [server] with an address in {file}"
+            f"the address of the server is missing: give --superlink HOST:PORT, or [server] with an address in {file}"
         )
     try:
         split_address(options.superlink or "host:1")
@@ -94,13 +94,13 @@ def check_options(options: NodeOptions) -> NodeFile:
 
 
 def server_of(options: NodeOptions, node: NodeFile) -> NodeServer:
-    """How the node reaches its server: the options, and what they leave open as the file says it.
+    """Return the connection to the node's server, from the options first and then from the file.
 
     Raises:
-        ConfigError: If nothing says where the server is.
+        ConfigError: If neither gives the address of the server.
     """
     said = node.server or NodeServer(address=options.superlink or "")
-    if options.insecure:  # then nothing of the file's TLS
+    if options.insecure:  # then the file's TLS values do not apply
         said = replace(said, insecure=True, root_certificates=None, private_key=None)
     given = {
         "address": options.superlink,
@@ -113,7 +113,7 @@ def server_of(options: NodeOptions, node: NodeFile) -> NodeServer:
 
 
 def command_line(options: NodeOptions, server: NodeServer, node_config: Path) -> list[str]:
-    """The words with which Flower's SuperNode is started."""
+    """Return the command line that starts Flower's SuperNode."""
     words = ["flower-supernode", "--superlink", server.address, "--node-config", str(node_config)]
     words += ["--host", options.host, "--port", str(server.port)]
     if server.insecure:
@@ -130,8 +130,8 @@ def command_line(options: NodeOptions, server: NodeServer, node_config: Path) ->
 
 
 def node_config_text(options: NodeOptions, server: NodeServer, device: str = "") -> str:
-    """The node configuration that apps get, as TOML: which client this is, its owner's file, and the usable device."""
-    # A file, because the words of --node-config take no path with quotes.
+    """Return the node configuration for apps as TOML: number of the client, owner's file, and usable device."""
+    # The configuration goes into a file, because the words of --node-config accept no path with quotes.
     chosen = {"device": device} if device else {}
     return to_toml({"partition-id": server.partition_id, "node-file": str(options.node_file), **chosen})
 
@@ -141,19 +141,20 @@ def start(options: NodeOptions, node: NodeFile) -> None:
 
     Guarantee:
         Unless ``any_app`` is set, an app whose bundle is not in the owner's list is refused before any of its code is
-        imported (`node.pin.install`), and what Flower loads lies in a folder into which this node alone has unpacked,
-        and only such bundles. What remains: whoever may write there all the same, that is other programs of this user
-        and the administrator; and other users of this machine, who can reach ``port`` and, since Flower asks them for
-        nothing, take a message meant for the app and answer it in its place, but see neither data nor ledger.
+        imported (`node.pin.install`). Flower loads code from a folder into which only this node has unpacked bundles,
+        and only bundles in that list. Two risks remain. Other programs of this user and the administrator can still
+        write into that folder. Other users of this machine can reach ``port``. Because Flower does not authenticate
+        them, they can take a message meant for the app and answer it in its place, but they see neither data nor
+        ledger.
 
     Args:
-        options: What the owner says at the start.
-        node: What `check_options` read.
+        options: Options that the owner gives at the start.
+        node: Owner's file as `check_options` read it.
 
     Raises:
         ConfigError: If no record of the owner's data can be used.
-        PinUnavailable: If the installed Flower is not one in which the pin holds.
-        SystemExit: With Flower's own status, at the end.
+        PinUnavailable: If the pin does not hold in the installed Flower.
+        SystemExit: At the end, with Flower's own status.
     """
     for line in before_joining(node):
         sys.stderr.write(f"{line}\n")
@@ -164,13 +165,13 @@ def start(options: NodeOptions, node: NodeFile) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"{folder} cannot be made ({error.strerror or error}), and a node keeps Flower's files in it: set HOME to "
+            f"{folder} cannot be made ({error.strerror or error}), but a node keeps Flower's files in it: set HOME to "
             "a folder of this user"
         ) from error
-    # Not in /tmp, which systems clean by age. Readable by nobody else (mkdtemp).
+    # Not in /tmp, because systems delete old files there. No other user can read the folder (mkdtemp).
     with tempfile.TemporaryDirectory(prefix="node-", dir=folder, ignore_cleanup_errors=True) as home:
         os.environ |= environment(Path(home))
-        os.environ.pop(ENVIRONMENT, None)  # the file of this node is named in its configuration
+        os.environ.pop(ENVIRONMENT, None)  # the node's configuration names its file
         if not options.any_app:
             node_pin.install(node.apps)
         node_health.install(options.node_file, options.health_seconds)
@@ -185,7 +186,7 @@ def start(options: NodeOptions, node: NodeFile) -> None:
 
 
 def chosen_device(node: NodeFile) -> str:
-    """The owner's device, or the CPU after one line that says why; empty where the owner chose none."""
+    """Return the owner's device, or the CPU after one warning that says why; empty if the owner chose none."""
     device, note = probe(node.device) if node.device else ("", "")
     if note:
         logging.getLogger("flwr").warning("%s", note)
@@ -193,12 +194,12 @@ def chosen_device(node: NodeFile) -> str:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Variables for the SuperNode and the processes of its apps, which inherit them."""
+    """Return the variables for the SuperNode and for the processes of its apps, which inherit them."""
     return {
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
-        # Flower starts its own programs by bare name: those of this environment, whatever else is on the path.
+        # Flower starts its programs by bare name. They must be those of this environment.
         "PATH": programs.search_path(),
     }
 
@@ -206,11 +207,11 @@ def environment(home: Path) -> dict[str, str]:
 def settle_proxies(server: NodeServer) -> None:
     """Let the node and its apps, which talk to each other on this machine, do so without the user's proxies.
 
-    The way to a server elsewhere stays as the user's proxies say.
+    The connection to a server on another machine still uses the user's proxies.
 
     Raises:
-        ConfigError: If a proxy stands on that way that Flower's client cannot use. Without it the node would go another
-            way than its owner has said.
+        ConfigError: If Flower's client cannot use a proxy of that connection. Without the proxy the node would take
+            another path than its owner has configured.
     """
     unusable = [name for name, value in flower_hook.proxy_changes(os.environ).items() if value is None]
     if unusable and not server.is_here:

@@ -1,6 +1,6 @@
-"""The tables of a node's file that say how it works: which device, which model, which server. See `node_file`.
+"""Read the keys of a node's file for its device, its model and its server. See `node.file`.
 
-Standard library only: a SuperNode reads them before anything else is loaded.
+Standard library only, because a SuperNode reads them before it loads any other package.
 """
 
 import re
@@ -15,11 +15,11 @@ _DEFAULT_PORT = 9094  # Flower's own
 
 @dataclass(frozen=True, kw_only=True)
 class NodeModel:
-    """The only model that a run may use here, whatever its ``backbone`` names.
+    """The only model that a run may use on this node, for any ``backbone`` of the run.
 
     Attributes:
-        name: As ``backbone.name``; a folder in place of ``local-dir:`` or ``hf:`` has an absolute path.
-        pretrained: As ``backbone.pretrained``.
+        name: Name as in ``backbone.name``. A folder after ``local-dir:`` or ``hf:`` has an absolute path.
+        pretrained: Weights as in ``backbone.pretrained``.
     """
 
     name: str
@@ -28,14 +28,14 @@ class NodeModel:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeServer:
-    """How this node reaches its server; the options of ``fl-dualpriv node start`` come before it.
+    """Connection of this node to its server. Options of ``fl-dualpriv node start`` take precedence.
 
     Attributes:
         address: ``HOST:PORT``.
-        insecure: Without TLS; for a server on this machine.
-        root_certificates: PEM file that the server's certificate is checked with; None: the system's.
-        private_key: SSH key by which the server knows this node; None: anonymous.
-        partition_id: Which client of the run this node is, from 0.
+        insecure: True to connect without TLS, for a server on this machine.
+        root_certificates: PEM file that verifies the server's certificate. None means the system's certificates.
+        private_key: SSH key by which the server knows this node. None means anonymous.
+        partition_id: Number of this node's client in the run, from 0.
         port: TCP port on this machine, for the processes of this node's apps.
     """
 
@@ -48,21 +48,21 @@ class NodeServer:
 
     @property
     def host_and_port(self) -> tuple[str, int]:
-        """The two parts of the address."""
+        """Host and port of the address."""
         return split_address(self.address)
 
     @property
     def is_here(self) -> bool:
-        """Whether the address names this machine's loopback."""
+        """True if the address names this machine's loopback."""
         host = self.host_and_port[0]
         return host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host) is not None
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """``HOST:PORT`` in two; brackets of an IPv6 address are removed.
+    """Split ``HOST:PORT``; brackets of an IPv6 address are removed.
 
     Raises:
-        ValueError: If it is not of that form.
+        ValueError: If the address has another form.
     """
     host, colon, port = address.rpartition(":")
     if not (colon and host and port.isdecimal() and 1 <= int(port) <= 65535) or "/" in host:
@@ -71,7 +71,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def folder(key: str, value: Any, problems: list[str]) -> Path | None:
-    """An absolute path, or None and perhaps a problem."""
+    """Return an absolute path. Return None if the value is missing or, with a line in ``problems``, wrong."""
     if value is None:
         return None
     if not isinstance(value, str) or not Path(value).is_absolute():
@@ -81,7 +81,7 @@ def folder(key: str, value: Any, problems: list[str]) -> Path | None:
 
 
 def device(value: Any, problems: list[str]) -> str | None:
-    """Where the model runs."""
+    """Return the device of the model, or None."""
     if value is not None and not (isinstance(value, str) and DEVICES.fullmatch(value)):
         problems.append(f"device = {value!r}; it must be auto, cpu, cuda or cuda:N")
         return None
@@ -89,7 +89,7 @@ def device(value: Any, problems: list[str]) -> str | None:
 
 
 def model(table: Any, problems: list[str]) -> NodeModel | None:
-    """The table [model]."""
+    """Read the table [model]."""
     if table is None:
         return None
     name = _text(_table("model", table, {"name", "pretrained"}, problems), "model.name", problems, required=True)
@@ -98,7 +98,7 @@ def model(table: Any, problems: list[str]) -> NodeModel | None:
 
 
 def server(table: Any, problems: list[str]) -> NodeServer | None:
-    """The table [server]."""
+    """Read the table [server]."""
     if table is None:
         return None
     keys = {"address", "insecure", "root-certificates", "private-key", "partition-id", "port"}
@@ -116,7 +116,7 @@ def server(table: Any, problems: list[str]) -> NodeServer | None:
     root = folder("server.root-certificates", found.get("root-certificates"), problems)
     key = folder("server.private-key", found.get("private-key"), problems)
     if insecure is True and (root or key):
-        problems.append("server.insecure is without TLS; root-certificates and private-key are for TLS: choose one")
+        problems.append("server.insecure disables TLS; root-certificates and private-key are for TLS: choose one")
     index = _count(found, "server.partition-id", 0, 0, 2**31, problems)
     port = _count(found, "server.port", _DEFAULT_PORT, 1, 65535, problems)
     if len(problems) > before:

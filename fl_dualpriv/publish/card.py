@@ -1,7 +1,7 @@
-"""What is said about a published prompt: how to use it, where it comes from, what it reveals. No torch here.
+"""Facts of a published prompt: its use, its origin, and what it reveals. This module does not import torch.
 
-One JSON text of fixed form, the only metadata of the file. It is read as a stranger wrote it: every field is checked,
-nothing is guessed, and no name in it is used as a path.
+The facts are one JSON text with fixed fields, the only metadata of the file. A reader does not trust the text: it
+checks every field, guesses no value, and uses no name in it as a path.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from fl_dualpriv.run.tables import epsilon_text
 from fl_dualpriv.tasks.use_facts import UseFacts
 
 FORMAT = 1
-"""Of the file; a reader refuses another."""
+"""Format version of the file. A reader refuses every other version."""
 
 T = TypeVar("T")
 
@@ -28,7 +28,10 @@ _HUB_NAME = re.compile(r"(?!.*\.\.)[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 @dataclass(frozen=True, kw_only=True)
 class Guarantee:
-    """What a published prompt reveals, at one level; fields as in `privacy.plan.Release`. ``note`` says over what."""
+    """Privacy guarantee of a published prompt at one level.
+
+    The fields are those of `privacy.plan.Release`. ``note`` says what the ε covers.
+    """
 
     unit: Literal["record", "client"]
     relation: str
@@ -42,7 +45,7 @@ class Guarantee:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreFacts:
-    """Accuracies as the run reports them, each in [0, 1] or None; ``of`` says of what."""
+    """Accuracies that the run reports, each in [0, 1] or None. ``of`` names the prompts that were scored."""
 
     of: str
     split: str
@@ -54,16 +57,16 @@ class ScoreFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFacts:
-    """Where a prompt comes from.
+    """Origin of a prompt.
 
     Attributes:
-        client: Whose personal prompt it is; None: the global one.
-        method: Of the run.
-        rounds: Of the run.
-        population: Of the run.
-        randomness: ``seeded``: whoever knows the seed can take the noise off.
-        version: Of fl-dualpriv.
-        scores: None: the run did not score this prompt.
+        client: Client that owns the personal prompt. None means the global prompt.
+        method: Method of the run.
+        rounds: Number of rounds of the run.
+        population: Number of clients of the run.
+        randomness: ``os`` or ``seeded``. If ``seeded``, anyone who knows the seed can remove the noise.
+        version: Version of fl-dualpriv.
+        scores: Accuracies of this prompt. None if the run did not score it.
     """
 
     client: int | None
@@ -76,20 +79,20 @@ class SourceFacts:
 
     @property
     def whose(self) -> str:
-        """In words."""
+        """Name of the prompt in words."""
         return "global prompt" if self.client is None else f"personal prompt of client {self.client}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedFacts:
-    """All of it.
+    """All facts of a published prompt.
 
     Attributes:
-        use: How it is used.
-        source: Where it comes from.
-        guarantees: One for each level; empty if and only if ``not_private``.
-        not_private: It was published without differential privacy, knowingly.
-        notes: What else a reader must know.
+        use: Facts that a reader needs to use the prompt.
+        source: Origin of the prompt.
+        guarantees: One guarantee for each level; empty if and only if ``not_private``.
+        not_private: True if the prompt was published knowingly without differential privacy.
+        notes: Further facts that a user of the prompt must know.
     """
 
     use: UseFacts
@@ -100,43 +103,43 @@ class PublishedFacts:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """The guarantee in words, one line a level; or that there is none."""
+        """Guarantee in words, one line per level, or the statement that there is none."""
         if self.not_private:
             return ("no differential privacy: the prompt may reveal the data that it was trained on",)
         return tuple(guarantee_line(guarantee) for guarantee in self.guarantees)
 
     @property
     def is_reproducible(self) -> bool:
-        """Whether its noise can be made again from a seed, so that its guarantee holds against nobody who knows it."""
+        """True if a seed can reproduce the noise. The guarantee then fails against anyone who knows the seed."""
         return bool(self.guarantees) and self.source.randomness == "seeded"
 
     def check(self) -> None:
         """Refuse a prompt without its guarantee.
 
         Raises:
-            PrivacyError: If what it reveals is not said.
+            PrivacyError: If the statement of what the prompt reveals is missing, contradictory or has invalid numbers.
         """
         if self.not_private == bool(self.guarantees):
             raise PrivacyError(
                 "it holds no guarantee line: neither an ε with unit, relation, sampling and count, nor that it has no "
                 "differential privacy"
                 if not self.guarantees
-                else "it holds a guarantee and says that it has none"
+                else "it holds a guarantee and also says that it has none"
             )
         for guarantee in self.guarantees:
             if not (guarantee.epsilon > 0 and 0 < guarantee.delta < 1 and guarantee.releases > 0):
                 raise PrivacyError(
                     f"its guarantee line says ε = {guarantee.epsilon:g} at δ = {guarantee.delta:g} for "
-                    f"{guarantee.releases} releases, which is none"
+                    f"{guarantee.releases} releases, which is not a guarantee"
                 )
 
     def to_json(self) -> str:
-        """The same facts give the same text; ASCII, so that no letter can act on a terminal."""
+        """Return JSON: the same facts give the same text, in ASCII, so that no character can act on a terminal."""
         return json.dumps({"format": FORMAT} | asdict(self), sort_keys=True, allow_nan=False)
 
 
 def guarantee_line(guarantee: Guarantee) -> str:
-    """One line: never an ε without unit, relation, sampling and count."""
+    """Return the guarantee as one line, which never gives an ε without unit, relation, sampling and count."""
     unit = {"record": "one record of a client", "client": "all data of a client"}[guarantee.unit]
     count = f"{guarantee.releases} release{'s' * (guarantee.releases > 1)}"
     return (
@@ -149,7 +152,7 @@ def parse_facts(text: str) -> PublishedFacts:
     """Read what `to_json` wrote.
 
     Raises:
-        ConfigError: If it is not of that form.
+        ConfigError: If the text has another form.
         PrivacyError: If the guarantee is missing.
     """
     try:
@@ -158,7 +161,7 @@ def parse_facts(text: str) -> PublishedFacts:
         raise ConfigError(f"its description is not JSON: {type(error).__name__}") from error
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise ConfigError(f"its description is not of format {FORMAT}, the one that this version reads")
-    # First: whoever cuts the guarantee out is to be told so, not that a field is missing.
+    # This check comes first: if the guarantee was cut out, the message must say so, not that a field is missing.
     if not content.get("guarantees") and content.get("not_private") is not True:
         raise PrivacyError("it holds no guarantee line: nothing says what it reveals about the data behind it")
     facts = _parse(PublishedFacts, content, "")
@@ -168,10 +171,10 @@ def parse_facts(text: str) -> PublishedFacts:
 
 
 def parse_use(content: Any) -> UseFacts:
-    """Read what ``asdict`` made of `UseFacts` in the files of a run.
+    """Read the `UseFacts` that a run wrote into its files with ``asdict``.
 
     Raises:
-        ConfigError: If it is not of that form.
+        ConfigError: If the content has another form.
     """
     use = _parse(UseFacts, content, "")
     _check_use(use)
@@ -179,10 +182,10 @@ def parse_use(content: Any) -> UseFacts:
 
 
 def _check_use(use: UseFacts) -> None:
-    """Refuse what would be used otherwise than it was meant.
+    """Refuse facts with which a reader would not use the prompt as intended.
 
     Raises:
-        ConfigError: If something is missing or too much.
+        ConfigError: If a fact is missing, invalid, or does not fit the others.
     """
     if use.asks_questions == bool(use.classes) or use.asks_questions != bool(use.max_tokens):
         raise ConfigError(f"a prompt of kind {use.kind!r} {'without' if not use.classes else 'with'} classes")
@@ -192,17 +195,17 @@ def _check_use(use: UseFacts) -> None:
         raise ConfigError(f"its template {use.template!r:.80} must have exactly one {{}} for the class name")
     name = use.backbone.name.removeprefix("hf:").removeprefix("local-dir:")
     if not _HUB_NAME.fullmatch(name) or not re.fullmatch(r"[\w.-]*", use.backbone.pretrained, re.ASCII):
-        raise ConfigError("its backbone is named by a path or in strange letters; such a name is not used")
+        raise ConfigError("its backbone is named by a path or with unusual characters; such a name is not used")
     if not all(re.fullmatch("[0-9a-f]{16}", key) for key in (use.backbone.fingerprint, use.backbone.image_side)):
         raise ConfigError("its backbone has no fingerprint of 16 hex digits")
     if not use.backbone.is_local and (
         use.backbone.name.startswith("local-dir:") or use.backbone.pretrained.endswith((".pt", ".pth", ".safetensors"))
     ):
-        raise ConfigError("its backbone is a file or folder and it does not say so")
+        raise ConfigError("its backbone is a local file or folder, but it does not say so")
 
 
 def _parse(kind: type[T], value: Any, where: str) -> T:
-    """A dataclass from JSON, every field of its type and none beside them."""
+    """Build a dataclass from JSON. Every field must have its type, and no other field is allowed."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"its description lacks {where or 'everything'}")
     hints = get_type_hints(kind)
@@ -225,11 +228,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, str) and value in options:
             return value
     elif hint is float:
-        if type(value) in (int, float) and abs(value) < _LARGEST:  # no NaN, no infinity, no endless integer
+        if type(value) in (int, float) and abs(value) < _LARGEST:  # no NaN, no infinity, no huge integer
             return float(value)
     elif hint is str:
         if isinstance(value, str) and len(value) <= _MOST_LETTERS:
             return value
-    elif type(value) is hint:  # bool and int; JSON's true is no number
+    elif type(value) is hint:  # bool and int; JSON's true is not a number
         return value
-    raise ConfigError(f"its description says {where} = {value!r:.80}, which is none")
+    raise ConfigError(f"its description says {where} = {value!r:.80}, which is not allowed")

@@ -1,6 +1,6 @@
-"""What there is to publish in a run's folder, or in the state folder of a deployed node: a prompt, and what is known.
+"""Read a prompt and its facts from a run's folder, or from the state folder of a deployed node.
 
-Everything is read and compared, nothing is decided here: see `publishing`.
+This module reads and compares the files. `publish.rules` decides what may be published.
 """
 
 import json
@@ -24,25 +24,25 @@ GLOBAL_ROW, PERSONAL_ROW = "global prompt", "published personal prompt"
 """Names of releases in a run's privacy table."""
 
 Row = Mapping[str, Any]
-"""An entry of the privacy table, see `privacy.plan.Release`."""
+"""Entry of the privacy table, see `privacy.plan.Release`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Material:
-    """A prompt that may be published.
+    """Prompt that may be published, with everything that the folder says about it.
 
     Attributes:
-        prompt: P, as the run scored it where it did, (rows, cols).
-        use: How it is used.
-        source: Where it comes from.
-        rows: All of the run's privacy table.
-        ledgers: Unit → the ledgers that are here; a unit whose ledgers lie elsewhere is missing.
-        run_token: Of the run.
-        claims: Units that the run states an ε for, whatever it releases.
-        deployed: Whether the clients ran on nodes of their own, where their ledgers stay.
+        prompt: Effective prompt P, (rows, cols). If the run scored a prompt, it is the scored one.
+        use: Facts that a reader needs to use the prompt.
+        source: Origin of the prompt.
+        rows: All rows of the run's privacy table.
+        ledgers: Unit → ledgers in the folder. A unit whose ledgers are stored elsewhere is missing.
+        run_token: Token of the run.
+        claims: Units for which the run states an ε, for any release.
+        deployed: True if the clients ran on separate nodes, where their ledgers stay.
         backbone: Name of the model, as configured.
-        pretrained: Likewise.
-        notes: What else a reader must know.
+        pretrained: Weights of the model, as configured.
+        notes: Further facts that a user of the prompt must know.
     """
 
     prompt: Tensor
@@ -62,12 +62,12 @@ def read_material(folder: Path, client: int | None) -> Material:
     """Read a run's folder or a node's state folder.
 
     Args:
-        folder: Either.
-        client: Whose personal prompt; None: the global one.
+        folder: Folder of a run, or state folder of a node.
+        client: Client that owns the personal prompt. None means the global prompt.
 
     Raises:
-        ConfigError: If it is neither, is damaged, the run did not finish, or there is no such prompt.
-        PrivacyError: If a ledger that must be there is not.
+        ConfigError: If the folder is neither or is damaged, the run did not finish, or there is no such prompt.
+        PrivacyError: If a ledger that must be in the folder is missing.
     """
     try:
         if (folder / NODE_RUN_FILE).exists():
@@ -94,13 +94,13 @@ def _of_run(folder: Path, client: int | None) -> Material:
     prompt_file = folder / "prompts" / "global.safetensors"
     tensors, metadata = read_tensors(prompt_file)
     if "use" not in metadata or "run-token" not in metadata:
-        raise ConfigError(f"{prompt_file} does not say what it is for: an older version wrote it; run it again")
+        raise ConfigError(f"{prompt_file} does not say how to use the prompt: an older version wrote it; run it again")
     prompt = tensors.get("context", tensors["global"])
     token, deployed = metadata["run-token"], summary["engine"] == "deployment"
     if client is not None:
         if deployed:
             raise ConfigError(
-                f"{folder}: the personal prompt of client {client} lies on its node; its owner exports it from the "
+                f"{folder}: the personal prompt of client {client} is on its node; its owner exports it from the "
                 "node's state folder"
             )
         personal = _personal(folder / "clients" / f"client-{client:03d}" / "prompt.safetensors", token)
@@ -144,7 +144,7 @@ def _check_owner(method: str, client: int | None, population: int) -> None:
 
 def _use(content: object, method: str) -> UseFacts:
     if content is None:
-        raise ConfigError(f"what a run of {method} learns cannot be used without the run, and so is not published")
+        raise ConfigError(f"a prompt of a run of {method} cannot be used without the run, so it is not published")
     return parse_use(content)
 
 
@@ -156,12 +156,12 @@ def _personal(file: Path, run_token: str) -> Tensor:
         )
     tensors, metadata = read_tensors(file)
     if metadata.get("run-token") != run_token:
-        raise ConfigError(f"{file} is of another run than the global prompt")
+        raise ConfigError(f"{file} belongs to another run than the global prompt")
     return tensors["personal"]
 
 
 def _ledgers_of_run(folder: Path, summary: Mapping[str, Any], *, deployed: bool) -> dict[str, Sequence[LedgerContent]]:
-    """All ledgers of a simulation; the ledgers of deployed clients stay on their nodes.
+    """Return all ledgers of a simulation. The ledgers of deployed clients stay on their nodes.
 
     Guarantee:
         A client that answered a round has a ledger, because its line is written before its release. A missing ledger
@@ -182,7 +182,7 @@ def _ledgers_of_run(folder: Path, summary: Mapping[str, Any], *, deployed: bool)
     missing = [client for client in own if not (client / "ledger.jsonl").exists()]
     if unexplained := missing if not _may_be_idle(folder, theorems) else list(filter(_has_answered, missing)):
         raise PrivacyError(
-            f"{unexplained[0] / 'ledger.jsonl'} does not exist: without the client's ledger nothing says what was "
+            f"{unexplained[0] / 'ledger.jsonl'} does not exist: without the client's ledger it is unknown what was "
             "released"
         )
     if len(missing) == len(own) and "client" in theorems:
@@ -192,17 +192,17 @@ def _ledgers_of_run(folder: Path, summary: Mapping[str, Any], *, deployed: bool)
 
 
 def _may_be_idle(folder: Path, theorems: Set[str]) -> bool:
-    """True if a client of this run can have released nothing: cohorts are sampled, or calls of clients failed."""
+    """Return True if a client may have released nothing, because cohorts are sampled or calls of clients failed."""
     return "client" in theorems or read_totals(folder)["failures"] > 0
 
 
 def _has_answered(client: Path) -> bool:
-    """True if a client's folder holds a file that every round leaves there, see `ClientFolder`."""
+    """Return True if a client's folder holds a file that every round leaves there, see `ClientFolder`."""
     return any((client / name).exists() for name in ("prompt.safetensors", "sent.safetensors"))
 
 
 def _by_unit(contents: Sequence[LedgerContent]) -> dict[str, Sequence[LedgerContent]]:
-    """Ledgers by unit; a damaged line counts for every unit."""
+    """Divide ledgers by unit. A damaged line counts for each unit of its ledger, and for both if no event is left."""
     found: dict[str, list[LedgerContent]] = {}
     for content in contents:
         for unit in {event.unit for event in content.events} or ({"record", "client"} if content.damaged else set()):
@@ -212,7 +212,7 @@ def _by_unit(contents: Sequence[LedgerContent]) -> dict[str, Sequence[LedgerCont
 
 
 def _scores_of_run(summary: Mapping[str, Any], client: int | None) -> tuple[ScoreFacts | None, tuple[str, ...]]:
-    """Accuracies if they are of this kind of prompt, and a note if they are not."""
+    """Return the accuracies if they belong to this kind of prompt, or a note if they do not."""
     sound = {row["unit"] for row in summary["privacy"] if row["guarantee"] == "theorem"}
     of_personal = METHODS[summary["method"]].personal and (not sound or "record" in sound)
     before, after = summary["accuracy"]["zero_shot"], summary["accuracy"]["final"]
@@ -265,7 +265,7 @@ def _of_node(folder: Path, client: int | None) -> Material:
 
 
 def _prompt_of_node(folder: Path, run: NodeRun) -> tuple[Tensor, ScoreFacts | None, tuple[str, ...]]:
-    """As the last round scored it; where nothing is scored, with the global prompt that the last round trained on."""
+    """Return the prompt that the last round scored. Without scores, use the global prompt of the last training."""
     file = folder / "prompt.safetensors"
     personal = _personal(file, run.run_token)
     scored = folder / SCORED_FILE
@@ -285,7 +285,7 @@ def _prompt_of_node(folder: Path, run: NodeRun) -> tuple[Tensor, ScoreFacts | No
     tensors, metadata = read_tensors(file)
     if (last := int(metadata["server-round"])) != run.rounds:
         raise ConfigError(f"{folder}: the run did not finish here, the last round was {last} of {run.rounds}")
-    note = "with the global prompt as the last round sent it: the node never saw what became of it"
+    note = "with the global prompt that the last round sent: the node did not receive the final one"
     return METHODS[run.method].effective(tensors["global"], personal), None, (note,)
 
 

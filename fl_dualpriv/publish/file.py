@@ -1,7 +1,7 @@
-"""The file of a published prompt: safetensors with two tensors and one text of facts, and a model card beside it.
+"""Write and read the file of a published prompt: safetensors with two tensors and one text of facts, plus a model card.
 
-Written in one step, the same bytes for the same prompt. Read whole and once, as a stranger's file: sizes, types, names
-and numbers are checked before anything is made of them.
+The file is written in one step, and the same prompt gives the same bytes. A reader trusts no part of the file: it reads
+the file whole and once, and checks sizes, types, names and numbers before it uses them.
 """
 
 import json
@@ -21,7 +21,7 @@ from fl_dualpriv.publish.model_card import model_card
 
 SUFFIX = ".safetensors"
 KEY = "fl-dualpriv"
-"""The one entry of the metadata: with several, safetensors writes them in an order of chance."""
+"""The only entry of the metadata, because safetensors writes several entries in random order."""
 
 _MOST_BYTES = 2**28
 _MOST_HEADER_BYTES = 2**23
@@ -29,12 +29,12 @@ _MOST_HEADER_BYTES = 2**23
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PublishedPrompt:
-    """A prompt and what there is to say about it.
+    """Prompt with its facts.
 
     Attributes:
         prompt: The effective prompt P, (rows, cols) float32.
-        probe: What it makes of one image that is nobody's, see `prediction`, (numbers,) float32: whoever loads it with
-            another model, tokenizer or preparation of images gets other numbers.
+        probe: Outputs for one fixed synthetic image, see `Reader.probe`, (numbers,) float32. Another model, tokenizer
+            or preparation of images gives other numbers.
         facts: See `PublishedFacts`.
     """
 
@@ -44,32 +44,32 @@ class PublishedPrompt:
 
 
 def card_path(path: Path) -> Path:
-    """Where the model card of a prompt lies."""
+    """Return the path of a prompt's model card."""
     return path.with_suffix(".md")
 
 
 def write_published(path: Path, published: PublishedPrompt) -> None:
-    """Write a prompt and its card; each in one step, the card first, so that no prompt is ever without.
+    """Write a prompt and its card, each in one step. The card comes first, so that no prompt is ever without a card.
 
     Raises:
-        ConfigError: If the prompt could not be read again, or the name has another suffix.
+        ConfigError: If the prompt could not be read back, or the file name has another suffix.
         PrivacyError: If the guarantee is missing.
     """
     if path.suffix != SUFFIX:
         raise ConfigError(f"{path}: the file of a prompt ends in {SUFFIX}")
     tensors = {"prompt": published.prompt.contiguous(), "probe": published.probe.contiguous()}
     content = save(tensors, {KEY: published.facts.to_json()})
-    parse_published(content)  # what is written can be read
+    parse_published(content)  # the file must be readable
     write_bytes(card_path(path), model_card(published.facts, path.name, tuple(published.prompt.shape)).encode())
     write_bytes(path, content)
 
 
 def read_published(path: Path) -> PublishedPrompt:
-    """Read a prompt.
+    """Read a published prompt.
 
     Raises:
-        ConfigError: If the file cannot be read, or is not such a file, whole and intact.
-        PrivacyError: If nothing says what it reveals.
+        ConfigError: If the file cannot be read, is not a published prompt, or is damaged.
+        PrivacyError: If the file does not say what the prompt reveals.
     """
     try:
         with path.open("rb") as file:
@@ -83,21 +83,21 @@ def read_published(path: Path) -> PublishedPrompt:
 
 
 def parse_published(content: bytes) -> PublishedPrompt:
-    """The prompt of a file's bytes.
+    """Parse the bytes of a published prompt's file.
 
     Raises:
-        ConfigError: If it is not whole and intact.
-        PrivacyError: If nothing says what it reveals.
+        ConfigError: If the bytes are not a published prompt, or are damaged.
+        PrivacyError: If the file does not say what the prompt reveals.
     """
     if len(content) > _MOST_BYTES:
-        raise ConfigError(f"it is larger than {_MOST_BYTES // 2**20} MiB; no prompt is")
+        raise ConfigError(f"it is larger than {_MOST_BYTES // 2**20} MiB, the largest size of a prompt's file")
     facts = parse_facts(_described(content))
     try:
         tensors = load(content)
     except Exception as error:  # safetensors and torch each raise their own kinds
         raise ConfigError(f"it is damaged or cut off: {str(error).strip()[:200]}") from error
     if tensors.keys() != {"prompt", "probe"}:
-        raise ConfigError("it does not hold the two tensors prompt and probe, and nothing else")
+        raise ConfigError("it does not hold exactly the two tensors prompt and probe")
     prompt, probe = tensors["prompt"], tensors["probe"]
     for name, tensor, dims in (("prompt", prompt, 2), ("probe", probe, 1)):
         if tensor.dtype != torch.float32 or tensor.ndim != dims or not tensor.numel():
@@ -111,20 +111,20 @@ def parse_published(content: bytes) -> PublishedPrompt:
 
 
 def _described(content: bytes) -> str:
-    """The text of facts in the header. Read before the tensors, for a header may claim to be any size."""
+    """Return the text of facts in the header. It is read before the tensors, because a header may claim any size."""
     (size,) = struct.unpack("<Q", content[:8]) if len(content) >= 8 else (0,)
     if not 0 < size <= min(_MOST_HEADER_BYTES, len(content) - 8):
-        raise ConfigError("it is no safetensors file, or it is cut off")
+        raise ConfigError("it is not a safetensors file, or it is cut off")
     try:
         header: Any = json.loads(content[8 : 8 + size])
         metadata = header["__metadata__"]
         text = metadata[KEY]
     except (ValueError, RecursionError, KeyError, TypeError) as error:
-        # A prompt that a run keeps for itself has no such text, and nobody may take it for a published one.
+        # A prompt in a run's folder has no such text, and no user may mistake it for a published prompt.
         raise PrivacyError(
             "it holds no guarantee line: it is not a file that `fl-dualpriv export` wrote, and nothing says what it "
             "reveals"
         ) from error
     if not isinstance(text, str):
-        raise ConfigError("its description is no text")
+        raise ConfigError("its description is not a text")
     return text

@@ -1,7 +1,7 @@
-"""The model card of a published prompt, in Markdown, from its facts alone: the same facts give the same card.
+"""Write the model card of a published prompt in Markdown. It depends only on the facts: same facts, same card.
 
-Names of classes, templates and models come from folders and files of somebody: none of them can become a heading, a
-link or HTML. They stand in JSON inside code, with the letters escaped that could end it.
+Names of classes, templates and models come from folders and files of other users, so none of them may become a heading,
+a link or HTML. They are written as JSON inside code, and the characters that could end the code are escaped.
 """
 
 import json
@@ -15,18 +15,18 @@ _KINDS = {
     "head": "low-rank factors over the zero-shot class features; no text tower is run",
     "linear-probe": "weights and a bias for each class, on frozen image features",
     "prototypes": "a direction for each class, on frozen image features",
-    "soft-prompt": "words of its own before a question about an image",
+    "soft-prompt": "learned words before a question about an image",
     "lora": "LoRA factors beside the query and value layers of the language model",
 }
 
 
 def model_card(facts: PublishedFacts, file: str, shape: tuple[int, ...]) -> str:
-    """The card.
+    """Return the model card.
 
     Args:
-        facts: What there is to say.
+        facts: Facts of the prompt.
         file: Name of the prompt's file.
-        shape: Of the prompt.
+        shape: Shape of the prompt.
     """
     use, source, backbone = facts.use, facts.source, facts.use.backbone
     question = ' --question "..."' if use.asks_questions else ""
@@ -82,7 +82,7 @@ def _percent(share: float | None) -> str:
 
 
 def _code(text: str) -> str:
-    """A text as code that nothing in it can end."""
+    """Return a text as Markdown code that no character of the text can end."""
     return f"`{_escaped(text)[1:-1]}`" if text else ""
 
 

@@ -1,4 +1,4 @@
-"""A frozen model with a published prompt, ready for images: one reader names classes, one answers questions."""
+"""Readers: a frozen model with a published prompt. One reader names the class of an image, one answers questions."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -22,16 +22,16 @@ from fl_dualpriv.models.pruning.tokens import VisualTokenPruner
 from fl_dualpriv.tasks.use_facts import BackboneFacts, UseFacts
 
 _TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
-"""Of a probe, relative to its largest entry, by precision of products: another device rounds otherwise."""
+"""Tolerance of a probe, relative to its largest entry, by precision of products: another device rounds differently."""
 _PROBED = 256
-"""Scores of words in a probe."""
+"""Number of word scores in the probe of a model that answers questions."""
 
 Reply = tuple[str, dict[str, float]]
-"""The label or answer, and probabilities of classes, the likeliest first (empty for answers)."""
+"""Label or answer, and probabilities of the classes, the likeliest first (empty for answers)."""
 
 
 class Reader(Protocol):
-    """A model with a prompt."""
+    """Frozen model with a prompt."""
 
     @property
     def model(self) -> ImageEncoder:
@@ -39,22 +39,22 @@ class Reader(Protocol):
         ...
 
     def replies(self, features: np.ndarray, question: str) -> list[Reply | None]:
-        """What the prompt says of each image, from its features (image, embed_dim); None where they are not finite."""
+        """Return the reply for each image, from features (image, embed_dim); None if its features are not finite."""
         ...
 
     def probe(self) -> Tensor:
-        """What it makes of an image that is nobody's: numbers (n,) on the CPU.
+        """Return the outputs for one fixed synthetic image: numbers (n,) on the CPU.
 
-        They change with weights, architecture, tokenizer, preparation of images, pruner and prompt.
+        The numbers change with weights, architecture, tokenizer, preparation of images, pruner and prompt.
         """
         ...
 
 
 class Classifier:
-    """`Reader` of class names.
+    """`Reader` that names the class of an image.
 
     Args:
-        use: How the prompt is used.
+        use: Facts that a reader needs to use the prompt.
         prompt: (rows, cols).
         backbone: The frozen model.
 
@@ -68,7 +68,7 @@ class Classifier:
         self._classes = _class_features(use, prompt.to(backbone.device), backbone)
 
     def replies(self, features: np.ndarray, question: str) -> list[Reply | None]:
-        """See `Reader`: a softmax over all classes, ranked by the products that a run scores by."""
+        """See `Reader`: a softmax over all classes, in the order of the products by which a run scores."""
         cosines = self._cosines(torch.from_numpy(features))
         shares = (self.model.logit_scale * cosines).softmax(dim=-1)
         return [self._reply(*pair) for pair in zip(cosines, shares, strict=True)]
@@ -89,7 +89,7 @@ class Classifier:
 
 
 def _class_features(use: UseFacts, prompt: Tensor, backbone: Backbone) -> Tensor:
-    """What image features are multiplied by, (n_cls, embed_dim), with a column for a bias if there is one."""
+    """Return the matrix that multiplies image features, (n_cls, embed_dim), plus a bias column if there is a bias."""
     n_cls = len(use.classes)
     if use.kind == "linear-probe":
         probe = LinearProbe(n_cls, backbone.embed_dim)
@@ -109,10 +109,10 @@ def _class_features(use: UseFacts, prompt: Tensor, backbone: Backbone) -> Tensor
 
 
 class Answerer:
-    """`Reader` of questions, decoding greedily: an answer that a run counts as right is the one that comes out.
+    """`Reader` that answers questions by greedy decoding. If a run counts an answer as correct, it gives that answer.
 
     Args:
-        use: How the prompt is used.
+        use: Facts that a reader needs to use the prompt.
         prompt: (rows, cols).
         model: The frozen model.
 
@@ -136,10 +136,10 @@ class Answerer:
         model.check_length(words, use.max_tokens)
 
     def replies(self, features: np.ndarray, question: str) -> list[Reply | None]:
-        """See `Reader`; ConfigError if the question cannot be written in the model's tokens, or leaves no room."""
+        """See `Reader`. Raise ConfigError if the model's tokens cannot express the question, or no room is left."""
         asked = self.model.question_tokens(question)
         if (room := self._max_tokens - len(asked)) < 1:
-            raise ConfigError(f"the question is {len(asked)} tokens long; with its answer at most {self._max_tokens}")
+            raise ConfigError(f"the question has {len(asked)} tokens; with its answer at most {self._max_tokens}")
         rows = torch.from_numpy(features)
         usable = torch.isfinite(rows).all(dim=1)
         found: list[Reply | None] = [None] * len(rows)
@@ -151,7 +151,7 @@ class Answerer:
 
     @torch.no_grad()
     def _decode(self, visual: Tensor, asked: list[int], room: int) -> list[list[int]]:
-        """Ids of each image's answer, without the end."""
+        """Return the token ids of each image's answer, without the end token."""
         tokens = torch.tensor(asked, device=visual.device).expand(len(visual), -1)
         ended = torch.zeros(len(visual), dtype=torch.bool, device=visual.device)
         for _ in range(room):
@@ -163,7 +163,7 @@ class Answerer:
         return [ids[: ids.index(self.model.end)] if self.model.end in ids else ids for ids in answers]
 
     def _next(self, visual: Tensor, tokens: Tensor) -> Tensor:
-        """Scores of the token behind a sequence, (image, vocabulary)."""
+        """Return the scores of the token that follows a sequence, (image, vocabulary)."""
         in_front = self._prompt if self._lora is None else self._words
         text = self.model.embed_tokens(tokens)
         embeddings = torch.cat([in_front.to(text.dtype).expand(len(visual), -1, -1), text], dim=1)
@@ -174,7 +174,7 @@ class Answerer:
 
     @torch.no_grad()
     def probe(self) -> Tensor:
-        """See `Reader`: scores of the first words of an answer to no question."""
+        """See `Reader`: scores of the first `_PROBED` words of the vocabulary after an empty question."""
         visual = _probe_features(self.model)
         nothing = torch.zeros(1, 0, dtype=torch.long, device=visual.device)
         return self._next(visual, nothing)[0, :_PROBED].float().cpu()
@@ -186,18 +186,18 @@ def _blocks(places: list[int]) -> Iterator[list[int]]:
 
 
 def load_reader(use: UseFacts, prompt: Tensor, name: str, pretrained: str, device: str) -> Reader:
-    """A model with a prompt.
+    """Load a model and combine it with a prompt.
 
     Args:
-        use: How the prompt is used.
+        use: Facts that a reader needs to use the prompt.
         prompt: (rows, cols).
-        name: Of the backbone, as in `load_backbone`.
-        pretrained: Likewise.
-        device: Likewise.
+        name: Name of the backbone, as in `load_backbone`.
+        pretrained: Weights of the backbone, as in `load_backbone`.
+        device: Device of the model, as in `load_backbone`.
 
     Raises:
-        ConfigError: If the model cannot be loaded, has other weights than the prompt was trained on, or the prompt does
-            not fit it.
+        ConfigError: If the model cannot be loaded, if its weights are not those that the prompt was trained on, or if
+            the prompt does not fit the model.
     """
     pruner = None if use.pruner is None else VisualTokenPruner(**asdict(use.pruner))
     if use.asks_questions:
@@ -210,7 +210,7 @@ def load_reader(use: UseFacts, prompt: Tensor, name: str, pretrained: str, devic
 
 
 def check_probe(reader: Reader, expected: Tensor, precision: str) -> None:
-    """Raise ConfigError if a model of the same weights reads images or texts otherwise than it did."""
+    """Raise ConfigError if a model with the same weights reads images or texts differently than at publication."""
     found = reader.probe()
     if found.shape == expected.shape:
         difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
@@ -220,8 +220,8 @@ def check_probe(reader: Reader, expected: Tensor, precision: str) -> None:
     else:
         reason = f"has {len(found)} numbers instead of {len(expected)}"
     raise ConfigError(
-        f"the backbone differs: its weights are those of the prompt, but what it makes of a known image {reason}; "
-        "tokenizer, activation or preparation of images are others, or the file was changed"
+        f"the backbone differs: its weights are those of the prompt, but its output for a known image {reason}; "
+        "tokenizer, activation or preparation of images differ, or the file was changed"
     )
 
 
@@ -235,7 +235,7 @@ def _check_fingerprint(facts: BackboneFacts, found: str, name: str) -> None:
 
 def _check_shape(prompt: Tensor, fitting: tuple[int, ...]) -> None:
     if tuple(prompt.shape) != fitting:
-        raise ConfigError(f"a prompt of shape {tuple(prompt.shape)}; with this model and these classes it is {fitting}")
+        raise ConfigError(f"a prompt of shape {tuple(prompt.shape)}; this model and these classes need {fitting}")
 
 
 def _probe_features(model: ImageEncoder) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which prompt may be published, and what must be said with it: the guarantee, or in clear that there is none."""
+"""Rules of publication: decide if a prompt may be published, and state its guarantee or plainly that it has none."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ from fl_dualpriv.publish.readers import load_reader
 Level = Literal["record", "client"]
 
 _ROUNDING = 1e-6
-"""Share by which equal compositions may differ when they are added up in another order."""
+"""Relative difference that equal compositions may have when they are summed in another order."""
 
 
 def publish(
@@ -27,31 +27,32 @@ def publish(
     backbone: tuple[str, str] | None = None,
     device: str = "auto",
 ) -> PublishedPrompt:
-    """A prompt of a finished run, ready to be written.
+    """Prepare a prompt of a finished run for publication.
 
     Args:
-        folder: Of the run, or of a deployed node's state.
-        client: Whose personal prompt; None: the global one.
-        level: State the guarantee of this level alone; None: of all levels that the run states.
+        folder: Folder of the run, or state folder of a deployed node.
+        client: Client that owns the personal prompt. None means the global prompt.
+        level: The only level whose guarantee is stated. None means all levels that the run states.
         not_private: Publish a prompt that has no guarantee, and say so.
-        allow_reproducible_noise: Publish although whoever knows the seed can take the noise off, and say so.
-        backbone: Name and weights of the model if they lie elsewhere than in the run; the weights must be the same.
-        device: Of the model.
+        allow_reproducible_noise: Publish although anyone who knows the seed can remove the noise, and say so.
+        backbone: Name and weights of the model, if they are stored elsewhere than in the run. The weights must be the
+            same.
+        device: Device of the model.
 
     Raises:
         ConfigError: If there is no such prompt, or the model is not the one of the run.
-        PrivacyError: If it may not be published so.
+        PrivacyError: If these rules do not allow the publication.
     """
     material = read_material(folder, client)
     guarantees, notes = guarantees_of(material, level, not_private=not_private)
     if guarantees and material.source.randomness == "seeded":
         if not allow_reproducible_noise:
             raise PrivacyError(
-                f"{folder}: the noise of the run comes from a seed (privacy.randomness = seeded): whoever knows it can "
-                'take the noise off. Run it again with privacy.randomness = "os", or publish it as a demonstration '
-                "with --allow-reproducible-noise"
+                f"{folder}: the noise of the run comes from a seed (privacy.randomness = seeded): anyone who knows the "
+                'seed can remove the noise. Run it again with privacy.randomness = "os", or publish the prompt as a '
+                "demonstration with --allow-reproducible-noise"
             )
-        notes += ("reproducible noise: the guarantee holds against nobody who knows the seed",)
+        notes += ("reproducible noise: the guarantee does not hold against anyone who knows the seed",)
     name, pretrained = backbone or (material.backbone, material.pretrained)
     reader = load_reader(material.use, material.prompt, name, pretrained, device)
     facts = PublishedFacts(
@@ -67,16 +68,17 @@ def publish(
 def guarantees_of(
     material: Material, level: Level | None, *, not_private: bool
 ) -> tuple[tuple[Guarantee, ...], tuple[str, ...]]:
-    """What a prompt reveals at each level, and notes on levels that do not cover it.
+    """Return the guarantee of a prompt at each level, and notes on levels that do not cover it.
 
     Guarantee:
-        ε is that of the run's plan or, if that is larger, what the accountant makes of the fullest ledger that is here,
-        other runs and damaged lines included. A level without a line in the run's table, with a nominal ε or without
-        the ledger that must be here gives none.
+        ε is the larger of two values: the ε of the run's plan, and the ε that the accountant computes for the fullest
+        ledger in the folder, other runs and damaged lines included. A level gives no guarantee if it has no line in
+        the run's table, if its ε is nominal, or if the ledger that must be in the folder is missing.
 
     Raises:
-        PrivacyError: If the prompt has no guarantee and that was not asked for, or has one and it was; or if some level
-            that the run states does not cover it and no level was chosen.
+        PrivacyError: If the prompt has no guarantee and ``not_private`` is False, or if it has one and ``not_private``
+            is True. Also if the chosen level does not cover the prompt, or if no level was chosen and a level that the
+            run states does not cover it.
     """
     wanted = GLOBAL_ROW if material.source.client is None else PERSONAL_ROW
     rows = [row for row in material.rows if row["release"] == wanted and row["guarantee"] == "theorem"]
@@ -84,9 +86,7 @@ def guarantees_of(
     whose = material.source.whose
     if not_private:
         if covered:
-            raise PrivacyError(
-                f"the {whose} has a guarantee ({', '.join(sorted(covered))} level): leave --not-private out"
-            )
+            raise PrivacyError(f"the {whose} has a guarantee ({', '.join(sorted(covered))} level): omit --not-private")
         return (), ()
     if not covered:
         raise PrivacyError(f"the {whose} has no guarantee: {_why_none(material)}. To publish it all the same, say so "
@@ -108,7 +108,7 @@ def guarantees_of(
 
 def _why_none(material: Material) -> str:
     if any(row["guarantee"] != "theorem" for row in material.rows):
-        return "the ε of dpfpl-paper is nominal, no bound"
+        return "the ε of dpfpl-paper is nominal, not a bound"
     if material.claims:
         return f"what the run states at {' and '.join(sorted(material.claims))} level does not cover it"
     return "the run was made without differential privacy"
@@ -146,5 +146,5 @@ def _is_of(content: LedgerContent, run_token: str) -> bool:
 
 
 def file_name(folder: Path, client: int | None) -> str:
-    """What a published prompt is called unless somebody says otherwise."""
+    """Return the default file name of a published prompt."""
     return f"{folder.resolve().name}-{'global' if client is None else f'client-{client}'}.safetensors"

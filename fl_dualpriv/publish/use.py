@@ -1,9 +1,10 @@
-"""A published prompt at work: the frozen model, checked to be the one that it was trained on, and new images.
+"""Apply a published prompt to new images, with the frozen model that it was trained on. The model is checked.
 
-from fl_dualpriv import load_prompt
+Example:
+    from fl_dualpriv import load_prompt
 
-prompt = load_prompt("client-3.safetensors")
-prompt.predict(["a.png"])[0].label
+    prompt = load_prompt("client-3.safetensors")
+    prompt.predict(["a.png"])[0].label
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,13 +23,13 @@ from fl_dualpriv.publish.readers import Reader, check_probe, load_reader
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a prompt says of one image.
+    """Prediction for one image.
 
     Attributes:
-        image: Its file, as given.
+        image: File of the image, as given.
         label: The likeliest class, or the answer; empty if the image cannot be used.
-        probabilities: Of all classes, the likeliest first; empty for answers.
-        error: Why the image cannot be used; empty if it can.
+        probabilities: Probabilities of all classes, the likeliest first; empty for answers.
+        error: Reason why the image cannot be used; empty if it can.
     """
 
     image: str
@@ -38,11 +39,11 @@ class Prediction:
 
 
 class LoadedPrompt:
-    """A published prompt with its model.
+    """Published prompt with its model.
 
     Args:
-        facts: What is said about it.
-        reader: The model with it.
+        facts: Facts of the prompt.
+        reader: The model with the prompt.
     """
 
     def __init__(self, facts: PublishedFacts, reader: Reader) -> None:
@@ -50,30 +51,31 @@ class LoadedPrompt:
 
     @property
     def guarantee(self) -> str:
-        """What it reveals about the data behind it, a line for each level."""
+        """Statement of what the prompt reveals about its training data, one line per level."""
         return "\n".join(self.facts.lines)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes; empty if it answers questions."""
+        """Names of the classes; empty if the prompt answers questions."""
         return self.facts.use.classes
 
     def predict(self, images: Sequence[str | Path], question: str | None = None) -> list[Prediction]:
-        """What the prompt says of each image; one that cannot be used has an ``error`` and stops no other.
+        """Predict the class of each image, or answer a question about it.
 
-        The result has one entry for each image, in the order of `image_files`.
+        An image that cannot be used gets an ``error`` and does not stop the others. The result has one entry for each
+        image, in the order of `image_files`.
 
         Args:
-            images: Files, and folders. A folder stands for the images in it and below, see `image_files`.
-            question: About every one of them; for prompts that answer questions, and only for those.
+            images: Files and folders. A folder stands for the images in it and below, see `image_files`.
+            question: Question about every image. Prompts that answer questions need it, and only they accept it.
 
         Raises:
-            ConfigError: If the question is missing, too much, or cannot be written in the model's tokens.
+            ConfigError: If the question is missing, not accepted, or cannot be written in the model's tokens.
         """
         return list(self.predictions(images, question))
 
     def predictions(self, images: Sequence[str | Path], question: str | None = None) -> Iterator[Prediction]:
-        """The same one by one."""
+        """Yield the predictions of `predict` one by one."""
         if self.facts.use.asks_questions != (question is not None):
             needs = "answers questions: give one" if question is None else "names classes and answers no question"
             raise ConfigError(f"this prompt {needs}")
@@ -83,7 +85,7 @@ class LoadedPrompt:
 
     def _batch(self, images: Sequence[str | Path], question: str) -> Iterator[Prediction]:
         files = FolderSplit(tuple(map(Path, images)), np.zeros(len(images), dtype=np.int64), self.classes)
-        # Batches of one size, as in a run: another size rounds otherwise.
+        # All batches have one size, as in a run, because another size rounds differently.
         features, _ = encode_images(self._reader.model, files, np.arange(len(files)), None, pad=True)
         for index, reply in enumerate(self._reader.replies(features, question)):
             label, shares = reply or ("", {})
@@ -92,10 +94,10 @@ class LoadedPrompt:
 
 
 def image_files(images: Sequence[str | Path]) -> list[str | Path]:
-    """The files that are meant: each folder is replaced by the images in it and below, in the order of their paths.
+    """Replace each folder by the images in it and below, in the order of their paths.
 
-    Hidden files and folders are left out, as in training. A folder without an image stays: it is one that cannot be
-    used, and its owner must be told.
+    Hidden files and folders are left out, as in training. A folder without an image stays in the list, so that the
+    user gets an error for it.
     """
     found: list[str | Path] = []
     for image in images:
@@ -116,7 +118,7 @@ def _why_unusable(files: FolderSplit, index: int) -> str:
         files.image(index)
     except BadImageError as error:
         return str(error.__cause__ or error)
-    return "out of proportion, or the model makes numbers of it that are not finite"
+    return "out of proportion, or the model's features of the image are not finite"
 
 
 def load_prompt(
@@ -125,24 +127,24 @@ def load_prompt(
     """Read a published prompt and load the model that it is for.
 
     Args:
-        path: The file.
-        backbone: Name of the model, as ``backbone.name`` of a run; without it the one that the file names.
-        pretrained: Its weights, as ``backbone.pretrained``; only with ``backbone``.
+        path: File of the prompt.
+        backbone: Name of the model, as ``backbone.name`` of a run. The default is the name in the file.
+        pretrained: Weights of the model, as ``backbone.pretrained``. Allowed only with ``backbone``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        ConfigError: If the file is not whole and intact, or the model is not the one that the prompt was trained on.
-        PrivacyError: If nothing says what it reveals.
+        ConfigError: If the file is damaged, or the model is not the one that the prompt was trained on.
+        PrivacyError: If the file does not say what the prompt reveals.
     """
     published = read_published(Path(path))
     use = published.facts.use
     if backbone is None:
         if pretrained:
-            raise ConfigError(f"pretrained = {pretrained!r} without a backbone: name the model, too")
+            raise ConfigError(f"pretrained = {pretrained!r} without a backbone: give backbone too")
         if use.backbone.is_local:
             raise ConfigError(
-                f"{path} is for {use.backbone.name!r} {use.backbone.pretrained}, whose weights were a folder or file "
-                "of whoever trained it: say where yours are with backbone (--backbone, --pretrained)"
+                f"{path} is for {use.backbone.name!r} {use.backbone.pretrained}, whose weights were a local folder or "
+                "file where it was trained: give your copy with backbone (--backbone, --pretrained)"
             )
         backbone, pretrained = use.backbone.name, use.backbone.pretrained
     reader = load_reader(use, published.prompt, backbone, pretrained, device)

@@ -1,7 +1,7 @@
-"""The server's books: a noised round is checked against the budget before it starts, and written before its noise.
+"""The server's accountant: it checks each noised round against the budget, and writes it before the noise is drawn.
 
 The terms of all rounds of a run are the same and fixed before it starts. Only the number of rounds is open, because a
-round that a crash ended is made again. So the server's filter charges every round at the run's own terms
+round that a crash ended is made again. The server's filter therefore charges every round at the run's own terms
 (`WorstTermsFilter`), and rounds of correlated noise by the sum of their inverse squares (`GaussianSumFilter`).
 """
 
@@ -21,31 +21,34 @@ from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 
 
 class BudgetExhausted(PrivacyError):
-    """One more round would spend more than may be spent; nothing of it has started."""
+    """One more round would exceed the budget; no part of it has started."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerPrivacy:
-    """What the server adds to a round.
+    """Noise that the server adds to a round, and its accounting.
 
     Attributes:
-        unit: ``client``: uploads are updates, clipped here to ``bound``, on a Poisson cohort; ``record``: uploads are
-            sums of clipped per-record terms, each of norm at most ``bound``, from every client (``trusts-server``);
-            ``nominal``: the DP-FPL paper's formulas, whose bound is only claimed.
+        unit: Protected unit. ``client``: uploads are updates, clipped here to ``bound``, on a Poisson cohort;
+            ``record``: uploads are sums of clipped per-record terms, each of norm at most ``bound``, from every client
+            (``trusts-server``); ``nominal``: the DP-FPL paper's formulas, whose bound is only claimed.
         bound: L2 norm that one unit can add to the sum of uploads.
         noise_multiplier: Noise std / sensitivity.
-        sampling_rate: Of the unit: cohort rate for clients, batch rate for records (for the ledger); 1 where a fixed
-            schedule says who takes part.
-        ledger_multiplier: Effective multiplier of everything the round releases about one unit (for the ledger).
-        ledger: Where each round is written before it happens; None for the nominal procedure.
-        max_epsilon: A round that would bring the ledger above it does not start; None: no ledger, no limit.
-        delta: δ at which that is stated.
-        reproducible: Whether cohorts and noise come from a seed: a round that is made again is the same release.
-        arithmetic: Of the sum over clients and its noise. With ``integer`` and ``record`` uploads are whole numbers,
-            minus the clipped sums in units of ``bound / GRID_STEPS``.
-        adaptive: Clients' clip norm begins at ``bound`` and follows a quantile; ``noise_multiplier`` is then that of
-            the sum alone, ``ledger_multiplier`` that of the sum and the noised share together.
-        correlated: Noise of clients' sums over the whole run, on its own schedule; both multipliers are the run's.
+        sampling_rate: Sampling rate of the unit: cohort rate for clients, batch rate for records (for the ledger); 1
+            if a fixed schedule determines the cohorts.
+        ledger_multiplier: Effective noise multiplier of all releases of the round about one unit (for the ledger).
+        ledger: Ledger in which each round is written before it happens; None for the nominal procedure.
+        max_epsilon: Limit on ε: a round that would bring the ledger above it does not start. None if there is no
+            ledger and no limit.
+        delta: δ at which ``max_epsilon`` is stated.
+        reproducible: True if cohorts and noise come from a seed, so that a repeated round is the same release.
+        arithmetic: Arithmetic of the sum over clients and its noise. With ``integer`` and ``record`` uploads are whole
+            numbers, minus the clipped sums in units of ``bound / GRID_STEPS``.
+        adaptive: Adaptive clipping: the clip norm of clients begins at ``bound`` and follows a quantile.
+            ``noise_multiplier`` is then that of only the sum, ``ledger_multiplier`` that of the sum and the noised
+            share together.
+        correlated: Correlated noise of clients' sums over the whole run, on its own schedule; both multipliers are then
+            those of the whole run.
     """
 
     unit: Literal["client", "record", "nominal"]
@@ -66,24 +69,24 @@ class ServerPrivacy:
         if special > (self.unit == "client") or (self.correlated is not None and self.arithmetic == "integer"):
             raise ValueError(
                 "adaptive clipping and correlated noise are proved for client level, one of them at a time, and "
-                "correlated noise in floats alone"
+                "correlated noise only in floats"
             )
 
     @property
     def cohort_rate(self) -> float:
-        """Share of the clients in a round: by chance, by the schedule (on average over rounds), or all."""
+        """Share of the clients in a round: sampled at random, from the schedule (average over rounds), or 1."""
         if self.unit != "client":
             return 1.0
         return 1 / self.correlated.schedule.separation if self.correlated else self.sampling_rate
 
 
 class RoundAccountant:
-    """Checks and writes rounds.
+    """Check rounds against the budget and write them into the ledger.
 
     Args:
         privacy: The release of a round, and the ledger.
-        run_token: Marks the run in the ledger.
-        rounds: The number of rounds of the run.
+        run_token: Token of the run in the ledger.
+        rounds: Number of rounds of the run.
     """
 
     def __init__(self, privacy: ServerPrivacy, run_token: str, *, rounds: int) -> None:
@@ -94,15 +97,15 @@ class RoundAccountant:
         """Refuse a round that the filter of the server's ledger does not admit.
 
         Guarantee:
-            If this returns, the ledger with the round is (``max_epsilon``, δ)-DP for one unit, however many rounds
-            crashes made twice. Nobody was sampled or asked yet. A round that is in the ledger already, see
-            `_is_written`, adds nothing.
-            The ε of a whole run costs as much CPU as many rounds of a small prompt: it is computed once for all rounds
-            that are left, and round by round only if those do not fit together.
+            If this returns, the ledger with the round is (``max_epsilon``, δ)-DP for one unit, for any number of rounds
+            that were repeated after crashes. No client was sampled or asked yet. A round that is already in the ledger,
+            see `_is_written`, adds nothing.
+            Computing the ε of a whole run takes as much CPU time as many rounds of a small prompt. It is computed once
+            for all rounds that are left, and round by round only if those do not fit together.
 
         Raises:
             BudgetExhausted: If the round would exceed the limit.
-            PrivacyError: If the ledger was begun for other terms or another limit.
+            PrivacyError: If the ledger was started for other terms or another limit.
         """
         privacy, limit = self._privacy, self._privacy.max_epsilon
         if privacy.ledger is None or limit is None or self._is_written(server_round):
@@ -132,7 +135,7 @@ class RoundAccountant:
 
     @functools.cached_property
     def _filter(self) -> WorstTermsFilter | GaussianSumFilter:
-        """The rule of a ledger with a limit: a function of the run's plan only."""
+        """Filter of a ledger with a limit: a function of only the run's plan."""
         privacy = self._privacy
         assert privacy.max_epsilon is not None
         budget = Budget(
@@ -151,17 +154,17 @@ class RoundAccountant:
         return GaussianSumFilter(budget, worst=privacy.correlated.dearest(privacy.ledger_multiplier))
 
     def _is_again(self, server_round: int) -> bool:
-        """Whether the round, or a later one, stands in the ledger already."""
+        """Return True if the round, or a later one, already stands in the ledger."""
         ledger = self._privacy.ledger
         return ledger is not None and ledger.read().last_round(self._run_token) >= server_round
 
     def _is_written(self, server_round: int) -> bool:
-        """Whether the round is made again as it was made before a crash, and is paid for.
+        """Return True if the round repeats a round that a crash ended, bit by bit, and is already paid for.
 
         Guarantee:
             Cohort, uploads and noise are functions of the seed, the round, the run and the rounds before it, so the
             result is the same, bit by bit: one release, one event. Randomness of the operating system repeats nothing:
-            there a round that is made again is a further release, and a further event.
+            there a repeated round is a further release, and a further event.
         """
         ledger = self._privacy.ledger
         if ledger is None or not self._privacy.reproducible:
@@ -169,7 +172,11 @@ class RoundAccountant:
         return self._event(server_round) in ledger.read().events
 
     def _event(self, server_round: int, *, again: bool = False) -> LedgerEvent:
-        """A round; of correlated noise what it adds to the rounds before it, or to all if it is made again."""
+        """Return the event of a round.
+
+        With correlated noise its multiplier charges what the round adds to the rounds before it, or to all rounds if it
+        is repeated.
+        """
         rate, multiplier = self._privacy.sampling_rate, self._privacy.ledger_multiplier
         correlated = self._privacy.correlated
         if correlated is not None:

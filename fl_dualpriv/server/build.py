@@ -30,7 +30,7 @@ def build_strategy(
     options: Mapping[str, object],
     run_token: str | None = None,
 ) -> RoundStrategy:
-    """Unpack the configuration into the strategy's arguments; a new run has no token yet."""
+    """Build the strategy from the configuration; a new run has no token yet and gets one."""
     trusts_server = record is not None and record.trusts_server
     rate = config.train.sampling_rate
     private = record is not None or client is not None
@@ -61,7 +61,10 @@ def server_privacy(
     cards: dict[int, messages.ClientCard],
     ledger: Ledger,
 ) -> ServerPrivacy | None:
-    """What the server noises: client updates, clipped sums of trusting clients, the DP-FPL paper's p_G, or nothing."""
+    """Return the noise that the server adds, or None.
+
+    The server noises client updates, clipped sums of clients that trust it, or p_G by the DP-FPL paper's formulas.
+    """
     if client is not None:
         return ServerPrivacy(
             unit="client",
@@ -79,8 +82,8 @@ def server_privacy(
         )
     rate = config.train.global_learning_rate
     if record is not None and record.trusts_server:
-        # Clients upload −η · (clipped sum), so one record moves the sum by at most η·C; in integers they upload minus
-        # the sum in grid units, and η comes in with the size of a unit.
+        # Clients upload −η · (clipped sum), so one record moves the sum by at most η·C. In integers they upload minus
+        # the sum in grid units, and the size of a unit contains η.
         views = [record.server_noise_multiplier] + ([record.local_noise_multiplier] if record.personal else [])
         return ServerPrivacy(
             unit="record",

@@ -1,4 +1,4 @@
-"""Who was asked, through which node, and which answers count: clients are many, the nodes that host them may be few."""
+"""Match replies to requests. One node may host many clients."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from fl_dualpriv import messages
 
 Answer = TypeVar("Answer", messages.Uploads, messages.Scores)
 Asked = Mapping[int, tuple[int, ...]]
-"""Node id → the clients that it was asked about."""
+"""Node id → the partitions of the clients that it was asked about."""
 
 
 def by_node(partitions: Iterable[int], hosts: Mapping[int, int]) -> dict[int, tuple[int, ...]]:
@@ -23,10 +23,10 @@ def by_node(partitions: Iterable[int], hosts: Mapping[int, int]) -> dict[int, tu
 
 @dataclass(frozen=True, kw_only=True)
 class Collected(Generic[Answer]):
-    """Answers that count, and why the other clients have none.
+    """Valid answers, and the reasons why the other clients have none.
 
     Attributes:
-        answers: One per node that answered well, in any order.
+        answers: One answer per node that sent a valid reply, in any order.
         failed: Partition → reason, in the order of partitions.
     """
 
@@ -37,19 +37,19 @@ class Collected(Generic[Answer]):
 def collect(
     asked: Asked, replies: Iterable[Message], read: Callable[[Message], Answer], what: str, group: str
 ) -> Collected[Answer]:
-    """Sort replies into answers that count and failures.
+    """Sort replies into valid answers and failures.
 
     Guarantee:
-        A client counts at most once, and only by the first reply of this round of the node that hosts it and was asked
-        about it. A reply that names any other client, or one twice, or that cannot be read, counts for nobody. Every
-        client that was asked is in exactly one of the answers or among the failed.
+        A client counts at most once, and only by the first reply in this round of the node that hosts it and was asked
+        about it. A reply that names any other client, or a client twice, or that cannot be read, counts for no client.
+        Every client that was asked is in exactly one of the answers or among the failed.
 
     Args:
-        asked: What each node was asked about.
-        replies: From outside: anything may be in them.
-        read: Unpacks a reply; may raise.
+        asked: Clients that each node was asked about.
+        replies: Untrusted replies, with any content.
+        read: Function that unpacks a reply; may raise.
         what: Name of an answer, for messages.
-        group: The round, as the messages that asked bear it; a reply bears that of its message.
+        group: Group id of the round's requests. A reply has the group id of its request.
     """
     answers: list[Answer] = []
     failed: dict[int, str] = {}
@@ -57,7 +57,7 @@ def collect(
     for reply in replies:
         node = reply.metadata.src_node_id
         if node not in asked or node in answered or reply.metadata.group_id != group:
-            continue  # nobody asked, or asked once: neither a second copy nor an earlier round's may count
+            continue  # an unrequested reply, a second copy or a reply to an earlier round must not count
         answered.add(node)
         members = asked[node]
         if reply.has_error():
@@ -67,8 +67,8 @@ def collect(
             answer = read(reply)
             named = {*answer.partitions, *answer.failed}
             if not named <= set(members) or len(named) != len(answer.partitions) + len(answer.failed):
-                raise ValueError("it names a client twice, or one that was not asked")
-        except Exception as error:  # bytes from outside: whatever cannot be read is a failure of its sender
+                raise ValueError("it names a client twice, or a client that was not asked")
+        except Exception as error:  # untrusted bytes: an unreadable reply is a failure of its sender
             failed |= dict.fromkeys(members, f"unreadable {what}: {type(error).__name__}: {error}")
             continue
         answers.append(answer)

@@ -1,6 +1,7 @@
-"""Any strategy of Flower's under our rounds: it aggregates what clients uploaded; who is asked and how stays ours.
+"""Adapter of Flower's strategies to fl-dualpriv's rounds: a strategy only aggregates the clients' uploads.
 
-It sees what it would see under Flower: each client's prompt as an ArrayRecord, and its number of examples.
+The rounds decide which clients are asked, and how. The strategy sees the same inputs as under Flower: each client's
+prompt as an ArrayRecord, and its number of examples.
 """
 
 import inspect
@@ -23,13 +24,13 @@ from fl_dualpriv.server.strategy import RoundStrategy
 _ARRAY = "global-prompt"
 _OURS = {
     **{f"fraction_{what}": 1.0 for what in ("train", "evaluate")},
-    # One is enough: fewer than Flower's two would make it wait for ever.
+    # One node is enough: with Flower's default of two, a smaller run would wait forever.
     **{f"min_{what}_nodes": 1 for what in ("train", "evaluate", "available")},
     **{"weighted_by_key": "num-examples", "arrayrecord_key": "arrays", "configrecord_key": "config"},
 }
-"""Arguments that say who is asked, and names in messages: of rounds, and so ours."""
+"""Arguments that the rounds set themselves: the choice of clients, and names in messages."""
 _UNFIT = {
-    "FedProx": "its proximal term is in the loss of the clients, and ours have none; its aggregate is that of FedAvg",
+    "FedProx": "its proximal term is part of the clients' loss, which has no such term here; its aggregate is FedAvg's",
     "QFedAvg": "it weighs clients by their training losses, which are functions of private data and never uploaded",
     "FedXgbBagging": "it merges trees, not prompts",
     "FedXgbCyclic": "it passes trees from client to client, and does not merge prompts",
@@ -41,7 +42,7 @@ _UNFIT = {
 
 
 class _Nodes(Grid):
-    """As many nodes as clients; no message passes through it."""
+    """A grid with one node per client, through which no message passes."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -62,7 +63,7 @@ class _Nodes(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise ConfigError("a strategy that sends messages of its own cannot run here: rounds are fl-dualpriv's")
+        raise ConfigError("a strategy that sends messages itself cannot run here: fl-dualpriv sends those of a round")
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return []
@@ -74,23 +75,24 @@ class _Nodes(Grid):
 
 @dataclass(kw_only=True)
 class FlowerStrategy(RoundStrategy):
-    """A Flower strategy as aggregation rule; without noise of the server, which it knows nothing of.
+    """A Flower strategy as aggregation rule, without noise of the server.
 
     Guarantee:
-        None of its own: it may weigh by counts that are private and keep what it likes. What clients noised stays
-        private under it (post-processing). Its memory lies in ``state`` after each round and is read from there before
-        the next, so that a resumed run goes on as if it had not stopped.
+        The strategy itself has none: it may weigh by private counts and keep any values. What clients noised stays
+        private under it (post-processing). Its memory is written to ``state`` after each round and read from there
+        before the next, so that a resumed run continues as if it had not stopped.
 
     A client that failed is not among the replies, as under Flower.
 
     Args:
-        inner_class: The strategy.
-        arguments: Its own.
+        inner_class: Class of the Flower strategy.
+        arguments: Arguments of the Flower strategy.
     """
 
     proved_for: ClassVar[tuple[ServerUnit, ...]] = ()
     unproved_because: ClassVar[str] = (
-        "strategies of Flower's bound nobody's influence, so no noise can be scaled to them; take one of strategies/"
+        "Flower's strategies do not bound the influence of a client, so no noise can be scaled to them; use a strategy "
+        "of strategies/"
     )
 
     inner_class: type[Strategy]
@@ -98,19 +100,19 @@ class FlowerStrategy(RoundStrategy):
     _inner: Any = field(default=None, init=False)
 
     def check_options(self) -> None:
-        """Build the strategy: it refuses bad options itself."""
+        """Build the strategy, which refuses bad options itself."""
         try:
             self._inner = self.inner_class(**self.arguments)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{self.inner_class.__name__} refuses its options: {error}") from error
 
     def _step(self, server_round: int, partitions: Sequence[int], diffs: Tensor) -> Tensor:
-        """Give it the clients' prompts, take its aggregate."""
+        """Pass the clients' prompts to the strategy, and return its aggregate."""
         if not partitions:
             return self._prompt
         start = self._prompt.to(torch.float64)
         _restore(self._inner, self.state)
-        # Many keep the round's start when they write its messages; the messages themselves are ours.
+        # Many strategies store the start of the round when they write its messages; these messages are discarded.
         list(self._inner.configure_train(server_round, _record(start), ConfigRecord(), _Nodes(len(self.cards))))
         replies = []
         for partition, diff in zip(partitions, diffs.unbind(), strict=True):
@@ -121,18 +123,18 @@ class FlowerStrategy(RoundStrategy):
         arrays, _ = self._inner.aggregate_train(server_round, replies)
         name = self.inner_class.__name__
         if arrays is None:
-            raise ConfigError(f"{name} makes no aggregate of {len(partitions)} uploads: its options want more clients")
+            raise ConfigError(f"{name} makes no aggregate of {len(partitions)} uploads: its options need more clients")
         if list(arrays) != [_ARRAY]:
-            raise ValueError(f"{name} returned arrays {sorted(arrays)}; expected {_ARRAY!r} alone")
+            raise ValueError(f"{name} returned arrays {sorted(arrays)}; expected only {_ARRAY!r}")
         self.state = _memory(self._inner, self.inner_class(**self.arguments))
         return torch.from_numpy(np.array(arrays[_ARRAY].numpy()))
 
 
 def adapt(found: type[Strategy], flat: Mapping[str, Value]) -> tuple[type[RoundStrategy], dict[str, object]]:
-    """The adapter of one of Flower's strategies, and its arguments; options have keys ``plugin.flower.<argument>``.
+    """Return the adapter of a Flower strategy, and its arguments; options have keys ``plugin.flower.<argument>``.
 
     Raises:
-        ConfigError: For one that cannot run here, with the reason, or an option that does not fit.
+        ConfigError: If the strategy cannot run here, with the reason, or if an option does not fit.
     """
     for base in found.__mro__:
         if base.__module__.startswith("flwr.") and base.__name__ in _UNFIT:
@@ -149,7 +151,7 @@ def adapt(found: type[Strategy], flat: Mapping[str, Value]) -> tuple[type[RoundS
         keys = ", ".join(FLOWER_TABLE + name.replace("_", "-") for name in missing)
         raise ConfigError(f"strategy.ref names {found.__name__}, which has no default for {keys}: give it")
     ours = {name: value for name, value in _OURS.items() if name in takes}
-    # A class of its name: messages speak of it.
+    # The adapter class has the name of the strategy, because messages show it.
     return type(found.__name__, (FlowerStrategy,), {}), {"inner_class": found, "arguments": {**ours, **options}}
 
 
@@ -157,14 +159,15 @@ def _record(prompt: Tensor) -> ArrayRecord:
     return ArrayRecord({_ARRAY: Array(prompt.numpy())})
 
 
-# --- its memory, as tensors -------------------------------------------------------------------------------------------
+# --- memory of the strategy, as tensors -------------------------------------------------------------------------------
 
 
 def _memory(inner: object, fresh: object) -> dict[str, Tensor]:
-    """Attributes that are not as in a fresh instance: ``attribute/kind/name`` → a copy.
+    """Return copies of the attributes that differ from a fresh instance, with keys ``attribute/kind/name``.
 
     Raises:
-        ConfigError: For one that is neither number nor array nor a flat container of arrays: no run could be resumed.
+        ConfigError: If an attribute is neither a number nor an array nor a flat container of arrays, because a run with
+            it could not be resumed.
     """
     found: dict[str, Tensor] = {}
     for name, value in vars(inner).items():
@@ -175,7 +178,7 @@ def _memory(inner: object, fresh: object) -> dict[str, Tensor]:
         if kind is None:
             raise ConfigError(
                 f"{type(inner).__name__} remembers {name}, a {type(value).__name__}, which a checkpoint cannot hold; "
-                "numbers, numpy arrays, lists and dicts of them, and ArrayRecords can be"
+                "a checkpoint can hold numbers, numpy arrays, lists and dicts of arrays, and ArrayRecords"
             )
         found |= {f"{name}/{kind}/{part}": torch.from_numpy(np.array(array)) for part, array in parts.items()}
     return found
@@ -196,7 +199,7 @@ def _parts(value: object) -> tuple[str | None, dict[str, np.ndarray]]:
 
 
 def _restore(inner: object, state: Mapping[str, Tensor]) -> None:
-    """Undo `_memory`."""
+    """Set the attributes of the strategy from the result of `_memory`."""
     kept: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     for key, tensor in sorted(state.items()):
         name, kind, part = key.split("/", 2)

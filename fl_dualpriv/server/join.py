@@ -11,26 +11,27 @@ from fl_dualpriv.errors import ConfigError
 
 
 def check_engine(config: RunConfig, engine: str) -> None:
-    """Refuse a partition that the engine cannot have.
+    """Refuse a partition that the engine does not support.
 
     Raises:
-        ConfigError: If a simulation is to read a folder per node.
+        ConfigError: If a simulation is configured to read a folder per node.
     """
     if config.data.partition == "by-node" and engine != "deployment":
         raise ConfigError(
-            'data.partition = "by-node" is for deployed nodes, each with a folder of its own: here all clients would '
-            'have the same records; set it to "iid", "by-class" or "dirichlet"'
+            'data.partition = "by-node" is for deployed nodes, each with its own folder: here all clients would have '
+            'the same records; set it to "iid", "by-class" or "dirichlet"'
         )
 
 
 def join(grid: Grid, config: RunConfig) -> tuple[dict[int, messages.ClientCard], dict[int, int]]:
-    """Wait for all nodes, then ask each for the clients it hosts. Nothing is sampled before that (Flower races).
+    """Wait for all nodes, then ask each for its clients. Sampling starts after that, because in Flower it races.
 
     Returns:
         Each client's card and the id of its node, both by partition, in order.
 
     Raises:
-        ConfigError: Too few or too many nodes, a node that cannot start, or clients that are not each there once.
+        ConfigError: If there are too few or too many nodes, if a node cannot start, or if a client is missing or hosted
+            twice.
     """
     expected, deadline = config.num_supernodes, time.monotonic() + config.join_timeout
     while len(nodes := list(grid.get_node_ids())) < expected and time.monotonic() < deadline:
@@ -46,7 +47,7 @@ def join(grid: Grid, config: RunConfig) -> tuple[dict[int, messages.ClientCard],
     replies = list(grid.send_and_receive(requests, timeout=config.reply_timeout))
     if silent := len(nodes) - len(replies):
         raise ConfigError(
-            f"{silent} of {len(nodes)} nodes did not say within {config.reply_timeout:g} s whom they host: look at "
+            f"{silent} of {len(nodes)} nodes did not report their clients within {config.reply_timeout:g} s: look at "
             "their logs, or raise reply-timeout"
         )
     for reply in replies:
@@ -60,10 +61,10 @@ def join(grid: Grid, config: RunConfig) -> tuple[dict[int, messages.ClientCard],
         raise ConfigError(
             f"the nodes host {len(partitions)} clients ({some}); expected each of 0..{config.population - 1} once"
         )
-    # A card comes from outside, and the divisors are made of it.
+    # A card is untrusted input, and the divisors are computed from it.
     if strange := [card for card, _ in found if not 1 <= card.num_examples < 2**53]:
         raise ConfigError(
-            f"client {strange[0].partition} says that it holds {strange[0].num_examples} records; a client has at "
-            "least one: check its node"
+            f"client {strange[0].partition} reports {strange[0].num_examples} records; a client must have at least one "
+            "and fewer than 2**53: check its node"
         )
     return {card.partition: card for card, _ in found}, {card.partition: node for card, node in found}

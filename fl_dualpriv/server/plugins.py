@@ -1,7 +1,8 @@
-"""Plug-ins are named by ``module:Class``; nothing registers itself.
+"""Load plug-ins by their name ``module:Class``; there is no registry.
 
-A module is one of the app, an installed one, or a file in a folder that is named. Options of a class are its own
-fields, under keys ``plugin.<class in lower case>.<field>``. Imports the standard library only, like the configuration.
+A module is part of the app, installed, or a file in a folder that the configuration names. Options of a class are its
+own fields, under keys ``plugin.<class in lower case>.<field>``. Like the configuration, this module imports only the
+standard library.
 """
 
 import difflib
@@ -21,7 +22,7 @@ Value = bool | int | float | str
 
 _PREFIX = "plugin."
 FLOWER_TABLE = "plugin.flower."
-"""Options of one of Flower's own strategies, whichever is named: their names are those of strategies here, too."""
+"""Prefix of the options of Flower's strategies; one for all, because fl-dualpriv has strategies of the same names."""
 
 
 def load_class(key: str, reference: str, base: type[Base], folder: str = "") -> type[Base]:
@@ -31,12 +32,12 @@ def load_class(key: str, reference: str, base: type[Base], folder: str = "") -> 
         key: The key, for messages, such as ``strategy.ref``.
         reference: ``module:Class``.
         base: What the class must derive from.
-        folder: Where the module lies if it is neither of the app nor installed; stays on the module path, at its end,
-            so that it hides nothing.
+        folder: Folder of the module if it is neither part of the app nor installed. It stays at the end of the module
+            path, so that it shadows no other module.
 
     Raises:
-        ConfigError: If it cannot be imported, is missing, or is no subclass of ``base``; or another module than the one
-            in ``folder`` bears its name.
+        ConfigError: If the class cannot be imported, is missing, or is not a subclass of ``base``, or if a module
+            outside ``folder`` has the same name.
     """
     module_name, _, class_name = reference.partition(":")
     module = _import(f"{key} = {reference!r}", module_name, folder)
@@ -61,7 +62,7 @@ def _import(what: str, module_name: str, folder: str) -> ModuleType:
     except ImportError as error:
         where = f"; it is not in strategy.path = {folder!r}" if folder and error.name == module_name else ""
         raise ConfigError(f"{what}: cannot import {module_name!r} ({error}){where}") from error
-    except Exception as error:  # whatever an author's module raises
+    except Exception as error:  # a plug-in module can raise any error
         raise ConfigError(f"{what}: {module_name!r} fails when imported: {type(error).__name__}: {error}") from error
     file = module.__file__ or ""
     if folder and not Path(file).resolve().is_relative_to(Path(folder).resolve()):
@@ -73,12 +74,12 @@ def _import(what: str, module_name: str, folder: str) -> ModuleType:
 
 
 def find_module(flat: Mapping[str, Value], app_dir: Path, folders: Iterable[Path]) -> dict[str, Value]:
-    """Set ``strategy.path`` where it is empty and the module of ``strategy.ref`` is a file in one of ``folders``.
+    """Set ``strategy.path`` if it is empty and the module of ``strategy.ref`` is a file in one of ``folders``.
 
     Args:
-        flat: The run's configuration.
-        app_dir: The app; a module of its own needs no path.
-        folders: Where to look, in order: those in which a user keeps one file.
+        flat: Flat run configuration.
+        app_dir: Folder of the app, whose modules need no path.
+        folders: Folders to search, in order, in which a user keeps strategy files.
     """
     reference = flat.get("strategy.ref")
     parts = reference.partition(":")[0].split(".") if isinstance(reference, str) else [""]
@@ -96,14 +97,15 @@ def find_module(flat: Mapping[str, Value], app_dir: Path, folders: Iterable[Path
 def pack_options(flat: Mapping[str, Value], listed: Mapping[str, Value]) -> dict[str, Value]:
     """Move ``plugin.`` keys that the app does not list into the one key ``strategy.options``.
 
-    Flower refuses a run with keys that the app's ``pyproject.toml`` does not have, and an author's class is new to it.
+    Flower refuses a run with keys that the app's ``pyproject.toml`` does not list, and it cannot list the options of a
+    user's class.
 
     Args:
-        flat: The run's configuration.
-        listed: The app's keys.
+        flat: Flat run configuration.
+        listed: Keys that the app lists.
 
     Raises:
-        ConfigError: For options of a class that ``strategy.ref`` does not name: nobody would read them.
+        ConfigError: If an option belongs to a class that ``strategy.ref`` does not name, because no code would read it.
     """
     new = {key: value for key, value in flat.items() if key.startswith(_PREFIX) and key not in listed}
     class_name = str(flat.get("strategy.ref", "")).partition(":")[2]
@@ -121,20 +123,20 @@ def pack_options(flat: Mapping[str, Value], listed: Mapping[str, Value]) -> dict
 
 
 def unpack_options(flat: Mapping[str, Value]) -> dict[str, Value]:
-    """Undo `pack_options`: a key that is written out goes before a packed one."""
+    """Undo `pack_options`; a key in the configuration takes precedence over a packed one."""
     return {**json.loads(str(flat.get("strategy.options") or "{}")), **flat}
 
 
 def plugin_options(plugin: type, base: type, flat: Mapping[str, Value]) -> dict[str, Value]:
-    """Values for the fields that a plug-in class adds to its base, from keys ``plugin.<class in lower case>.<field>``.
+    """Read the fields that a plug-in class adds to its base, from keys ``plugin.<class in lower case>.<field>``.
 
     Args:
-        plugin: The dataclass that was named.
-        base: Its base; fields of the base are the library's and cannot be set this way.
+        plugin: Dataclass of the plug-in.
+        base: Base of the plug-in. Its fields belong to the library and cannot be set this way.
         flat: Flat run configuration.
 
     Raises:
-        ConfigError: For a key that is no such field, or a value of another type than the field's default.
+        ConfigError: If a key is not such a field, or if a value has another type than the field's default.
     """
     inherited = {field.name for field in fields(base)}
     own = {field.name: field.default for field in fields(plugin) if field.name not in inherited and field.init}
@@ -144,17 +146,17 @@ def plugin_options(plugin: type, base: type, flat: Mapping[str, Value]) -> dict[
 def read_table(
     table: str, owner: str, own: Mapping[str, object], flat: Mapping[str, Value], *, none: object
 ) -> dict[str, Value]:
-    """Values of the keys of one table, by the names of options.
+    """Read the values of the keys of one table, by the names of options.
 
     Args:
-        table: What the keys begin with.
-        owner: Whose options they are, for messages.
-        own: Name → default of every option there is.
+        table: Prefix of the keys.
+        owner: Class of the options, for messages.
+        own: Name → default of every option of the class.
         flat: Flat run configuration.
-        none: Stands in ``own`` for an option without a default.
+        none: Marker in ``own`` for an option without a default.
 
     Raises:
-        ConfigError: For a key that is no option, or a value of another type than its default.
+        ConfigError: If a key is not an option, or if a value has another type than its default.
     """
     names = {name.replace("_", "-"): name for name in own}
     options: dict[str, Value] = {}

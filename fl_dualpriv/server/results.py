@@ -34,7 +34,7 @@ def write_results(
     stopped: str | None,
     seconds: float,
 ) -> None:
-    """Write every file of a finished run. The summary comes last, because its presence says that the run has ended.
+    """Write every file of a finished run. The summary comes last, because its presence shows that the run has ended.
 
     Guarantee:
         The results (prompt, curve and summary) are functions of releases and public numbers. ``seconds`` and the
@@ -43,7 +43,7 @@ def write_results(
     Args:
         recorder: Folder of the run.
         config: Parsed configuration.
-        run_config: The same configuration, flat, as it is repeated in the summary.
+        run_config: The same configuration, flat, which the summary repeats.
         engine: ``local``, ``ray`` or ``deployment``.
         task: Task of the run.
         rounds: The rounds, which know what was released.
@@ -86,7 +86,7 @@ def warn_of_strays(recorder: RunRecorder) -> None:
     """Log the files of a run's folder that have no kind, because a plug-in may have written private data into them."""
     if strays := without_kind(recorder.folder):
         _log.warning(
-            "%d files in %s are neither results nor operator's files (%s): do not publish them; a plug-in writes into "
-            "the folder `plugin_folder`",
+            "%d files in %s are neither results nor operator's files (%s): do not publish them; a plug-in must write "
+            "into the folder `plugin_folder`",
             *(len(strays), recorder.folder, ", ".join(strays[:5])),
         )

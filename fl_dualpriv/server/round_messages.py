@@ -1,4 +1,4 @@
-"""The requests of a round: one per node, about all of its clients that are asked."""
+"""The requests of a round: one per node, for all of its requested clients."""
 
 from flwr.app import ArrayRecord, Message, MessageType
 from torch import Tensor
@@ -11,7 +11,7 @@ from fl_dualpriv.server.cohort import Asked
 def train_messages(
     asked: Asked, arrays: ArrayRecord, prompt: Tensor, server_round: int, run_token: str, terms: RoundTerms
 ) -> list[Message]:
-    """Ask each node to train its clients from ``prompt``, packed in ``arrays`` once for all."""
+    """Ask each node to train its clients from ``prompt``, which is packed once in ``arrays`` for all nodes."""
     requests = []
     for node, partitions in asked.items():
         request = messages.TrainRequest(
@@ -25,7 +25,7 @@ def train_messages(
 def score_messages(
     asked: Asked, prompt: Tensor, server_round: int, run_token: str, kind: messages.PromptKind
 ) -> list[Message]:
-    """Ask each node for its clients' scores of ``prompt``, or of their personal ones."""
+    """Ask each node for its clients' scores of ``prompt``, or of their personal prompts."""
     arrays, requests = messages.to_arrays(prompt), []
     for node, partitions in asked.items():
         request = messages.EvaluateRequest(

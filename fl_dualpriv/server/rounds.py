@@ -1,6 +1,6 @@
-"""The rounds of a run, from any of them on; Flower's own loop (`Strategy.start`) counts from 1 and keeps nothing.
+"""The rounds of a run, from any start round; Flower's own loop (`Strategy.start`) counts from 1 and saves no state.
 
-After each aggregation, before the result goes anywhere, the server's checkpoint is written.
+The server's checkpoint is written after each aggregation, before the result goes anywhere.
 """
 
 import logging
@@ -26,16 +26,16 @@ class Rounds:
     """The rounds of one run.
 
     Args:
-        strategy: Sends, aggregates, scores and reports.
-        checkpoints: Where the run goes on from.
+        strategy: Strategy that sends, aggregates, scores and reports.
+        checkpoints: Folder of the checkpoints from which the run resumes.
         stop_at_dead_actor: End the run when an actor of the simulation has died, also under DP.
 
     Guarantee:
-        A run that such a stop ended and a resume went on with releases no more than without: the round of the stop is
-        made again, a client answers with what it has sent or for the first time, and one that died between paying and
-        sending makes the same release if it is seeded, else none in that round. That the run stopped shows to whoever
-        watches the machine, and no ε covers it, for a record may be what an actor died of. So it is off unless asked
-        for; a dead actor's clients are zeros then.
+        A run that such a stop ended and that was resumed releases no more than a run without the stop. The round of the
+        stop is made again. A client answers with its saved upload, or for the first time. A client that died between
+        paying and sending makes the same release if it is seeded, else none in that round. An observer of the machine
+        can see that the run stopped, and no ε covers this, because a record may be the reason why an actor died. The
+        stop is therefore off by default; without it, a dead actor's clients count as zero.
     """
 
     def __init__(self, strategy: RoundStrategy, checkpoints: CheckpointFolder, *, stop_at_dead_actor: bool) -> None:
@@ -44,23 +44,23 @@ class Rounds:
 
     @property
     def lost(self) -> int:
-        """Rounds in the server's ledger beside those that are done: a crash lost them, and their ε is spent.
+        """Number of rounds in the server's ledger that are not done: a crash lost them, and their ε is spent.
 
-        A damaged line may be one of them.
+        A damaged line counts as one, because it may be such a round.
         """
         privacy = self.strategy.privacy
         damaged = 0 if privacy is None or privacy.ledger is None else privacy.ledger.read().damaged
         return max(0, self._events() + damaged - self.strategy.rounds_done)
 
     def epsilon(self, delta: float) -> float:
-        """ε of all that stands in the server's ledger."""
+        """Compute the ε of all events in the server's ledger."""
         privacy = self.strategy.privacy
         assert privacy is not None
         assert privacy.ledger is not None
         return privacy.ledger.read().epsilon(delta)
 
     def charged(self, releases: Sequence[Release]) -> list[Release]:
-        """What leaves, under client-level DP with the rounds that a crash lost: not less than the ledger says."""
+        """Return the releases; under client-level DP their ε is at least the ledger's, which includes lost rounds."""
         if not self.lost:
             return list(releases)
         note = f"{self.lost} more in the ledger, lost in crashes"
@@ -72,7 +72,7 @@ class Rounds:
         ]
 
     def begin(self, prompt: Tensor) -> Tensor:
-        """Keep the start, before anybody is asked under this run's token; gives it back."""
+        """Save the start before any client is asked under this run's token, and return it."""
         self._keep(prompt)
         return prompt
 
@@ -80,7 +80,7 @@ class Rounds:
         """Refuse a run in which every call of a client failed.
 
         Raises:
-            ClientFailure: With the last reason: the prompts are noise at best.
+            ClientFailure: If all failed, so that the prompts are noise at best. The message has the last reason.
         """
         strategy = self.strategy
         if strategy.deliveries == 0 and strategy.failures > 0:
@@ -90,14 +90,14 @@ class Rounds:
             )
 
     def resume(self, found: Checkpoint, lines: Sequence[dict[str, Any]]) -> None:
-        """Put the strategy where it was.
+        """Restore the state of the strategy from a checkpoint.
 
         Args:
-            found: Whose token the strategy has.
+            found: Checkpoint whose run token the strategy has.
             lines: `RunRecorder.progress`, as `RunRecorder.resume` left it.
 
         Raises:
-            ConfigError: If the server's ledger lost events of this run: what comes after would be under-counted.
+            ConfigError: If the server's ledger lost events of this run, because later rounds would be under-counted.
         """
         strategy, progress = self.strategy, found.progress
         if (events := self._events()) < progress.events:
@@ -112,12 +112,12 @@ class Rounds:
         strategy.failures = sum(line["failures"] for line in lines) if told else progress.failures
 
     def run(self, grid: Grid, prompt: Tensor, reported: int, timeout: float) -> Tensor:
-        """Train, keep, score and report every round that is left.
+        """Train, checkpoint, score and report every round that is left.
 
         Args:
-            grid: Carries messages.
-            prompt: p_G after the rounds that are done.
-            reported: The last round that was reported.
+            grid: Grid that carries messages.
+            prompt: Prompt p_G after the rounds that are done.
+            reported: Number of the last round that was reported.
             timeout: Seconds to wait for replies.
 
         Returns:
@@ -125,7 +125,7 @@ class Rounds:
 
         Raises:
             BudgetExhausted: If a round would exceed the budget; the strategy has the prompt of the rounds before.
-            ClientFailure: If an actor died and the run shall stop at that.
+            ClientFailure: If an actor died and the run must then stop.
         """
         strategy, config = self.strategy, ConfigRecord()
         arrays = messages.to_arrays(prompt)
@@ -140,7 +140,7 @@ class Rounds:
         return messages.from_arrays(arrays)
 
     def _replies(self, grid: Grid, asked: Iterable[Message], timeout: float) -> Iterator[Message]:
-        """The replies as they are; says once what a dead actor means where the run goes on without it."""
+        """Yield the replies; warn once about a dead actor if the run continues without it."""
         for reply in grid.send_and_receive(asked, timeout=timeout):
             dead = self.strategy.tolerates_failures and messages.dead_actor(reply) is not None
             if dead and self._stops:
@@ -148,10 +148,10 @@ class Rounds:
             if dead and not self._warned:
                 self._warned = True
                 _log.warning(
-                    "a dead actor stays: from now on many clients count as zero in each round, and their privacy is "
-                    "spent for nothing. End the run (Ctrl-C) and go on with `fl-dualpriv run --resume`; dead-actors = "
-                    '"stop" does so by itself, before the round counts; where memory was short raise '
-                    "resources.cpus-per-client: fewer actors need less"
+                    "a dead actor stays dead: from now on many clients count as zero in each round, and their privacy "
+                    "is spent for nothing. End the run (Ctrl-C) and continue with `fl-dualpriv run --resume`; "
+                    'dead-actors = "stop" ends the run automatically, before the round counts; if memory was short, '
+                    "raise resources.cpus-per-client: fewer actors need less memory"
                 )
             yield reply
 
@@ -168,7 +168,7 @@ class Rounds:
         self._checkpoints.write(Checkpoint(progress=progress, prompt=prompt, state=strategy.state))
 
     def _events(self) -> int:
-        """Of this run in the server's ledger."""
+        """Count the events of this run in the server's ledger."""
         privacy, token = self.strategy.privacy, self.strategy.run_token
         if privacy is None or privacy.ledger is None:
             return 0

@@ -1,7 +1,7 @@
-"""What a strategy may change, and what it owes for it; refused before any client is asked.
+"""Rules for strategies under server-side privacy; a class that breaks them is refused before any client is asked.
 
-Under server-side privacy the mechanism (cohort, clip, noise, divisor, books) is fixed: a class that overrides a part of
-it, or whose `combine` has no proof, would make the run's ε untrue.
+The mechanism (cohort, clip, noise, divisor, accounting) is fixed: a class that overrides a part of it, or whose
+`combine` has no proof, would make the run's ε false.
 """
 
 from typing import ClassVar, Protocol
@@ -12,7 +12,7 @@ from fl_dualpriv.privacy.limits import LARGEST_CLIP_NORM, SMALLEST_CLIP_NORM, is
 from fl_dualpriv.privacy.plan import ServerUnit
 
 HOOKS = ("weight", "combine", "sensitivity", "server_update", "check_options", "summary")
-"""What a strategy may override under server-side privacy; everything else of the base is part of the mechanism."""
+"""Names that a strategy may override under server-side privacy; all others of the base are part of the mechanism."""
 _CLAIMS = ("proved_for", "unproved_because")
 _DATACLASS_NAMES = {
     *("__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__abstractmethods__", "_abc_impl"),
@@ -22,7 +22,7 @@ _OFF = 'privacy.client.mechanism = "none" and privacy.record.trusts-server = fal
 
 
 class Claims(Protocol):
-    """What a strategy's class says of itself."""
+    """Class attributes in which a strategy's author states what is proved."""
 
     proved_for: ClassVar[tuple[ServerUnit, ...]]
     unproved_because: ClassVar[str]
@@ -32,26 +32,27 @@ def check_class(cls: type[Claims], base: type[Claims], unit: ServerUnit, arithme
     """Refuse a class whose rounds the server's noise would not cover.
 
     Guarantee:
-        If this returns, everything but `HOOKS` is the base's own; the author says that it is proved for ``unit`` (of
-        another `combine` than the base's: for clients, unless more is said); no class below the one that gives
-        `sensitivity` overrides `combine`; and integer sums are the base's.
+        If this returns, everything but `HOOKS` is the base's own; the author states that the class is proved for
+        ``unit`` (a `combine` other than the base's counts as proved only for clients, unless its class or a subclass
+        states ``proved_for``); no class below the one that gives `sensitivity` overrides `combine`; and integer sums
+        are the base's.
 
     Args:
-        cls: The strategy: a subclass of ``base``, or it.
+        cls: Class of the strategy: ``base`` or a subclass of it.
         base: `RoundStrategy`.
-        unit: What the server's noise protects.
-        arithmetic: Of its sums.
+        unit: Unit that the server's noise protects.
+        arithmetic: Arithmetic of the server's sums.
 
     Raises:
-        PrivacyError: With what does not fit and what to do.
+        PrivacyError: If the class does not fit. The message says why, and what to do.
     """
     name = cls.__name__
     combine, proof, claim = (
         next(i for i, c in enumerate(cls.__mro__) if attribute in vars(c))
         for attribute in ("combine", "sensitivity", "proved_for")
     )
-    # What the base claims for its sum is no claim for another combine(): of the neighbours, most authors think of
-    # clients that come and go, where one record changes one upload.
+    # The base's claim for its own sum does not cover another combine(). Most authors think only of neighbours in which
+    # a client comes or goes, and not of one record that changes one upload.
     proved_for = cls.proved_for if claim <= combine else ("client",)
     if unit not in proved_for:
         where = f"at {unit} level" if unit != "nominal" else "as in the DP-FPL paper"
@@ -73,17 +74,18 @@ def check_class(cls: type[Claims], base: type[Claims], unit: ServerUnit, arithme
         for hook in ("combine", "sensitivity"):
             if getattr(cls, hook) is not getattr(base, hook):
                 raise PrivacyError(
-                    f"{name} overrides {hook}(), and integer arithmetic is proved for the plain weighted sum alone; "
+                    f"{name} overrides {hook}(), but integer arithmetic is proved only for the plain weighted sum; "
                     'set privacy.arithmetic = "float"'
                 )
 
 
 def check_bound(bound: float, unit: ServerUnit) -> None:
-    """Refuse a bound on one unit's share of the sum that the server cannot clip to; of records it may be zero.
+    """Refuse a bound on one unit's share of the sum that the server cannot clip to; for records it may be zero.
 
     Args:
-        bound: S, or for records the learning rate times C. Zero: nothing is learned, and uploads and noise are zero.
-        unit: What the server's noise protects; ``nominal``: nothing is clipped here, and nothing is checked.
+        bound: Bound S, or for records the learning rate times C. With zero, uploads and noise are zero, and nothing is
+            learned.
+        unit: Unit that the server's noise protects. With ``nominal``, nothing is clipped here and nothing is checked.
 
     Raises:
         PrivacyError: If the bound is not between 1e-30 and 1e30.

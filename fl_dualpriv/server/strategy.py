@@ -1,7 +1,7 @@
-"""The base of every strategy: cohort, clip, combine, noise, step, and what happens when a client fails.
+"""The base of every strategy: cohort, clip, combine, noise, step, and the handling of failed clients.
 
-A strategy author owns as much of the proof as they override: `server_update` runs after the noise (nothing owed),
-`weight` is clamped to [0, 1] (nothing owed), `combine` must come with `sensitivity`. `strategy_rules` holds them to it.
+A strategy's author must prove what they override. `server_update` runs after the noise and needs no proof.
+`weight` is clamped to [0, 1] and needs no proof. `combine` must come with `sensitivity`. `server.rules` enforces this.
 """
 
 import logging
@@ -35,12 +35,12 @@ _log = logging.getLogger("fl_dualpriv")
 
 
 class ClientFailure(RuntimeError):
-    """A client did not deliver, and the run has no rule that makes this harmless."""
+    """A client did not deliver, and the run has no rule that tolerates this."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """One client's contribution, clipped if the server clips."""
+    """Update of one client, clipped if the server clips."""
 
     partition: int
     diff: Tensor
@@ -48,7 +48,7 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundReport:
-    """What a round tells the outside."""
+    """Report of one round for the caller."""
 
     server_round: int
     accuracy: Accuracy | None
@@ -61,32 +61,34 @@ class RoundStrategy(Strategy):
 
     Guarantee:
         With ``privacy`` set, the sum over the cohort moves by at most ``privacy.bound`` when one unit is added or
-        removed, whatever clients send or fail to send: a missing, malformed or non-finite upload is zero, the noise
-        has std ``noise_multiplier * sensitivity()`` also for an empty cohort, and every divisor is public. In integer
-        arithmetic the sum is exact and is divided after the noise: a strategy that overrides `combine` or
+        removed, for any uploads that clients send or fail to send: a missing, malformed or non-finite upload is zero,
+        the noise has std ``noise_multiplier * sensitivity()`` also for an empty cohort, and every divisor is public. In
+        integer arithmetic the sum is exact and is divided after the noise: a strategy that overrides `combine` or
         `sensitivity` is refused. With ``privacy.correlated`` the noise of all rounds together has the law of
         `CorrelatedNoise`, on its schedule; with ``privacy.adaptive`` the bound of a round is a function of earlier
-        releases, one of which is the noised share of small updates. The cohort is drawn over clients, whichever nodes
-        host them: how many nodes there are changes no result.
+        releases, one of which is the noised share of small updates. The cohort is drawn over clients, independently of
+        the nodes that host them: the number of nodes changes no result.
 
     Args:
         cards: Partition → public card of each client, 0 … population − 1; all of them joined before round 1.
         hosts: Partition → id of the node that hosts the client.
         masses: Partition → public share of the divisor (1, or the expected batch when uploads are sums over records).
-        num_rounds: Rounds in the run (to evaluate the last one).
+        num_rounds: Number of rounds in the run (to evaluate the last one).
         evaluate_every: Rounds between evaluations; 0 = never.
-        prompt_kind: Which prompt clients score.
-        run_token: Marks the run; clients drop state of other runs.
-        terms: What clients are asked to release in a round, for them to check.
-        tolerates_failures: A failed client is zero (DP) or ends the run (without DP, where nothing hides it).
+        prompt_kind: Kind of prompt that clients score.
+        run_token: Token of the run; clients drop state of other runs.
+        terms: Releases that clients are asked for in a round, for them to check.
+        tolerates_failures: True if a failed client counts as zero (DP). Otherwise it ends the run, because without DP
+            nothing hides it.
         privacy: Server-side noise, or None.
         sources: Random streams for cohort and noise.
-        report: Called once a round.
-        plugin_folder: Where a strategy may write files. They are the operator's and are not published, because no proof
-            covers them. The strategy makes the folder. None: there is none.
+        seed: Seed of the random streams.
+        report: Function that is called once per round.
+        plugin_folder: Folder for files of a strategy, which the strategy must create. The files are the operator's and
+            are not published, because no proof covers them. None if there is no folder.
     """
 
-    # What the author has proved: the units that noise scaled to sensitivity() protects, and why not the others.
+    # The author's claim: the units that noise scaled to sensitivity() protects, and the reason why not the others.
     proved_for: ClassVar[tuple[ServerUnit, ...]] = ("client", "record", "nominal")
     unproved_because: ClassVar[str] = ""
 
@@ -122,7 +124,7 @@ class RoundStrategy(Strategy):
         # Index i of a Poisson draw is client i; Flower's node ids are random, so their order must not matter.
         order = range(len(self.cards))
         if list(self.cards) != list(order) or any(p not in self.hosts for p in order):
-            raise ValueError(f"cards of {len(self.cards)} clients; expected one of each in order, each with a host")
+            raise ValueError(f"cards of {len(self.cards)} clients; expected one per client, in order, each with a host")
         self.num_examples = {partition: card.num_examples for partition, card in self.cards.items()}
         self._everyone = by_node(order, self.hosts)
         if self.privacy is not None:
@@ -135,29 +137,30 @@ class RoundStrategy(Strategy):
     # --- what a strategy may change ------------------------------------------------------------------------------
 
     def weight(self, num_examples: int) -> float:
-        """Weight of a client with that many (public) examples; clamped to [0, 1], so it can only lower the bound.
+        """Return the weight of a client with that many (public) examples.
 
-        A pure function of its argument: asked once for each number of examples.
+        The weight is clamped to [0, 1], so that it can only lower the bound. It must be a pure function of its
+        argument: it is called once for each number of examples.
         """
         return 1.0
 
     def combine(self, updates: Sequence[Update]) -> Tensor:
-        """Weighted sum over a *public* divisor, (n_ctx, ctx_dim); no updates give zero."""
+        """Divide the weighted sum of updates by a *public* divisor, (n_ctx, ctx_dim); no updates give zero."""
         total = torch.zeros(self._prompt.shape, dtype=torch.float64)
         for update in updates:
             total += self._clamped_weight(update.partition) * update.diff
         return total / self.divisor()
 
     def sensitivity(self) -> float:
-        """How far `combine` can move in L2 norm when one unit is added or removed; public."""
+        """Return how far `combine` can move in L2 norm when one unit is added or removed; public."""
         return self.bound() / self.divisor()
 
     def server_update(self, prompt: Tensor, diff: Tensor) -> Tensor:
-        """Make the step; runs after the noise, so it owes nothing (post-processing)."""
+        """Make the step from the noised update; it is post-processing and needs no proof."""
         return prompt + diff
 
     def check_options(self) -> None:
-        """Refuse bad values of a strategy's own fields, before any client is asked: raise `ConfigError`."""
+        """Refuse bad values of a strategy's own fields with `ConfigError`, before any client is asked."""
 
     @property
     def prompt(self) -> Tensor:
@@ -167,10 +170,10 @@ class RoundStrategy(Strategy):
     # --- fixed ---------------------------------------------------------------------------------------------------
 
     def bound(self) -> float:
-        """L2 norm that one unit can add to the sum of uploads; public.
+        """Return the L2 norm that one unit can add to the sum of uploads; public.
 
         Raises:
-            PrivacyError: Without server-side privacy: nothing bounds the uploads then.
+            PrivacyError: If there is no server-side privacy, because then nothing bounds the uploads.
         """
         if self.privacy is None:
             raise PrivacyError("no bound without server-side privacy: nothing bounds the uploads")
@@ -178,12 +181,13 @@ class RoundStrategy(Strategy):
         return self.privacy.bound if moved is None else float(moved)
 
     def divisor(self) -> float:
-        """Public: cohort rate × Σ weight × mass over the whole population, whoever took part."""
+        """Return the public divisor: cohort rate × Σ weight × mass over the whole population, not only the cohort."""
         if self._divisor is None:  # once: combine() and sensitivity() must see the same number
             total = sum(self._clamped_weight(partition) * mass for partition, mass in self.masses.items())
             if not total > 0:
                 raise ConfigError(
-                    f"the weights of {type(self).__name__} add up to {total}: one client at least must count"
+                    f"the weights of {type(self).__name__} add up to {total}: at least one client must have a weight "
+                    "above 0"
                 )
             self._divisor = self._cohort_rate() * total
         return self._divisor
@@ -198,7 +202,7 @@ class RoundStrategy(Strategy):
         return 1.0 if self.privacy is None else self.privacy.cohort_rate
 
     def _cohort(self, server_round: int) -> list[int]:
-        """The clients of a round, in order: by their own coins, or in turn where noise is correlated over rounds."""
+        """Return the clients of a round, in order: by their own coins, or by the schedule of correlated noise."""
         if self.privacy is not None and self.privacy.correlated is not None:
             check_next(self.state, server_round)
             return self.privacy.correlated.schedule.cohort(server_round, len(self.cards)).tolist()
@@ -208,10 +212,10 @@ class RoundStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Sample the cohort (Poisson under client-level DP, else everyone) and write one message per node of it.
+        """Sample the cohort (Poisson under client-level DP, else all clients) and write one message per node of it.
 
         Raises:
-            BudgetExhausted: If the round would exceed the budget at the server; nobody was sampled or asked then.
+            BudgetExhausted: If the round would exceed the server's budget. Then no client was sampled or asked.
         """
         self._prompt = messages.from_arrays(arrays)
         if self._books is not None:
@@ -223,7 +227,7 @@ class RoundStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Clip, combine, noise, step."""
+        """Clip and combine the uploads, add noise, and make the step."""
         partitions, diffs = self._read_uploads(server_round, replies)
         self.deliveries += len(partitions)
         moved = self._step(server_round, partitions, diffs)
@@ -235,7 +239,7 @@ class RoundStrategy(Strategy):
         return messages.to_arrays(self._prompt), None
 
     def _step(self, server_round: int, partitions: Sequence[int], diffs: Tensor) -> Tensor:
-        """The prompt after the round. The ledger is written before the noise is drawn."""
+        """Return the prompt after the round. The ledger is written before the noise is drawn."""
         if self.privacy is None:
             diff = self._combined(partitions, diffs)
         else:
@@ -256,12 +260,12 @@ class RoundStrategy(Strategy):
             return self.combine(updates)
 
     def _noised(self, partitions: Sequence[int], diffs: Tensor, privacy: ServerPrivacy, source: RandomSource) -> Tensor:
-        """Clipped, combined and noised uploads: the one place where they leave the private side."""
+        """Clip, combine and noise the uploads: the only place where they leave the private side."""
         if privacy.arithmetic == "integer":  # the plain combine(), with its division after the noise
             clean = self._integer_sum(partitions, diffs, privacy)
             return release(clean, privacy.noise_multiplier, source) / self.divisor()
         diff = self._combined(partitions, self._clip(partitions, diffs, privacy))
-        # The prompt's shape, not the result's: noise of one number for all entries would hide nothing.
+        # Noise has the shape of the prompt, not of the result: one noise value for all entries would hide nothing.
         shape, scale = tuple(self._prompt.shape), self.sensitivity()
         if privacy.correlated is None:
             return diff + gaussian_noise(source, shape, privacy.noise_multiplier * scale)
@@ -282,7 +286,7 @@ class RoundStrategy(Strategy):
         return clip_rows(diffs / units, bound)[0] * units
 
     def _move_clip_norm(self, server_round: int, diffs: Tensor, adaptive: AdaptiveClip) -> None:
-        """Release the share of updates within the clip norm, and move it for the next round."""
+        """Release the share of updates within the clip norm, and move the clip norm for the next round."""
         assert self.privacy is not None
         source = self.sources(StreamKey(seed=self.seed, purpose="bit-noise", server_round=server_round))
         share = adaptive.released_share(diffs, self.bound(), self.privacy.arithmetic, source)
@@ -290,24 +294,25 @@ class RoundStrategy(Strategy):
         _log.info("clip norm after round %d: %.4g", server_round, self.bound())
 
     def _integer_sum(self, partitions: Sequence[int], diffs: Tensor, privacy: ServerPrivacy) -> ClippedSum:
-        """What `_clip` and `combine` make of the uploads, in integers."""
+        """Compute the result of `_clip` and `combine` in integers, before the division."""
         weights = torch.tensor([self._clamped_weight(partition) for partition in partitions], dtype=torch.float64)
         if privacy.unit == "client":
             return client_sum(diffs, weights, self.bound())
         counts = torch.tensor([self.num_examples[partition] for partition in partitions], dtype=torch.float64)
-        # Each weight is 0 or 1, see `_check_integer`.
+        # Each weight is 0 or 1, see `_check_sums`.
         return trusting_sum(diffs * weights.reshape(-1, 1, 1), counts, self.bound())
 
     def _check_sums(self, privacy: ServerPrivacy) -> None:
-        """Refuse what cannot be added up, or scaled, soundly."""
+        """Refuse weights, numbers of records and bounds for which the sum or its noise would not be sound."""
         name, integer = type(self).__name__, privacy.arithmetic == "integer"
         if privacy.unit == "record":
-            # In floats too: uploads reach as far as their records, and giants round away the sum that the noise hides.
+            # In floats too: an upload's norm grows with its number of records, and a huge upload would round away the
+            # others in the sum.
             check_exact(sum(self.num_examples.values()))
             if integer and any(self._clamped_weight(partition) not in (0.0, 1.0) for partition in self.cards):
                 raise PrivacyError(
-                    f"{name} weighs clients, and a weighted sum of integers is none: with trusts-server and integer "
-                    'arithmetic every weight is 0 or 1; set strategy.ref = "strategies.dpfpl:DPFPL", or '
+                    f"{name} weighs clients, and a weighted sum of integers is not an integer: with trusts-server and "
+                    'integer arithmetic every weight must be 0 or 1; set strategy.ref = "strategies.dpfpl:DPFPL", or '
                     'privacy.arithmetic = "float"'
                 )
         elif integer and privacy.unit == "client":
@@ -317,7 +322,7 @@ class RoundStrategy(Strategy):
             raise PrivacyError(f"{name}.sensitivity() = {scale}; it must be finite and >= 0 to scale the noise")
 
     def _read_uploads(self, server_round: int, replies: Iterable[Message]) -> tuple[list[int], Tensor]:
-        """Good uploads, ordered by partition so that float sums repeat; the rest are failures."""
+        """Return the valid uploads, ordered by partition so that float sums repeat; count the rest as failures."""
         shape = tuple(self._prompt.shape)
         found = collect(
             self._asked, replies, lambda reply: messages.read_uploads(reply, shape), "upload", str(server_round)
@@ -339,7 +344,7 @@ class RoundStrategy(Strategy):
         return partitions, diffs
 
     def _fail(self, server_round: int, failed: Mapping[int, str]) -> None:
-        """Count failed clients, given in the order of partitions; without DP the first of them ends the run."""
+        """Count failed clients, given in the order of partitions; without DP the first one ends the run."""
         if not failed:
             return
         if not self.tolerates_failures:
@@ -359,7 +364,7 @@ class RoundStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask every client for a score in the rounds that are scored."""
+        """Ask every client for a score if the round is evaluated."""
         due = self.evaluate_every > 0 and (server_round % self.evaluate_every == 0 or server_round == self.num_rounds)
         if not due:
             self._asked = {}
@@ -367,12 +372,12 @@ class RoundStrategy(Strategy):
         return self.evaluation_messages(server_round, messages.from_arrays(arrays), self.prompt_kind)
 
     def evaluation_messages(self, server_round: int, prompt: Tensor, kind: messages.PromptKind) -> list[Message]:
-        """Messages that make every client score ``prompt``."""
+        """Return messages that ask every client to score ``prompt``."""
         self._asked = self._everyone
         return score_messages(self._asked, prompt, server_round, self.run_token, kind)
 
     def read_scores(self, server_round: int, replies: Iterable[Message]) -> Accuracy | None:
-        """Mean accuracy of the clients that answered; None if none did."""
+        """Return the mean accuracy of the clients that answered; None if none did."""
         found = collect(self._asked, replies, messages.read_scores, "score", str(server_round))
         self._fail(server_round, {p: f"evaluation: {reason}" for p, reason in found.failed.items()})
         scores = {p: s for answer in found.answers for p, s in zip(answer.partitions, answer.values, strict=True)}
@@ -385,4 +390,4 @@ class RoundStrategy(Strategy):
         return None
 
     def summary(self) -> None:
-        """Nothing to log: the server app prints the privacy table."""
+        """Log nothing, because the server app prints the privacy table."""

@@ -1,4 +1,4 @@
-"""From ``strategy.ref`` to a class and its options: one of ours, a user's, or one of Flower's under an adapter."""
+"""Load the class and the options of ``strategy.ref``: a strategy of the app, a user's, or Flower's in an adapter."""
 
 from collections.abc import Mapping
 
@@ -12,22 +12,24 @@ from fl_dualpriv.server.strategy import RoundStrategy
 
 
 def load_strategy(config: StrategyConfig, flat: Mapping[str, Value]) -> tuple[type[RoundStrategy], dict[str, object]]:
-    """Import the strategy of a run and read its options; nothing is asked of a client yet.
+    """Import the strategy of a run and read its options, before any client is asked.
 
     Args:
-        config: Names the class, and perhaps the folder of its module.
-        flat: The run's configuration, for ``plugin.`` keys.
+        config: Name of the class, and optionally the folder of its module.
+        flat: Flat run configuration, for ``plugin.`` keys.
 
     Returns:
         The class, and the arguments that it takes beyond those of `RoundStrategy`.
 
     Raises:
-        ConfigError: If it cannot be imported, is no strategy, or an option does not fit.
+        ConfigError: If the class cannot be imported or is not a strategy, or if an option does not fit.
     """
     flat = unpack_options(flat)
     found = load_class("strategy.ref", config.ref, Strategy, config.path)
     if not issubclass(found, RoundStrategy):
         return adapt(found, flat)
     if stray := [key for key in flat if key.startswith(FLOWER_TABLE)]:
-        raise ConfigError(f"{stray[0]}: for strategies of Flower's; {config.ref} is none")
+        raise ConfigError(
+            f"{stray[0]}: is for Flower's strategies, and {config.ref} is not one of them; remove the key"
+        )
     return found, dict(plugin_options(found, RoundStrategy, flat))

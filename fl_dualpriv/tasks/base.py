@@ -17,14 +17,15 @@ from fl_dualpriv.run.user_folders import home
 from fl_dualpriv.tasks.use_facts import UseFacts
 
 Counts = tuple[Tensor, Tensor]
-"""Right answers and all held-out records of each group, both (group,) int64 on the CPU."""
+"""Number of correct and of all held-out records of each group, both (group,) int64 on the CPU."""
 
 
 class Task(Protocol):
-    """What all clients of a process share. Nothing in here grows with the number of clients that asked.
+    """Data, model and objective that all clients of a process share.
 
-    A *group* is what records are counted by: the class of an image, or the type of a question. A client's groups are
-    public metadata, like its number of records.
+    No part of a task grows with the number of clients that used it. A *group* is the category by which records are
+    counted: the class of an image, or the type of a question. A client's groups are public metadata, like its number
+    of records.
     """
 
     @property
@@ -34,7 +35,7 @@ class Task(Protocol):
 
     @property
     def cache_root(self) -> Path | None:
-        """Where image features are kept, see `cache_root`; None: in memory only."""
+        """Folder of the cached image features, see `cache_root`; None if they are only in memory."""
         ...
 
     @property
@@ -49,66 +50,69 @@ class Task(Protocol):
 
     @property
     def group_names(self) -> tuple[str, ...]:
-        """Of classes, or of question types."""
+        """Names of the classes, or of the question types."""
         ...
 
     def images(self, split: str) -> ImageDataset:
-        """The images of ``train``, ``val`` or ``test``."""
+        """Return the images of ``train``, ``val`` or ``test``."""
         ...
 
     @property
     def data_identity(self) -> dict[str, str]:
-        """See `data.identity.data_identity`: an operator's."""
+        """Identity of the data for the operator, see `data.identity.data_identity`."""
         ...
 
     def check_any_fits(self) -> None:
-        """For the operator of a simulation: refuse a data set none of whose training records the model can read.
+        """Refuse a data set of a simulation if the model cannot read any of its training records.
 
         Raises:
-            ConfigError: With the first reason.
+            ConfigError: If the model can read none of them. The message has the first reason.
         """
         ...
 
     def prompt_shape(self, config: RunConfig) -> tuple[int, int]:
-        """Of what travels: a prompt, or what the method learns in place of one."""
+        """Return the shape of the tensor that travels: a prompt, or the tensor that the method learns instead."""
         ...
 
     def prompt_segments(self, prompt: PromptConfig) -> tuple[int, ...]:
-        """Neighbouring columns of a prompt that are one matrix of the model each; empty: it has no such parts."""
+        """Return the widths of the column ranges that each form one matrix of the model; empty without such parts."""
         ...
 
     def initial_prompt(self, config: RunConfig) -> Tensor:
-        """p_G before round 1, float32 on the CPU."""
+        """Return p_G before round 1, float32 on the CPU."""
         ...
 
     def context_of(self, learned: Tensor, config: RunConfig) -> Tensor | None:
-        """The context prompt that learned factors amount to; None: what is learned is used as it is."""
+        """Return the context prompt that is equivalent to learned factors.
+
+        None if the learned tensor is already used directly or has no equivalent context prompt.
+        """
         ...
 
     def objective(self, config: RunConfig) -> Objective[Any]:
-        """The loss of records under prompts."""
+        """Return the loss of records under prompts."""
         ...
 
     def regulariser(self, config: RunConfig) -> Regulariser | None:
-        """The part of the loss that reads prompts alone."""
+        """Return the part of the loss that reads only prompts, or None without one."""
         ...
 
     def num_examples(self, partition_id: int) -> int:
-        """n_i, public metadata; reads no image."""
+        """Return the client's number of records n_i, public metadata; reads no image."""
         ...
 
     def client_data(self, partition_id: int, server_round: int = 0) -> Records:
-        """A client's records, gathered anew at each call.
+        """Gather a client's records; each call gathers them again.
 
         Raises:
-            ConfigError: Without DP, if a record cannot be used; it names the first.
+            ConfigError: Without DP, if a record cannot be used; the message names the first one.
         """
         ...
 
     def made_up(self) -> Records:
-        """Records that nobody owns, of the shapes of a client's; always the same.
+        """Return made-up records with the shapes of a client's; the same at each call.
 
-        For `row_check`: one more than `MADE_UP_BLOCKS` blocks. Features are random and labels any.
+        They are for `row_check`: one more than `MADE_UP_BLOCKS` blocks. Features are random and labels are arbitrary.
         """
         ...
 
@@ -121,12 +125,12 @@ class Task(Protocol):
         ...
 
     def use_facts(self, config: RunConfig) -> UseFacts | None:
-        """How a prompt of this run is used; None if it cannot be used without the run."""
+        """Return the facts for using a prompt of this run; None if it cannot be used without the run."""
         ...
 
 
 def held_groups(task: Task) -> Tensor:
-    """Whether a client holds a group, (population, group) bool; public metadata."""
+    """Return True where a client holds a group, (population, group) bool; public metadata."""
     table = np.zeros((len(task.partitions), len(task.group_names)), dtype=bool)
     for partition, indices in enumerate(task.partitions):
         table[partition, task.groups[indices]] = True
@@ -134,17 +138,17 @@ def held_groups(task: Task) -> Tensor:
 
 
 def random_prompt(rows: int, cols: int, seed: int, purpose: str = "initial-prompt") -> Tensor:
-    """N(0, 0.02²), keyed by the seed: CoOp's random start (Zhou et al. 2022, arXiv:2109.01134)."""
+    """Draw from N(0, 0.02²), keyed by the seed: CoOp's random start (Zhou et al. 2022, arXiv:2109.01134)."""
     source = KeyedRandom(StreamKey(seed=seed, purpose=purpose))
     return gaussian_noise(source, (rows, cols), 0.02).float()
 
 
 def one_thread(device: str) -> None:
-    """Give this process one thread on a CPU: threads of many clients on few cores only wait for each other."""
+    """Limit this process to one thread on a CPU: threads of many clients on few cores only wait for each other."""
     if torch.get_num_threads() != 1 and device in ("auto", "cpu"):
         torch.set_num_threads(1)
 
 
 def run_folder(output_dir: str, run_id: int) -> Path:
-    """Where a run writes: ``output.dir``, or a folder of its own under the user's home."""
+    """Return the folder of a run: ``output.dir``, or a separate folder under the user's home."""
     return Path(output_dir) if output_dir else home() / ".fl-dualpriv" / "runs" / str(run_id)

@@ -13,15 +13,17 @@ if TYPE_CHECKING:
 
 
 def build_task(config: RunConfig) -> Task:
-    """Load and check everything the run needs; cached for what it depends on, so that methods share features.
+    """Load and check everything the run needs.
+
+    The task is cached by the values that it depends on, so that methods share features.
 
     Raises:
-        ConfigError: Data, model, prompt or partition do not work as configured; see the message.
-        PrivacyError: A configured δ says nothing about data or populations of this size.
+        ConfigError: If data, model, prompt or partition do not work as configured; see the message.
+        PrivacyError: If a configured δ is too large to be meaningful for data or populations of this size.
     """
     on_bad = "keep" if keeps_bad_records(config) else "raise"
     if config.data.asks_questions:
-        from fl_dualpriv.tasks.questions import build_question_task  # late: a run of images needs none of it
+        from fl_dualpriv.tasks.questions import build_question_task  # late import: a run on images does not need it
 
         task: Task = build_question_task(config, on_bad)
     else:
@@ -34,17 +36,17 @@ def build_task(config: RunConfig) -> Task:
 
 
 def image_task(config: RunConfig) -> "ImageTask":
-    """`build_task` for what knows prompts of image classification alone, such as the attacks.
+    """Build the task for code that supports only prompts of image classification, such as the attacks.
 
     Raises:
-        ConfigError: If the run answers questions or learns no prompt, or as `build_task`.
+        ConfigError: If the run answers questions or does not learn a prompt, or for the reasons of `build_task`.
     """
     from fl_dualpriv.tasks.images import ImageTask
 
     if METHODS[config.method].learns != "prompt" or METHODS[config.method].contrast:
         raise ConfigError(
-            f"method = {config.method!r} learns no prompt, or not from records alone, and this works on such prompts; "
-            'set it to "promptfl" or "dpfpl", for example'
+            f"method = {config.method!r} does not learn a prompt, or its loss has a term beside that of the records; "
+            'choose a method that learns a prompt only from records, for example "promptfl" or "dpfpl"'
         )
     task = build_task(config)
     if not isinstance(task, ImageTask):

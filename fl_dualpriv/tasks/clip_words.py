@@ -1,7 +1,7 @@
 """CLIP's byte-pair encoding without torch and open_clip, to check class names and template before a model is loaded.
 
-open_clip's `SimpleTokenizer` says the same (tests/fl_dualpriv/tasks/test_clip_words.py); its import takes several
-seconds, because torch comes with it.
+open_clip's `SimpleTokenizer` gives the same ids (tests/fl_dualpriv/tasks/test_clip_words.py). Its import takes several
+seconds, because it also imports torch.
 """
 
 import functools
@@ -36,18 +36,18 @@ class TextRules:
 
     Attributes:
         context_length: Longest text in tokens, start and end included.
-        known: Ids of CLIP's encoding that the model knows; None: all of them.
+        known: Ids of CLIP's encoding that the model knows; None if it knows all.
     """
 
     context_length: int
     known: frozenset[int] | None
 
     def count(self, text: str) -> int:
-        """Tokens of a text without start and end."""
+        """Count the tokens of a text without start and end."""
         return len(encode(text))
 
     def unknown(self, text: str) -> list[str]:
-        """The words that the model does not know."""
+        """Return the words that the model does not know."""
         if self.known is None:
             return []
         return [word for word in text.split() if not self.known.issuperset(encode(word))]
@@ -55,10 +55,10 @@ class TextRules:
 
 @functools.lru_cache(maxsize=4)
 def text_rules(backbone: str) -> TextRules | None:
-    """The rules of a model that reads CLIP's encoding; None: they are not known before it is loaded.
+    """Return the rules of a model that reads CLIP's encoding; None if they are not known before it is loaded.
 
     Args:
-        backbone: As ``backbone.name``.
+        backbone: Value of ``backbone.name``.
     """
     try:
         if backbone == "demo" or backbone.startswith(_LOCAL):
@@ -75,13 +75,13 @@ def text_rules(backbone: str) -> TextRules | None:
         if any(text.get(key) for key in _OTHER_TOKENIZERS):
             return None
         return TextRules(context_length=int(text.get("context_length", _CONTEXT_LENGTH)), known=None)
-    except (OSError, ValueError, KeyError, TypeError):  # the loader of the model says what is wrong with it
+    except (OSError, ValueError, KeyError, TypeError):  # the loader of the model reports the problem
         return None
 
 
 @functools.lru_cache(maxsize=4096)
 def encode(text: str) -> tuple[int, ...]:
-    """Ids of a text in CLIP's encoding, without start and end."""
+    """Return the ids of a text in CLIP's encoding, without start and end."""
     ids, ranks, letters = _table()
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     found: list[int] = []
@@ -96,7 +96,7 @@ def encode(text: str) -> tuple[int, ...]:
 
 
 def _merged(parts: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
-    """Join neighbours, the pair of the lowest rank first and everywhere, until no pair has a rank."""
+    """Merge neighbours until no pair has a rank; each pass merges all occurrences of the pair of lowest rank."""
     while len(parts) > 1:
         pairs = itertools.pairwise(parts)
         best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
@@ -104,7 +104,7 @@ def _merged(parts: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]
             break
         joined: list[str] = []
         for part in parts:
-            # The part before is whole: a part that has just been joined is none of the pair.
+            # The previous part is unmerged here: a part that has just been merged never equals the first of the pair.
             if joined and (joined[-1], part) == best:
                 joined[-1] += part
             else:
@@ -114,10 +114,10 @@ def _merged(parts: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]
 
 
 def _open_clip() -> Path:
-    """The folder of open_clip, which is not imported.
+    """Return the folder of open_clip without importing it.
 
     Raises:
-        OSError: If it is not installed.
+        OSError: If open_clip is not installed.
     """
     spec = importlib.util.find_spec("open_clip")
     if spec is None or not spec.submodule_search_locations:
@@ -127,7 +127,7 @@ def _open_clip() -> Path:
 
 @functools.lru_cache(maxsize=1)
 def _table() -> tuple[dict[str, int], dict[tuple[str, str], int], dict[int, str]]:
-    """Id of each part, rank of each pair, and the letter that stands for each byte."""
+    """Read the id of each part, the rank of each pair, and the letter that stands for each byte."""
     with gzip.open(_open_clip() / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as stream:
         lines = stream.read().split("\n")[1 : 1 + _MERGES]
     merges = [(first, second) for first, second in (line.split() for line in lines)]

@@ -1,4 +1,4 @@
-"""Read from a configuration what may leave, before any plan is calculated. No torch, no accountant."""
+"""Decide from a configuration which results may leave, before any plan is calculated. No torch, no accountant."""
 
 from pathlib import Path
 
@@ -9,9 +9,10 @@ from fl_dualpriv.methods.base import METHODS
 
 
 def keeps_bad_records(config: RunConfig) -> bool:
-    """True if a record that cannot be used stays a record and adds zero: so it is where a plan protects the data.
+    """Return True if an unusable record stays counted and adds zero, which is the case if a plan protects the data.
 
-    Equal to having a plan (`config.plans.record_level_plan`, `config.plans.client_level_plan`), at no cost.
+    The result is True exactly if the run has a plan (`config.plans.record_level_plan`,
+    `config.plans.client_level_plan`), but no plan is calculated.
     """
     record, parts = config.privacy.record, METHODS[config.method]
     has_record_plan = record.mechanism != "none" and parts.trains and not parts.published_procedure
@@ -19,14 +20,15 @@ def keeps_bad_records(config: RunConfig) -> bool:
 
 
 def may_score(config: RunConfig) -> bool:
-    """Whether accuracies on the held-out images may leave: under DP only if those images are public."""
+    """Return True if accuracies on the held-out images may leave: under DP only if those images are public."""
     return not config.claims_privacy or held_out_is_public(config.data, config.evaluation)
 
 
 def held_out_is_public(data: DataConfig, evaluation: EvaluationConfig) -> bool:
-    """``evaluation.held-out-data``; ``auto``: the demo's images and a split with a folder of its own are public.
+    """Return True if the held-out images are public, by ``evaluation.held-out-data``.
 
-    Held-out images that are cut out of somebody's training folder are private like the rest of it.
+    With ``auto``, the demo's images are public, and so is a split with a separate folder. Held-out images that are cut
+    out of a training folder are as private as the rest of it.
     """
     if evaluation.held_out_data == "auto":
         return held_out_is_given(data, evaluation)
@@ -34,12 +36,12 @@ def held_out_is_public(data: DataConfig, evaluation: EvaluationConfig) -> bool:
 
 
 def held_out_is_given(data: DataConfig, evaluation: EvaluationConfig) -> bool:
-    """Whether the scored split is a demo's or has a folder or file of its own: no cut out of training data."""
+    """Return True if the scored split is a demo's or has a separate folder or file, not a cut of training data."""
     return evaluation.split in own_splits(data)
 
 
 def own_splits(data: DataConfig) -> frozenset[str]:
-    """The splits among train, val and test that are given, and not cut out of another one."""
+    """Return the splits among train, val and test that are given, and not cut out of another one."""
     if data.source in ("demo", "demo-vqa"):
         return frozenset({"train", "val", "test"})
     if data.source == "folder":
@@ -48,11 +50,11 @@ def own_splits(data: DataConfig) -> frozenset[str]:
 
 
 def delta_problems(config: RunConfig, largest: int) -> list[str]:
-    """Problem lines about each δ that says nothing about populations or data of this size.
+    """Return a problem line for each δ that is too large to be meaningful for populations or data of this size.
 
     Args:
-        config: The run.
-        largest: Records of the client that has the most.
+        config: Configuration of the run.
+        largest: Number of records of the client that has the most.
     """
     record, client = config.privacy.record, config.privacy.client
     levels = []
@@ -61,7 +63,7 @@ def delta_problems(config: RunConfig, largest: int) -> list[str]:
     if client.mechanism != "none":
         levels.append(("client", client.delta, config.population, "clients"))
     return [
-        f"privacy.{level}.delta = {delta:g} with {units} {what}; δ must be below 1/{units} to say anything: "
+        f"privacy.{level}.delta = {delta:g} with {units} {what}; δ must be below 1/{units} to be meaningful: "
         f"set it to {1 / (10 * units):.1g} or less"
         for level, delta, units, what in levels
         if delta * units >= 1

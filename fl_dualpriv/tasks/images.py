@@ -42,18 +42,18 @@ from fl_dualpriv.towers.base import PromptTower
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTask:
-    """See `Task`; groups are classes.
+    """`Task` of image classification; groups are classes.
 
     Attributes:
-        backbone: One frozen copy.
+        backbone: The frozen model, one copy per process.
         text: Class features from prompts.
         data: Train, val and test images.
         partitions: Record indices per client.
-        refuses_bad_records: Without DP a record that cannot be used stops the run; under DP it must not.
-        cache_root: Where image features are kept, see `cache_root`; None: in memory only.
-        augmentation: ``flip``: each training image is mirrored with chance 1/2, anew each round.
-        seed: Of the coins of the augmentation.
-        patch_reading: How the patches of records are read; None: they are not.
+        refuses_bad_records: True if a record that cannot be used stops the run. Under DP it must not.
+        cache_root: Folder of the cached image features, see `cache_root`; None if they are only in memory.
+        augmentation: ``flip`` mirrors each training image with probability 1/2, drawn again each round.
+        seed: Seed of the coins of the augmentation.
+        patch_reading: Method of reading patch features; None if no patches are read.
     """
 
     backbone: Backbone
@@ -75,16 +75,16 @@ class ImageTask:
         return self.backbone.logit_scale
 
     def tower(self, prompt: PromptConfig) -> PromptTower:
-        """What maps prompts to class features: the text tower, or a low-rank head on its zero-shot features."""
+        """Return the tower that maps prompts to class features: the text tower, or a low-rank head."""
         return self.head if prompt.learner == "head" else self.text.tower
 
     @functools.cached_property
     def head(self) -> LowRankHead:
-        """The low-rank head over the zero-shot features; its prompts need no text tower."""
+        """Low-rank head over the zero-shot features; its prompts need no text tower."""
         return LowRankHead(self.text.zero_shot_features())
 
     def learner(self, config: RunConfig) -> ImageLearner:
-        """What the run learns; kept, for each is asked for many times."""
+        """Return the learner of the run; cached, because it is used many times."""
         noise, workspace = config.privacy.record.noise_space, config.resources.workspace_mib
         key = (config.method, config.prompt, config.train.top_m, config.seed, config.fedotp, noise, workspace)
         found = self._learners.get(key)
@@ -98,7 +98,7 @@ class ImageTask:
         return self.learner(config).shape
 
     def prompt_segments(self, prompt: PromptConfig) -> tuple[int, ...]:
-        """See `Task`: none."""
+        """Return no segments; see `Task`."""
         return ()
 
     def objective(self, config: RunConfig) -> Objective[ClientData]:
@@ -106,7 +106,7 @@ class ImageTask:
         return self.learner(config).objective
 
     def regulariser(self, config: RunConfig) -> PromptContrast | None:
-        """See `Task`: FedPGP's contrastive term."""
+        """Return FedPGP's contrastive term, or None without one; see `Task`."""
         if not METHODS[config.method].contrast or config.fedpgp.contrastive_weight == 0:
             return None
         return PromptContrast(
@@ -123,7 +123,7 @@ class ImageTask:
 
     @property
     def group_names(self) -> tuple[str, ...]:
-        """Of the classes."""
+        """Names of the classes."""
         return self.data.class_names
 
     @property
@@ -144,11 +144,11 @@ class ImageTask:
         )
 
     def images(self, split: str) -> ImageDataset:
-        """The images of ``train``, ``val`` or ``test``."""
+        """Return the images of ``train``, ``val`` or ``test``."""
         return {"train": self.data.train, "val": self.data.val, "test": self.data.test}[split]
 
     def check_any_fits(self) -> None:
-        """See `Task`: an image that can be opened can be read."""
+        """Accept every data set, because the model can read every image that can be opened; see `Task`."""
 
     @torch.no_grad()
     def counts(self, prompts: Tensor, config: RunConfig) -> list[Counts]:
@@ -158,12 +158,12 @@ class ImageTask:
         return [count_logits(own, images.labels, n_cls) for own in logits]
 
     def zero_shot_counts(self, config: RunConfig) -> Counts:
-        """See `Task`: the filled-in template."""
+        """Score the class features of the filled-in template; see `Task`."""
         images, features = self.held_out(config.evaluation.split), self.text.zero_shot_features()
         return count_by_class(features, images.features, images.labels, len(self.data.class_names))
 
     def initial_prompt(self, config: RunConfig) -> Tensor:
-        """See `Task`: the template's words, or N(0, 0.02²); of a head its own."""
+        """Return the template's words, a draw from N(0, 0.02²), or the start of another learner; see `Task`."""
         return self.learner(config).initial().cpu()
 
     def context_of(self, learned: Tensor, config: RunConfig) -> Tensor | None:
@@ -172,30 +172,30 @@ class ImageTask:
         return context(learned).cpu() if context else None
 
     def num_examples(self, partition_id: int) -> int:
-        """n_i, public metadata; reads no image."""
+        """Return the client's number of records n_i, public metadata; reads no image."""
         return len(self.partitions[partition_id])
 
     def held_classes(self, partition_id: int) -> Tensor:
-        """Sorted class ids of a client, public metadata; reads no image."""
+        """Return the sorted class ids of a client, public metadata; reads no image."""
         return torch.from_numpy(held_classes(self.data.train.labels, self.partitions[partition_id])).to(
             self.backbone.device
         )
 
     def client_data(self, partition_id: int, server_round: int = 0) -> ClientData:
-        """A client's records as features, gathered anew at each call.
+        """Gather a client's records as features; each call gathers them again.
 
         Guarantee:
-            Under augmentation each record has a coin of its own, drawn from (seed, client, round, place of the record)
-            and from no data, so that its features are a function of that record and its coin: a map of single records,
-            which leaves sensitivity and sampling, and with them the DP guarantee, as they are. Mirroring changes no
-            held-out image.
+            Under augmentation each record has its own coin, drawn from (seed, client, round, place of the record) and
+            from no data. Its features are therefore a function of that record and its coin. Such a map of single
+            records changes neither sensitivity nor sampling, and so it does not change the DP guarantee. Mirroring
+            changes no held-out image.
 
         Args:
-            partition_id: Which client.
-            server_round: Read by the augmentation alone.
+            partition_id: Partition of the client.
+            server_round: Number of the round, read only by the augmentation.
 
         Raises:
-            ConfigError: Without DP, if a record cannot be used; it names the first.
+            ConfigError: Without DP, if a record cannot be used; the message names the first one.
         """
         indices, mirrored = self.partitions[partition_id], None
         if self.augmentation != "none":
@@ -204,7 +204,7 @@ class ImageTask:
         return self._client_data("train", indices, mirrored)
 
     def made_up(self) -> ClientData:
-        """See `Task`: random unit-norm features, and patches where a method reads them."""
+        """Return random unit-norm features, with patches if the method reads them; see `Task`."""
         backbone, generator = self.backbone, torch.Generator().manual_seed(0)
         count = MADE_UP_BLOCKS * rows_at_once(backbone.device) + 1
 
@@ -219,10 +219,10 @@ class ImageTask:
         )
 
     def held_out(self, split: str) -> ClientData:
-        """The ``val`` or ``test`` images as features; computed once a process.
+        """Return the ``val`` or ``test`` images as features; computed once per process.
 
         Raises:
-            ConfigError: Without DP, if a record cannot be used; it names the first.
+            ConfigError: Without DP, if a record cannot be used; the message names the first one.
         """
         if split not in self._held_out:
             self._held_out[split] = self._client_data(split, np.arange(len(self.images(split))), None)
@@ -257,14 +257,14 @@ class ImageTask:
 
 
 def build_image_task(config: RunConfig, on_bad_image: Literal["keep", "raise"]) -> ImageTask:
-    """See `build_task`.
+    """Build the task of a run on images; see `build_task`.
 
     Args:
-        config: The run.
-        on_bad_image: Without DP a record that cannot be used stops the run; under DP it must not.
+        config: Configuration of the run.
+        on_bad_image: ``raise`` stops the run at a record that cannot be used; under DP it must be ``keep``.
 
     Raises:
-        ConfigError: Data, model, prompt or partition do not work as configured; see the message.
+        ConfigError: If data, model, prompt or partition do not work as configured; see the message.
     """
     data, source = config.data, config.data.source
     assert source in ("demo", "folder")
@@ -290,7 +290,7 @@ def build_image_task(config: RunConfig, on_bad_image: Literal["keep", "raise"]) 
 def _check_prompt(config: RunConfig, task: ImageTask) -> None:
     prompt = config.prompt
     if prompt.learner == "head" or METHODS[config.method].learns in ("linear-probe", "prototypes"):
-        return  # there is no context: any rank has a meaning, and no sequence can be too long
+        return  # there is no context: any rank is valid, and no sequence can be too long
     largest = min(prompt.n_ctx, task.backbone.ctx_dim)
     if prompt.rank > largest:
         raise ConfigError(
@@ -316,7 +316,7 @@ def _build_task(
     patch_reading: PatchReading | None,
 ) -> ImageTask:
     one_thread(device)
-    assert data.partition != "by-image"  # the configuration allows it for questions alone
+    assert data.partition != "by-image"  # the configuration allows it only for questions
     parts = partition(images.train.labels, data.partition, population, data.dirichlet_alpha, seed)
     backbone = load_backbone(model.name, model.pretrained, device, pruner, model.precision)
     return ImageTask(

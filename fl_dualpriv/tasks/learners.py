@@ -1,4 +1,4 @@
-"""What a run of image classification learns: a prompt, or what its method has in place of one."""
+"""Learners of image classification: a prompt, or the tensor that a method learns instead of one."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,11 +26,13 @@ class ImageLearner:
     """One kind of learned tensor.
 
     Attributes:
-        shape: Of one, (rows, cols): what travels.
-        initial: Before round 1, float32; a function of public numbers.
-        objective: The loss of records.
-        logits: Of each (prompt, rows, cols) on all images, (image, n_cls), up to a factor.
-        context: What one amounts to, as a context prompt (n_ctx, ctx_dim); None: it is what it is.
+        shape: Shape of the learned tensor that travels, (rows, cols).
+        initial: Function that returns the tensor before round 1, float32; a function of public numbers.
+        objective: Loss of records.
+        logits: Function that yields the logits (image, n_cls) of each of (prompt, rows, cols) on all images, up to a
+            factor.
+        context: Function that returns the equivalent context prompt (n_ctx, ctx_dim). None if the learned tensor is
+            already a context prompt or has no equivalent.
     """
 
     shape: tuple[int, int]
@@ -41,13 +43,13 @@ class ImageLearner:
 
 
 def image_learner(config: RunConfig, backbone: Backbone, text: PromptedText, head: LowRankHead | None) -> ImageLearner:
-    """The one that a run asks for.
+    """Build the learner of a run.
 
     Args:
-        config: The run.
+        config: Configuration of the run.
         backbone: The frozen model.
-        text: Its class features from prompts.
-        head: Where ``prompt.learner`` says so, what is learned in place of words.
+        text: Class features of the model from prompts.
+        head: Low-rank head that is learned instead of words if ``prompt.learner`` is ``head``; else None.
     """
     learns = METHODS[config.method].learns
     if learns == "linear-probe":
@@ -75,7 +77,7 @@ def image_learner(config: RunConfig, backbone: Backbone, text: PromptedText, hea
 
 
 def _words(config: RunConfig, backbone: Backbone, text: PromptedText, purpose: str = "initial-prompt") -> Tensor:
-    """The template's, or N(0, 0.02²), drawn for a purpose."""
+    """Return the template's words, or draw from N(0, 0.02²) for a purpose."""
     if config.prompt.init == "template":
         return text.template_context(config.prompt.n_ctx)
     return random_prompt(config.prompt.n_ctx, backbone.ctx_dim, config.seed, purpose)
@@ -153,6 +155,6 @@ def _prototypes(config: RunConfig, text: PromptedText) -> ImageLearner:
 
 
 def _class_features(config: RunConfig, text: PromptedText) -> Tensor:
-    """Where a head starts: at the zero-shot class features, or at zero."""
+    """Return the start of a linear probe or of prototypes: the zero-shot class features, or zero."""
     features = text.zero_shot_features()
     return features if config.prompt.init == "template" else torch.zeros_like(features)

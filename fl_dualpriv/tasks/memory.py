@@ -1,4 +1,4 @@
-"""Will the run fit? An estimate of what one actor takes, and what the machine has, compared before the rounds start."""
+"""Memory check before the rounds start: the estimated memory of all actors against the memory of the machine."""
 
 import math
 from pathlib import Path
@@ -20,24 +20,24 @@ from fl_dualpriv.tasks.base import Task
 
 _MIB = 2**20
 _PROCESS = 480 * _MIB
-"""Measured: 470 MiB of its own in a Ray actor's libraries with the demo task, less weights, on the CPU build of torch.
-The files of the libraries, 150 MiB, are shared by all actors."""
+"""Measured: 470 MiB of private memory in a Ray actor with the demo task, without weights, on the CPU build of torch.
+All actors share the files of the libraries, 150 MiB."""
 _CUDA_PROCESS = 3000 * _MIB
-"""Host memory of the same with the CUDA libraries and their kernels: a guess, not measured."""
+"""Host memory of an actor with the CUDA libraries and their kernels: a guess, not measured."""
 _CUDA_CONTEXT = 700 * _MIB
 """Device memory of a CUDA context with its library workspaces: a guess, not measured."""
 _ACTIVATIONS_PER_PIXEL = 32
-"""Measured: what encoding a batch adds, over the size of its pixels: 6 ViT-B/32, 16 ViT-B/16, 23 ViT-L/14, 24 RN50, 31
-ConvNeXt-base."""
+"""Memory that encoding a batch adds, as a multiple of the size of its pixels. Measured: 6 ViT-B/32, 16 ViT-B/16,
+23 ViT-L/14, 24 RN50, 31 ConvNeXt-base."""
 _PIXELS = 224 * 224
 _PSEUDO_UNLIMITED = 2**60  # cgroup v1 writes "no limit" as a number near 2**63
 
 
 def actor_bytes(task: Task, config: RunConfig) -> int:
-    """Memory that one actor takes on the device where its model is: an estimate, and meant to be a little high.
+    """Estimate the memory that one actor takes on the device of its model; the estimate is meant to be a little high.
 
-    The sum of a process's base, the frozen weights (once per actor), the workspace (`resources.workspace-mib`), the
-    features it holds and what encoding a batch of images adds.
+    It is the sum of a process's base, the frozen weights (once per actor), the workspace (`resources.workspace-mib`),
+    the features in memory, and the memory that encoding a batch of images adds.
     """
     base = _CUDA_CONTEXT if task.backbone.device.type == "cuda" else _PROCESS
     encoding = _ACTIVATIONS_PER_PIXEL * BATCH * 3 * 4 * _image_pixels(task)
@@ -46,27 +46,27 @@ def actor_bytes(task: Task, config: RunConfig) -> int:
 
 
 def _feature_bytes(task: Task, config: RunConfig) -> int:
-    """Features that stay in memory: all of one held-out split, and of the training images what is not on disk."""
+    """Return the bytes of features in memory: all of one held-out split, and training features that are not on disk."""
     row = 4 * task.backbone.embed_dim
     if METHODS[config.method].reads_patches:
-        row *= 1 + cast(Backbone, task.backbone).n_patches  # such a method learns from images alone
+        row *= 1 + cast(Backbone, task.backbone).n_patches  # such a method learns only from images
     training, *held_out = (row * len(task.images(split)) for split in ("train", "val", "test"))
     return (training if task.cache_root is None else min(training, IN_MEMORY)) + max(held_out)
 
 
 def _image_pixels(task: Task) -> int:
-    """Height times width of what the image tower reads, from the first image that can be read."""
+    """Return height times width of the image tower's input, from the first image that can be read."""
     images = task.images("test")
     for index in range(len(images)):
         try:
             return math.prod(task.backbone.preprocess(images.image(index)).shape[-2:])
-        except Exception:  # a bad record; the next one will do
+        except Exception:  # a bad record; try the next one
             continue
     return _PIXELS
 
 
 def actors_per_device(resources: ResourcesConfig, supernodes: int, device: torch.device) -> int:
-    """Actors that share one machine's memory or one GPU: as many as Flower's simulation starts."""
+    """Return the number of actors on one machine or one GPU: as many as Flower's simulation starts."""
     by_cpu = max(1, usable_cpus() // resources.cpus_per_client)
     if device.type == "cuda" and resources.gpus_per_client > 0:
         by_gpu = max(1, math.floor(1 / resources.gpus_per_client + 1e-9))
@@ -75,17 +75,17 @@ def actors_per_device(resources: ResourcesConfig, supernodes: int, device: torch
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that is free now: on a GPU what the driver says, else the machine's, or the container's if less."""
+    """Return the memory that is free now: on a GPU from its driver, else the machine's, or the container's if less."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return host_available_bytes(Path("/"))
 
 
 def host_available_bytes(root: Path) -> int:
-    """The kernel's estimate of available memory, or what is left in the tightest control group above this process.
+    """Return the least of the kernel's available memory and the memory left in each control group of this process.
 
     Args:
-        root: ``/``; tests put another tree there.
+        root: Root of the file system, ``/``; tests pass another tree.
     """
     left = [value * 1024 for value in cgroups.numbers(root / "proc/meminfo", "MemAvailable:")]
     groups, names = root / "sys/fs/cgroup", cgroups.group_names(root / "proc/self/cgroup")
@@ -94,7 +94,7 @@ def host_available_bytes(root: Path) -> int:
     for path in cgroups.and_above(names.get("memory")):
         folder = groups / "memory" / path
         left += _group_left(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    # Without /proc nothing can be said, and a guess must not stop a run.
+    # Without /proc the memory is unknown, and a guess must not stop a run.
     return min(left, default=np.iinfo(np.int64).max)
 
 
@@ -102,16 +102,16 @@ def _group_left(folder: Path, limit: str, used: str, reclaimable: str) -> list[i
     bounds, usage = cgroups.numbers(folder / limit), cgroups.numbers(folder / used)
     if not bounds or not usage or bounds[0] >= _PSEUDO_UNLIMITED:
         return []
-    # Cached files count as used, and the kernel drops them when memory is asked for.
+    # Cached files count as used, but the kernel drops them when a process needs memory.
     cached = sum(cgroups.numbers(folder / "memory.stat", f"{reclaimable} "))
     return [max(0, bounds[0] - usage[0] + cached)]
 
 
 def check_fits(per_actor: int, actors: int, device: torch.device, available: int) -> None:
-    """Refuse a run whose actors need more memory together than there is.
+    """Refuse a run whose actors together need more memory than is available.
 
     Raises:
-        ConfigError: With the numbers, and the keys that change them.
+        ConfigError: If they do. The message has the numbers, and the keys that change them.
     """
     if per_actor * actors <= available:
         return
@@ -120,7 +120,7 @@ def check_fits(per_actor: int, actors: int, device: torch.device, available: int
     if device.type == "cuda":
         fewer = f"raise resources.gpus-per-client to {int(1e4 / fitting) / 1e4:g}" if fitting else ""
     else:
-        cpus = usable_cpus() // (fitting + 1) + 1  # the fewest per actor with which no more than these start
+        cpus = usable_cpus() // (fitting + 1) + 1  # the fewest CPUs per actor that keep the number of actors in bounds
         fewer = f"set resources.cpus-per-client = {cpus} or supernodes = {fitting}"
     advice = f"{fitting} would fit: {fewer}, or" if fitting else "Not one would fit:"
     raise ConfigError(
@@ -131,19 +131,19 @@ def check_fits(per_actor: int, actors: int, device: torch.device, available: int
 
 
 def check_memory(config: RunConfig, task: Task) -> None:
-    """Compare what the simulation's actors will take with what this machine has now.
+    """Compare the memory that the simulation's actors will take with the memory that is available now.
 
-    To be called where actors run on the same machine, after this process built its own task and before the first
-    message to a client: memory that actors hold already would count twice.
+    Call it on the machine of the actors, after this process built its own task and before the first message to a
+    client. Later the memory of running actors would count twice.
 
     Raises:
-        ConfigError: If they would not fit.
+        ConfigError: If the actors would not fit.
     """
     device, resources = task.backbone.device, config.resources
     if device.type == "cuda":
         actors = actors_per_device(resources, config.num_supernodes, device)
         check_fits(actor_bytes(task, config), actors, device, available_bytes(device))
-        host = torch.device("cpu")  # weights are read there first
+        host = torch.device("cpu")  # weights are first loaded into host memory
         check_fits(_CUDA_PROCESS + task.backbone.weight_bytes, actors, host, available_bytes(host))
     else:
         actors = actors_per_device(resources, config.num_supernodes, device)
@@ -151,7 +151,7 @@ def check_memory(config: RunConfig, task: Task) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory this process took so far: of the GPU what torch allocated, else the resident size."""
+    """Return the peak memory of this process: on a GPU the memory allocated by torch, else the resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resident_peak()

@@ -1,4 +1,4 @@
-"""From a configuration to its visual token pruner."""
+"""Build the visual token pruner of a configuration."""
 
 from fl_dualpriv.config.plans import record_level_plan
 from fl_dualpriv.config.schema import RunConfig
@@ -6,12 +6,12 @@ from fl_dualpriv.models.pruning.tokens import VisualTokenPruner
 
 
 def token_pruner(config: RunConfig, records: int) -> VisualTokenPruner | None:
-    """The pruner that a run asks for, or None if every patch stays.
+    """Build the pruner of a run, or return None if every patch stays.
 
     Args:
-        config: The run.
-        records: Training records of all clients together; public. The expected batch of an average client scales the
-            fusion noise if it is to match the noise on the *mean* gradient.
+        config: Configuration of the run.
+        records: Number of training records of all clients together; public. The expected batch of an average client
+            scales the fusion noise if that noise must match the noise on the *mean* gradient.
     """
     pruning = config.pruning
     if pruning.visual_keep_ratio == 1:
@@ -28,7 +28,10 @@ def token_pruner(config: RunConfig, records: int) -> VisualTokenPruner | None:
 
 
 def _fusion_noise_std(config: RunConfig, records: int) -> float:
-    """What "the variance of the DP noise in Mechanism 2" (arXiv:2506.07077) may mean; no reading of it has an ε."""
+    """Return the std of the fusion noise for one reading of the paper (arXiv:2506.07077).
+
+    The paper says "the variance of the DP noise in Mechanism 2". No reading of this sentence has an ε.
+    """
     pruning, plan = config.pruning, record_level_plan(config)
     if pruning.visual_fusion_noise == "off":
         return 0.0

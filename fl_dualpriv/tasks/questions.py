@@ -33,20 +33,21 @@ if TYPE_CHECKING:
     from fl_dualpriv.models.lora import LoraModel
 
 _RECENT = 8
-"""Clients whose records stay in memory from round to round."""
+"""Number of clients whose records stay in memory from round to round."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QuestionTask:
-    """See `Task`. A record is one question with its answer and its image.
+    """`Task` of questions about images. A record is one question with its answer and its image.
 
     Attributes:
-        backbone: One frozen copy; the features of an image are its visual tokens, pruned.
+        backbone: The frozen model, one copy per process. The features of an image are its visual tokens, pruned.
         data: Train, val and test questions.
         partitions: Record indices per client.
-        on_bad_record: Without DP a record that cannot be used stops the run; under DP it is kept, and adds zero.
-        cache_root: Where visual tokens are kept, see `cache_root`; None: in memory only.
-        max_tokens: Of a question and its answer; public, so that nobody's longest question shows.
+        on_bad_record: ``raise`` stops the run at a record that cannot be used. Under DP it is ``keep``: the record
+            stays counted and adds zero.
+        cache_root: Folder of the cached visual tokens, see `cache_root`; None if they are only in memory.
+        max_tokens: Most tokens of a question and its answer. It is public, so that no client's longest question shows.
     """
 
     backbone: AnsweringModel
@@ -66,7 +67,7 @@ class QuestionTask:
 
     @property
     def group_names(self) -> tuple[str, ...]:
-        """Of the question types."""
+        """Names of the question types."""
         return self.data.class_names
 
     @property
@@ -87,38 +88,38 @@ class QuestionTask:
         )
 
     def images(self, split: str) -> ImageDataset:
-        """The images of ``train``, ``val`` or ``test``."""
+        """Return the images of ``train``, ``val`` or ``test``."""
         return self._questions(split).images
 
     def _questions(self, split: str) -> QuestionSet:
         return {"train": self.data.train, "val": self.data.val, "test": self.data.test}[split]
 
     def prompt_shape(self, config: RunConfig) -> tuple[int, int]:
-        """(n_ctx, ctx_dim), or that of the LoRA factors."""
+        """Return (n_ctx, ctx_dim), or the shape of the LoRA factors."""
         prompt = config.prompt
         if prompt.learner == "lora":
             return self.lora(prompt).shape
         return prompt.n_ctx, self.backbone.ctx_dim
 
     def prompt_segments(self, prompt: PromptConfig) -> tuple[int, ...]:
-        """See `Task`: the columns of each LoRA factor."""
+        """Return the numbers of columns of the LoRA factors, or no segments; see `Task`."""
         return self.lora(prompt).segments if prompt.learner == "lora" else ()
 
     def lora(self, prompt: PromptConfig) -> "LoraModel":
-        """The language model with LoRA layers.
+        """Return the language model with LoRA layers.
 
         Raises:
-            ConfigError: If peft is not there.
+            ConfigError: If peft is not installed.
         """
-        from fl_dualpriv.models.lora import load_lora  # late: peft is an extra
+        from fl_dualpriv.models.lora import load_lora  # late import: peft is an extra
 
         return load_lora(self.backbone, prompt.rank)
 
     def context_of(self, learned: Tensor, config: RunConfig) -> None:
-        """See `Task`: LoRA factors are none."""
+        """Return None, because LoRA factors have no equivalent context prompt; see `Task`."""
 
     def initial_prompt(self, config: RunConfig) -> Tensor:
-        """See `Task`: the template's words, or N(0, 0.02²); of LoRA the un-tuned model."""
+        """Return the template's words, a draw from N(0, 0.02²), or LoRA factors of the un-tuned model; see `Task`."""
         if config.prompt.learner == "lora":
             return self.lora(config.prompt).initial(config.seed)
         if config.prompt.init == "template":
@@ -126,14 +127,14 @@ class QuestionTask:
         return random_prompt(config.prompt.n_ctx, self.backbone.ctx_dim, config.seed)
 
     def words(self, prompt: PromptConfig) -> str:
-        """What the un-tuned model reads before a question."""
+        """Return the words that the un-tuned model reads before a question."""
         return prompt.words or self.data.template
 
     def _template(self, prompt: PromptConfig) -> Tensor:
         return _embedded(self.backbone, self.words(prompt))
 
     def objective(self, config: RunConfig) -> AnswerObjective:
-        """Cross-entropy of the answer's tokens."""
+        """Return the cross-entropy of the answer's tokens as objective; see `Task`."""
         if config.prompt.learner == "lora":
             from fl_dualpriv.learners.lora import LoraObjective
 
@@ -141,17 +142,17 @@ class QuestionTask:
         return _objective(self.backbone, config.resources.workspace_mib * 2**20)
 
     def regulariser(self, config: RunConfig) -> None:
-        """See `Task`: none."""
+        """Return None: the loss on questions has no regulariser; see `Task`."""
 
     def num_examples(self, partition_id: int) -> int:
-        """n_i, public metadata; reads no image."""
+        """Return the client's number of records n_i, public metadata; reads no image."""
         return len(self.partitions[partition_id])
 
     def client_data(self, partition_id: int, server_round: int = 0) -> AnswerRecords:
-        """A client's records. Those of the last few clients are kept, and with them the prefixes of their images.
+        """Return a client's records. The records of the last few clients are cached, with the prefixes of their images.
 
         Raises:
-            ConfigError: Without DP, if a record cannot be used; it names the first.
+            ConfigError: Without DP, if a record cannot be used; the message names the first one.
         """
         kept = self._recent.pop(partition_id, None)
         if kept is None:
@@ -162,7 +163,7 @@ class QuestionTask:
         return kept
 
     def made_up(self) -> AnswerRecords:
-        """See `Task`: random visual tokens, and the end token as every word, which each tokenizer has."""
+        """Return random visual tokens with the end token, which each tokenizer has, as every word; see `Task`."""
         generator, count = torch.Generator().manual_seed(0), MADE_UP_BLOCKS * BLOCK + 1
         return AnswerRecords(
             visual=torch.randn(count, self.backbone.embed_dim, generator=generator),
@@ -174,7 +175,7 @@ class QuestionTask:
         )
 
     def check_any_fits(self) -> None:
-        """See `Task`: the words of one training question must fit into ``max_tokens``."""
+        """Refuse questions if none fits into ``max_tokens`` with its answer; see `Task`."""
         train, first = self.data.train, ""
         for question, answer in zip(train.questions, train.answers, strict=True):
             if not question:
@@ -193,7 +194,7 @@ class QuestionTask:
         )
 
     def held_out(self, split: str) -> AnswerRecords:
-        """The ``val`` or ``test`` questions; computed once a process."""
+        """Return the ``val`` or ``test`` questions; computed once per process."""
         if split not in self._held_out:
             self._held_out[split] = self._records(split, np.arange(len(self._questions(split))))
         return self._held_out[split]
@@ -218,12 +219,12 @@ class QuestionTask:
         )
 
     def counts(self, prompts: Tensor, config: RunConfig) -> list[Counts]:
-        """See `Task`: exact matches."""
+        """Count exact matches; see `Task`."""
         records, objective = self.held_out(config.evaluation.split), self.objective(config)
         return [self._count(objective.correct(prompt, records), records.labels) for prompt in prompts]
 
     def zero_shot_counts(self, config: RunConfig) -> Counts:
-        """See `Task`: the model with the template's words before the question."""
+        """Score the model with the template's words before the question; see `Task`."""
         is_lora = config.prompt.learner == "lora"
         nothing = torch.zeros(self.prompt_shape(config)) if is_lora else self._template(config.prompt)
         (counts,) = self.counts(nothing[None], config)
@@ -236,25 +237,25 @@ class QuestionTask:
 
 @torch.no_grad()
 def _embedded(backbone: AnsweringModel, text: str) -> Tensor:
-    """(words, ctx_dim)."""
+    """Embed the words of a text, (words, ctx_dim)."""
     return backbone.embed_tokens(torch.tensor(backbone.words(text), device=backbone.device))
 
 
 @functools.lru_cache(maxsize=2)
 def _objective(backbone: AnsweringModel, kept_bytes: int) -> SoftPromptObjective:
-    """One a process: it keeps prefixes of images."""
+    """Return the objective of the process; one per process, because it caches prefixes of images."""
     return SoftPromptObjective(backbone, kept_bytes=kept_bytes)
 
 
 def build_question_task(config: RunConfig, on_bad_record: Literal["keep", "raise"]) -> QuestionTask:
-    """See `build_task`.
+    """Build the task of a run on questions; see `build_task`.
 
     Args:
-        config: The run.
+        config: Configuration of the run.
         on_bad_record: See `QuestionTask`.
 
     Raises:
-        ConfigError: Data, model, prompt or partition do not work as configured; see the message.
+        ConfigError: If data, model, prompt or partition do not work as configured; see the message.
     """
     data, source = config.data, config.data.source
     assert source in ("demo-vqa", "questions")
@@ -276,14 +277,14 @@ def build_question_task(config: RunConfig, on_bad_record: Literal["keep", "raise
 
 def _check_prompt(config: RunConfig, task: QuestionTask) -> None:
     prompt, model = config.prompt, task.backbone
-    words = len(model.words(task.words(prompt)))  # raises if they cannot be written
+    words = len(model.words(task.words(prompt)))  # raises if they cannot be tokenized
     model.check_length(words if prompt.learner == "lora" else prompt.n_ctx, task.max_tokens)
     if prompt.learner == "lora":
-        task.lora(prompt)  # raises if it cannot be made; neither n-ctx nor init is read
+        task.lora(prompt)  # raises if it cannot be built; LoRA reads neither n-ctx nor init
         return
     if prompt.init == "template" and words != prompt.n_ctx:
         raise ConfigError(
-            f"prompt.n-ctx = {prompt.n_ctx}, but {task.words(prompt)!r}, what prompts start from, is {words} tokens "
+            f"prompt.n-ctx = {prompt.n_ctx}, but {task.words(prompt)!r}, the start of the prompts, is {words} tokens "
             f'long; set prompt.n-ctx = {words}, or prompt.init = "random"'
         )
     if prompt.rank > (largest := min(prompt.n_ctx, model.ctx_dim)):

@@ -1,7 +1,7 @@
-"""A look at the data of a run before it starts: what is there, and every problem at once. No torch, no model.
+"""Survey of the data of a run before it starts: a summary, and all problems at once. No torch, no model.
 
-For the operator of a simulation, whose data all of it is, and who reads the lines on a console or in a log; they are
-in no file of results.
+It is for the operator of a simulation, who owns all of the data and reads the lines on a console or in a log. No file
+of results contains them.
 """
 
 import sys
@@ -23,30 +23,35 @@ from fl_dualpriv.tasks.word_problems import word_problems
 
 
 def survey(config: RunConfig, *, seconds: float = SECONDS) -> list[str]:
-    """Say what a run would load, in lines for its operator.
+    """Describe the data that a run would load, in lines for its operator.
 
     Guarantee:
-        Nothing of this leaves the machine. It decides whether a run starts: a decision about participation, which
+        No part of the survey leaves the machine. It decides whether a run starts: a decision about participation, which
         docs/privacy.md §2 does not protect. In a run that has started nothing depends on it.
 
     Args:
-        config: The run.
-        seconds: After which a look at records ends, once one that can be used was found.
+        config: Configuration of the run.
+        seconds: Time limit in seconds for reading records; reading continues until one usable record was found.
+
+    Returns:
+        The lines.
 
     Raises:
-        ConfigError: With every problem of data, class names, template and division among clients.
-        PrivacyError: Only a δ says nothing about data of this size.
+        ConfigError: If there is a problem of data, class names, template or division among clients. The message lists
+            all of them.
+        PrivacyError: If the only problem is a δ that is too large to be meaningful for data of this size.
     """
     lines = _questions(config, seconds) if config.data.asks_questions else _images(config, seconds)
     return [_writable(line) for line in lines]
 
 
 def announce(config: RunConfig, folder: Path) -> None:
-    """Refuse data that no run can use, and tell the operator of a simulation what there is.
+    """Refuse data that no run can use, and print the survey for the operator of a simulation.
 
     Args:
-        config: The run.
-        folder: Of its results. With a ``run.json`` the front began the run and has told the operator.
+        config: Configuration of the run.
+        folder: Folder of the results. If it has a ``run.json``, the command line started the run and has already
+            printed the survey.
 
     Raises:
         ConfigError: See `survey`.
@@ -125,7 +130,7 @@ def _raise(head: str, problems: list[str], deltas: list[str]) -> None:
 
 
 def _writable(text: str) -> str:
-    """Names of files may hold bytes that are no UTF-8."""
+    """Escape what UTF-8 cannot encode, because file names may hold bytes that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -134,7 +139,7 @@ def _scored(config: RunConfig, data: DataSplits | QuestionSplits) -> ImageDatase
 
 
 def _divided(config: RunConfig, labels: np.ndarray) -> tuple[list[np.ndarray], list[str]]:
-    """Record indices per client, as the worlds divide them; and why that cannot be."""
+    """Return the record indices per client, divided as the tasks divide them, and the reasons if that is impossible."""
     data = config.data
     scheme = "by-class" if data.partition == "by-image" else data.partition
     try:
@@ -184,10 +189,10 @@ def _held_out_lines(config: RunConfig, count: int, plural: str, found: Usable | 
     if held_out_is_given(data, config.evaluation):
         why = 'evaluation.held-out-data = "private"'
     else:
-        why = "they are cut out of the training data, and are private like them"
-    own = f"a {split}/ folder" if data.source == "folder" else f"a {split} set"
+        why = "they are cut out of the training data, and are as private as those"
+    own = f"a separate {split}/ folder" if data.source == "folder" else f"a separate {split} set"
     return [
         f"{line}, private",
-        f"warning: nothing will be scored: {why}. Give {own} of its own whose scores may be known, or set "
-        'evaluation.held-out-data = "public" if these may be known',
+        f"warning: nothing will be scored: {why}. Give {own} whose scores may be public, or set "
+        'evaluation.held-out-data = "public" if these scores may be public',
     ]

@@ -1,7 +1,7 @@
 """Describe how the prompts of a run are used outside it.
 
-A model that lies in a folder may be exchanged after a run. The description therefore names the weights and the classes
-that a prompt was trained on, while they are there.
+A model in a folder may be replaced after a run. The description is therefore made during the run. It names the weights
+and the classes that a prompt was trained on.
 """
 
 import json
@@ -21,14 +21,14 @@ _LOCAL = "local-dir:"
 
 
 def kind_of(config: RunConfig) -> Kind | None:
-    """What a run learns; None if that cannot be used without the run."""
+    """Return the kind of the learned tensor; None if it cannot be used without the run."""
     learns, learner = METHODS[config.method].learns, config.prompt.learner
     if config.data.asks_questions:
         return "lora" if learner == "lora" else "soft-prompt"
     if learns == "prompt":
         return "head" if learner == "head" else "context"
     if learns in ("dp-lora", "ffa-lora"):
-        return "context"  # what the factors amount to
+        return "context"  # the factors are published as their equivalent context prompt
     return learns if learns in ("linear-probe", "prototypes") else None
 
 
@@ -87,7 +87,7 @@ def _backbone_facts(config: RunConfig, backbone: ImageEncoder, fingerprint: str)
 
 
 def _label(name: str) -> str:
-    """The last part of a path, in plain letters."""
+    """Replace all characters of a file name but letters, digits, underscore, dot and hyphen."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip(".")
 
 

@@ -1,4 +1,4 @@
-"""How a prompt is used outside its run: the typed facts, without torch."""
+"""Typed facts about the use of a prompt outside its run, without torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,15 +8,16 @@ Kind = Literal["context", "head", "linear-probe", "prototypes", "soft-prompt", "
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneFacts:
-    """Which frozen model a prompt is for.
+    """Frozen model that a prompt is for.
 
     Attributes:
-        name: As configured; of a folder its last part alone, for where it lies is nobody's business.
-        pretrained: open_clip's tag; of a file its name alone.
-        is_local: The weights lay in a folder or file: whoever uses the prompt says where theirs lie.
-        precision: Of the matrix products.
-        fingerprint: Of the weights, see `Backbone.fingerprint`.
-        image_side: Of weights, image tower, preparation of images and pruner, see `ImageEncoder.feature_key`.
+        name: Name as configured. For a folder only the last part of its path, because the path itself is private.
+        pretrained: open_clip's tag, or for a file only its name.
+        is_local: True if the weights were in a folder or file. A user of the prompt must then give the path of their
+            own copy.
+        precision: Precision of the matrix products.
+        fingerprint: Fingerprint of the weights, see `Backbone.fingerprint`.
+        image_side: Key of weights, image tower, image preprocessing and pruner, see `ImageEncoder.feature_key`.
     """
 
     name: str
@@ -42,18 +43,18 @@ class PrunerFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class UseFacts:
-    """How a prompt is used.
+    """Facts about the use of a prompt.
 
     Attributes:
-        kind: ``context``: words of the text, before each class name (the class token stands at the end); ``head``:
-            low-rank factors over the zero-shot features; ``linear-probe``: weights and a bias for each class;
-            ``prototypes``: a direction for each class; ``soft-prompt``: before a question; ``lora``: factors beside a
-            language model's layers.
-        classes: Names, in the order of the classifier; empty for questions.
-        template: With one ``{}`` for the class name; of questions the words of the un-tuned model.
-        max_tokens: Of a question and its answer; 0 for images.
+        kind: Kind of the learned tensor. ``context``: words of the text, before each class name (the class token stands
+            at the end); ``head``: low-rank factors over the zero-shot features; ``linear-probe``: weights and a bias
+            for each class; ``prototypes``: a direction for each class; ``soft-prompt``: words before a question;
+            ``lora``: factors beside a language model's layers.
+        classes: Class names, in the order of the classifier; empty for questions.
+        template: Template with one ``{}`` for the class name, or for questions the words of the un-tuned model.
+        max_tokens: Tokens of a question and its answer; 0 for images.
         backbone: The frozen model.
-        pruner: Of visual tokens, or None.
+        pruner: Pruner of visual tokens, or None.
     """
 
     kind: Kind
@@ -65,5 +66,5 @@ class UseFacts:
 
     @property
     def asks_questions(self) -> bool:
-        """Whether it answers questions about images, and does not name classes."""
+        """True if the prompt answers questions about images instead of naming classes."""
         return self.kind in ("soft-prompt", "lora")

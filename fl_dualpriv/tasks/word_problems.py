@@ -1,4 +1,4 @@
-"""Class names and template that a model cannot read, found before it is loaded. No torch."""
+"""Find class names and templates that a model cannot read, before it is loaded. No torch."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,11 @@ _NAMED_CLASSES = 10
 
 
 def word_problems(config: RunConfig, layout: Layout) -> list[str]:
-    """Say what the text side of the model cannot read, as far as that shows without the model; one problem a line.
+    """Return one line for each problem of the model's text side that can be found without loading the model.
 
     Args:
-        config: The run.
-        layout: Its class folders, names and template.
+        config: Configuration of the run.
+        layout: Class folders, names and template of the run.
     """
     rules, template = text_rules(config.backbone.name), layout.template
     if rules is None or not isinstance(template, str) or template.count("{}") != 1:
@@ -60,7 +60,7 @@ def _class_problems(
         )
     if long:
         problems.append(
-            f"class names are too long: {', '.join(long[:_NAMED_CLASSES])} tokens, and beside prompt.n-ctx = "
+            f"class names are too long: {', '.join(long[:_NAMED_CLASSES])} tokens, and with prompt.n-ctx = "
             f"{config.prompt.n_ctx} there is room for {room}; give shorter names in data.classes"
         )
     return problems

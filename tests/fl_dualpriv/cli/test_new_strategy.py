@@ -39,6 +39,16 @@ def test_a_name_that_is_none_is_refused(tmp_path: Path, name: str):
     assert not list(tmp_path.iterdir())
 
 
+def test_if_the_second_file_cannot_be_written_the_first_is_removed(tmp_path: Path):
+    for file in ("simulations/server_app.py", "strategies/__init__.py"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text("")
+    (tmp_path / "tests").write_text("a file where the folder of tests would be")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_strategy("my_mean", tmp_path)
+    assert [path.name for path in (tmp_path / "strategies").iterdir()] == ["__init__.py"]
+
+
 def test_in_a_checkout_they_go_where_its_own_are(tmp_path: Path):
     for file in ("simulations/server_app.py", "strategies/__init__.py"):
         (tmp_path / file).parent.mkdir()
