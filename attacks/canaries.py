@@ -110,9 +110,11 @@ class _Audit:
         reached = rows / np.maximum(norms, self._plan.clip_norm)
         # With pivoting, a diagonal entry is the norm that a row adds to the span of the earlier rows, largest first.
         triangle, order = cast("tuple[np.ndarray, np.ndarray]", scipy.linalg.qr(reached.T, mode="r", pivoting=True))
-        own = np.abs(np.diagonal(triangle))
-        kept = torch.from_numpy(order[: max(1, int((own >= _OWN_SHARE * own[0]).sum()))].astype(np.int64))
-        return features[kept], labels[kept]
+        added_norms = np.abs(np.diagonal(triangle))
+        indices = torch.from_numpy(
+            order[: max(1, int((added_norms >= _OWN_SHARE * added_norms[0]).sum()))].astype(np.int64)
+        )
+        return features[indices], labels[indices]
 
     def run(self) -> AuditResult:
         """Run all rounds, then guess."""
@@ -140,7 +142,7 @@ class _Audit:
     ) -> tuple[Tensor, list[PersonalState]]:
         """Run the local steps of all clients, in groups of the size that a node uses."""
         workspace = self._config.resources.workspace_mib * 2**19
-        uploads, kept = [], []
+        uploads, new_states = [], []
         for group in chunks(range(self._clients), prompts_at_once(self._tower, workspace, self._prompt.device)):
             results = cohort_update(
                 global_prompt=self._prompt,
@@ -151,8 +153,8 @@ class _Audit:
                 plan=self._plan,
             )
             uploads += [upload for upload, _ in results]
-            kept += [state for _, state in results]
-        return torch.stack(uploads), kept
+            new_states += [state for _, state in results]
+        return torch.stack(uploads), new_states
 
     def _participant(self, client: int, state: PersonalState, sources: RandomSources, server_round: int) -> Participant:
         present = torch.from_numpy(self._present[client]).to(self._prompt.device)
@@ -176,7 +178,7 @@ class _Audit:
             if one.personal is None:
                 weights = self._weights(self._directions(one.prompt), both)
             else:
-                prompts = [one.prompt + own for own in one.personal]
+                prompts = [one.prompt + personal for personal in one.personal]
                 weights = torch.cat(
                     [self._weights(self._directions(p), m[None]) for p, m in zip(prompts, both, strict=True)]
                 )

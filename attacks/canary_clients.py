@@ -72,10 +72,10 @@ def audit_client_level(config: RunConfig, seed: int, *, canaries: int = CANARIES
     present = coins(KeyedRandom(StreamKey(seed=seed, purpose="audit-coins")), (federations, planted))
     by_round = []
     for federation, here in enumerate(present):
-        own = replace(config, seed=_own_seed(seed, federation))
+        federation_config = replace(config, seed=_own_seed(seed, federation))
         updates = np.zeros((config.population, start.numel()), dtype=np.float32)
         updates[:planted][here] = _LOUD * plan.clip_norm * directions[here]
-        moves = _moves(own, plan, start, torch.from_numpy(updates.reshape(-1, *start.shape)), noisy=noisy)
+        moves = _moves(federation_config, plan, start, torch.from_numpy(updates.reshape(-1, *start.shape)), noisy=noisy)
         by_round.append(moves @ directions.T)
     seen = np.concatenate(by_round, axis=1)
     scores = [seen.sum(axis=0), seen.var(axis=0)]

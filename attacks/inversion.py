@@ -98,8 +98,8 @@ def audit_inversion(config: RunConfig, seed: int, *, records: int = 1, uploads: 
         batch = ClientData(features=data.features[picked], labels=data.labels[picked])
         upload = _upload(federation, prompt, batch, zlib.crc32(f"inversion/{seed}/{number}".encode()))
         sent = _sent(federation, upload, matrix, classes, records)
-        found = reconstruct(sent, prior, zlib.crc32(f"start/{seed}/{number}".encode()))
-        score, same = _compare(found, batch)
+        reconstruction = reconstruct(sent, prior, zlib.crc32(f"start/{seed}/{number}".encode()))
+        score, same = _compare(reconstruction, batch)
         scores.append(score)
         baselines.append(float((batch.features @ prior.guess).mean()))
         right += same
@@ -189,9 +189,9 @@ def _sent(federation: Federation, upload: Tensor, matrix: Tensor, classes: Tenso
     )
 
 
-def _compare(found: Reconstruction, batch: ClientData) -> tuple[float, int]:
+def _compare(reconstruction: Reconstruction, batch: ClientData) -> tuple[float, int]:
     """Return the mean cosine under the best matching, and the number of matched records with the right label."""
-    cosines = (batch.features @ found.features.T).cpu().numpy()
+    cosines = (batch.features @ reconstruction.features.T).cpu().numpy()
     true, guessed = linear_sum_assignment(cosines, maximize=True)
-    same = (batch.labels.cpu().numpy()[true] == found.labels.cpu().numpy()[guessed]).sum()
+    same = (batch.labels.cpu().numpy()[true] == reconstruction.labels.cpu().numpy()[guessed]).sum()
     return float(cosines[true, guessed].mean()), int(same)

@@ -52,7 +52,7 @@ class MembershipResult:
     @property
     def stronger(self) -> Roc:
         """The attack with the larger AUC, because an audit must report its best attack."""
-        return max(self.loss_threshold, self.lira, key=lambda found: found.auc)
+        return max(self.loss_threshold, self.lira, key=lambda curve: curve.auc)
 
     @property
     def mia_auc(self) -> float:
@@ -116,13 +116,13 @@ def confidence(federation: Federation, clients: list[ClientData], prompts: Tenso
     Reference:
         Carlini et al. 2022, arXiv:2112.03570, section V-C.
     """
-    found = []
+    confidences = []
     for data, classes in zip(clients, federation.tower.values(prompts), strict=True):
         logits = federation.task.logit_scale * (data.features @ classes.T).to(torch.float64)
         true = logits.gather(1, data.labels[:, None])
         others = logits.scatter(1, data.labels[:, None], -torch.inf)
-        found.append((true[:, 0] - torch.logsumexp(others, dim=1)).cpu())
-    return torch.cat(found).numpy()
+        confidences.append((true[:, 0] - torch.logsumexp(others, dim=1)).cpu())
+    return torch.cat(confidences).numpy()
 
 
 def likelihood_ratios(evidence: np.ndarray, is_member: np.ndarray) -> np.ndarray:

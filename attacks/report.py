@@ -41,20 +41,20 @@ class Findings:
 
     def summary(self) -> dict[str, Any]:
         """Return one flat JSON object; with two audited levels, the second one is nested under its name."""
-        found: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         for number, (audit, control) in enumerate(self.audits):
             entry = _audit_entry(audit, control)
-            found |= {f"{audit.level}_level": entry} if number else entry
+            entries |= {f"{audit.level}_level": entry} if number else entry
         if self.membership is not None:
-            found.setdefault("epsilon_claimed", self.membership.epsilon_claimed)
-            found |= {"mia_auc": self.membership.mia_auc, "tpr_at_1_fpr": self.membership.tpr_at_1_fpr}
+            entries.setdefault("epsilon_claimed", self.membership.epsilon_claimed)
+            entries |= {"mia_auc": self.membership.mia_auc, "tpr_at_1_fpr": self.membership.tpr_at_1_fpr}
         if self.inversion is not None:
-            found.setdefault("epsilon_claimed", self.inversion.epsilon_claimed)
-            found |= {
+            entries.setdefault("epsilon_claimed", self.inversion.epsilon_claimed)
+            entries |= {
                 "inversion_score": self.inversion.inversion_score,
                 "inversion_baseline": self.inversion.baseline_score,
             }
-        return found
+        return entries
 
 
 def _audit_entry(audit: AuditResult, control: AuditResult) -> dict[str, Any]:
@@ -88,23 +88,23 @@ def run_attacks(
     Raises:
         ConfigError: If an attack is not possible, or if only ``epsilon`` is requested and no ε is proved.
     """
-    found = Findings()
+    findings = Findings()
     if "epsilon" in attacks:
         for audit_level in _levels(config, alone=set(attacks) == {"epsilon"}):
             audit = audit_level(config, config.seed, canaries=canaries)
             control = audit_level(config, config.seed, canaries=canaries, noisy=False)
-            found.audits.append((audit, control))
+            findings.audits.append((audit, control))
             for line in audit_lines(audit, control):
                 say(line)
-        if not found.audits:
+        if not findings.audits:
             say("no ε is proved for this configuration: there is none to bound from below")
     if "membership" in attacks:
-        found.membership = audit_membership(config, config.seed)
-        say(membership_line(found.membership))
+        findings.membership = audit_membership(config, config.seed)
+        say(membership_line(findings.membership))
     if "inversion" in attacks:
-        found.inversion = audit_inversion(config, config.seed)
-        say(inversion_line(found.inversion))
-    return found
+        findings.inversion = audit_inversion(config, config.seed)
+        say(inversion_line(findings.inversion))
+    return findings
 
 
 def _levels(config: RunConfig, *, alone: bool) -> list[Callable[..., AuditResult]]:
@@ -140,21 +140,21 @@ def _down(epsilon: float) -> str:
     return f"{int(epsilon * 1000) / 1000:.3f}"
 
 
-def membership_line(found: MembershipResult) -> str:
+def membership_line(result: MembershipResult) -> str:
     """Return the line about membership inference, with the stronger of the two attacks."""
-    best = found.stronger
+    best = result.stronger
     return (
-        f"membership: claimed ε {_claim(found.epsilon_claimed)}; AUC {best.auc:.3f} "
-        f"[{best.auc_low:.3f}, {best.auc_high:.3f}], true positives at 1 % false ones {100 * found.tpr_at_1_fpr:.1f} %"
+        f"membership: claimed ε {_claim(result.epsilon_claimed)}; AUC {best.auc:.3f} "
+        f"[{best.auc_low:.3f}, {best.auc_high:.3f}], true positives at 1 % false ones {100 * result.tpr_at_1_fpr:.1f} %"
     )
 
 
-def inversion_line(found: InversionResult) -> str:
+def inversion_line(result: InversionResult) -> str:
     """Return the line about inversion: its score, and the score of a reconstruction that ignores the upload."""
     return (
-        f"inversion: claimed ε {_claim(found.epsilon_claimed)}; cosine {found.inversion_score:.3f}, without the upload "
-        f"{found.baseline_score:.3f}; labels right {100 * found.label_accuracy:.0f} %, by chance "
-        f"{100 * found.label_chance:.0f} %"
+        f"inversion: claimed ε {_claim(result.epsilon_claimed)}; cosine {result.inversion_score:.3f}, without the "
+        f"upload {result.baseline_score:.3f}; labels right {100 * result.label_accuracy:.0f} %, by chance "
+        f"{100 * result.label_chance:.0f} %"
     )
 
 
@@ -162,23 +162,23 @@ def _claim(claimed: float | str) -> str:
     return claimed if isinstance(claimed, str) else epsilon_text(claimed)
 
 
-def write_report(found: Findings, config: RunConfig, folder: Path) -> None:
+def write_report(findings: Findings, config: RunConfig, folder: Path) -> None:
     """Write ``audit.json`` (results and configuration) and ``audit.png``."""
-    write_bytes(folder / "audit.png", draw(found))
-    write_json(folder / "audit.json", found.summary() | {"config": config.to_run_config()})
+    write_bytes(folder / "audit.png", draw(findings))
+    write_json(folder / "audit.json", findings.summary() | {"config": config.to_run_config()})
 
 
-def draw(found: Findings) -> bytes:
+def draw(findings: Findings) -> bytes:
     """Draw one panel per result (scores of canaries, ROC curve, cosines) and return a PNG image."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = len(found.audits) + (found.membership is not None) + (found.inversion is not None)
+    panels = len(findings.audits) + (findings.membership is not None) + (findings.inversion is not None)
     figure, axes = pyplot.subplots(ncols=max(1, panels), figsize=(5.0 * max(1, panels), 4.0), squeeze=False)
     places = iter(axes[0])
-    for audit, _ in found.audits:
+    for audit, _ in findings.audits:
         place = next(places)
         for there, label in ((True, "present"), (False, "absent")):
             place.hist(audit.scores[audit.present == there], bins=80, alpha=0.6, label=label)
@@ -190,22 +190,25 @@ def draw(found: Findings) -> bytes:
             fontsize=9,
         )
         place.legend()
-    if found.membership is not None:
+    if findings.membership is not None:
         place = next(places)
-        for label, curve in (("loss threshold", found.membership.loss_threshold), ("LiRA", found.membership.lira)):
+        for label, curve in (
+            ("loss threshold", findings.membership.loss_threshold),
+            ("LiRA", findings.membership.lira),
+        ):
             place.plot(curve.fpr, curve.tpr, label=f"{label}, AUC {curve.auc:.3f}")
         place.plot([0, 1], [0, 1], linestyle="--", color="gray")
         place.set_xlabel("false-positive rate")
         place.set_ylabel("true-positive rate")
-        place.set_title(f"membership: claimed ε {_claim(found.membership.epsilon_claimed)}", fontsize=9)
+        place.set_title(f"membership: claimed ε {_claim(findings.membership.epsilon_claimed)}", fontsize=9)
         place.legend()
-    if found.inversion is not None:
+    if findings.inversion is not None:
         place = next(places)
-        place.hist(found.inversion.score_by_upload, alpha=0.6, label="uploads")
-        place.axvline(found.inversion.baseline_score, linestyle="--", color="gray", label="without the upload")
+        place.hist(findings.inversion.score_by_upload, alpha=0.6, label="uploads")
+        place.axvline(findings.inversion.baseline_score, linestyle="--", color="gray", label="without the upload")
         place.set_xlabel("cosine of true and reconstructed features")
         place.set_ylabel("uploads")
-        place.set_title(f"inversion: claimed ε {_claim(found.inversion.epsilon_claimed)}", fontsize=9)
+        place.set_title(f"inversion: claimed ε {_claim(findings.inversion.epsilon_claimed)}", fontsize=9)
         place.legend()
     buffer = io.BytesIO()
     figure.tight_layout()

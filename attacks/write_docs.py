@@ -170,8 +170,8 @@ def measure(cell: Cell, seed: int, runs: Path) -> dict[str, Any]:
     path = _path(cell, seed, runs)
     if not path.exists():
         start = time.process_time()
-        found = cell.audit(cell.config(), seed, **cell.options)
-        write_json(path, asdict(found) | {"cpu_seconds": round(time.process_time() - start, 1)})
+        result = cell.audit(cell.config(), seed, **cell.options)
+        write_json(path, asdict(result) | {"cpu_seconds": round(time.process_time() - start, 1)})
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -179,11 +179,11 @@ def _path(cell: Cell, seed: int, runs: Path) -> Path:
     return runs / f"{cell.name}-{seed}.json"
 
 
-def document(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def document(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Return the whole page for the measured cells.
 
     Args:
-        found: Name of a cell → one result per seed.
+        results: Name of a cell → one result per seed.
     """
     parts = ["# Attacks", ABOUT.strip()]
     for heading, about, kind in (
@@ -191,13 +191,13 @@ def document(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         ("Gradient inversion by a curious server", INVERSION, "inversion"),
     ):
         parts += [f"## {heading}", about.strip()]
-        cells = [cell for cell in CELLS if cell.name.startswith(kind) and found.get(cell.name)]
+        cells = [cell for cell in CELLS if cell.name.startswith(kind) and results.get(cell.name)]
         for group in dict.fromkeys(cell.group for cell in cells):
-            rows = [_row(cell, found[cell.name]) for cell in cells if cell.group == group]
+            rows = [_row(cell, results[cell.name]) for cell in cells if cell.group == group]
             options = next(cell.options for cell in cells if cell.group == group)
-            said = ", ".join(f"{name} = {value}" for name, value in options.items())
+            settings = ", ".join(f"{name} = {value}" for name, value in options.items())
             header = _HEADERS[kind]
-            parts += [f"### {group} ({said})", "\n".join([header, "|---" * (header.count("|") - 1) + "|", *rows])]
+            parts += [f"### {group} ({settings})", "\n".join([header, "|---" * (header.count("|") - 1) + "|", *rows])]
     return "\n\n".join([*parts, "## Reading the tables", READING.strip()]) + "\n"
 
 
@@ -212,20 +212,20 @@ _HEADERS = {
 }
 
 
-def _row(cell: Cell, found: Sequence[Mapping[str, Any]]) -> str:
-    claim = found[0]["epsilon_claimed"]
+def _row(cell: Cell, results: Sequence[Mapping[str, Any]]) -> str:
+    claim = results[0]["epsilon_claimed"]
     claimed = epsilon_text(claim) if isinstance(claim, float) else claim
-    seeds = ", ".join(map(str, range(len(found))))
+    seeds = ", ".join(map(str, range(len(results))))
     if cell.name.startswith("membership"):
-        areas = [_area(found, attack) for attack in ("loss_threshold", "lira")]
-        rates = [_mean([f[attack]["tpr_at_1_fpr"] for f in found]) for attack in ("loss_threshold", "lira")]
-        spread = statistics.stdev([auc for f in found for auc in f["auc_by_training"]])
-        counts = [sum(f["loss_threshold"][kind] for f in found) for kind in ("members", "non_members")]
-        cells = [*areas, f"{spread:.3f}", *(f"{rate:.3f}" for rate in rates), f"{found[0]['auc_ceiling']:.3f}"]
+        areas = [_area(results, attack) for attack in ("loss_threshold", "lira")]
+        rates = [_mean([f[attack]["tpr_at_1_fpr"] for f in results]) for attack in ("loss_threshold", "lira")]
+        spread = statistics.stdev([auc for f in results for auc in f["auc_by_training"]])
+        counts = [sum(f["loss_threshold"][kind] for f in results) for kind in ("members", "non_members")]
+        cells = [*areas, f"{spread:.3f}", *(f"{rate:.3f}" for rate in rates), f"{results[0]['auc_ceiling']:.3f}"]
         return f"| {cell.label} | {claimed} | " + " | ".join([*cells, f"{counts[0]}, {counts[1]}", seeds]) + " |"
-    score, base = (_mean([f[key] for f in found]) for key in ("inversion_score", "baseline_score"))
-    low, high = min(f["advantage_low"] for f in found), max(f["advantage_high"] for f in found)
-    label = f"{_mean([f['label_accuracy'] for f in found]):.2f} ({found[0]['label_chance']:.2f})"
+    score, base = (_mean([f[key] for f in results]) for key in ("inversion_score", "baseline_score"))
+    low, high = min(f["advantage_low"] for f in results), max(f["advantage_high"] for f in results)
+    label = f"{_mean([f['label_accuracy'] for f in results]):.2f} ({results[0]['label_chance']:.2f})"
     cells = [f"{score:.3f}", f"{base:.3f}", f"{score - base:+.3f} [{low:+.3f}, {high:+.3f}]"]
     return (
         f"| {cell.label} | {claimed} | "
@@ -234,9 +234,9 @@ def _row(cell: Cell, found: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _area(found: Sequence[Mapping[str, Any]], attack: str) -> str:
-    low, high = min(f[attack]["auc_low"] for f in found), max(f[attack]["auc_high"] for f in found)
-    return f"{_mean([f[attack]['auc'] for f in found]):.3f} [{low:.3f}, {high:.3f}]"
+def _area(results: Sequence[Mapping[str, Any]], attack: str) -> str:
+    low, high = min(f[attack]["auc_low"] for f in results), max(f[attack]["auc_high"] for f in results)
+    return f"{_mean([f[attack]['auc'] for f in results]):.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -258,11 +258,11 @@ def main(arguments: list[str] | None = None) -> None:
                 result = measure(cell, seed, options.runs)
                 sys.stdout.write(f"{cell.name} seed {seed}: {result['cpu_seconds']} CPU-s\n")
                 sys.stdout.flush()
-    found = {
+    results = {
         cell.name: [measure(cell, s, options.runs) for s in range(cell.seeds) if _path(cell, s, options.runs).exists()]
         for cell in CELLS
     }
-    write_bytes(options.document, document(found).encode())
+    write_bytes(options.document, document(results).encode())
 
 
 if __name__ == "__main__":

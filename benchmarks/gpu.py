@@ -126,13 +126,16 @@ def main(arguments: list[str] | None = None) -> None:
     for name, config in towers.items():
         model = make_model(config, device)
         for precision, peak in peaks.items():
-            found = sweep(model, device, precision, most, least, options.repeats)
+            result = sweep(model, device, precision, most, least, options.repeats)
             label = f"{name}, {'bf16' if precision is torch.bfloat16 else 'fp32'}"
-            costs[label] = Costs(tuple(Cost(wall=s, cpu=s, peak_mib=found["peak_mib"]) for s in found.pop("samples")))
+            costs[label] = Costs(tuple(Cost(wall=s, cpu=s, peak_mib=result["peak_mib"]) for s in result.pop("samples")))
             key = label.lower().replace("/", "").replace("-", "").replace(", ", "_")
-            headline[f"{key}_rate"] = found["rates"][found["clients"]]
-            headline[f"{key}_peak_share"] = found["tflops"] / peak
-            details[label] = found | {"tflops": round(found["tflops"], 1), "difference": f"{found['difference']:.1e}"}
+            headline[f"{key}_rate"] = result["rates"][result["clients"]]
+            headline[f"{key}_peak_share"] = result["tflops"] / peak
+            details[label] = result | {
+                "tflops": round(result["tflops"], 1),
+                "difference": f"{result['difference']:.1e}",
+            }
     emit(
         "gpu",
         headline=headline,

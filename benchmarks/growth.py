@@ -107,8 +107,8 @@ def whole_run(folder: Path, population: int, cohort: int, rounds: int, engine: E
     start = time.monotonic()
     target = folder / "whole"
     cost = our_run(target, settings(population, cohort, rounds), engine, first=1, last=rounds).measure()
-    found = summary(target)
-    stated = max(release["epsilon"] for release in found["privacy"] if release["unit"] == "client")
+    run_summary = summary(target)
+    stated = max(release["epsilon"] for release in run_summary["privacy"] if release["unit"] == "client")
     direct = epsilon_by_dp_accounting(cohort / population, rounds, _delta(population))
     # The plan rounds up on a grid, so its epsilon is close to the direct one and never below it.
     assert_equal("stated epsilon against dp-accounting", abs(stated - direct) / direct, 0.01)

@@ -219,10 +219,10 @@ def emit(
     """
     rounded = {key: _round(value) for key, value in headline.items()}
     for contestant, taken in costs.items():
-        found = taken.as_json()
+        figures = taken.as_json()
         print(
-            f"{contestant:>28}: {found['cpu_best']:.4g} CPU-s per {unit} (median {found['cpu_median']:.4g}, spread "
-            f"{100 * found['spread']:.0f} %), wall {found['wall_best']:.4g} s"
+            f"{contestant:>28}: {figures['cpu_best']:.4g} CPU-s per {unit} (median {figures['cpu_median']:.4g}, spread "
+            f"{100 * figures['spread']:.0f} %), wall {figures['wall_best']:.4g} s"
         )
     for key, value in details.items():
         print(f"{key:>28}: {value}")

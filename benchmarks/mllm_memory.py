@@ -66,15 +66,15 @@ class Place:
     @property
     def pruner(self) -> VisualTokenPruner:
         """Pruner that keeps one ninth of the visual tokens, as the paper's method keeps 64 of 576."""
-        kept = max(2, round(self.shape.n_patches / 9))
-        fused = max(1, round(kept / 6.4))
-        return VisualTokenPruner(layer=-2, dominant=kept - fused, contextual=fused, merge="average")
+        kept_tokens = max(2, round(self.shape.n_patches / 9))
+        fused = max(1, round(kept_tokens / 6.4))
+        return VisualTokenPruner(layer=-2, dominant=kept_tokens - fused, contextual=fused, merge="average")
 
     def backbones(self) -> dict[str, LlavaBackbone]:
         """Return backbones of the same weights, one with all visual tokens and one with pruned ones."""
         parts = make_parts(self.shape, self.precision, self.device)
-        found = {"all tokens": None, "pruned": self.pruner}
-        return {name: make_backbone(parts, pruner, self.precision, self.device) for name, pruner in found.items()}
+        pruners = {"all tokens": None, "pruned": self.pruner}
+        return {name: make_backbone(parts, pruner, self.precision, self.device) for name, pruner in pruners.items()}
 
     def task(self, backbone: LlavaBackbone, batch: int) -> Task:
         """Return a task with a batch of random records."""
@@ -98,7 +98,9 @@ def check(task: Task, allowed: float) -> float:
     """
     sums = {name: make(task)().double() for name, make in METHODS.items() if not name.startswith(_ZEROTH)}
     expected = sums[_HOOKS]
-    differences = [assert_equal(name, relative_difference(found, expected), allowed) for name, found in sums.items()]
+    differences = [
+        assert_equal(name, relative_difference(clipped_sum, expected), allowed) for name, clipped_sum in sums.items()
+    ]
     quotients = relative_difference(*against_exact(task))
     assert_equal("zeroth-order quotients", quotients, _QUOTIENTS[task.backbone._precision])
     return max(differences)

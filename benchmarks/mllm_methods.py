@@ -151,10 +151,10 @@ def _along(module: WholeSequence, task: Task, given: tuple[Tensor, ...], directi
 def against_exact(task: Task) -> tuple[Tensor, Tensor]:
     """Return the quotients along one direction, and the exact gradients' products with it, (row,) each."""
     direction = torch.randn(task.prompt.shape, generator=torch.Generator().manual_seed(1)).to(task.prompt)
-    found = _along(WholeSequence(task), task, _given(task), direction, task.batch)
+    quotients = _along(WholeSequence(task), task, _given(task), direction, task.batch)
     step = SoftPromptObjective(task.backbone).bind([task.records]).gradients(task.prompt[None], [np.arange(task.batch)])
     rows = torch.cat(list(step.rows(0)))[: task.batch]
-    return found, (rows * direction).sum(dim=(1, 2))
+    return quotients, (rows * direction).sum(dim=(1, 2))
 
 
 def ours(task: Task, block: int, checkpointing: bool) -> Callable[[], Tensor]:

@@ -140,7 +140,7 @@ def local_steps(model: PeerModel, images: Tensor, labels: Tensor, task: PeerTask
 
 def reference(task: PeerTask, rounds: list[int]) -> dict[int, Tensor]:
     """Compute the global prompt after the given rounds with a plain loop over clients."""
-    model, prompt, found = PeerModel(task), task.start.clone(), {}
+    model, prompt, prompt_by_round = PeerModel(task), task.start.clone(), {}
     for server_round in range(1, max(rounds) + 1):
         total = torch.zeros_like(prompt, dtype=torch.float64)
         for images, labels in zip(task.features, task.labels, strict=True):
@@ -150,5 +150,5 @@ def reference(task: PeerTask, rounds: list[int]) -> dict[int, Tensor]:
             total += model.prompt.detach()
         prompt = (total / task.clients).float()
         if server_round in rounds:
-            found[server_round] = prompt
-    return found
+            prompt_by_round[server_round] = prompt
+    return prompt_by_round

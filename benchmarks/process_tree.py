@@ -43,16 +43,16 @@ def tree_use(root: int, mark: str = "") -> TreeUse:
     children: dict[int, list[int]] = {}
     for pid, stat in stats.items():
         children.setdefault(stat.parent, []).append(pid)
-    found = {pid for pid in stats if mark and _carries(pid, mark)} | ({root} & stats.keys())
-    pending = list(found)
+    pids = {pid for pid in stats if mark and _carries(pid, mark)} | ({root} & stats.keys())
+    pending = list(pids)
     while pending:
-        new = [child for child in children.get(pending.pop(), []) if child not in found]
-        found.update(new)
+        new = [child for child in children.get(pending.pop(), []) if child not in pids]
+        pids.update(new)
         pending += new
     return TreeUse(
-        cpu=sum(stats[pid].cpu for pid in found),
-        peak_mib=sum(_peak_mib(pid) for pid in found),
-        processes=len(found),
+        cpu=sum(stats[pid].cpu for pid in pids),
+        peak_mib=sum(_peak_mib(pid) for pid in pids),
+        processes=len(pids),
     )
 
 

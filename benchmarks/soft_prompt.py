@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name, batch in settings
     }
     anew = {f"{name}, B={b}": round(ratio(", prefix anew", name, b), 3) for name, b in settings}
-    kept = {
+    prefix_speedups = {
         f"{name}, B={b}": round(
             costs[f"per-example, prefix anew, {name}, B={b}"].best / costs[f"per-example, {name}, B={b}"].best, 2
         )
@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
             for name, b in settings
             if b > BLOCK
         },
-        "step without kept prefixes / with": kept,
+        "step without kept prefixes / with": prefix_speedups,
         "prompt, text and visual tokens": [N_CTX, _MAX_TOKENS, next(iter(shapes.values())).n_patches],
     }
     kind = "self-check" if toy else "full"

@@ -38,10 +38,10 @@ class LiveStorages(TorchDispatchMode):
         # Existing storages do not belong to the step, and an operator may return them.
         for leaf in tree_leaves((args, kwargs or {})):
             self._note(leaf, new=False)
-        found = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
+        outputs = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(outputs):
             self._note(leaf, new=True)
-        return found
+        return outputs
 
     def _note(self, leaf: object, new: bool) -> None:
         if not isinstance(leaf, Tensor) or leaf.device.type != self._device:

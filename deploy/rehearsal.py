@@ -89,11 +89,11 @@ class Rehearsal:
         ]
         for name, node in refused:
             wait_until(lambda node=node: node.process.poll() is not None, 120, f"{name} to be refused")
-            said = node.log.read_text(errors="replace")
-            demand("SuperNode ID" not in said, f"{name} joined")
+            log_text = node.log.read_text(errors="replace")
+            demand("SuperNode ID" not in log_text, f"{name} joined")
             demand(node.process.returncode != 0, f"{name} ended with status 0")
-            reason = said.partition("Failed to initialize the connection to the SuperLink.\n")[2].partition("\n")[0]
-            demand(name == "stranger" or "CERTIFICATE_VERIFY_FAILED" in reason, f"{name}: {said}")
+            reason = log_text.partition("Failed to initialize the connection to the SuperLink.\n")[2].partition("\n")[0]
+            demand(name == "stranger" or "CERTIFICATE_VERIFY_FAILED" in reason, f"{name}: {log_text}")
             self.report[f"{name} refused"] = reason
         check = sites.check_node(0, sites.other_ca())
         demand(check.returncode == 1 and "not signed by this CA" in check.stdout, f"node check: {check.stdout}")
@@ -145,10 +145,10 @@ class Rehearsal:
         sites, rates = self.sites, []
         for number in range(NODES):
             images = sorted((sites.home(number) / "images" / "test").glob("*/*.png"))
-            said = sites.predict(number, sites.export(number), images)
-            demand(len(said) == len(images), f"{len(said)} predictions for {len(images)} images")
+            predictions = sites.predict(number, sites.export(number), images)
+            demand(len(predictions) == len(images), f"{len(predictions)} predictions for {len(images)} images")
             named = [sites.class_name(image.parent.name) for image in images]
-            rates.append(sum(map(str.__eq__, said, named)) / len(images))
+            rates.append(sum(map(str.__eq__, predictions, named)) / len(images))
         run = self.report["accuracy"]["local"]
         demand(abs(sum(rates) / NODES - run) < 1e-6, f"exported prompts are right in {rates}, the run says {run}")
         self.report["exported prompts are right in"] = rates

@@ -77,8 +77,8 @@ class Program:
 
     def lines(self, text: str) -> list[str]:
         """Return the lines of the log that hold ``text``, each from ``text`` on."""
-        found = (line.partition(text) for line in self.log.read_text(errors="replace").splitlines())
-        return [text + rest for _, there, rest in found if there]
+        split_lines = (line.partition(text) for line in self.log.read_text(errors="replace").splitlines())
+        return [text + rest for _, there, rest in split_lines if there]
 
 
 @dataclass(kw_only=True)

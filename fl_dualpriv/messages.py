@@ -316,8 +316,8 @@ def dead_actor(reply: Message) -> str | None:
     reason = (reply.error.reason or "") if reply.has_error() else ""
     if not _DEAD_ACTOR.match(reason):  # Ray wraps an exception of a client in another class
         return None
-    found = re.search(r"^\s*pid: (\d+)$", reason, flags=re.MULTILINE)
-    return found[1] if found else "?"
+    match = re.search(r"^\s*pid: (\d+)$", reason, flags=re.MULTILINE)
+    return match[1] if match else "?"
 
 
 def failure_reason(reply: Message) -> str:
@@ -331,8 +331,8 @@ def failure_reason(reply: Message) -> str:
             "fails every task that Flower gives it; start a new run, or continue from the last round with --resume"
         )
     text = re.sub(r"\x1b\[[0-9;]*m", "", reply.error.reason or "no reason given").strip()
-    _, found, message = text.rpartition("Exception ClientAppException occurred. Message: ")
-    if not found:
+    _, marker, message = text.rpartition("Exception ClientAppException occurred. Message: ")
+    if not marker:
         return text
     message = message.removesuffix("'>").removesuffix('">').strip()
     kinds = re.findall(r"^(?:\w+\.)*(\w+): ", text, flags=re.MULTILINE)

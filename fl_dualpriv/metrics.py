@@ -91,9 +91,9 @@ def split_counts(correct: Tensor, total: Tensor, held: Tensor, *, by_group: bool
             local_total=b,
             neighbour_correct=c,
             neighbour_total=d,
-            by_group=tuple((right, of) for right, of in own),
+            by_group=tuple((right, of) for right, of in groups),
         )
-        for (a, b, c, d), own in zip(rows, pairs, strict=True)
+        for (a, b, c, d), groups in zip(rows, pairs, strict=True)
     ]
 
 

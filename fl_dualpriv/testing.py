@@ -190,12 +190,12 @@ def _check_rounds(make: Make) -> None:
         _require(torch.equal(prompt, again), f"round {r}: {what} replies in another order give another prompt")
         _require(prompt.dtype == before.dtype, f"the prompt became {prompt.dtype}")
         _require(bool(torch.isfinite(prompt).all()), f"round {r} gave a prompt that is not finite")
-        for name, kept in straight.state.items():
-            is_tensor = isinstance(name, str) and isinstance(kept, Tensor)
-            _require(is_tensor, f"state[{name!r}] is a {type(kept).__name__}: checkpoints can save only tensors")
+        for name, entry in straight.state.items():
+            is_tensor = isinstance(name, str) and isinstance(entry, Tensor)
+            _require(is_tensor, f"state[{name!r}] is a {type(entry).__name__}: checkpoints can save only tensors")
         # Like a run that was killed after this round: only its prompt and its state are left.
         resumed = make(0)
-        resumed.state, resumed.rounds_done = {n: kept.clone() for n, kept in straight.state.items()}, r
+        resumed.state, resumed.rounds_done = {n: tensor.clone() for n, tensor in straight.state.items()}, r
     nobody = _play(make(0), {}, 1, start)
     _require(bool(torch.isfinite(nobody).all()), "a round that no client answers gives a prompt that is not finite")
     if straight.privacy is not None:
@@ -212,8 +212,8 @@ def _check_rounds(make: Make) -> None:
 def _combined(strategy: RoundStrategy, uploads: Uploads) -> Tensor:
     result = strategy.combine([Update(partition=p, diff=uploads[p].clone()) for p in sorted(uploads)])
     what = f"combine() of {len(uploads)} updates"
-    found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-    _require(found == _SHAPE, f"{what} gives {found}; expected a tensor of {_SHAPE}")
+    shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+    _require(shape == _SHAPE, f"{what} gives {shape}; expected a tensor of {_SHAPE}")
     _require(bool(torch.isfinite(result).all()), f"{what}, all finite, is not finite")
     return result.to(torch.float64)
 
@@ -251,14 +251,16 @@ def _check_only_the_release_is_seen(make: Make) -> None:
     for key in ("one", "other"):
         strategy = make(0)
         _begin(strategy, 1, start)
-        kept = dict(strategy.state)
+        state_before = dict(strategy.state)
         _combined(strategy, _clipped(_draw(key)))
-        untouched = strategy.state.keys() == kept.keys() and all(strategy.state[n] is kept[n] for n in kept)
+        untouched = strategy.state.keys() == state_before.keys() and all(
+            strategy.state[n] is state_before[n] for n in state_before
+        )
         _require(untouched, "combine() writes to state: its input has no noise yet, and state is saved and read")
         seen.append((strategy.server_update(start.clone(), release.clone()), strategy.state))
-    (one, kept), (other, also) = seen
+    (one, state), (other, also) = seen
     _require(torch.equal(one, other), "server_update() depends on uploads that it saw before the noise")
-    alike = kept.keys() == also.keys() and all(torch.equal(kept[n], also[n]) for n in kept)
+    alike = state.keys() == also.keys() and all(torch.equal(state[n], also[n]) for n in state)
     _require(alike, "state depends on uploads that were seen before the noise")
 
 

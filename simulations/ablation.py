@@ -33,7 +33,7 @@ def cells_of(document: Mapping[str, Any]) -> list[Cell]:
     Raises:
         ConfigError: If a variant has an unknown key, or the configuration of a run is not valid.
     """
-    defaults, found = app_defaults(ROOT), []
+    defaults, cells = app_defaults(ROOT), []
     bases = document["bases"]
     for variant in document["variants"]:
         if unknown := set(variant) - set(_VARIANT_KEYS) - set(bases):
@@ -47,8 +47,8 @@ def cells_of(document: Mapping[str, Any]) -> list[Cell]:
                 layers += [variant.get(name, {}), variant.get(kind, {})]
                 for seed in document["seeds"]:
                     cell = make_cell(defaults, layers, base=name, name=variant["name"], epsilon=epsilon, seed=seed)
-                    found.append(cell)
-    return found
+                    cells.append(cell)
+    return cells
 
 
 def on(document: Mapping[str, Any], base: str) -> list[dict[str, Any]]:
@@ -71,16 +71,18 @@ def table(document: Mapping[str, Any], base: str, scores: Mapping[tuple[str, flo
     for variant in on(document, base):
         entries = []
         for epsilon in epsilons:
-            own, other = ([scores[name, epsilon, seed] for seed in seeds] for name in (variant["name"], first))
-            gap = difference([100 * x for x in own], [100 * x for x in other])
-            entries += [spread(own), "" if variant["name"] == first else gap]
+            variant_scores, other = (
+                [scores[name, epsilon, seed] for seed in seeds] for name in (variant["name"], first)
+            )
+            gap = difference([100 * x for x in variant_scores], [100 * x for x in other])
+            entries += [spread(variant_scores), "" if variant["name"] == first else gap]
         lines.append(f"| {variant['name']} | {' | '.join(entries)} |")
     return "\n".join(lines)
 
 
-def difference(own: Sequence[float], other: Sequence[float]) -> str:
+def difference(values: Sequence[float], other: Sequence[float]) -> str:
     """Return the mean paired difference and its 95 % interval (Student's t over seeds), bold if it excludes zero."""
-    gaps = [a - b for a, b in zip(own, other, strict=True)]
+    gaps = [a - b for a, b in zip(values, other, strict=True)]
     mean = statistics.mean(gaps)
     if len(gaps) < 2:
         return f"{mean:+.1f}"

@@ -33,7 +33,7 @@ def chosen_of(document: Mapping[str, Any], path: Path) -> dict[Entry, dict[str, 
         ConfigError: If a choice has a value, a number of trials or a number of runs that differs from the search.
     """
     tables = {(t["base"], t["method"], t["epsilon"]): t for t in tomllib.loads(path.read_text("utf-8"))["chosen"]}
-    found = {}
+    choices = {}
     for entry, method in entries(document):
         if entry not in tables:
             continue
@@ -42,8 +42,8 @@ def chosen_of(document: Mapping[str, Any], path: Path) -> dict[Entry, dict[str, 
         known = keys.keys() == offered.keys() and all(value in offered[key] for key, value in keys.items())
         if not known or (chosen["trials"], chosen["runs"]) != (document["trials"], tuning_runs(document)):
             raise ConfigError(f"{path}: {entry} was chosen in another search; run simulations.tune again")
-        found[entry] = chosen
-    return found
+        choices[entry] = chosen
+    return choices
 
 
 def tuning_runs(document: Mapping[str, Any]) -> int:
@@ -72,12 +72,15 @@ def table(document: Mapping[str, Any], base: str, done: Summaries) -> str:
     heads = [f"ε = {epsilon_text(e)}" if kind_of(e) == "with-noise" else "no privacy" for e in epsilons]
     columns = " | ".join(f"{head}, local | neighbour" for head in heads)
     lines = [f"| method | {columns} |", "|---|" + "---|" * (2 * len(epsilons))]
-    untuned = [next((own for (b, _, e), own in done.items() if (b, e) == (base, epsilon)), []) for epsilon in epsilons]
+    untuned = [
+        next((summaries for (b, _, e), summaries in done.items() if (b, e) == (base, epsilon)), [])
+        for epsilon in epsilons
+    ]
     lines.append(f"| zero-shot (nothing to tune) | {' | '.join(_scores(s, 'zero_shot') for s in untuned)} |")
     for method in document["methods"]:
-        own = [done.get((base, method["name"], epsilon), []) for epsilon in epsilons]
+        summary_lists = [done.get((base, method["name"], epsilon), []) for epsilon in epsilons]
         if base in method.get("bases", document["bases"]):
-            cells = [_scores(s, "final") + _short(s, document) for s in own]
+            cells = [_scores(s, "final") + _short(s, document) for s in summary_lists]
             lines.append(f"| {method['name']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -97,13 +100,13 @@ def settings(document: Mapping[str, Any], base: str, chosen: Mapping[Entry, Mapp
     for entry, method in entries(document):
         if entry[0] != base or entry not in chosen:
             continue
-        own, summaries = chosen[entry], done.get(entry, [])
-        keys = " ".join(f"`{key}={value}`" for key, value in own["keys"].items())
+        choice, summaries = chosen[entry], done.get(entry, [])
+        keys = " ".join(f"`{key}={value}`" for key, value in choice["keys"].items())
         head = f"ε = {epsilon_text(entry[2])}" if kind_of(entry[2]) == "with-noise" else "no privacy"
-        budget = f"{own['runs']} ({own['failed']}), {own['seconds']:.0f}"
+        budget = f"{choice['runs']} ({choice['failed']}), {choice['seconds']:.0f}"
         source = f", {method['source']}" if method.get("source") else ""
         lines.append(
-            f"| {method['name']}{source} | {head} | {100 * own['validation']:.1f} | {budget} | {keys} | "
+            f"| {method['name']}{source} | {head} | {100 * choice['validation']:.1f} | {budget} | {keys} | "
             f"{level(summaries[0]) if summaries else '-'} |"
         )
     return "\n".join(lines)
@@ -127,14 +130,15 @@ def page(
         parts.append(
             f"\n**Not finished: {missing} final runs are missing.** `simulations.tune` and then this command go on."
         )
-    for base, own in document["bases"].items():
+    for base, base_settings in document["bases"].items():
         finished = [s for (b, _, _), summaries in done.items() if b == base for s in summaries]
         if not finished:
             continue
         seconds = statistics.mean(s["seconds"] for s in finished)
-        keys = " ".join(f"`{key}={value}`" for key, value in own.get("keys", {}).items())
+        keys = " ".join(f"`{key}={value}`" for key, value in base_settings.get("keys", {}).items())
         parts.append(
-            f"\n## {own['title']}\n\n[{own['config']}](../simulations/configs/{own['config']}) with {keys}; "
+            f"\n## {base_settings['title']}\n\n[{base_settings['config']}]"
+            f"(../simulations/configs/{base_settings['config']}) with {keys}; "
             f"{seconds:.1f} seconds a run on a busy core.\n\n{table(document, base, done)}\n\nSettings:\n\n"
             f"{settings(document, base, chosen, done)}"
         )
@@ -157,15 +161,17 @@ def main() -> None:
     chosen = chosen_of(document, args.search.with_name(CHOSEN))
     cells = cells_of(document, chosen)
     if not args.finished:
-        now = [c for own in cells.values() for c in own[: args.seeds] if args.base in (None, c.base)]
+        now = [c for entry_cells in cells.values() for c in entry_cells[: args.seeds] if args.base in (None, c.base)]
         run_all(now, args.runs, args.workers)
     finished = {
-        entry: [run(cell, args.runs) for cell in own if (args.runs / cell.folder / "summary.json").exists()]
-        for entry, own in cells.items()
+        entry: [run(cell, args.runs) for cell in entry_cells if (args.runs / cell.folder / "summary.json").exists()]
+        for entry, entry_cells in cells.items()
     }
     wanted = len(document["seeds"]) * sum(1 for _ in entries(document))
-    missing = wanted - sum(len(own) for own in finished.values())
-    text = page(document, args.search.name, chosen, {e: own for e, own in finished.items() if own}, missing)
+    missing = wanted - sum(len(summaries) for summaries in finished.values())
+    text = page(
+        document, args.search.name, chosen, {e: summaries for e, summaries in finished.items() if summaries}, missing
+    )
     write_bytes(args.out, text.encode())
     sys.stdout.write(text)
 

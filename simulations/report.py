@@ -79,12 +79,12 @@ def run(row: Row, seed: int, split: str, runs: Path) -> dict[str, Any]:
 
 def spread(values: Sequence[float | None]) -> str:
     """Return mean and standard deviation over seeds, in percent."""
-    found = [100 * value for value in values if value is not None]
-    if not found:
+    percentages = [100 * value for value in values if value is not None]
+    if not percentages:
         return "-"
-    if len(found) == 1:
-        return f"{found[0]:.1f}"
-    return f"{statistics.mean(found):.1f} ± {statistics.stdev(found):.1f}"
+    if len(percentages) == 1:
+        return f"{percentages[0]:.1f}"
+    return f"{statistics.mean(percentages):.1f} ± {statistics.stdev(percentages):.1f}"
 
 
 def level(summary: Mapping[str, Any]) -> str:

@@ -71,16 +71,16 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
 
     records = [card.num_examples for card in cards.values()]
     checkpoints = CheckpointFolder(recorder.folder, context.run_config, records, task.data_identity)
-    kept = checkpoints.read(may_go_back=may_repeat(config)) if config.output.resume else None
-    token = kept.progress.run_token if kept else None
+    checkpoint = checkpoints.read(may_go_back=may_repeat(config)) if config.output.resume else None
+    token = checkpoint.progress.run_token if checkpoint else None
     strategy = build_strategy(strategy_class, config, record, client, cards, hosts, recorder, report, options, token)
     rounds = Rounds(strategy, checkpoints, stop_at_dead_actor=config.dead_actors == "stop")
-    if kept:
-        recorder.resume(kept.progress.rounds_done)
-        rounds.resume(kept, recorder.progress)
+    if checkpoint:
+        recorder.resume(checkpoint.progress.rounds_done)
+        rounds.resume(checkpoint, recorder.progress)
     elif config.output.resume:
         recorder.check_empty()
-    prompt = kept.prompt if kept else rounds.begin(task.initial_prompt(config))
+    prompt = checkpoint.prompt if checkpoint else rounds.begin(task.initial_prompt(config))
     if strategy.evaluate_every and not recorder.rounds:
         accuracy = score_now(strategy, grid, prompt, "zero-shot", config.reply_timeout)
         report(RoundReport(server_round=0, accuracy=accuracy, failures=strategy.failures))

@@ -147,7 +147,7 @@ def trials_of(document: Mapping[str, Any]) -> dict[Entry, list[tuple[Point, Cell
     Raises:
         ConfigError: If a trial is not a valid run, or a method cannot have as many trials as the others.
     """
-    found: dict[Entry, list[tuple[Point, Cell]]] = {}
+    trials: dict[Entry, list[tuple[Point, Cell]]] = {}
     for entry, method in entries(document):
         base, name, epsilon = entry
         seed = document["tuning-seeds"][0]
@@ -156,8 +156,8 @@ def trials_of(document: Mapping[str, Any]) -> dict[Entry, list[tuple[Point, Cell
             points = draw(space(document, method, epsilon), document["trials"], rng)
         except ConfigError as error:
             raise ConfigError(f"{name!r} on {base}, ε = {epsilon:g}: {error}") from error
-        found[entry] = [(p, cell_of(document, entry, method, p, seed=seed, split="val")) for p in points]
-    return found
+        trials[entry] = [(p, cell_of(document, entry, method, p, seed=seed, split="val")) for p in points]
+    return trials
 
 
 def finalists(scores: Sequence[float | None], count: int) -> list[int]:
@@ -185,7 +185,11 @@ def best(scores: Mapping[int, Sequence[float | None]]) -> tuple[int, float]:
     Raises:
         ValueError: If every finalist failed with at least one seed.
     """
-    means = {index: statistics.mean(own) for index, own in scores.items() if None not in own}  # type: ignore[type-var]
+    means = {
+        index: statistics.mean(seed_scores)  # type: ignore[type-var]
+        for index, seed_scores in scores.items()
+        if None not in seed_scores
+    }
     if not means:
         raise ValueError("every finalist failed with some seed")
     return max(means.items(), key=lambda item: item[1])
@@ -209,7 +213,10 @@ def leaders(
     document: Mapping[str, Any], summaries: Mapping[Entry, Sequence[Mapping[str, Any]]]
 ) -> dict[Entry, list[int]]:
     """Return the indices of the finalists of every entry, from the summaries of its trials."""
-    return {entry: finalists([_score(s) for s in own], document["finalists"]) for entry, own in summaries.items()}
+    return {
+        entry: finalists([_score(s) for s in trial_summaries], document["finalists"])
+        for entry, trial_summaries in summaries.items()
+    }
 
 
 def finals_of(
@@ -222,10 +229,10 @@ def finals_of(
     return {
         entry: [
             (index, cell_of(document, entry, methods[entry], trials[entry][index][0], seed=seed, split="val"))
-            for index in own
+            for index in indices
             for seed in seeds
         ]
-        for entry, own in leading.items()
+        for entry, indices in leading.items()
     }
 
 
@@ -295,19 +302,19 @@ def main() -> None:
     if not wanted:
         parser.error(f"no base or method is called {args.base or args.method!r} in {args.search}")
     if args.finished:
-        wanted = {e: own for e, own in wanted.items() if all(was_run(cell, args.runs) for _, cell in own)}
+        wanted = {e: trials for e, trials in wanted.items() if all(was_run(cell, args.runs) for _, cell in trials)}
     first = _run(wanted, args.runs, args.workers)
     leading = leaders(document, first)
     again = finals_of(document, wanted, leading)
     if args.finished:
-        again = {e: own for e, own in again.items() if all(was_run(cell, args.runs) for _, cell in own)}
+        again = {e: finals for e, finals in again.items() if all(was_run(cell, args.runs) for _, cell in finals)}
     second = _run(again, args.runs, args.workers)
     path = args.search.with_name(CHOSEN)
     before = tomllib.loads(path.read_text(encoding="utf-8"))["chosen"] if path.exists() else []
     chosen = {(c["base"], c["method"], c["epsilon"]): c for c in before}
     for entry, more in second.items():
-        own = first[entry]
-        scores = {index: [_score(own[index])] for index in leading[entry]}
+        trial_summaries = first[entry]
+        scores = {index: [_score(trial_summaries[index])] for index in leading[entry]}
         for (index, _), summary in zip(again[entry], more, strict=True):
             scores[index].append(_score(summary))
         index, mean = best(scores)
@@ -315,11 +322,11 @@ def main() -> None:
             "base": entry[0],
             "method": entry[1],
             "epsilon": entry[2],
-            "trials": len(own),
-            "runs": len(own) + len(more),
-            "failed": sum(not s for s in (*own, *more)),
+            "trials": len(trial_summaries),
+            "runs": len(trial_summaries) + len(more),
+            "failed": sum(not s for s in (*trial_summaries, *more)),
             "validation": round(mean, 4),
-            "seconds": round(sum(s["seconds"] for s in (*own, *more) if s), 1),
+            "seconds": round(sum(s["seconds"] for s in (*trial_summaries, *more) if s), 1),
             "privacy": charge_line(entry, [cell for _, cell in (*wanted[entry], *again[entry])]),
             "keys": wanted[entry][index][0],
         }

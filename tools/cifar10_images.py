@@ -99,7 +99,7 @@ def private_splits(train: Labelled, test: Labelled, per_class: dict[str, int]) -
 
 def _of_each_class(data: Labelled, start: int, stop: int) -> Labelled:
     rows = [np.flatnonzero(data.labels == label)[start:stop] for label in range(len(NAMES))]
-    assert {len(own) for own in rows} == {stop - start}, "a class has too few images"
+    assert {len(class_rows) for class_rows in rows} == {stop - start}, "a class has too few images"
     return data[np.concatenate(rows)]
 
 

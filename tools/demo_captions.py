@@ -147,12 +147,12 @@ def read_sketches(folder: Path, rng: np.random.Generator) -> Sketches:
             images = np.array([json.loads(line) for line in lines])
         images = np.unique(np.rint(images * 15).astype(np.uint8) * 17, axis=0).reshape(-1, 28, 28)
         images = images[rng.permutation(len(images))]
-        own = np.full(len(images), -1)
+        image_splits = np.full(len(images), -1)
         if label < N_PRIVATE:
-            own[: sum(PER_CLASS.values())] = np.repeat([0, 1, 2], list(PER_CLASS.values()))
+            image_splits[: sum(PER_CLASS.values())] = np.repeat([0, 1, 2], list(PER_CLASS.values()))
         pixels.append(images)
         labels.append(np.full(len(images), label))
-        split.append(own)
+        split.append(image_splits)
     names, categories = zip(*blocks, strict=True)
     return Sketches(np.concatenate(pixels), np.concatenate(labels), np.concatenate(split), names, categories)
 

@@ -55,7 +55,7 @@ def model_config(vocab_size: int) -> dict[str, Any]:
 def make_tokenizer() -> tuple[TrimmedTokenizer, dict[str, Any]]:
     """Trim CLIP's vocabulary to the words of captions; the second result is the content of ``vocabulary.json``."""
     bpe = open_clip.SimpleTokenizer()
-    words = [*NAMES, *MEDIA, *(word for own in DOMAINS.values() for word in own), "a of"]
+    words = [*NAMES, *MEDIA, *(word for domain_words in DOMAINS.values() for word in domain_words), "a of"]
     used = sorted({number for word in words for number in bpe.encode(word)} | {bpe.sot_token_id})
     content = {"context_length": CONTEXT_LENGTH, "bpe_ids": [0, *used, bpe.eot_token_id]}
     return TrimmedTokenizer(content["bpe_ids"], CONTEXT_LENGTH), content
@@ -194,8 +194,8 @@ def train_text(
         naming = scale * torch.einsum("gid,gcd->gic", x, texts)
         loss_name = F.cross_entropy(naming.flatten(0, 1), y.flatten(), label_smoothing=0.05)
         # A text is true of an image that shows its class in all its domains.
-        said = torch.tensor([[set(text) <= set(image) for text in settings] for image in settings])
-        truth = said[:, None, :, None] & (y[:, :, None, None] == torch.arange(len(NAMES)))
+        domain_match = torch.tensor([[set(text) <= set(image) for text in settings] for image in settings])
+        truth = domain_match[:, None, :, None] & (y[:, :, None, None] == torch.arange(len(NAMES)))
         telling = scale * x.flatten(0, 1) @ texts.flatten(0, 1).T
         loss_tell = soft_cross_entropy(telling, truth.flatten(0, 1).flatten(1))
         optimizer.zero_grad()

@@ -223,8 +223,8 @@ class Answering:
         language = self.model.model.language_model
         number = int(rng.integers(28, N_VISUAL)) if rng.random() < 0.7 else N_VISUAL
         order = (rng.random((SHEETS, N_VISUAL)) - sheets.covered[rows]).argsort(axis=1)
-        kept = np.sort(order[:, :number], axis=1)
-        visual = self.model.model.multi_modal_projector(bank[np.array(rows)[:, None], kept])
+        patches = np.sort(order[:, :number], axis=1)
+        visual = self.model.model.multi_modal_projector(bank[np.array(rows)[:, None], patches])
         before = language.embed_tokens(torch.tensor(self.before)).expand(len(visual), -1, -1)
         x = torch.cat([before, visual, language.embed_tokens(ids).flatten(1, 2)], dim=1)
         mask, positions = blind_to_each_other(before.shape[1] + visual.shape[1])

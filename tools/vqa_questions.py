@@ -105,7 +105,7 @@ def read_pictures(folder: Path) -> Pictures:
     for question, answer, number in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
         asked[number].append((question, answer))
     palette = np.array(list(COLOURS.values()), dtype=np.float64)
-    found: list[tuple[NDArray[np.uint8], NDArray[np.uint8], int, int, tuple[tuple[str, str], ...]]] = []
+    pictures: list[tuple[NDArray[np.uint8], NDArray[np.uint8], int, int, tuple[tuple[str, str], ...]]] = []
     for number, questions in sorted(asked.items()):
         shape = _shape_of(questions)
         if shape is None:
@@ -120,7 +120,7 @@ def read_pictures(folder: Path) -> Pictures:
         line = palette[colour] - paper
         share = np.clip((pixels - paper) @ line / (line @ line), 0, 1)
         shrunk = Image.fromarray(share.astype(np.float32)).resize((PANEL_SIDE, PANEL_SIDE), Image.Resampling.BOX)
-        found.append(
+        pictures.append(
             (
                 np.round(np.array(shrunk) * 15).astype(np.uint8) * 17,
                 paper.astype(np.uint8),
@@ -129,7 +129,7 @@ def read_pictures(folder: Path) -> Pictures:
                 tuple(questions),
             )
         )
-    coverage, papers, colours, shapes, questions = zip(*found, strict=True)
+    coverage, papers, colours, shapes, questions = zip(*pictures, strict=True)
     return Pictures(np.stack(coverage), np.stack(papers), np.array(colours), np.array(shapes), questions)
 
 
@@ -285,9 +285,9 @@ def private_pictures(pictures: Pictures, rng: np.random.Generator) -> NDArray[np
     return sheets
 
 
-def _others(names: tuple[str, ...], own: int, named: set[str], rng: np.random.Generator) -> list[int]:
-    """Return the indices of all names except ``own`` in random order, those in ``named`` first."""
-    order = [int(v) for v in rng.permutation(len(names)) if v != own]
+def _others(names: tuple[str, ...], index: int, named: set[str], rng: np.random.Generator) -> list[int]:
+    """Return the indices of all names except ``index`` in random order, those in ``named`` first."""
+    order = [int(v) for v in rng.permutation(len(names)) if v != index]
     return sorted(order, key=lambda v: names[v] not in named)
 
 

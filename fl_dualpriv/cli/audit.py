@@ -73,8 +73,8 @@ def audit(
         attacks = load_attacks(job.app_dir)
         wanted = [a.value for a in Attack if attack in (a, Attack.ALL) and a is not Attack.ALL]
         options = {} if canaries is None else {"canaries": canaries}
-        found = attacks.run_attacks(job.config, wanted, write_line, **options)
-        attacks.write_report(found, job.config, job.out)
+        findings = attacks.run_attacks(job.config, wanted, write_line, **options)
+        attacks.write_report(findings, job.config, job.out)
     except KeyboardInterrupt:
         fail(errors, "stopped by Ctrl-C", 130)
     except (ConfigError, PrivacyError) as error:
@@ -82,9 +82,9 @@ def audit(
     except Exception as error:
         fail(errors, describe(error, job.out), 1)
     write_line(f"results: {job.out}")
-    write_line(json.dumps(found.summary(), allow_nan=False))
-    if found.refuted:
-        levels = " and ".join(f"{a.level} level" for a in found.refuted)
+    write_line(json.dumps(findings.summary(), allow_nan=False))
+    if findings.refuted:
+        levels = " and ".join(f"{a.level} level" for a in findings.refuted)
         fail(errors, f"the audit refutes the claimed ε ({levels}): the releases do not keep their guarantee", 1)
 
 

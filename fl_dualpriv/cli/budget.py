@@ -75,38 +75,39 @@ def budget(
     if not server and not clients:
         _refuse(errors, f"{folder} holds no ledger.jsonl: give a run's folder or a node's state folder")
     deltas = {} if delta is not None else _deltas_of_run(folder)
-    found = [_read(path, "server", delta, deltas) for path in server]
-    own = [_read(path, path.parent.name, delta, deltas) for path in clients]
+    server_ledgers = [_read(path, "server", delta, deltas) for path in server]
+    client_ledgers = [_read(path, path.parent.name, delta, deltas) for path in clients]
     if as_json:
-        content = {"server": [_jsonable(s) for s in found], "clients": [_jsonable(s) for s in own]}
-        write_line(json.dumps(content | _statistics(own)))
+        content = {"server": [_jsonable(s) for s in server_ledgers], "clients": [_jsonable(s) for s in client_ledgers]}
+        write_line(json.dumps(content | _statistics(client_ledgers)))
         return
     console = Output()
-    for title, some in (("server", found), ("clients", own)):
+    for title, some in (("server", server_ledgers), ("clients", client_ledgers)):
         if some:
             console.print(_table(title, some))
-    if own:
-        numbers = _statistics(own)
+    if client_ledgers:
+        numbers = _statistics(client_ledgers)
         console.print(
-            f"ε of {len(own)} clients: max {numbers['epsilon-max']:.4g}, median {numbers['epsilon-median']:.4g}",
+            f"ε of {len(client_ledgers)} clients: "
+            f"max {numbers['epsilon-max']:.4g}, median {numbers['epsilon-median']:.4g}",
             highlight=False,
         )
     console.print("this ε is for terms fixed beforehand; it admits no release", highlight=False)
-    for s in (*found, *own):
+    for s in (*server_ledgers, *client_ledgers):
         if s.filter is not None:
             numbers = ", ".join(f"{key} = {value}" for key, value in s.filter.items())
             console.print(escape(f"{s.who}: {numbers}"), highlight=False, soft_wrap=True)
-    if not server and any(s.filter is not None for s in own):
+    if not server and any(s.filter is not None for s in client_ledgers):
         console.print("what is left: fl-dualpriv budget NODE.toml", highlight=False)
 
 
 def _ledgers(folder: Path) -> tuple[list[Path], list[Path]]:
     """Return the server's ledger of a run and the clients' ledgers. A node's own folder holds one client's ledger."""
-    own, clients = folder / "ledger.jsonl", sorted((folder / "clients").glob("*/ledger.jsonl"))
-    if not own.exists():
+    ledger, clients = folder / "ledger.jsonl", sorted((folder / "clients").glob("*/ledger.jsonl"))
+    if not ledger.exists():
         return [], clients
     is_node = not clients and not (folder / "summary.json").exists() and not (folder / "rounds.jsonl").exists()
-    return ([], [own]) if is_node else ([own], clients)
+    return ([], [ledger]) if is_node else ([ledger], clients)
 
 
 def _deltas_of_run(folder: Path) -> dict[str, float]:

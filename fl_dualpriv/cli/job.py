@@ -104,9 +104,9 @@ def resumed(out: Path, app_dir: Path | None, engine: Engine | None) -> Job:
     out = Path(os.path.abspath(expanded(out)))  # noqa: PTH100 - as in `prepare`
     file = out / "run.json"
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        flat: dict[str, ConfigValue] = kept["config"] | {"output.dir": str(out), "output.resume": True}
-        name, app, begun = str(kept["name"]), Path(kept["app"]), Engine(kept["engine"])
+        saved_job = json.loads(file.read_text(encoding="utf-8"))
+        flat: dict[str, ConfigValue] = saved_job["config"] | {"output.dir": str(out), "output.resume": True}
+        name, app, begun = str(saved_job["name"]), Path(saved_job["app"]), Engine(saved_job["engine"])
     except FileNotFoundError:
         raise ConfigError(f"{out} holds no run of `fl-dualpriv run` (run.json): nothing to resume") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -48,14 +48,14 @@ def predict(
         for line in (*loaded.facts.lines, *loaded.facts.notes):
             errors.print(f"note: {escape(shown(line))}", soft_wrap=True, highlight=False)
         is_whole = True
-        for found in loaded.predictions(images, question):
-            is_whole = is_whole and not found.error
+        for prediction in loaded.predictions(images, question):
+            is_whole = is_whole and not prediction.error
             if as_json:
-                write_line(json.dumps(_entry(found, top)))
-            elif found.error:
-                _complain(errors, f"{found.image}: {found.error}")
+                write_line(json.dumps(_entry(prediction, top)))
+            elif prediction.error:
+                _complain(errors, f"{prediction.image}: {prediction.error}")
             else:
-                write_line(shown(f"{found.image}: {_words(found, top or _TOP)}"))
+                write_line(shown(f"{prediction.image}: {_words(prediction, top or _TOP)}"))
     except (ConfigError, PrivacyError) as error:
         _complain(errors, str(error))
         raise typer.Exit(2) from None
@@ -67,18 +67,18 @@ def _complain(errors: Output, message: str) -> None:
     errors.print(f"[bold red]error:[/bold red] {escape(shown(message))}", soft_wrap=True, highlight=False)
 
 
-def _words(found: "Prediction", top: int) -> str:
-    if not found.probabilities:
-        return found.label
-    return ", ".join(f"{name} {100 * share:.1f} %" for name, share in list(found.probabilities.items())[:top])
+def _words(prediction: "Prediction", top: int) -> str:
+    if not prediction.probabilities:
+        return prediction.label
+    return ", ".join(f"{name} {100 * share:.1f} %" for name, share in list(prediction.probabilities.items())[:top])
 
 
-def _entry(found: "Prediction", top: int | None) -> dict[str, Any]:
-    if found.error:
-        return {"image": found.image, "error": found.error}
-    entry: dict[str, Any] = {"image": found.image, "label": found.label}
-    if found.probabilities:
-        entry["probabilities"] = dict(list(found.probabilities.items())[:top])
+def _entry(prediction: "Prediction", top: int | None) -> dict[str, Any]:
+    if prediction.error:
+        return {"image": prediction.image, "error": prediction.error}
+    entry: dict[str, Any] = {"image": prediction.image, "label": prediction.label}
+    if prediction.probabilities:
+        entry["probabilities"] = dict(list(prediction.probabilities.items())[:top])
     return entry
 
 

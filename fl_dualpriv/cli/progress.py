@@ -83,11 +83,11 @@ def shown(console: Console, folder: Path, rounds: int) -> Iterator[None]:
         entries = results.new()
         told.update({line["round"]: line for line in operators.new()})  # read last, because results are written later
         for entry in entries:
-            own = told.get(entry["round"], {})
-            text = round_text(entry, own.get("failures", 0))
+            progress_line = told.get(entry["round"], {})
+            text = round_text(entry, progress_line.get("failures", 0))
             bar.update(task, completed=entry["round"], description=text)
             if not console.is_terminal:
-                seconds = f" · {own['seconds']:.1f} s" if own else ""
+                seconds = f" · {progress_line['seconds']:.1f} s" if progress_line else ""
                 # soft_wrap, because a pipe has no width at which to break lines
                 console.print(f"round {entry['round']}/{rounds}{seconds} · {text}", soft_wrap=True)
 

@@ -64,8 +64,8 @@ def run(
             raise ConfigError("no CONFIG: give a TOML file, or --resume DIR")
         else:
             job = prepare(config, assignments or [], out, app_dir, overwrite=overwrite, engine=engine or Engine.RAY)
-            kept = {"name": job.name, "app": str(job.app_dir), "engine": job.engine, "config": job.flat}
-            (job.out / "run.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+            saved_job = {"name": job.name, "app": str(job.app_dir), "engine": job.engine, "config": job.flat}
+            (job.out / "run.json").write_text(json.dumps(saved_job, indent=2) + "\n", encoding="utf-8")
     except (ConfigError, PrivacyError) as error:
         fail(errors, str(error), 2)
     signal.signal(signal.SIGTERM, _terminated)  # so that the engine cleans up

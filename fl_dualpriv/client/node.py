@@ -74,8 +74,10 @@ class RunContext:
         hosted = -(-config.population // config.num_supernodes)
         shared = task.initial_prompt(config).to(task.backbone.device)
         generator = torch.Generator().manual_seed(0)
-        own = [torch.randn(shared.shape, generator=generator).to(shared) for _ in range(min(hosted, COMPANY))]
-        prompts = torch.stack([self.parts.effective(shared, 0.02 * personal) for personal in own])
+        personal_prompts = [
+            torch.randn(shared.shape, generator=generator).to(shared) for _ in range(min(hosted, COMPANY))
+        ]
+        prompts = torch.stack([self.parts.effective(shared, 0.02 * personal) for personal in personal_prompts])
         return checked_objective(objective, task.made_up, prompts, private=self.plan is not None)
 
     @property

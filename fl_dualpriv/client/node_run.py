@@ -67,7 +67,7 @@ def keep_node_run(folder: Path, config: RunConfig, task: Task, run_token: str, c
             return
     plan, parts, use = record_level_plan(config), METHODS[config.method], task.use_facts(config)
     rows = record_level_releases(plan, shared=parts.shared, scored=scored) if plan is not None else []
-    kept = NodeRun(
+    node_run = NodeRun(
         run_token=run_token,
         client=client,
         method=config.method,
@@ -82,7 +82,7 @@ def keep_node_run(folder: Path, config: RunConfig, task: Task, run_token: str, c
         backbone=config.backbone.name,
         pretrained=config.backbone.pretrained,
     )
-    write_json(folder / NODE_RUN_FILE, asdict(kept))
+    write_json(folder / NODE_RUN_FILE, asdict(node_run))
 
 
 def keep_scored(folder: Path, prompt: Tensor, score: Score, run_token: str, server_round: int) -> None:

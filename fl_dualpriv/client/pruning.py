@@ -137,11 +137,11 @@ class UpdatePruning:
         Returns:
             1 for an open block, 0 for a closed one, (client, block) float32.
         """
-        kept = self._kept(blocks.count)
+        keep_count = self._kept(blocks.count)
         if self.rule == "random-past":
-            return _first(draw(blocks.count), kept)
-        best = _first(-self.scores(release_memory, noise_std, blocks), kept)
-        explored = math.ceil(round(self.exploration * (blocks.count - kept), 9))
+            return _first(draw(blocks.count), keep_count)
+        best = _first(-self.scores(release_memory, noise_std, blocks), keep_count)
+        explored = math.ceil(round(self.exploration * (blocks.count - keep_count), 9))
         if explored:
             best = best + _first(torch.where(best > 0, math.inf, draw(blocks.count).to(best.device)), explored)
         warming = release_memory[_SEEN].amin(dim=1, keepdim=True) < self.warm_up

@@ -85,15 +85,15 @@ class TrainRound:
     def _train(self, group: Sequence[int]) -> None:
         """Let the clients of a group step together; write each ledger first and lock it until the state is saved."""
         ready: list[Participant] = []
-        kept: dict[int, Tensor] = {}
+        saved_uploads: dict[int, Tensor] = {}
         with contextlib.ExitStack() as locks:
             for partition in group:
                 try:
-                    found = self._prepare(partition, locks)
-                    if isinstance(found, Tensor):
-                        kept[partition] = found
+                    participant_or_upload = self._prepare(partition, locks)
+                    if isinstance(participant_or_upload, Tensor):
+                        saved_uploads[partition] = participant_or_upload
                     else:
-                        ready.append(found)
+                        ready.append(participant_or_upload)
                 except PrivacyError as error:
                     asked = f"train, round {self._request.server_round}"
                     self._node.folder(partition).log_refusal(self._request.run_token, asked, str(error))
@@ -101,21 +101,21 @@ class TrainRound:
                 except Exception as error:
                     self._failed.add([partition], error)
             if ready and self._run_context.reproducible:  # float sums may depend on the stacked clients
-                ready = sorted([*ready, *self._once_more(kept)], key=lambda participant: participant.partition)
-            self._uploads |= kept
+                ready = sorted([*ready, *self._once_more(saved_uploads)], key=lambda participant: participant.partition)
+            self._uploads |= saved_uploads
             if ready:
                 self._step(ready)
 
-    def _once_more(self, kept: dict[int, Tensor]) -> list[Participant]:
-        """Return clients that had finished a crashed round, in their state before it, and drop them from ``kept``."""
-        found = []
-        for partition in list(kept):
+    def _once_more(self, saved_uploads: dict[int, Tensor]) -> list[Participant]:
+        """Return clients that had finished a crashed round, in their state before it; drop their ``saved_uploads``."""
+        participants = []
+        for partition in list(saved_uploads):
             with contextlib.suppress(Exception):  # the saved upload is still there
                 state = self._state(partition, previous=True)
                 if state.server_round < self._request.server_round:
-                    found.append(self._participant(partition, state))
-                    del kept[partition]
-        return found
+                    participants.append(self._participant(partition, state))
+                    del saved_uploads[partition]
+        return participants
 
     def _step(self, ready: list[Participant]) -> None:
         """Run some clients together. If that fails, run each client separately, so that only the failing ones fail.
@@ -159,13 +159,13 @@ class TrainRound:
             )
         if run_context.plan is None:
             state = self._state(partition)
-            kept = self._kept(partition, state)
-            return self._participant(partition, state) if kept is None else kept
+            saved_upload = self._kept(partition, state)
+            return self._participant(partition, state) if saved_upload is None else saved_upload
         ledger = Ledger(self._node.folder(partition).ledger)
         locks.enter_context(ledger.exclusive())
         state = self._state(partition)
-        if (kept := self._kept(partition, state)) is not None:
-            return kept
+        if (saved_upload := self._kept(partition, state)) is not None:
+            return saved_upload
         event = LedgerEvent(
             run=request.run_token,
             unit="record",
@@ -226,8 +226,8 @@ class TrainRound:
             try:
                 self._node.keep_run(partition, request.run_token)
                 folder.keep_sent(upload, request.global_prompt, request.server_round, request.run_token)
-                kept = replace(state, server_round=request.server_round)
-                folder.save(kept, self._prompt, request.run_token, str(self._run_context.terms))
+                finished_state = replace(state, server_round=request.server_round)
+                folder.save(finished_state, self._prompt, request.run_token, str(self._run_context.terms))
             except Exception as error:
                 self._failed.add([partition], error)
                 return

@@ -202,9 +202,9 @@ def _check(file: str, tensors: Mapping[str, Tensor], shapes: ReleaseMemoryShapes
     for name, (shape, dtype) in shapes.items():
         if name not in tensors:
             raise ValueError(f"{file} holds no {name}; expected {shape}, {dtype}")
-        found = tensors[name]
-        if tuple(found.shape) != shape or found.dtype != dtype:
-            raise ValueError(f"{file} holds {name} {tuple(found.shape)}, {found.dtype}; expected {shape}, {dtype}")
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(f"{file} holds {name} {tuple(tensor.shape)}, {tensor.dtype}; expected {shape}, {dtype}")
 
 
 def check_round(plan: RecordLevelPlan, made: LedgerContent, state: PersonalState, event: LedgerEvent) -> None:

@@ -196,9 +196,10 @@ def cohort_update(
         release_memories = [
             {**release_memory, _LEFT: u} for release_memory, u in zip(release_memories, prompts.left, strict=True)
         ]
-    kept = zip(participants, prompts.personal, prompts.row_basis, release_memories, strict=True)
+    state_parts = zip(participants, prompts.personal, prompts.row_basis, release_memories, strict=True)
     states = [
-        replace(p.state, personal=own, row_basis=v, release_memory=release_memory) for p, own, v, release_memory in kept
+        replace(p.state, personal=personal, row_basis=v, release_memory=release_memory)
+        for p, personal, v, release_memory in state_parts
     ]
     return list(zip(uploads, states, strict=True))
 

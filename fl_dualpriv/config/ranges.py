@@ -51,11 +51,12 @@ def _is_class_ref(text: str) -> bool:
 
 def _is_options(text: str) -> bool:
     try:
-        found = json.loads(text or "{}")
+        options = json.loads(text or "{}")
     except ValueError:
         return False
-    return isinstance(found, dict) and all(
-        key.startswith(_IGNORED_PREFIX) and isinstance(value, bool | int | float | str) for key, value in found.items()
+    return isinstance(options, dict) and all(
+        key.startswith(_IGNORED_PREFIX) and isinstance(value, bool | int | float | str)
+        for key, value in options.items()
     )
 
 

@@ -37,34 +37,34 @@ def notes(
 ) -> list[str]:
     """List the notes that a reader needs beside the privacy table."""
     parts = METHODS[config.method]
-    found = []
+    lines = []
     if config.privacy.randomness == "seeded" and (record or client):
-        found.append("reproducible noise: do not publish (privacy.randomness = seeded)")
+        lines.append("reproducible noise: do not publish (privacy.randomness = seeded)")
     if record and record.trusts_server:
-        found.append("trusts-server: the server sees each client's clean clipped sums")
+        lines.append("trusts-server: the server sees each client's clean clipped sums")
     if client:
-        found.append("client level: the server sees each client's update; personal prompts are not covered")
-        found += client_level_notes(client)
+        lines.append("client level: the server sees each client's update; personal prompts are not covered")
+        lines += client_level_notes(client)
     if client and not record and parts.personal:
-        found.append("scores are of the global prompt: scores of personal prompts would not be covered")
+        lines.append("scores are of the global prompt: scores of personal prompts would not be covered")
     if client and record and parts.personal:
-        found.append("scores are of personal prompts: covered at record level, not at client level")
+        lines.append("scores are of personal prompts: covered at record level, not at client level")
     if parts.published_procedure and config.privacy.record.mechanism == "gaussian":
-        found.append("dpfpl-paper: the paper's formulas, not the authors' code; ε is nominal, not a guarantee")
+        lines.append("dpfpl-paper: the paper's formulas, not the authors' code; ε is nominal, not a guarantee")
     if record and config.train.top_m:
-        found.append(f"top-m = {config.train.top_m}: each record back-propagates its largest residuals only, a bias")
+        lines.append(f"top-m = {config.train.top_m}: each record back-propagates its largest residuals only, a bias")
     if record and config.privacy.record.noise_space == "feature":
-        found.append("noise-space = feature: gradients of the class features are clipped and noised, not the prompt's")
+        lines.append("noise-space = feature: gradients of the class features are clipped and noised, not the prompt's")
     if (record or client) and config.privacy.arithmetic == "integer":
-        found.append("arithmetic = integer: exact sums, integer noise; low-order bits tell nothing about the data")
+        lines.append("arithmetic = integer: exact sums, integer noise; low-order bits tell nothing about the data")
     if not scored:
-        found.append(
+        lines.append(
             "no scores: the held-out images are private (evaluation.held-out-data); give a test/ folder, or declare "
             'them with evaluation.held-out-data = "public"'
         )
     if not config.claims_privacy and parts.trains:
-        found.append("no differential privacy")
-    return found
+        lines.append("no differential privacy")
+    return lines
 
 
 def may_repeat(config: RunConfig) -> bool:

@@ -199,18 +199,18 @@ def _open_private(root: Path, folder: Path) -> None:
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_ours(root, root.stat())  # stat follows links: the root may be a link, for example to a larger disk
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode):
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode):
         raise NotADirectoryError(f"{folder} is a link or a file")
-    _check_ours(folder, found)
-    if found.st_mode & 0o077:
+    _check_ours(folder, status)
+    if status.st_mode & 0o077:
         folder.chmod(0o700)
 
 
-def _check_ours(folder: Path, found: os.stat_result) -> None:
-    if found.st_uid != os.getuid():
+def _check_ours(folder: Path, status: os.stat_result) -> None:
+    if status.st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to another user")
-    if found.st_mode & 0o022:
+    if status.st_mode & 0o022:
         raise PermissionError(f"others can write to {folder}; name or make a folder that only its owner can write to")
 
 

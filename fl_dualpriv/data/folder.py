@@ -198,8 +198,10 @@ def class_folders(path: Path) -> list[Path]:
 def given_splits(path: Path) -> frozenset[str]:
     """Return the names among train/, val/ and test/ that are splits in ``path``; empty for a folder of classes."""
     # A class may be called "test". Only a folder of folders is a split, and only if there is also a train/.
-    found = frozenset(folder.name for folder in class_folders(path) if folder.name in _SPLITS and class_folders(folder))
-    return found if "train" in found else frozenset()
+    splits = frozenset(
+        folder.name for folder in class_folders(path) if folder.name in _SPLITS and class_folders(folder)
+    )
+    return splits if "train" in splits else frozenset()
 
 
 def _scan(path: Path, problems: list[str]) -> dict[str, Files]:
@@ -229,25 +231,25 @@ def _scan(path: Path, problems: list[str]) -> dict[str, Files]:
 
 
 def _scan_split(root: Path, path: Path, problems: list[str]) -> Files:
-    found: Files = {}
+    files: Files = {}
     for folder in class_folders(root):
         shown = folder.relative_to(path)
         if class_folders(folder):
             problems.append(f"{shown}/ has sub-folders; put the images of a class directly into its folder")
         # A directory that is named like an image is not an image. A broken link is an image that cannot be read.
-        found[folder.name] = sorted(
+        files[folder.name] = sorted(
             file
             for file in folder.iterdir()
             if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".") and not file.is_dir()
         )
-        if not found[folder.name]:
+        if not files[folder.name]:
             problems.append(f"{shown}/ holds no image; add some ({' '.join(sorted(EXTENSIONS))}) or remove the folder")
-    if len(found) < 2:
+    if len(files) < 2:
         where = path.name if root == path else root.relative_to(path)
         problems.append(
-            f"{where}/ has {len(found)} class folders; put the images into one folder per class, at least 2"
+            f"{where}/ has {len(files)} class folders; put the images into one folder per class, at least 2"
         )
-    return found
+    return files
 
 
 def _difference(some: Mapping[str, object], others: Mapping[str, object]) -> str:

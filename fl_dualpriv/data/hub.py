@@ -47,8 +47,8 @@ class HubImages:
             BadImageError: If the image cannot be decoded, or is missing.
         """
         try:
-            found = self.table[int(self.rows[index])]["image"]
-            return found.convert("RGB")
+            image = self.table[int(self.rows[index])]["image"]
+            return image.convert("RGB")
         except Exception as error:  # on a bad record, decoders may raise any kind
             raise BadImageError(f"image {index}: {type(error).__name__}: {error}") from error
 
@@ -82,8 +82,8 @@ def load_hub_questions(
     """
     tables = dict(_splits(name))
     if "train" not in tables:
-        found = f"it has {', '.join(tables)}" if tables else "nor one called validation or test"
-        raise ConfigError(f"data.path = datasets:{name}: it has no split called train; {found}")
+        other_splits = f"it has {', '.join(tables)}" if tables else "nor one called validation or test"
+        raise ConfigError(f"data.path = datasets:{name}: it has no split called train; {other_splits}")
     for split, table in tables.items():
         lacking = [column for column in ("image", "question") if column not in table.column_names]
         lacking += [] if {"answer", "answers"} & set(table.column_names) else ["answer"]
@@ -118,18 +118,18 @@ def _splits(name: str) -> dict[str, Any]:
     datasets.disable_progress_bars()
     try:
         if is_saved(place):
-            found: Any = datasets.load_from_disk(str(place))
+            data_set: Any = datasets.load_from_disk(str(place))
         elif place.is_file() and place.suffix.lower() == PARQUET:
-            found = datasets.load_dataset("parquet", data_files=str(place))
+            data_set = datasets.load_dataset("parquet", data_files=str(place))
         else:
-            found = datasets.load_dataset(str(place) if place.exists() else source, configuration or None)
+            data_set = datasets.load_dataset(str(place) if place.exists() else source, configuration or None)
     except Exception as error:  # datasets, the hub and the network each raise different kinds
         words = (str(error).splitlines() or [""])[0]
         raise ConfigError(f"data.path = datasets:{name} cannot be loaded: {type(error).__name__}: {words}") from error
-    if isinstance(found, datasets.Dataset):  # a single table that was saved without splits
-        found = {"train": found}
-    names = {split: next((n for n in options if n in found), None) for split, options in _NAMES.items()}
-    return {split: found[n] for split, n in names.items() if n is not None}
+    if isinstance(data_set, datasets.Dataset):  # a single table that was saved without splits
+        data_set = {"train": data_set}
+    names = {split: next((n for n in options if n in data_set), None) for split, options in _NAMES.items()}
+    return {split: data_set[n] for split, n in names.items() if n is not None}
 
 
 def _with_images(table: Any, where: str) -> Any:
@@ -191,11 +191,11 @@ def _distinct_images(table: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.array(rows, dtype=np.int64), image_of
 
 
-def _answer(found: Any) -> str:
+def _answer(value: Any) -> str:
     """Return one answer: the most frequent of several, and the ``answer`` entry of a dictionary."""
-    if isinstance(found, list | tuple):
-        texts = [_answer(one) for one in found]
+    if isinstance(value, list | tuple):
+        texts = [_answer(one) for one in value]
         return Counter(texts).most_common(1)[0][0] if texts else ""
-    if isinstance(found, dict):
-        return _answer(found.get("answer", ""))
-    return " ".join(str(found or "").split())
+    if isinstance(value, dict):
+        return _answer(value.get("answer", ""))
+    return " ".join(str(value or "").split())

@@ -42,12 +42,12 @@ def given_file_splits(path: Path) -> frozenset[str]:
 
 def _files(folder: Path) -> dict[str, Path]:
     """Find the file of each split; a JSON lines file takes precedence over a CSV file."""
-    found = {}
+    files = {}
     for name in SPLITS:
         there = [folder / f"{name}{kind}" for kind in KINDS if (folder / f"{name}{kind}").is_file()]
         if there:
-            found[name] = there[0]
-    return found
+            files[name] = there[0]
+    return files
 
 
 def load_question_files(
@@ -70,12 +70,12 @@ def load_question_files(
             "nor .csv"
         )
     rows = {name: list(_read(file)) for name, file in files.items()}
-    if empty := [files[name].name for name, found in rows.items() if not found]:
+    if empty := [files[name].name for name, split_rows in rows.items() if not split_rows]:
         raise ConfigError(f"data.path = {path!r}: {', '.join(empty)} holds no question; add some")
     if on_bad == "raise":
         _refuse(path, rows)
-    types = tuple(sorted({row.type for found in rows.values() for row in found}))
-    sets = {name: _question_set(found, types) for name, found in rows.items()}
+    types = tuple(sorted({row.type for split_rows in rows.values() for row in split_rows}))
+    sets = {name: _question_set(split_rows, types) for name, split_rows in rows.items()}
     train = sets["train"]
     missing = {n: f for n, f in (("val", val_fraction), ("test", test_fraction)) if n not in sets}
     if missing:
@@ -108,11 +108,11 @@ def _question_set(rows: list[_Row], types: tuple[str, ...]) -> QuestionSet:
 
 
 def _refuse(path: str, rows: Mapping[str, list[_Row]]) -> None:
-    faults = [row.fault for found in rows.values() for row in found if row.fault]
+    faults = [row.fault for split_rows in rows.values() for row in split_rows if row.fault]
     faults += [
         f"{image} is missing: an image of {name}"
-        for name, found in rows.items()
-        for image in sorted({row.image for row in found if not row.fault})
+        for name, split_rows in rows.items()
+        for image in sorted({row.image for row in split_rows if not row.fault})
         if not os.path.isfile(image)  # noqa: PTH113 - Path.is_file raises where a name is too long
     ]
     if faults:

@@ -86,16 +86,16 @@ def look(records: ImageDataset | QuestionSet, what: str, seconds: float = SECOND
     kinds: Counter[str] = Counter()
     faults: list[tuple[int, str]] = []
     looked: list[int] = []
-    deadline, found = time.monotonic() + seconds, False
+    deadline, any_usable = time.monotonic() + seconds, False
     for index in np.random.default_rng(0).permutation(len(records)).tolist():
-        if found and time.monotonic() > deadline:
+        if any_usable and time.monotonic() > deadline:
             break
         kind, words = _record_fault(records, index, images)
         looked.append(index)
         if kind:
             kinds[kind] += 1
             faults.append((index, words))
-        found = found or not kind
+        any_usable = any_usable or not kind
     order = np.argsort(np.array(looked, dtype=np.int64), kind="stable")
     bad = {index for index, _ in faults}
     return Usable(
@@ -141,11 +141,11 @@ def image_fault(images: ImageDataset, index: int) -> tuple[str, str]:
     return kind, f"image {index} has {width} x {height} pixels: it is {kind}" if kind else ""
 
 
-def without_usable(partitions: Sequence[np.ndarray], found: Usable) -> int | None:
+def without_usable(partitions: Sequence[np.ndarray], inspection: Usable) -> int | None:
     """Count the clients without a single usable record; None if not every record was opened."""
-    if len(found.looked) < found.total:
+    if len(inspection.looked) < inspection.total:
         return None
-    return sum(not found.usable[part].any() for part in partitions)
+    return sum(not inspection.usable[part].any() for part in partitions)
 
 
 def skipped_files(path: Path) -> Counter[str]:
@@ -153,12 +153,12 @@ def skipped_files(path: Path) -> Counter[str]:
 
     The counts are by file extension. ``outside`` counts images that are in no class folder.
     """
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for top in class_folders(path) if given_splits(path) else [path]:
-        found["outside"] += sum(file.suffix.lower() in EXTENSIONS for file in _files(top))
+        counts["outside"] += sum(file.suffix.lower() in EXTENSIONS for file in _files(top))
         for folder in class_folders(top):
-            found.update(file.suffix.lower() for file in _files(folder) if file.suffix.lower() not in EXTENSIONS)
-    return +found
+            counts.update(file.suffix.lower() for file in _files(folder) if file.suffix.lower() not in EXTENSIONS)
+    return +counts
 
 
 def _files(folder: Path) -> list[Path]:

@@ -299,8 +299,8 @@ def _submit(link: _SuperLink, app_dir: Path, run_config: RunConfigValues, federa
     app = str(app_dir.resolve())
     answer = _flwr(link, ["run", app, "--run-config", str(file), "--federation-config", settings])
     if not answer.get("success"):
-        said = str(answer.get("error-message") or "no answer").splitlines()
-        reason = "\n  ".join(line for line in said if line.strip() and not line.startswith("Using SuperLink"))
+        error_lines = str(answer.get("error-message") or "no answer").splitlines()
+        reason = "\n  ".join(line for line in error_lines if line.strip() and not line.startswith("Using SuperLink"))
         raise RunFailed(f"Flower did not accept the run: {reason}\n  the whole log: {link.log}")
     return str(answer["run-id"])
 
@@ -383,10 +383,10 @@ def _server_message(path: Path, log: Path) -> str:
 
 def _explain(what: str, log: Path, *, read_log: bool = True) -> str:
     """Return one message: what happened, the last exceptions in the log, and the path of the log."""
-    found: list[str] = []
+    exceptions: list[str] = []
     if read_log and log.exists():
         for line in _ANSI.sub("", log.read_text(encoding="utf-8", errors="replace")).splitlines():
             text = line.strip()
-            if _EXCEPTION.match(text) and text not in found:
-                found.append(text)
-    return "\n  ".join([what, *found[-3:], f"the whole log: {log}"])
+            if _EXCEPTION.match(text) and text not in exceptions:
+                exceptions.append(text)
+    return "\n  ".join([what, *exceptions[-3:], f"the whole log: {log}"])

@@ -142,8 +142,8 @@ def install(app_dir: Path, site_packages: Path | None = None, prefix: Path | Non
     known: dict[str, str] = json.loads(state.read_text(encoding="utf-8"))["environment"] if state.exists() else {}
     names = ("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "FLWR_LOCAL_CONTROL_API_PORT")
     # A copied environment holds another checkout's ports. Its Flower home then differs from this one.
-    kept = known.get("FLWR_HOME") == str(home)
-    ports = [int(known[name]) for name in names] if kept else free_ports(2)
+    is_same_home = known.get("FLWR_HOME") == str(home)
+    ports = [int(known[name]) for name in names] if is_same_home else free_ports(2)
     settings = {
         "environment": environment(home, *ports),
         "scripts": str(prefix / Path(sysconfig.get_path("scripts")).name),

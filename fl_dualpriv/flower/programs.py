@@ -28,8 +28,8 @@ def find(name: str) -> str | None:
     for path in _recorded(name):
         if os.access(path, os.X_OK) and path.is_file():
             return str(path)
-    found = shutil.which(name) or shutil.which(name, path=os.pathsep.join(_own_folders()))
-    return None if found is None else os.path.abspath(found)  # noqa: PTH100 - keep the name of a link to a program
+    program = shutil.which(name) or shutil.which(name, path=os.pathsep.join(_own_folders()))
+    return None if program is None else os.path.abspath(program)  # noqa: PTH100 - keep the name of a link to a program
 
 
 def search_path(path: str | None = None) -> str:
@@ -38,8 +38,8 @@ def search_path(path: str | None = None) -> str:
     Args:
         path: ``PATH`` to extend. None means the ``PATH`` of this process.
     """
-    found = find("flower-superlink")
-    first = [str(Path(found).parent)] if found else []
+    superlink = find("flower-superlink")
+    first = [str(Path(superlink).parent)] if superlink else []
     rest = os.environ.get("PATH", os.defpath) if path is None else path
     return os.pathsep.join(dict.fromkeys([*first, *rest.split(os.pathsep), *_own_folders()]))
 

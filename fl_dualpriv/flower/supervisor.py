@@ -54,13 +54,13 @@ def descendants(pid: int) -> list[int]:
         stat = _stat(int(folder.name))
         if stat is not None:
             children.setdefault(stat[1], []).append(int(folder.name))
-    found: list[int] = []
+    pids: list[int] = []
     todo = [pid]
     while todo:
         below = children.get(todo.pop(), [])
-        found += below
+        pids += below
         todo += below
-    return [member for member in found if alive(member)]
+    return [member for member in pids if alive(member)]
 
 
 def listens(pid: int, port: int) -> bool:
@@ -78,12 +78,12 @@ def listens(pid: int, port: int) -> bool:
 
 
 def _open_files(pid: int) -> set[str]:
-    found: set[str] = set()
+    targets: set[str] = set()
     with contextlib.suppress(OSError):
         for handle in (_PROC / str(pid) / "fd").iterdir():
             with contextlib.suppress(OSError):  # the process closed it meanwhile
-                found.add(str(handle.readlink()))
-    return found
+                targets.add(str(handle.readlink()))
+    return targets
 
 
 def kill(pids: Iterable[int], number: signal.Signals = signal.SIGKILL) -> None:

@@ -266,14 +266,14 @@ class AnswerGradients:
             added, in float64. In integers the move is exactly that record's own integer row, provided that the rows of
             the other records are the same bit by bit without it. An empty batch gives zero.
         """
-        found = []
+        client_sums = []
         for client, prompt in enumerate(self._prompts):
             total = torch.zeros_like(prompt, dtype=torch.float64)
             for rows in self.rows(client):
                 masked = rows if masks is None else rows * masks[client].to(rows)
                 total += bounded_rows(masked, clip_norm, arithmetic).sum(dim=0).to(total.device)
-            found.append(as_clipped_sum(total, clip_norm, arithmetic))
-        return found
+            client_sums.append(as_clipped_sum(total, clip_norm, arithmetic))
+        return client_sums
 
     def to_prompts(self, noised: Tensor) -> Tensor:
         """Return the input: the noise is already on gradients of the prompts. See `StepGradients`."""

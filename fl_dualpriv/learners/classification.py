@@ -94,14 +94,19 @@ class ClassificationGradients:
         if objective.noise_space == "feature":
             if masks is not None:
                 raise ValueError("masks apply to prompt gradients; class-feature gradients cannot be masked")
-            found = [
+            client_sums = [
                 clipped_feature_sum(
-                    classes, batches.features[own], batches.labels[own], objective.logit_scale, clip_norm, arithmetic
+                    classes,
+                    batches.features[indices],
+                    batches.labels[indices],
+                    objective.logit_scale,
+                    clip_norm,
+                    arithmetic,
                 )
-                for classes, own in zip(self._features.values, batches.rows(), strict=True)
+                for classes, indices in zip(self._features.values, batches.rows(), strict=True)
             ]
         else:
-            found = clipped_sums(
+            client_sums = clipped_sums(
                 self._features,
                 batches,
                 objective.logit_scale,
@@ -112,15 +117,17 @@ class ClassificationGradients:
                 masks=None if masks is None else _reordered(masks, self._order),
                 apart=objective.rows_apart,
             )
-        return found if self._inverse is None else [found[i] for i in self._inverse.tolist()]
+        return client_sums if self._inverse is None else [client_sums[i] for i in self._inverse.tolist()]
 
     def rows(self, client: int) -> Iterator[Tensor]:
         """See `StepGradients`; all clients run, as in a step, and only the rows of one client are returned."""
         objective, batches = self._objective, self._batches
         place = client if self._inverse is None else int(self._inverse[client])
         if objective.noise_space == "feature":
-            own, classes = batches.rows()[place], self._features.values[place]
-            for left, x in feature_blocks(classes, batches.features[own], batches.labels[own], objective.logit_scale):
+            indices, classes = batches.rows()[place], self._features.values[place]
+            for left, x in feature_blocks(
+                classes, batches.features[indices], batches.labels[indices], objective.logit_scale
+            ):
                 yield left[:, :, None] * x[:, None, :]
             return
         for prompts, _, rows in gradient_blocks(

@@ -104,8 +104,8 @@ class TransportObjective:
         features = self.class_features(prompts).values.unflatten(0, (-1, 2)) if pairs else self.tower(prompts).values
         patches = _patches(images)
         together = self._images_at_once(patches.shape[1], features.shape[-2])
-        for own in features if pairs else features[:, None]:
-            yield torch.cat([self.match(some, own)[0] for some in patches.split(together)])
+        for classes in features if pairs else features[:, None]:
+            yield torch.cat([self.match(some, classes)[0] for some in patches.split(together)])
 
     def _images_at_once(self, n_patches: int, n_cls: int) -> int:
         plan = _NUMBERS_PER_ENTRY * 8 * n_cls * n_patches * 2
@@ -148,14 +148,14 @@ class TransportGradients:
             becomes zero. All blocks have one size, the last one padded, so that no number depends on how many records
             there are.
         """
-        found = []
+        client_sums = []
         for client in range(len(self._data)):
             total = torch.zeros(self._shape, dtype=torch.float64, device=self._classes.device)
             for rows, (_, _, count) in zip(self.rows(client), self._blocks(client), strict=True):
                 rows = rows if masks is None else rows * masks[client]
                 total += bounded_rows(rows, clip_norm, arithmetic)[:count].sum(dim=0)
-            found.append(as_clipped_sum(total, clip_norm, arithmetic))
-        return found
+            client_sums.append(as_clipped_sum(total, clip_norm, arithmetic))
+        return client_sums
 
     @torch.no_grad()
     def rows(self, client: int) -> Iterator[Tensor]:
@@ -171,7 +171,7 @@ class TransportGradients:
     @torch.no_grad()
     def sums(self) -> Tensor:
         """See `StepGradients`; an image with a patch that is not finite is left out."""
-        found = []
+        client_sums = []
         for client in range(len(self._data)):
             total = torch.zeros_like(self._classes[client])
             for patches, labels, count in self._blocks(client):
@@ -180,8 +180,8 @@ class TransportGradients:
                 clean = torch.where(usable[:, None, None], patches, 0.0)
                 cotangents = self._objective.cotangents(clean, labels, self._classes[client])
                 total += (cotangents * usable[:, None, None, None]).sum(dim=0)
-            found.append(self._pull(client, total[:, None])[:, 0].flatten(0, 1))
-        return torch.stack(found)
+            client_sums.append(self._pull(client, total[:, None])[:, 0].flatten(0, 1))
+        return torch.stack(client_sums)
 
     def _pull(self, client: int, cotangents: Tensor) -> Tensor:
         """Pull cotangents back, (prompt, row, n_cls, embed_dim) → (prompt, row, n_ctx, ctx_dim)."""

@@ -81,4 +81,4 @@ class ProbeObjective(Classification):
 
     def bind(self, data: Sequence[ClientData]) -> PooledClassification:
         """See `Objective`."""
-        return super().bind([with_bias(own) for own in data])
+        return super().bind([with_bias(client_data) for client_data in data])

@@ -70,14 +70,14 @@ class PrototypeGradients:
             of its term has at most that norm (tests/fl_dualpriv/learners/test_prototypes.py). A feature that is not
             finite is zero.
         """
-        found = []
+        client_sums = []
         for client in range(len(self._data)):
             total = self._empty(client, torch.float64)
             for x, y in self._rows(client):
                 rows = x if masks is None else x * masks[client][y]
                 total.index_add_(0, y, bounded_rows(rows, clip_norm, arithmetic), alpha=-1)
-            found.append(as_clipped_sum(total, clip_norm, arithmetic))
-        return found
+            client_sums.append(as_clipped_sum(total, clip_norm, arithmetic))
+        return client_sums
 
     def rows(self, client: int) -> Iterator[Tensor]:
         """See `StepGradients`; each feature stands in the row of its class."""
@@ -90,14 +90,14 @@ class PrototypeGradients:
 
     def sums(self) -> Tensor:
         """See `StepGradients`; a feature that is not finite is left out."""
-        found = []
+        client_sums = []
         for client in range(len(self._data)):
             total = self._empty(client, torch.float32)
             for x, y in self._rows(client):
                 usable = torch.isfinite(x).all(dim=1, keepdim=True)
                 total.index_add_(0, y, torch.where(usable, x, 0.0), alpha=-1)
-            found.append(total)
-        return torch.stack(found)
+            client_sums.append(total)
+        return torch.stack(client_sums)
 
     def _empty(self, client: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(self._shape, dtype=dtype, device=self._data[client].features.device)

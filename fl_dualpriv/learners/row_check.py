@@ -82,8 +82,8 @@ def _rows_do_not_mix(objective: Objective[Any], made_up: Callable[[], Records], 
     if not bool(torch.isfinite(whole).all() and whole.any()):
         return False  # NaN or all-zero rows prove nothing
     middle = len(everything) // 2
-    kept = [np.delete(everything, 0), np.delete(everything, middle), everything[-1:]]
-    return all(torch.equal(_rows(objective, made_up, prompt, [rows]), whole[rows]) for rows in kept)
+    subsets = [np.delete(everything, 0), np.delete(everything, middle), everything[-1:]]
+    return all(torch.equal(_rows(objective, made_up, prompt, [rows]), whole[rows]) for rows in subsets)
 
 
 def _clients_do_not_mix(
@@ -95,12 +95,12 @@ def _clients_do_not_mix(
     for picked in (falling, falling[::-1]):
         together = _at(objective, made_up, prompts, picked)
         sums = together.sums()
-        for client, own in enumerate(picked):
+        for client, batch in enumerate(picked):
             here = slice(client, client + 1)
-            alone = _at(objective, made_up, prompts[here], [own])
+            alone = _at(objective, made_up, prompts[here], [batch])
             if not torch.equal(sums[client], alone.sums()[0]):
                 return False
-            if private and not torch.equal(_of(together, client, own), _of(alone, 0, own)):
+            if private and not torch.equal(_of(together, client, batch), _of(alone, 0, batch)):
                 return False
     return True
 

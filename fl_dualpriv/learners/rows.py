@@ -179,8 +179,8 @@ def gradient_blocks(
             residual = residuals(classes[here], x, batches.labels[index], logit_scale)
             narrow = features.narrow(here.start, here.stop)
             if some:
-                kept, kept_classes = largest(residual, top_m)
-                rows = narrow.vjp_some(logit_scale * kept[..., None] * x[:, :, None], kept_classes)
+                top_residuals, top_classes = largest(residual, top_m)
+                rows = narrow.vjp_some(logit_scale * top_residuals[..., None] * x[:, :, None], top_classes)
             else:
                 pull = narrow.vjp_apart if apart else narrow.vjp
                 rows = pull(logit_scale * residual[..., None] * x[:, :, None])

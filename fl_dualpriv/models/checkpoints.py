@@ -103,12 +103,12 @@ def read_shapes(checkpoint: Path) -> Shapes:
     return {key.removeprefix("module."): shape for key, shape in shapes.items()}
 
 
-def mismatches(expected: Shapes, found: Shapes) -> str:
+def mismatches(expected: Shapes, shapes: Shapes) -> str:
     """Return the first few differences of two sets of tensors as text; empty if there is none."""
-    both = [key for key in expected if key in found]
-    problems = [f"{key} is {found[key]}, expected {expected[key]}" for key in both if found[key] != expected[key]]
-    problems += [f"{key} is missing" for key in expected if key not in found]
-    problems += [f"{key} is unknown" for key in found if key not in expected]
+    both = [key for key in expected if key in shapes]
+    problems = [f"{key} is {shapes[key]}, expected {expected[key]}" for key in both if shapes[key] != expected[key]]
+    problems += [f"{key} is missing" for key in expected if key not in shapes]
+    problems += [f"{key} is unknown" for key in shapes if key not in expected]
     more = [f"and {len(problems) - _QUOTED} more"] if len(problems) > _QUOTED else []
     return "; ".join(problems[:_QUOTED] + more)
 

@@ -284,8 +284,8 @@ def _load_parts(name: str, source: str, device: str, precision: Precision) -> tu
 
 
 def _check_types(name: str, config: Any) -> None:
-    found = config.model_type
-    if found == "llava":
+    model_type = config.model_type
+    if model_type == "llava":
         for part, supported in ((config.vision_config, _VISION), (config.text_config, _LANGUAGE)):
             if part.model_type not in supported:
                 raise ConfigError(
@@ -294,6 +294,6 @@ def _check_types(name: str, config: Any) -> None:
                 )
     else:
         raise ConfigError(
-            f"backbone.name = {name!r} is a model of type {found!r}; supported for questions is llava, with a vision "
-            f"tower of type {' or '.join(_VISION)} and a language model of type {', '.join(_LANGUAGE)}"
+            f"backbone.name = {name!r} is a model of type {model_type!r}; supported for questions is llava, with a "
+            f"vision tower of type {' or '.join(_VISION)} and a language model of type {', '.join(_LANGUAGE)}"
         )

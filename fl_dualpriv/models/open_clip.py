@@ -258,7 +258,7 @@ def _download(model: str, pretrained: str, tag: dict[str, Any]) -> Path:
 
 def _create(name: str, architecture: str, checkpoint: Path, tag: Mapping[str, Any]) -> nn.Module:
     """Build the model on the CPU with exactly the weights of this checkpoint."""
-    found = checkpoints.read_shapes(checkpoint)
+    shapes = checkpoints.read_shapes(checkpoint)
     try:
         model = open_clip.create_model(
             architecture,
@@ -268,10 +268,10 @@ def _create(name: str, architecture: str, checkpoint: Path, tag: Mapping[str, An
             require_pretrained=True,
         )
     except Exception as error:  # open_clip raises RuntimeError, ValueError, KeyError, AssertionError, TypeError here
-        raise ConfigError(_describe_failure(name, architecture, checkpoint, found, error)) from error
+        raise ConfigError(_describe_failure(name, architecture, checkpoint, shapes, error)) from error
     # open_clip interpolates positions silently if image size or text length differ.
     positions = {k: tuple(v.shape) for k, v in model.state_dict().items() if k.endswith("positional_embedding")}
-    if problems := checkpoints.mismatches(positions, {k: found.get(k, positions[k]) for k in positions}):
+    if problems := checkpoints.mismatches(positions, {k: shapes.get(k, positions[k]) for k in positions}):
         raise ConfigError(f"{checkpoint} is a checkpoint of another architecture than {name!r}: {problems}")
     if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
         raise ConfigError(f"{checkpoint} holds weights that are not finite numbers; use an intact checkpoint")
@@ -279,14 +279,14 @@ def _create(name: str, architecture: str, checkpoint: Path, tag: Mapping[str, An
 
 
 def _describe_failure(
-    name: str, architecture: str, checkpoint: Path, found: checkpoints.Shapes, error: Exception
+    name: str, architecture: str, checkpoint: Path, shapes: checkpoints.Shapes, error: Exception
 ) -> str:
     try:
         bare = open_clip.create_model(architecture, load_weights=False)
     except Exception as broken:  # the architecture cannot be built at all
         return f"backbone.name = {name!r} cannot be built: {type(broken).__name__}: {broken}"
     expected = {key: tuple(value.shape) for key, value in bare.state_dict().items()}
-    if problems := checkpoints.mismatches(expected, found):
+    if problems := checkpoints.mismatches(expected, shapes):
         return f"{checkpoint} is a checkpoint of another architecture than {name!r}: {problems}"
     return f"{checkpoint} cannot be loaded into {name!r}: {type(error).__name__}: {error}"
 

@@ -51,16 +51,16 @@ def _run_context(context: Context, owner: "NodeFile | None") -> "RunContext":
     from fl_dualpriv.config.plans import record_level_plan
     from fl_dualpriv.config.schema import RunConfig
 
-    found = _run_contexts.get(context.run_id)
-    if found is None:
+    run_context = _run_contexts.get(context.run_id)
+    if run_context is None:
         config = RunConfig.from_run_config(_run_config(context, owner))
         if owner is not None and owner.budget is not None:
             reproducible = config.privacy.randomness == "seeded"
             owner.budget.check_plan(record_level_plan(config), reproducible=reproducible)
-        found = RunContext(config)
+        run_context = RunContext(config)
         _run_contexts.clear()  # one run at a time: its features need the memory
-        _run_contexts[context.run_id] = found
-    return found
+        _run_contexts[context.run_id] = run_context
+    return run_context
 
 
 def _node(context: Context, owner: "NodeFile | None") -> "Node":

@@ -62,9 +62,9 @@ def check(node: NodeFile, server: NodeServer | None, *, offline: bool = False) -
         return
     if proxy := proxy_on_the_way(server):
         yield _note("proxy", f"the node would reach its server through {proxy}; the checks below went without it")
-    found = contact(server)
-    yield _guarded("server", lambda: _server(server, found))
-    yield _guarded("clock", lambda: _clock(found))
+    connection = contact(server)
+    yield _guarded("server", lambda: _server(server, connection))
+    yield _guarded("clock", lambda: _clock(connection))
 
 
 def _good(what: str, says: str) -> Finding:
@@ -113,8 +113,12 @@ def _state(node: NodeFile) -> Finding:
     free = shutil.disk_usage(folder).free // 2**20
     if folder.stat().st_mode & 0o007:
         return _note("state", f"{folder} may be read by every user of this machine: chmod o-rwx {folder}")
-    said = f"{folder} can be written to, {free} MiB free"
-    return _good("state", said) if free >= _DISK_MIB else _note("state", f"{said}: features of many images take more")
+    message = f"{folder} can be written to, {free} MiB free"
+    return (
+        _good("state", message)
+        if free >= _DISK_MIB
+        else _note("state", f"{message}: features of many images take more")
+    )
 
 
 def _data(node: NodeFile) -> Finding:
@@ -123,17 +127,17 @@ def _data(node: NodeFile) -> Finding:
     data = look_at(node.data_path, node.classes)
     if data.found.are_all and data.found.count:
         return _good("data", "; ".join([data.says, *([data.note] if data.note else [])]))
-    said = "; ".join(
+    message = "; ".join(
         [f"{data.says}, but {data.found.says()}", *data.found.lines(), *([data.note] if data.note else [])]
     )
-    return (_note if data.found.count else _bad)("data", said)
+    return (_note if data.found.count else _bad)("data", message)
 
 
 def _device(node: NodeFile) -> Finding:
-    found, note = probe(node.device or "auto")
+    device, note = probe(node.device or "auto")
     if note:
         return _note("device", note)
-    return _good("device", found if found != "auto" else "auto: a GPU if there is one, else the CPU")
+    return _good("device", device if device != "auto" else "auto: a GPU if there is one, else the CPU")
 
 
 def _model(node: NodeFile) -> Finding:
@@ -147,8 +151,10 @@ def _model(node: NodeFile) -> Finding:
     from fl_dualpriv.models.load import load_backbone
 
     backbone = load_backbone(node.model.name, node.model.pretrained, "cpu")
-    said = f"{node.model.name} loads: {backbone.weight_bytes / 2**20:.0f} MiB of weights, prompts of {backbone.ctx_dim}"
-    return _good("model", said)
+    message = (
+        f"{node.model.name} loads: {backbone.weight_bytes / 2**20:.0f} MiB of weights, prompts of {backbone.ctx_dim}"
+    )
+    return _good("model", message)
 
 
 def _budget(node: NodeFile) -> Finding:
@@ -166,17 +172,17 @@ def _budget(node: NodeFile) -> Finding:
     except PrivacyError as error:
         return _bad("budget", str(error))
     share = chosen.share(content)
-    said = f"{chosen.claim()}; {chosen.balance(content)}; {len(content.events)} rounds so far"
+    message = f"{chosen.claim()}; {chosen.balance(content)}; {len(content.events)} rounds so far"
     if budget.integer_arithmetic:
-        said += '; only with privacy.arithmetic = "integer"'
+        message += '; only with privacy.arithmetic = "integer"'
     if content.damaged:
-        said += f"; {content.damaged} damaged lines, each charged at the worst"
+        message += f"; {content.damaged} damaged lines, each charged at the worst"
     if not share < 1:
-        return _bad("budget", f"{said}: every further run will be refused")
+        return _bad("budget", f"{message}: every further run will be refused")
     one_run = budget.filter.name == "reserve" and budget.filter.expected_runs == 1
     if not content.damaged and share <= 0.9 and not one_run:
-        return _good("budget", said)
-    return _note("budget", said)
+        return _good("budget", message)
+    return _note("budget", message)
 
 
 def _port(port: int) -> Finding:
@@ -194,8 +200,8 @@ def _root(server: NodeServer) -> Finding:
         return _note("CA", "no root-certificates: the system's authorities are trusted")
     begin, end = root_validity(server.root_certificates)
     if begin > (now := datetime.datetime.now(datetime.UTC)):  # a wrong clock shows without a server
-        said = f"valid from {begin:%Y-%m-%d %H:%M}, and this clock says {now:%Y-%m-%d %H:%M} UTC: is it behind?"
-        return _bad("CA", f"{server.root_certificates}, {said}")
+        message = f"valid from {begin:%Y-%m-%d %H:%M}, and this clock says {now:%Y-%m-%d %H:%M} UTC: is it behind?"
+        return _bad("CA", f"{server.root_certificates}, {message}")
     return _dated("CA", f"{server.root_certificates}", end)
 
 
@@ -203,8 +209,8 @@ def _dated(what: str, of: str, expires: datetime.datetime) -> Finding:
     left = expires - datetime.datetime.now(datetime.UTC)
     if left <= datetime.timedelta():
         return _bad(what, f"{of} expired on {expires:%Y-%m-%d}")
-    said = f"{of}, valid until {expires:%Y-%m-%d}"
-    return _good(what, said) if left > _SOON else _note(what, f"{said}: {left.days} days left")
+    message = f"{of}, valid until {expires:%Y-%m-%d}"
+    return _good(what, message) if left > _SOON else _note(what, f"{message}: {left.days} days left")
 
 
 def _key(server: NodeServer) -> Finding:
@@ -214,22 +220,24 @@ def _key(server: NodeServer) -> Finding:
     return _good("key", f"{fingerprint}; for the server's operator to register: {server.private_key}.pub")
 
 
-def _server(server: NodeServer, found: Contact) -> Finding:
-    if found.problem:
-        return _bad("server", found.problem)
+def _server(server: NodeServer, connection: Contact) -> Finding:
+    if connection.problem:
+        return _bad("server", connection.problem)
     if server.insecure:
         with contextlib.suppress(ValueError):
             if socket.gethostbyname(server.host_and_port[0]).startswith("127."):
                 return _good("server", f"{server.address} answers, without TLS, on this machine")
         return _note("server", f"{server.address} answers without TLS: anyone on the way can read and change all")
-    assert found.expires is not None
-    return _dated("server", f"{server.address} answers, its certificate is of this CA", found.expires)
+    assert connection.expires is not None
+    return _dated("server", f"{server.address} answers, its certificate is of this CA", connection.expires)
 
 
-def _clock(found: Contact) -> Finding:
-    if found.ahead is None:
+def _clock(connection: Contact) -> Finding:
+    if connection.ahead is None:
         return _note("clock", "not compared: the server did not say its time")
-    said = f"this clock is {abs(found.ahead):.0f} s {'ahead of' if found.ahead > 0 else 'behind'} the server's"
-    if not -_BEHIND < found.ahead < _AHEAD:
-        return _bad("clock", f"{said}; a server refuses what is {_AHEAD:g} s ahead or {_BEHIND:g} s behind: set it")
-    return _good("clock", said)
+    message = (
+        f"this clock is {abs(connection.ahead):.0f} s {'ahead of' if connection.ahead > 0 else 'behind'} the server's"
+    )
+    if not -_BEHIND < connection.ahead < _AHEAD:
+        return _bad("clock", f"{message}; a server refuses what is {_AHEAD:g} s ahead or {_BEHIND:g} s behind: set it")
+    return _good("clock", message)

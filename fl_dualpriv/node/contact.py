@@ -92,13 +92,13 @@ def _ask(connection: http.client.HTTPConnection) -> tuple[float | None, bytes]:
         date = connection.getresponse().getheader("Date")
         now = datetime.datetime.now(datetime.UTC)
     try:
-        said = email.utils.parsedate_to_datetime(date or "")
+        server_time = email.utils.parsedate_to_datetime(date or "")
     except ValueError:
         return None, der or b""
-    if said.tzinfo is None:  # "-0000": the time zone is unknown
+    if server_time.tzinfo is None:  # "-0000": the time zone is unknown
         return None, der or b""
     # The header has whole seconds, so on average half a second is missing.
-    return (now - said).total_seconds() - 0.5, der or b""
+    return (now - server_time).total_seconds() - 0.5, der or b""
 
 
 def _refused(host: str, port: int, seconds: float, refusal: ssl.SSLCertVerificationError) -> Contact:
@@ -125,8 +125,8 @@ def _refused(host: str, port: int, seconds: float, refusal: ssl.SSLCertVerificat
 
 def _names(certificate: x509.Certificate) -> Iterator[str]:
     with contextlib.suppress(x509.ExtensionNotFound):
-        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        yield from [str(name.value) for name in list(found)[:_NAMED]]
+        subject_names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        yield from [str(name.value) for name in list(subject_names)[:_NAMED]]
 
 
 def _expiry(der: bytes) -> datetime.datetime | None:
@@ -140,12 +140,12 @@ def root_validity(file: Path) -> tuple[datetime.datetime, datetime.datetime]:
         ConfigError: If the file cannot be read or holds no certificate.
     """
     try:
-        found = x509.load_pem_x509_certificates(file.read_bytes())
+        certificates = x509.load_pem_x509_certificates(file.read_bytes())
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ConfigError(f"{file} holds no certificate: give the PEM file of the CA (ca.crt)") from error
-    return max(one.not_valid_before_utc for one in found), min(one.not_valid_after_utc for one in found)
+    return max(one.not_valid_before_utc for one in certificates), min(one.not_valid_after_utc for one in certificates)
 
 
 def key_fingerprint(file: Path) -> str:

@@ -57,9 +57,9 @@ def look_at(path: Path, classes: Path | None, seconds: float = SECONDS) -> NodeD
         says = f"{len(questions.train)} training questions of {len(questions.class_names)} types"
         return NodeData(says=says, found=look(questions.train, "training questions", seconds), note="")
     images = load_data("folder", str(path), str(classes or ""), *_CUT, "keep")
-    own = "test" in given_splits(path)
+    has_test_split = "test" in given_splits(path)
     says = f"{len(images.train)} training images of {len(images.class_names)} classes, "
-    says += "a separate test/" if own else "test images cut out of them: their scores never leave"
+    says += "a separate test/" if has_test_split else "test images cut out of them: their scores never leave"
     skipped = ", ".join(f"{count} {kind or 'without ending'}" for kind, count in skipped_files(path).most_common())
     note = f"skipped because of their ending or place: {skipped}" if skipped else ""
     return NodeData(says=says, found=look(images.train, "training images", seconds), note=note)

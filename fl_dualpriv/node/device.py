@@ -54,10 +54,10 @@ def probe(device: str) -> tuple[str, str]:
             check=True,
             timeout=_PROBE_SECONDS,
         )
-        found, _, note = done.stdout.strip().rpartition("\n")[2].partition("\t")
+        working_device, _, note = done.stdout.strip().rpartition("\n")[2].partition("\t")
     except (OSError, subprocess.SubprocessError) as error:
         return "cpu", f'device = "{device}" cannot be used ({error}); going on with the CPU, which is slower'
-    return found, note
+    return working_device, note
 
 
 if __name__ == "__main__":

@@ -131,10 +131,10 @@ def find_node_file(named: str | None) -> NodeFile | None:
             run's folder disappears with the run, and a server that names the images could name others.
     """
     path = named or os.environ.get(ENVIRONMENT, "")
-    found = read_node_file(Path(path)) if path else None
-    if named and found is not None and (missing := missing_folders(found)):
+    node_file = read_node_file(Path(path)) if path else None
+    if named and node_file is not None and (missing := missing_folders(node_file)):
         raise ConfigError(f"node file {path}: {missing}")
-    return found
+    return node_file
 
 
 def missing_folders(node: NodeFile) -> str | None:
@@ -179,7 +179,7 @@ def read_node_file(path: Path) -> NodeFile:
         problems, app = ["app must be a table"], {}
     unknown += [f"app.{key}" for key in sorted(set(app) - {"allowed"})]
     problems += [f"unknown key {key}" for key in unknown]
-    found = NodeFile(
+    node_file = NodeFile(
         state_dir=node_tables.folder("state-dir", content.get("state-dir"), problems),
         data_path=node_tables.folder("data-path", content.get("data-path"), problems),
         budget=_budget(content["budget"], problems) if "budget" in content else None,
@@ -191,7 +191,7 @@ def read_node_file(path: Path) -> NodeFile:
     )
     if problems:
         raise ConfigError("\n  ".join([f"node file {path}:", *problems]))
-    return found
+    return node_file
 
 
 def _apps(value: Any, problems: list[str]) -> tuple[str, ...]:

@@ -82,26 +82,28 @@ def read_filter(table: Mapping[str, Any], problems: list[str]) -> FilterChoice:
 
 def filter_problems(budget: Budget) -> list[str]:
     """Return one line for each combination of keys that no filter can work with."""
-    choice, found = budget.filter, list[str]()
+    choice, problems = budget.filter, list[str]()
     if choice.composition == "advanced" and not 0 < choice.delta_prime < budget.delta:
-        found.append(
+        problems.append(
             f'budget.composition = "advanced" needs delta-prime above 0 and below delta = {budget.delta:g}; it is '
             f"{choice.delta_prime:g}"
         )
     if choice.composition == "sum" and choice.delta_prime:
-        found.append(f'budget.delta-prime = {choice.delta_prime:g} belongs to composition = "advanced"; remove it')
+        problems.append(f'budget.delta-prime = {choice.delta_prime:g} belongs to composition = "advanced"; remove it')
     if choice.max_run_epsilon is not None and choice.max_run_epsilon > budget.epsilon:
-        found.append(f"budget.max-run-epsilon = {choice.max_run_epsilon:g} is above epsilon = {budget.epsilon:g}")
+        problems.append(f"budget.max-run-epsilon = {choice.max_run_epsilon:g} is above epsilon = {budget.epsilon:g}")
     if choice.name == "worst-terms" and not budget.min_noise_multiplier > 0:
-        found.append('budget.filter = "worst-terms" charges min-noise-multiplier, which must be above 0')
+        problems.append('budget.filter = "worst-terms" charges min-noise-multiplier, which must be above 0')
     if choice.name == "renyi" and not (choice.expected_noise_multiplier or budget.min_noise_multiplier) > 0:
-        found.append(
+        problems.append(
             'budget.filter = "renyi" takes its order from the expected terms: set expected-noise-multiplier, or '
             "min-noise-multiplier above 0"
         )
     if bool(choice.max_correlated_releases) != bool(choice.min_correlated_noise_multiplier):
-        found.append("budget.max-correlated-releases and min-correlated-noise-multiplier: set both of them or neither")
-    return found
+        problems.append(
+            "budget.max-correlated-releases and min-correlated-noise-multiplier: set both of them or neither"
+        )
+    return problems
 
 
 _FIELDS = {("filter" if f.name == "name" else f.name.replace("_", "-")): f.name for f in fields(FilterChoice)}

@@ -74,10 +74,12 @@ def count(node: NodeFile) -> str:
     from fl_dualpriv.privacy.ledger import Ledger
 
     content = Ledger(node.state_dir / "ledger.jsonl").read()
-    said = f"{len(content.events)} rounds answered" + (f", {content.damaged} damaged lines" if content.damaged else "")
+    message = f"{len(content.events)} rounds answered" + (
+        f", {content.damaged} damaged lines" if content.damaged else ""
+    )
     if node.budget is None:
-        return f"{said}, no budget set"
-    return f"{said}; {filter_of(node.budget).balance(content)}"
+        return f"{message}, no budget set"
+    return f"{message}; {filter_of(node.budget).balance(content)}"
 
 
 class HealthLine:

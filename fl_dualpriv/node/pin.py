@@ -50,14 +50,14 @@ def check_app(allowed: Collection[str], run: Any, bundle: Any) -> None:
             f"({len(bundle.content)} bytes) is not one of them"
         )
     try:
-        own = read_bundle(bundle.content)
+        app = read_bundle(bundle.content)
     except ConfigError as error:
         raise AppRefused(str(error)) from error
     claimed = (run.fab_id, run.fab_version, run.fab_hash, bundle.hash_str or digest)
-    if claimed != (own.app_id, own.version, digest, digest):
+    if claimed != (app.app_id, app.version, digest, digest):
         raise AppRefused(
             f"the run names its app {run.fab_id!r:.80} {run.fab_version!r:.40} {run.fab_hash!r:.80}, but the bundle is "
-            f"{own.app_id!r} {own.version!r} {digest}"
+            f"{app.app_id!r} {app.version!r} {digest}"
         )
 
 
@@ -95,10 +95,10 @@ def pinned(
         runs: dict[int, Any] = {}
 
         def receive_and_note() -> Any:
-            found = receive()
-            if found is not None:
-                received.append(found[0])
-            return found
+            delivery = receive()
+            if delivery is not None:
+                received.append(delivery[0])
+            return delivery
 
         def get_run_and_note(run_id: int) -> Any:
             runs[run_id] = get_run(run_id)

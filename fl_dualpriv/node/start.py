@@ -99,9 +99,9 @@ def server_of(options: NodeOptions, node: NodeFile) -> NodeServer:
     Raises:
         ConfigError: If neither gives the address of the server.
     """
-    said = node.server or NodeServer(address=options.superlink or "")
+    server = node.server or NodeServer(address=options.superlink or "")
     if options.insecure:  # then the file's TLS values do not apply
-        said = replace(said, insecure=True, root_certificates=None, private_key=None)
+        server = replace(server, insecure=True, root_certificates=None, private_key=None)
     given = {
         "address": options.superlink,
         "root_certificates": options.root_certificates,
@@ -109,7 +109,7 @@ def server_of(options: NodeOptions, node: NodeFile) -> NodeServer:
         "partition_id": options.partition_id,
         "port": options.port,
     }
-    return replace(said, **{name: value for name, value in given.items() if value is not None})
+    return replace(server, **{name: value for name, value in given.items() if value is not None})
 
 
 def command_line(options: NodeOptions, server: NodeServer, node_config: Path) -> list[str]:

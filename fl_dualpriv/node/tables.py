@@ -102,23 +102,23 @@ def server(table: Any, problems: list[str]) -> NodeServer | None:
     if table is None:
         return None
     keys = {"address", "insecure", "root-certificates", "private-key", "partition-id", "port"}
-    found = _table("server", table, keys, problems)
+    server_table = _table("server", table, keys, problems)
     before = len(problems)
-    address = _text(found, "server.address", problems, required=True)
+    address = _text(server_table, "server.address", problems, required=True)
     if address:
         try:
             split_address(address)
         except ValueError as error:
             problems.append(f"server.address = {error}")
-    insecure = found.get("insecure", False)
+    insecure = server_table.get("insecure", False)
     if not isinstance(insecure, bool):
         problems.append(f"server.insecure = {insecure!r}; it must be true or false")
-    root = folder("server.root-certificates", found.get("root-certificates"), problems)
-    key = folder("server.private-key", found.get("private-key"), problems)
+    root = folder("server.root-certificates", server_table.get("root-certificates"), problems)
+    key = folder("server.private-key", server_table.get("private-key"), problems)
     if insecure is True and (root or key):
         problems.append("server.insecure disables TLS; root-certificates and private-key are for TLS: choose one")
-    index = _count(found, "server.partition-id", 0, 0, 2**31, problems)
-    port = _count(found, "server.port", _DEFAULT_PORT, 1, 65535, problems)
+    index = _count(server_table, "server.partition-id", 0, 0, 2**31, problems)
+    port = _count(server_table, "server.port", _DEFAULT_PORT, 1, 65535, problems)
     if len(problems) > before:
         return None
     return NodeServer(

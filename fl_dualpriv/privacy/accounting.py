@@ -110,7 +110,7 @@ def bounded_epsilon(charges: tuple[SampledGaussians, ...], delta: float, grid: f
     charges = tuple(charge for charge in _merged(charges) if charge.releases)
     if not charges:
         return EpsilonBound(0.0, "nothing")
-    found: list[EpsilonBound] = []
+    bounds: list[EpsilonBound] = []
     left, fine = delta - rounding(charges), grid <= FINE_GRID
     tolerance, cells = (0.005, MOST_CELLS) if fine else (0.05, MOST_CELLS // 4)
     if left > delta / 2:
@@ -118,17 +118,17 @@ def bounded_epsilon(charges: tuple[SampledGaussians, ...], delta: float, grid: f
             plain = float(_accountant(charges, grid).get_epsilon(left))
             if error_share(charges, delta, grid, plain) <= tolerance:
                 return EpsilonBound(plain, "pld")
-            found.append(EpsilonBound(plain, "pld"))
+            bounds.append(EpsilonBound(plain, "pld"))
         if all(charge.sampling_rate < 1 for charge in charges):
-            start = found[0].epsilon if found else math.inf
+            start = bounds[0].epsilon if bounds else math.inf
             refined = _refined(charges, delta, start, grid, tolerance / 5, cells)
-            found.append(EpsilonBound(refined, "pld-refined"))
+            bounds.append(EpsilonBound(refined, "pld-refined"))
     if all(charge.sampling_rate == 1 for charge in charges):
-        found.append(EpsilonBound(_gaussian_epsilon(_precision(charges), delta), "gaussian"))
+        bounds.append(EpsilonBound(_gaussian_epsilon(_precision(charges), delta), "gaussian"))
     else:
-        found.append(EpsilonBound(coins_shown_epsilon(charges, delta), "coins-shown"))
-        found.append(EpsilonBound(renyi_epsilon(charges, delta), "renyi"))
-    return min(found, key=lambda bound: bound.epsilon)
+        bounds.append(EpsilonBound(coins_shown_epsilon(charges, delta), "coins-shown"))
+        bounds.append(EpsilonBound(renyi_epsilon(charges, delta), "renyi"))
+    return min(bounds, key=lambda bound: bound.epsilon)
 
 
 def _is_plain(charges: tuple[SampledGaussians, ...], grid: float, cells: int) -> bool:
@@ -170,22 +170,26 @@ def _accountant(charges: tuple[SampledGaussians, ...], grid: float) -> pld.PLDAc
 
 
 def _refined(
-    charges: tuple[SampledGaussians, ...], delta: float, found: float, grid: float, share: float, cells: int
+    charges: tuple[SampledGaussians, ...], delta: float, best_epsilon: float, grid: float, share: float, cells: int
 ) -> float:
     """Return the smallest ε of PLDs on ever finer grids, until a grid moves ε by ``share`` or has ``cells`` cells."""
     size = pld_size(charges, log_tail(charges, delta))
     floor = size.least_grid(cells)
     if not math.isfinite(floor) or floor > LARGEST_GRID:
-        return found
+        return best_epsilon
     step = max(grid, size.least_grid(cells // 10))
     for turn in range(4):
-        if turn or math.isfinite(found):
-            step = max(min(step, grid_for(charges, delta, found, share)), step / 16, floor)
+        if turn or math.isfinite(best_epsilon):
+            step = max(min(step, grid_for(charges, delta, best_epsilon, share)), step / 16, floor)
         better = grid_epsilon(charges, delta, step)
-        gained, found = found - better, min(found, better)
-        if step == floor or (turn and gained < share * found) or error_share(charges, delta, step, found) <= share:
+        gained, best_epsilon = best_epsilon - better, min(best_epsilon, better)
+        if (
+            step == floor
+            or (turn and gained < share * best_epsilon)
+            or error_share(charges, delta, step, best_epsilon) <= share
+        ):
             break
-    return found
+    return best_epsilon
 
 
 def rough_epsilon(charges: tuple[SampledGaussians, ...], delta: float, about: float, cells: int = 4_000) -> float:

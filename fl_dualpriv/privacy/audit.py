@@ -157,10 +157,10 @@ def one_run_bound(
     best = LowerBound(epsilon=0.0, confidence=confidence, canaries=m, guesses=0, correct=0, statistic=0)
     for statistic, guess in tests:
         correct = guess.correct(orders[statistic], present)
-        found = _search(m, guess.total, correct, delta, level, at_least=best.epsilon)
-        if found > best.epsilon:
+        bound = _search(m, guess.total, correct, delta, level, at_least=best.epsilon)
+        if bound > best.epsilon:
             best = LowerBound(
-                epsilon=found,
+                epsilon=bound,
                 confidence=confidence,
                 canaries=m,
                 guesses=guess.total,

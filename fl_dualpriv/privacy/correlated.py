@@ -160,9 +160,9 @@ class CorrelatedNoise(ABC):
         Rounds beyond the schedule are repeated rounds, and each is charged as the `dearest`.
         """
         planned = self.schedule.rounds
-        found = [self.charge(noise_multiplier, t) for t in range(1, min(rounds, planned) + 1)]
-        found += [self.dearest(noise_multiplier)] * max(0, rounds - planned)
-        return tuple(found)
+        charges = [self.charge(noise_multiplier, t) for t in range(1, min(rounds, planned) + 1)]
+        charges += [self.dearest(noise_multiplier)] * max(0, rounds - planned)
+        return tuple(charges)
 
     def dearest(self, noise_multiplier: float) -> SampledGaussians:
         """Return the largest `charge` of a round that is made again."""

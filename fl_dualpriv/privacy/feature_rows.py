@@ -35,16 +35,16 @@ def feature_blocks(classes: Tensor, x: Tensor, y: Tensor, logit_scale: float) ->
     wide = classes.to(torch.float64)
     size = max(1, min(_MOST_ROWS, _BLOCK_ENTRIES // wide.numel()))
     for start in range(0, len(x), size):
-        own, labels = x[start : start + size].to(torch.float64), y[start : start + size]
-        lacking = size - len(own)
+        features, labels = x[start : start + size].to(torch.float64), y[start : start + size]
+        lacking = size - len(features)
         if lacking:
-            own = torch.cat([own, own.new_zeros(lacking, own.shape[1])])
+            features = torch.cat([features, features.new_zeros(lacking, features.shape[1])])
             labels = torch.cat([labels, labels.new_zeros(lacking)])
-        residual = torch.softmax(logit_scale * (own[:, None] * wide).sum(dim=-1), dim=1)
+        residual = torch.softmax(logit_scale * (features[:, None] * wide).sum(dim=-1), dim=1)
         residual = residual.scatter_add_(1, labels[:, None], torch.full_like(residual[:, :1], -1.0))
         if lacking:
             residual[-lacking:] = 0.0
-        yield logit_scale * residual, own
+        yield logit_scale * residual, features
 
 
 def clipped_feature_sum(
@@ -74,8 +74,8 @@ def clipped_feature_sum(
     """
     check_clip_norm(clip_norm)
     total = torch.zeros(classes.shape, dtype=torch.float64, device=classes.device)
-    for residual, own in feature_blocks(classes, x, y, logit_scale):
-        left, right = clipped_factors(residual, own, clip_norm)
+    for residual, features in feature_blocks(classes, x, y, logit_scale):
+        left, right = clipped_factors(residual, features, clip_norm)
         if arithmetic == "float":
             total += left.T @ right
         else:

@@ -62,31 +62,33 @@ def round_terms(plan: "RecordLevelPlan | None", sampling_rate: float, releases: 
     )
 
 
-def check_terms(own: RoundTerms, offered: RoundTerms) -> None:
+def check_terms(client_terms: RoundTerms, offered: RoundTerms) -> None:
     """Refuse a server that asks for more than this client's own configuration promises to release.
 
     Guarantee:
-        After this check the client follows ``own``, not ``offered``. So both sides account for a round that passes at
-        least as strictly as they promised.
+        After this check the client follows ``client_terms``, not ``offered``. So both sides account for a round that
+        passes at least as strictly as they promised.
 
     Raises:
         PrivacyError: If an offered term exceeds the client's own. The message lists all problems.
     """
     problems = []
-    if offered.mechanism != own.mechanism:
-        problems.append(f"mechanism {offered.mechanism!r:.40}, here {own.mechanism!r}")
-    if offered.trusts_server and not own.trusts_server:
+    if offered.mechanism != client_terms.mechanism:
+        problems.append(f"mechanism {offered.mechanism!r:.40}, here {client_terms.mechanism!r}")
+    if offered.trusts_server and not client_terms.trusts_server:
         problems.append("an upload without noise (trusts-server), here never")
-    if not offered.clip_norm <= own.clip_norm:
-        problems.append(f"clip norm {offered.clip_norm:g}, here at most {own.clip_norm:g}")
-    if not offered.noise_multiplier >= own.noise_multiplier:
-        problems.append(f"noise multiplier {offered.noise_multiplier:g}, here at least {own.noise_multiplier:g}")
-    if not offered.sampling_rate <= own.sampling_rate:
-        problems.append(f"sampling rate {offered.sampling_rate:g}, here at most {own.sampling_rate:g}")
-    if not offered.releases <= own.releases:
-        problems.append(f"{offered.releases} local steps, here at most {own.releases}")
-    if offered.arithmetic != own.arithmetic:  # the other arithmetic has other units, and floats leak more
-        problems.append(f"arithmetic {offered.arithmetic!r:.40}, here {own.arithmetic!r}")
+    if not offered.clip_norm <= client_terms.clip_norm:
+        problems.append(f"clip norm {offered.clip_norm:g}, here at most {client_terms.clip_norm:g}")
+    if not offered.noise_multiplier >= client_terms.noise_multiplier:
+        problems.append(
+            f"noise multiplier {offered.noise_multiplier:g}, here at least {client_terms.noise_multiplier:g}"
+        )
+    if not offered.sampling_rate <= client_terms.sampling_rate:
+        problems.append(f"sampling rate {offered.sampling_rate:g}, here at most {client_terms.sampling_rate:g}")
+    if not offered.releases <= client_terms.releases:
+        problems.append(f"{offered.releases} local steps, here at most {client_terms.releases}")
+    if offered.arithmetic != client_terms.arithmetic:  # the other arithmetic has other units, and floats leak more
+        problems.append(f"arithmetic {offered.arithmetic!r:.40}, here {client_terms.arithmetic!r}")
     if problems:
         raise PrivacyError(
             "the server asks for more than this client's plan allows: " + "; ".join(problems) + "; the round is refused"
@@ -319,21 +321,21 @@ def client_level_releases(plan: ClientLevelPlan, *, scored: bool) -> list[Releas
 
 def client_level_notes(plan: ClientLevelPlan) -> list[str]:
     """List the notes for a reader about a moving clip norm, or about noise that spans the run."""
-    found = []
+    notes = []
     if plan.adaptive is not None:
-        found.append(
+        notes.append(
             f"adaptive clipping: the clip norm follows the {plan.adaptive.target_quantile:g} quantile of the updates' "
             f"norms; sums have noise multiplier {plan.sum_noise_multiplier:.4g}, counts "
             f"{plan.adaptive.bit_noise_multiplier:.4g}, together {plan.noise_multiplier:.4g}"
         )
     if plan.correlated is not None:
         noise, schedule = plan.correlated, plan.correlated.schedule
-        found.append(
+        notes.append(
             f"correlated noise ({noise.describe()}): no client is sampled; each takes part in every "
             f"{schedule.separation}. of {schedule.rounds} rounds, at most {schedule.most_rounds} times, in turns that "
             f"anyone may know; the whole run is one Gaussian release of noise multiplier {plan.noise_multiplier:.4g}"
         )
-    return found
+    return notes
 
 
 def nominal_releases(nominal_epsilon: float, delta: float, releases: int) -> list[Release]:

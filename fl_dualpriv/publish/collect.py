@@ -175,20 +175,23 @@ def _ledgers_of_run(folder: Path, summary: Mapping[str, Any], *, deployed: bool)
         PrivacyError: If a ledger is missing in any other case. Then nothing bounds what that client released.
     """
     at_server = _by_unit([Ledger(folder / "ledger.jsonl").read()])
-    own = [folder / "clients" / f"client-{i:03d}" for i in range(int(summary["population"]))]
+    client_folders = [folder / "clients" / f"client-{i:03d}" for i in range(int(summary["population"]))]
     theorems = {row["unit"] for row in summary["privacy"] if row["guarantee"] == "theorem"}
     if "record" not in theorems or deployed:
         return at_server
-    missing = [client for client in own if not (client / "ledger.jsonl").exists()]
+    missing = [client for client in client_folders if not (client / "ledger.jsonl").exists()]
     if unexplained := missing if not _may_be_idle(folder, theorems) else list(filter(_has_answered, missing)):
         raise PrivacyError(
             f"{unexplained[0] / 'ledger.jsonl'} does not exist: without the client's ledger it is unknown what was "
             "released"
         )
-    if len(missing) == len(own) and "client" in theorems:
+    if len(missing) == len(client_folders) and "client" in theorems:
         return {"record": [], **at_server}
-    found = _by_unit([Ledger(client / "ledger.jsonl").read() for client in own])
-    return {unit: [*at_server.get(unit, []), *found.get(unit, [])] for unit in at_server.keys() | found.keys()}
+    client_ledgers = _by_unit([Ledger(client / "ledger.jsonl").read() for client in client_folders])
+    return {
+        unit: [*at_server.get(unit, []), *client_ledgers.get(unit, [])]
+        for unit in at_server.keys() | client_ledgers.keys()
+    }
 
 
 def _may_be_idle(folder: Path, theorems: Set[str]) -> bool:
@@ -203,12 +206,12 @@ def _has_answered(client: Path) -> bool:
 
 def _by_unit(contents: Sequence[LedgerContent]) -> dict[str, Sequence[LedgerContent]]:
     """Divide ledgers by unit. A damaged line counts for each unit of its ledger, and for both if no event is left."""
-    found: dict[str, list[LedgerContent]] = {}
+    ledgers: dict[str, list[LedgerContent]] = {}
     for content in contents:
         for unit in {event.unit for event in content.events} or ({"record", "client"} if content.damaged else set()):
             events = tuple(event for event in content.events if event.unit == unit)
-            found.setdefault(unit, []).append(LedgerContent(events=events, damaged=content.damaged))
-    return dict(found)
+            ledgers.setdefault(unit, []).append(LedgerContent(events=events, damaged=content.damaged))
+    return dict(ledgers)
 
 
 def _scores_of_run(summary: Mapping[str, Any], client: int | None) -> tuple[ScoreFacts | None, tuple[str, ...]]:

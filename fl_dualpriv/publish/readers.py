@@ -142,12 +142,12 @@ class Answerer:
             raise ConfigError(f"the question has {len(asked)} tokens; with its answer at most {self._max_tokens}")
         rows = torch.from_numpy(features)
         usable = torch.isfinite(rows).all(dim=1)
-        found: list[Reply | None] = [None] * len(rows)
+        replies: list[Reply | None] = [None] * len(rows)
         for places in _blocks(usable.nonzero().flatten().tolist()):
             answers = self._decode(rows[places].to(self.model.device), asked, room)
             for place, ids in zip(places, answers, strict=True):
-                found[place] = (self.model.text(ids), {})
-        return found
+                replies[place] = (self.model.text(ids), {})
+        return replies
 
     @torch.no_grad()
     def _decode(self, visual: Tensor, asked: list[int], room: int) -> list[list[int]]:
@@ -211,25 +211,25 @@ def load_reader(use: UseFacts, prompt: Tensor, name: str, pretrained: str, devic
 
 def check_probe(reader: Reader, expected: Tensor, precision: str) -> None:
     """Raise ConfigError if a model with the same weights reads images or texts differently than at publication."""
-    found = reader.probe()
-    if found.shape == expected.shape:
-        difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+    output = reader.probe()
+    if output.shape == expected.shape:
+        difference = float((output - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
         if difference <= _TOLERANCE[precision]:
             return
         reason = f"differs by {difference:.1e} (allowed {_TOLERANCE[precision]:g}, relative)"
     else:
-        reason = f"has {len(found)} numbers instead of {len(expected)}"
+        reason = f"has {len(output)} numbers instead of {len(expected)}"
     raise ConfigError(
         f"the backbone differs: its weights are those of the prompt, but its output for a known image {reason}; "
         "tokenizer, activation or preparation of images differ, or the file was changed"
     )
 
 
-def _check_fingerprint(facts: BackboneFacts, found: str, name: str) -> None:
-    if found != facts.fingerprint:
+def _check_fingerprint(facts: BackboneFacts, fingerprint: str, name: str) -> None:
+    if fingerprint != facts.fingerprint:
         raise ConfigError(
             f"the backbone differs: the prompt is for {facts.name!r} with weights {facts.fingerprint}, and {name!r} "
-            f"has {found}; name the model that it was trained on"
+            f"has {fingerprint}; name the model that it was trained on"
         )
 
 

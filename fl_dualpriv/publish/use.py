@@ -99,11 +99,11 @@ def image_files(images: Sequence[str | Path]) -> list[str | Path]:
     Hidden files and folders are left out, as in training. A folder without an image stays in the list, so that the
     user gets an error for it.
     """
-    found: list[str | Path] = []
+    paths: list[str | Path] = []
     for image in images:
         inside = _images_below(Path(image)) if Path(image).is_dir() else []
-        found += inside or [image]
-    return found
+        paths += inside or [image]
+    return paths
 
 
 def _images_below(folder: Path) -> list[Path]:

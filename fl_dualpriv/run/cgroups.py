@@ -31,7 +31,7 @@ def and_above(group: str | None) -> list[str]:
 def numbers(file: Path, start: str = "") -> list[int]:
     """Return the whole number after ``start`` on each line that begins so; empty if the file cannot be read."""
     words = [line[len(start) :].split() for line in _lines(file) if line.startswith(start)]
-    return [int(found[0]) for found in words if found and found[0].isdigit()]
+    return [int(line_words[0]) for line_words in words if line_words and line_words[0].isdigit()]
 
 
 def words(file: Path) -> list[str]:

@@ -136,7 +136,7 @@ class CheckpointFolder:
                     problems.append(f"{file.name} is missing")  # a crash cannot cause this
                 continue
             try:
-                found = self._parse(file, content)
+                checkpoint = self._parse(file, content)
             except Damaged as damage:
                 problems.append(f"{file.name} is damaged ({damage})")
                 continue
@@ -147,8 +147,10 @@ class CheckpointFolder:
                     "Start a new run in another folder"
                 )
             if problems:
-                _log.warning("%s: continuing from %s, round %d", problems[0], file.name, found.progress.rounds_done)
-            return found
+                _log.warning(
+                    "%s: continuing from %s, round %d", problems[0], file.name, checkpoint.progress.rounds_done
+                )
+            return checkpoint
         if problems:
             raise ConfigError(
                 f"{self._last.parent} cannot be resumed: {'; '.join(problems)}. The ledgers list all releases; start a "
@@ -168,40 +170,40 @@ class CheckpointFolder:
             )
         header, _, payload = rest.partition(b"\n")
         try:
-            found: dict[str, Any] = json.loads(header)
-            self._check_origin(file, found)
-            progress = Progress(**{field.name: found["progress"][field.name] for field in fields(Progress)})
+            metadata: dict[str, Any] = json.loads(header)
+            self._check_origin(file, metadata)
+            progress = Progress(**{field.name: metadata["progress"][field.name] for field in fields(Progress)})
             tensors = load(payload)
             state = {name.removeprefix("state."): tensor for name, tensor in tensors.items() if name != "prompt"}
             return Checkpoint(progress=progress, prompt=tensors["prompt"], state=state)
         except (KeyError, TypeError, SafetensorError) as error:
             raise Damaged(f"{type(error).__name__}: {error}") from error
 
-    def _check_origin(self, file: Path, found: Mapping[str, Any]) -> None:
+    def _check_origin(self, file: Path, origin: Mapping[str, Any]) -> None:
         """Refuse a checkpoint from another version, another configuration or other data.
 
         Raises:
             ConfigError: If one of them differs. The message names the differences.
         """
         mine = self._made_by
-        if found["version"] != mine["version"]:
+        if origin["version"] != mine["version"]:
             raise ConfigError(
-                f"{file} was written by fl-dualpriv {found['version']}, this is {mine['version']}: resume the run with "
-                "the version that began it"
+                f"{file} was written by fl-dualpriv {origin['version']}, this is {mine['version']}: resume the run "
+                "with the version that began it"
             )
-        then, now = found["config"], mine["config"]
+        then, now = origin["config"], mine["config"]
         changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
         if changed:
             told = "; ".join(f"{key} = {now.get(key)!r}, was {then.get(key)!r}" for key in changed[:5])
             raise ConfigError(
                 f"{file} is of a run with another configuration: {told}. Start a new run in another folder"
             )
-        if found["records"] != mine["records"]:
+        if origin["records"] != mine["records"]:
             raise ConfigError(
                 f"{file} is of a run over other data: the clients' numbers of records differ. Start a new run in "
                 "another folder"
             )
-        then, now = found["data"], mine["data"]
+        then, now = origin["data"], mine["data"]
         if changed := [name for name in now if then.get(name) != now[name]]:
             raise ConfigError(
                 f"{file} is of a run over other data: {', '.join(changed)} changed since. Put the data back into their "

@@ -29,15 +29,15 @@ def usable_cpus(root: Path = _ROOT) -> int:
 def _quotas(root: Path) -> list[float]:
     """Return the CPU quotas of this process and of the control groups above it, in CPUs."""
     groups, names = root / "sys/fs/cgroup", cgroups.group_names(root / "proc/self/cgroup")
-    found = []
+    pairs = []
     # A machine with both versions has the second one in the folder `unified`.
     for top in (groups, groups / "unified"):
         for path in cgroups.and_above(names.get("")):
             match cgroups.words(top / path / "cpu.max"):
                 case [quota, period] if quota.isdigit() and period.isdigit():  # "max 100000" means no quota
-                    found.append((int(quota), int(period)))
+                    pairs.append((int(quota), int(period)))
     for path in cgroups.and_above(names.get("cpu")):
         folder = groups / "cpu" / path
         quotas, periods = (cgroups.numbers(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
-        found += zip(quotas, periods, strict=False)  # `numbers` skips a quota of -1, which means no quota
-    return [quota / period for quota, period in found if period > 0]
+        pairs += zip(quotas, periods, strict=False)  # `numbers` skips a quota of -1, which means no quota
+    return [quota / period for quota, period in pairs if period > 0]

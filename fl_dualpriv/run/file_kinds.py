@@ -110,8 +110,8 @@ def path_of(folder: Path, name: str, kind: Kind) -> Path:
     Raises:
         ValueError: If the table does not list the file as this kind. The caller must then not write it.
     """
-    if (found := kind_of(name)) != kind:
-        raise ValueError(f"{name} is written as kind {kind!r}, but file_kinds.py lists it as {found!r}")
+    if (listed_kind := kind_of(name)) != kind:
+        raise ValueError(f"{name} is written as kind {kind!r}, but file_kinds.py lists it as {listed_kind!r}")
     return folder / name
 
 

@@ -233,9 +233,9 @@ def _lines_until(file: Path, last_round: int) -> list[dict[str, Any]]:
 def _cut_after(file: Path, lines: int) -> None:
     """Keep only the first lines of a file; write nothing if there are no other lines."""
     content = file.read_bytes() if file.exists() else b""
-    kept = b"".join(line + b"\n" for line in content.split(b"\n")[:-1][:lines])
-    if kept != content:
-        write_bytes(file, kept, synced=True)
+    head = b"".join(line + b"\n" for line in content.split(b"\n")[:-1][:lines])
+    if head != content:
+        write_bytes(file, head, synced=True)
 
 
 def _entry(accuracy: Accuracy) -> dict[str, Any]:
@@ -245,13 +245,13 @@ def _entry(accuracy: Accuracy) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that decide the numbers."""
-    found = {}
+    package_versions = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            package_versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            package_versions[name] = "not installed"
+    return package_versions
 
 
 def build_summary(

@@ -130,29 +130,36 @@ class FlowerStrategy(RoundStrategy):
         return torch.from_numpy(np.array(arrays[_ARRAY].numpy()))
 
 
-def adapt(found: type[Strategy], flat: Mapping[str, Value]) -> tuple[type[RoundStrategy], dict[str, object]]:
+def adapt(strategy_class: type[Strategy], flat: Mapping[str, Value]) -> tuple[type[RoundStrategy], dict[str, object]]:
     """Return the adapter of a Flower strategy, and its arguments; options have keys ``plugin.flower.<argument>``.
 
     Raises:
         ConfigError: If the strategy cannot run here, with the reason, or if an option does not fit.
     """
-    for base in found.__mro__:
+    for base in strategy_class.__mro__:
         if base.__module__.startswith("flwr.") and base.__name__ in _UNFIT:
-            raise ConfigError(f"strategy.ref names {found.__name__}, which cannot run here: {_UNFIT[base.__name__]}")
+            raise ConfigError(
+                f"strategy.ref names {strategy_class.__name__}, which cannot run here: {_UNFIT[base.__name__]}"
+            )
     takes = {
         name: parameter.default
-        for name, parameter in inspect.signature(found).parameters.items()
+        for name, parameter in inspect.signature(strategy_class).parameters.items()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
     empty = inspect.Parameter.empty
-    own = {n: d for n, d in takes.items() if n not in _OURS and (d is empty or isinstance(d, bool | int | float | str))}
-    options = read_table(FLOWER_TABLE, found.__name__, own, flat, none=empty)
-    if missing := [name for name, default in own.items() if default is empty and name not in options]:
+    defaults = {
+        n: d for n, d in takes.items() if n not in _OURS and (d is empty or isinstance(d, bool | int | float | str))
+    }
+    options = read_table(FLOWER_TABLE, strategy_class.__name__, defaults, flat, none=empty)
+    if missing := [name for name, default in defaults.items() if default is empty and name not in options]:
         keys = ", ".join(FLOWER_TABLE + name.replace("_", "-") for name in missing)
-        raise ConfigError(f"strategy.ref names {found.__name__}, which has no default for {keys}: give it")
+        raise ConfigError(f"strategy.ref names {strategy_class.__name__}, which has no default for {keys}: give it")
     ours = {name: value for name, value in _OURS.items() if name in takes}
     # The adapter class has the name of the strategy, because messages show it.
-    return type(found.__name__, (FlowerStrategy,), {}), {"inner_class": found, "arguments": {**ours, **options}}
+    return type(strategy_class.__name__, (FlowerStrategy,), {}), {
+        "inner_class": strategy_class,
+        "arguments": {**ours, **options},
+    }
 
 
 def _record(prompt: Tensor) -> ArrayRecord:
@@ -169,7 +176,7 @@ def _memory(inner: object, fresh: object) -> dict[str, Tensor]:
         ConfigError: If an attribute is neither a number nor an array nor a flat container of arrays, because a run with
             it could not be resumed.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, value in vars(inner).items():
         before = vars(fresh).get(name)
         if value is before or callable(value) or (isinstance(value, bool | int | float | str) and value == before):
@@ -180,8 +187,8 @@ def _memory(inner: object, fresh: object) -> dict[str, Tensor]:
                 f"{type(inner).__name__} remembers {name}, a {type(value).__name__}, which a checkpoint cannot hold; "
                 "a checkpoint can hold numbers, numpy arrays, lists and dicts of arrays, and ArrayRecords"
             )
-        found |= {f"{name}/{kind}/{part}": torch.from_numpy(np.array(array)) for part, array in parts.items()}
-    return found
+        tensors |= {f"{name}/{kind}/{part}": torch.from_numpy(np.array(array)) for part, array in parts.items()}
+    return tensors
 
 
 def _parts(value: object) -> tuple[str | None, dict[str, np.ndarray]]:
@@ -200,11 +207,11 @@ def _parts(value: object) -> tuple[str | None, dict[str, np.ndarray]]:
 
 def _restore(inner: object, state: Mapping[str, Tensor]) -> None:
     """Set the attributes of the strategy from the result of `_memory`."""
-    kept: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    attributes: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     for key, tensor in sorted(state.items()):
         name, kind, part = key.split("/", 2)
-        kept.setdefault((name, kind), {})[part] = tensor.numpy().copy()
-    for (name, kind), parts in kept.items():
+        attributes.setdefault((name, kind), {})[part] = tensor.numpy().copy()
+    for (name, kind), parts in attributes.items():
         match kind:
             case "record":
                 value: object = ArrayRecord({part: Array(array) for part, array in parts.items()})

@@ -43,7 +43,7 @@ def join(grid: Grid, config: RunConfig) -> tuple[dict[int, messages.ClientCard],
             f'with --federation-config "num-supernodes={expected}", or set {key} = {len(nodes)}'
         )
     requests = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
-    found: list[tuple[messages.ClientCard, int]] = []
+    node_cards: list[tuple[messages.ClientCard, int]] = []
     replies = list(grid.send_and_receive(requests, timeout=config.reply_timeout))
     if silent := len(nodes) - len(replies):
         raise ConfigError(
@@ -53,18 +53,18 @@ def join(grid: Grid, config: RunConfig) -> tuple[dict[int, messages.ClientCard],
     for reply in replies:
         if reply.has_error():
             raise ConfigError(f"a client cannot start: {messages.failure_reason(reply)}")
-        found += [(card, reply.metadata.src_node_id) for card in messages.read_cards(reply)]
-    found.sort(key=lambda pair: pair[0].partition)
-    partitions = [card.partition for card, _ in found]
+        node_cards += [(card, reply.metadata.src_node_id) for card in messages.read_cards(reply)]
+    node_cards.sort(key=lambda pair: pair[0].partition)
+    partitions = [card.partition for card, _ in node_cards]
     if partitions != list(range(config.population)):
         some = ", ".join(map(str, partitions[:10])) + (", …" if len(partitions) > 10 else "")
         raise ConfigError(
             f"the nodes host {len(partitions)} clients ({some}); expected each of 0..{config.population - 1} once"
         )
     # A card is untrusted input, and the divisors are computed from it.
-    if strange := [card for card, _ in found if not 1 <= card.num_examples < 2**53]:
+    if strange := [card for card, _ in node_cards if not 1 <= card.num_examples < 2**53]:
         raise ConfigError(
             f"client {strange[0].partition} reports {strange[0].num_examples} records; a client must have at least one "
             "and fewer than 2**53: check its node"
         )
-    return {card.partition: card for card, _ in found}, {card.partition: node for card, node in found}
+    return {card.partition: card for card, _ in node_cards}, {card.partition: node for card, node in node_cards}

@@ -41,8 +41,8 @@ def load_class(key: str, reference: str, base: type[Base], folder: str = "") -> 
     """
     module_name, _, class_name = reference.partition(":")
     module = _import(f"{key} = {reference!r}", module_name, folder)
-    found = getattr(module, class_name, None)
-    if not (isinstance(found, type) and issubclass(found, base)):
+    candidate = getattr(module, class_name, None)
+    if not (isinstance(candidate, type) and issubclass(candidate, base)):
         have = sorted(
             n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, base) and c is not base
         )
@@ -50,7 +50,7 @@ def load_class(key: str, reference: str, base: type[Base], folder: str = "") -> 
             f"{key} = {reference!r}: {module_name} has no subclass of {base.__name__} called {class_name!r}; "
             f"it has {', '.join(have) or 'none'}"
         )
-    return found
+    return candidate
 
 
 def _import(what: str, module_name: str, folder: str) -> ModuleType:
@@ -90,8 +90,8 @@ def find_module(flat: Mapping[str, Value], app_dir: Path, folders: Iterable[Path
 
     if flat.get("strategy.path") or not all(part.isidentifier() for part in parts) or holds(app_dir):
         return dict(flat)
-    found = next((folder for folder in folders if holds(folder)), None)
-    return {**flat, "strategy.path": str(found)} if found else dict(flat)
+    module_folder = next((folder for folder in folders if holds(folder)), None)
+    return {**flat, "strategy.path": str(module_folder)} if module_folder else dict(flat)
 
 
 def pack_options(flat: Mapping[str, Value], listed: Mapping[str, Value]) -> dict[str, Value]:
@@ -139,26 +139,26 @@ def plugin_options(plugin: type, base: type, flat: Mapping[str, Value]) -> dict[
         ConfigError: If a key is not such a field, or if a value has another type than the field's default.
     """
     inherited = {field.name for field in fields(base)}
-    own = {field.name: field.default for field in fields(plugin) if field.name not in inherited and field.init}
-    return read_table(f"{_PREFIX}{plugin.__name__.lower()}.", plugin.__name__, own, flat, none=MISSING)
+    defaults = {field.name: field.default for field in fields(plugin) if field.name not in inherited and field.init}
+    return read_table(f"{_PREFIX}{plugin.__name__.lower()}.", plugin.__name__, defaults, flat, none=MISSING)
 
 
 def read_table(
-    table: str, owner: str, own: Mapping[str, object], flat: Mapping[str, Value], *, none: object
+    table: str, owner: str, defaults: Mapping[str, object], flat: Mapping[str, Value], *, none: object
 ) -> dict[str, Value]:
     """Read the values of the keys of one table, by the names of options.
 
     Args:
         table: Prefix of the keys.
         owner: Class of the options, for messages.
-        own: Name → default of every option of the class.
+        defaults: Name → default of every option of the class.
         flat: Flat run configuration.
-        none: Marker in ``own`` for an option without a default.
+        none: Marker in ``defaults`` for an option without a default.
 
     Raises:
         ConfigError: If a key is not an option, or if a value has another type than its default.
     """
-    names = {name.replace("_", "-"): name for name in own}
+    names = {name.replace("_", "-"): name for name in defaults}
     options: dict[str, Value] = {}
     for key, value in flat.items():
         if not key.startswith(table):
@@ -166,7 +166,7 @@ def read_table(
         name = names.get(key.removeprefix(table))
         if name is None:
             raise ConfigError(f"{key}: {owner} has no such option; it has {', '.join(names) or 'none'}")
-        default = own[name]
+        default = defaults[name]
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if default is not none and type(value) is not type(default):

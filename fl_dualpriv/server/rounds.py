@@ -89,17 +89,17 @@ class Rounds:
                 f"Last reason: {strategy.last_failure}"
             )
 
-    def resume(self, found: Checkpoint, lines: Sequence[dict[str, Any]]) -> None:
+    def resume(self, checkpoint: Checkpoint, lines: Sequence[dict[str, Any]]) -> None:
         """Restore the state of the strategy from a checkpoint.
 
         Args:
-            found: Checkpoint whose run token the strategy has.
+            checkpoint: Checkpoint whose run token the strategy has.
             lines: `RunRecorder.progress`, as `RunRecorder.resume` left it.
 
         Raises:
             ConfigError: If the server's ledger lost events of this run, because later rounds would be under-counted.
         """
-        strategy, progress = self.strategy, found.progress
+        strategy, progress = self.strategy, checkpoint.progress
         if (events := self._events()) < progress.events:
             raise ConfigError(
                 f"the server's ledger holds {events} events of this run and its checkpoint says {progress.events}: a "
@@ -107,7 +107,7 @@ class Rounds:
                 "folder"
             )
         strategy.rounds_done, strategy.deliveries = progress.rounds_done, progress.deliveries
-        strategy.last_failure, strategy.state = progress.last_failure, found.state
+        strategy.last_failure, strategy.state = progress.last_failure, checkpoint.state
         told = [line for line in lines if line["round"] == progress.rounds_done]
         strategy.failures = sum(line["failures"] for line in lines) if told else progress.failures
 

@@ -324,15 +324,15 @@ class RoundStrategy(Strategy):
     def _read_uploads(self, server_round: int, replies: Iterable[Message]) -> tuple[list[int], Tensor]:
         """Return the valid uploads, ordered by partition so that float sums repeat; count the rest as failures."""
         shape = tuple(self._prompt.shape)
-        found = collect(
+        collection = collect(
             self._asked, replies, lambda reply: messages.read_uploads(reply, shape), "upload", str(server_round)
         )
-        self._fail(server_round, found.failed)
-        partitions = [partition for answer in found.answers for partition in answer.partitions]
+        self._fail(server_round, collection.failed)
+        partitions = [partition for answer in collection.answers for partition in answer.partitions]
         if not partitions:
             return [], torch.zeros(0, *shape, dtype=torch.float64)
         order = sorted(range(len(partitions)), key=partitions.__getitem__)
-        diffs = torch.cat([answer.values for answer in found.answers])[order]
+        diffs = torch.cat([answer.values for answer in collection.answers])[order]
         partitions = [partitions[i] for i in order]
         finite = torch.isfinite(diffs).flatten(1).all(dim=1)
         if not finite.all():
@@ -378,9 +378,9 @@ class RoundStrategy(Strategy):
 
     def read_scores(self, server_round: int, replies: Iterable[Message]) -> Accuracy | None:
         """Return the mean accuracy of the clients that answered; None if none did."""
-        found = collect(self._asked, replies, messages.read_scores, "score", str(server_round))
-        self._fail(server_round, {p: f"evaluation: {reason}" for p, reason in found.failed.items()})
-        scores = {p: s for answer in found.answers for p, s in zip(answer.partitions, answer.values, strict=True)}
+        collection = collect(self._asked, replies, messages.read_scores, "score", str(server_round))
+        self._fail(server_round, {p: f"evaluation: {reason}" for p, reason in collection.failed.items()})
+        scores = {p: s for answer in collection.answers for p, s in zip(answer.partitions, answer.values, strict=True)}
         return mean_accuracy([scores[p] for p in sorted(scores)]) if scores else None
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:

@@ -25,11 +25,11 @@ def load_strategy(config: StrategyConfig, flat: Mapping[str, Value]) -> tuple[ty
         ConfigError: If the class cannot be imported or is not a strategy, or if an option does not fit.
     """
     flat = unpack_options(flat)
-    found = load_class("strategy.ref", config.ref, Strategy, config.path)
-    if not issubclass(found, RoundStrategy):
-        return adapt(found, flat)
+    strategy_class = load_class("strategy.ref", config.ref, Strategy, config.path)
+    if not issubclass(strategy_class, RoundStrategy):
+        return adapt(strategy_class, flat)
     if stray := [key for key in flat if key.startswith(FLOWER_TABLE)]:
         raise ConfigError(
             f"{stray[0]}: is for Flower's strategies, and {config.ref} is not one of them; remove the key"
         )
-    return found, dict(plugin_options(found, RoundStrategy, flat))
+    return strategy_class, dict(plugin_options(strategy_class, RoundStrategy, flat))

@@ -84,15 +84,15 @@ def encode(text: str) -> tuple[int, ...]:
     """Return the ids of a text in CLIP's encoding, without start and end."""
     ids, ranks, letters = _table()
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-    found: list[int] = []
+    token_ids: list[int] = []
     for token in _PATTERN.findall(" ".join(text.split()).lower()):
         if token in _SPECIAL:
-            found.append(ids[token])
+            token_ids.append(ids[token])
             continue
         parts = [letters[byte] for byte in token.encode("utf-8")]
         parts[-1] += "</w>"
-        found += [ids[part] for part in _merged(parts, ranks)]
-    return tuple(found)
+        token_ids += [ids[part] for part in _merged(parts, ranks)]
+    return tuple(token_ids)
 
 
 def _merged(parts: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:

@@ -87,11 +87,11 @@ class ImageTask:
         """Return the learner of the run; cached, because it is used many times."""
         noise, workspace = config.privacy.record.noise_space, config.resources.workspace_mib
         key = (config.method, config.prompt, config.train.top_m, config.seed, config.fedotp, noise, workspace)
-        found = self._learners.get(key)
-        if found is None:
+        learner = self._learners.get(key)
+        if learner is None:
             head = self.head if config.prompt.learner == "head" else None
-            found = self._learners[key] = image_learner(config, self.backbone, self.text, head)
-        return found
+            learner = self._learners[key] = image_learner(config, self.backbone, self.text, head)
+        return learner
 
     def prompt_shape(self, config: RunConfig) -> tuple[int, int]:
         """See `Task`."""
@@ -155,7 +155,7 @@ class ImageTask:
         """See `Task`."""
         images, n_cls = self.held_out(config.evaluation.split), len(self.data.class_names)
         logits = self.learner(config).logits(prompts.to(self.backbone.device), images)
-        return [count_logits(own, images.labels, n_cls) for own in logits]
+        return [count_logits(prompt_logits, images.labels, n_cls) for prompt_logits in logits]
 
     def zero_shot_counts(self, config: RunConfig) -> Counts:
         """Score the class features of the filled-in template; see `Task`."""
@@ -229,12 +229,12 @@ class ImageTask:
         return self._held_out[split]
 
     def _table(self, split: str, *, patches: bool) -> ImageFeatures:
-        found = self._tables.get((split, patches))
-        if found is None:
+        table = self._tables.get((split, patches))
+        if table is None:
             reading = self.patch_reading if patches else None
             encoder = PatchEncoder(self.backbone, reading) if reading else self.backbone
-            found = self._tables[split, patches] = ImageFeatures(encoder, self.images(split), self.cache_root)
-        return found
+            table = self._tables[split, patches] = ImageFeatures(encoder, self.images(split), self.cache_root)
+        return table
 
     def _rows(self, split: str, indices: np.ndarray, mirrored: np.ndarray | None, *, patches: bool) -> np.ndarray:
         table = self._table(split, patches=patches)

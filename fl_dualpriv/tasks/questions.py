@@ -154,13 +154,13 @@ class QuestionTask:
         Raises:
             ConfigError: Without DP, if a record cannot be used; the message names the first one.
         """
-        kept = self._recent.pop(partition_id, None)
-        if kept is None:
-            kept = self._records("train", self.partitions[partition_id])
-        self._recent[partition_id] = kept
+        records = self._recent.pop(partition_id, None)
+        if records is None:
+            records = self._records("train", self.partitions[partition_id])
+        self._recent[partition_id] = records
         while len(self._recent) > _RECENT:
             del self._recent[next(iter(self._recent))]
-        return kept
+        return records
 
     def made_up(self) -> AnswerRecords:
         """Return random visual tokens with the end token, which each tokenizer has, as every word; see `Task`."""

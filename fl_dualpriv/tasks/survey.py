@@ -78,21 +78,21 @@ def _images(config: RunConfig, seconds: float) -> list[str]:
     layout = read_layout(path, data.classes, data.val_fraction, data.test_fraction, config.seed)
     splits = layout.as_splits()
     problems = [*layout.problems, *word_problems(config, layout)]
-    parts, found, held_out = [], None, None
+    parts, usable_records, held_out = [], None, None
     if not keeps_bad_records(config):
         problems += bad_images(splits.values())
     if not layout.problems:  # else a split may be missing
         parts, undivided = _divided(config, splits["train"].labels)
         problems += undivided
-        found = look(splits["train"], "training images", seconds)
+        usable_records = look(splits["train"], "training images", seconds)
         held_out = look(splits[config.evaluation.split], f"{config.evaluation.split} images", seconds)
         if keeps_bad_records(config):
-            problems += found.refusal() + (held_out.refusal() if may_score(config) else [])
+            problems += usable_records.refusal() + (held_out.refusal() if may_score(config) else [])
     _raise(f"the images in {path} cannot be used:", problems, _delta_problems(config, parts))
     assert held_out is not None
     what = f"{len(splits['train'])} training images of {len(layout.names)} classes"
     return [
-        *_record_lines(what, found, parts),
+        *_record_lines(what, usable_records, parts),
         *_skipped_lines(path),
         *_held_out_lines(config, held_out.total, "images", held_out),
     ]
@@ -105,13 +105,13 @@ def _questions(config: RunConfig, seconds: float) -> list[str]:
     questions = load_questions(data.source, data.path, data.val_fraction, data.test_fraction, config.seed, on_bad)
     train, scored = questions.train, _scored(config, questions)
     parts, problems = _divided(config, train.image_of if data.partition == "by-image" else train.labels)
-    found, held_out = None, None
+    usable_records, held_out = None, None
     if data.source == "questions":
-        found = look(train, "training questions", seconds)
+        usable_records = look(train, "training questions", seconds)
         held_out = look(scored, f"{config.evaluation.split} questions", seconds)
-        refused = found.refusal() + (held_out.refusal() if may_score(config) else [])
+        refused = usable_records.refusal() + (held_out.refusal() if may_score(config) else [])
         if on_bad == "raise" and not refused:
-            for part in (found, held_out):
+            for part in (usable_records, held_out):
                 if not part.are_all:
                     refused += [f"{part.what}: {part.says()}; repair or remove them", *part.lines()]
         problems += refused
@@ -119,7 +119,7 @@ def _questions(config: RunConfig, seconds: float) -> list[str]:
     types = [name for name in questions.class_names if name]
     of_types = f" of {len(types)} types" if types else ""
     what = f"{len(train)} training questions{of_types} about {len(train.images)} images"
-    return [*_record_lines(what, found, parts), *_held_out_lines(config, len(scored), "questions", held_out)]
+    return [*_record_lines(what, usable_records, parts), *_held_out_lines(config, len(scored), "questions", held_out)]
 
 
 def _raise(head: str, problems: list[str], deltas: list[str]) -> None:
@@ -152,16 +152,16 @@ def _delta_problems(config: RunConfig, parts: Sequence[np.ndarray]) -> list[str]
     return delta_problems(config, max(map(len, parts))) if len(parts) else []
 
 
-def _record_lines(what: str, found: Usable | None, parts: Sequence[np.ndarray]) -> list[str]:
+def _record_lines(what: str, usable_records: Usable | None, parts: Sequence[np.ndarray]) -> list[str]:
     sizes = [len(part) for part in parts]
-    count = f": {found.says()}" if found is not None else ""
+    count = f": {usable_records.says()}" if usable_records is not None else ""
     lines = [
         f"data: {what}{count}",
-        *([f"  {line}" for line in found.lines()] if found is not None else []),
+        *([f"  {line}" for line in usable_records.lines()] if usable_records is not None else []),
         f"clients: {len(parts)}; records per client: minimum {min(sizes)}, median {np.median(sizes):g}, maximum "
         f"{max(sizes)}",
     ]
-    if found is not None and (none := without_usable(parts, found)):
+    if usable_records is not None and (none := without_usable(parts, usable_records)):
         lines.append(f"warning: {none} of {len(parts)} clients have no usable record; their prompts will be noise")
     return lines
 
@@ -178,10 +178,10 @@ def _skipped_lines(path: Path) -> list[str]:
     return lines
 
 
-def _held_out_lines(config: RunConfig, count: int, plural: str, found: Usable | None) -> list[str]:
+def _held_out_lines(config: RunConfig, count: int, plural: str, usable_records: Usable | None) -> list[str]:
     split, data = config.evaluation.split, config.data
-    said = f": {found.says()}" if found is not None and not found.are_all else ""
-    line = f"held out: {count} {split} {plural}{said}"
+    note = f": {usable_records.says()}" if usable_records is not None and not usable_records.are_all else ""
+    line = f"held out: {count} {split} {plural}{note}"
     if not config.claims_privacy:
         return [f"{line}; their scores are shown"]
     if may_score(config):
@@ -190,9 +190,9 @@ def _held_out_lines(config: RunConfig, count: int, plural: str, found: Usable | 
         why = 'evaluation.held-out-data = "private"'
     else:
         why = "they are cut out of the training data, and are as private as those"
-    own = f"a separate {split}/ folder" if data.source == "folder" else f"a separate {split} set"
+    separate_set = f"a separate {split}/ folder" if data.source == "folder" else f"a separate {split} set"
     return [
         f"{line}, private",
-        f"warning: nothing will be scored: {why}. Give {own} whose scores may be public, or set "
+        f"warning: nothing will be scored: {why}. Give {separate_set} whose scores may be public, or set "
         'evaluation.held-out-data = "public" if these scores may be public',
     ]

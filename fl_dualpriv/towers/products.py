@@ -74,9 +74,9 @@ def _product(form: Form, rows: Tensor, weight: Tensor, bias: Tensor | None) -> T
         weights = weight.expand(len(rows), -1, -1)
         return torch.bmm(rows, weights) if bias is None else torch.baddbmm(bias, rows, weights)
     result = rows.new_empty(*rows.shape[:2], weight.shape[1])
-    for own, into in zip(rows, result, strict=True):
+    for prompt_rows, into in zip(rows, result, strict=True):
         if bias is None:
-            torch.mm(own, weight, out=into)
+            torch.mm(prompt_rows, weight, out=into)
         else:
-            torch.addmm(bias, own, weight, out=into)
+            torch.addmm(bias, prompt_rows, weight, out=into)
     return result

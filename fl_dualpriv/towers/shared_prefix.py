@@ -161,15 +161,15 @@ def _attend(
         scores[:, :, : place.n_ctx, :prefix] += _after(place.n_ctx, prefix, 1, q.device)
     spans = place.last_spans if last else place.spans
     for span in spans:
-        own = by_class(q, span.queries, span) @ by_class(k, span.keys, span).transpose(-1, -2)
+        suffix_scores = by_class(q, span.queries, span) @ by_class(k, span.keys, span).transpose(-1, -2)
         if not last:
-            own += _after(span.length, span.length, 0, q.device)
-        scores[:, :, span.queries, prefix : prefix + span.length] = own.flatten(2, 3)
+            suffix_scores += _after(span.length, span.length, 0, q.device)
+        scores[:, :, span.queries, prefix : prefix + span.length] = suffix_scores.flatten(2, 3)
     shares = torch.softmax(scores, dim=-1)
     attended = shares[..., :prefix] @ v_prefix
     for span in spans:
-        own = by_class(shares[..., prefix : prefix + span.length], span.queries, span)
-        attended[:, :, span.queries] += (own @ by_class(v, span.keys, span)).flatten(2, 3)
+        suffix_shares = by_class(shares[..., prefix : prefix + span.length], span.queries, span)
+        attended[:, :, span.queries] += (suffix_shares @ by_class(v, span.keys, span)).flatten(2, 3)
     return shares, attended
 
 

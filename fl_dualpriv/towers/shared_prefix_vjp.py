@@ -136,16 +136,18 @@ def _backward(stack: FoldedStack, place: Layout, tape: Tape, cotangents: Tensor)
     g = (cotangents - units * radial) / tape.norms[:, :, None]
     g = _through_norm(pull(g, stack.projection.weight), tape.x_final, tape.rstd_final)
     for depth in reversed(range(len(stack.blocks))):
-        block, kept = stack.blocks[depth], tape.blocks[depth]
+        block, block_tape = stack.blocks[depth], tape.blocks[depth]
         first, last = depth == 0, depth == len(stack.blocks) - 1
-        hidden = pull(g, block.down.weight).mul_(kept.slope[:, :, None])
-        g = g.add_(_through_norm(pull(hidden, block.up.weight), kept.x_2, kept.rstd_2))
+        hidden = pull(g, block.down.weight).mul_(block_tape.slope[:, :, None])
+        g = g.add_(_through_norm(pull(hidden, block.up.weight), block_tape.x_2, block_tape.rstd_2))
         attended = _split(pull(g, block.out.weight), stack.heads)
-        scores = _scores_vjp(kept, attended, place, last=last)
+        scores = _scores_vjp(block_tape, attended, place, last=last)
         if first:  # suffix embeddings are constants, so only the context needs a gradient from here on
-            h = _context_input_vjp(kept, attended, scores, block, place, last=last)
+            h = _context_input_vjp(block_tape, attended, scores, block, place, last=last)
             return h if last else h.add_(g[:, : place.n_ctx])
-        h = _through_norm(_input_vjp(kept, attended, scores, block, place, last=last), kept.x_1, kept.rstd_1)
+        h = _through_norm(
+            _input_vjp(block_tape, attended, scores, block, place, last=last), block_tape.x_1, block_tape.rstd_1
+        )
         g = _add_at(h, place.ends, g) if last else h.add_(g)
     raise AssertionError("a tower has blocks")
 
@@ -182,58 +184,60 @@ def _spans(place: Layout, *, last: bool) -> tuple[Span, ...]:
     return place.last_spans if last else place.spans
 
 
-def _scores_vjp(kept: BlockTape, attended: Tensor, place: Layout, *, last: bool) -> Tensor:
+def _scores_vjp(tape: BlockTape, attended: Tensor, place: Layout, *, last: bool) -> Tensor:
     """Pull back through attention's weighted sum and softmax: (prompt, head, query, row, 1 + n_ctx + widest)."""
-    prefix, rows = kept.k_prefix.shape[2], attended.shape[3]
-    scores = attended.new_zeros(*attended.shape[:4], kept.shares.shape[-1])
-    scores[..., :prefix] = (attended.flatten(2, 3) @ kept.v_prefix.transpose(-1, -2)).unflatten(2, (-1, rows))
+    prefix, rows = tape.k_prefix.shape[2], attended.shape[3]
+    scores = attended.new_zeros(*attended.shape[:4], tape.shares.shape[-1])
+    scores[..., :prefix] = (attended.flatten(2, 3) @ tape.v_prefix.transpose(-1, -2)).unflatten(2, (-1, rows))
     for span in _spans(place, last=last):
-        own = by_class(attended, span.queries, span).flatten(3, 4) @ by_class(kept.v, span.keys, span).transpose(-1, -2)
-        own = own.unflatten(3, (-1, rows)).flatten(2, 3)
-        scores[:, :, span.queries, :, prefix : prefix + span.length] = own
-    shares = kept.shares[:, :, :, None]
+        suffix_scores = by_class(attended, span.queries, span).flatten(3, 4) @ by_class(
+            tape.v, span.keys, span
+        ).transpose(-1, -2)
+        suffix_scores = suffix_scores.unflatten(3, (-1, rows)).flatten(2, 3)
+        scores[:, :, span.queries, :, prefix : prefix + span.length] = suffix_scores
+    shares = tape.shares[:, :, :, None]
     scores -= (scores * shares).sum(dim=-1, keepdim=True)
     return scores.mul_(shares)
 
 
-def _prefix_vjp(kept: BlockTape, attended: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+def _prefix_vjp(tape: BlockTape, attended: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     """Compute gradients of the context's keys and values, from all rows that attend to them; SOS is a constant."""
-    prefix, rows = kept.k_prefix.shape[2], attended.shape[3]
+    prefix, rows = tape.k_prefix.shape[2], attended.shape[3]
     to_context = scores[..., 1:prefix].transpose(-1, -2).flatten(3)  # (prompt, head, query, n_ctx · row)
-    d_k = (to_context.transpose(-1, -2) @ kept.q).unflatten(2, (-1, rows))
-    d_v = (kept.shares[..., 1:prefix].transpose(-1, -2) @ attended.flatten(3)).unflatten(3, (rows, -1))
+    d_k = (to_context.transpose(-1, -2) @ tape.q).unflatten(2, (-1, rows))
+    d_v = (tape.shares[..., 1:prefix].transpose(-1, -2) @ attended.flatten(3)).unflatten(3, (rows, -1))
     return d_k, d_v
 
 
 def _context_input_vjp(
-    kept: BlockTape, attended: Tensor, scores: Tensor, block: FoldedBlock, place: Layout, *, last: bool
+    tape: BlockTape, attended: Tensor, scores: Tensor, block: FoldedBlock, place: Layout, *, last: bool
 ) -> Tensor:
     """Compute the gradient of the context tokens that enter the first block."""
-    prefix, n_ctx, rows = kept.k_prefix.shape[2], place.n_ctx, attended.shape[3]
-    parts = list(_prefix_vjp(kept, attended, scores))
+    prefix, n_ctx, rows = tape.k_prefix.shape[2], place.n_ctx, attended.shape[3]
+    parts = list(_prefix_vjp(tape, attended, scores))
     weight = block.qkv.weight
     if last:  # with a single block, no context token is a query
         weight = weight[weight.shape[1] :]
     else:
-        own = scores[:, :, :n_ctx, :, :prefix].flatten(2, 3) @ kept.k_prefix
-        parts = [own.unflatten(2, (-1, rows)), *parts]
-    return _through_norm(pull(_join(parts), weight), kept.x_1, kept.rstd_1)
+        d_q = scores[:, :, :n_ctx, :, :prefix].flatten(2, 3) @ tape.k_prefix
+        parts = [d_q.unflatten(2, (-1, rows)), *parts]
+    return _through_norm(pull(_join(parts), weight), tape.x_1, tape.rstd_1)
 
 
 def _input_vjp(
-    kept: BlockTape, attended: Tensor, scores: Tensor, block: FoldedBlock, place: Layout, *, last: bool
+    tape: BlockTape, attended: Tensor, scores: Tensor, block: FoldedBlock, place: Layout, *, last: bool
 ) -> Tensor:
     """Compute the gradient of a block's normalised inputs, for all tokens: (prompt, token, row, ctx_dim)."""
-    prefix, rows = kept.k_prefix.shape[2], attended.shape[3]
-    d_q = (scores[..., :prefix].flatten(2, 3) @ kept.k_prefix).unflatten(2, (-1, rows))
-    d_k, d_v = (kept.k.new_empty(*kept.k.shape[:3], rows, kept.k.shape[3]) for _ in range(2))
-    d_k[:, :, : place.n_ctx], d_v[:, :, : place.n_ctx] = _prefix_vjp(kept, attended, scores)
+    prefix, rows = tape.k_prefix.shape[2], attended.shape[3]
+    d_q = (scores[..., :prefix].flatten(2, 3) @ tape.k_prefix).unflatten(2, (-1, rows))
+    d_k, d_v = (tape.k.new_empty(*tape.k.shape[:3], rows, tape.k.shape[3]) for _ in range(2))
+    d_k[:, :, : place.n_ctx], d_v[:, :, : place.n_ctx] = _prefix_vjp(tape, attended, scores)
     for span in _spans(place, last=last):
-        own = by_class(scores[..., prefix : prefix + span.length], span.queries, span)  # …, query, row, key
-        q, shares = (by_class(x, span.queries, span) for x in (kept.q, kept.shares[..., prefix : prefix + span.length]))
-        keys = own.flatten(3, 4) @ by_class(kept.k, span.keys, span)
+        suffix_scores = by_class(scores[..., prefix : prefix + span.length], span.queries, span)  # …, query, row, key
+        q, shares = (by_class(x, span.queries, span) for x in (tape.q, tape.shares[..., prefix : prefix + span.length]))
+        keys = suffix_scores.flatten(3, 4) @ by_class(tape.k, span.keys, span)
         d_q[:, :, span.queries] += keys.unflatten(3, (-1, rows)).flatten(2, 3)
-        d_keys = own.transpose(-1, -2).flatten(4).transpose(-1, -2) @ q
+        d_keys = suffix_scores.transpose(-1, -2).flatten(4).transpose(-1, -2) @ q
         d_k[:, :, span.keys] = d_keys.unflatten(3, (-1, rows)).flatten(2, 3)
         d_values = shares.transpose(-1, -2) @ by_class(attended, span.queries, span).flatten(4)
         d_v[:, :, span.keys] = d_values.unflatten(4, (rows, -1)).flatten(2, 3)

@@ -170,13 +170,13 @@ class VisualTokenPruner:
             return patches
         attention, keys = attention.detach(), keys.detach()
         ranking = self._scores(attention).argsort(dim=1, descending=True, stable=True)
-        kept, rest = ranking[:, :n_kept].sort(dim=1).values, ranking[:, n_kept:].sort(dim=1).values
+        top_indices, rest = ranking[:, :n_kept].sort(dim=1).values, ranking[:, n_kept:].sort(dim=1).values
 
         def take(values: Tensor, index: Tensor) -> Tensor:
             return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
         if n_tokens == n_kept:
-            return take(patches, kept)
+            return take(patches, top_indices)
         with torch.autocast(patches.device.type, enabled=False):  # bfloat16 would round the similarities
             if self.merge == "attention":
                 weights = attention_weights(attention.gather(1, rest))
@@ -185,7 +185,7 @@ class VisualTokenPruner:
             fused = mix(weights, take(patches, rest))
         if self.fusion_noise_std:
             fused = fused + fusion_noise(images, (self.contextual, dim), self.fusion_noise_std, self.seed).to(fused)
-        return torch.cat([take(patches, kept), fused], dim=1)
+        return torch.cat([take(patches, top_indices), fused], dim=1)
 
     def _scores(self, attention: Tensor) -> Tensor:
         if self.score == "attention":

@@ -42,9 +42,9 @@ class ImageTower:
         Raises:
             ConfigError: If the images do not have the size that the model reads.
         """
-        if (found := tuple(images.shape[-2:])) != self.image_size:
+        if (size := tuple(images.shape[-2:])) != self.image_size:
             raise ConfigError(
-                f"images of {found[0]} x {found[1]} pixels; this image tower reads {self.image_size[0]} x "
+                f"images of {size[0]} x {size[1]} pixels; this image tower reads {self.image_size[0]} x "
                 f"{self.image_size[1]}: its image processor must make that size"
             )
         tokens = self.embed(images)

@@ -169,16 +169,16 @@ def _unplanned(made: LedgerContent) -> dict[str, tuple[int, float, float]]:
     room = Counter[tuple[str, float, float]]()
     for plan in made.plans:
         room[plan.run, plan.sampling_rate, plan.noise_multiplier] += plan.releases
-    found: dict[str, tuple[int, float, float]] = {}
+    run_terms: dict[str, tuple[int, float, float]] = {}
     for event in made.events:
         terms = (event.run, event.sampling_rate, event.noise_multiplier)
         if room[terms] >= event.releases:
             room[terms] -= event.releases
             continue
-        releases, rate, noise = found.get(event.run, (0, 0.0, math.inf))
-        found[event.run] = (
+        releases, rate, noise = run_terms.get(event.run, (0, 0.0, math.inf))
+        run_terms[event.run] = (
             releases + event.releases,
             max(rate, event.sampling_rate),
             min(noise, event.noise_multiplier),
         )
-    return found
+    return run_terms
