@@ -46,7 +46,9 @@ test-kernels: setup  ## the tests that depend on matrix kernels, with two other 
 test-programs: setup  ## the slow tests of the front and the app: the real Flower programs and Ray
 	$(ONE_THREAD) $(BIN)/python -m pytest -m slow tests/app/test_flwr_run.py tests/app/test_real_app.py \
 		tests/app/test_published_by_command.py::test_run_export_predict_and_python_agree \
-		tests/app/test_plugin_runs.py::test_the_readmes_commands_work_from_an_empty_folder
+		tests/app/test_plugin_runs.py::test_the_readmes_commands_work_from_an_empty_folder \
+		tests/app/test_fab.py tests/app/test_wheel.py tests/fl_dualpriv/flower/test_supervisor.py \
+		tests/fl_dualpriv/cli/test_node.py tests/fl_dualpriv/models/test_torchvision_shim.py
 
 test-docs: setup  ## every command of README.md and docs/, as it stands there: a quarter of an hour
 	$(ONE_THREAD) $(BIN)/python -m pytest -m slow tests/app/test_documented_commands.py

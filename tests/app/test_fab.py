@@ -59,6 +59,7 @@ def test_no_result_and_no_file_of_an_operator_travels(fab: zipfile.ZipFile):
     assert [name for name in fab.namelist() if "sketches" in name] == []
 
 
+@pytest.mark.slow  # a process that imports the whole app
 def test_the_fab_imports_from_itself_alone(fab: zipfile.ZipFile, tmp_path: Path):
     fab.extractall(tmp_path / "app")
     # The library as an installed one: without the checkout's clients/, strategies/ and simulations/ in reach.

@@ -64,6 +64,7 @@ def test_the_command_and_the_licence_are_inside(wheel: zipfile.ZipFile):
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
 
 
+@pytest.mark.slow  # a process that imports the whole library
 def test_the_library_imports_from_the_wheel_alone(wheel: zipfile.ZipFile, tmp_path: Path):
     wheel.extractall(tmp_path)
     code = (

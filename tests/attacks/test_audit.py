@@ -236,7 +236,7 @@ def command(name: str, out: Path, *words: str) -> Result:
     return CliRunner().invoke(cli.app, ["audit", str(CONFIGS / name), "--out", str(out), *sets, *words])
 
 
-@pytest.mark.parametrize("level", ["record", "client"])
+@pytest.mark.parametrize("level", ["record", pytest.param("client", marks=pytest.mark.slow)])
 def test_the_command_ends_with_one_line_of_json(level: str, tmp_path: Path):
     result = command(f"audit-{level}.toml", tmp_path / "out", "--seed", "3", "--canaries", "768")
     assert result.exit_code == 0, result.output

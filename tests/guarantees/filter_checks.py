@@ -169,6 +169,13 @@ def no_adaptive_server_passes_delta() -> None:
             _check_value(against, attack(against, removed=removed))
 
 
+def small_games_stay_within_delta() -> None:
+    """`no_adaptive_server_passes_delta` for the games at ε = 1 and the removal of the record: a second."""
+    for against in games():
+        if against.budget.epsilon == 1.0:
+            _check_value(against, attack(against))
+
+
 def two_servers_that_alternate_do_not_pass_delta() -> None:
     """Both have a run open on one ledger, and in each turn the one goes on that the loss so far suggests."""
     for against in games():

@@ -153,6 +153,7 @@ def test_another_flower_is_one_message_and_status_2(tmp_path: Path, monkeypatch:
     assert not list((tmp_path / ".fl-dualpriv" / "nodes").iterdir())
 
 
+@pytest.mark.slow  # Flower's own program
 @pytest.mark.parametrize("any_app", [False, True])
 def test_a_node_without_a_server_ends_with_flowers_status_and_leaves_nothing(tmp_path: Path, any_app: bool):
     (tmp_path / "node.toml").write_text("" if any_app else APP)

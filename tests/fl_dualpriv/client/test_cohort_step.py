@@ -124,8 +124,15 @@ def largest_difference(one: dict[int, list[Tensor]], other: dict[int, list[Tenso
     return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)) for a, b in pairs)
 
 
-@pytest.mark.parametrize("level", PLANS)
-@pytest.mark.parametrize("method", TRAINED)
+_QUICK = {("trusting", "dpfpl"), ("trusting", "promptfl")}  # the other methods trust the server by the same code
+_CASES = [
+    pytest.param(method, level, marks=[pytest.mark.slow] * (level == "trusting" and (level, method) not in _QUICK))
+    for method in TRAINED
+    for level in PLANS
+]
+
+
+@pytest.mark.parametrize(("method", "level"), _CASES)
 def test_a_cohort_equals_its_clients_one_by_one(text: PromptedText, method: str, level: str) -> None:
     if level == "trusting" and not METHODS[method].shared:
         pytest.skip("refused: nothing is shared")

@@ -51,6 +51,7 @@ def read_pid(file: Path) -> int:
     raise AssertionError(f"{file} was not written")
 
 
+@pytest.mark.slow  # waits for real processes
 @pytest.mark.parametrize("how", ["input closes", "sigterm", "command ends"])
 def test_nothing_is_left(how: str, tmp_path: Path) -> None:
     temporary = tmp_path / "temporary"
@@ -71,6 +72,7 @@ def test_nothing_is_left(how: str, tmp_path: Path) -> None:
     assert not temporary.exists()
 
 
+@pytest.mark.slow  # waits for real processes
 def test_ctrl_c_and_hang_up_do_not_reach_the_command(tmp_path: Path) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()

@@ -12,6 +12,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow  # a process that imports open_clip and transformers
 def test_imports_after_the_shim():
     code = (
         "torchvision_shim.install(); torchvision_shim.install(); "
