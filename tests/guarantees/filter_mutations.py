@@ -115,7 +115,7 @@ FILTER_MUTATIONS = (
         name="plans are admitted by the PLD of the path that happened",
         where="ReserveFilter.check",
         plant=plans_are_admitted_by_the_pld_of_the_path,
-        caught_by=(filter_checks.small_games_stay_within_delta, filter_checks.played_games_stay_within_delta),
+        caught_by=(filter_checks.small_games_stay_within_delta,),
     ),
     Mutation(
         name="a filter of worst terms charges a release at its own terms",

@@ -32,7 +32,7 @@ def backbone(width: int, heads: int, *, quick_gelu: bool) -> OpenClipBackbone:
 @pytest.mark.parametrize(
     ("size", "quick_gelu"),
     [
-        pytest.param("ViT-B/16", True, id="ViT-B/16, OpenAI"),
+        pytest.param("ViT-B/16", True, id="ViT-B/16, OpenAI", marks=pytest.mark.slow),
         pytest.param("ViT-B/16", False, id="ViT-B/16, LAION", marks=pytest.mark.slow),
         pytest.param("ViT-L/14", False, id="ViT-L/14, LAION", marks=pytest.mark.slow),
         pytest.param("ViT-L/14", True, id="ViT-L/14, OpenAI", marks=pytest.mark.slow),
