@@ -18,7 +18,8 @@ from fl_dualpriv.learners.row_check import RowPath
 from fl_dualpriv.metrics import Score
 from fl_dualpriv.privacy.plan import RoundTerms
 
-PromptKind = Literal["zero-shot", "global", "personal"]
+PromptKind = Literal["zero-shot", "free", "global", "personal"]
+"""Prompt that is scored; ``free`` is the un-tuned model with the best use of public knowledge."""
 _COUNTS = {name.replace("_", "-"): name for name in (f.name for f in fields(Score)) if name != "by_group"}
 _GROUPS = ("group-correct", "group-total")
 _DEAD_ACTOR = re.compile(r"<class 'ray\.exceptions\.(ActorDied|RayActor)Error'>:")
@@ -173,8 +174,8 @@ def read_evaluate(message: Message) -> EvaluateRequest:
     """Return the request in an evaluate message (see `evaluate_content`)."""
     config = message.content.config_records["config"]
     kind = config["prompt"]
-    if kind not in ("zero-shot", "global", "personal"):
-        raise ValueError(f"prompt = {kind!r} in an evaluate message; allowed: zero-shot, global, personal")
+    if kind not in ("zero-shot", "free", "global", "personal"):
+        raise ValueError(f"prompt = {kind!r} in an evaluate message; allowed: zero-shot, free, global, personal")
     return EvaluateRequest(
         partitions=_ids(config["partitions"]),
         global_prompt=from_arrays(message.content.array_records["arrays"]),

@@ -1,7 +1,7 @@
 """Accuracy on a client's own classes (local) and on all other classes (neighbour), always over all class names."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -97,6 +97,40 @@ def split_counts(correct: Tensor, total: Tensor, held: Tensor, *, by_group: bool
     ]
 
 
+def scores_within_lists(logits: Tensor, labels: Tensor, held: Tensor, *, by_group: bool = False) -> list[Score]:
+    """Compute the scores of the free rival: at home each client's answers are restricted to its class list.
+
+    A client's class list is public, so this costs no ε. No correct answer at home is lost by the restriction: the
+    label is in the list, and the largest logit of all classes is the largest of the list. `local` is therefore never
+    below that of `split_counts`. `neighbour` is the same, because the list says nothing about other clients' records.
+
+    Args:
+        logits: Logits of the un-tuned model (image, n_cls); an image with a non-finite logit counts as wrong.
+        labels: Labels (image,).
+        held: True where a client holds a class, (client, n_cls) bool.
+        by_group: True to report the counts of each class that the client holds, too.
+    """
+    n_cls = logits.shape[1]
+    correct, total = count_logits(logits, labels, n_cls)
+    free = split_counts(correct, total, held, by_group=by_group)
+    lists, list_of = torch.unique(held, dim=0, return_inverse=True)  # clients with one list share one count
+    counts = []
+    for row in lists:
+        inside = row.to(labels.device)[labels]
+        finite = torch.isfinite(logits[inside]).all(dim=1)
+        restricted = logits[inside].masked_fill(~row.to(logits.device), -torch.inf)
+        right = labels[inside][(restricted.argmax(dim=1) == labels[inside]) & finite]
+        counts.append(torch.bincount(right, minlength=n_cls).cpu())
+    scores = []
+    for client, of in enumerate(list_of.tolist()):
+        groups = ()
+        if by_group:
+            pairs = zip((counts[of] * held[client]).tolist(), (total * held[client]).tolist(), strict=True)
+            groups = tuple(pairs)
+        scores.append(replace(free[client], local_correct=int(counts[of].sum()), by_group=groups))
+    return scores
+
+
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
     """Mean accuracy over clients; None where no client has such images.
@@ -123,3 +157,10 @@ def mean_accuracy(scores: Sequence[Score]) -> Accuracy:
         neighbour=mean([(s.neighbour_correct, s.neighbour_total) for s in scores]),
         by_group=tuple(mean(list(pairs)) for pairs in zip(*(s.by_group for s in scores if alike), strict=True)),
     )
+
+
+def harmonic_mean(local: float | None, neighbour: float | None) -> float | None:
+    """Return the harmonic mean of two accuracies in [0, 1]: 0 if one is 0, None if one is None."""
+    if local is None or neighbour is None:
+        return None
+    return 2 * local * neighbour / (local + neighbour) if local + neighbour > 0 else 0.0

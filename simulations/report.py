@@ -96,7 +96,7 @@ def level(summary: Mapping[str, Any]) -> str:
 
 
 def table(results: Mapping[Row, Sequence[Mapping[str, Any]]]) -> str:
-    """Return the Markdown table, with rows for zero-shot before the method rows that they belong to."""
+    """Return the Markdown table, with the zero-shot model and the free rival before the rows that they belong to."""
     lines = [
         "| method | config | ε | seeds | local accuracy | neighbour accuracy |",
         "|---|---|---|---|---|---|",
@@ -104,7 +104,7 @@ def table(results: Mapping[Row, Sequence[Mapping[str, Any]]]) -> str:
     for row, summaries in results.items():
         scores = {
             f"{when} {where}": spread([s["accuracy"][when][where] for s in summaries])
-            for when in ("zero_shot", "final")
+            for when in ("zero_shot", "free", "final")
             for where in ("local", "neighbour")
         }
         link = f"[{row.config}](../simulations/configs/{row.config})"
@@ -116,10 +116,11 @@ def table(results: Mapping[Row, Sequence[Mapping[str, Any]]]) -> str:
             f"{start}{scores['final local']} | {scores['final neighbour']} |"
         )
         if row.config == "nonprivate.toml" or (row.config == "demo.toml" and not row.changes):
-            lines.insert(
-                len(lines) - 1,
+            rival = summaries[0]["accuracy"]["free"]["rival"]
+            lines[-1:-1] = [
                 f"| zero-shot | {link} | 0 | {n} | {scores['zero_shot local']} | {scores['zero_shot neighbour']} |",
-            )
+                f"| free rival: {rival} | {link} | 0 | {n} | {scores['free local']} | {scores['free neighbour']} |",
+            ]
     return "\n".join(lines)
 
 

@@ -95,6 +95,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
             stopped, prompt = str(exhausted), strategy.prompt
             client = replace(client, rounds=strategy.rounds_done) if client else None
         rounds.check_delivered()
+    free = score_now(strategy, grid, prompt, "free", config.reply_timeout) if strategy.evaluate_every else None
     write_results(
         recorder,
         config,
@@ -104,6 +105,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
         rounds=rounds,
         prompt=prompt,
         plans=(record, client),
+        free=free,
         cards=cards,
         stopped=stopped,
         seconds=time.monotonic() - start,

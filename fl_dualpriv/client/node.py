@@ -226,7 +226,7 @@ class Node:
         return sorted(partitions)
 
     def score(self, request: messages.EvaluateRequest) -> messages.Scores:
-        """Score the zero-shot, the global or the personal prompt of each requested client on held-out images.
+        """Score the zero-shot, the free, the global or the personal prompt of each requested client on held-out images.
 
         Raises:
             PrivacyError: If those images are private here, or the owner of the node does not let their scores leave.
@@ -240,6 +240,9 @@ class Node:
             for partition in partitions:
                 self.folder(partition).log_refusal(request.run_token, f"evaluate, round {request.server_round}", reason)
             raise PrivacyError(reason)
+        if request.prompt == "free":
+            scores = run_context.task.free_scores(run_context.held[partitions], run_context.config)
+            return messages.Scores(partitions=tuple(partitions), values=scores)
         if request.prompt != "personal" or not run_context.keeps_state:
             kind = "zero-shot" if request.prompt == "zero-shot" else "global"
             counts, held = run_context.shared_counts(kind, request.global_prompt), run_context.held[partitions]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import append_json_line, write_bytes, write_json, write_tensors
-from fl_dualpriv.metrics import Accuracy
+from fl_dualpriv.metrics import Accuracy, harmonic_mean
 from fl_dualpriv.privacy.plan import Release
 from fl_dualpriv.run.checkpoint import FILES
 from fl_dualpriv.run.file_kinds import CURVE, PROGRESS, PROMPT, ROUNDS, SUMMARY, TOTALS, Kind, path_of
@@ -263,6 +263,8 @@ def build_summary(
     population: int,
     randomness: str,
     zero_shot: Accuracy | None,
+    free: Accuracy | None,
+    rival: str,
     final: Accuracy | None,
     split: str,
     group_names: Sequence[str],
@@ -278,6 +280,10 @@ def build_summary(
     """
     nothing = Accuracy(local=None, neighbour=None)
     before, after = zero_shot or nothing, final or nothing
+    accuracy = {"zero_shot": _entry(before), "free": _entry(free or nothing), "final": _entry(after)}
+    for entry in accuracy.values():
+        entry["harmonic_mean"] = harmonic_mean(entry["local"], entry["neighbour"])
+    accuracy["free"]["rival"] = rival
     # A node may have other groups than the server. The summary then names no groups.
     is_told = len(before.by_group) == len(after.by_group) == len(group_names)
     return {
@@ -289,7 +295,7 @@ def build_summary(
         "randomness": randomness,
         "evaluation_split": split,
         "groups": list(group_names) if is_told else [],
-        "accuracy": {"zero_shot": _entry(before), "final": _entry(after)},
+        "accuracy": accuracy,
         "privacy": [asdict(release) for release in releases],
         "rows": dict(rows),
         "notes": list(notes),

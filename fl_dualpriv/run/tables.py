@@ -43,22 +43,27 @@ def headline(summary: Mapping[str, Any], totals: Mapping[str, Any]) -> str:
 
 
 def results_table(summary: Mapping[str, Any]) -> Table:
-    """Build the table of accuracy before and after training, on local and on neighbour classes.
+    """Build the table of accuracy: the un-tuned model, the best rival that costs no ε, and this run.
 
-    Local classes are the client's own, neighbour classes those of other clients. Each question type has one line,
-    before → after, over the clients that hold the type.
+    Local records are of the client's own classes, neighbour records of those of other clients. The gain is the
+    difference to the free rival, because no ε should buy what is free. Each question type has one line, before → after,
+    over the clients that hold the type.
     """
     table = Table(caption=SEEDED_NOTE if _is_reproducible(summary) else None, box=box.SIMPLE_HEAD)
     table.add_column("accuracy")
-    table.add_column("local", justify="right")
-    table.add_column("neighbour", justify="right")
-    before, after = summary["accuracy"]["zero_shot"], summary["accuracy"]["final"]
-    table.add_row("zero-shot", percent(before["local"]), percent(before["neighbour"]))
-    table.add_row("final", percent(after["local"]), percent(after["neighbour"]))
-    table.add_row("gain, points", *(_points(before[kind], after[kind]) for kind in ("local", "neighbour")))
+    for column in ("local", "neighbour", "harmonic mean"):
+        table.add_column(column, justify="right")
+    before, free, after = (summary["accuracy"][name] for name in ("zero_shot", "free", "final"))
+    kinds = ("local", "neighbour", "harmonic_mean")
+    table.add_row("un-tuned", *(percent(before[kind]) for kind in kinds))
+    if free["rival"] != "un-tuned":
+        table.add_row(f"free rival: {free['rival']}", *(percent(free[kind]) for kind in kinds))
+    table.add_row("this run", *(percent(after[kind]) for kind in kinds))
+    table.add_row("gain on the free rival, points", *(_points(free[kind], after[kind]) for kind in kinds))
     names: Sequence[str] = summary.get("groups", [])
     for name, *pair in zip(names, before["by_group"], after["by_group"], strict=True) if names else ():
-        table.add_row(f"  {escape(name) or 'all'}", " → ".join(percent(value) for value in pair), _MISSING)
+        row = f"  {escape(name) or 'all'}", " → ".join(percent(value) for value in pair)
+        table.add_row(*row, _MISSING, _MISSING)
     return table
 
 

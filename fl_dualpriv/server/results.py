@@ -10,11 +10,13 @@ from fl_dualpriv import messages
 from fl_dualpriv.config.releases import list_releases, notes
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.methods.base import METHODS
+from fl_dualpriv.metrics import Accuracy
 from fl_dualpriv.privacy.plan import ClientLevelPlan, RecordLevelPlan
 from fl_dualpriv.run.file_kinds import without_kind
 from fl_dualpriv.run.recorder import RunRecorder, build_summary, first_and_last_accuracy
 from fl_dualpriv.server.rounds import Rounds
 from fl_dualpriv.tasks.base import Task
+from fl_dualpriv.tasks.disclosure import rival_of
 from fl_dualpriv.tasks.use_description import metadata_of_global
 
 _log = logging.getLogger("fl_dualpriv")
@@ -30,6 +32,7 @@ def write_results(
     rounds: Rounds,
     prompt: Tensor,
     plans: tuple[RecordLevelPlan | None, ClientLevelPlan | None],
+    free: Accuracy | None,
     cards: Mapping[int, messages.ClientCard],
     stopped: str | None,
     seconds: float,
@@ -49,6 +52,7 @@ def write_results(
         rounds: The rounds, which know what was released.
         prompt: p_G after the last round, (n_ctx, ctx_dim).
         plans: Record-level plan and client-level plan, each None without one.
+        free: Accuracy of the best rival that costs no ε, or None without scores.
         cards: Card of each client.
         stopped: Reason why the run ended early, or None.
         seconds: Duration of the run.
@@ -71,6 +75,8 @@ def write_results(
             population=config.population,
             randomness=config.privacy.randomness,
             zero_shot=zero_shot,
+            free=free,
+            rival=rival_of(config),
             final=final,
             split=config.evaluation.split,
             group_names=task.group_names,

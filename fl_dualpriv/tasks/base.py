@@ -11,6 +11,7 @@ from torch import Tensor
 from fl_dualpriv.config.schema import PromptConfig, RunConfig
 from fl_dualpriv.data.images import ImageDataset
 from fl_dualpriv.learners.base import Objective, Records, Regulariser
+from fl_dualpriv.metrics import Score
 from fl_dualpriv.models.base import ImageEncoder
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey, gaussian_noise
 from fl_dualpriv.run.user_folders import home
@@ -122,6 +123,15 @@ class Task(Protocol):
 
     def zero_shot_counts(self, config: RunConfig) -> Counts:
         """Score the model without learning."""
+        ...
+
+    def free_scores(self, held: Tensor, config: RunConfig) -> list[Score]:
+        """Score the best use of public knowledge without learning: the rival that costs no ε.
+
+        Args:
+            held: True where a client holds a group, (client, group) bool; public metadata.
+            config: Configuration of the run.
+        """
         ...
 
     def use_facts(self, config: RunConfig) -> UseFacts | None:

@@ -26,7 +26,7 @@ from fl_dualpriv.learners.head import LowRankHead
 from fl_dualpriv.learners.row_check import MADE_UP_BLOCKS
 from fl_dualpriv.learners.rows import rows_at_once
 from fl_dualpriv.methods.base import METHODS
-from fl_dualpriv.metrics import count_by_class, count_logits
+from fl_dualpriv.metrics import Score, count_by_class, count_logits, scores_within_lists
 from fl_dualpriv.models.base import Backbone
 from fl_dualpriv.models.load import load_backbone
 from fl_dualpriv.models.pruning.in_tower import PatchReading
@@ -161,6 +161,11 @@ class ImageTask:
         """Score the class features of the filled-in template; see `Task`."""
         images, features = self.held_out(config.evaluation.split), self.text.zero_shot_features()
         return count_by_class(features, images.features, images.labels, len(self.data.class_names))
+
+    def free_scores(self, held: Tensor, config: RunConfig) -> list[Score]:
+        """Score the filled-in template where each client answers within its own class list at home; see `Task`."""
+        images, features = self.held_out(config.evaluation.split), self.text.zero_shot_features()
+        return scores_within_lists(images.features @ features.T, images.labels, held)
 
     def initial_prompt(self, config: RunConfig) -> Tensor:
         """Return the template's words, a draw from N(0, 0.02²), or the start of another learner; see `Task`."""

@@ -21,6 +21,7 @@ from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.learners.answers import BLOCK, AnswerObjective, AnswerRecords, answer_records
 from fl_dualpriv.learners.row_check import MADE_UP_BLOCKS
 from fl_dualpriv.learners.soft_prompt import SoftPromptObjective
+from fl_dualpriv.metrics import Score, split_counts
 from fl_dualpriv.models.answering import AnsweringModel
 from fl_dualpriv.models.load import load_answering_model
 from fl_dualpriv.models.pruning.tokens import TokenPruner
@@ -74,6 +75,10 @@ class QuestionTask:
     def data_identity(self) -> dict[str, str]:
         """See `Task`."""
         return data_identity(self.data, self.partitions)
+
+    def free_scores(self, held: Tensor, config: RunConfig) -> list[Score]:
+        """Score the un-tuned model; see `Task`. The public types of a client's questions restrict no answer."""
+        return split_counts(*self.zero_shot_counts(config), held, by_group=True)
 
     def use_facts(self, config: RunConfig) -> UseFacts | None:
         """See `Task`."""

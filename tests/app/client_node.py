@@ -18,7 +18,7 @@ from fl_dualpriv.privacy.plan import RoundTerms
 
 DEFAULTS = app_defaults(Path(__file__).parents[2])
 PROMPT = torch.zeros(4, 32)
-KINDS: tuple[messages.PromptKind, ...] = ("zero-shot", "global", "personal")
+KINDS: tuple[messages.PromptKind, ...] = ("zero-shot", "free", "global", "personal")
 
 Nodes = Callable[..., LocalGrid]
 # What the run configuration below promises, and what its honest server asks for.

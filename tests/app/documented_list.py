@@ -109,7 +109,7 @@ COMMANDS: Mapping[str, Mapping[str, Run | Skip]] = {
         "make demo": Run(says=("ε 3.995 (record)", "30.6 %"), leaves=("runs/demo/summary.json",)),
         "make test": Run(more='PYTEST_ADDOPTS="tests/fl_dualpriv/test_files.py"', says=(" passed",)),
         "source .venv/bin/activate": Run(more='&& test "$VIRTUAL_ENV" = "$PWD/.venv"'),
-        "fl-dualpriv run simulations/configs/nonprivate.toml": Run(more=ONE_ROUND, says=("final",)),
+        "fl-dualpriv run simulations/configs/nonprivate.toml": Run(more=ONE_ROUND, says=("this run",)),
         "fl-dualpriv run simulations/configs/demo.toml --set method=promptfl": Run(more=ONE_ROUND, says=("promptfl",)),
         "fl-dualpriv run simulations/configs/demo.toml --set population=100": Run(
             more=ONE_ROUND, says=("100 clients",)
@@ -131,16 +131,16 @@ COMMANDS: Mapping[str, Mapping[str, Run | Skip]] = {
             more=SHORT_IMAGES,
             put={"IMAGES": "images", "CHECKPOINT.safetensors": "checkpoint.safetensors"},
             before="make_checkpoint",
-            says=("final",),
+            says=("this run",),
         ),
         "fl-dualpriv run simulations/configs/your-data.toml --set data.path=IMAGES "
         "--set backbone.name=local-dir:FOLDER": Run(
-            more=SHORT_IMAGES, put={"IMAGES": "images", "FOLDER": "clip"}, says=("final",)
+            more=SHORT_IMAGES, put={"IMAGES": "images", "FOLDER": "clip"}, says=("this run",)
         ),
         "fl-dualpriv run simulations/configs/your-data.toml --set data.path=IMAGES --set backbone.name=hf:FOLDER": Run(
-            more=SHORT_IMAGES, put={"IMAGES": "images", "FOLDER": "hf-clip"}, says=("final",)
+            more=SHORT_IMAGES, put={"IMAGES": "images", "FOLDER": "hf-clip"}, says=("this run",)
         ),
-        "fl-dualpriv run simulations/configs/vqa.toml": Run(more=ONE_ROUND, says=("final",)),
+        "fl-dualpriv run simulations/configs/vqa.toml": Run(more=ONE_ROUND, says=("this run",)),
         "fl-dualpriv run simulations/configs/vqa.toml --set data.ref=questions --set data.path=QUESTIONS.jsonl "
         '--set backbone.name=hf:FOLDER --set "prompt.words=Answer with one word." --set prompt.init=random': Run(
             more=ONE_ROUND,
@@ -172,11 +172,11 @@ COMMANDS: Mapping[str, Mapping[str, Run | Skip]] = {
         "fl-dualpriv run CHECKOUT/simulations/configs/client-level.toml --engine local --set rounds=2 "
         "--set strategy.ref=my_mean:MyMean": Run(
             put={"CHECKOUT": ".", "strategy.ref=my_mean:MyMean": "strategy.ref=strategies.my_mean:MyMean"},
-            says=("100 clients", "final"),
+            says=("100 clients", "this run"),
         ),
         "fl-dualpriv run CHECKOUT/simulations/configs/client-level.toml --set strategy.ref=momentum:Momentum "
         "--set plugin.momentum.momentum=0.5": Run(
-            more=ONE_ROUND, put={"CHECKOUT": "."}, before="save_momentum", says=("100 clients", "final")
+            more=ONE_ROUND, put={"CHECKOUT": "."}, before="save_momentum", says=("100 clients", "this run")
         ),
     },
     "docs/resume.md": {

@@ -107,7 +107,7 @@ def check_files(out: Path, method: str) -> dict[str, Any]:
     assert bool(torch.isfinite(global_prompt(out)).all())
     assert Image.open(out / "curve.png").format == "PNG"
     assert not (out / "error.json").exists()
-    for scores in found["accuracy"].values():
+    for scores in ({k: v for k, v in entry.items() if k != "rival"} for entry in found["accuracy"].values()):
         assert all(0 <= value <= 1 for value in scores.values())
     return found
 
@@ -182,17 +182,28 @@ def test_every_method_starts_from_the_same_zero_shot(run: Run):
     assert found[0]["local"] is not None
 
 
+def test_the_free_rival_knows_each_clients_class_list_and_costs_nothing(run: Run):
+    accuracy = summary(run())["accuracy"]
+    assert accuracy["free"]["rival"] == "un-tuned, own class list"
+    assert accuracy["free"]["local"] >= accuracy["zero_shot"]["local"]  # no right answer is lost
+    assert accuracy["free"]["neighbour"] == accuracy["zero_shot"]["neighbour"]
+    alone = summary(run({"data.partition": "iid"}, name="iid"))["accuracy"]  # each client holds every class
+    assert alone["free"]["local"] == alone["zero_shot"]["local"]
+
+
 def test_round_zero_is_the_zero_shot_score_and_costs_nothing(run: Run):
     out = run()
     first = strict((out / "rounds.jsonl").read_text().splitlines()[0])
     assert first["round"] == 0
-    assert first["accuracy"] == summary(out)["accuracy"]["zero_shot"]
+    found = dict(summary(out)["accuracy"]["zero_shot"])
+    found.pop("harmonic_mean")
+    assert first["accuracy"] == found
     assert first["epsilon"] == {"record_level": 0.0, "client_level": None}
 
 
 def test_zero_shot_sends_no_train_message(run: Run, asked: Counter[str]):
     run({"method": "zero-shot"})
-    assert asked == {"query": 3, "evaluate": 3}
+    assert asked == {"query": 3, "evaluate": 6}  # the un-tuned model, and the free rival
 
 
 @pytest.mark.parametrize("changes", [{}, TRUSTING, CLIENT_LEVEL], ids=["record", "trusting", "client"])
@@ -354,7 +365,7 @@ def test_private_held_out_data_is_never_scored_under_dp(run: Run, asked: Counter
     assert asked["evaluate"] == 0
     found = summary(out)
     assert "reported metrics" not in [r["release"] for r in found["privacy"]]
-    assert all(value is None for scores in found["accuracy"].values() for value in scores.values())
+    assert all(scores[kind] is None for scores in found["accuracy"].values() for kind in ("local", "neighbour"))
     assert all(line["accuracy"] is None for line in rounds(out))
     assert any("no scores" in note for note in found["notes"])
 

@@ -100,7 +100,7 @@ def test_the_server_sends_one_tensor_and_says_who_when_and_on_what_terms():
     }
 
 
-@pytest.mark.parametrize("kind", ["zero-shot", "global", "personal"])
+@pytest.mark.parametrize("kind", ["zero-shot", "free", "global", "personal"])
 def test_evaluate_task_survives(kind: messages.PromptKind):
     task = messages.EvaluateRequest(partitions=(3,), global_prompt=PROMPT, server_round=2, run_token="abc", prompt=kind)
     back = messages.read_evaluate(message(messages.evaluate_content(task)))
@@ -115,7 +115,7 @@ def test_an_unknown_prompt_kind_is_refused():
             "config": ConfigRecord({"partitions": [0], "server-round": 1, "run-token": "abc", "prompt": "clean"}),
         }
     )
-    with pytest.raises(ValueError, match=r"'clean'.*allowed: zero-shot, global, personal"):
+    with pytest.raises(ValueError, match=r"'clean'.*allowed: zero-shot, free, global, personal"):
         messages.read_evaluate(message(content))
 
 

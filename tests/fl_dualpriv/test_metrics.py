@@ -5,8 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fl_dualpriv.metrics import Accuracy, Score, count_by_class, mean_accuracy, score, split_counts
+from fl_dualpriv.metrics import (
+    Accuracy,
+    Score,
+    count_by_class,
+    count_logits,
+    harmonic_mean,
+    mean_accuracy,
+    score,
+    scores_within_lists,
+    split_counts,
+)
 
 CLASSES = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
 # nearest classes: 0, 1, 2, 0, 1
@@ -100,3 +112,45 @@ def test_a_client_without_such_images_is_left_out():
     assert mean_accuracy(scores) == Accuracy(local=0.5, neighbour=0.25)
     assert mean_accuracy(scores[:1]) == Accuracy(local=0.25, neighbour=None)
     assert mean_accuracy([]) == Accuracy(local=None, neighbour=None)
+
+
+def test_within_its_list_a_client_answers_the_largest_logit_of_its_classes():
+    # Labels 0, 1, 2, 2. Unrestricted answers: 0 (right), 2 (wrong), 2 (right), 1 (wrong).
+    logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 1.0, 2.0], [0.0, 1.0, 2.0], [0.0, 2.0, 1.0]])
+    labels = torch.tensor([0, 1, 2, 2])
+    held = torch.tensor([[True, True, False], [False, False, True], [True, True, True]])
+    found = scores_within_lists(logits, labels, held, by_group=True)
+    # Client 0, list {0, 1}: the image of class 1 has 1.0 against 0.0 and becomes right.
+    assert (found[0].local_correct, found[0].local_total) == (2, 2)
+    # Client 1, list {2}: both images of class 2 are right, because no other answer is left.
+    assert (found[1].local_correct, found[1].local_total) == (2, 2)
+    # Client 2 holds all classes: as unrestricted.
+    assert (found[2].local_correct, found[2].local_total) == (2, 4)
+    # Other clients' images are answered among all classes: of class 2 one of two, of classes 0 and 1 one of two.
+    assert [(s.neighbour_correct, s.neighbour_total) for s in found] == [(1, 2), (1, 2), (0, 0)]
+    assert found[0].by_group == ((1, 1), (1, 1), (0, 0))
+
+
+def test_an_image_with_a_logit_that_is_not_finite_is_wrong_within_a_list_too():
+    logits = torch.tensor([[1.0, float("nan")], [1.0, float("-inf")], [1.0, 0.0]])
+    (found,) = scores_within_lists(logits, torch.tensor([0, 0, 0]), torch.tensor([[True, False]]))
+    assert (found.local_correct, found.local_total) == (1, 3)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_a_list_loses_no_right_answer_at_home(seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    logits, labels = torch.randn(40, 6, generator=generator), torch.randint(6, (40,), generator=generator)
+    held = torch.rand(5, 6, generator=generator) < 0.5
+    plain = split_counts(*count_logits(logits, labels, 6), held)
+    for free, before in zip(scores_within_lists(logits, labels, held), plain, strict=True):
+        assert free.local_correct >= before.local_correct
+        assert (free.local_total, free.neighbour_correct) == (before.local_total, before.neighbour_correct)
+
+
+@pytest.mark.parametrize(
+    ("local", "neighbour", "expected"),
+    [(0.572, 0.306, 0.3987), (0.5, 0.5, 0.5), (0.0, 0.0, 0.0), (0.4, 0.0, 0.0), (None, 0.5, None), (0.5, None, None)],
+)
+def test_harmonic_mean(local: float | None, neighbour: float | None, expected: float | None):
+    assert harmonic_mean(local, neighbour) == (None if expected is None else pytest.approx(expected, abs=1e-4))

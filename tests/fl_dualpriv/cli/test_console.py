@@ -68,7 +68,9 @@ def columns(text: str, *starts: str) -> set[int]:
 def test_a_run(call: Call, encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def engine(chosen: run_job.Engine, job: run_job.Job) -> None:
         good_engine(chosen, job)
-        grouped = {kind: SUMMARY["accuracy"][kind] | {"by_group": [0.25, 0.5]} for kind in ("zero_shot", "final")}
+        grouped = {
+            kind: SUMMARY["accuracy"][kind] | {"by_group": [0.25, 0.5]} for kind in ("zero_shot", "free", "final")
+        }
         more = {"accuracy": grouped, "groups": ["Straße", "猫"], "notes": ["ε is nominal ± 1 …"]}
         (job.out / "summary.json").write_text(json.dumps(SUMMARY | more))
 

@@ -36,7 +36,11 @@ SUMMARY: dict[str, Any] = {
     "rounds": 2,
     "population": 10,
     "randomness": "os",
-    "accuracy": {"zero_shot": {"local": 0.4, "neighbour": 0.4}, "final": {"local": 0.55, "neighbour": 0.41}},
+    "accuracy": {
+        "zero_shot": {"local": 0.4, "neighbour": 0.4, "harmonic_mean": 0.4},
+        "free": {"local": 0.5, "neighbour": 0.4, "harmonic_mean": 0.444, "rival": "un-tuned, own class list"},
+        "final": {"local": 0.55, "neighbour": 0.41, "harmonic_mean": 0.47},
+    },
     "privacy": [
         {
             "release": "client upload",
@@ -95,7 +99,7 @@ def test_a_good_run_prints_rounds_tables_and_place(invoke: Callable[..., Result]
     assert result.exit_code == 0, result.output
     assert "round 1/2 · 2.0 s · local 50.0 %, neighbour - · ε 1.25 (record)\n" in result.output
     assert "round 2/2 · 2.0 s · local 50.0 %, neighbour - · ε 1.25 (record) · 1 failed\n" in result.output
-    assert "+15.0" in result.output
+    assert "+5.0" in result.output  # 55 - 50, the free rival
     assert "theorem" in result.output
     assert f"results: {tmp_path / 'out'}\n" in result.output
     assert "made of the releases in the table: rounds.jsonl, summary.json; no ε covers the other files" in result.output

@@ -38,6 +38,8 @@ def summary(**changes: Any) -> dict[str, Any]:
         "population": 3,
         "randomness": "os",
         "zero_shot": Accuracy(local=0.5, neighbour=0.25),
+        "free": Accuracy(local=0.625, neighbour=0.25),
+        "rival": "un-tuned, own class list",
         "final": Accuracy(local=0.75, neighbour=None),
         "group_names": ("cat", "dog"),
         "split": "test",
@@ -78,8 +80,15 @@ def test_summary_has_the_promised_keys(tmp_path: Path):
     promised |= {"rows"}
     assert found.keys() == promised | {"accuracy", "privacy", "versions", "config"}
     assert found["accuracy"] == {
-        "zero_shot": {"local": 0.5, "neighbour": 0.25},
-        "final": {"local": 0.75, "neighbour": None},
+        # 2 * 0.5 * 0.25 / 0.75 = 1/3; 2 * 0.625 * 0.25 / 0.875 = 5/14
+        "zero_shot": {"local": 0.5, "neighbour": 0.25, "harmonic_mean": pytest.approx(1 / 3)},
+        "free": {
+            "local": 0.625,
+            "neighbour": 0.25,
+            "harmonic_mean": pytest.approx(5 / 14),
+            "rival": "un-tuned, own class list",
+        },
+        "final": {"local": 0.75, "neighbour": None, "harmonic_mean": None},
     }
     keys = {"release", "unit", "relation", "sampling", "releases", "epsilon", "delta", "trusts", "guarantee"}
     assert keys <= found["privacy"][0].keys()
@@ -89,9 +98,11 @@ def test_summary_has_the_promised_keys(tmp_path: Path):
 
 
 def test_unscored_runs_have_the_same_keys():
-    assert summary(zero_shot=None, final=None)["accuracy"] == {
-        "zero_shot": {"local": None, "neighbour": None},
-        "final": {"local": None, "neighbour": None},
+    nothing = {"local": None, "neighbour": None, "harmonic_mean": None}
+    assert summary(zero_shot=None, free=None, final=None)["accuracy"] == {
+        "zero_shot": nothing,
+        "free": nothing | {"rival": "un-tuned, own class list"},
+        "final": nothing,
     }
 
 

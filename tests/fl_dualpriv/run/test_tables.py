@@ -30,8 +30,9 @@ SUMMARY: dict[str, Any] = {
     "randomness": "os",
     "privacy": [RELEASE],
     "accuracy": {
-        "zero_shot": {"local": 0.5, "neighbour": 0.456},
-        "final": {"local": 0.6123, "neighbour": None},
+        "zero_shot": {"local": 0.5, "neighbour": 0.456, "harmonic_mean": 0.477},
+        "free": {"local": 0.56, "neighbour": 0.456, "harmonic_mean": 0.5027, "rival": "un-tuned, own class list"},
+        "final": {"local": 0.6123, "neighbour": 0.44, "harmonic_mean": 0.512},
     },
 }
 
@@ -52,16 +53,28 @@ def row(table: Table, start: str) -> list[str]:
 
 def test_results_in_percent_and_points() -> None:
     table = results_table(SUMMARY)
-    assert row(table, "zero-shot") == ["zero-shot", "50.0 %", "45.6 %"]
-    assert row(table, "final") == ["final", "61.2 %", "-"]
-    assert row(table, "gain") == ["gain, points", "+11.2", "-"]
+    assert row(table, "un-tuned") == ["un-tuned", "50.0 %", "45.6 %", "47.7 %"]
+    assert row(table, "free") == ["free rival: un-tuned, own class list", "56.0 %", "45.6 %", "50.3 %"]
+    assert row(table, "this run") == ["this run", "61.2 %", "44.0 %", "51.2 %"]
+    # The gain is over the free rival: 61.2 - 56.0, not 61.2 - 50.0.
+    assert row(table, "gain") == ["gain on the free rival, points", "+5.2", "-1.6", "+0.9"]
     assert headline(SUMMARY, TOTALS) == "dpfpl · engine local · seed 3 · 10 rounds · 10 clients · 2 failed · 61 s"
 
 
 def test_names_of_groups_are_no_markup() -> None:
-    told = {kind: {"local": 0.5, "neighbour": None, "by_group": [0.25]} for kind in ("zero_shot", "final")}
+    told = {
+        kind: {"local": 0.5, "neighbour": None, "harmonic_mean": None, "by_group": [0.25], "rival": "un-tuned"}
+        for kind in ("zero_shot", "free", "final")
+    }
     table = results_table(SUMMARY | {"groups": ["[/red] what"], "accuracy": told})
-    assert row(table, "[/red]") == ["[/red] what", "25.0 % → 25.0 %", "-"]
+    assert row(table, "[/red]") == ["[/red] what", "25.0 % → 25.0 %", "-", "-"]
+
+
+def test_where_nothing_public_helps_the_un_tuned_model_is_the_rival_and_has_one_row() -> None:
+    accuracy = SUMMARY["accuracy"] | {"free": SUMMARY["accuracy"]["zero_shot"] | {"rival": "un-tuned"}}
+    shown = text(results_table(SUMMARY | {"accuracy": accuracy}))
+    assert "free rival:" not in shown
+    assert "+11.2" in shown  # 61.2 - 50.0
 
 
 @pytest.mark.parametrize(("randomness", "marked"), [("os", False), ("seeded", True)])
