@@ -223,7 +223,7 @@ def read_scores(reply: Message) -> Scores:
 
     Raises:
         ValueError: If there is not one count of each kind for each named client, if a value is not a count, or if a
-            count of correct images exceeds the total.
+            count of correct records exceeds the total.
     """
     partitions, failed = _read_clients(reply)
     record = reply.content.metric_records["score"]

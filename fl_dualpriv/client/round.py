@@ -257,7 +257,7 @@ class TrainRound:
 
 
 def published_training(config: RunConfig, participant: Participant) -> PublishedTraining:
-    """Return the numbers of the DP-FPL paper's formulas, from the configuration and a client's number of records."""
+    """Return the numbers of the DP-FPL paper's formulas, from the configuration and a client's public record count."""
     record, steps = config.privacy.record, config.rounds * config.train.local_steps
     return PublishedTraining(
         local_steps=config.train.local_steps,

@@ -223,7 +223,7 @@ def _clean_sums(gradients: StepGradients, plan: RecordLevelPlan, masks: Tensor |
 
 
 def _release(clean: ClippedSum, plan: RecordLevelPlan, source: RandomSource) -> Tensor:
-    """Add the client's noise to the clipped sum: the only place where a record's influence leaves the private side."""
+    """Add the client's noise to the clipped sum. Only this or a trusted server's clean sum leaves the private side."""
     return release(clean, plan.local_noise_multiplier, source)
 
 

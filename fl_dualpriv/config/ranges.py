@@ -140,7 +140,7 @@ RANGES: dict[str, Range] = {
     "pruning.update-warm-up": _whole(1, MOST_RELEASES, "a mask needs an earlier release"),
     "pruning.update-exploration": Range(lambda x: 0 <= x <= 1, "in [0, 1]", "0 never tries a pruned block again"),
     "train.momentum": Range(lambda x: 0 <= x < 1, "in [0, 1)", "0.9 is usual"),
-    "data.max-tokens": _whole(2, 100_000, "give the number of tokens of the longest question"),
+    "data.max-tokens": _whole(2, 100_000, "give a public number with room for a long question and its answer"),
     "fedpgp.contrastive-weight": _number(0, 1e6, "0 switches the contrastive term off"),
     "fedpgp.contrastive-temperature": _number(1e-6, 1e6, "0.5 is usual"),
     "fedotp.mass": Range(lambda x: 0 < x <= 1, "in (0, 1]", "1 uses every patch"),

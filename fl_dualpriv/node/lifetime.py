@@ -168,4 +168,6 @@ def _of_path(budget: Budget, run: tuple[int, float, float]) -> Admission:
         budget.epsilon,
         lambda epsilon: epsilon <= budget.epsilon,
     )
-    return Admission(filter="path", runs=runs, note="no filter: the PLD of terms that a server chose bounds nothing")
+    return Admission(
+        filter="path", runs=runs, note="no filter: the PLD of terms chosen after earlier runs bounds nothing"
+    )

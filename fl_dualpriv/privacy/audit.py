@@ -1,6 +1,6 @@
 """Lower bounds on ε that follow from an auditor's guesses about planted canaries. Imports only numpy and scipy.
 
-A fair coin for each of m canaries decides if the canary is in the data. The auditor sees the releases and guesses the
+Each of m canaries is in the data or out of it by its own fair coin. The auditor sees the releases and guesses the
 coins. Under (ε, δ)-DP no guesser, by any procedure, guesses much better than e^ε / (1 + e^ε), so too many right guesses
 refute ε.
 """

@@ -26,7 +26,7 @@ NOTE_AFTER = 2.0
 """Seconds after which a calibration logs that it is at work."""
 
 _CELLS = (4_000, 40_000)  # cells of the PLDs of a search: a rough one, then one that is nearly exact
-_IDLE_MULTIPLIER = 0.051  # used where less noise spends no more: a unit is sampled only with probability δ
+_IDLE_MULTIPLIER = 0.051  # used where less noise spends no more: a unit is sampled with probability δ at most
 
 _log = logging.getLogger("fl_dualpriv")
 

@@ -160,7 +160,7 @@ def client_sum(updates: Tensor, weights: Tensor, clip_norm: float) -> ClippedSum
 
 
 def trusting_sum(uploads: Tensor, counts: Tensor, unit_bound: float) -> ClippedSum:
-    """Add up clients' own integer sums of clipped records, each bounded by its public number of records.
+    """Add up clients' own integer sums of clipped records, each bounded in norm by its public number of records.
 
     Guarantee:
         An upload of integers of norm at most ``counts`` · GRID_STEPS is added unchanged, so one record moves the value

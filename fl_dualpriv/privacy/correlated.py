@@ -264,7 +264,7 @@ class BandedNoise(CorrelatedNoise):
 
     @functools.cached_property
     def squared_sensitivities(self) -> np.ndarray:
-        """Squared sensitivities of the pattern that begins first.
+        """Squared sensitivities, which are those of the pattern that begins first: no other pattern has larger ones.
 
         The influence of any other pattern is the same sequence, shifted to later rounds and cut off at the end.
         """

@@ -70,7 +70,8 @@ def check_terms(client_terms: RoundTerms, offered: RoundTerms) -> None:
         passes at least as strictly as they promised.
 
     Raises:
-        PrivacyError: If an offered term exceeds the client's own. The message lists all problems.
+        PrivacyError: If ``offered`` asks for more than ``client_terms`` allow (less noise included), or for another
+            mechanism or arithmetic. The message lists all problems.
     """
     problems = []
     if offered.mechanism != client_terms.mechanism:
@@ -179,7 +180,8 @@ class ClientLevelPlan:
         delta: δ at which ε is stated.
         arithmetic: Arithmetic of the sum over the cohort and its noise; the ε is the same (see `rounded_gaussian`).
         adaptive: Rule by which S follows a quantile of the norms, which is released with the sum. None if S is fixed.
-        correlated: Noise over all planned rounds of the run, even if it ends earlier. None for independent noise.
+        correlated: Noise over all planned rounds of the run, for any number of rounds that are made. None for
+            independent noise.
     """
 
     clip_norm: float

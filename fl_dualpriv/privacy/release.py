@@ -1,4 +1,4 @@
-"""The only function that adds noise to a clipped sum, at a client and at the server."""
+"""The only function that adds noise to a `ClippedSum`; `server.strategy` noises float results of `combine` itself."""
 
 from torch import Tensor
 

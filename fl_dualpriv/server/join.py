@@ -24,7 +24,7 @@ def check_engine(config: RunConfig, engine: str) -> None:
 
 
 def join(grid: Grid, config: RunConfig) -> tuple[dict[int, messages.ClientCard], dict[int, int]]:
-    """Wait for all nodes, then ask each for its clients. Sampling starts after that, because in Flower it races.
+    """Wait for all nodes, then ask each for its clients. No client is sampled before: Flower's sampling would race.
 
     Returns:
         Each client's card and the id of its node, both by partition, in order.

@@ -77,7 +77,7 @@ class RoundStrategy(Strategy):
         evaluate_every: Rounds between evaluations; 0 = never.
         prompt_kind: Kind of prompt that clients score.
         run_token: Token of the run; clients drop state of other runs.
-        terms: Releases that clients are asked for in a round, for them to check.
+        terms: Terms on which clients are asked for the releases of a round, for them to check.
         tolerates_failures: True if a failed client counts as zero (DP). Otherwise it ends the run, because without DP
             nothing hides it.
         privacy: Server-side noise, or None.
@@ -260,7 +260,7 @@ class RoundStrategy(Strategy):
             return self.combine(updates)
 
     def _noised(self, partitions: Sequence[int], diffs: Tensor, privacy: ServerPrivacy, source: RandomSource) -> Tensor:
-        """Clip, combine and noise the uploads: the only place where they leave the private side."""
+        """Clip, combine and noise the uploads: the only place where their sum leaves the private side."""
         if privacy.arithmetic == "integer":  # the plain combine(), with its division after the noise
             clean = self._integer_sum(partitions, diffs, privacy)
             return release(clean, privacy.noise_multiplier, source) / self.divisor()

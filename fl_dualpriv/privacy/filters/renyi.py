@@ -20,10 +20,10 @@ class RenyiFilter:
 
     Guarantee:
         As in `PrivacyFilter`. If the sum of adaptively chosen Rényi divergences at a *fixed* order never exceeds ρ,
-        then everything together has divergence ρ (Feldman and Zrnic 2021, arXiv:2008.11193, Theorem 3.1). This holds
-        for interleaved runs too (Haney et al. 2023, arXiv:2309.05901). ρ is the largest divergence that implies (ε, δ)
-        (`renyi_bound`). The order is a function of the owner's file only: the best order for the releases that occurred
-        would depend on these releases.
+        then everything together has divergence at most ρ (Feldman and Zrnic 2021, arXiv:2008.11193, Theorem 3.1). This
+        holds for interleaved runs too (Haney et al. 2023, arXiv:2309.05901). ρ is the largest divergence that implies
+        (ε, δ) (`renyi_bound`). The order is a function of the owner's file only: the best order for the releases that
+        occurred would depend on these releases.
 
     Args:
         budget: The owner's limits.

@@ -21,7 +21,7 @@ class ReserveFilter:
         that is (ε_i, δ_i)-DP by PLD, with δ_i = (δ − δ′) / ``expected_runs``. With ``sum`` the plans that are admitted
         have Σ ε_i ≤ ε and Σ δ_i ≤ δ (Rogers et al. 2016, arXiv:1605.08294). With ``advanced`` they have
         √(2 log(1/δ′) Σ ε_i²) + ½ Σ ε_i² ≤ ε (Whitehouse et al. 2023, arXiv:2203.05481, Theorem 1). Both hold for ε_i
-        that are chosen after earlier releases, and for runs that interleave (Haney et al. 2023, arXiv:2309.05901).
+        that depend on earlier releases, and for runs that interleave (Haney et al. 2023, arXiv:2309.05901).
         Releases that are made again after a crash count against the plan.
 
     Args:
