@@ -1,4 +1,7 @@
-"""Accuracy on a client's own classes (local) and on all other classes (neighbour), always over all class names."""
+"""Accuracy on a client's own classes (local) and on all other classes (neighbour).
+
+Answers are over all class names, but for the free rival at home; see `scores_within_lists`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -95,6 +95,11 @@ class RunContext:
         """True where a client holds a group, (population, group) bool; public metadata."""
         return held_groups(self.task)
 
+    @functools.cached_property
+    def free_scores(self) -> list[Score]:
+        """Scores of the free rival for every client of the run, computed once per process."""
+        return self.task.free_scores(self.held, self.config)
+
     def shared_counts(self, kind: messages.PromptKind, prompt: Tensor) -> Counts:
         """Count correct and all held-out records per group for a prompt of all clients; cache the last result."""
         key = (kind, b"" if kind == "zero-shot" else prompt.numpy().tobytes())
@@ -241,7 +246,7 @@ class Node:
                 self.folder(partition).log_refusal(request.run_token, f"evaluate, round {request.server_round}", reason)
             raise PrivacyError(reason)
         if request.prompt == "free":
-            scores = run_context.task.free_scores(run_context.held[partitions], run_context.config)
+            scores = [run_context.free_scores[partition] for partition in partitions]
             return messages.Scores(partitions=tuple(partitions), values=scores)
         if request.prompt != "personal" or not run_context.keeps_state:
             kind = "zero-shot" if request.prompt == "zero-shot" else "global"

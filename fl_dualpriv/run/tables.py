@@ -59,7 +59,8 @@ def results_table(summary: Mapping[str, Any]) -> Table:
     if free["rival"] != "un-tuned":
         table.add_row(f"free rival: {free['rival']}", *(percent(free[kind]) for kind in kinds))
     table.add_row("this run", *(percent(after[kind]) for kind in kinds))
-    table.add_row("gain on the free rival, points", *(_points(free[kind], after[kind]) for kind in kinds))
+    rival = "the un-tuned model" if free["rival"] == "un-tuned" else "the free rival"
+    table.add_row(f"gain on {rival}, points", *(_points(free[kind], after[kind]) for kind in kinds))
     names: Sequence[str] = summary.get("groups", [])
     for name, *pair in zip(names, before["by_group"], after["by_group"], strict=True) if names else ():
         row = f"  {escape(name) or 'all'}", " → ".join(percent(value) for value in pair)

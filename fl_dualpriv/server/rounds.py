@@ -175,6 +175,14 @@ class Rounds:
         return sum(event.run == token for event in privacy.ledger.read().events)
 
 
+def score_free_rival(strategy: RoundStrategy, grid: Grid, prompt: Tensor, timeout: float) -> Accuracy | None:
+    """Score the best use of public knowledge; None without scores, or if a client did not answer."""
+    if not strategy.evaluate_every:
+        return None
+    requests = strategy.evaluation_messages(0, prompt, "free")
+    return strategy.read_free_scores(grid.send_and_receive(requests, timeout=timeout))
+
+
 def score_now(
     strategy: RoundStrategy, grid: Grid, prompt: Tensor, kind: messages.PromptKind, timeout: float
 ) -> Accuracy | None:

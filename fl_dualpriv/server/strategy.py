@@ -383,6 +383,19 @@ class RoundStrategy(Strategy):
         scores = {p: s for answer in collection.answers for p, s in zip(answer.partitions, answer.values, strict=True)}
         return mean_accuracy([scores[p] for p in sorted(scores)]) if scores else None
 
+    def read_free_scores(self, replies: Iterable[Message]) -> Accuracy | None:
+        """Return the mean accuracy of the free rival, or None if a client did not answer.
+
+        A missing answer neither counts as a failure nor ends a run, because the rival is no part of it. The mean over
+        other clients than those of the run's own scores would not be comparable.
+        """
+        collection = collect(self._asked, replies, messages.read_scores, "score", "0")
+        if collection.failed:
+            _log.warning("the free rival is not scored: %d clients did not answer", len(collection.failed))
+            return None
+        scores = {p: s for answer in collection.answers for p, s in zip(answer.partitions, answer.values, strict=True)}
+        return mean_accuracy([scores[p] for p in sorted(scores)])
+
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Average the scores and report the round."""
         accuracy = self.read_scores(server_round, replies)

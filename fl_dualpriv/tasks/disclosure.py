@@ -20,7 +20,10 @@ def keeps_bad_records(config: RunConfig) -> bool:
 
 
 def rival_of(config: RunConfig) -> str:
-    """Name the strongest rival that uses only public knowledge, and so costs no ε; see `Task.free_scores`."""
+    """Name the rival that uses only public knowledge and so costs no ε; see `Task.free_scores`.
+
+    For questions it is the un-tuned model: no list of a client's answers is public.
+    """
     return "un-tuned" if config.data.asks_questions else "un-tuned, own class list"
 
 

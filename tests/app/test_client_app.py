@@ -202,15 +202,16 @@ def test_no_more_releases_than_the_plan_accounts_for(nodes: Nodes, tmp_path: Pat
     assert ledger_lines(tmp_path) <= 2  # a repetition is refused before its release
 
 
-def test_private_held_out_data_are_not_scored_for_any_server(nodes: Nodes):
-    assert evaluate(nodes({"evaluation.held-out-data": "private"})).has_error()
+@pytest.mark.parametrize("kind", KINDS)
+def test_private_held_out_data_are_not_scored_for_any_server(nodes: Nodes, kind: messages.PromptKind):
+    assert evaluate(nodes({"evaluation.held-out-data": "private"}), kind).has_error()
 
 
 def test_personal_and_global_scores_count_the_same_images(nodes: Nodes):
     grid = nodes()
     train(grid)
     scores = [s for kind in KINDS for s in messages.read_scores(evaluate(grid, kind)).values]
-    assert len(scores) == 3
+    assert len(scores) == len(KINDS)
     assert {(s.local_total, s.neighbour_total) for s in scores} == {(2, 2)}  # one class of two is the client's
 
 

@@ -1,4 +1,7 @@
-"""Run the golden cases with the code of two commits on this machine, and compare prompts and ledgers bit by bit.
+"""Run the golden cases with the code of two commits on this machine, and compare prompts, ledgers and results.
+
+Tensors are compared bit by bit, with the metadata of their files; ledgers without clock readings; of the results the
+accuracies, the releases with their ε, and the notes. Each commit computes its image features itself.
 
 Usage: python tests/golden/compare.py START [END] [--only NAME ...]
        python tests/golden/compare.py START --here          (END is the work tree as it stands)
@@ -22,11 +25,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import CASES, Case
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "build" / "golden"
-_CLOCK = ("time",)  # keys of a ledger's line that say when, not what
+_CLOCK = ("time",)  # keys of a ledger's line that hold clock readings
+_TOKEN = "run-token"  # two runs never share one
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -36,13 +41,28 @@ def digests(folder: Path) -> dict[str, str]:
         for name, tensor in sorted(load_file(file).items()):
             key = f"{file.relative_to(folder).as_posix()}:{name}"
             found[key] = hashlib.sha256(f"{tensor.dtype}{tensor.shape}".encode() + tensor.tobytes()).hexdigest()
+        with safe_open(file, framework="numpy") as content:
+            metadata = {key: value for key, value in (content.metadata() or {}).items() if key != _TOKEN}
+        found[f"{file.relative_to(folder).as_posix()} metadata"] = _digest(metadata)
     for file in sorted(folder.rglob("ledger.jsonl")):
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         timeless = [{k: v for k, v in line.items() if k not in _CLOCK} for line in lines]
-        found[file.relative_to(folder).as_posix()] = hashlib.sha256(
-            json.dumps(timeless, sort_keys=True).encode()
-        ).hexdigest()
+        found[file.relative_to(folder).as_posix()] = _digest(timeless)
+    if (folder / "summary.json").exists():
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        scores = {
+            f"{when} {where}": summary["accuracy"][when][where]
+            for when in ("zero_shot", "final")
+            for where in ("local", "neighbour")
+        }
+        lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+        found["summary.json"] = _digest([scores, summary["privacy"], summary["notes"], summary["rounds"]])
+        found["rounds.jsonl"] = _digest([json.loads(line) for line in lines])
     return found
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _without_token(folder: Path) -> None:
@@ -57,23 +77,23 @@ def _without_token(folder: Path) -> None:
     assert summary, "an empty summary"
 
 
-def _command(checkout: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
-    """The console script of a checkout, whose code comes before the installed one."""
+def _command(checkout: Path, home: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
+    """The console script of a checkout, whose code comes before the installed one, with a home that caches nothing."""
     project = tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     module, _, name = project["scripts"]["fl-dualpriv"].partition(":")
     start = f"import sys; sys.argv[0] = 'fl-dualpriv'; from {module} import {name}; {name}()"
-    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "HOME": str(home)}
     return [sys.executable, "-c", start, *arguments], environment
 
 
-def _run(checkout: Path, case: Case, out: Path, values: tuple[str, ...]) -> str:
+def _run(checkout: Path, home: Path, case: Case, out: Path, values: tuple[str, ...]) -> str:
     """Run a case; the end of what it wrote if it failed, else empty."""
     settings = [word for value in values for word in ("--set", value)]
     arguments = ("run", str(checkout / case.config), "--engine", "local", "--out", str(out), "--overwrite", *settings)
-    command, environment = _command(checkout, *arguments)
+    command, environment = _command(checkout, home, *arguments)
     if case.is_cut_off:
         _kill_after_first_round(command, environment, checkout, out)
-        command, environment = _command(checkout, "run", "--resume", str(out), "--engine", "local")
+        command, environment = _command(checkout, home, "run", "--resume", str(out), "--engine", "local")
     done = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True, check=False)
     return "" if done.returncode == 0 else (done.stdout + done.stderr)[-1500:]
 
@@ -94,19 +114,21 @@ def _kill_after_first_round(command: list[str], environment: dict[str, str], che
 def run_cases(checkout: Path, cases: list[Case]) -> dict[str, dict[str, str]]:
     """Digests of each case with the code of a checkout; a case that fails has an ``error``."""
     results = {}
+    home = tempfile.TemporaryDirectory()  # the cases of a commit share its features
     for case in cases:
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "run"
-            error = _run(checkout, case, out, case.values)
+            error = _run(checkout, Path(home.name), case, out, case.values)
             if error and case.renamed is not None:
-                error = _run(checkout, case, out, case.renamed)
+                error = _run(checkout, Path(home.name), case, out, case.renamed)
             if not error:
                 _without_token(out)
             results[case.name] = {"error": error} if error else digests(out)
         print(f"  {case.name}: {time.monotonic() - start:.0f} s{', FAILED' if error else ''}", flush=True)
         if error:
             print(error)
+    home.cleanup()
     return results
 
 
@@ -136,7 +158,7 @@ def differences(start: dict[str, dict[str, str]], end: dict[str, dict[str, str]]
     found = []
     for case in cases:
         one, two = start[case.name], end[case.name]
-        if "error" in one or "error" in two:
+        if not one or not two or "error" in one or "error" in two:
             found.append(f"{case.name}: failed")
         elif one != two:
             names = sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))

@@ -13,8 +13,9 @@ import fl_dualpriv.client.round
 import fl_dualpriv.server.results
 from fl_dualpriv.client.round import TrainRound
 from fl_dualpriv.errors import PrivacyError
-from fl_dualpriv.privacy import accounting, ledger
+from fl_dualpriv.privacy import accounting, ledger, plan
 from fl_dualpriv.privacy.accounting import SampledGaussians
+from fl_dualpriv.privacy.filters import base, reserve, worst_terms
 from fl_dualpriv.privacy.filters.budget import Budget
 from fl_dualpriv.privacy.filters.worst_terms import WorstTermsFilter
 from fl_dualpriv.privacy.ledger import Ledger, LedgerContent, LedgerEvent, ReservedPlan
@@ -145,8 +146,8 @@ def the_accountant_is_a_central_limit(patch: Patch) -> None:
             low, high = (middle, high) if spent > delta else (low, middle)
         return high
 
-    patch.setattr(accounting, "composed_epsilon", approximate)
-    patch.setattr(ledger, "composed_epsilon", approximate)
+    for module in (accounting, ledger, plan, reserve, base, worst_terms):  # all that look the name up
+        patch.setattr(module, "composed_epsilon", approximate)
 
 
 def a_refined_pld_rounds_losses_down(patch: Patch) -> None:

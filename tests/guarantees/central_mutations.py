@@ -171,7 +171,7 @@ CENTRAL_MUTATIONS = (
     ),
     Mutation(
         name="a strategy can read the noise that is remembered",
-        where="fl_dualpriv.server.strategy.hidden",
+        where="fl_dualpriv.server.strategy.without_noise_memory",
         plant=hooks_see_the_noise,
         caught_by=(central_checks.a_strategys_code_does_not_see_the_noise,),
     ),

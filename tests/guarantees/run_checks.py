@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -200,12 +200,13 @@ def floats_are_refused_where_the_owner_demands_integers(federation: Federation) 
 def private_scores_stay(federation: Federation) -> None:
     """Held-out images that were cut out of a client's own folder are private: their scores are no release."""
     grid = federation.nodes()
-    task = messages.EvaluateRequest(
-        partitions=(0,), global_prompt=PROMPT, server_round=1, run_token="t", prompt="global"
-    )
-    (reply,) = grid.send_and_receive([Message(messages.evaluate_content(task), 1, MessageType.EVALUATE)])
-    assert reply.has_error(), "scores on private images left"
-    assert "unaccounted release" in (reply.error.reason or "")
+    for kind in get_args(messages.PromptKind):
+        request = messages.EvaluateRequest(
+            partitions=(0,), global_prompt=PROMPT, server_round=1, run_token="t", prompt=kind
+        )
+        (reply,) = grid.send_and_receive([Message(messages.evaluate_content(request), 1, MessageType.EVALUATE)])
+        assert reply.has_error(), f"{kind} scores on private images left"
+        assert "unaccounted release" in (reply.error.reason or "")
 
 
 def a_round_is_done_once(federation: Federation) -> None:

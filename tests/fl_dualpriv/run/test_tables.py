@@ -74,6 +74,7 @@ def test_where_nothing_public_helps_the_un_tuned_model_is_the_rival_and_has_one_
     accuracy = SUMMARY["accuracy"] | {"free": SUMMARY["accuracy"]["zero_shot"] | {"rival": "un-tuned"}}
     shown = text(results_table(SUMMARY | {"accuracy": accuracy}))
     assert "free rival:" not in shown
+    assert row(results_table(SUMMARY | {"accuracy": accuracy}), "gain")[0] == "gain on the un-tuned model, points"
     assert "+11.2" in shown  # 61.2 - 50.0
 
 
