@@ -31,8 +31,22 @@ from fl_dualpriv.flower import supervisor
 from tests.app.documented_commands import ROOT, blocks_of, commands_of
 from tests.app.run_folders import write_images
 
-_COPIED = ("attacks", "benchmarks", "clients", "deploy", "docs", "fl_dualpriv", "simulations", "strategies", "tests", "tools", "CHANGELOG.md", "LICENSE",
-           "CONTRIBUTING.md", "Makefile", "README.md", "constraints.txt", "pyproject.toml", ".gitignore")  # fmt: skip
+_COPIED = (
+    *(
+        "attacks",
+        "benchmarks",
+        "clients",
+        "deploy",
+        "docs",
+        "fl_dualpriv",
+        "simulations",
+        "strategies",
+        "tests",
+        "tools",
+    ),
+    *("CHANGELOG.md", "LICENSE", "CONTRIBUTING.md", "Makefile", "README.md", "constraints.txt", "pyproject.toml"),
+    ".gitignore",
+)
 _QUESTIONS = ("what color is the circle ?", "is the square red ?", "which shape is there ?", "is there a circle ?",
               "what is this ?", "which color is there ?")  # fmt: skip
 _ANSWERS = ("red", "yes", "circle", "no", "a square", "blue")
