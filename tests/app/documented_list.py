@@ -138,7 +138,9 @@ COMMANDS: Mapping[str, Mapping[str, Run | Skip]] = {
             more=SHORT_IMAGES, put={"IMAGES": "images", "FOLDER": "clip"}, says=("this run",)
         ),
         "fl-dualpriv run simulations/configs/your-data.toml --set data.path=IMAGES --set backbone.name=hf:FOLDER": Run(
-            more=SHORT_IMAGES, put={"IMAGES": "images", "FOLDER": "hf-clip"}, says=("this run",)
+            more=f"{SHORT_IMAGES} --set prompt.init=random",
+            put={"IMAGES": "images", "FOLDER": "hf-clip"},
+            says=("this run",),
         ),
         "fl-dualpriv run simulations/configs/vqa.toml": Run(more=ONE_ROUND, says=("this run",)),
         "fl-dualpriv run simulations/configs/vqa.toml --set data.ref=questions --set data.path=QUESTIONS.jsonl "
