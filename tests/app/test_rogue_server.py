@@ -165,9 +165,9 @@ def write_app(folder: Path, *, rogue: bool) -> Path:
         ignored = shutil.ignore_patterns("__pycache__", "benchmarks", "attacks")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     text = (ROOT / "pyproject.toml").read_text()
-    # What it excludes is not here, and each pattern has to match something.
-    text, removed = re.subn(r"^fab-(?:in|ex)clude = .*\n", "", text, flags=re.MULTILINE)
-    assert removed == 2
+    # The list names files that are not here, and each pattern has to match something.
+    text, removed = re.subn(r"^fab-include = .*\n", "", text, flags=re.MULTILINE)
+    assert removed == 1
     if rogue:
         (folder / "rogue").mkdir()
         shutil.copy(ROGUE, folder / "rogue" / "server_app.py")
