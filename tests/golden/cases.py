@@ -1,23 +1,11 @@
 """The seeded runs whose prompts and ledgers must not change when code is moved or renamed."""
 
 from dataclasses import dataclass
+from typing import get_args
 
-METHODS = (
-    "dpfpl",
-    "promptfl",
-    "local-only",
-    "lowrank",
-    "full",
-    "zero-shot",
-    "dpfpl-paper",
-    "linear-probe",
-    "prototypes",
-    "fedpgp",
-    "dp-lora",
-    "ffa-lora",
-    "fedotp",
-)
-"""All methods of the configuration; `test_golden.py` compares the list with the configuration's own."""
+from fl_dualpriv.config.methods import Method
+
+METHODS = get_args(Method)
 
 TWO_ROUNDS = ("rounds=2", "evaluation.every=2")
 OF_QUESTIONS = ("dp-lora", "ffa-lora")
