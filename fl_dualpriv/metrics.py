@@ -100,7 +100,7 @@ def split_counts(correct: Tensor, total: Tensor, held: Tensor, *, by_group: bool
     ]
 
 
-def scores_within_lists(logits: Tensor, labels: Tensor, held: Tensor, *, by_group: bool = False) -> list[Score]:
+def scores_within_lists(logits: Tensor, labels: Tensor, held: Tensor) -> list[Score]:
     """Compute the scores of the free rival: at home each client's answers are restricted to its class list.
 
     A client's class list is public, so this costs no ε. No correct answer at home is lost by the restriction: the
@@ -111,27 +111,16 @@ def scores_within_lists(logits: Tensor, labels: Tensor, held: Tensor, *, by_grou
         logits: Logits of the un-tuned model (image, n_cls); an image with a non-finite logit counts as wrong.
         labels: Labels (image,).
         held: True where a client holds a class, (client, n_cls) bool.
-        by_group: True to report the counts of each class that the client holds, too.
     """
-    n_cls = logits.shape[1]
-    correct, total = count_logits(logits, labels, n_cls)
-    free = split_counts(correct, total, held, by_group=by_group)
+    unrestricted = split_counts(*count_logits(logits, labels, logits.shape[1]), held)
     lists, list_of = torch.unique(held, dim=0, return_inverse=True)  # clients with one list share one count
-    counts = []
-    for row in lists:
-        inside = row.to(labels.device)[labels]
+    correct = []
+    for row in lists.to(logits.device):
+        inside = row[labels]
         finite = torch.isfinite(logits[inside]).all(dim=1)
-        restricted = logits[inside].masked_fill(~row.to(logits.device), -torch.inf)
-        right = labels[inside][(restricted.argmax(dim=1) == labels[inside]) & finite]
-        counts.append(torch.bincount(right, minlength=n_cls).cpu())
-    scores = []
-    for client, of in enumerate(list_of.tolist()):
-        groups = ()
-        if by_group:
-            pairs = zip((counts[of] * held[client]).tolist(), (total * held[client]).tolist(), strict=True)
-            groups = tuple(pairs)
-        scores.append(replace(free[client], local_correct=int(counts[of].sum()), by_group=groups))
-    return scores
+        answers = logits[inside].masked_fill(~row, -torch.inf).argmax(dim=1)
+        correct.append(int(((answers == labels[inside]) & finite).sum()))
+    return [replace(score, local_correct=correct[i]) for score, i in zip(unrestricted, list_of.tolist(), strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)

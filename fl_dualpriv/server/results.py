@@ -16,7 +16,6 @@ from fl_dualpriv.run.file_kinds import without_kind
 from fl_dualpriv.run.recorder import RunRecorder, build_summary, first_and_last_accuracy
 from fl_dualpriv.server.rounds import Rounds
 from fl_dualpriv.tasks.base import Task
-from fl_dualpriv.tasks.disclosure import rival_of
 from fl_dualpriv.tasks.use_description import metadata_of_global
 
 _log = logging.getLogger("fl_dualpriv")
@@ -76,7 +75,7 @@ def write_results(
             randomness=config.privacy.randomness,
             zero_shot=zero_shot,
             free=free,
-            rival=rival_of(config),
+            rival=task.free_rival,
             final=final,
             split=config.evaluation.split,
             group_names=task.group_names,

@@ -380,8 +380,7 @@ class RoundStrategy(Strategy):
         """Return the mean accuracy of the clients that answered; None if none did."""
         collection = collect(self._asked, replies, messages.read_scores, "score", str(server_round))
         self._fail(server_round, {p: f"evaluation: {reason}" for p, reason in collection.failed.items()})
-        scores = {p: s for answer in collection.answers for p, s in zip(answer.partitions, answer.values, strict=True)}
-        return mean_accuracy([scores[p] for p in sorted(scores)]) if scores else None
+        return _mean_accuracy(collection.answers)
 
     def read_free_scores(self, replies: Iterable[Message]) -> Accuracy | None:
         """Return the mean accuracy of the free rival, or None if a client did not answer.
@@ -393,8 +392,7 @@ class RoundStrategy(Strategy):
         if collection.failed:
             _log.warning("the free rival is not scored: %d clients did not answer", len(collection.failed))
             return None
-        scores = {p: s for answer in collection.answers for p, s in zip(answer.partitions, answer.values, strict=True)}
-        return mean_accuracy([scores[p] for p in sorted(scores)])
+        return _mean_accuracy(collection.answers)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Average the scores and report the round."""
@@ -404,3 +402,9 @@ class RoundStrategy(Strategy):
 
     def summary(self) -> None:
         """Log nothing, because the server app prints the privacy table."""
+
+
+def _mean_accuracy(answers: Sequence[messages.Scores]) -> Accuracy | None:
+    """Average the scores of all answers in the order of the clients; None if there are none."""
+    scores = {p: s for answer in answers for p, s in zip(answer.partitions, answer.values, strict=True)}
+    return mean_accuracy([scores[p] for p in sorted(scores)]) if scores else None

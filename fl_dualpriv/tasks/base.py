@@ -125,6 +125,11 @@ class Task(Protocol):
         """Score the model without learning."""
         ...
 
+    @property
+    def free_rival(self) -> str:
+        """Name of the rival that `free_scores` scores."""
+        ...
+
     def free_scores(self, held: Tensor, config: RunConfig) -> list[Score]:
         """Score the best use of public knowledge without learning: the rival that costs no ε.
 

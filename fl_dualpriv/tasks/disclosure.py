@@ -19,14 +19,6 @@ def keeps_bad_records(config: RunConfig) -> bool:
     return has_record_plan or config.privacy.client.mechanism != "none"
 
 
-def rival_of(config: RunConfig) -> str:
-    """Name the rival that uses only public knowledge and so costs no ε; see `Task.free_scores`.
-
-    For questions it is the un-tuned model: no list of a client's answers is public.
-    """
-    return "un-tuned" if config.data.asks_questions else "un-tuned, own class list"
-
-
 def may_score(config: RunConfig) -> bool:
     """Return True if accuracies on the held-out images may leave: under DP only if those images are public."""
     return not config.claims_privacy or held_out_is_public(config.data, config.evaluation)

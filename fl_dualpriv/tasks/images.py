@@ -136,8 +136,6 @@ class ImageTask:
         return describe_use(
             config,
             self.backbone,
-            self.backbone.pruner,
-            fingerprint=self.backbone.fingerprint,
             classes=self.data.class_names,
             template=self.data.template,
             max_tokens=0,
@@ -161,6 +159,11 @@ class ImageTask:
         """Score the class features of the filled-in template; see `Task`."""
         images, features = self.held_out(config.evaluation.split), self.text.zero_shot_features()
         return count_by_class(features, images.features, images.labels, len(self.data.class_names))
+
+    @property
+    def free_rival(self) -> str:
+        """The un-tuned model that knows each client's public class list."""
+        return "un-tuned, own class list"
 
     def free_scores(self, held: Tensor, config: RunConfig) -> list[Score]:
         """Score the filled-in template where each client answers within its own class list at home; see `Task`."""

@@ -76,8 +76,13 @@ class QuestionTask:
         """See `Task`."""
         return data_identity(self.data, self.partitions)
 
+    @property
+    def free_rival(self) -> str:
+        """The un-tuned model, because no list of a client's answers is public."""
+        return "un-tuned"
+
     def free_scores(self, held: Tensor, config: RunConfig) -> list[Score]:
-        """Score the un-tuned model; see `Task`. The public types of a client's questions restrict no answer."""
+        """Score the un-tuned model; see `Task`."""
         return split_counts(*self.zero_shot_counts(config), held, by_group=True)
 
     def use_facts(self, config: RunConfig) -> UseFacts | None:
@@ -85,8 +90,6 @@ class QuestionTask:
         return describe_use(
             config,
             self.backbone,
-            self.backbone.pruner,
-            fingerprint=self.backbone.fingerprint,
             classes=(),
             template=self.words(config.prompt),
             max_tokens=self.max_tokens,

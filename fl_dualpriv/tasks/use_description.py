@@ -11,9 +11,10 @@ from pathlib import Path
 
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.methods.base import METHODS
-from fl_dualpriv.models.base import HUGGING_FACE, ImageEncoder
+from fl_dualpriv.models.answering import AnsweringModel
+from fl_dualpriv.models.base import HUGGING_FACE, Backbone
 from fl_dualpriv.models.checkpoints import CHECKPOINT_SUFFIXES
-from fl_dualpriv.models.pruning.tokens import TokenPruner, VisualTokenPruner
+from fl_dualpriv.models.pruning.tokens import VisualTokenPruner
 from fl_dualpriv.tasks.base import Task
 from fl_dualpriv.tasks.use_facts import BackboneFacts, Kind, PrunerFacts, UseFacts
 
@@ -34,10 +35,8 @@ def kind_of(config: RunConfig) -> Kind | None:
 
 def describe_use(
     config: RunConfig,
-    backbone: ImageEncoder,
-    pruner: TokenPruner | None,
+    backbone: Backbone | AnsweringModel,
     *,
-    fingerprint: str,
     classes: tuple[str, ...],
     template: str,
     max_tokens: int,
@@ -46,9 +45,7 @@ def describe_use(
 
     Args:
         config: Configuration of the run.
-        backbone: The frozen model.
-        pruner: Pruner of visual tokens, or None.
-        fingerprint: Fingerprint of the model's weights.
+        backbone: The frozen model, with its pruner of visual tokens if there is one.
         classes: Class names in the order of the classifier; empty for questions.
         template: Template with one ``{}``, or the words of the un-tuned model for questions.
         max_tokens: Tokens of a question and its answer; 0 for images.
@@ -56,7 +53,7 @@ def describe_use(
     Returns:
         The facts, or None if the prompt cannot be used without the run.
     """
-    kind = kind_of(config)
+    kind, pruner = kind_of(config), backbone.pruner
     is_known = pruner is None or (isinstance(pruner, VisualTokenPruner) and pruner.keep_ratio is not None)
     if kind is None or not is_known:
         return None
@@ -65,12 +62,12 @@ def describe_use(
         classes=classes,
         template=template,
         max_tokens=max_tokens,
-        backbone=_backbone_facts(config, backbone, fingerprint),
+        backbone=_backbone_facts(config, backbone),
         pruner=_pruner_facts(pruner),
     )
 
 
-def _backbone_facts(config: RunConfig, backbone: ImageEncoder, fingerprint: str) -> BackboneFacts:
+def _backbone_facts(config: RunConfig, backbone: Backbone | AnsweringModel) -> BackboneFacts:
     name, pretrained = config.backbone.name, config.backbone.pretrained
     prefix = next((p for p in (_LOCAL, HUGGING_FACE) if name.startswith(p)), "")
     source = Path(name.removeprefix(prefix)).expanduser()
@@ -81,7 +78,7 @@ def _backbone_facts(config: RunConfig, backbone: ImageEncoder, fingerprint: str)
         pretrained=_label(Path(pretrained).name),
         is_local=is_local,
         precision=config.backbone.precision,
-        fingerprint=fingerprint,
+        fingerprint=backbone.fingerprint,
         image_side=backbone.feature_key,
     )
 

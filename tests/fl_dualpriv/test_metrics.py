@@ -119,7 +119,7 @@ def test_within_its_list_a_client_answers_the_largest_logit_of_its_classes():
     logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 1.0, 2.0], [0.0, 1.0, 2.0], [0.0, 2.0, 1.0]])
     labels = torch.tensor([0, 1, 2, 2])
     held = torch.tensor([[True, True, False], [False, False, True], [True, True, True]])
-    found = scores_within_lists(logits, labels, held, by_group=True)
+    found = scores_within_lists(logits, labels, held)
     # Client 0, list {0, 1}: the image of class 1 has 1.0 against 0.0 and becomes right.
     assert (found[0].local_correct, found[0].local_total) == (2, 2)
     # Client 1, list {2}: both images of class 2 are right, because no other answer is left.
@@ -128,7 +128,6 @@ def test_within_its_list_a_client_answers_the_largest_logit_of_its_classes():
     assert (found[2].local_correct, found[2].local_total) == (2, 4)
     # Other clients' images are answered among all classes: of class 2 one of two, of classes 0 and 1 one of two.
     assert [(s.neighbour_correct, s.neighbour_total) for s in found] == [(1, 2), (1, 2), (0, 0)]
-    assert found[0].by_group == ((1, 1), (1, 1), (0, 0))
 
 
 def test_an_image_with_a_logit_that_is_not_finite_is_wrong_within_a_list_too():
