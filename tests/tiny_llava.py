@@ -53,9 +53,10 @@ def save_tiny_llava(
     layers: int | list[int] = -2,
     text: dict[str, Any] | None = None,
     vision_changes: dict[str, Any] | None = None,
+    words: tuple[str, ...] = WORDS,
 ) -> Path:
     """16 patches of 8 x 8, 2 + 2 blocks of width 32, grouped keys, 64 tokens of context."""
-    settings = {"num_key_value_heads": 1, "max_position_embeddings": 64, "vocab_size": 4 + len(WORDS),
+    settings = {"num_key_value_heads": 1, "max_position_embeddings": 64, "vocab_size": 4 + len(words),
                 "bos_token_id": 1, "eos_token_id": END_ID, "pad_token_id": END_ID}  # fmt: skip
     languages = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "gpt2": "GPT2Config"}
     strategy = "default" if vision == "clip" else "full"
@@ -84,7 +85,7 @@ def save_tiny_llava(
         images = transformers.SiglipImageProcessor(size=size)
     processor = transformers.LlavaProcessor(
         image_processor=images,
-        tokenizer=tiny_tokenizer(),
+        tokenizer=tiny_tokenizer(words),
         patch_size=8,
         vision_feature_select_strategy=strategy,
         num_additional_image_tokens=int(vision == "clip"),

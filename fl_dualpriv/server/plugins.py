@@ -1,14 +1,14 @@
 """Load plug-ins by their name ``module:Class``; there is no registry.
 
 A module is part of the app, installed, or a file in a folder that the configuration names. Options of a class are its
-own fields, under keys ``plugin.<class in lower case>.<field>``. Like the configuration, this module imports only the
-standard library.
+own fields, under keys ``plugin.<class in lower case>.<field>``. Like the configuration, this module is light to import.
 """
 
 import difflib
 import importlib
 import json
 import sys
+import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -78,20 +78,33 @@ def find_module(flat: Mapping[str, Value], app_dir: Path, folders: Iterable[Path
 
     Args:
         flat: Flat run configuration.
-        app_dir: Folder of the app, whose modules need no path.
+        app_dir: Folder of the app. A module that travels in its bundle needs no path.
         folders: Folders to search, in order, in which a user keeps strategy files.
     """
     reference = flat.get("strategy.ref")
     parts = reference.partition(":")[0].split(".") if isinstance(reference, str) else [""]
 
-    def holds(folder: Path) -> bool:
+    def module_file(folder: Path) -> Path | None:
         place = folder.joinpath(*parts)
-        return place.with_name(f"{place.name}.py").is_file() or (place / "__init__.py").is_file()
+        files = (place.with_name(f"{place.name}.py"), place / "__init__.py")
+        return next((file for file in files if file.is_file()), None)
 
-    if flat.get("strategy.path") or not all(part.isidentifier() for part in parts) or holds(app_dir):
+    if flat.get("strategy.path") or not all(part.isidentifier() for part in parts):
         return dict(flat)
-    module_folder = next((folder for folder in folders if holds(folder)), None)
+    if (own := module_file(app_dir)) is not None and _travels(own.relative_to(app_dir), app_dir):
+        return dict(flat)
+    module_folder = next((folder for folder in folders if module_file(folder) is not None), None)
     return {**flat, "strategy.path": str(module_folder)} if module_folder else dict(flat)
+
+
+def _travels(file: Path, app_dir: Path) -> bool:
+    """True if the app's bundle has the file, a path below the app's folder: an app without a list bundles all."""
+    import pathspec  # late, so that the module stays light
+
+    project = tomllib.loads((app_dir / "pyproject.toml").read_text(encoding="utf-8"))
+    listed = project["tool"]["flwr"]["app"].get("fab-include")
+    # The patterns are those of .gitignore, as for Flower.
+    return listed is None or pathspec.GitIgnoreSpec.from_lines(listed).match_file(file.as_posix())
 
 
 def pack_options(flat: Mapping[str, Value], listed: Mapping[str, Value]) -> dict[str, Value]:

@@ -248,10 +248,11 @@ class ScratchCheckout:
         """A SuperLink with the options of deploy/systemd, and the node file of docs/deploy.md for it."""
         (certificates,) = [c.text for c in commands_of("docs/deploy.md") if "certificates.py" in c.text]
         self.call(certificates.replace(" certs ", " etc "))
-        connection = self._document("docs/deploy.md", "[superlink]")
+        connection = self._document("docs/deploy.md", "[superlink.federation]")
         connection = connection.replace("/abs/path", str(self.path / "etc"))
         file = self.path / ".venv" / "flower" / "config.toml"
-        file.write_text(connection.replace("fl.example.org:8000", f"localhost:{self.port}"))
+        connection = connection.replace("fl.example.org:8000", f"localhost:{self.port}")
+        file.write_text(f"{file.read_text()}\n{connection}")
         self._start_superlink()
         self._write_node_file(self.path / "etc" / "node.toml", self.path / "etc" / "node.key", "state")
 

@@ -15,6 +15,7 @@ from tests.app.documented_list import COMMANDS, MOST_SKIPPED, PYTHON, Run, Skip
 from tests.app.scratch_checkout import ScratchCheckout
 from tests.conftest import DOCUMENTED
 from tests.fl_dualpriv.models.conftest import hf_clip_dir, make_hf_clip
+from tests.tiny_llava import WORDS
 
 __all__ = ["hf_clip_dir", "make_hf_clip"]  # fixtures
 
@@ -93,7 +94,11 @@ def checkout(
     hf_clip_dir: Path,
     make_llava_dir: Callable[..., Path],
 ) -> Iterator[ScratchCheckout]:
-    models = {"clip": tiny_clip_dir, "hf-clip": hf_clip_dir, "llava": make_llava_dir()}
+    models = {
+        "clip": tiny_clip_dir,
+        "hf-clip": hf_clip_dir,
+        "llava": make_llava_dir(words=(*WORDS, "Answer", "with", "one", "word", ".")),
+    }
     made = ScratchCheckout.made(tmp_path_factory.mktemp("documented"), models)
     yield made
     made.stop_programs()

@@ -138,6 +138,7 @@ def test_the_folder_is_found_for_a_user_who_stands_in_it(tmp_path: Path):
     for file in (app / "strategies/known.py", here / "strategies/known.py", here / "mine.py", there / "mine.py"):
         file.write_text("")
     (there / "package" / "__init__.py").write_text("")
+    (app / "pyproject.toml").write_text('[tool.flwr.app]\nfab-include = ["/strategies/**/*.py"]\n')
 
     def path(reference: str, **more: str) -> str:
         flat = {"strategy.ref": reference, "strategy.path": "", **more}
@@ -149,6 +150,15 @@ def test_the_folder_is_found_for_a_user_who_stands_in_it(tmp_path: Path):
     assert path("json:JSONDecoder") == ""  # installed, or nowhere: the server says
     assert path("mine:Mine", **{"strategy.path": "/given"}) == "/given"
     assert path("not a module:X") == ""
+
+
+@pytest.mark.parametrize(("listed", "travels"), [('fab-include = ["/strategies/**/*.py"]', False), ("", True)])
+def test_a_file_beside_the_apps_packages_needs_a_path_unless_it_is_bundled(tmp_path: Path, listed: str, travels: bool):
+    """A user who stands in a checkout saves a strategy there; the bundle of the app does not have it."""
+    (tmp_path / "pyproject.toml").write_text(f"[tool.flwr.app]\n{listed}\n")
+    (tmp_path / "momentum.py").write_text("")
+    flat = {"strategy.ref": "momentum:Momentum", "strategy.path": ""}
+    assert find_module(flat, tmp_path, (tmp_path,))["strategy.path"] == ("" if travels else str(tmp_path))
 
 
 # --- options that the app does not list -------------------------------------------------------------------------------
