@@ -7,7 +7,6 @@ with a name, a path or a checkpoint raises one `ConfigError`.
 import contextlib
 import difflib
 import functools
-import importlib.resources
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 
+from fl_dualpriv.assets import embedded_model_folder
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.models import checkpoints, torchvision_shim
 from fl_dualpriv.models.base import Precision
@@ -32,7 +32,11 @@ torchvision_shim.install()  # open_clip imports torchvision, which CPU torch can
 import open_clip  # noqa: E402
 from open_clip.transform import PreprocessCfg, image_transform_v2  # noqa: E402
 
-_DEMO, _LOCAL_DIR = "demo", "local-dir:"
+from fl_dualpriv.models import conv_stem  # noqa: E402
+
+conv_stem.register()
+
+_LOCAL_DIR = "local-dir:"
 
 
 class OpenClipBackbone(FrozenModel):
@@ -187,10 +191,9 @@ def _load_model(name: str, pretrained: str, device: str) -> tuple[nn.Module, Any
     Backbones that differ only in pruning or precision share them. The configuration is open_clip's ``model_cfg``; the
     changes that a checkpoint's tag makes to it show in the printed module.
     """
-    folder = None
-    if name == _DEMO:
-        folder = Path(str(importlib.resources.files("fl_dualpriv.assets"))) / "demo"
-    elif name.startswith(_LOCAL_DIR):
+    embedded = embedded_model_folder(name)
+    folder = None if embedded is None else Path(str(embedded))
+    if name.startswith(_LOCAL_DIR):
         folder = Path(name.removeprefix(_LOCAL_DIR)).expanduser()
     if folder is None:
         architecture = _check_model_name(name)
@@ -219,7 +222,7 @@ def _check_model_name(name: str) -> str:
     close = [by_lower[match] for match in difflib.get_close_matches(spelled.lower(), by_lower, n=3)]
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     raise ConfigError(
-        f"backbone.name = {name!r} is not demo, {_LOCAL_DIR}PATH or one of open_clip's {len(known)} models{hint}"
+        f"backbone.name = {name!r} is not demo, shelf, {_LOCAL_DIR}PATH or one of open_clip's {len(known)} models{hint}"
     )
 
 

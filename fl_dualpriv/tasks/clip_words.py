@@ -18,7 +18,7 @@ from typing import Any
 import ftfy
 import regex
 
-from fl_dualpriv.assets import demo_folder
+from fl_dualpriv.assets import embedded_model_folder
 
 _SPECIAL = ("<start_of_text>", "<end_of_text>")
 _MERGES = 49152 - 256 - 2
@@ -61,8 +61,9 @@ def text_rules(backbone: str) -> TextRules | None:
         backbone: Value of ``backbone.name``.
     """
     try:
-        if backbone == "demo" or backbone.startswith(_LOCAL):
-            folder = demo_folder() if backbone == "demo" else Path(backbone.removeprefix(_LOCAL)).expanduser()
+        embedded = embedded_model_folder(backbone)
+        if embedded is not None or backbone.startswith(_LOCAL):
+            folder = embedded or Path(backbone.removeprefix(_LOCAL)).expanduser()
             vocabulary = folder / "vocabulary.json"
             if vocabulary.is_file():
                 content = json.loads(vocabulary.read_text(encoding="utf-8"))
