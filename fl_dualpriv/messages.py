@@ -6,7 +6,7 @@ of ``partitions``.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -15,13 +15,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from torch import Tensor
 
 from fl_dualpriv.learners.row_check import RowPath
-from fl_dualpriv.metrics import Score
+from fl_dualpriv.metrics import ScoreTable
 from fl_dualpriv.privacy.plan import RoundTerms
 
 PromptKind = Literal["zero-shot", "free", "global", "personal"]
 """Prompt that is scored; ``free`` is the un-tuned model with the best use of public knowledge."""
-_COUNTS = {name.replace("_", "-"): name for name in (f.name for f in fields(Score)) if name != "by_group"}
-_GROUPS = ("group-correct", "group-total")
+_SCORE = ("total", "correct", "held")
 _DEAD_ACTOR = re.compile(r"<class 'ray\.exceptions\.(ActorDied|RayActor)Error'>:")
 
 
@@ -83,7 +82,7 @@ class Scores:
     """Reply of a node to an `EvaluateRequest`; see `Uploads`."""
 
     partitions: tuple[int, ...]
-    values: list[Score]
+    values: ScoreTable
     failed: dict[int, str] = field(default_factory=dict)
 
 
@@ -210,50 +209,55 @@ def read_uploads(reply: Message, shape: tuple[int, ...]) -> Uploads:
 
 
 def scores_content(scores: Scores) -> RecordDict:
-    """Build the content of an evaluate reply: four counts for each client, and two for each group if reported."""
-    counts: dict[str, list[int]] = {key: [getattr(s, name) for s in scores.values] for key, name in _COUNTS.items()}
-    if any(s.by_group for s in scores.values):
-        pairs = [pair for s in scores.values for pair in s.by_group]
-        counts |= {key: list(column) for key, column in zip(_GROUPS, zip(*pairs, strict=True), strict=True)}
+    """Build the content of an evaluate reply: counts by group for each client, and the groups that it holds.
+
+    Rows that are equal for all clients are sent once.
+    """
+    table = scores.values
+    counts = {
+        "total": table.total.tolist(),
+        "correct": _rows(table.correct),
+        "held": _rows(table.held.astype(np.int64)),
+    }
     return RecordDict({"score": MetricRecord({**counts}), "clients": _pack_clients(scores)})
+
+
+def _rows(table: np.ndarray) -> list[int]:
+    is_shared = len(table) > 1 and bool((table == table[0]).all())
+    return (table[:1] if is_shared else table).ravel().tolist()
 
 
 def read_scores(reply: Message) -> Scores:
     """Return the scores in an evaluate reply (see `scores_content`).
 
     Raises:
-        ValueError: If there is not one count of each kind for each named client, if a value is not a count, or if a
-            count of correct records exceeds the total.
+        ValueError: If there is not one count of each kind for each group and each named client, if a value is not a
+            count, or if a count of correct records exceeds the total.
     """
     partitions, failed = _read_clients(reply)
     record = reply.content.metric_records["score"]
-    if set(record) - set(_GROUPS) != set(_COUNTS):
-        raise ValueError(f"counts {sorted(record)} in a score; expected {sorted(_COUNTS)}")
-    columns = [_ids(record[key]) for key in _COUNTS]
-    if any(len(column) != len(partitions) for column in columns):
-        raise ValueError(f"{[len(c) for c in columns]} counts for {len(partitions)} clients")
-    details = _read_groups(record, len(partitions))
-    scores = [
-        Score(**dict(zip(_COUNTS.values(), row, strict=True)), by_group=pairs)
-        for row, pairs in zip(zip(*columns, strict=True), details, strict=True)
-    ]
-    for s in scores:
-        told = [(s.local_correct, s.local_total), (s.neighbour_correct, s.neighbour_total), *s.by_group]
-        if not all(0 <= correct <= total for correct, total in told):
-            raise ValueError(f"impossible counts in {s}")
-    return Scores(partitions=partitions, values=scores, failed=failed)
+    if set(record) != set(_SCORE):
+        raise ValueError(f"counts {sorted(record)} in a score; expected {sorted(_SCORE)}")
+    total, correct, held = (np.array(_ids(record[key]), dtype=np.int64) for key in _SCORE)
+    shape = (len(partitions), len(total))
+    correct, held = (_table(rows, shape) for rows in (correct, held))
+    if (total < 0).any() or (correct < 0).any() or (correct > total).any() or not np.isin(held, (0, 1)).all():
+        raise ValueError("impossible counts in a score")
+    return Scores(
+        partitions=partitions,
+        values=ScoreTable(correct=correct, total=total, held=held.astype(bool)),
+        failed=failed,
+    )
 
 
-def _read_groups(record: MetricRecord, clients: int) -> list[tuple[tuple[int, int], ...]]:
-    """Return the counts by group of each client; empty for each client if the reply holds no groups."""
-    if not set(_GROUPS) & set(record):
-        return [()] * clients
-    correct, total = (_ids(record[key]) for key in _GROUPS)
-    groups, rest = divmod(len(correct), max(1, clients))
-    if rest or len(correct) != len(total):
-        raise ValueError(f"{len(correct)} and {len(total)} counts of groups for {clients} clients")
-    pairs = list(zip(correct, total, strict=True))
-    return [tuple(pairs[start : start + groups]) for start in range(0, clients * groups, groups)] if groups else []
+def _table(rows: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Return one row per client, from one row for each or one for all."""
+    clients, groups = shape
+    if len(rows) == clients * groups:
+        return rows.reshape(shape)
+    if len(rows) == groups and clients > 1:
+        return np.broadcast_to(rows, shape)
+    raise ValueError(f"{len(rows)} counts for {clients} clients and {groups} groups")
 
 
 def cards_content(cards: Sequence[ClientCard]) -> RecordDict:

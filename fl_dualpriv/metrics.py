@@ -1,154 +1,235 @@
-"""Accuracy on a client's own classes (local) and on all other classes (neighbour).
+"""Accuracy of a client on its own distribution (local) and on the other clients' records (neighbour).
 
-Answers are over all class names, but for the free rival at home; see `scores_within_lists`.
+A *group* is the category by which held-out records are counted: the class of an image or the type of a question, or a
+pair of domain and class where clients belong to domains. A client holds the groups in which it has training records.
+Held-out records of these groups are its own distribution, each group with the same weight. All other held-out records
+are its neighbours', each group with the same weight. All counts are integers, and accuracies are computed from them
+exactly as stated, so that no result depends on how clients are batched.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+Use = Literal["plain", "class-prior", "class-list"]
+"""Use of a client's public class list by a model that is not tuned: none, as a log prior, or as the only answers."""
 
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """Counts on held-out images, for one client.
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScoreTable:
+    """Counts on one set of held-out records, for some clients.
 
     Attributes:
-        local_correct: Number of correct images among those of classes that the client holds.
-        local_total: Number of images of classes that the client holds.
-        neighbour_correct: Number of correct images among all other images.
-        neighbour_total: Number of all other images.
-        by_group: Pairs (correct records, all records), one for each group; (0, 0) for a group that the client does not
-            hold. Empty if the client does not report groups.
+        correct: Number of correct records of each group, (client, group) int64.
+        total: Number of all records of each group, (group,) int64.
+        held: True where a client holds a group, (client, group) bool; public metadata.
     """
 
-    local_correct: int
-    local_total: int
-    neighbour_correct: int
-    neighbour_total: int
-    by_group: tuple[tuple[int, int], ...] = ()
+    correct: np.ndarray
+    total: np.ndarray
+    held: np.ndarray
+
+    @classmethod
+    def of(cls, correct: Tensor, total: Tensor, held: Tensor) -> "ScoreTable":
+        """Build a table; ``correct`` is (client, group), or (group,) if all clients share one prompt."""
+        rows = np.broadcast_to(correct.numpy(), tuple(held.shape))
+        return cls(correct=rows, total=total.numpy(), held=held.numpy())
+
+    def __len__(self) -> int:
+        """Return the number of clients."""
+        return len(self.held)
+
+    def local(self) -> list[float | None]:
+        """Return each client's accuracy on its own groups, each with the same weight; None without such records."""
+        return self._accuracies(self.held)
+
+    def neighbour(self) -> list[float | None]:
+        """Return each client's accuracy on all other groups, each with the same weight; None without such records."""
+        return self._accuracies(~self.held)
+
+    def _accuracies(self, chosen: np.ndarray) -> list[float | None]:
+        counted = chosen & (self.total > 0)
+        groups = counted.sum(axis=1)
+        correct, total = (np.where(counted, counts, 0) for counts in (self.correct, self.total))
+        sums = zip(groups.tolist(), correct.sum(axis=1).tolist(), total.sum(axis=1).tolist(), strict=True)
+        even = groups * total.max(axis=1, initial=0) == total.sum(axis=1)
+        accuracies: list[float | None] = []
+        for client, (n, right, of) in enumerate(sums):
+            if n == 0:
+                accuracies.append(None)
+            elif even[client]:  # equal weights of groups are then equal weights of records
+                accuracies.append(right / of)
+            else:  # fsum rounds once, so the order of the groups does not matter
+                own = counted[client]
+                accuracies.append(math.fsum((self.correct[client, own] / self.total[own]).tolist()) / n)
+        return accuracies
+
+    def by_group(self) -> np.ndarray:
+        """Return each client's accuracy of each group that it holds, (client, group); NaN for all other groups."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(self.held & (self.total > 0), self.correct / self.total, np.nan)
 
 
-def score(class_features: Tensor, image_features: Tensor, labels: Tensor, held_classes: Tensor) -> Score:
-    """Classify by the largest cosine over *all* class names; count images of held and of other classes separately.
+def count_logits(logits: Tensor, labels: Tensor, groups: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
+    """Count the correct records and all records of each group, both (group,) int64 on the CPU.
+
+    The counts do not depend on the client, so clients with the same prompt share one count. The answer of a record is
+    the largest logit of all classes. A record with a logit that is not finite counts as wrong: the argmax of NaN is
+    class 0, which would count as correct by accident.
 
     Args:
-        class_features: (n_cls, embed_dim), unit norm.
-        image_features: (image, embed_dim), unit norm.
-        labels: (image,).
-        held_classes: Class ids that the client holds, which are public metadata.
-
-    Reference:
-        DP-FPL, arXiv:2501.13904, Tables 2 and 3.
+        logits: Logits (record, n_cls).
+        labels: Class of each record, (record,).
+        groups: Group of each record, (record,).
+        n_groups: Number of groups.
     """
-    correct = _correct(class_features, image_features, labels)
-    local = torch.isin(labels, held_classes)
-    return Score(
-        local_correct=int((correct & local).sum()),
-        local_total=int(local.sum()),
-        neighbour_correct=int((correct & ~local).sum()),
-        neighbour_total=int((~local).sum()),
-    )
+    right = (logits.argmax(dim=1) == labels) & torch.isfinite(logits).all(dim=1)
+    return torch.bincount(groups[right], minlength=n_groups).cpu(), torch.bincount(groups, minlength=n_groups).cpu()
 
 
-def _correct(class_features: Tensor, image_features: Tensor, labels: Tensor) -> Tensor:
-    return _right(image_features @ class_features.T, labels)
+def counts_at_home(
+    logits: Tensor,
+    labels: Tensor,
+    groups: Tensor,
+    held: Tensor,
+    use: Use,
+    log_prior: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Count the correct records of each client by a model that is not tuned and knows the client's public class list.
 
+    At home, on the groups that a client holds, the list is used. Abroad it says nothing, so the answers are among all
+    classes. No use of a public list costs ε.
 
-def _right(logits: Tensor, labels: Tensor) -> Tensor:
-    # The argmax of NaN is class 0, so an unreadable image or a diverged prompt would count as correct by accident.
-    return (logits.argmax(dim=1) == labels) & torch.isfinite(logits).all(dim=1)
-
-
-def count_by_class(class_features: Tensor, image_features: Tensor, labels: Tensor, n_cls: int) -> tuple[Tensor, Tensor]:
-    """Count the correct images and all images of each class, both (n_cls,) int64 on the CPU; arguments as in `score`.
-
-    The counts do not depend on the client, so clients with the same prompt share one count (see `split_counts`).
-    """
-    return count_logits(image_features @ class_features.T, labels, n_cls)
-
-
-def count_logits(logits: Tensor, labels: Tensor, n_cls: int) -> tuple[Tensor, Tensor]:
-    """Do the same as `count_by_class` from logits (image, n_cls); an image with a non-finite logit counts as wrong."""
-    right = labels[_right(logits, labels)]
-    return torch.bincount(right, minlength=n_cls).cpu(), torch.bincount(labels, minlength=n_cls).cpu()
-
-
-def split_counts(correct: Tensor, total: Tensor, held: Tensor, *, by_group: bool = False) -> list[Score]:
-    """Compute the scores of many clients from counts per class or other group; each equals the result of `score`.
+    With ``class-list`` the answers at home are restricted to the list. No correct answer is lost, because the label is
+    in the list and the largest logit of all classes is also the largest of the list. `class-list` is therefore never
+    below ``plain``.
 
     Args:
-        correct: Correct images of each class from `count_by_class`, (n_cls,).
-        total: All images of each class from `count_by_class`, (n_cls,).
-        held: True where a client holds a class, (client, n_cls) bool.
-        by_group: True to report the counts of each group that the client holds, too.
+        logits: Logits of the model (record, n_cls); a record with a logit that is not finite counts as wrong.
+        labels: Class of each record, (record,).
+        groups: Group of each record, (record,); group modulo n_cls is the class.
+        held: True where a client holds a group, (client, group) bool.
+        use: Use of the list.
+        log_prior: Function from a list (n_cls,) bool to log π (n_cls,) in units of the logits, for ``class-prior``.
+
+    Returns:
+        Counts (client, group) int64 on the CPU.
     """
-    counts = torch.stack([correct, total], dim=1)
-    local = held.to(counts.dtype) @ counts
-    rows = torch.cat([local, counts.sum(dim=0) - local], dim=1).tolist()
-    pairs: list[list[list[int]]] = (held[:, :, None] * counts).tolist() if by_group else [[] for _ in rows]
-    return [
-        Score(
-            local_correct=a,
-            local_total=b,
-            neighbour_correct=c,
-            neighbour_total=d,
-            by_group=tuple((right, of) for right, of in groups),
-        )
-        for (a, b, c, d), groups in zip(rows, pairs, strict=True)
-    ]
-
-
-def scores_within_lists(logits: Tensor, labels: Tensor, held: Tensor) -> list[Score]:
-    """Compute the scores of the free rival: at home each client's answers are restricted to its class list.
-
-    A client's class list is public, so this costs no ε. No correct answer at home is lost by the restriction: the
-    label is in the list, and the largest logit of all classes is the largest of the list. `local` is therefore never
-    below that of `split_counts`. `neighbour` is the same, because the list says nothing about other clients' records.
-
-    Args:
-        logits: Logits of the un-tuned model (image, n_cls); an image with a non-finite logit counts as wrong.
-        labels: Labels (image,).
-        held: True where a client holds a class, (client, n_cls) bool.
-    """
-    unrestricted = split_counts(*count_logits(logits, labels, logits.shape[1]), held)
+    n_groups, n_cls = held.shape[1], logits.shape[1]
+    abroad, _ = count_logits(logits, labels, groups, n_groups)
+    if use == "plain":
+        return abroad.expand(len(held), -1)
     lists, list_of = torch.unique(held, dim=0, return_inverse=True)  # clients with one list share one count
-    correct = []
+    rows = []
     for row in lists.to(logits.device):
-        inside = row[labels]
-        finite = torch.isfinite(logits[inside]).all(dim=1)
-        answers = logits[inside].masked_fill(~row, -torch.inf).argmax(dim=1)
-        correct.append(int(((answers == labels[inside]) & finite).sum()))
-    return [replace(score, local_correct=correct[i]) for score, i in zip(unrestricted, list_of.tolist(), strict=True)]
+        classes = row.unflatten(0, (-1, n_cls)).any(dim=0)
+        inside = row[groups]
+        own = logits[inside]
+        if use == "class-list":
+            answers = own.masked_fill(~classes, -torch.inf)
+        else:
+            assert log_prior is not None
+            answers = own + log_prior(classes).to(own)
+        right = (answers.argmax(dim=1) == labels[inside]) & torch.isfinite(own).all(dim=1)
+        rows.append(torch.bincount(groups[inside][right], minlength=n_groups).cpu())
+    return torch.where(held, torch.stack(rows)[list_of], abroad)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Mean accuracy over clients; None where no client has such images.
+    """Mean accuracy over clients; None where no client has such records, or where there is no such accuracy.
 
-    ``by_group`` holds the mean accuracy of each group over the clients that hold it. It is empty if the clients do not
-    report groups, or if they report different numbers of groups.
+    Attributes:
+        local: On the own groups of each client.
+        neighbour: On all other groups.
+        by_group: Mean of each group over the clients that hold it. Empty if groups are not reported, or if clients have
+            different numbers of groups.
+        general: Of the shared prompt without any personal part, on the own groups of each client.
+        new_client: Of the shared prompt, on the own groups of the clients that took part in no round.
     """
 
     local: float | None
     neighbour: float | None
     by_group: Sequence[float | None] = ()
+    general: float | None = None
+    new_client: float | None = None
 
 
-def mean_accuracy(scores: Sequence[Score]) -> Accuracy:
-    """Average the accuracies of the clients with equal weights, as DP-FPL's tables do."""
+@dataclass(frozen=True, kw_only=True)
+class ClientScores:
+    """Accuracy of each client, in the order of clients; None for a client without such records or without an answer."""
 
-    def mean(pairs: list[tuple[int, int]]) -> float | None:
-        shares = [correct / total for correct, total in pairs if total > 0]
-        return sum(shares) / len(shares) if shares else None
+    local: tuple[float | None, ...]
+    neighbour: tuple[float | None, ...]
+    new_client: tuple[float | None, ...] = ()
 
-    alike = len({len(s.by_group) for s in scores}) == 1
-    return Accuracy(
-        local=mean([(s.local_correct, s.local_total) for s in scores]),
-        neighbour=mean([(s.neighbour_correct, s.neighbour_total) for s in scores]),
-        by_group=tuple(mean(list(pairs)) for pairs in zip(*(s.by_group for s in scores if alike), strict=True)),
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Accuracies of one prompt per client: the means, and those of each client."""
+
+    accuracy: Accuracy
+    clients: ClientScores
+
+
+def summarise(
+    answers: Sequence[tuple[Sequence[int], ScoreTable]],
+    population: int,
+    new_clients: int = 0,
+    *,
+    by_group: bool = False,
+) -> Scored | None:
+    """Average the accuracies of the clients with equal weights, as DP-FPL's tables do (arXiv:2501.13904).
+
+    Args:
+        answers: Numbers of clients with their tables, in any order. Tables may have different groups.
+        population: Number of clients that train. Clients with higher numbers are new.
+        new_clients: Number of new clients.
+        by_group: True to report the mean of each group.
+
+    Returns:
+        None if no client answered.
+    """
+    local: dict[int, float | None] = {}
+    neighbour: dict[int, float | None] = {}
+    rows: dict[int, np.ndarray] = {}
+    for partitions, table in answers:
+        local |= zip(partitions, table.local(), strict=True)
+        neighbour |= zip(partitions, table.neighbour(), strict=True)
+        rows |= zip(partitions, table.by_group(), strict=True) if by_group else ()
+    members = sorted(p for p in local if p < population)
+    if not local:
+        return None
+    everyone, new = range(population), range(population, population + new_clients)
+    clients = ClientScores(
+        local=tuple(local.get(p) for p in everyone),
+        neighbour=tuple(neighbour.get(p) for p in everyone),
+        new_client=tuple(local.get(p) for p in new),
     )
+    accuracy = Accuracy(
+        local=mean(clients.local),
+        neighbour=mean(clients.neighbour),
+        by_group=_group_means([rows[p] for p in members]) if by_group else (),
+        new_client=mean(clients.new_client),
+    )
+    return Scored(accuracy=accuracy, clients=clients)
+
+
+def _group_means(rows: Sequence[np.ndarray]) -> tuple[float | None, ...]:
+    if len({len(row) for row in rows}) != 1:
+        return ()
+    return tuple(mean([None if math.isnan(x) else x for x in column]) for column in np.stack(rows).T.tolist())
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the values that exist; None if there are none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def harmonic_mean(local: float | None, neighbour: float | None) -> float | None:
@@ -156,3 +237,12 @@ def harmonic_mean(local: float | None, neighbour: float | None) -> float | None:
     if local is None or neighbour is None:
         return None
     return 2 * local * neighbour / (local + neighbour) if local + neighbour > 0 else 0.0
+
+
+def spread(values: Sequence[float | None]) -> dict[str, float] | None:
+    """Return minimum, quartiles and maximum of the values that exist; None if there are none."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    names = ("minimum", "lower_quartile", "median", "upper_quartile", "maximum")
+    return dict(zip(names, np.quantile(known, (0, 0.25, 0.5, 0.75, 1)).tolist(), strict=True))

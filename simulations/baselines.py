@@ -64,7 +64,7 @@ def cells_of(document: Mapping[str, Any], chosen: Mapping[Entry, Mapping[str, An
 
 
 def table(document: Mapping[str, Any], base: str, done: Summaries) -> str:
-    """Return a Markdown table with a row for the un-tuned model and one per method.
+    """Return a Markdown table with a row for the un-tuned model, one for the free rival and one per method.
 
     The entries are mean ± standard deviation over seeds, in percent.
     """
@@ -77,6 +77,9 @@ def table(document: Mapping[str, Any], base: str, done: Summaries) -> str:
         for epsilon in epsilons
     ]
     lines.append(f"| zero-shot (nothing to tune) | {' | '.join(_scores(s, 'zero_shot') for s in untuned)} |")
+    rival = next((s["accuracy"]["free"]["rival"] for summaries in untuned for s in summaries), "un-tuned")
+    if rival != "un-tuned":
+        lines.append(f"| free rival: {rival} | {' | '.join(_scores(s, 'free') for s in untuned)} |")
     for method in document["methods"]:
         summary_lists = [done.get((base, method["name"], epsilon), []) for epsilon in epsilons]
         if base in method.get("bases", document["bases"]):
@@ -121,8 +124,9 @@ def page(
         "# Baselines: the table\n",
         f"Written by `python -m simulations.baselines simulations/configs/baselines/{name}`; what it means is in "
         f"[baselines.md](baselines.md). Test data, in percent, mean ± standard deviation over {len(document['seeds'])} "
-        "seeds. Local: images of a client's own classes; neighbour: of all others; both over all class names, averaged "
-        f"over clients. Tuning budget: {trials} trials of one seed for every method, base and ε, on validation data, "
+        "seeds. Local: images of a client's own classes; neighbour: of all others; both over all class names, but for "
+        "the free rival at home, averaged over clients. "
+        f"Tuning budget: {trials} trials of one seed for every method, base and ε, on validation data, "
         f"and the best {finals} of them with {seeds - 1} other seeds; the highest mean local accuracy is chosen. ε is "
         "of one final run; the trials are not accounted.",
     ]

@@ -143,8 +143,8 @@ def main() -> None:
         results[row].append(summary)
     text = (
         f"# Results\n\nMean ± standard deviation over seeds, {args.split} split, in percent. Written by "
-        f"`python -m simulations.report`; accuracies are over all class names, but for the free rival at home, "
-        f"averaged over clients.\n\n"
+        f"`python -m simulations.report`; accuracies are over all class names, but for the free rival at home, each "
+        f"class of a client with the same weight, averaged over clients.\n\n"
         f"{table(results)}\n"
     )
     write_bytes(ROOT / "docs" / ("results.md" if args.split == "test" else "results-val.md"), text.encode())

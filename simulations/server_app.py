@@ -16,9 +16,10 @@ from fl_dualpriv.run.checkpoint import CheckpointFolder
 from fl_dualpriv.run.recorder import RunRecorder
 from fl_dualpriv.server.accounting import BudgetExhausted
 from fl_dualpriv.server.build import build_strategy
+from fl_dualpriv.server.closing import closing_scores
 from fl_dualpriv.server.join import check_engine, join
 from fl_dualpriv.server.results import warn_of_strays, write_results
-from fl_dualpriv.server.rounds import Rounds, score_free_rival, score_now
+from fl_dualpriv.server.rounds import Rounds, score_now
 from fl_dualpriv.server.rules import check_class
 from fl_dualpriv.server.strategy import RoundReport, RoundStrategy
 from fl_dualpriv.server.strategy_ref import load_strategy
@@ -95,7 +96,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
             stopped, prompt = str(exhausted), strategy.prompt
             client = replace(client, rounds=strategy.rounds_done) if client else None
         rounds.check_delivered()
-    free = score_free_rival(strategy, grid, prompt, config.reply_timeout)
+    closing = closing_scores(strategy, grid, prompt, config, config.reply_timeout)
     write_results(
         recorder,
         config,
@@ -105,7 +106,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
         rounds=rounds,
         prompt=prompt,
         plans=(record, client),
-        free=free,
+        closing=closing,
         cards=cards,
         stopped=stopped,
         seconds=time.monotonic() - start,

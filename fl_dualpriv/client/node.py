@@ -20,7 +20,7 @@ from fl_dualpriv.errors import ConfigError, PrivacyError, type_alone
 from fl_dualpriv.learners.base import Objective
 from fl_dualpriv.learners.row_check import COMPANY, RowPath, checked_objective
 from fl_dualpriv.methods.base import METHODS
-from fl_dualpriv.metrics import Score, split_counts
+from fl_dualpriv.metrics import ScoreTable
 from fl_dualpriv.privacy.filters.budget import Budget
 from fl_dualpriv.privacy.noise import random_sources
 from fl_dualpriv.privacy.plan import round_terms
@@ -92,13 +92,20 @@ class RunContext:
 
     @functools.cached_property
     def held(self) -> Tensor:
-        """True where a client holds a group, (population, group) bool; public metadata."""
-        return held_groups(self.task)
+        """True where a client holds a group, (client, group) bool, new clients last; public metadata.
+
+        A new client that holds a class of no trained client gets no group, so that it has no score: the accuracy on
+        new clients is not one on new classes.
+        """
+        held, population = held_groups(self.task), self.config.population
+        classes = held.unflatten(1, (max(1, len(self.task.domain_names)), -1)).any(dim=1)
+        is_known = ~(classes & ~classes[:population].any(dim=0)).any(dim=1)
+        return held & is_known[:, None]
 
     @functools.cached_property
-    def free_scores(self) -> list[Score]:
-        """Scores of the free rival for every client of the run, computed once per process."""
-        return self.task.free_scores(self.held, self.config)
+    def free_counts(self) -> Counts:
+        """Counts of the free rival for every client, new ones included, computed once per process."""
+        return self.task.free_counts(self.config)
 
     def shared_counts(self, kind: messages.PromptKind, prompt: Tensor) -> Counts:
         """Count correct and all held-out records per group for a prompt of all clients; cache the last result."""
@@ -199,9 +206,16 @@ class Node:
 
     @property
     def hosted(self) -> range:
-        """The clients of this node."""
+        """The clients of this node that take part in rounds."""
         config = self.run_context.config
         return range(self.index, config.population, config.num_supernodes)
+
+    @property
+    def new_clients(self) -> list[int]:
+        """The new clients of this node, which are only scored: no card, no round, no state and no ledger."""
+        config = self.run_context.config
+        everyone = range(config.population + config.evaluation.new_clients)
+        return [p for p in everyone[config.population :] if p % config.num_supernodes == self.index]
 
     def cards(self) -> list[messages.ClientCard]:
         """Return the public metadata of all hosted clients."""
@@ -220,24 +234,31 @@ class Node:
                 self.state_dir, run_context.config, run_context.task, run_token, partition, scored=run_context.may_score
             )
 
-    def asked(self, partitions: Sequence[int]) -> list[int]:
+    def asked(self, partitions: Sequence[int], *, new_too: bool = False) -> list[int]:
         """Check the clients that a message names, and return them in order.
+
+        Guarantee:
+            Without ``new_too`` a new client is refused like a client of another node. A round asks without it, so no
+            record of a new client is used in any round.
 
         Raises:
             PrivacyError: If a client is not hosted here, or is named twice.
         """
-        if len(set(partitions)) != len(partitions) or any(p not in self.hosted for p in partitions):
+        allowed = {*self.hosted, *(self.new_clients if new_too else ())}
+        if len(set(partitions)) != len(partitions) or not allowed.issuperset(partitions):
             raise PrivacyError("a message names a client twice, or one that this node does not host; it is refused")
         return sorted(partitions)
 
     def score(self, request: messages.EvaluateRequest) -> messages.Scores:
         """Score the zero-shot, the free, the global or the personal prompt of each requested client on held-out images.
 
+        New clients have no personal prompt.
+
         Raises:
             PrivacyError: If those images are private here, or the owner of the node does not let their scores leave.
         """
         run_context = self.run_context
-        partitions = self.asked(request.partitions)
+        partitions = self.asked(request.partitions, new_too=request.prompt != "personal")
         if not run_context.may_score:
             raise PrivacyError("the held-out images are private here: their scores would be an unaccounted release")
         if self.budget is not None and not (self.budget.scores and run_context.held_out_is_given):
@@ -245,20 +266,22 @@ class Node:
             for partition in partitions:
                 self.folder(partition).log_refusal(request.run_token, f"evaluate, round {request.server_round}", reason)
             raise PrivacyError(reason)
+        held = run_context.held[partitions]
         if request.prompt == "free":
-            scores = [run_context.free_scores[partition] for partition in partitions]
-            return messages.Scores(partitions=tuple(partitions), values=scores)
+            correct, total = run_context.free_counts
+            table = ScoreTable.of(correct[partitions], total, held)
+            return messages.Scores(partitions=tuple(partitions), values=table)
         if request.prompt != "personal" or not run_context.keeps_state:
             kind = "zero-shot" if request.prompt == "zero-shot" else "global"
-            counts, held = run_context.shared_counts(kind, request.global_prompt), run_context.held[partitions]
-            scores = split_counts(*counts, held, by_group=run_context.config.data.asks_questions)
-            return messages.Scores(partitions=tuple(partitions), values=scores)
+            table = ScoreTable.of(*run_context.shared_counts(kind, request.global_prompt), held)
+            return messages.Scores(partitions=tuple(partitions), values=table)
         return self._score_personal(request, partitions)
 
     def _score_personal(self, request: messages.EvaluateRequest, partitions: list[int]) -> messages.Scores:
         run_context = self.run_context
         failed = Failures(private=run_context.plan is not None)
-        scores: dict[int, Score] = {}
+        correct: dict[int, Tensor] = {}
+        total = torch.zeros(run_context.held.shape[1], dtype=torch.long)
         device = run_context.task.backbone.device
         n_ctx, ctx_dim = request.global_prompt.shape
         size = prompts_at_once(run_context.objective, run_context.config.resources.workspace_mib * 2**20, device)
@@ -274,13 +297,14 @@ class Node:
             if not prompts:
                 continue
             counts = run_context.task.counts(torch.stack(list(prompts.values())), run_context.config)
-            for p, counted in zip(prompts, counts, strict=True):
-                held = run_context.held[p : p + 1]
-                (scores[p],) = split_counts(*counted, held, by_group=run_context.config.data.asks_questions)
+            for p, (correct[p], total) in zip(prompts, counts, strict=True):
                 if self.state_dir is not None:  # the last global prompt of a run comes with its last score
+                    table = ScoreTable.of(correct[p], total, run_context.held[p : p + 1])
                     with contextlib.suppress(OSError):
-                        keep_scored(self.state_dir, prompts[p], scores[p], request.run_token, request.server_round)
-        return messages.Scores(partitions=tuple(scores), values=list(scores.values()), failed=failed)
+                        keep_scored(self.state_dir, prompts[p], table, request.run_token, request.server_round)
+        rows = torch.stack(list(correct.values())) if correct else total[None][:0]
+        table = ScoreTable.of(rows, total, run_context.held[list(correct)])
+        return messages.Scores(partitions=tuple(correct), values=table, failed=failed)
 
     def report_memory(self) -> None:
         """Log the peak memory of the process if it grew; without an owner's state folder, also write it to a file."""

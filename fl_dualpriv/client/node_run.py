@@ -14,7 +14,7 @@ from fl_dualpriv.config.plans import client_level_plan, record_level_plan
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.files import write_json, write_tensors
 from fl_dualpriv.methods.base import METHODS
-from fl_dualpriv.metrics import Score
+from fl_dualpriv.metrics import ScoreTable
 from fl_dualpriv.privacy.plan import record_level_releases
 from fl_dualpriv.tasks.base import Task
 
@@ -85,10 +85,17 @@ def keep_node_run(folder: Path, config: RunConfig, task: Task, run_token: str, c
     write_json(folder / NODE_RUN_FILE, asdict(node_run))
 
 
-def keep_scored(folder: Path, prompt: Tensor, score: Score, run_token: str, server_round: int) -> None:
-    """Keep a scored personal prompt with its counts; the last global prompt of a run comes with the last score."""
+def keep_scored(folder: Path, prompt: Tensor, table: ScoreTable, run_token: str, server_round: int) -> None:
+    """Keep a scored personal prompt with its accuracies; the last global prompt of a run comes with the last score.
+
+    Args:
+        folder: State folder of the node.
+        prompt: Effective prompt of the only client.
+        table: Counts of that client.
+        run_token: Token of the run.
+        server_round: Number of the round.
+    """
+    (local,), (neighbour,) = table.local(), table.neighbour()
     metadata = {"run-token": run_token, "server-round": str(server_round)}
-    for kind in ("local", "neighbour"):
-        correct, total = getattr(score, f"{kind}_correct"), getattr(score, f"{kind}_total")
-        metadata[kind] = f"{correct}/{total}"
+    metadata |= {"local": json.dumps(local), "neighbour": json.dumps(neighbour)}
     write_tensors(folder / SCORED_FILE, {"prompt": prompt}, metadata)

@@ -171,6 +171,7 @@ RANGES: dict[str, Range] = {
         "name one",
     ),
     "evaluation.every": _whole(1, MOST_RELEASES, "for the last round only, give the number of rounds"),
+    "evaluation.new-clients": _whole(0, _MOST_CLIENTS, "0 holds no client out"),
     "resources.device": Range(
         lambda x: re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", x) is not None, "auto, cpu, cuda or cuda:N", "auto will do"
     ),

@@ -101,6 +101,18 @@ CROSS_RULES: tuple[CrossRule, ...] = (
         'set it to "iid": each image is one record',
     ),
     CrossRule(
+        ("data.partition", "data.ref"),
+        lambda v: v["data.partition"] != "by-domain" or v["data.ref"] != "demo-vqa",
+        'must not be "by-domain" for the demo\'s questions, which have no domains',
+        'set it to "iid", "by-class" or "by-image"',
+    ),
+    CrossRule(
+        ("evaluation.new-clients", "data.partition"),
+        lambda v: v["evaluation.new-clients"] == 0 or v["data.partition"] != "by-node",
+        "must be 0 where each node has its own data: a client that joins no round has no node",
+        "set it to 0",
+    ),
+    CrossRule(
         ("data.path", "data.ref"),
         lambda v: v["data.ref"] != "questions" or v["data.path"].strip() != "",
         'must name the questions when data.ref = "questions"',

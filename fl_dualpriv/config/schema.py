@@ -142,7 +142,7 @@ class DataConfig:
     classes: str
     augmentation: Literal["none", "flip"]
     max_tokens: int
-    partition: Literal["iid", "by-class", "by-image", "dirichlet", "by-node"]
+    partition: Literal["iid", "by-class", "by-domain", "by-image", "dirichlet", "by-node"]
     dirichlet_alpha: float
     val_fraction: float
     test_fraction: float
@@ -159,6 +159,11 @@ class DataConfig:
         """True if records are questions about images, for a multimodal language model."""
         return self.source in ("demo-vqa", "questions")
 
+    @property
+    def is_by_domain(self) -> bool:
+        """True if each client belongs to one domain of the data."""
+        return self.partition == "by-domain"
+
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
@@ -171,11 +176,16 @@ class BackboneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Interval and data of the evaluation; ``every`` is in rounds."""
+    """Interval and data of the evaluation; ``every`` is in rounds.
+
+    ``new_clients`` counts clients beside the population. They hold records, take part in no round, and are scored as
+    clients that come after the training.
+    """
 
     every: int
     split: Literal["test", "val"]
     held_out_data: Literal["auto", "public", "private"]
+    new_clients: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,6 +93,15 @@ class SheetSplit(DrawnImages):
     def __len__(self) -> int:
         return len(self.sheets)
 
+    @property
+    def domains(self) -> None:
+        """None, because sheets have no domains; see `ImageDataset`."""
+
+    @property
+    def domain_names(self) -> tuple[str, ...]:
+        """No names; see `ImageDataset`."""
+        return ()
+
     def image(self, index: int) -> Image.Image:
         """Draw the sheet at ``index``, under the private dye.
 

@@ -1,4 +1,7 @@
-"""Images in directories: one folder per class, or ``train/ val/ test/`` with one folder per class in each."""
+"""Images in directories: one folder per class, or ``train/ val/ test/`` with one folder per class in each.
+
+For a division by domain the class folders lie in one folder per domain: ``train/kitchen/cup/1.png``.
+"""
 
 import functools
 import hashlib
@@ -22,7 +25,7 @@ MAX_PIXELS = 100_000_000
 MAX_ASPECT = 100
 _NAMED_FILES = 5
 
-Files = dict[str, list[Path]]  # image files of each class folder, in the order of their names
+Files = dict[str, list[Path]]  # sorted image files of each class folder, or of each "domain/class"
 
 
 class BadImageError(ValueError):
@@ -31,11 +34,16 @@ class BadImageError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class FolderSplit:
-    """Images of one split; ``labels`` is int64 of shape (images,) and holds indices into ``class_names``."""
+    """Images of one split; ``labels`` is int64 of shape (images,) and holds indices into ``class_names``.
+
+    ``domains`` likewise holds indices into ``domain_names``; it is None if the folder was read without domains.
+    """
 
     paths: tuple[Path, ...]
     labels: np.ndarray
     class_names: tuple[str, ...]
+    domains: np.ndarray | None = None
+    domain_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of images, readable or not."""
@@ -99,8 +107,8 @@ class Layout:
     """Result of `read_layout` for a directory of images, with every problem of its folders, names and template.
 
     Attributes:
-        splits: Files of each class folder, by split. If there is no problem, the splits are ``train``, ``val`` and
-            ``test``.
+        splits: Files of each class folder, or of each "domain/class", by split. If there is no problem, the splits are
+            ``train``, ``val`` and ``test``.
         names: Class name of each class folder.
         template: Prompt template with one ``{}`` for the class name.
         problems: Problems, one a line. The directory can be used only if there is none.
@@ -113,7 +121,8 @@ class Layout:
 
     def as_splits(self) -> dict[str, FolderSplit]:
         """Return the splits that exist."""
-        return {name: _split(self.splits[name], self.names) for name in _SPLITS if name in self.splits}
+        train = self.splits.get("train", {})
+        return {name: _split(self.splits[name], train, self.names) for name in _SPLITS if name in self.splits}
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +145,7 @@ def load_folder(
     test_fraction: float,
     seed: int,
     on_bad_image: Literal["raise", "keep"],
+    by_domain: bool = False,
 ) -> tuple[dict[str, FolderSplit], str]:
     """Read the layout of a directory of images, without keeping any image in memory.
 
@@ -149,6 +159,7 @@ def load_folder(
         test_fraction: Share of each class of train/ that becomes the test set if there is no test/; at least one image.
         seed: Seed of that cut, which depends only on the seed and on the names of class and files.
         on_bad_image: ``raise``: decode every image now and report those that fail. ``keep``: decode none.
+        by_domain: True if the class folders lie in one folder per domain. A domain may lack classes.
 
     Returns:
         The splits ``train``, ``val`` and ``test``, with classes in the order of their folder names; and the template.
@@ -156,7 +167,7 @@ def load_folder(
     Raises:
         ConfigError: If there is a problem; the message has every problem, one a line.
     """
-    layout = read_layout(path, classes, val_fraction, test_fraction, seed)
+    layout = read_layout(path, classes, val_fraction, test_fraction, seed, by_domain=by_domain)
     splits = layout.as_splits()
     problems = [*layout.problems, *(bad_images(splits.values()) if on_bad_image == "raise" else [])]
     if problems:
@@ -169,7 +180,9 @@ def unusable(path: Path, problems: list[str]) -> ConfigError:
     return ConfigError("\n  ".join([f"the images in {path} cannot be used:", *problems]))
 
 
-def read_layout(path: Path, classes: str, val_fraction: float, test_fraction: float, seed: int) -> Layout:
+def read_layout(
+    path: Path, classes: str, val_fraction: float, test_fraction: float, seed: int, *, by_domain: bool = False
+) -> Layout:
     """Read folders, names and template, and cut missing splits out of train. Opens no image. See `load_folder`.
 
     Raises:
@@ -181,8 +194,8 @@ def read_layout(path: Path, classes: str, val_fraction: float, test_fraction: fl
         raise ConfigError(f"data.path = {str(path)!r} is not a directory; give the one that holds the class folders")
     problems: list[str] = []
     try:
-        splits = _scan(path, problems)
-        names, template = _class_names(classes, sorted(splits.get("train", {})), problems)
+        splits = _scan(path, problems, by_domain=by_domain)
+        names, template = _class_names(classes, _classes_in(splits.get("train", {})), problems)
     except OSError as error:
         raise ConfigError(f"data.path = {str(path)!r} cannot be read: {error}; check its permissions") from error
     if "train" in splits:
@@ -204,7 +217,17 @@ def given_splits(path: Path) -> frozenset[str]:
     return splits if "train" in splits else frozenset()
 
 
-def _scan(path: Path, problems: list[str]) -> dict[str, Files]:
+def _classes_in(files: Files) -> list[str]:
+    """Return the class folders in the order of their names; the same folder in several domains is one class."""
+    return sorted({key.rpartition("/")[2] for key in files})
+
+
+def _domains_in(files: Files) -> list[str]:
+    """Return the domain folders in the order of their names; empty without domains."""
+    return sorted({key.rpartition("/")[0] for key in files} - {""})
+
+
+def _scan(path: Path, problems: list[str], *, by_domain: bool) -> dict[str, Files]:
     """Find the class folders and images of each split that exists."""
     # A class may be called "train". Only a folder of folders is a split.
     folders = class_folders(path)
@@ -220,35 +243,52 @@ def _scan(path: Path, problems: list[str]) -> dict[str, Files]:
             problems.append(f"train/ is missing beside {', '.join(roots)}; add it")
     else:
         roots = {"train": path}
-    splits = {name: _scan_split(root, path, problems) for name, root in roots.items()}
+    splits = {name: _scan_split(root, path, problems, by_domain=by_domain) for name, root in roots.items()}
     if "train" in splits:
-        problems += [
-            f"{name}/ and train/ have different class folders: {_difference(files, splits['train'])}"
-            for name, files in splits.items()
-            if files.keys() != splits["train"].keys()
-        ]
+        for what, names_in in (("class", _classes_in), ("domain", _domains_in)):
+            problems += [
+                f"{name}/ and train/ have different {what} folders: {_difference(found, given)}"
+                for name, files in splits.items()
+                if (found := dict.fromkeys(names_in(files))).keys()
+                != (given := dict.fromkeys(names_in(splits["train"]))).keys()
+            ]
     return splits
 
 
-def _scan_split(root: Path, path: Path, problems: list[str]) -> Files:
+def _class_folders_of(root: Path, path: Path, problems: list[str], *, by_domain: bool) -> dict[str, Path]:
+    """Return the class folders of a split by their keys in `Files`."""
+    if not by_domain:
+        return {folder.name: folder for folder in class_folders(root)}
+    folders: dict[str, Path] = {}
+    domains = class_folders(root)
+    for domain in domains:
+        inside = class_folders(domain)
+        folders |= {f"{domain.name}/{folder.name}": folder for folder in inside}
+        if not inside:
+            problems.append(
+                f'{domain.relative_to(path)}/ is a domain without a class folder; data.partition = "by-domain" needs '
+                "one folder per domain, with one folder per class in each: add some or remove the folder"
+            )
+    return folders
+
+
+def _scan_split(root: Path, path: Path, problems: list[str], *, by_domain: bool) -> Files:
     files: Files = {}
-    for folder in class_folders(root):
+    for key, folder in _class_folders_of(root, path, problems, by_domain=by_domain).items():
         shown = folder.relative_to(path)
         if class_folders(folder):
             problems.append(f"{shown}/ has sub-folders; put the images of a class directly into its folder")
         # A directory that is named like an image is not an image. A broken link is an image that cannot be read.
-        files[folder.name] = sorted(
+        files[key] = sorted(
             file
             for file in folder.iterdir()
             if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".") and not file.is_dir()
         )
-        if not files[folder.name]:
+        if not files[key]:
             problems.append(f"{shown}/ holds no image; add some ({' '.join(sorted(EXTENSIONS))}) or remove the folder")
-    if len(files) < 2:
+    if (count := len(_classes_in(files))) < 2:
         where = path.name if root == path else root.relative_to(path)
-        problems.append(
-            f"{where}/ has {len(files)} class folders; put the images into one folder per class, at least 2"
-        )
+        problems.append(f"{where}/ has {count} class folders; put the images into one folder per class, at least 2")
     return files
 
 
@@ -327,14 +367,25 @@ def _cut_missing(
     return cut
 
 
-def _split(files: Files, names: Mapping[str, str]) -> FolderSplit:
-    folders = sorted(files)
-    labels = np.repeat(np.arange(len(folders), dtype=np.int64), [len(files[folder]) for folder in folders])
-    labels.setflags(write=False)  # splits are cached and shared
+def _split(files: Files, train: Files, names: Mapping[str, str]) -> FolderSplit:
+    """Return a split; the ids of its classes and domains are those of train, of which it may lack some pairs."""
+    # Splits may differ in their folders, which is a known problem.
+    classes = sorted({*_classes_in(files), *_classes_in(train)})
+    domains = sorted({*_domains_in(files), *_domains_in(train)})
+    keys = sorted(files)
+    counts = [len(files[key]) for key in keys]
+
+    def ids(places: list[int]) -> np.ndarray:
+        column = np.repeat(np.array(places, dtype=np.int64), counts)
+        column.setflags(write=False)  # splits are cached and shared
+        return column
+
     return FolderSplit(
-        tuple(file for folder in folders for file in files[folder]),
-        labels,
-        tuple(names.get(folder, folder) for folder in folders),  # splits may differ in their folders: a known problem
+        paths=tuple(file for key in keys for file in files[key]),
+        labels=ids([classes.index(key.rpartition("/")[2]) for key in keys]),
+        class_names=tuple(names.get(folder, folder) for folder in classes),
+        domains=ids([domains.index(key.rpartition("/")[0]) for key in keys]) if domains else None,
+        domain_names=tuple(domains),
     )
 
 

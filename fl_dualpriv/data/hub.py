@@ -36,6 +36,15 @@ class HubImages:
         """Name of the only class; see `ImageDataset`."""
         return ("image",)
 
+    @property
+    def domains(self) -> None:
+        """None, because images of questions have no domains; see `ImageDataset`."""
+
+    @property
+    def domain_names(self) -> tuple[str, ...]:
+        """No names; see `ImageDataset`."""
+        return ()
+
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.rows)

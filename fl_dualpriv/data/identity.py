@@ -38,7 +38,8 @@ def data_identity(data: DataSplits | QuestionSplits, partitions: Sequence[np.nda
 def _of_split(split: ImageDataset | QuestionSet) -> list[bytes]:
     if isinstance(split, QuestionSet):
         texts = json.dumps([split.questions, split.answers]).encode()
-        return [texts, split.labels.tobytes(), split.image_of.tobytes(), *_of_split(split.images)]
+        domains = [] if split.domains is None else [split.domains.tobytes()]
+        return [texts, split.labels.tobytes(), split.image_of.tobytes(), *domains, *_of_split(split.images)]
     names = [str(path) for path in split.paths] if isinstance(split, FolderSplit) else [str(len(split))]
     return [json.dumps(names).encode(), np.asarray(split.labels, dtype=np.int64).tobytes()]
 

@@ -22,6 +22,19 @@ class ImageDataset(Protocol):
         """Name of each class id, as it appears in the prompt."""
         ...
 
+    @property
+    def domains(self) -> np.ndarray | None:
+        """Domain id of each image: integers, shape (images,), indices into ``domain_names``; None without domains.
+
+        Domains are public metadata, like classes. Only ``data.partition = "by-domain"`` reads them.
+        """
+        ...
+
+    @property
+    def domain_names(self) -> tuple[str, ...]:
+        """Name of each domain id, the same for all splits of a data set; empty without domains."""
+        ...
+
     def __len__(self) -> int:
         """Return the number of images, readable or not."""
         ...

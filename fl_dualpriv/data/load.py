@@ -21,6 +21,7 @@ def load_data(
     test_fraction: float,
     seed: int,
     on_bad_image: Literal["raise", "keep"],
+    by_domain: bool = False,
 ) -> DataSplits:
     """Load a data set once per process; a directory that changes later is not read again.
 
@@ -33,6 +34,7 @@ def load_data(
         seed: Seed of that cut.
         on_bad_image: ``raise``: an unreadable image raises an error now. ``keep``: it stays a record, so that counts
             stay public under DP, and ``image`` raises ``BadImageError`` for it.
+        by_domain: True if a directory has one folder per domain above the class folders.
 
     Raises:
         ConfigError: If the data set cannot be used with these arguments.
@@ -44,7 +46,8 @@ def load_data(
     if ref == "folder":
         if not path.strip():
             raise ConfigError('data.path is empty; give the directory of the images, or set data.ref = "demo"')
-        return _splits(*load_folder(Path(path).expanduser(), classes, val_fraction, test_fraction, seed, on_bad_image))
+        folder = Path(path).expanduser()
+        return _splits(*load_folder(folder, classes, val_fraction, test_fraction, seed, on_bad_image, by_domain))
     raise ConfigError(f"data.ref = {ref!r}: must be one of demo, folder")
 
 
@@ -61,6 +64,7 @@ def load_questions(
     test_fraction: float,
     seed: int,
     on_bad: Literal["raise", "keep"],
+    by_domain: bool = False,
 ) -> QuestionSplits:
     """Load questions once per process.
 
@@ -73,6 +77,7 @@ def load_questions(
         test_fraction: Share of the training images that becomes the test set if there is none.
         seed: Seed of that cut.
         on_bad: ``raise``: a record that cannot be read raises an error. ``keep``: it stays counted and cannot be used.
+        by_domain: True if every record must name its domain. Only files can.
 
     Raises:
         ConfigError: If the questions cannot be used; the message names every problem.
@@ -87,7 +92,7 @@ def load_questions(
         return load_hub_questions(name, val_fraction, test_fraction, seed, on_bad)
     from fl_dualpriv.data.question_files import load_question_files
 
-    return load_question_files(path, val_fraction, test_fraction, seed, on_bad)
+    return load_question_files(path, val_fraction, test_fraction, seed, on_bad, by_domain)
 
 
 def given_question_splits(path: str) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Divide records among clients. This needs only labels and a seed, so all processes and nodes get the same division."""
+"""Divide records among clients. This needs only labels, domains and a seed, so all nodes get the same division."""
 
 import zlib
 from typing import Literal
@@ -12,12 +12,18 @@ _FEW_DRAWS = 5
 _HOPELESS = 50  # if even the best of a few draws leaves more clients empty than this, further draws do not help
 
 
+Scheme = Literal["iid", "by-class", "by-domain", "dirichlet", "by-node"]
+
+
 def partition(
     labels: np.ndarray,
-    scheme: Literal["iid", "by-class", "dirichlet", "by-node"],
+    scheme: Scheme,
     population: int,
     dirichlet_alpha: float,
     seed: int,
+    domains: np.ndarray | None = None,
+    domain_names: tuple[str, ...] = (),
+    new_clients: int = 0,
 ) -> list[np.ndarray]:
     """Give every record to exactly one client; ``by-node`` gives all records of this disk to this disk's client.
 
@@ -30,16 +36,23 @@ def partition(
         scheme: ``iid``: shuffled, sizes differ by at most 1. ``by-class``: contiguous blocks of class ids. With more
             clients than classes, several clients share one class, and its records are divided among them.
             ``dirichlet``: each class divided by shares drawn from Dir(alpha), as in Hsu et al. 2019, arXiv:1909.06335.
+            ``by-domain``: client i belongs to domain i modulo the number of domains. The records of a domain are
+            shuffled within each class and dealt in turn to its clients, class after class, so that the clients of a
+            domain have equally many records and of each class, up to one.
             ``by-node``: each client has a separate disk, and the records are those of one such disk.
         population: Number of clients; at most the number of records.
         dirichlet_alpha: Concentration > 0, read only by ``dirichlet``; small values give uneven parts.
         seed: Seed >= 0.
+        domains: Domain id of each record, shape (records,), read only by ``by-domain``; None without domains.
+        domain_names: Names of the domains, read only by ``by-domain``.
+        new_clients: Number of further clients, which come last and take part in no round.
 
     Returns:
-        One sorted int64 array of record indices per client, in client order.
+        One sorted int64 array of record indices per client, in client order: the population, then the new clients.
 
     Raises:
-        ConfigError: If an argument is out of range, or no Dirichlet draw gave every client a record.
+        ConfigError: If an argument is out of range, or no Dirichlet draw gave every client a record, or the domains do
+            not fit the population. The message has every problem of the domains, one a line.
     """
     labels = np.asarray(labels)
     if labels.ndim != 1:
@@ -50,27 +63,84 @@ def partition(
         if len(labels) == 0:
             raise ConfigError("there is no training image on this node; a node needs at least one")
         return [np.arange(len(labels), dtype=np.int64)] * population
-    if population > len(labels):
+    total = population + new_clients
+    if total > len(labels):
+        more = f" with evaluation.new-clients = {new_clients}" if new_clients else ""
         raise ConfigError(
-            f"population = {population}: there are only {len(labels)} training images, and every client needs one; "
-            "lower population or add images"
+            f"population = {population}{more}: there are only {len(labels)} training images, and every client needs "
+            "one; lower population or add images"
         )
     rng = np.random.default_rng([seed, zlib.crc32(scheme.encode())])
     match scheme:
         case "iid":
-            parts = np.array_split(rng.permutation(len(labels)), population)
+            parts = np.array_split(rng.permutation(len(labels)), total)
         case "by-class":
-            parts = _by_class(labels, population, rng)
+            parts = _by_class(labels, total, rng)
+        case "by-domain":
+            parts = _by_domain(labels, domains, domain_names, population, new_clients, rng)
         case "dirichlet":
-            parts = _dirichlet(labels, population, dirichlet_alpha, rng)
+            parts = _dirichlet(labels, total, dirichlet_alpha, rng)
         case _:
-            raise ConfigError(f"data.partition = {scheme!r}: must be one of iid, by-class, dirichlet, by-node")
+            raise ConfigError(
+                f"data.partition = {scheme!r}: must be one of iid, by-class, by-domain, dirichlet, by-node"
+            )
     return [np.sort(part).astype(np.int64) for part in parts]
 
 
 def held_classes(labels: np.ndarray, indices: np.ndarray) -> np.ndarray:
     """Return the sorted class ids that a client with these record ``indices`` holds."""
     return np.unique(np.asarray(labels)[indices])
+
+
+def domain_of(client: int, n_domains: int) -> int:
+    """Return the domain of a client: the domains take turns.
+
+    The last clients, which may be held out (``evaluation.new-clients``), therefore lie in different domains.
+    """
+    return client % n_domains
+
+
+def _by_domain(
+    labels: np.ndarray,
+    domains: np.ndarray | None,
+    names: tuple[str, ...],
+    population: int,
+    new_clients: int,
+    rng: np.random.Generator,
+) -> list[np.ndarray]:
+    if domains is None or not names:
+        raise ConfigError(
+            'data.partition = "by-domain": these data have no domains; give a folder with domain/class/ folders, '
+            "question files with a column domain, or choose another data.partition"
+        )
+    members: list[list[int]] = [[] for _ in names]
+    for client in range(population + new_clients):
+        members[domain_of(client, len(names))].append(client)
+    counts = np.bincount(domains, minlength=len(names)).tolist()
+    problems = []
+    if population < len(names):
+        problems.append(
+            f"population = {population}: there are {len(names)} domains, and every domain needs a client; raise "
+            "population or remove domains"
+        )
+    for name, count, clients in zip(names, counts, members, strict=True):
+        if count == 0:
+            problems.append(f"domain {name!r} has no training record; add some or remove the domain")
+        elif count < len(clients):
+            problems.append(
+                f"domain {name!r} has {count} training records for {len(clients)} clients, and every client needs one; "
+                "add records or have fewer clients"
+            )
+    if problems:
+        raise ConfigError("\n  ".join(problems))
+    parts: list[np.ndarray] = []
+    for domain, clients in enumerate(members):
+        own = np.flatnonzero(domains == domain)
+        # Class after class, so that the turn goes on where the last class ended and totals stay even.
+        records = np.concatenate([rng.permutation(own[labels[own] == label]) for label in np.unique(labels[own])])
+        parts += [records[place :: len(clients)] for place in range(len(clients))]
+    order = [client for clients in members for client in clients]
+    return [parts[place] for place in np.argsort(order).tolist()]
 
 
 def _by_class(labels: np.ndarray, population: int, rng: np.random.Generator) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Questions in JSON lines or CSV files: image, question, answer and optionally the question's type."""
+"""Questions in JSON lines or CSV files: image, question, answer and optionally the question's type and domain."""
 
 import csv
 import io
@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
@@ -28,10 +28,12 @@ _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 class _Row:
     """One record of a file; ``fault`` says why the record cannot be used, and is empty if it can be used."""
 
+    where: str
     image: Path
     question: str
     answer: str
     type: str
+    domain: str
     fault: str = ""
 
 
@@ -51,11 +53,18 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def load_question_files(
-    path: str, val_fraction: float, test_fraction: float, seed: int, on_bad: Literal["raise", "keep"]
+    path: str,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    on_bad: Literal["raise", "keep"],
+    by_domain: bool = False,
 ) -> QuestionSplits:
     """Read a file, or the files of a folder; see `load_questions`. Images are named relative to their file.
 
-    Each line (JSON lines) or row under a header (CSV) has ``image``, ``question``, ``answer``, and may have ``type``.
+    Each line (JSON lines) or row under a header (CSV) has ``image``, ``question``, ``answer``, and may have ``type``
+    and ``domain``. ``domain`` is read only with ``by_domain``. A record without one can then not be used. It is counted
+    in the first domain, so that one bad record does not change the number of domains.
     """
     source = Path(path).expanduser()
     if source.is_dir():
@@ -72,10 +81,13 @@ def load_question_files(
     rows = {name: list(_read(file)) for name, file in files.items()}
     if empty := [files[name].name for name, split_rows in rows.items() if not split_rows]:
         raise ConfigError(f"data.path = {path!r}: {', '.join(empty)} holds no question; add some")
+    domains = _domains(path, rows) if by_domain else ()
+    if domains:
+        rows = {name: [_with_domain(row, domains[0]) for row in split_rows] for name, split_rows in rows.items()}
     if on_bad == "raise":
         _refuse(path, rows)
     types = tuple(sorted({row.type for split_rows in rows.values() for row in split_rows}))
-    sets = {name: _question_set(split_rows, types) for name, split_rows in rows.items()}
+    sets = {name: _question_set(split_rows, types, domains) for name, split_rows in rows.items()}
     train = sets["train"]
     missing = {n: f for n, f in (("val", val_fraction), ("test", test_fraction)) if n not in sets}
     if missing:
@@ -93,7 +105,28 @@ def _folder(paths: list[Path]) -> FolderSplit:
     return FolderSplit(tuple(paths), np.zeros(len(paths), dtype=np.int64), ("image",))
 
 
-def _question_set(rows: list[_Row], types: tuple[str, ...]) -> QuestionSet:
+def _domains(path: str, rows: Mapping[str, list[_Row]]) -> tuple[str, ...]:
+    """Return the domains that the records of all splits name, in the order of their names.
+
+    Raises:
+        ConfigError: If no record names a domain.
+    """
+    domains = tuple(sorted({row.domain for split_rows in rows.values() for row in split_rows if row.domain}))
+    if not domains:
+        raise ConfigError(
+            f'data.path = {path!r}: no record names its domain, and data.partition = "by-domain" needs it; add a '
+            "column domain, or choose another data.partition"
+        )
+    return domains
+
+
+def _with_domain(row: _Row, first: str) -> _Row:
+    if row.domain:
+        return row
+    return replace(row, domain=first, fault=row.fault or f"{row.where}: domain must be a non-empty text in UTF-8")
+
+
+def _question_set(rows: list[_Row], types: tuple[str, ...], domains: tuple[str, ...]) -> QuestionSet:
     paths = sorted({row.image for row in rows})
     number, kind = ({value: i for i, value in enumerate(values)} for values in (paths, types))
     return QuestionSet(
@@ -104,6 +137,8 @@ def _question_set(rows: list[_Row], types: tuple[str, ...]) -> QuestionSet:
         labels=np.array([kind[row.type] for row in rows], dtype=np.int64),
         class_names=types,
         faults=tuple(row.fault for row in rows),
+        domains=np.array([domains.index(row.domain) for row in rows], dtype=np.int64) if domains else None,
+        domain_names=domains,
     )
 
 
@@ -150,13 +185,14 @@ def _row(file: Path, number: int, record: Any) -> _Row:
     """Make a record with its fault. A bad record stays counted, and keeps its image and type if they can be read."""
     where = f"{file.name}, line {number}"
     if not isinstance(record, Mapping):
-        return _Row(file.parent, "", "", "", f"{where}: not a JSON object")
+        return _Row(where, file.parent, "", "", "", "", f"{where}: not a JSON object")
     texts = {name: value for name in _NEEDED if _is_text(value := record.get(name))}
     image = file.parent / texts.get("image", "")
-    kind = record["type"].strip() if _is_text(record.get("type")) else ""
+    kind, domain = (value.strip() if _is_text(value := record.get(name)) else "" for name in ("type", "domain"))
     if bad := [name for name in _NEEDED if name not in texts]:
-        return _Row(image, "", "", kind, f"{where}: {', '.join(bad)} must be a non-empty text in UTF-8")
-    return _Row(image, " ".join(texts["question"].split()), " ".join(texts["answer"].split()), kind)
+        return _Row(where, image, "", "", kind, domain, f"{where}: {', '.join(bad)} must be a non-empty text in UTF-8")
+    question, answer = (" ".join(texts[name].split()) for name in ("question", "answer"))
+    return _Row(where, image, question, answer, kind, domain)
 
 
 def _is_text(value: Any) -> TypeGuard[str]:

@@ -24,6 +24,9 @@ class QuestionSet:
         class_names: Names of the question types.
         faults: Reason why the words of each record cannot be used, or an empty text. Only the owner of the data may
             read the reasons. () means that there is no fault.
+        domains: Domain of each record, (record,) int64, indices into ``domain_names``; None without domains. Public
+            metadata.
+        domain_names: Names of the domains, the same for all splits; empty without domains.
     """
 
     images: ImageDataset
@@ -33,6 +36,8 @@ class QuestionSet:
     labels: np.ndarray
     class_names: tuple[str, ...]
     faults: tuple[str, ...] = ()
+    domains: np.ndarray | None = None
+    domain_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -98,4 +103,6 @@ def subset(questions: QuestionSet, images: np.ndarray, chosen: ImageDataset) -> 
         labels=questions.labels[records],
         class_names=questions.class_names,
         faults=tuple(questions.faults[i] for i in records) if questions.faults else (),
+        domains=None if questions.domains is None else questions.domains[records],
+        domain_names=questions.domain_names,
     )

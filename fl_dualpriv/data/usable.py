@@ -148,13 +148,18 @@ def without_usable(partitions: Sequence[np.ndarray], inspection: Usable) -> int 
     return sum(not inspection.usable[part].any() for part in partitions)
 
 
-def skipped_files(path: Path) -> Counter[str]:
+def skipped_files(path: Path, *, by_domain: bool = False) -> Counter[str]:
     """Count the files in a directory of images that no run reads.
 
-    The counts are by file extension. ``outside`` counts images that are in no class folder.
+    The counts are by file extension. ``outside`` counts images that are in no class folder. With ``by_domain`` the
+    class folders lie in one folder per domain.
     """
     counts: Counter[str] = Counter()
-    for top in class_folders(path) if given_splits(path) else [path]:
+    tops = class_folders(path) if given_splits(path) else [path]
+    if by_domain:
+        counts["outside"] += sum(file.suffix.lower() in EXTENSIONS for top in tops for file in _files(top))
+        tops = [domain for top in tops for domain in class_folders(top)]
+    for top in tops:
         counts["outside"] += sum(file.suffix.lower() in EXTENSIONS for file in _files(top))
         for folder in class_folders(top):
             counts.update(file.suffix.lower() for file in _files(folder) if file.suffix.lower() not in EXTENSIONS)

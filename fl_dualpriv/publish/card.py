@@ -16,7 +16,7 @@ from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.run.tables import epsilon_text
 from fl_dualpriv.tasks.use_facts import UseFacts
 
-FORMAT = 1
+FORMAT = 2
 """Format version of the file. A reader refuses every other version."""
 
 T = TypeVar("T")
@@ -45,12 +45,19 @@ class Guarantee:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreFacts:
-    """Accuracies that the run reports, each in [0, 1] or None. ``of`` names the prompts that were scored."""
+    """Accuracies that the run reports, each in [0, 1] or None.
+
+    ``of`` names the prompts that were scored. ``rival`` names the best model that costs no ε, see `choose_free_form`.
+    It is empty if the accuracies are of a node, which does not score the rival.
+    """
 
     of: str
     split: str
+    rival: str
     zero_shot_local: float | None
     zero_shot_neighbour: float | None
+    free_local: float | None
+    free_neighbour: float | None
     local: float | None
     neighbour: float | None
 

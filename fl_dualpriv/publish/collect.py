@@ -218,7 +218,7 @@ def _scores_of_run(summary: Mapping[str, Any], client: int | None) -> tuple[Scor
     """Return the accuracies if they belong to this kind of prompt, or a note if they do not."""
     sound = {row["unit"] for row in summary["privacy"] if row["guarantee"] == "theorem"}
     of_personal = METHODS[summary["method"]].personal and (not sound or "record" in sound)
-    before, after = summary["accuracy"]["zero_shot"], summary["accuracy"]["final"]
+    before, free, after = (summary["accuracy"][when] for when in ("zero_shot", "free", "final"))
     if after["local"] is None and after["neighbour"] is None:
         return None, ()
     if of_personal != (client is not None):
@@ -228,8 +228,11 @@ def _scores_of_run(summary: Mapping[str, Any], client: int | None) -> tuple[Scor
     return ScoreFacts(
         of=whose,
         split=summary["evaluation_split"],
+        rival=free["rival"],
         zero_shot_local=before["local"],
         zero_shot_neighbour=before["neighbour"],
+        free_local=free["local"],
+        free_neighbour=free["neighbour"],
         local=after["local"],
         neighbour=after["neighbour"],
     ), ()
@@ -275,12 +278,15 @@ def _prompt_of_node(folder: Path, run: NodeRun) -> tuple[Tensor, ScoreFacts | No
     if scored.exists():
         tensors, metadata = read_tensors(scored)
         if metadata["run-token"] == run.run_token and int(metadata["server-round"]) == run.rounds:
-            shares = [_share(metadata[kind]) for kind in ("local", "neighbour")]
+            shares = [json.loads(metadata[kind]) for kind in ("local", "neighbour")]
             facts = ScoreFacts(
                 of="of this prompt on its node",
                 split=run.split,
+                rival="",
                 zero_shot_local=None,
                 zero_shot_neighbour=None,
+                free_local=None,
+                free_neighbour=None,
                 local=shares[0],
                 neighbour=shares[1],
             )
@@ -290,8 +296,3 @@ def _prompt_of_node(folder: Path, run: NodeRun) -> tuple[Tensor, ScoreFacts | No
         raise ConfigError(f"{folder}: the run did not finish here, the last round was {last} of {run.rounds}")
     note = "with the global prompt that the last round sent: the node did not receive the final one"
     return METHODS[run.method].effective(tensors["global"], personal), None, (note,)
-
-
-def _share(counts: str) -> float | None:
-    correct, total = map(int, counts.split("/"))
-    return correct / total if total else None

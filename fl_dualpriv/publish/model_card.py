@@ -73,7 +73,17 @@ def _scores(scores: ScoreFacts | None) -> list[str]:
         "| | local | neighbour |",
         "|---|---|---|",
         f"| zero-shot | {_percent(scores.zero_shot_local)} | {_percent(scores.zero_shot_neighbour)} |",
+        *_rival(scores),
         f"| final | {_percent(scores.local)} | {_percent(scores.neighbour)} |",
+    ]
+
+
+def _rival(scores: ScoreFacts) -> list[str]:
+    """Return the row of the free rival, because a gain over the un-tuned model may be public knowledge only."""
+    if not scores.rival:
+        return []
+    return [
+        f"| free rival: {_code(scores.rival)} | {_percent(scores.free_local)} | {_percent(scores.free_neighbour)} |"
     ]
 
 

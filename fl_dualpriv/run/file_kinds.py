@@ -19,7 +19,7 @@ Kind = Literal["result", "operator"]
 Place = Literal["run", "client", "cache", "export"]
 
 SUMMARY, ROUNDS, CURVE, PROMPT = "summary.json", "rounds.jsonl", "curve.png", "prompts/global.safetensors"
-PROGRESS, TOTALS = "operator/progress.jsonl", "operator/totals.json"
+PROGRESS, TOTALS, CLIENTS = "operator/progress.jsonl", "operator/totals.json", "operator/clients.json"
 PLUGINS = "plugins"
 """The folder of plug-ins in the folder of a run."""
 
@@ -51,6 +51,7 @@ RUN_FILES: tuple[RunFile, ...] = (
     RunFile(pattern=PROMPT, kind="result", why="the released prompt, and how it is used"),
     RunFile(pattern=PROGRESS, kind="operator", why="time and failures of each round: both can depend on private data"),
     RunFile(pattern=TOTALS, kind="operator", why="time and failures of the run: both can depend on private data"),
+    RunFile(pattern=CLIENTS, kind="operator", why="scores of each client on held-out records that are private"),
     RunFile(pattern="ledger.jsonl", kind="operator", why="releases of the server, with times"),
     RunFile(pattern="ledger.lock", kind="operator", why="lock of the ledger"),
     RunFile(pattern="checkpoint.bin", kind="operator", why="secret noise, failures, hashes of file names"),
@@ -77,7 +78,7 @@ RUN_FILES: tuple[RunFile, ...] = (
 )
 """All files of a run. A file that is not in this table has no kind, and a test then fails."""
 
-_CLIENTS = "clients/client-*/"
+_CLIENT_FOLDERS = "clients/client-*/"
 
 
 def kind_of(name: str, place: Place = "run") -> Kind | None:
@@ -92,7 +93,7 @@ def kind_of(name: str, place: Place = "run") -> Kind | None:
     if path.name.startswith(".") and path.name.endswith(".tmp"):
         whole = path.name[1:].removesuffix(".tmp").rpartition(".")[0]
         return "operator" if whole and kind_of(str(path.with_name(whole)), place) else None
-    if place == "run" and _matches(name, f"{_CLIENTS}*"):
+    if place == "run" and _matches(name, f"{_CLIENT_FOLDERS}*"):
         return kind_of(path.name, "client")
     return next((f.kind for f in RUN_FILES if f.place == place and _matches(name, f.pattern)), None)
 

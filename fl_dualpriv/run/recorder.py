@@ -16,10 +16,10 @@ from torch import Tensor
 
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import append_json_line, write_bytes, write_json, write_tensors
-from fl_dualpriv.metrics import Accuracy, harmonic_mean
+from fl_dualpriv.metrics import Accuracy, harmonic_mean, spread
 from fl_dualpriv.privacy.plan import Release
 from fl_dualpriv.run.checkpoint import FILES
-from fl_dualpriv.run.file_kinds import CURVE, PROGRESS, PROMPT, ROUNDS, SUMMARY, TOTALS, Kind, path_of
+from fl_dualpriv.run.file_kinds import CLIENTS, CURVE, PROGRESS, PROMPT, ROUNDS, SUMMARY, TOTALS, Kind, path_of
 from fl_dualpriv.run.folder_lock import held_alone
 
 PACKAGES = ("fl-dualpriv", "flwr", "ray", "torch", "open_clip_torch", "dp-accounting", "numpy")
@@ -75,7 +75,8 @@ class RunRecorder:
             if (self.folder / name).exists():
                 raise ConfigError(f"output.dir = {self.folder}: it holds an earlier run ({name}); give another folder")
         if not resume:  # the folder has no results: an old file remains of a run whose results were removed
-            (self.folder / PROGRESS).unlink(missing_ok=True)
+            for name in (PROGRESS, CLIENTS):
+                (self.folder / name).unlink(missing_ok=True)
         (self.folder / "error.json").unlink(missing_ok=True)
 
     def check_empty(self) -> None:
@@ -171,6 +172,10 @@ class RunRecorder:
         """Write ``operator/totals.json``: failed client calls, and seconds since the run began or was resumed."""
         write_json(self._file(TOTALS, "operator"), {"failures": failures, "seconds": round(seconds, 3)})
 
+    def write_clients(self, clients: "ClientAccuracies") -> None:
+        """Write ``operator/clients.json``: accuracies of single clients on private records, and their spread."""
+        write_json(self._file(CLIENTS, "operator"), {"clients": _lists(clients), "spread": spreads(clients)})
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``. Its presence means that the run ended successfully."""
         write_json(self._file(SUMMARY, "result"), dict(summary))
@@ -239,8 +244,22 @@ def _cut_after(file: Path, lines: int) -> None:
 
 
 def _entry(accuracy: Accuracy) -> dict[str, Any]:
-    """Convert an accuracy to JSON, without groups if none are reported."""
-    return {name: value for name, value in asdict(accuracy).items() if name != "by_group" or value}
+    """Convert an accuracy of a round to JSON, without parts that a round does not report."""
+    values = asdict(accuracy).items()
+    return {name: value for name, value in values if name in ("local", "neighbour") or value not in ((), [], None)}
+
+
+ClientAccuracies = Mapping[str, Mapping[str, Sequence[float | None]]]
+"""``free`` or ``final`` → name of the accuracy → value of each client, in the order of clients."""
+
+
+def _lists(clients: ClientAccuracies) -> dict[str, Any]:
+    return {when: {name: list(values) for name, values in kinds.items()} for when, kinds in clients.items()}
+
+
+def spreads(clients: ClientAccuracies) -> dict[str, Any]:
+    """Return minimum, quartiles and maximum over clients of each accuracy; None without values."""
+    return {when: {name: spread(values) for name, values in kinds.items()} for when, kinds in clients.items()}
 
 
 def versions() -> dict[str, str]:
@@ -261,13 +280,16 @@ def build_summary(
     seed: int,
     rounds: int,
     population: int,
+    new_clients: int,
     randomness: str,
     zero_shot: Accuracy | None,
     free: Accuracy | None,
     rival: str,
     final: Accuracy | None,
+    clients: ClientAccuracies,
     split: str,
     group_names: Sequence[str],
+    domain_names: Sequence[str],
     releases: Sequence[Release],
     rows: Mapping[str, int],
     notes: Sequence[str],
@@ -276,11 +298,14 @@ def build_summary(
     """Build the content of ``summary.json``, a result: each argument is a function of releases and public numbers.
 
     ``rows`` maps each way to compute gradients (`row_check`) to its number of clients, a function of machine and
-    shapes.
+    shapes. ``clients`` is empty if the held-out records are private.
     """
     nothing = Accuracy(local=None, neighbour=None)
     before, after = zero_shot or nothing, final or nothing
-    accuracy = {"zero_shot": _entry(before), "free": _entry(free or nothing), "final": _entry(after)}
+    accuracy: dict[str, dict[str, Any]] = {
+        name: _entry(entry) | {"general": entry.general, "new_client": entry.new_client}
+        for name, entry in (("zero_shot", before), ("free", free or nothing), ("final", after))
+    }
     for entry in accuracy.values():
         entry["harmonic_mean"] = harmonic_mean(entry["local"], entry["neighbour"])
     accuracy["free"]["rival"] = rival
@@ -292,10 +317,14 @@ def build_summary(
         "seed": seed,
         "rounds": rounds,
         "population": population,
+        "new_clients": new_clients,
         "randomness": randomness,
         "evaluation_split": split,
         "groups": list(group_names) if is_told else [],
+        "domains": list(domain_names) if is_told else [],
         "accuracy": accuracy,
+        "clients": _lists(clients),
+        "spread": spreads(clients),
         "privacy": [asdict(release) for release in releases],
         "rows": dict(rows),
         "notes": list(notes),

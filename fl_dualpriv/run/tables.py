@@ -10,6 +10,7 @@ from rich.table import Table
 
 SEEDED_NOTE = "reproducible noise: do not publish"
 _MISSING = "-"
+_UN_TUNED = "un-tuned"
 
 
 def percent(fraction: float | None) -> str:
@@ -45,27 +46,46 @@ def headline(summary: Mapping[str, Any], totals: Mapping[str, Any]) -> str:
 def results_table(summary: Mapping[str, Any]) -> Table:
     """Build the table of accuracy: the un-tuned model, the best rival that costs no ε, and this run.
 
-    Local records are of the client's own classes, neighbour records of those of other clients. The gain is the
-    difference to the free rival, because no ε should buy what is free. Each question type has one line, before → after,
-    over the clients that hold the type.
+    ``local``: each client's prompt on its own domain and classes. ``neighbour``: the same prompt on the other clients'
+    records. ``general``: the shared prompt without any personal part on the records of ``local``. ``new client``: the
+    shared prompt on clients that took part in no round. An accuracy that does not exist is ``-``. The gain is the
+    difference to the free rival, because no ε should buy what is free. Each question type or domain has one line,
+    before → after, over the clients that hold it.
     """
     table = Table(caption=SEEDED_NOTE if _is_reproducible(summary) else None, box=box.SIMPLE_HEAD)
     table.add_column("accuracy")
-    for column in ("local", "neighbour", "harmonic mean"):
-        table.add_column(column, justify="right")
+    kinds = ("local", "neighbour", "harmonic_mean", "general", "new_client")
+    for kind in kinds:
+        table.add_column(kind.replace("_", " "), justify="right")
     before, free, after = (summary["accuracy"][name] for name in ("zero_shot", "free", "final"))
-    kinds = ("local", "neighbour", "harmonic_mean")
-    table.add_row("un-tuned", *(percent(before[kind]) for kind in kinds))
-    if free["rival"] != "un-tuned":
-        table.add_row(f"free rival: {free['rival']}", *(percent(free[kind]) for kind in kinds))
-    table.add_row("this run", *(percent(after[kind]) for kind in kinds))
-    rival = "the un-tuned model" if free["rival"] == "un-tuned" else "the free rival"
-    table.add_row(f"gain on {rival}, points", *(_points(free[kind], after[kind]) for kind in kinds))
-    names: Sequence[str] = summary.get("groups", [])
-    for name, *pair in zip(names, before["by_group"], after["by_group"], strict=True) if names else ():
+    rival = f"equals {_UN_TUNED}" if free["rival"] == _UN_TUNED else free["rival"]
+    rows = ((_UN_TUNED, before), (f"free rival: {escape(rival)}", free), ("this run", after))
+    for name, entry in rows:
+        table.add_row(name, *(percent(entry[kind]) for kind in kinds))
+    table.add_row("gain on the free rival, points", *(_points(free[kind], after[kind]) for kind in kinds))
+    for name, *pair in zip(*_lines(summary, before, after), strict=True):
         row = f"  {escape(name) or 'all'}", " → ".join(percent(value) for value in pair)
-        table.add_row(*row, _MISSING, _MISSING)
+        table.add_row(*row, *([_MISSING] * (len(kinds) - 1)))
     return table
+
+
+def _lines(
+    summary: Mapping[str, Any], *entries: Mapping[str, Any]
+) -> tuple[Sequence[str], Sequence[float | None], Sequence[float | None]]:
+    """Return the names of the lines below the totals, and their accuracies: domains, or the groups without domains."""
+    names, domains = summary.get("groups", []), summary.get("domains", [])
+    before, after = (entry["by_group"] if names else [] for entry in entries)
+    if not domains:
+        return names, before, after
+    size = len(names) // len(domains)
+    starts = range(0, len(names), size)
+    before, after = ([_mean(values[i : i + size]) for i in starts] for values in (before, after))
+    return domains, before, after
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _is_reproducible(summary: Mapping[str, Any]) -> bool:

@@ -50,8 +50,16 @@ def build_strategy(
         seed=config.seed,
         report=report,
         plugin_folder=recorder.folder / PLUGINS,
+        new_hosts=new_hosts(config, hosts),
+        reports_groups=config.data.asks_questions or config.data.is_by_domain,
         **options,  # type: ignore[arg-type] - checked against the class's fields
     )
+
+
+def new_hosts(config: RunConfig, hosts: Mapping[int, int]) -> dict[int, int]:
+    """Return the id of the node that scores each new client, by partition: that of client p modulo nodes."""
+    last = config.population + config.evaluation.new_clients
+    return {p: hosts[p % config.num_supernodes] for p in range(config.population, last)}
 
 
 def server_privacy(

@@ -175,18 +175,10 @@ class Rounds:
         return sum(event.run == token for event in privacy.ledger.read().events)
 
 
-def score_free_rival(strategy: RoundStrategy, grid: Grid, prompt: Tensor, timeout: float) -> Accuracy | None:
-    """Score the best use of public knowledge; None without scores, or if a client did not answer."""
-    if not strategy.evaluate_every:
-        return None
-    requests = strategy.evaluation_messages(0, prompt, "free")
-    return strategy.read_free_scores(grid.send_and_receive(requests, timeout=timeout))
-
-
 def score_now(
     strategy: RoundStrategy, grid: Grid, prompt: Tensor, kind: messages.PromptKind, timeout: float
 ) -> Accuracy | None:
-    """Score one prompt outside the rounds."""
-    return strategy.read_scores(
-        0, grid.send_and_receive(strategy.evaluation_messages(0, prompt, kind), timeout=timeout)
-    )
+    """Score one prompt before the rounds."""
+    requests = strategy.evaluation_messages(0, prompt, kind)
+    scored = strategy.read_scores(0, grid.send_and_receive(requests, timeout=timeout))
+    return None if scored is None else scored.accuracy

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fl_dualpriv import messages
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.metrics import Accuracy, mean_accuracy
+from fl_dualpriv.metrics import Accuracy, Scored, summarise
 from fl_dualpriv.privacy.adaptive import AdaptiveClip
 from fl_dualpriv.privacy.clipping import ClippedSum, check_exact, client_sum, clip_rows, trusting_sum
 from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey, gaussian_noise, poisson_sample
@@ -67,7 +67,8 @@ class RoundStrategy(Strategy):
         `sensitivity` is refused. With ``privacy.correlated`` the noise of all rounds together has the law of
         `CorrelatedNoise`, on its schedule; with ``privacy.adaptive`` the bound of a round is a function of earlier
         releases, one of which is the noised share of small updates. The cohort is drawn over clients, independently of
-        the nodes that host them: the number of nodes changes no result.
+        the nodes that host them: the number of nodes changes no result. New clients have no card, so no cohort holds
+        one and no train message names one; they are only scored.
 
     Args:
         cards: Partition → public card of each client, 0 … population − 1; all of them joined before round 1.
@@ -86,6 +87,8 @@ class RoundStrategy(Strategy):
         report: Function that is called once per round.
         plugin_folder: Folder for files of a strategy, which the strategy must create. The files are the operator's and
             are not published, because no proof covers them. None if there is no folder.
+        new_hosts: Partition → id of the node that scores a new client; numbered from the population on.
+        reports_groups: True if accuracies of single groups are reported.
     """
 
     # The author's claim: the units that noise scaled to sensitivity() protects, and the reason why not the others.
@@ -106,15 +109,19 @@ class RoundStrategy(Strategy):
     seed: int
     report: Callable[[RoundReport], None]
     plugin_folder: Path | None = None
+    new_hosts: dict[int, int] = field(default_factory=dict)
+    reports_groups: bool = False
     failures: int = field(default=0, init=False)
     deliveries: int = field(default=0, init=False)
     rounds_done: int = field(default=0, init=False)
     last_failure: str | None = field(default=None, init=False)
+    last_scored: tuple[int, Scored] | None = field(default=None, init=False)
     state: dict[str, Tensor] = field(default_factory=dict, init=False)
     num_examples: dict[int, int] = field(default_factory=dict, init=False)
     _prompt: Tensor = field(default_factory=lambda: torch.zeros(0), init=False)
     _asked: Asked = field(default_factory=dict, init=False)
     _everyone: Asked = field(default_factory=dict, init=False)
+    _new_too: Asked = field(default_factory=dict, init=False)
     _round_failures: int = field(default=0, init=False)
     _divisor: float | None = field(default=None, init=False)
     _weights: dict[int, float] = field(default_factory=dict, init=False)
@@ -127,6 +134,7 @@ class RoundStrategy(Strategy):
             raise ValueError(f"cards of {len(self.cards)} clients; expected one per client, in order, each with a host")
         self.num_examples = {partition: card.num_examples for partition, card in self.cards.items()}
         self._everyone = by_node(order, self.hosts)
+        self._new_too = by_node([*order, *self.new_hosts], self.hosts | self.new_hosts)
         if self.privacy is not None:
             check_class(type(self), RoundStrategy, self.privacy.unit, self.privacy.arithmetic)
             self._books = RoundAccountant(self.privacy, self.run_token, rounds=self.num_rounds)
@@ -372,39 +380,40 @@ class RoundStrategy(Strategy):
         return self.evaluation_messages(server_round, messages.from_arrays(arrays), self.prompt_kind)
 
     def evaluation_messages(self, server_round: int, prompt: Tensor, kind: messages.PromptKind) -> list[Message]:
-        """Return messages that ask every client to score ``prompt``."""
-        self._asked = self._everyone
+        """Return messages that ask every client to score ``prompt``, and new clients unless it is a personal one."""
+        self._asked = self._everyone if kind == "personal" else self._new_too
         return score_messages(self._asked, prompt, server_round, self.run_token, kind)
 
-    def read_scores(self, server_round: int, replies: Iterable[Message]) -> Accuracy | None:
-        """Return the mean accuracy of the clients that answered; None if none did."""
+    def read_scores(self, server_round: int, replies: Iterable[Message]) -> Scored | None:
+        """Return the accuracies of the clients that answered; None if none did."""
         collection = collect(self._asked, replies, messages.read_scores, "score", str(server_round))
         self._fail(server_round, {p: f"evaluation: {reason}" for p, reason in collection.failed.items()})
-        return _mean_accuracy(collection.answers)
+        scored = self._summarise(collection.answers)
+        self.last_scored = None if scored is None else (server_round, scored)
+        return scored
 
-    def read_free_scores(self, replies: Iterable[Message]) -> Accuracy | None:
-        """Return the mean accuracy of the free rival, or None if a client did not answer.
+    def read_further_scores(self, what: str, replies: Iterable[Message]) -> Scored | None:
+        """Return the accuracies of a rival or of another prompt after the rounds, or None if a client did not answer.
 
-        A missing answer neither counts as a failure nor ends a run, because the rival is no part of it. The mean over
+        A missing answer neither counts as a failure nor ends a run, because the run has already ended. The mean over
         other clients than those of the run's own scores would not be comparable.
         """
         collection = collect(self._asked, replies, messages.read_scores, "score", "0")
         if collection.failed:
-            _log.warning("the free rival is not scored: %d clients did not answer", len(collection.failed))
+            _log.warning("%s is not scored: %d clients did not answer", what, len(collection.failed))
             return None
-        return _mean_accuracy(collection.answers)
+        return self._summarise(collection.answers)
+
+    def _summarise(self, answers: Sequence[messages.Scores]) -> Scored | None:
+        tables = [(answer.partitions, answer.values) for answer in answers]
+        return summarise(tables, len(self.cards), len(self.new_hosts), by_group=self.reports_groups)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Average the scores and report the round."""
-        accuracy = self.read_scores(server_round, replies)
+        scored = self.read_scores(server_round, replies)
+        accuracy = None if scored is None else scored.accuracy
         self.report(RoundReport(server_round=server_round, accuracy=accuracy, failures=self._round_failures))
         return None
 
     def summary(self) -> None:
         """Log nothing, because the server app prints the privacy table."""
-
-
-def _mean_accuracy(answers: Sequence[messages.Scores]) -> Accuracy | None:
-    """Average the scores of all answers in the order of the clients; None if there are none."""
-    scores = {p: s for answer in answers for p, s in zip(answer.partitions, answer.values, strict=True)}
-    return mean_accuracy([scores[p] for p in sorted(scores)]) if scores else None

@@ -11,7 +11,6 @@ from torch import Tensor
 from fl_dualpriv.config.schema import PromptConfig, RunConfig
 from fl_dualpriv.data.images import ImageDataset
 from fl_dualpriv.learners.base import Objective, Records, Regulariser
-from fl_dualpriv.metrics import Score
 from fl_dualpriv.models.base import ImageEncoder
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey, gaussian_noise
 from fl_dualpriv.run.user_folders import home
@@ -25,13 +24,14 @@ class Task(Protocol):
     """Data, model and objective that all clients of a process share.
 
     No part of a task grows with the number of clients that used it. A *group* is the category by which records are
-    counted: the class of an image, or the type of a question. A client's groups are public metadata, like its number
-    of records.
+    counted: the class of an image, or the type of a question; where clients belong to domains, a pair of domain and
+    class. A group's number modulo the number of classes is its class. A client's groups are public metadata, like its
+    number of records.
     """
 
     @property
     def partitions(self) -> list[np.ndarray]:
-        """Record indices per client."""
+        """Record indices per client: of the population, then of the new clients, which take part in no round."""
         ...
 
     @property
@@ -51,7 +51,12 @@ class Task(Protocol):
 
     @property
     def group_names(self) -> tuple[str, ...]:
-        """Names of the classes, or of the question types."""
+        """Names of the groups."""
+        ...
+
+    @property
+    def domain_names(self) -> tuple[str, ...]:
+        """Names of the domains; empty if clients belong to none."""
         ...
 
     def images(self, split: str) -> ImageDataset:
@@ -125,17 +130,15 @@ class Task(Protocol):
         """Score the model without learning."""
         ...
 
-    @property
-    def free_rival(self) -> str:
-        """Name of the rival that `free_scores` scores."""
+    def free_rival(self, config: RunConfig) -> str:
+        """Return the name of the rival that `free_counts` scores; ``un-tuned`` if public knowledge adds nothing."""
         ...
 
-    def free_scores(self, held: Tensor, config: RunConfig) -> list[Score]:
+    def free_counts(self, config: RunConfig) -> Counts:
         """Score the best use of public knowledge without learning: the rival that costs no ε.
 
-        Args:
-            held: True where a client holds a group, (client, group) bool; public metadata.
-            config: Configuration of the run.
+        Returns:
+            Correct records of each client, (client, group), new clients included, and all records (group,).
         """
         ...
 
@@ -144,8 +147,18 @@ class Task(Protocol):
         ...
 
 
+def group_ids(labels: np.ndarray, domains: np.ndarray | None, n_cls: int) -> np.ndarray:
+    """Return the group of each record, int64: its class, or domain · n_cls + class."""
+    return labels if domains is None else domains.astype(np.int64) * n_cls + labels
+
+
+def names_of_groups(classes: tuple[str, ...], domains: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of the groups in the order of `group_ids`."""
+    return tuple(f"{domain}: {name}" for domain in domains for name in classes) if domains else classes
+
+
 def held_groups(task: Task) -> Tensor:
-    """Return True where a client holds a group, (population, group) bool; public metadata."""
+    """Return True where a client holds a group, (client, group) bool; public metadata."""
     table = np.zeros((len(task.partitions), len(task.group_names)), dtype=bool)
     for partition, indices in enumerate(task.partitions):
         table[partition, task.groups[indices]] = True

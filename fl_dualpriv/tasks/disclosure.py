@@ -35,6 +35,16 @@ def held_out_is_public(data: DataConfig, evaluation: EvaluationConfig) -> bool:
     return evaluation.held_out_data == "public"
 
 
+def may_choose_on_val(config: RunConfig) -> bool:
+    """Return True if a choice between public models may depend on the validation records.
+
+    Under DP a choice on private validation records would be a release that no ledger counts.
+    """
+    if not config.claims_privacy or config.evaluation.held_out_data == "public":
+        return True
+    return config.evaluation.held_out_data == "auto" and "val" in own_splits(config.data)
+
+
 def held_out_is_given(data: DataConfig, evaluation: EvaluationConfig) -> bool:
     """Return True if the scored split is a demo's or has a separate folder or file, not a cut of training data."""
     return evaluation.split in own_splits(data)

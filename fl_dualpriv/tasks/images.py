@@ -26,13 +26,15 @@ from fl_dualpriv.learners.head import LowRankHead
 from fl_dualpriv.learners.row_check import MADE_UP_BLOCKS
 from fl_dualpriv.learners.rows import rows_at_once
 from fl_dualpriv.methods.base import METHODS
-from fl_dualpriv.metrics import Score, count_by_class, count_logits, scores_within_lists
+from fl_dualpriv.metrics import count_logits
 from fl_dualpriv.models.base import Backbone
 from fl_dualpriv.models.load import load_backbone
 from fl_dualpriv.models.pruning.in_tower import PatchReading
 from fl_dualpriv.models.pruning.tokens import TokenPruner
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
-from fl_dualpriv.tasks.base import Counts, one_thread
+from fl_dualpriv.tasks.base import Counts, group_ids, held_groups, names_of_groups, one_thread
+from fl_dualpriv.tasks.disclosure import may_choose_on_val
+from fl_dualpriv.tasks.free_rival import FreeForm, PublicModel, choose_free_form
 from fl_dualpriv.tasks.learners import ImageLearner, image_learner
 from fl_dualpriv.tasks.pruners import token_pruner
 from fl_dualpriv.tasks.use_description import describe_use
@@ -42,7 +44,7 @@ from fl_dualpriv.towers.base import PromptTower
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTask:
-    """`Task` of image classification; groups are classes.
+    """`Task` of image classification; groups are classes, or pairs of domain and class.
 
     Attributes:
         backbone: The frozen model, one copy per process.
@@ -54,6 +56,7 @@ class ImageTask:
         augmentation: ``flip`` mirrors each training image with probability 1/2, drawn again each round.
         seed: Seed of the coins of the augmentation.
         patch_reading: Method of reading patch features; None if no patches are read.
+        by_domain: True if each client belongs to one domain of the data.
     """
 
     backbone: Backbone
@@ -65,6 +68,7 @@ class ImageTask:
     augmentation: Literal["none", "flip"]
     seed: int
     patch_reading: PatchReading | None
+    by_domain: bool
     _held_out: dict[str, ClientData] = field(default_factory=dict)
     _tables: dict[tuple[str, bool], ImageFeatures] = field(default_factory=dict)
     _learners: dict[Hashable, ImageLearner] = field(default_factory=dict)
@@ -118,13 +122,22 @@ class ImageTask:
 
     @property
     def groups(self) -> np.ndarray:
-        """Class of each training image."""
-        return self.data.train.labels
+        """Group of each training image."""
+        return self._groups("train")
+
+    def _groups(self, split: str) -> np.ndarray:
+        images = self.images(split)
+        return group_ids(images.labels, images.domains if self.by_domain else None, len(self.data.class_names))
 
     @property
     def group_names(self) -> tuple[str, ...]:
-        """Names of the classes."""
-        return self.data.class_names
+        """Names of the classes, or of pairs of domain and class."""
+        return names_of_groups(self.data.class_names, self.domain_names)
+
+    @property
+    def domain_names(self) -> tuple[str, ...]:
+        """Names of the domains; empty if clients belong to none."""
+        return self.data.train.domain_names if self.by_domain else ()
 
     @property
     def data_identity(self) -> dict[str, str]:
@@ -151,24 +164,43 @@ class ImageTask:
     @torch.no_grad()
     def counts(self, prompts: Tensor, config: RunConfig) -> list[Counts]:
         """See `Task`."""
-        images, n_cls = self.held_out(config.evaluation.split), len(self.data.class_names)
+        images, labelled = self.held_out(config.evaluation.split), self._labelled(config.evaluation.split)
         logits = self.learner(config).logits(prompts.to(self.backbone.device), images)
-        return [count_logits(prompt_logits, images.labels, n_cls) for prompt_logits in logits]
+        return [count_logits(prompt_logits, *labelled, len(self.group_names)) for prompt_logits in logits]
+
+    def _labelled(self, split: str) -> tuple[Tensor, Tensor]:
+        """Return class and group of each held-out image."""
+        groups = torch.tensor(self._groups(split), device=self.backbone.device)
+        return self.held_out(split).labels, groups
 
     def zero_shot_counts(self, config: RunConfig) -> Counts:
         """Score the class features of the filled-in template; see `Task`."""
-        images, features = self.held_out(config.evaluation.split), self.text.zero_shot_features()
-        return count_by_class(features, images.features, images.labels, len(self.data.class_names))
+        split = config.evaluation.split
+        return count_logits(self._template_logits(split), *self._labelled(split), len(self.group_names))
 
-    @property
-    def free_rival(self) -> str:
-        """The un-tuned model that knows each client's public class list."""
-        return "un-tuned, own class list"
+    def _template_logits(self, split: str) -> Tensor:
+        return self.held_out(split).features @ self.text.zero_shot_features().T
 
-    def free_scores(self, held: Tensor, config: RunConfig) -> list[Score]:
-        """Score the filled-in template where each client answers within its own class list at home; see `Task`."""
-        images, features = self.held_out(config.evaluation.split), self.text.zero_shot_features()
-        return scores_within_lists(images.features @ features.T, images.labels, held)
+    def _free_form(self, config: RunConfig) -> FreeForm:
+        """Choose the free rival among the models that are public; further candidates belong into the list."""
+        models = [PublicModel(name="un-tuned", logits=self._template_logits)]
+        validation = (lambda: self._labelled("val")) if may_choose_on_val(config) else None
+        return choose_free_form(models, validation, self._held, len(self.data.class_names), config.population)
+
+    @functools.cached_property
+    def _held(self) -> Tensor:
+        return held_groups(self)
+
+    def free_rival(self, config: RunConfig) -> str:
+        """Return the name of the un-tuned model with its best use of each client's public class list; see `Task`."""
+        return self._free_form(config).name
+
+    def free_counts(self, config: RunConfig) -> Counts:
+        """Score the chosen form once on the held-out split of the configuration; see `Task`."""
+        split, form = config.evaluation.split, self._free_form(config)
+        labels, groups = self._labelled(split)
+        correct = form.counts(form.model.logits(split), labels, groups, self._held)
+        return correct, torch.bincount(groups, minlength=len(self.group_names)).cpu()
 
     def initial_prompt(self, config: RunConfig) -> Tensor:
         """Return the template's words, a draw from N(0, 0.02²), or the start of another learner; see `Task`."""
@@ -277,7 +309,8 @@ def build_image_task(config: RunConfig, on_bad_image: Literal["keep", "raise"]) 
     data, source = config.data, config.data.source
     assert source in ("demo", "folder")
     images = load_data(
-        source, data.path, data.classes, data.val_fraction, data.test_fraction, config.seed, on_bad_image
+        *(source, data.path, data.classes, data.val_fraction, data.test_fraction, config.seed, on_bad_image),
+        data.is_by_domain,
     )
     task = _build_task(
         images,
@@ -285,6 +318,7 @@ def build_image_task(config: RunConfig, on_bad_image: Literal["keep", "raise"]) 
         config.backbone,
         token_pruner(config, len(images.train)),
         config.population,
+        config.evaluation.new_clients,
         config.seed,
         config.resources.device,
         config.resources.feature_cache,
@@ -317,6 +351,7 @@ def _build_task(
     model: BackboneConfig,
     pruner: TokenPruner | None,
     population: int,
+    new_clients: int,
     seed: int,
     device: str,
     feature_cache: str,
@@ -325,7 +360,11 @@ def _build_task(
 ) -> ImageTask:
     one_thread(device)
     assert data.partition != "by-image"  # the configuration allows it only for questions
-    parts = partition(images.train.labels, data.partition, population, data.dirichlet_alpha, seed)
+    train = images.train
+    parts = partition(
+        *(train.labels, data.partition, population, data.dirichlet_alpha, seed, train.domains, train.domain_names),
+        new_clients,
+    )
     backbone = load_backbone(model.name, model.pretrained, device, pruner, model.precision)
     return ImageTask(
         backbone=backbone,
@@ -337,4 +376,5 @@ def _build_task(
         augmentation=data.augmentation,
         seed=seed,
         patch_reading=patch_reading,
+        by_domain=data.is_by_domain,
     )

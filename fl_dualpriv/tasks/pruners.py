@@ -40,4 +40,5 @@ def _fusion_noise_std(config: RunConfig, records: int) -> float:
     on_the_sum = pruning.visual_fusion_std * plan.noise_multiplier * plan.clip_norm
     if pruning.visual_fusion_noise == "sum":
         return on_the_sum
-    return on_the_sum / (config.train.sampling_rate * records / config.population)
+    clients = config.population + config.evaluation.new_clients
+    return on_the_sum / (config.train.sampling_rate * records / clients)

@@ -21,11 +21,10 @@ from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.learners.answers import BLOCK, AnswerObjective, AnswerRecords, answer_records
 from fl_dualpriv.learners.row_check import MADE_UP_BLOCKS
 from fl_dualpriv.learners.soft_prompt import SoftPromptObjective
-from fl_dualpriv.metrics import Score, split_counts
 from fl_dualpriv.models.answering import AnsweringModel
 from fl_dualpriv.models.load import load_answering_model
 from fl_dualpriv.models.pruning.tokens import TokenPruner
-from fl_dualpriv.tasks.base import Counts, one_thread, random_prompt
+from fl_dualpriv.tasks.base import Counts, group_ids, names_of_groups, one_thread, random_prompt
 from fl_dualpriv.tasks.pruners import token_pruner
 from fl_dualpriv.tasks.use_description import describe_use
 from fl_dualpriv.tasks.use_facts import UseFacts
@@ -41,6 +40,8 @@ _RECENT = 8
 class QuestionTask:
     """`Task` of questions about images. A record is one question with its answer and its image.
 
+    Groups are question types, or pairs of domain and type.
+
     Attributes:
         backbone: The frozen model, one copy per process. The features of an image are its visual tokens, pruned.
         data: Train, val and test questions.
@@ -49,6 +50,7 @@ class QuestionTask:
             stays counted and adds zero.
         cache_root: Folder of the cached visual tokens, see `cache_root`; None if they are only in memory.
         max_tokens: Most tokens of a question and its answer. It is public, so that no client's longest question shows.
+        by_domain: True if each client belongs to one domain of the data.
     """
 
     backbone: AnsweringModel
@@ -57,33 +59,43 @@ class QuestionTask:
     on_bad_record: Literal["keep", "raise"]
     cache_root: Path | None
     max_tokens: int
+    by_domain: bool
     _held_out: dict[str, AnswerRecords] = field(default_factory=dict)
     _recent: dict[int, AnswerRecords] = field(default_factory=dict)
     _features: dict[str, ImageFeatures] = field(default_factory=dict)
 
     @property
     def groups(self) -> np.ndarray:
-        """Type of each training question."""
-        return self.data.train.labels
+        """Group of each training question."""
+        return self._groups("train")
+
+    def _groups(self, split: str) -> np.ndarray:
+        questions = self._questions(split)
+        return group_ids(questions.labels, questions.domains if self.by_domain else None, len(self.data.class_names))
 
     @property
     def group_names(self) -> tuple[str, ...]:
-        """Names of the question types."""
-        return self.data.class_names
+        """Names of the question types, or of pairs of domain and type."""
+        return names_of_groups(self.data.class_names, self.domain_names)
+
+    @property
+    def domain_names(self) -> tuple[str, ...]:
+        """Names of the domains; empty if clients belong to none."""
+        return self.data.train.domain_names if self.by_domain else ()
 
     @property
     def data_identity(self) -> dict[str, str]:
         """See `Task`."""
         return data_identity(self.data, self.partitions)
 
-    @property
-    def free_rival(self) -> str:
-        """The un-tuned model, because no list of a client's answers is public."""
+    def free_rival(self, config: RunConfig) -> str:
+        """Return the un-tuned model, because no list of a client's answers is public; see `Task`."""
         return "un-tuned"
 
-    def free_scores(self, held: Tensor, config: RunConfig) -> list[Score]:
+    def free_counts(self, config: RunConfig) -> Counts:
         """Score the un-tuned model; see `Task`."""
-        return split_counts(*self.zero_shot_counts(config), held, by_group=True)
+        correct, total = self.zero_shot_counts(config)
+        return correct.expand(len(self.partitions), -1), total
 
     def use_facts(self, config: RunConfig) -> UseFacts | None:
         """See `Task`."""
@@ -228,8 +240,10 @@ class QuestionTask:
 
     def counts(self, prompts: Tensor, config: RunConfig) -> list[Counts]:
         """Count exact matches; see `Task`."""
-        records, objective = self.held_out(config.evaluation.split), self.objective(config)
-        return [self._count(objective.correct(prompt, records), records.labels) for prompt in prompts]
+        split = config.evaluation.split
+        records, objective = self.held_out(split), self.objective(config)
+        groups = torch.tensor(self._groups(split))
+        return [self._count(objective.correct(prompt, records), groups) for prompt in prompts]
 
     def zero_shot_counts(self, config: RunConfig) -> Counts:
         """Score the model with the template's words before the question; see `Task`."""
@@ -238,9 +252,9 @@ class QuestionTask:
         (counts,) = self.counts(nothing[None], config)
         return counts
 
-    def _count(self, right: Tensor, labels: Tensor) -> Counts:
-        types = len(self.group_names)
-        return torch.bincount(labels[right], minlength=types), torch.bincount(labels, minlength=types)
+    def _count(self, right: Tensor, groups: Tensor) -> Counts:
+        n_groups = len(self.group_names)
+        return torch.bincount(groups[right], minlength=n_groups), torch.bincount(groups, minlength=n_groups)
 
 
 @torch.no_grad()
@@ -267,13 +281,16 @@ def build_question_task(config: RunConfig, on_bad_record: Literal["keep", "raise
     """
     data, source = config.data, config.data.source
     assert source in ("demo-vqa", "questions")
-    questions = load_questions(source, data.path, data.val_fraction, data.test_fraction, config.seed, on_bad_record)
+    questions = load_questions(
+        *(source, data.path, data.val_fraction, data.test_fraction, config.seed, on_bad_record), data.is_by_domain
+    )
     task = _build_task(
         questions,
         data,
         config.backbone,
         token_pruner(config, len(questions.train)),
         config.population,
+        config.evaluation.new_clients,
         config.seed,
         config.resources.device,
         config.resources.feature_cache,
@@ -308,20 +325,24 @@ def _build_task(
     model: BackboneConfig,
     pruner: TokenPruner | None,
     population: int,
+    new_clients: int,
     seed: int,
     device: str,
     feature_cache: str,
     on_bad_record: Literal["keep", "raise"],
 ) -> QuestionTask:
     one_thread(device)
-    by_image = data.partition == "by-image"
-    labels = questions.train.image_of if by_image else questions.train.labels
+    train = questions.train
+    labels = train.image_of if data.partition == "by-image" else train.labels
     scheme = "by-class" if data.partition == "by-image" else data.partition
     return QuestionTask(
         backbone=load_answering_model(model.name, device, pruner, model.precision),
         data=questions,
-        partitions=partition(labels, scheme, population, data.dirichlet_alpha, seed),
+        partitions=partition(
+            *(labels, scheme, population, data.dirichlet_alpha, seed, train.domains, train.domain_names), new_clients
+        ),
         on_bad_record=on_bad_record,
         cache_root=cache_root(feature_cache),
         max_tokens=data.max_tokens,
+        by_domain=data.is_by_domain,
     )

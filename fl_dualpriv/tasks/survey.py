@@ -21,6 +21,8 @@ from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.tasks.disclosure import delta_problems, held_out_is_given, keeps_bad_records, may_score
 from fl_dualpriv.tasks.word_problems import word_problems
 
+_NAMED_CLASSES = 5
+
 
 def survey(config: RunConfig, *, seconds: float = SECONDS) -> list[str]:
     """Describe the data that a run would load, in lines for its operator.
@@ -68,21 +70,26 @@ def announce(config: RunConfig, folder: Path) -> None:
 def _images(config: RunConfig, seconds: float) -> list[str]:
     data, path = config.data, Path(config.data.path).expanduser()
     if data.source == "demo":
-        demo = load_data("demo", "", "", data.val_fraction, data.test_fraction, config.seed, "keep")
-        parts, problems = _divided(config, demo.train.labels)
+        demo = load_data("demo", "", "", data.val_fraction, data.test_fraction, config.seed, "keep", data.is_by_domain)
+        parts, problems = _divided(config, demo.train)
         _raise("the demo's images cannot be used:", problems, _delta_problems(config, parts))
         what = f"{len(demo.train)} training images of {len(demo.class_names)} classes, the demo's"
-        return [*_record_lines(what, None, parts), *_held_out_lines(config, len(_scored(config, demo)), "images", None)]
+        return [
+            *_record_lines(config, what, demo.train, None, parts),
+            *_held_out_lines(config, len(_scored(config, demo)), "images", None),
+        ]
     if not data.path.strip():
         raise ConfigError('data.path is empty; give the directory of the images, or set data.ref = "demo"')
-    layout = read_layout(path, data.classes, data.val_fraction, data.test_fraction, config.seed)
+    layout = read_layout(
+        *(path, data.classes, data.val_fraction, data.test_fraction, config.seed), by_domain=data.is_by_domain
+    )
     splits = layout.as_splits()
     problems = [*layout.problems, *word_problems(config, layout)]
     parts, usable_records, held_out = [], None, None
     if not keeps_bad_records(config):
         problems += bad_images(splits.values())
     if not layout.problems:  # else a split may be missing
-        parts, undivided = _divided(config, splits["train"].labels)
+        parts, undivided = _divided(config, splits["train"])
         problems += undivided
         usable_records = look(splits["train"], "training images", seconds)
         held_out = look(splits[config.evaluation.split], f"{config.evaluation.split} images", seconds)
@@ -92,8 +99,8 @@ def _images(config: RunConfig, seconds: float) -> list[str]:
     assert held_out is not None
     what = f"{len(splits['train'])} training images of {len(layout.names)} classes"
     return [
-        *_record_lines(what, usable_records, parts),
-        *_skipped_lines(path),
+        *_record_lines(config, what, splits["train"], usable_records, parts),
+        *_skipped_lines(path, by_domain=data.is_by_domain),
         *_held_out_lines(config, held_out.total, "images", held_out),
     ]
 
@@ -102,9 +109,11 @@ def _questions(config: RunConfig, seconds: float) -> list[str]:
     data = config.data
     assert data.source in ("demo-vqa", "questions")
     on_bad = "keep" if keeps_bad_records(config) else "raise"
-    questions = load_questions(data.source, data.path, data.val_fraction, data.test_fraction, config.seed, on_bad)
+    questions = load_questions(
+        *(data.source, data.path, data.val_fraction, data.test_fraction, config.seed, on_bad), data.is_by_domain
+    )
     train, scored = questions.train, _scored(config, questions)
-    parts, problems = _divided(config, train.image_of if data.partition == "by-image" else train.labels)
+    parts, problems = _divided(config, train)
     usable_records, held_out = None, None
     if data.source == "questions":
         usable_records = look(train, "training questions", seconds)
@@ -119,7 +128,10 @@ def _questions(config: RunConfig, seconds: float) -> list[str]:
     types = [name for name in questions.class_names if name]
     of_types = f" of {len(types)} types" if types else ""
     what = f"{len(train)} training questions{of_types} about {len(train.images)} images"
-    return [*_record_lines(what, usable_records, parts), *_held_out_lines(config, len(scored), "questions", held_out)]
+    return [
+        *_record_lines(config, what, train, usable_records, parts),
+        *_held_out_lines(config, len(scored), "questions", held_out),
+    ]
 
 
 def _raise(head: str, problems: list[str], deltas: list[str]) -> None:
@@ -138,12 +150,17 @@ def _scored(config: RunConfig, data: DataSplits | QuestionSplits) -> ImageDatase
     return data.val if config.evaluation.split == "val" else data.test
 
 
-def _divided(config: RunConfig, labels: np.ndarray) -> tuple[list[np.ndarray], list[str]]:
+def _divided(config: RunConfig, train: ImageDataset | QuestionSet) -> tuple[list[np.ndarray], list[str]]:
     """Return the record indices per client, divided as the tasks divide them, and the reasons if that is impossible."""
-    data = config.data
+    data, labels = config.data, train.labels
+    if data.partition == "by-image" and isinstance(train, QuestionSet):
+        labels = train.image_of
     scheme = "by-class" if data.partition == "by-image" else data.partition
     try:
-        return partition(labels, scheme, config.population, data.dirichlet_alpha, config.seed), []
+        return partition(
+            *(labels, scheme, config.population, data.dirichlet_alpha, config.seed, train.domains, train.domain_names),
+            config.evaluation.new_clients,
+        ), []
     except ConfigError as error:
         return [], [str(error)]
 
@@ -152,22 +169,45 @@ def _delta_problems(config: RunConfig, parts: Sequence[np.ndarray]) -> list[str]
     return delta_problems(config, max(map(len, parts))) if len(parts) else []
 
 
-def _record_lines(what: str, usable_records: Usable | None, parts: Sequence[np.ndarray]) -> list[str]:
-    sizes = [len(part) for part in parts]
+def _record_lines(
+    config: RunConfig,
+    what: str,
+    train: ImageDataset | QuestionSet,
+    usable_records: Usable | None,
+    parts: Sequence[np.ndarray],
+) -> list[str]:
+    sizes, new = [len(part) for part in parts], config.evaluation.new_clients
+    held_out = f", {new} of them take part in no round" if new else ""
     count = f": {usable_records.says()}" if usable_records is not None else ""
     lines = [
         f"data: {what}{count}",
         *([f"  {line}" for line in usable_records.lines()] if usable_records is not None else []),
-        f"clients: {len(parts)}; records per client: minimum {min(sizes)}, median {np.median(sizes):g}, maximum "
-        f"{max(sizes)}",
+        *(_domain_lines(train) if config.data.is_by_domain else []),
+        f"clients: {len(parts)}{held_out}; records per client: minimum {min(sizes)}, median {np.median(sizes):g}, "
+        f"maximum {max(sizes)}",
     ]
     if usable_records is not None and (none := without_usable(parts, usable_records)):
         lines.append(f"warning: {none} of {len(parts)} clients have no usable record; their prompts will be noise")
     return lines
 
 
-def _skipped_lines(path: Path) -> list[str]:
-    skipped = skipped_files(path)
+def _domain_lines(train: ImageDataset | QuestionSet) -> list[str]:
+    """Name the domains, and the classes that a domain lacks."""
+    assert train.domains is not None
+    sizes = np.bincount(train.domains, minlength=len(train.domain_names))
+    named = ", ".join(f"{name} ({size})" for name, size in zip(train.domain_names, sizes.tolist(), strict=True))
+    lines = [f"domains, with training records: {named}"]
+    for domain, name in enumerate(train.domain_names):
+        present = set(train.labels[train.domains == domain].tolist())
+        if lacking := [text for label, text in enumerate(train.class_names) if label not in present]:
+            more = f" and {len(lacking) - _NAMED_CLASSES} more" if len(lacking) > _NAMED_CLASSES else ""
+            shown = ", ".join(map(repr, lacking[:_NAMED_CLASSES]))
+            lines.append(f"domain {name!r} has no training record of {shown}{more}: its clients do not hold these")
+    return lines
+
+
+def _skipped_lines(path: Path, *, by_domain: bool) -> list[str]:
+    skipped = skipped_files(path, by_domain=by_domain)
     outside = skipped.pop("outside", 0)
     lines = []
     if skipped:

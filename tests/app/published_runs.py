@@ -8,7 +8,7 @@ import torch
 
 from fl_dualpriv import load_prompt
 from fl_dualpriv.config.schema import RunConfig, app_defaults
-from fl_dualpriv.metrics import mean_accuracy, split_counts
+from fl_dualpriv.metrics import ScoreTable, mean
 from fl_dualpriv.publish.file import write_published
 from fl_dualpriv.publish.rules import publish
 from fl_dualpriv.publish.use import LoadedPrompt
@@ -53,6 +53,5 @@ def scores(prompts: Sequence[LoadedPrompt], summary: dict[str, Any]) -> tuple[fl
         said = [prompt.classes.index(p.label) for p in prompt.predict(test.paths)]  # type: ignore[attr-defined]
         right = labels[torch.tensor(said) == labels]
         counts = [torch.bincount(of, minlength=len(test.class_names)) for of in (right, labels)]
-        found += split_counts(counts[0], counts[1], held[client : client + 1])
-    mean = mean_accuracy(found)
-    return mean.local, mean.neighbour
+        found.append(ScoreTable.of(counts[0], counts[1], held[client : client + 1]))
+    return mean([table.local()[0] for table in found]), mean([table.neighbour()[0] for table in found])

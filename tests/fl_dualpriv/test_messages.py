@@ -1,6 +1,6 @@
 """What is put into a Flower message comes out again, and nothing unexpected passes."""
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageTy
 from flwr.supercore.task_identity import TaskIdentity
 
 from fl_dualpriv import messages
-from fl_dualpriv.metrics import Score
+from fl_dualpriv.metrics import ScoreTable
 from fl_dualpriv.privacy.plan import RoundTerms
 
 PROMPT = torch.arange(6, dtype=torch.float32).reshape(2, 3) / 7
@@ -187,57 +187,51 @@ def test_cards_survive():
     assert [card.rows for card in messages.read_cards(message(content, MessageType.QUERY))] == [None, "together"]
 
 
-SCORES = messages.Scores(
-    partitions=(4, 1),
-    values=[
-        Score(local_correct=1, local_total=2, neighbour_correct=3, neighbour_total=4),
-        Score(local_correct=0, local_total=0, neighbour_correct=5, neighbour_total=6),
-    ],
-    failed={8: "boom"},
+def scores_of(correct: list[list[int]], held: list[list[int]], total: list[int]) -> messages.Scores:
+    table = ScoreTable(correct=np.array(correct), total=np.array(total), held=np.array(held, dtype=bool))
+    return messages.Scores(partitions=tuple(range(4, 4 + len(correct))), values=table, failed={8: "boom"})
+
+
+SCORES = scores_of([[1, 0, 3], [0, 0, 2]], [[1, 0, 0], [0, 1, 1]], [2, 0, 4])
+NO_SCORES = messages.Scores(
+    partitions=(),
+    values=ScoreTable(correct=np.zeros((0, 3), int), total=np.array([2, 0, 4]), held=np.zeros((0, 3), bool)),
+    failed={0: "boom"},
 )
 
 
-@pytest.mark.parametrize(
-    "scores", [SCORES, messages.Scores(partitions=(), values=[], failed={0: "boom"})], ids=["two", "none"]
-)
+def same(one: messages.Scores, two: messages.Scores) -> bool:
+    arrays = all(np.array_equal(getattr(one.values, n), getattr(two.values, n)) for n in ("correct", "total", "held"))
+    return arrays and (one.partitions, one.failed) == (two.partitions, two.failed)
+
+
+@pytest.mark.parametrize("scores", [SCORES, NO_SCORES], ids=["two", "none"])
 def test_scores_survive(scores: messages.Scores):
-    assert messages.read_scores(message(messages.scores_content(scores), MessageType.EVALUATE)) == scores
+    assert same(messages.read_scores(message(messages.scores_content(scores), MessageType.EVALUATE)), scores)
 
 
-def test_a_score_is_counts_of_held_out_images_and_nothing_about_training():
+def test_a_row_that_all_clients_share_is_sent_once():
+    shared = scores_of([[1, 0, 3]] * 3, [[1, 0, 1]] * 3, [2, 0, 4])
+    content = messages.scores_content(shared)
+    assert content["score"] == MetricRecord({"total": [2, 0, 4], "correct": [1, 0, 3], "held": [1, 0, 1]})
+    assert same(messages.read_scores(message(content, MessageType.EVALUATE)), shared)
+
+
+def test_a_score_is_counts_of_held_out_images_and_public_lists_and_nothing_about_training():
     content = messages.scores_content(SCORES)
-    counts = {f.name.replace("_", "-") for f in fields(Score)} - {"by-group"}  # not told here
-    assert keys(RecordDict({"score": content["score"]})) == {f"score/{name}" for name in counts}
-
-
-def test_counts_by_group_go_and_come():
-    told = replace(SCORES, values=[replace(s, by_group=((i, 2), (0, 0), (1, 3))) for i, s in enumerate(SCORES.values)])
-    assert messages.read_scores(message(messages.scores_content(told))) == told
-
-
-@pytest.mark.parametrize(
-    ("correct", "total", "reason"),
-    [
-        ([3, 0], [2, 0], "impossible counts"),
-        ([1, 0, 0], [1, 0, 0], "3 and 3 counts of groups for 2 clients"),
-        ([1, 0], [1, 0, 0, 0], "2 and 4 counts of groups"),
-        ([1.0, 0.0], [1, 0], "whole numbers"),
-    ],
-)
-def test_counts_by_group_from_outside_are_checked(correct: list, total: list, reason: str):
-    content = messages.scores_content(SCORES)
-    content["score"] = MetricRecord({**content["score"], "group-correct": correct, "group-total": total})
-    with pytest.raises(ValueError, match=reason):
-        messages.read_scores(message(content))
+    assert keys(RecordDict({"score": content["score"]})) == {"score/total", "score/correct", "score/held"}
 
 
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("local-correct", [3, 0], "impossible counts"),
-        ("neighbour-correct", [3, -1], "impossible counts"),
-        ("local-total", [2], r"counts for 2 clients"),
-        ("local-total", [2.0, 0.0], "whole numbers"),
+        ("correct", [3, 0, 3, 0, 0, 2], "impossible counts"),
+        ("correct", [1, 0, 3, 0, 0, -1], "impossible counts"),
+        ("total", [2, -1, 4], "impossible counts"),
+        ("held", [1, 0, 0, 0, 2, 1], "impossible counts"),
+        ("correct", [1, 0], "2 counts for 2 clients and 3 groups"),
+        ("total", [2, 0], "6 counts for 2 clients and 2 groups"),
+        ("total", [2.0, 0.0, 4.0], "whole numbers"),
         ("accuracy", [1, 1], "accuracy"),
     ],
 )

@@ -35,6 +35,11 @@ class DemoSplit(DrawnImages):
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def domain_names(self) -> tuple[str, ...]:
+        """The private domains; see `ImageDataset`."""
+        return DOMAINS
+
     def image(self, index: int) -> Image.Image:
         """Draw the image at ``index`` in its private domain.
 

@@ -176,7 +176,7 @@ def test_same_in_another_process():
         ([], "by-class", 1, 0.3, "only 0 training images"),
         ([0, 1], "iid", 0, 0.3, "population = 0: must be >= 1"),
         ([[0, 1]], "iid", 1, 0.3, r"labels have shape \(1, 2\)"),
-        ([0, 1], "random", 1, 0.3, "must be one of iid, by-class, dirichlet"),
+        ([0, 1], "random", 1, 0.3, "must be one of iid, by-class, by-domain, dirichlet"),
         ([0, 1], "dirichlet", 1, 0.0, "data.dirichlet-alpha = 0.0: must be > 0"),
         ([0, 1], "dirichlet", 1, float("nan"), "data.dirichlet-alpha = nan"),
         # 20 records of one class at alpha 0.001: one client takes nearly all of them in every draw.

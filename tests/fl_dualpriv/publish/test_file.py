@@ -54,7 +54,15 @@ FACTS = PublishedFacts(
         randomness="os",
         version="0.1.0",
         scores=ScoreFacts(
-            of="mean", split="test", zero_shot_local=0.25, zero_shot_neighbour=None, local=0.5, neighbour=0.125
+            of="mean",
+            split="test",
+            rival="un-tuned, own class list",
+            zero_shot_local=0.25,
+            zero_shot_neighbour=None,
+            free_local=0.375,
+            free_neighbour=None,
+            local=0.5,
+            neighbour=0.125,
         ),
     ),
     guarantees=(
@@ -187,7 +195,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "facts-deep": (content("[" * 100_000), "not JSON"),
     "facts-nan": (content(FACTS.to_json().replace("3.9941", "NaN")), "guarantees.epsilon = nan"),
     "facts-endless": (content(FACTS.to_json().replace("3.9941", "9" * 400)), "guarantees.epsilon"),
-    "other-format": (content(changed("format", to=2)), "format 1"),
+    "other-format": (content(changed("format", to=1)), "format 2"),
     "no-guarantee": (content(changed("guarantees", drop=True)), "no guarantee line"),
     "empty-guarantee": (content(changed("guarantees", to=[])), "no guarantee line"),
     "guarantee-and-none": (content(changed("not_private", to=True)), "says that it has none"),

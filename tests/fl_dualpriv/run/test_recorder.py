@@ -29,6 +29,9 @@ RELEASE = Release(
 )
 
 
+CLIENT_ACCURACIES = {"final": {"local": (0.5, None, 1.0), "general": ()}}
+
+
 def summary(**changes: Any) -> dict[str, Any]:
     given: dict[str, Any] = {
         "method": "dpfpl",
@@ -36,12 +39,15 @@ def summary(**changes: Any) -> dict[str, Any]:
         "seed": 1,
         "rounds": 2,
         "population": 3,
+        "new_clients": 1,
         "randomness": "os",
-        "zero_shot": Accuracy(local=0.5, neighbour=0.25),
+        "zero_shot": Accuracy(local=0.5, neighbour=0.25, general=0.5, new_client=0.75),
         "free": Accuracy(local=0.625, neighbour=0.25),
         "rival": "un-tuned, own class list",
         "final": Accuracy(local=0.75, neighbour=None),
+        "clients": CLIENT_ACCURACIES,
         "group_names": ("cat", "dog"),
+        "domain_names": (),
         "split": "test",
         "releases": [RELEASE],
         "rows": {"together": 3},
@@ -60,8 +66,9 @@ TOLD = Accuracy(local=0.5, neighbour=None, by_group=(0.5, None))
      (replace(TOLD, by_group=(0.5,) * 3), TOLD, 0)],
 )  # fmt: skip
 def test_groups_are_named_if_all_scores_are_of_them(zero_shot: Accuracy, final: Accuracy, named: int):
-    found = summary(zero_shot=zero_shot, final=final, group_names=["color", "shape"])
+    found = summary(zero_shot=zero_shot, final=final, group_names=["color", "shape"], domain_names=["hall"])
     assert len(found["groups"]) == named
+    assert len(found["domains"]) == named // 2
     results_table(found)
 
 
@@ -77,19 +84,26 @@ def test_summary_has_the_promised_keys(tmp_path: Path):
     found = strict((tmp_path / "summary.json").read_text())
     promised = {"method", "engine", "seed", "rounds", "population", "randomness", "evaluation_split", "groups", "notes"}
     # No more: each key is a function of releases and public numbers; "rows" of the machine and of public shapes.
-    promised |= {"rows"}
+    promised |= {"rows", "new_clients", "domains", "clients", "spread"}
     assert found.keys() == promised | {"accuracy", "privacy", "versions", "config"}
     assert found["accuracy"] == {
         # 2 * 0.5 * 0.25 / 0.75 = 1/3; 2 * 0.625 * 0.25 / 0.875 = 5/14
-        "zero_shot": {"local": 0.5, "neighbour": 0.25, "harmonic_mean": pytest.approx(1 / 3)},
+        "zero_shot": {
+            **{"local": 0.5, "neighbour": 0.25, "harmonic_mean": pytest.approx(1 / 3)},
+            **{"general": 0.5, "new_client": 0.75},
+        },
         "free": {
             "local": 0.625,
             "neighbour": 0.25,
             "harmonic_mean": pytest.approx(5 / 14),
             "rival": "un-tuned, own class list",
+            **{"general": None, "new_client": None},
         },
-        "final": {"local": 0.75, "neighbour": None, "harmonic_mean": None},
+        "final": {"local": 0.75, "neighbour": None, "harmonic_mean": None, "general": None, "new_client": None},
     }
+    assert found["clients"] == {"final": {"local": [0.5, None, 1.0], "general": []}}
+    assert found["spread"]["final"]["local"]["median"] == 0.75
+    assert found["spread"]["final"]["general"] is None
     keys = {"release", "unit", "relation", "sampling", "releases", "epsilon", "delta", "trusts", "guarantee"}
     assert keys <= found["privacy"][0].keys()
     assert found["privacy"][0]["guarantee"] == "theorem"
@@ -98,7 +112,7 @@ def test_summary_has_the_promised_keys(tmp_path: Path):
 
 
 def test_unscored_runs_have_the_same_keys():
-    nothing = {"local": None, "neighbour": None, "harmonic_mean": None}
+    nothing = dict.fromkeys(("local", "neighbour", "harmonic_mean", "general", "new_client"))
     assert summary(zero_shot=None, free=None, final=None)["accuracy"] == {
         "zero_shot": nothing,
         "free": nothing | {"rival": "un-tuned, own class list"},

@@ -30,9 +30,12 @@ SUMMARY: dict[str, Any] = {
     "randomness": "os",
     "privacy": [RELEASE],
     "accuracy": {
-        "zero_shot": {"local": 0.5, "neighbour": 0.456, "harmonic_mean": 0.477},
-        "free": {"local": 0.56, "neighbour": 0.456, "harmonic_mean": 0.5027, "rival": "un-tuned, own class list"},
-        "final": {"local": 0.6123, "neighbour": 0.44, "harmonic_mean": 0.512},
+        "zero_shot": {"local": 0.5, "neighbour": 0.456, "harmonic_mean": 0.477, "general": 0.5, "new_client": 0.4},
+        "free": {
+            **{"local": 0.56, "neighbour": 0.456, "harmonic_mean": 0.5027, "general": 0.56, "new_client": 0.41},
+            "rival": "un-tuned, own class list",
+        },
+        "final": {"local": 0.6123, "neighbour": 0.44, "harmonic_mean": 0.512, "general": 0.53, "new_client": None},
     },
 }
 
@@ -53,29 +56,44 @@ def row(table: Table, start: str) -> list[str]:
 
 def test_results_in_percent_and_points() -> None:
     table = results_table(SUMMARY)
-    assert row(table, "un-tuned") == ["un-tuned", "50.0 %", "45.6 %", "47.7 %"]
-    assert row(table, "free") == ["free rival: un-tuned, own class list", "56.0 %", "45.6 %", "50.3 %"]
-    assert row(table, "this run") == ["this run", "61.2 %", "44.0 %", "51.2 %"]
+    columns = ["accuracy", "local", "neighbour", "harmonic mean", "general", "new client"]
+    assert [str(column.header) for column in table.columns] == columns
+    assert row(table, "un-tuned") == ["un-tuned", "50.0 %", "45.6 %", "47.7 %", "50.0 %", "40.0 %"]
+    free = ["free rival: un-tuned, own class list", "56.0 %", "45.6 %", "50.3 %", "56.0 %", "41.0 %"]
+    assert row(table, "free") == free
+    assert row(table, "this run") == ["this run", "61.2 %", "44.0 %", "51.2 %", "53.0 %", "-"]
     # The gain is over the free rival: 61.2 - 56.0, not 61.2 - 50.0.
-    assert row(table, "gain") == ["gain on the free rival, points", "+5.2", "-1.6", "+0.9"]
+    assert row(table, "gain") == ["gain on the free rival, points", "+5.2", "-1.6", "+0.9", "-3.0", "-"]
     assert headline(SUMMARY, TOTALS) == "dpfpl · engine local · seed 3 · 10 rounds · 10 clients · 2 failed · 61 s"
 
 
 def test_names_of_groups_are_no_markup() -> None:
     told = {
-        kind: {"local": 0.5, "neighbour": None, "harmonic_mean": None, "by_group": [0.25], "rival": "un-tuned"}
+        kind: SUMMARY["accuracy"]["free"] | {"by_group": [0.25], "rival": "un-tuned"}
         for kind in ("zero_shot", "free", "final")
     }
     table = results_table(SUMMARY | {"groups": ["[/red] what"], "accuracy": told})
-    assert row(table, "[/red]") == ["[/red] what", "25.0 % → 25.0 %", "-", "-"]
+    assert row(table, "[/red]") == ["[/red] what", "25.0 % → 25.0 %", "-", "-", "-", "-"]
 
 
-def test_where_nothing_public_helps_the_un_tuned_model_is_the_rival_and_has_one_row() -> None:
+def test_a_domain_has_one_line_over_its_classes() -> None:
+    groups = {"groups": ["hall: cup", "hall: pen", "lab: cup", "lab: pen"], "domains": ["hall", "lab"]}
+    told = {
+        kind: entry | {"by_group": [0.25, None, 0.5, start]}
+        for (kind, entry), start in zip(SUMMARY["accuracy"].items(), (0.5, 0.5, 1.0), strict=True)
+    }
+    table = results_table(SUMMARY | groups | {"accuracy": told})
+    assert row(table, "hall")[:2] == ["hall", "25.0 % → 25.0 %"]
+    assert row(table, "lab")[:2] == ["lab", "50.0 % → 75.0 %"]
+    assert "cup" not in text(table)
+
+
+def test_where_nothing_public_helps_the_row_of_the_rival_says_so() -> None:
     accuracy = SUMMARY["accuracy"] | {"free": SUMMARY["accuracy"]["zero_shot"] | {"rival": "un-tuned"}}
-    shown = text(results_table(SUMMARY | {"accuracy": accuracy}))
-    assert "free rival:" not in shown
-    assert row(results_table(SUMMARY | {"accuracy": accuracy}), "gain")[0] == "gain on the un-tuned model, points"
-    assert "+11.2" in shown  # 61.2 - 50.0
+    table = results_table(SUMMARY | {"accuracy": accuracy})
+    assert row(table, "free rival")[0] == "free rival: equals un-tuned"
+    assert row(table, "free rival")[1:] == row(table, "un-tuned")[1:]
+    assert row(table, "gain")[1] == "+11.2"  # 61.2 - 50.0
 
 
 @pytest.mark.parametrize(("randomness", "marked"), [("os", False), ("seeded", True)])

@@ -11,7 +11,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
 from fl_dualpriv import messages
-from fl_dualpriv.metrics import Accuracy, Score
+from fl_dualpriv.metrics import Accuracy, ScoreTable
 from fl_dualpriv.privacy.noise import KeyedRandom
 from fl_dualpriv.privacy.plan import round_terms
 from fl_dualpriv.server.cohort import by_node, collect
@@ -271,9 +271,10 @@ def test_every_client_ends_up_in_one_place():
 
 def answer(message: Message, failed: Sequence[int] = ()) -> Message:
     good = tuple(p for p in messages.read_evaluate(message).partitions if p not in failed)
-    values = [Score(local_correct=p, local_total=7, neighbour_correct=1, neighbour_total=4) for p in good]
+    counts, held = torch.tensor([[p, 1] for p in good]), torch.tensor([[True, False] for _ in good])
+    table = ScoreTable.of(counts, torch.tensor([7, 4]), held)
     content = messages.scores_content(
-        messages.Scores(partitions=good, values=values, failed=dict.fromkeys(failed, "boom"))
+        messages.Scores(partitions=good, values=table, failed=dict.fromkeys(failed, "boom"))
     )
     return Message(content, reply_to=message)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fl_dualpriv import messages
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.metrics import Accuracy, Score
+from fl_dualpriv.metrics import Accuracy, ScoreTable
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSources
 from fl_dualpriv.privacy.plan import RoundTerms
 from fl_dualpriv.server.strategy import ClientFailure, RoundReport, RoundStrategy, ServerPrivacy, Update
@@ -252,9 +252,9 @@ def evaluate(strategy: RoundStrategy, server_round: int) -> list[Message]:
 
 
 def answer(message: Message, correct: int) -> Message:
-    score = Score(local_correct=correct, local_total=4, neighbour_correct=0, neighbour_total=0)
     partitions = messages.read_evaluate(message).partitions
-    scores = messages.Scores(partitions=partitions, values=[score] * len(partitions))
+    counts, held = (torch.full((len(partitions), 1), value) for value in (correct, True))
+    scores = messages.Scores(partitions=partitions, values=ScoreTable.of(counts, torch.tensor([4]), held))
     return Message(messages.scores_content(scores), reply_to=message)
 
 
@@ -294,8 +294,8 @@ def test_an_unscored_round_is_reported_without_accuracy():
     "content",
     [
         RecordDict(),
-        RecordDict({"score": MetricRecord({"local-correct": 1})}),
-        RecordDict({"score": MetricRecord({"local-correct": 1, "accuracy": 0.5})}),
+        RecordDict({"score": MetricRecord({"correct": 1})}),
+        RecordDict({"score": MetricRecord({"correct": 1, "accuracy": 0.5})}),
     ],
     ids=["empty", "incomplete", "unknown key"],
 )
