@@ -27,6 +27,7 @@ PRUNED = {"pruning.visual-keep-ratio": 0.5, "pruning.visual-fused": 2, "pruning.
 RUNS: dict[str, dict[str, Any]] = {
     "dpfpl": PRUNED,
     "plain": {"population": 2},
+    "shrunk": {"prompt.personalisation": "scalar", "prompt.personal-memory": 0.9},
     "promptfl": {"method": "promptfl"},
     "head": {"prompt.learner": "head", "method": "promptfl"},
     "linear-probe": {"method": "linear-probe"},
