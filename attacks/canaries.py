@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from attacks.verdict import CANARIES, AuditResult, coins, judge, silenced
-from fl_dualpriv.client.node import chunks, prompts_at_once
+from fl_dualpriv.client.node import chunks, personalisation, prompts_at_once
+from fl_dualpriv.client.personalisation import personal_prompt
 from fl_dualpriv.client.round import local_training
 from fl_dualpriv.client.state import PersonalState, fresh_state
 from fl_dualpriv.client.step import Participant, cohort_update
@@ -131,7 +132,9 @@ class _Audit:
                 self._prompt = prompt + uploads.mean(dim=0)
             else:
                 moved = torch.stack([s.personal - b.personal for s, b in zip(states, before, strict=True)])
-            personal = [state.personal for state in before] if self._parts.personal else None
+            rule = personalisation(self._config)
+            of_prompt = [personal_prompt(state, rule, prompt, server_round=0) for state in before]
+            personal = of_prompt if self._parts.personal else None
             seen.append(_Seen(prompt, personal, moved.to(torch.float64).flatten(1)))
         present = self._present.reshape(-1)
         scores = self._scores(seen)

@@ -12,7 +12,8 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fl_dualpriv import messages
-from fl_dualpriv.client.node import chunks, prompts_at_once
+from fl_dualpriv.client.node import chunks, personalisation, prompts_at_once
+from fl_dualpriv.client.personalisation import personal_prompt
 from fl_dualpriv.client.published_step import published_updates
 from fl_dualpriv.client.round import local_training, published_training
 from fl_dualpriv.client.state import PersonalState, fresh_state
@@ -98,8 +99,8 @@ class Federation:
                 arrays = aggregated
         if strategy.failures:
             raise RuntimeError(f"the training under attack failed: {strategy.last_failure}")
-        personal = torch.stack([state.personal for state in training.states])
-        return messages.from_arrays(arrays).to(self.device) + personal
+        prompt, rule = messages.from_arrays(arrays).to(self.device), personalisation(self.config)
+        return prompt + torch.stack([personal_prompt(s, rule, prompt, self.config.rounds) for s in training.states])
 
     def _strategy(self, members: Sequence[ClientData], seed: int, folder: Path) -> RoundStrategy:
         config = self.config
@@ -144,8 +145,9 @@ class _Training:
         uploads: list[Tensor] = []
         for group in chunks(sorted(request.partitions), size):
             participants = [self._participant(p, request.server_round) for p in group]
-            for participant, (upload, state) in zip(participants, self._updates(prompt, participants), strict=True):
-                self.states[participant.partition] = state
+            results = self._updates(prompt, participants, request.server_round)
+            for participant, (upload, state) in zip(participants, results, strict=True):
+                self.states[participant.partition] = replace(state, server_round=request.server_round)
                 uploads.append(upload)
         return messages.Uploads(partitions=tuple(sorted(request.partitions)), values=torch.stack(uploads).cpu())
 
@@ -159,12 +161,14 @@ class _Training:
             partition=partition, state=self.states[partition], data=self._members[partition], random=random
         )
 
-    def _updates(self, prompt: Tensor, participants: list[Participant]) -> list[tuple[Tensor, PersonalState]]:
-        return client_updates(self._federation, prompt, participants)
+    def _updates(
+        self, prompt: Tensor, participants: list[Participant], server_round: int
+    ) -> list[tuple[Tensor, PersonalState]]:
+        return client_updates(self._federation, prompt, participants, server_round)
 
 
 def client_updates(
-    federation: Federation, prompt: Tensor, participants: Sequence[Participant]
+    federation: Federation, prompt: Tensor, participants: Sequence[Participant], server_round: int
 ) -> list[tuple[Tensor, PersonalState]]:
     """Run one round of these clients' local steps as a node does; return uploads and new personal states."""
     if federation.parts.published_procedure:
@@ -182,6 +186,7 @@ def client_updates(
         parts=federation.parts,
         training=local_training(federation.config),
         plan=federation.plan,
+        server_round=server_round,
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fl_dualpriv import messages
 from fl_dualpriv.client.node_run import keep_node_run, keep_scored
+from fl_dualpriv.client.personalisation import Personalisation, personal_prompt
 from fl_dualpriv.client.state import ClientFolder
 from fl_dualpriv.config.plans import record_level_plan
 from fl_dualpriv.config.schema import RunConfig
@@ -53,6 +54,7 @@ class RunContext:
         self.objective, self.row_path = self._checked()
         self.sources = random_sources(config.privacy.randomness)
         self.terms = round_terms(self.plan, config.train.sampling_rate, config.train.local_steps)
+        self.personalisation = personalisation(config)
         self.reproducible = config.privacy.randomness == "seeded"
         self.prompt_shape = self.task.prompt_shape(config)
         self.may_score = may_score(config)
@@ -117,6 +119,19 @@ class RunContext:
                 (counts,) = self.task.counts(prompt[None], self.config)
             self._counts = key, counts
         return self._counts[1]
+
+
+def personalisation(config: RunConfig) -> Personalisation | None:
+    """Return the numbers of noise-aware personal prompts, or None if p_L moves by gradient steps or does not exist."""
+    parts = METHODS[config.method]
+    if config.prompt.personalisation == "published" or not parts.personal:
+        return None
+    return Personalisation(
+        shrinkage=config.prompt.personalisation,
+        memory=config.prompt.personal_memory,
+        local_learning_rate=config.train.local_learning_rate,
+        global_learning_rate=config.train.global_learning_rate if parts.shared else 0.0,
+    )
 
 
 class Sized(Protocol):
@@ -284,14 +299,19 @@ class Node:
         total = torch.zeros(run_context.held.shape[1], dtype=torch.long)
         device = run_context.task.backbone.device
         n_ctx, ctx_dim = request.global_prompt.shape
+        personalisation = run_context.personalisation
+        shapes = None if personalisation is None else personalisation.release_memory_shapes(n_ctx, ctx_dim)
         size = prompts_at_once(run_context.objective, run_context.config.resources.workspace_mib * 2**20, device)
         for group in chunks(partitions, size):
             prompts: dict[int, Tensor] = {}
             for p in group:
                 try:
                     rank, terms = run_context.config.prompt.rank, str(run_context.terms)
-                    state = self.folder(p).load(request.run_token, n_ctx, ctx_dim, rank, terms=terms)
-                    prompts[p] = run_context.parts.effective(request.global_prompt, state.personal)
+                    state = self.folder(p).load(
+                        request.run_token, n_ctx, ctx_dim, rank, shapes, terms=terms, partial=True
+                    )
+                    personal = personal_prompt(state, personalisation, request.global_prompt, request.server_round)
+                    prompts[p] = run_context.parts.effective(request.global_prompt, personal)
                 except Exception as error:
                     failed.add([p], error)
             if not prompts:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv import messages
-from fl_dualpriv.client.node import Failures, Node, chunks, prompts_at_once
+from fl_dualpriv.client.node import Failures, Node, chunks, personalisation, prompts_at_once
 from fl_dualpriv.client.optimizers import Optimizer
 from fl_dualpriv.client.pruning import UpdatePruning
 from fl_dualpriv.client.published_step import PublishedTraining, published_updates
@@ -253,6 +253,7 @@ class TrainRound:
             training=self._training,
             plan=run_context.plan,
             regulariser=run_context.regulariser,
+            server_round=self._request.server_round,
         )
 
 
@@ -288,6 +289,7 @@ def local_training(config: RunConfig, segments: tuple[int, ...] = ()) -> LocalTr
         optimizer=Optimizer(name=config.train.optimizer, momentum=config.train.momentum),
         factor_rank=config.prompt.rank if METHODS[config.method].factor_steps else 0,
         prompts=2 if METHODS[config.method].pairs else 1,
+        personalisation=personalisation(config),
     )
 
 

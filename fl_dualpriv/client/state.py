@@ -30,8 +30,8 @@ class PersonalState:
         personal: Personal prompt p_L, (n_ctx, ctx_dim); zeros before the first step.
         row_basis: The last v, (k, ctx_dim), which starts the next power iteration.
         server_round: The last round that changed the state.
-        release_memory: Tensors that update pruning and the optimizer keep of the client's noised releases. Empty before
-            the first release.
+        release_memory: Tensors that update pruning, the optimizer and noise-aware personal prompts keep of the client's
+            noised releases. Empty before the first release.
     """
 
     personal: Tensor
@@ -99,6 +99,7 @@ class ClientFolder:
         *,
         previous: bool = False,
         terms: str = "",
+        partial: bool = False,
     ) -> PersonalState:
         """Load the state of this run, or return a fresh one if the file is missing or of another run.
 
@@ -115,6 +116,7 @@ class ClientFolder:
                 others. None skips the check, as for scores.
             previous: Load the state before the last round instead.
             terms: Privacy terms of the run, as given to `save`. An empty string skips the check.
+            partial: True if the file may hold more of the release memory than this, as for scores.
 
         Raises:
             PrivacyError: If the run of this token saved its state under other terms.
@@ -131,7 +133,7 @@ class ClientFolder:
                 if release_memory is not None:
                     _check(file.name, tensors, release_memory)
                     unknown = tensors.keys() - shapes.keys() - release_memory.keys() - {"global"}
-                    if unknown:
+                    if unknown and not partial:
                         raise ValueError(
                             f"{file.name} holds {', '.join(sorted(unknown))}; this run keeps no such tensor"
                         )

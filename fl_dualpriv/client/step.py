@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.client.optimizers import SGD, Optimizer
+from fl_dualpriv.client.personalisation import NAMES, Deviations, Personalisation, rounds_since
 from fl_dualpriv.client.pruning import KEEP_ALL, UpdatePruning
 from fl_dualpriv.client.release_memory import ReleaseMemoryShapes
 from fl_dualpriv.client.state import PersonalState
@@ -43,6 +44,7 @@ class LocalTraining:
         optimizer: Optimizer that turns noised gradients into directions.
         prompts: Number of prompts in a gradient, one above the other: 2 (p_G and p_L) if the loss reads both, else 1.
         factor_rank: Rank k if the method's factors take separate steps; u is then kept from round to round. 0 if not.
+        personalisation: Noise-aware personal prompts, or None for p_L by gradient steps.
     """
 
     local_steps: int
@@ -53,6 +55,7 @@ class LocalTraining:
     optimizer: Optimizer = SGD
     factor_rank: int = 0
     prompts: int = 1
+    personalisation: Personalisation | None = None
 
     def release_memory_shapes(self, n_ctx: int, ctx_dim: int) -> ReleaseMemoryShapes:
         """Return the shapes of the tensors that a client remembers of its releases across steps and rounds."""
@@ -61,6 +64,8 @@ class LocalTraining:
             **self.pruning.release_memory_shapes(rows, ctx_dim),
             **self.optimizer.release_memory_shapes(rows, ctx_dim),
         }
+        if self.personalisation is not None:
+            shapes |= self.personalisation.release_memory_shapes(n_ctx, ctx_dim)
         return shapes if not self.factor_rank else {**shapes, _LEFT: ((n_ctx, self.factor_rank), torch.float32)}
 
 
@@ -103,6 +108,7 @@ def cohort_update(
     training: LocalTraining,
     plan: RecordLevelPlan | None,
     regulariser: Regulariser | None = None,
+    server_round: int = 0,
 ) -> list[tuple[Tensor, PersonalState]]:
     """Run one round of local steps of some clients, together.
 
@@ -114,7 +120,7 @@ def cohort_update(
         so that it stays exact until the server has added its noise. Masks before the clip come from earlier releases
         and coins. Pruning, averaging and projecting after the noise are post-processing (see `UpdatePruning`): the
         noise is the same as without them. The gradient of a regulariser, which reads only prompts, is post-processing
-        too.
+        too, and so are noise-aware personal prompts (see `Deviations`), which read the release before it is pruned.
         No client's numbers depend on the other clients of the step, except for float rounding: the size of a matrix
         product can change the order of its sums. The caller has written the ledger events of these releases.
 
@@ -126,6 +132,8 @@ def cohort_update(
         training: Step sizes and counts.
         plan: Plan of record-level DP, or None for the non-private method.
         regulariser: Term of the loss that reads no record, or None.
+        server_round: Number of this round. Only noise-aware personal prompts read it, to count rounds that a client
+            missed; at 0 it missed none.
 
     Returns:
         For each participant the upload (the move of p_G, local − global; with a trusted server −learning rate × the
@@ -148,14 +156,26 @@ def cohort_update(
     exact = plan is not None and plan.arithmetic == "integer"
     if exact:
         check_exact(max(p.data.num_examples for p in participants))
+    noise_std = _noise_of_a_mean(plan, expected[:, 0, 0])
+    others = (_LEFT, *NAMES)
     update_rule = UpdateRule(
         pruning=training.pruning,
         optimizer=training.optimizer,
-        release_memories=[{k: v for k, v in p.state.release_memory.items() if k != _LEFT} for p in participants],
+        release_memories=[{k: v for k, v in p.state.release_memory.items() if k not in others} for p in participants],
         streams=[p.random for p in participants],
-        noise_std=_noise_of_a_mean(plan, expected[:, 0, 0]),
+        noise_std=noise_std,
         like=parts.effective(global_prompt, global_prompt),
     )
+    deviations = None
+    if training.personalisation is not None:
+        deviations = Deviations(
+            training.personalisation,
+            release_memories=[p.state.release_memory for p in participants],
+            global_prompt=global_prompt,
+            rounds_since=[rounds_since(p.state, server_round) for p in participants],
+            noise_std=noise_std,
+        )
+        prompts.personal = deviations.personal
     picked: list[np.ndarray] = []
     for step in range(training.local_steps):
         masks = update_rule.masks(step)
@@ -186,7 +206,10 @@ def cohort_update(
             of_global, direction = direction.chunk(2, dim=1)
         if parts.shared and not trusts_server:
             prompts.own_global = torch.sub(prompts.own_global, of_global, alpha=training.global_learning_rate)
-        if parts.personal and parts.factor_steps:
+        if deviations is not None:
+            deviations.follow(mean)
+            prompts.personal = deviations.personal
+        elif parts.personal and parts.factor_steps:
             _move_factors(prompts, direction, training.local_learning_rate)
         elif parts.personal:
             _move_personal(prompts, direction, parts, training.local_learning_rate, update_rule.closed)
@@ -195,6 +218,11 @@ def cohort_update(
     if parts.factor_steps:
         release_memories = [
             {**release_memory, _LEFT: u} for release_memory, u in zip(release_memories, prompts.left, strict=True)
+        ]
+    if deviations is not None:
+        release_memories = [
+            {**release_memory, **own}
+            for release_memory, own in zip(release_memories, deviations.release_memories(), strict=True)
         ]
     state_parts = zip(participants, prompts.personal, prompts.row_basis, release_memories, strict=True)
     states = [

@@ -1,8 +1,11 @@
 """Rules for the baselines with separate mathematics: the keys that they support and the values that they need."""
 
-from fl_dualpriv.config.rules import CrossRule
+from collections.abc import Callable
+
+from fl_dualpriv.config.rules import CrossRule, Values
 
 _HEADS = ("linear-probe", "prototypes")
+_SHRINKABLE = ("dpfpl", "local-only")
 _IMAGES_ALONE = (*_HEADS, "fedpgp", "dp-lora", "ffa-lora", "fedotp")
 
 
@@ -14,6 +17,19 @@ def _must_be(key: str, value: object, methods: tuple[str, ...], reason: str) -> 
         lambda v: v[key] == value or v["method"] not in methods,
         f"must be {shown} for this method: {reason}",
         f"set it to {shown}, or choose another method",
+    )
+
+
+_SHRUNK = "prompt.personalisation"
+
+
+def _shrunk_needs(keys: tuple[str, ...], holds: Callable[[Values], bool], reason: str, advice: str) -> CrossRule:
+    """Make a rule for noise-aware personal prompts; methods without a personal prompt do not read their key."""
+    return CrossRule(
+        (_SHRUNK, "method", *keys),
+        lambda v: v[_SHRUNK] == "published" or v["method"] not in _SHRINKABLE or holds(v),
+        reason,
+        f'set it to "published", or {advice}',
     )
 
 
@@ -45,4 +61,33 @@ METHOD_RULES: tuple[CrossRule, ...] = (
     _must_be("pruning.update-keep-ratio", 1.0, ("prototypes",), "it has one sum and no update to prune"),
     _must_be("pruning.update-keep-ratio", 1.0, ("fedpgp",), "a step of u and v moves every entry of the prompt"),
     _must_be("privacy.record.trusts-server", False, ("fedpgp",), "its upload is not only a sum over records"),
+    _must_be(_SHRUNK, "published", ("lowrank",), "it keeps p_L at rank k, and a shrunk sum has no fixed rank"),
+    _must_be(_SHRUNK, "published", ("full",), "it is the control whose p_L moves freely"),
+    _must_be(_SHRUNK, "published", ("dpfpl-paper",), "its formulas are the paper's"),
+    _must_be(_SHRUNK, "published", ("fedpgp",), "its p_L is the product of two factors, which take their own steps"),
+    _must_be(_SHRUNK, "published", ("fedotp",), "its p_L is a second prompt, and no deviation from p_G"),
+    _shrunk_needs(
+        ("train.optimizer",),
+        lambda v: v["train.optimizer"] == "sgd",
+        "needs p_G to move by the releases themselves, and an optimizer changes their scale",
+        'train.optimizer = "sgd"',
+    ),
+    _shrunk_needs(
+        ("privacy.record.noise-space", "privacy.record.mechanism"),
+        lambda v: v["privacy.record.noise-space"] == "prompt" or v["privacy.record.mechanism"] == "none",
+        "needs to know the noise on each entry of the prompt",
+        'privacy.record.noise-space = "prompt"',
+    ),
+    _shrunk_needs(
+        ("pruning.update-block", "pruning.update-keep-ratio"),
+        lambda v: v["pruning.update-keep-ratio"] == 1 or v["pruning.update-block"] != "component",
+        "has no low-rank factors whose components could be pruned",
+        'pruning.update-block = "token"',
+    ),
+    _shrunk_needs(
+        ("pruning.update-frozen", "pruning.update-keep-ratio"),
+        lambda v: v["pruning.update-keep-ratio"] == 1 or not v["pruning.update-frozen"],
+        "moves every entry of p_L at each step, so that no block can be frozen",
+        "pruning.update-frozen = false",
+    ),
 )

@@ -128,6 +128,7 @@ RANGES: dict[str, Range] = {
     ),
     "prompt.n-ctx": _whole(1, 1000, "4 is usual"),
     "prompt.rank": _whole(1, 1000, 'for no factorisation set method = "full"'),
+    "prompt.personal-memory": _number(0, 1, "1 forgets nothing of a client's releases"),
     "pruning.visual-keep-ratio": _KEEP,
     "pruning.visual-layer": Range(
         lambda x: 1 <= x <= 1000 or -1000 <= x <= -2,

@@ -53,6 +53,7 @@ class PromptConfig:
     """Kind, shape and start of the prompt; ``rank <= ctx_dim`` is checked once the backbone is known.
 
     ``words`` are the template of questions: the text that the un-tuned model reads, and a possible start of a prompt.
+    ``personalisation`` is the rule of p_L; ``personal_memory`` is β of the noise-aware ones.
     """
 
     learner: Literal["context", "head", "lora"]
@@ -60,6 +61,8 @@ class PromptConfig:
     rank: int
     init: Literal["template", "random", "zeros"]
     words: str
+    personalisation: Literal["published", "scalar", "singular"]
+    personal_memory: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from fl_dualpriv.client.node import personalisation
 from fl_dualpriv.client.node_run import NODE_RUN_FILE, SCORED_FILE, NodeRun
+from fl_dualpriv.client.personalisation import NAMES, personal_prompt
+from fl_dualpriv.client.state import PersonalState
+from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.methods.base import METHODS
@@ -103,7 +107,8 @@ def _of_run(folder: Path, client: int | None) -> Material:
                 f"{folder}: the personal prompt of client {client} is on its node; its owner exports it from the "
                 "node's state folder"
             )
-        personal = _personal(folder / "clients" / f"client-{client:03d}" / "prompt.safetensors", token)
+        file = folder / "clients" / f"client-{client:03d}" / "prompt.safetensors"
+        personal = _personal_after(file, token, summary, tensors["global"])
         prompt = METHODS[summary["method"]].effective(tensors["global"], personal)
     rows = list(summary["privacy"])
     scores, note = _scores_of_run(summary, client)
@@ -146,6 +151,22 @@ def _use(content: object, method: str) -> UseFacts:
     if content is None:
         raise ConfigError(f"a prompt of a run of {method} cannot be used without the run, so it is not published")
     return parse_use(content)
+
+
+def _personal_after(file: Path, run_token: str, summary: Mapping[str, Any], global_prompt: Tensor) -> Tensor:
+    """Return the personal prompt that belongs to the run's last global prompt; it is the one that the run scored."""
+    personal = _personal(file, run_token)
+    if summary["config"].get("prompt.personalisation", "published") == "published":
+        return personal
+    tensors, metadata = read_tensors(file)
+    state = PersonalState(
+        personal=personal,
+        row_basis=tensors["carrier"],
+        server_round=int(metadata["server-round"]),
+        release_memory={name: tensors[name] for name in NAMES},
+    )
+    rule = personalisation(RunConfig.from_run_config(summary["config"]))
+    return personal_prompt(state, rule, global_prompt, int(summary["rounds"]))
 
 
 def _personal(file: Path, run_token: str) -> Tensor:

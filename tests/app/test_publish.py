@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -16,8 +17,10 @@ from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors, write_tensors
 from fl_dualpriv.flower.local import run_local
 from fl_dualpriv.methods.base import METHODS
+from fl_dualpriv.methods.shrinkage import shrink_by_norm
 from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.privacy.ledger import Ledger
+from fl_dualpriv.publish.collect import read_material
 from fl_dualpriv.publish.file import card_path, write_published
 from fl_dualpriv.publish.rules import publish
 from fl_dualpriv.run.file_kinds import TOTALS
@@ -27,6 +30,7 @@ PRUNED = {"pruning.visual-keep-ratio": 0.5, "pruning.visual-fused": 2, "pruning.
 RUNS: dict[str, dict[str, Any]] = {
     "dpfpl": PRUNED,
     "plain": {"population": 2},
+    "shrunk": {"prompt.personalisation": "scalar", "prompt.personal-memory": 0.9},
     "promptfl": {"method": "promptfl"},
     "head": {"prompt.learner": "head", "method": "promptfl"},
     "linear-probe": {"method": "linear-probe"},
@@ -71,7 +75,7 @@ def slow_but(*names: str) -> list[Any]:
     return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
 
 
-@pytest.mark.parametrize("name", slow_but("dpfpl", "promptfl"))
+@pytest.mark.parametrize("name", slow_but("dpfpl", "shrunk", "promptfl"))
 def test_published_prompts_score_what_the_run_reports(
     name: str, runs: Callable[[str], Path], tiny_clip_dir: Path, tmp_path: Path
 ):
@@ -95,6 +99,18 @@ def test_published_prompts_score_what_the_run_reports(
         # two rounds of one step at q = 0.15, z = 1: what the client's ledger says, too
         ledger = Ledger(run / "clients" / "client-000" / "ledger.jsonl").read()
         assert ledger.epsilon(1e-3) == plan[0] == epsilon(0.15, 1.0, 2, 1e-3)
+
+
+def test_a_noise_aware_prompt_is_published_less_the_mean_of_its_last_round(runs: Callable[[str], Path]):
+    """D less (η_L/η_G)·(p_G at the end − p_G before the last round), then shrunk. A round has one step, so w = 1."""
+    run = runs("shrunk")
+    p_g = read_tensors(run / "prompts" / "global.safetensors")[0]["global"]
+    kept = read_tensors(run / "clients" / "client-000" / "prompt.safetensors")[0]
+    deviation = kept["personal.deviation"] - (p_g - kept["global"])  # the rates are alike
+    expected = shrink_by_norm(deviation, kept["personal.noise"])
+    found = read_material(run, 0).prompt - p_g
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(found, kept["personal"], atol=1e-3)
 
 
 @pytest.mark.slow

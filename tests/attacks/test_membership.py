@@ -16,6 +16,7 @@ from fl_dualpriv.config.schema import RunConfig, app_defaults, merge, read_toml
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.flower.local import run_local
+from fl_dualpriv.publish.collect import read_material
 
 APP_DIR = Path(__file__).parents[2]
 DEFAULTS = app_defaults(APP_DIR)
@@ -176,6 +177,16 @@ def test_the_federation_under_attack_is_the_run(base: dict[str, Any], tmp_path: 
         kept = tmp_path / "clients" / f"client-{p:03d}" / "prompt.safetensors"
         expected = shared + read_tensors(kept)[0]["personal"] if kept.exists() else shared
         torch.testing.assert_close(prompt, expected, rtol=0, atol=1e-6)
+
+
+def test_noise_aware_prompts_under_attack_are_those_that_the_run_publishes(base: dict[str, Any], tmp_path: Path):
+    """With the mean of the last round taken out, which the stored p_L still holds."""
+    changes = {"prompt.personalisation": "scalar"}
+    run_local(APP_DIR, base | {"output.dir": str(tmp_path)} | changes)
+    federation = Federation(RunConfig.from_run_config(base | changes))
+    found = federation.train([federation.records(p) for p in range(2)], seed=0)
+    for p, prompt in enumerate(found):
+        torch.testing.assert_close(prompt, read_material(tmp_path, p).prompt, rtol=0, atol=1e-6)
 
 
 def test_members_alone_move_the_prompts(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch):

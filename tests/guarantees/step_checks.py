@@ -18,6 +18,7 @@ from torch import Tensor
 import fl_dualpriv.client.round
 import fl_dualpriv.client.step
 from fl_dualpriv.client.optimizers import SGD, Optimizer
+from fl_dualpriv.client.personalisation import Personalisation
 from fl_dualpriv.client.pruning import KEEP_ALL, UpdatePruning
 from fl_dualpriv.client.state import PersonalState, fresh_state
 from fl_dualpriv.learners.base import ClientData
@@ -85,6 +86,8 @@ def local_round(
     trusts_server: bool = False,
     arithmetic: Arithmetic = "float",
     states: Sequence[PersonalState] | None = None,
+    personalisation: Personalisation | None = None,
+    private: bool = True,
 ) -> list[tuple[Tensor, PersonalState]]:
     """One round of clients that step together, with step size 1; from fresh states if none are given."""
     training = fl_dualpriv.client.step.LocalTraining(
@@ -94,6 +97,7 @@ def local_round(
         local_learning_rate=1.0,
         pruning=pruning,
         optimizer=optimizer,
+        personalisation=personalisation,
     )
     plan = RecordLevelPlan(
         clip_norm=CLIP,
@@ -122,7 +126,7 @@ def local_round(
         ),
         parts=METHODS[method],
         training=training,
-        plan=plan,
+        plan=plan if private else None,
     )
 
 

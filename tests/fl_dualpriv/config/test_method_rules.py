@@ -9,6 +9,8 @@ from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.errors import ConfigError
 
 DEFAULTS = app_defaults(Path(__file__).parents[3])
+SHRUNK = {"prompt.personalisation": "scalar"}
+PRUNED = {"pruning.update-keep-ratio": 0.5}
 QUESTIONS = {"data.ref": "demo-vqa", "backbone.name": "demo-vqa"}
 
 
@@ -36,6 +38,16 @@ QUESTIONS = {"data.ref": "demo-vqa", "backbone.name": "demo-vqa"}
         ("prototypes", {"train.top-m": 2}, "train.top-m"),
         ("prototypes", {"privacy.record.noise-space": "feature"}, "privacy.record.noise-space"),
         ("prototypes", {"pruning.update-keep-ratio": 0.8}, "pruning.update-keep-ratio"),
+        ("lowrank", SHRUNK, "prompt.personalisation"),
+        ("full", SHRUNK, "prompt.personalisation"),
+        ("dpfpl-paper", SHRUNK, "prompt.personalisation"),
+        ("fedpgp", SHRUNK, "prompt.personalisation"),
+        ("fedotp", SHRUNK, "prompt.personalisation"),
+        ("dpfpl", SHRUNK | {"train.optimizer": "momentum"}, "prompt.personalisation"),
+        ("local-only", SHRUNK | {"privacy.record.noise-space": "feature"}, "prompt.personalisation"),
+        ("dpfpl", SHRUNK | PRUNED | {"pruning.update-block": "component"}, "prompt.personalisation"),
+        ("dpfpl", SHRUNK | PRUNED | {"pruning.update-frozen": True}, "prompt.personalisation"),
+        ("dpfpl", {"prompt.personal-memory": 1.1}, "prompt.personal-memory"),
     ],
 )
 def test_what_a_method_cannot_read_is_refused(method: str, changes: dict[str, Any], key: str):
@@ -51,3 +63,10 @@ def test_what_a_method_cannot_read_is_refused(method: str, changes: dict[str, An
 def test_heads_start_from_class_features_or_from_nothing(method: str, init: str):
     config = RunConfig.from_run_config(DEFAULTS | {"method": method, "prompt.init": init})
     assert config.prompt.init == init
+
+
+@pytest.mark.parametrize("shrinkage", ["scalar", "singular"])
+@pytest.mark.parametrize("method", ["dpfpl", "local-only", "promptfl", "zero-shot"])
+def test_shrinkage_is_for_dpfpl_and_local_only_and_unread_without_a_personal_prompt(method: str, shrinkage: str):
+    changes = {"method": method, "prompt.personalisation": shrinkage, **PRUNED}
+    assert RunConfig.from_run_config(DEFAULTS | changes).prompt.personalisation == shrinkage
