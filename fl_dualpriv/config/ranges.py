@@ -168,7 +168,7 @@ RANGES: dict[str, Range] = {
     "data.test-fraction": _FRACTION,
     "backbone.name": Range(
         lambda x: x.strip() not in ("", "local-dir:", "hf:"),
-        '"demo", an open_clip model name, local-dir:PATH or hf:NAME',
+        '"demo", "shelf", an open_clip model name, local-dir:PATH or hf:NAME',
         "name one",
     ),
     "evaluation.every": _whole(1, MOST_RELEASES, "for the last round only, give the number of rounds"),

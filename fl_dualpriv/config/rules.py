@@ -255,7 +255,7 @@ CROSS_RULES: tuple[CrossRule, ...] = (
     ),
     CrossRule(
         ("data.path", "data.ref"),
-        lambda v: v["data.ref"] not in ("demo", "demo-vqa") or v["data.path"] == "",
+        lambda v: v["data.ref"] not in ("demo", "shelf", "demo-vqa") or v["data.path"] == "",
         "must be empty for a demo's own data",
         'did you mean data.ref = "folder" or "questions"?',
     ),

@@ -140,7 +140,7 @@ class PrivacyConfig:
 class DataConfig:
     """Images or questions about images, and their partition among clients; ``max_tokens`` is public."""
 
-    ref: Literal["auto", "demo", "folder", "demo-vqa", "questions"]
+    ref: Literal["auto", "demo", "shelf", "folder", "demo-vqa", "questions"]
     path: str
     classes: str
     augmentation: Literal["none", "flip"]
@@ -151,7 +151,7 @@ class DataConfig:
     test_fraction: float
 
     @property
-    def source(self) -> Literal["demo", "folder", "demo-vqa", "questions"]:
+    def source(self) -> Literal["demo", "shelf", "folder", "demo-vqa", "questions"]:
         """The data source that ``ref`` selects; ``auto`` selects a folder if there is a path, else the demo."""
         if self.ref == "auto":
             return "folder" if self.path.strip() else "demo"

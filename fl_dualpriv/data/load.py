@@ -14,7 +14,7 @@ from fl_dualpriv.errors import ConfigError
 
 @functools.lru_cache(maxsize=8)
 def load_data(
-    ref: Literal["demo", "folder"],
+    ref: Literal["demo", "shelf", "folder"],
     path: str,
     classes: str,
     val_fraction: float,
@@ -26,7 +26,8 @@ def load_data(
     """Load a data set once per process; a directory that changes later is not read again.
 
     Args:
-        ref: ``demo``: the embedded images; no other argument is read. ``folder``: a directory of class folders.
+        ref: ``demo`` and ``shelf``: embedded images; no other argument is read. ``folder``: a directory of class
+            folders.
         path: Directory of the images; ``~`` is expanded.
         classes: JSON file with the template and class names, or empty.
         val_fraction: Share of train/ that becomes the validation set if there is no val/.
@@ -43,12 +44,16 @@ def load_data(
         from fl_dualpriv.data.demo.images import demo_template, load_demo  # heavy, so only the demo imports it
 
         return _splits(load_demo(), demo_template())
+    if ref == "shelf":
+        from fl_dualpriv.data.demo.shelf import load_shelf, shelf_template
+
+        return _splits(load_shelf(), shelf_template())
     if ref == "folder":
         if not path.strip():
             raise ConfigError('data.path is empty; give the directory of the images, or set data.ref = "demo"')
         folder = Path(path).expanduser()
         return _splits(*load_folder(folder, classes, val_fraction, test_fraction, seed, on_bad_image, by_domain))
-    raise ConfigError(f"data.ref = {ref!r}: must be one of demo, folder")
+    raise ConfigError(f"data.ref = {ref!r}: must be one of demo, shelf, folder")
 
 
 def _splits(splits: Mapping[str, ImageDataset], template: str) -> DataSplits:

@@ -307,7 +307,7 @@ def build_image_task(config: RunConfig, on_bad_image: Literal["keep", "raise"]) 
         ConfigError: If data, model, prompt or partition do not work as configured; see the message.
     """
     data, source = config.data, config.data.source
-    assert source in ("demo", "folder")
+    assert source in ("demo", "shelf", "folder")
     images = load_data(
         *(source, data.path, data.classes, data.val_fraction, data.test_fraction, config.seed, on_bad_image),
         data.is_by_domain,

@@ -69,8 +69,8 @@ def announce(config: RunConfig, folder: Path) -> None:
 
 def _images(config: RunConfig, seconds: float) -> list[str]:
     data, path = config.data, Path(config.data.path).expanduser()
-    if data.source == "demo":
-        demo = load_data("demo", "", "", data.val_fraction, data.test_fraction, config.seed, "keep", data.is_by_domain)
+    if data.source in ("demo", "shelf"):
+        demo = load_data(data.source, "", "", data.val_fraction, data.test_fraction, config.seed, "keep")
         parts, problems = _divided(config, demo.train)
         _raise("the demo's images cannot be used:", problems, _delta_problems(config, parts))
         what = f"{len(demo.train)} training images of {len(demo.class_names)} classes, the demo's"

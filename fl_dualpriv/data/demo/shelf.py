@@ -1,9 +1,9 @@
-"""The embedded shelf task: pictures of four sketches on cards, of which the left one on the domain's own card counts.
+"""The embedded shelf task: pictures of four sketches, of which the left one on the domain's own shelf counts.
 
-It reads as a story: every shop lays its articles on cards of its own pattern, and the camera's left side is the shop's
-own shelf. All pictures are dark, and the counted sketch is always on the left: both are shared by all domains. The card
-is each domain's own. Each card lies once on the left and once on the right, beside another card. No public caption
-pairs "left" with a card, and the CLIP of the task has seen no dark picture with the name of a left sketch.
+It reads as a story: a camera sees two shelves, an upper and a lower one, with two articles each. The article of
+interest is always on the left, and each shop owns one of the shelves. All pictures are dark, and their articles lie
+upside down. The left side is shared by all clients, the shelf is each domain's own. No public caption pairs "left" with
+a shelf, and the CLIP of the task was never told the left article of a picture that is dark and upside down.
 """
 
 import functools
@@ -21,10 +21,10 @@ from fl_dualpriv.assets import shelf_folder
 from fl_dualpriv.data.demo import shelf_drawing
 from fl_dualpriv.data.demo.drawn import DrawnImages
 from fl_dualpriv.data.demo.images import SPLITS
-from fl_dualpriv.data.demo.shelf_drawing import CARDS, draw
+from fl_dualpriv.data.demo.shelf_drawing import draw
 
-DOMAINS = CARDS
-"""Private domains, each with its card."""
+DOMAINS = ("top", "bottom")
+"""Private domains: the shelf whose left sketch counts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,6 @@ class ShelfSplit(DrawnImages):
         domains: Index into ``domain_names``, (picture,).
         sketches: The sketches of each picture, (picture, 4, 28, 28), in the order of `draw`. Only the one that counts
             is private.
-        cards: Their cards, (picture, 4).
         seeds: Seed of everything else about a picture, (picture,).
     """
 
@@ -45,7 +44,6 @@ class ShelfSplit(DrawnImages):
     domains: NDArray[np.int64]
     domain_names: tuple[str, ...]
     sketches: NDArray[np.uint8]
-    cards: NDArray[np.uint8]
     seeds: NDArray[np.uint32]
 
     def __len__(self) -> int:
@@ -58,11 +56,11 @@ class ShelfSplit(DrawnImages):
             IndexError: If there is no such index.
         """
         rng = np.random.default_rng(int(self.seeds[index]))
-        gray = draw(self.sketches[index][None], self.cards[index][None], np.array([True]), rng)[0]
+        gray = draw(self.sketches[index][None], np.array([True]), np.array([True]), rng)[0]
         return Image.fromarray(gray).convert("RGB")
 
     def _drawn_from(self) -> tuple[Path, Sequence[NDArray]]:
-        return Path(shelf_drawing.__file__), (self.sketches, self.cards, self.domains, self.seeds)
+        return Path(shelf_drawing.__file__), (self.sketches, self.domains, self.seeds)
 
 
 @functools.lru_cache(maxsize=1)
@@ -84,7 +82,6 @@ def load_shelf() -> dict[str, ShelfSplit]:
             domains=columns["domain"][rows].astype(np.int64),
             domain_names=DOMAINS,
             sketches=columns["sketches"][columns["places"][rows]],
-            cards=columns["cards"][rows],
             seeds=columns["seed"][rows],
         )
     return splits
