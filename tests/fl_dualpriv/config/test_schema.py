@@ -14,6 +14,7 @@ FLOAT_KEYS = [key for key, value in OWN.items() if isinstance(value, float)]
 OTHER_COUNTS = (
     *("seed", "supernodes", "train.top-m", "resources.workspace-mib"),
     *("pruning.visual-layer", "pruning.visual-fused", "data.max-tokens", "privacy.client.bands"),
+    "evaluation.new-clients",
 )
 COUNT_KEYS = [key for key, value in OWN.items() if type(value) is int and key not in OTHER_COUNTS]
 

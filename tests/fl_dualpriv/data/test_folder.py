@@ -242,3 +242,66 @@ def test_float_samples_are_refused(tmp_path):
     make_classes(tmp_path, {"a": 4, "b": 4})
     Image.fromarray(np.full((4, 4), np.nan, dtype=np.float32)).save(tmp_path / "b" / "nan.tif")
     assert "its samples have more than 8 bits (mode F); convert it to 8-bit" in fault(tmp_path)
+
+
+# --- domains ----------------------------------------------------------------------------------------------------------
+
+
+def by_domain(path: Path):
+    return load_folder(path, "", 0.1, 0.2, 0, "raise", by_domain=True)
+
+
+def domain_fault(path: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        by_domain(path)
+    return str(caught.value)
+
+
+DOMAINS = {"lab/cat": 10, "lab/dog": 10, "hall/cat": 20, "hall/dog": 10}
+
+
+def test_class_folders_lie_in_a_folder_per_domain(tmp_path):
+    for split, counts in (("train", DOMAINS), ("val", {"lab/cat": 1, "hall/dog": 2}), ("test", DOMAINS)):
+        make_classes(tmp_path / split, counts)
+    splits, _ = by_domain(tmp_path)
+    for split in splits.values():
+        assert (split.class_names, split.domain_names) == (("cat", "dog"), ("hall", "lab"))
+        said = [(split.domain_names[d], split.class_names[c]) for d, c in zip(split.domains, split.labels, strict=True)]
+        assert said == [(path.parent.parent.name, path.parent.name) for path in split.paths]
+    assert {name: len(split) for name, split in splits.items()} == {"train": 50, "val": 3, "test": 50}
+
+
+def test_missing_splits_are_cut_out_of_each_class_of_each_domain(tmp_path):
+    splits, _ = by_domain(make_classes(tmp_path, DOMAINS))
+    groups = {name: np.bincount(2 * split.domains + split.labels).tolist() for name, split in splits.items()}
+    assert groups == {"train": [14, 7, 7, 7], "val": [2, 1, 1, 1], "test": [4, 2, 2, 2]}
+
+
+def test_a_domain_may_lack_a_class(tmp_path):
+    splits, _ = by_domain(make_classes(tmp_path, {"lab/cat": 10, "hall/cat": 10, "hall/dog": 10}))
+    train = splits["train"]
+    assert set(zip(train.domains.tolist(), train.labels.tolist(), strict=True)) == {(0, 0), (0, 1), (1, 0)}
+
+
+def test_all_problems_of_domains_come_together(tmp_path):
+    make_classes(tmp_path / "train", {"lab/cat": 3, "lab/dog": 3})
+    make_classes(tmp_path / "test", {"lab/cat": 3, "roof/dog": 3})
+    (tmp_path / "train" / "hall").mkdir()
+    (tmp_path / "train" / "lab" / "bus").mkdir()
+    said = domain_fault(tmp_path)
+    assert "train/hall/ is a domain without a class folder" in said
+    assert "train/lab/bus/ holds no image" in said
+    assert "test/ and train/ have different domain folders: missing" not in said
+    assert "test/ and train/ have different domain folders: extra roof" in said
+    assert "different class folders: missing bus" in said
+
+
+def test_a_folder_without_domains_is_no_folder_of_domains(tmp_path):
+    said = domain_fault(make_classes(tmp_path, {"cat": 5, "dog": 5}))
+    assert "cat/ is a domain without a class folder" in said
+    assert 'data.partition = "by-domain" needs one folder per domain' in said
+
+
+def test_the_old_layout_has_no_domains(tmp_path):
+    splits, _ = load(make_classes(tmp_path, {"a": 5, "b": 5}))
+    assert {(split.domains, split.domain_names) for split in splits.values()} == {(None, ())}

@@ -188,3 +188,64 @@ def test_same_in_another_process():
 def test_refusals(labels, scheme, population, alpha, reason):
     with pytest.raises(ConfigError, match=reason):
         partition(np.array(labels), scheme, population, alpha, 0)
+
+
+# --- domains ----------------------------------------------------------------------------------------------------------
+
+NAMES = ("hall", "lab", "roof")
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    records=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4)), min_size=30, max_size=90),
+    population=st.integers(3, 6),
+    new=st.integers(0, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_clients_of_a_domain_share_its_classes_evenly(records, population, new, seed):
+    domains, labels = np.array([d for d, _ in records]), np.array([c for _, c in records])
+    if min(np.bincount(domains, minlength=3)) < -(-(population + new) // 3):
+        return
+    parts = partition(labels, "by-domain", population, 0.3, seed, domains, NAMES, new)
+    assert_cover(parts, len(labels), population + new)
+    for domain in range(3):
+        members = [part for client, part in enumerate(parts) if client % 3 == domain]
+        assert {d for part in members for d in domains[part].tolist()} == {domain}
+        for label in range(5):
+            counts = [int((labels[part] == label).sum()) for part in members]
+            assert max(counts) - min(counts) <= 1
+        sizes = [len(part) for part in members]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_every_client_holds_every_class_of_its_domain_and_the_seed_shuffles():
+    labels, domains = np.tile(np.repeat(np.arange(5), 4), 2), np.repeat([0, 1], 20)
+    one, two = (partition(labels, "by-domain", 6, 0.3, seed, domains, NAMES[:2]) for seed in (0, 1))
+    assert all(held_classes(labels, part).tolist() == [0, 1, 2, 3, 4] for part in one)
+    assert any(not np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+    again = partition(labels, "by-domain", 6, 0.3, 0, domains, NAMES[:2])
+    assert all(np.array_equal(a, b) for a, b in zip(one, again, strict=True))
+
+
+def test_the_last_clients_lie_in_each_domain_in_turn():
+    labels, domains = np.zeros(30, int), np.repeat([0, 1, 2], 10)
+    parts = partition(labels, "by-domain", 3, 0.3, 0, domains, NAMES, 4)
+    assert [int(domains[part[0]]) for part in parts] == [0, 1, 2, 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("domains", "names", "population", "new", "reasons"),
+    [
+        (None, (), 2, 0, ["these data have no domains"]),
+        ([0, 0, 1, 2], NAMES, 2, 0, ["population = 2: there are 3 domains"]),
+        ([0, 0, 1, 2], NAMES, 2, 1, ["population = 2: there are 3 domains"]),  # a new client trains no domain
+        ([0, 0, 0, 0], NAMES, 2, 0, ["there are 3 domains", "'lab' has no training", "'roof' has no training"]),
+        ([0, 1, 1, 1], NAMES[:2], 2, 1, ["'hall' has 1 training records for 2 clients"]),
+        ([0, 1, 1, 1], NAMES[:2], 4, 1, ["population = 4 with evaluation.new-clients = 1: there are only 4"]),
+    ],
+)
+def test_domains_that_do_not_fit_are_refused_in_one_message(domains, names, population, new, reasons):
+    column = None if domains is None else np.array(domains)
+    with pytest.raises(ConfigError) as caught:
+        partition(np.zeros(4, int), "by-domain", population, 0.3, 0, column, names, new)
+    assert all(reason in str(caught.value) for reason in reasons)

@@ -220,3 +220,45 @@ def test_data_sets_that_do_not_fit(tmp_path: Path):
 def test_labels_are_question_types(tmp_path: Path):
     splits = load(write(tmp_path / "all.jsonl", records(tmp_path)))
     assert np.array_equal(np.unique(splits.train.labels), [0, 1])
+
+
+# --- domains ----------------------------------------------------------------------------------------------------------
+
+
+def load_by_domain(path: Path, on_bad: Any = "raise") -> Any:
+    return load_questions("questions", str(path), 0.1, 0.2, 0, on_bad, True)
+
+
+@pytest.mark.parametrize("kind", ["all.jsonl", "all.csv"])
+def test_a_record_names_its_domain(tmp_path: Path, kind: str):
+    rows = [row | {"domain": f" ward {i % 3}"} for i, row in enumerate(records(tmp_path))]
+    file = write(tmp_path / kind, rows)
+    splits = load_by_domain(file)
+    wanted = {(row["question"], row["image"]): row["domain"].strip() for row in rows}
+    for part in (splits.train, splits.val, splits.test):
+        assert part.domain_names == ("ward 0", "ward 1", "ward 2")
+        names = [part.images.paths[i].name for i in part.image_of]
+        said = {(q, n): part.domain_names[d] for q, n, d in zip(part.questions, names, part.domains, strict=True)}
+        assert said.items() <= wanted.items()
+    assert load(file).train.domains is None  # only a division by domain reads them
+
+
+def test_a_record_without_a_domain_is_bad_and_makes_no_domain(tmp_path: Path):
+    rows: list[Any] = [row | {"domain": "b" if i % 2 else "a"} for i, row in enumerate(records(tmp_path))]
+    del rows[3]["domain"]
+    rows[5]["domain"] = 7
+    file = write(tmp_path / "all.jsonl", [*rows, "no json"])
+    with pytest.raises(ConfigError, match=r"line 4: domain must be(.|\n)*line 6: domain must be"):
+        load_by_domain(file)
+    splits = load_by_domain(file, "keep")
+    assert splits.train.domain_names == ("a", "b")
+    parts = (splits.train, splits.val, splits.test)
+    assert sum(map(len, parts)) == len(rows) + 1
+    faults = [fault for part in parts for fault in part.faults if "domain" in fault]
+    assert len(faults) == 2
+    assert all(load(file, "keep").train.faults[i] == "" for i in range(3))  # no fault where domains are not read
+
+
+def test_questions_without_any_domain_are_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="no record names its domain"):
+        load_by_domain(write(tmp_path / "all.jsonl", records(tmp_path)), "keep")
