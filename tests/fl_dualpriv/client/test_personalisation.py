@@ -88,7 +88,8 @@ def test_deviations_of_all_clients_add_up_to_nothing_and_have_the_noise_they_sta
     """With the plain mean, rate 1 and sizes alike. The noise of D is then ν (1 − 1/N); ν is the bound."""
     clients, steps, tau, rate = 20, 5, 0.7, 0.3
     rule = replace(SCALAR, local_learning_rate=rate, global_learning_rate=2.0)
-    p_g, memories, g = START, [{}] * clients, torch.Generator().manual_seed(0)
+    memories: list[ReleaseMemory] = [{}] * clients
+    p_g, g = START, torch.Generator().manual_seed(0)
     for _ in range(3):
         round_ = deviations(rule, memories, p_g, tau)
         releases = tau * torch.randn(steps, clients, N_CTX, CTX_DIM, generator=g)
