@@ -1,6 +1,7 @@
 """Accuracy on a client's own classes (local) and on all other classes (neighbour).
 
-Answers are over all class names, but for the free rival at home; see `scores_within_lists`.
+Answers are over all class names, but for the free rival at home; see `scores_within_lists`. With a class prior, answers
+at home are those of `scores_with_priors`.
 """
 
 from collections.abc import Sequence
@@ -121,6 +122,33 @@ def scores_within_lists(logits: Tensor, labels: Tensor, held: Tensor) -> list[Sc
         answers = logits[inside].masked_fill(~row, -torch.inf).argmax(dim=1)
         correct.append(int(((answers == labels[inside]) & finite).sum()))
     return [replace(score, local_correct=correct[i]) for score, i in zip(unrestricted, list_of.tolist(), strict=True)]
+
+
+def scores_with_priors(logits: Tensor, labels: Tensor, held: Tensor, log_prior: Tensor) -> list[Score]:
+    """Compute the scores of clients that add their log class priors to the logits of one prompt at home.
+
+    At home the answer is argmax(logits + log π). A class prior is public, so this costs no ε. With the logits of the
+    un-tuned model it is a rival without learning; with those of a prompt that was trained by balanced softmax it is the
+    use for which it was trained. ``neighbour`` is that of `split_counts`: the prior says nothing about other clients'
+    records.
+
+    Args:
+        logits: Logits as in the loss, so with CLIP's inverse temperature, (image, n_cls). An image with a non-finite
+            logit counts as wrong.
+        labels: Labels (image,).
+        held: True where a client holds a class, (client, n_cls) bool.
+        log_prior: Log prior of each client, finite, up to a constant, (client, n_cls).
+    """
+    without = split_counts(*count_logits(logits, labels, logits.shape[1]), held)
+    # Clients with one list and one prior share one count.
+    kinds = torch.cat([held.to(log_prior), log_prior], dim=1)
+    kinds, kind_of = torch.unique(kinds, dim=0, return_inverse=True)
+    correct = []
+    for kind in kinds.to(logits.device):
+        row, prior = kind.chunk(2)
+        inside = row.bool()[labels]
+        correct.append(int(_right(logits[inside] + prior, labels[inside]).sum()))
+    return [replace(score, local_correct=correct[i]) for score, i in zip(without, kind_of.tolist(), strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -204,8 +204,13 @@ class Node:
         return range(self.index, config.population, config.num_supernodes)
 
     def cards(self) -> list[messages.ClientCard]:
-        """Return the public metadata of all hosted clients."""
+        """Return the public metadata of all hosted clients.
+
+        Raises:
+            ConfigError: If the run needs class shares that their owners did not declare.
+        """
         task, rows = self.run_context.task, self.run_context.row_path
+        task.check_clients(self.hosted)
         return [messages.ClientCard(partition=p, num_examples=task.num_examples(p), rows=rows) for p in self.hosted]
 
     def folder(self, partition: int) -> ClientFolder:
@@ -248,6 +253,11 @@ class Node:
         if request.prompt == "free":
             scores = [run_context.free_scores[partition] for partition in partitions]
             return messages.Scores(partitions=tuple(partitions), values=scores)
+        if request.prompt == "personal" and not run_context.parts.personal:  # p_G, with each client's class prior
+            prompt, held = request.global_prompt[None], run_context.held[partitions]
+            own_scores = run_context.task.prior_scores(prompt, partitions, held, run_context.config)
+            if own_scores is not None:
+                return messages.Scores(partitions=tuple(partitions), values=own_scores)
         if request.prompt != "personal" or not run_context.keeps_state:
             kind = "zero-shot" if request.prompt == "zero-shot" else "global"
             counts, held = run_context.shared_counts(kind, request.global_prompt), run_context.held[partitions]
@@ -273,14 +283,26 @@ class Node:
                     failed.add([p], error)
             if not prompts:
                 continue
-            counts = run_context.task.counts(torch.stack(list(prompts.values())), run_context.config)
-            for p, counted in zip(prompts, counts, strict=True):
-                held = run_context.held[p : p + 1]
-                (scores[p],) = split_counts(*counted, held, by_group=run_context.config.data.asks_questions)
+            for p, own_score in zip(prompts, self._own_scores(prompts), strict=True):
+                scores[p] = own_score
                 if self.state_dir is not None:  # the last global prompt of a run comes with its last score
                     with contextlib.suppress(OSError):
                         keep_scored(self.state_dir, prompts[p], scores[p], request.run_token, request.server_round)
         return messages.Scores(partitions=tuple(scores), values=list(scores.values()), failed=failed)
+
+    def _own_scores(self, prompts: Mapping[int, Tensor]) -> list[Score]:
+        """Score one prompt of each client, by partition; at home with the client's class prior if it has one."""
+        task, config, partitions = self.run_context.task, self.run_context.config, list(prompts)
+        stacked, held = torch.stack(list(prompts.values())), self.run_context.held[partitions]
+        own_scores = task.prior_scores(stacked, partitions, held, config)
+        if own_scores is not None:
+            return own_scores
+        counts, by_group = task.counts(stacked, config), config.data.asks_questions
+        return [
+            score
+            for counted, row in zip(counts, held, strict=True)
+            for score in split_counts(*counted, row[None], by_group=by_group)
+        ]
 
     def report_memory(self) -> None:
         """Log the peak memory of the process if it grew; without an owner's state folder, also write it to a file."""

@@ -34,7 +34,10 @@ def build_strategy(
     trusts_server = record is not None and record.trusts_server
     rate = config.train.sampling_rate
     private = record is not None or client is not None
-    personal = METHODS[config.method].personal and (record is not None or not private)
+    if METHODS[config.method].personal:
+        personal = record is not None or not private
+    else:  # p_G with each client's class prior is its own prompt, and both are public
+        personal = config.train.class_prior != "none" and METHODS[config.method].trains
     return strategy_class(
         cards=cards,
         hosts=hosts,

@@ -121,6 +121,30 @@ class Task(Protocol):
         """Score each prompt on the held-out split of the configuration; prompts (prompt, rows, cols)."""
         ...
 
+    def prior_scores(
+        self, prompts: Tensor, partitions: Sequence[int], held: Tensor, config: RunConfig
+    ) -> list[Score] | None:
+        """Score the prompt of each client: its own groups with its class prior, the other groups without it.
+
+        Args:
+            prompts: One prompt for each client, or a single one for all of them, (prompt, rows, cols).
+            partitions: The clients.
+            held: True where a client holds a group, (client, group) bool, in the order of ``partitions``.
+            config: Configuration of the run.
+
+        Returns:
+            The scores in the order of ``partitions``; None if the clients of the run have no class prior.
+        """
+        ...
+
+    def check_clients(self, partitions: Sequence[int]) -> None:
+        """Refuse clients for which a public value is missing that their owner must declare.
+
+        Raises:
+            ConfigError: If the run needs declared class shares, and a client has none.
+        """
+        ...
+
     def zero_shot_counts(self, config: RunConfig) -> Counts:
         """Score the model without learning."""
         ...

@@ -1,8 +1,8 @@
 """`Task` of image classification with a CLIP-type model: class names are texts, and a prompt stands before them."""
 
 import functools
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,13 +26,14 @@ from fl_dualpriv.learners.head import LowRankHead
 from fl_dualpriv.learners.row_check import MADE_UP_BLOCKS
 from fl_dualpriv.learners.rows import rows_at_once
 from fl_dualpriv.methods.base import METHODS
-from fl_dualpriv.metrics import Score, count_by_class, count_logits, scores_within_lists
+from fl_dualpriv.metrics import Score, count_by_class, count_logits, scores_with_priors, scores_within_lists
 from fl_dualpriv.models.base import Backbone
 from fl_dualpriv.models.load import load_backbone
 from fl_dualpriv.models.pruning.in_tower import PatchReading
 from fl_dualpriv.models.pruning.tokens import TokenPruner
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 from fl_dualpriv.tasks.base import Counts, one_thread
+from fl_dualpriv.tasks.class_prior import ClassPriors, class_priors
 from fl_dualpriv.tasks.learners import ImageLearner, image_learner
 from fl_dualpriv.tasks.pruners import token_pruner
 from fl_dualpriv.tasks.use_description import describe_use
@@ -54,6 +55,7 @@ class ImageTask:
         augmentation: ``flip`` mirrors each training image with probability 1/2, drawn again each round.
         seed: Seed of the coins of the augmentation.
         patch_reading: Method of reading patch features; None if no patches are read.
+        priors: Public class priors of the clients; None without them.
     """
 
     backbone: Backbone
@@ -65,6 +67,7 @@ class ImageTask:
     augmentation: Literal["none", "flip"]
     seed: int
     patch_reading: PatchReading | None
+    priors: ClassPriors | None = None
     _held_out: dict[str, ClientData] = field(default_factory=dict)
     _tables: dict[tuple[str, bool], ImageFeatures] = field(default_factory=dict)
     _learners: dict[Hashable, ImageLearner] = field(default_factory=dict)
@@ -129,7 +132,7 @@ class ImageTask:
     @property
     def data_identity(self) -> dict[str, str]:
         """See `Task`."""
-        return data_identity(self.data, self.partitions)
+        return data_identity(self.data, self.partitions) | dict(self.priors.identity if self.priors else {})
 
     def use_facts(self, config: RunConfig) -> UseFacts | None:
         """See `Task`."""
@@ -154,6 +157,21 @@ class ImageTask:
         images, n_cls = self.held_out(config.evaluation.split), len(self.data.class_names)
         logits = self.learner(config).logits(prompts.to(self.backbone.device), images)
         return [count_logits(prompt_logits, images.labels, n_cls) for prompt_logits in logits]
+
+    @torch.no_grad()
+    def prior_scores(
+        self, prompts: Tensor, partitions: Sequence[int], held: Tensor, config: RunConfig
+    ) -> list[Score] | None:
+        """Score prompts for their clients; at home a client adds its log prior to its logits. See `Task`."""
+        if self.priors is None:
+            return None
+        images, learner, priors = self.held_out(config.evaluation.split), self.learner(config), self.log_priors
+        groups = [partitions] if len(prompts) == 1 else [[partition] for partition in partitions]
+        scores: list[Score] = []
+        for clients, logits in zip(groups, learner.logits(prompts.to(self.backbone.device), images), strict=True):
+            rows = held[len(scores) : len(scores) + len(clients)]
+            scores += scores_with_priors(learner.logit_scale * logits, images.labels, rows, priors(clients))
+        return scores
 
     def zero_shot_counts(self, config: RunConfig) -> Counts:
         """Score the class features of the filled-in template; see `Task`."""
@@ -189,6 +207,22 @@ class ImageTask:
             self.backbone.device
         )
 
+    def log_prior(self, partition_id: int) -> Tensor | None:
+        """Return a client's log prior (n_cls,), a public constant; None without one, or if it is uniform."""
+        own = None if self.priors is None else self.priors.of(partition_id)
+        return None if own is None else torch.from_numpy(own).to(self.backbone.device)
+
+    def log_priors(self, partitions: Sequence[int]) -> Tensor:
+        """Return log priors of clients, (client, n_cls), up to a constant for each client: zeros for a uniform one."""
+        uniform = torch.zeros(len(self.data.class_names), device=self.backbone.device)
+        priors = [self.log_prior(partition) for partition in partitions]
+        return torch.stack([uniform if own is None else own for own in priors])
+
+    def check_clients(self, partitions: Sequence[int]) -> None:
+        """Refuse clients whose class shares nobody declared; see `Task`."""
+        if self.priors is not None:
+            self.priors.check(partitions)
+
     def client_data(self, partition_id: int, server_round: int = 0) -> ClientData:
         """Gather a client's records as features; each call gathers them again.
 
@@ -196,7 +230,8 @@ class ImageTask:
             Under augmentation each record has its own coin, drawn from (seed, client, round, place of the record) and
             from no data. Its features are therefore a function of that record and its coin. Such a map of single
             records changes neither sensitivity nor sampling, and so it does not change the DP guarantee. Mirroring
-            changes no held-out image.
+            changes no held-out image. The log prior is that of `ClassPriors`, the same in every round and with every
+            record that is removed or cannot be read.
 
         Args:
             partition_id: Partition of the client.
@@ -209,10 +244,10 @@ class ImageTask:
         if self.augmentation != "none":
             key = StreamKey(seed=self.seed, purpose="augment", partition=partition_id, server_round=server_round)
             mirrored = KeyedRandom(key).uniforms(len(indices)) < 0.5
-        return self._client_data("train", indices, mirrored)
+        return replace(self._client_data("train", indices, mirrored), log_prior=self.log_prior(partition_id))
 
     def made_up(self) -> ClientData:
-        """Return random unit-norm features, with patches if the method reads them; see `Task`."""
+        """Return random unit-norm features, with patches and a prior if the run has them; see `Task`."""
         backbone, generator = self.backbone, torch.Generator().manual_seed(0)
         count = MADE_UP_BLOCKS * rows_at_once(backbone.device) + 1
 
@@ -220,10 +255,12 @@ class ImageTask:
             random = torch.randn(*shape, backbone.embed_dim, generator=generator)
             return torch.nn.functional.normalize(random, dim=-1).to(backbone.device)
 
+        prior = torch.linspace(-4.0, 0.0, len(self.data.class_names))
         return ClientData(
             features=unit(count),
             labels=(torch.arange(count) % len(self.data.class_names)).to(backbone.device),
             patches=unit(count, backbone.n_patches) if self.patch_reading else None,
+            log_prior=prior.to(backbone.device) if self.priors else None,
         )
 
     def held_out(self, split: str) -> ClientData:
@@ -292,7 +329,8 @@ def build_image_task(config: RunConfig, on_bad_image: Literal["keep", "raise"]) 
         config.fedotp.patch_reading if METHODS[config.method].reads_patches else None,
     )
     _check_prompt(config, task)
-    return task
+    priors = class_priors(config, images.train.labels, task.partitions, images.class_names)
+    return task if priors is None else replace(task, priors=priors)
 
 
 def _check_prompt(config: RunConfig, task: ImageTask) -> None:

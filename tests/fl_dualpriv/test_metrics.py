@@ -16,6 +16,7 @@ from fl_dualpriv.metrics import (
     harmonic_mean,
     mean_accuracy,
     score,
+    scores_with_priors,
     scores_within_lists,
     split_counts,
 )
@@ -145,6 +146,43 @@ def test_a_list_loses_no_right_answer_at_home(seed: int):
     for free, before in zip(scores_within_lists(logits, labels, held), plain, strict=True):
         assert free.local_correct >= before.local_correct
         assert (free.local_total, free.neighbour_correct) == (before.local_total, before.neighbour_correct)
+
+
+def test_a_prior_shifts_the_answers_at_home_only():
+    # Labels 0, 1, 2, 2. Answers without a prior: 0 (right), 2 (wrong), 2 (right), 1 (wrong).
+    logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 1.0, 2.0], [0.0, 1.0, 2.0], [0.0, 2.0, 1.0]])
+    labels = torch.tensor([0, 1, 2, 2])
+    held = torch.tensor([[True, True, False], [False, False, True], [True, True, False], [True, True, True]])
+    log_prior = torch.tensor([[0.0, 0.0, -1.5], [-0.5, -1.5, 0.0], [0.0, 0.0, -0.5], [0.0, 0.0, 0.0]])
+    found = scores_with_priors(logits, labels, held, log_prior)
+    # Client 0: class 2 falls from 2.0 to 0.5, so the image of class 1 becomes right.
+    # Client 1: class 1 falls from 2.0 to 0.5, so both images of class 2 are right.
+    # Client 2: class 2 falls to 1.5 only, above 1.0. Client 3: nothing moves.
+    assert [(s.local_correct, s.local_total) for s in found] == [(2, 2), (2, 2), (1, 2), (2, 4)]
+    plain = split_counts(*count_logits(logits, labels, 3), held)
+    assert [(s.neighbour_correct, s.neighbour_total) for s in found] == [
+        (s.neighbour_correct, s.neighbour_total) for s in plain
+    ]
+
+
+def test_an_image_with_a_logit_that_is_not_finite_is_wrong_with_a_prior_too():
+    logits = torch.tensor([[1.0, float("nan")], [1.0, float("-inf")], [1.0, 0.0]])
+    (found,) = scores_with_priors(
+        logits, torch.tensor([0, 0, 0]), torch.tensor([[True, False]]), torch.tensor([[0.0, -1.0]])
+    )
+    assert (found.local_correct, found.local_total) == (1, 3)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_priors_from_none_to_sure_lead_from_plain_scores_to_scores_within_the_list(seed: int):
+    """Of the un-tuned model and of a prompt: a uniform prior changes nothing, and a very strong one restricts."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, labels = torch.randn(40, 6, generator=generator), torch.randint(6, (40,), generator=generator)
+    held = torch.rand(5, 6, generator=generator) < 0.5
+    plain = split_counts(*count_logits(logits, labels, 6), held)
+    assert scores_with_priors(logits, labels, held, torch.zeros(5, 6)) == plain
+    sure = torch.where(held, 0.0, -1e3)
+    assert scores_with_priors(logits, labels, held, sure) == scores_within_lists(logits, labels, held)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from tests.guarantees.central_mutations import CENTRAL_MUTATIONS
 from tests.guarantees.filter_mutations import FILTER_MUTATIONS
 from tests.guarantees.mutation import Check, Mutation
 from tests.guarantees.noise_mutations import NOISE_MUTATIONS
+from tests.guarantees.prior_mutations import PRIOR_MUTATIONS
 from tests.guarantees.pruning_mutations import PRUNING_MUTATIONS
 from tests.guarantees.result_mutations import RESULT_MUTATIONS
 from tests.guarantees.row_mutations import ROW_MUTATIONS
@@ -30,6 +31,7 @@ from tests.guarantees.step_mutations import STEP_MUTATIONS
 MUTATIONS = (
     *STEP_MUTATIONS,
     *ROW_MUTATIONS,
+    *PRIOR_MUTATIONS,
     *PRUNING_MUTATIONS,
     *NOISE_MUTATIONS,
     *SERVER_MUTATIONS,

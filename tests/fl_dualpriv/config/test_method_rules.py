@@ -10,6 +10,7 @@ from fl_dualpriv.errors import ConfigError
 
 DEFAULTS = app_defaults(Path(__file__).parents[3])
 QUESTIONS = {"data.ref": "demo-vqa", "backbone.name": "demo-vqa"}
+CLIENT_LEVEL = {"privacy.record.mechanism": "none", "privacy.client.mechanism": "gaussian"}
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,16 @@ QUESTIONS = {"data.ref": "demo-vqa", "backbone.name": "demo-vqa"}
         ("prototypes", {"train.top-m": 2}, "train.top-m"),
         ("prototypes", {"privacy.record.noise-space": "feature"}, "privacy.record.noise-space"),
         ("prototypes", {"pruning.update-keep-ratio": 0.8}, "pruning.update-keep-ratio"),
+        ("prototypes", {"train.class-prior": "list"}, "train.class-prior"),
+        ("dpfpl-paper", {"train.class-prior": "list"}, "train.class-prior"),
+        ("dpfpl", QUESTIONS | {"train.class-prior": "list"}, "train.class-prior"),
+        ("dpfpl", {"train.class-prior": "lists"}, "train.class-prior"),
+        ("dpfpl", {"train.class-prior": "exact"}, "train.class-prior"),
+        ("dpfpl", {"train.class-prior": "exact"} | CLIENT_LEVEL, "train.class-prior"),
+        ("dpfpl", {"train.class-prior": "declared"}, "data.class-shares"),
+        ("dpfpl", {"train.class-prior": "list", "data.class-shares": "/s.toml"}, "data.class-shares"),
+        ("dpfpl", {"train.class-prior": "list", "train.class-prior-outside": 0.0}, "train.class-prior-outside"),
+        ("dpfpl", {"train.class-prior": "list", "train.class-prior-outside": 0.6}, "train.class-prior-outside"),
     ],
 )
 def test_what_a_method_cannot_read_is_refused(method: str, changes: dict[str, Any], key: str):
@@ -51,3 +62,16 @@ def test_what_a_method_cannot_read_is_refused(method: str, changes: dict[str, An
 def test_heads_start_from_class_features_or_from_nothing(method: str, init: str):
     config = RunConfig.from_run_config(DEFAULTS | {"method": method, "prompt.init": init})
     assert config.prompt.init == init
+
+
+@pytest.mark.parametrize("method", ["dpfpl", "promptfl", "linear-probe", "fedpgp", "dp-lora", "ffa-lora", "fedotp"])
+def test_a_loss_with_a_softmax_takes_a_class_prior(method: str):
+    config = RunConfig.from_run_config(DEFAULTS | {"method": method, "train.class-prior": "list"})
+    assert config.train.class_prior == "list"
+
+
+def test_exact_counts_are_refused_with_the_reason_and_taken_without_privacy():
+    with pytest.raises(ConfigError, match="exact counts reveal the class of a record to anyone who knows the others"):
+        RunConfig.from_run_config(DEFAULTS | {"train.class-prior": "exact"})
+    public = {"train.class-prior": "exact", "privacy.record.mechanism": "none"}
+    assert RunConfig.from_run_config(DEFAULTS | public).train.class_prior == "exact"
