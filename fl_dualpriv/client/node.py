@@ -287,7 +287,14 @@ class Node:
                 scores[p] = own_score
                 if self.state_dir is not None:  # the last global prompt of a run comes with its last score
                     with contextlib.suppress(OSError):
-                        keep_scored(self.state_dir, prompts[p], scores[p], request.run_token, request.server_round)
+                        keep_scored(
+                            self.state_dir,
+                            prompts[p],
+                            own_score,
+                            request.run_token,
+                            request.server_round,
+                            run_context.config.train.class_prior,
+                        )
         return messages.Scores(partitions=tuple(scores), values=list(scores.values()), failed=failed)
 
     def _own_scores(self, prompts: Mapping[int, Tensor]) -> list[Score]:

@@ -85,9 +85,14 @@ def keep_node_run(folder: Path, config: RunConfig, task: Task, run_token: str, c
     write_json(folder / NODE_RUN_FILE, asdict(node_run))
 
 
-def keep_scored(folder: Path, prompt: Tensor, score: Score, run_token: str, server_round: int) -> None:
-    """Keep a scored personal prompt with its counts; the last global prompt of a run comes with the last score."""
-    metadata = {"run-token": run_token, "server-round": str(server_round)}
+def keep_scored(
+    folder: Path, prompt: Tensor, score: Score, run_token: str, server_round: int, class_prior: str
+) -> None:
+    """Keep a scored personal prompt with its counts; the last global prompt of a run comes with the last score.
+
+    ``class_prior`` is the kind of prior that the local score was made with.
+    """
+    metadata = {"run-token": run_token, "server-round": str(server_round), "class-prior": class_prior}
     for kind in ("local", "neighbour"):
         correct, total = getattr(score, f"{kind}_correct"), getattr(score, f"{kind}_total")
         metadata[kind] = f"{correct}/{total}"

@@ -37,6 +37,7 @@ def feature_blocks(
         s·(softmax_i − y_i), (row, n_cls), and x_i, (row, embed_dim), float64.
     """
     wide = classes.to(torch.float64)
+    wide_prior = None if log_prior is None else log_prior.to(torch.float64)
     size = max(1, min(_MOST_ROWS, _BLOCK_ENTRIES // wide.numel()))
     for start in range(0, len(x), size):
         features, labels = x[start : start + size].to(torch.float64), y[start : start + size]
@@ -45,7 +46,9 @@ def feature_blocks(
             features = torch.cat([features, features.new_zeros(lacking, features.shape[1])])
             labels = torch.cat([labels, labels.new_zeros(lacking)])
         logits = logit_scale * (features[:, None] * wide).sum(dim=-1)
-        residual = torch.softmax(logits if log_prior is None else logits + log_prior, dim=1)
+        if wide_prior is not None:
+            logits.add_(wide_prior)
+        residual = torch.softmax(logits, dim=1)
         residual = residual.scatter_add_(1, labels[:, None], torch.full_like(residual[:, :1], -1.0))
         if lacking:
             residual[-lacking:] = 0.0

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fl_dualpriv.client.node_run import NODE_RUN_FILE, SCORED_FILE, NodeRun
+from fl_dualpriv.config.releases import prior_note
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.methods.base import METHODS
@@ -107,6 +108,9 @@ def _of_run(folder: Path, client: int | None) -> Material:
         prompt = METHODS[summary["method"]].effective(tensors["global"], personal)
     rows = list(summary["privacy"])
     scores, note = _scores_of_run(summary, client)
+    prior = str(summary["config"].get("train.class-prior", "none"))  # runs of older versions had no priors
+    if scores is not None and prior != "none":
+        note = (*note, prior_note(prior))
     return Material(
         prompt=prompt,
         use=_use(json.loads(metadata["use"]), summary["method"]),
@@ -284,7 +288,8 @@ def _prompt_of_node(folder: Path, run: NodeRun) -> tuple[Tensor, ScoreFacts | No
                 local=shares[0],
                 neighbour=shares[1],
             )
-            return tensors["prompt"], facts, ()
+            prior = metadata.get("class-prior", "none")  # nodes of older versions had no priors
+            return tensors["prompt"], facts, () if prior == "none" else (prior_note(prior),)
     tensors, metadata = read_tensors(file)
     if (last := int(metadata["server-round"])) != run.rounds:
         raise ConfigError(f"{folder}: the run did not finish here, the last round was {last} of {run.rounds}")

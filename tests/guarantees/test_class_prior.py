@@ -1,5 +1,6 @@
 """A public class prior leaves a row a function of one record, for every way to learn; without one nothing changes."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from torch import Tensor
 from fl_dualpriv import messages
 from fl_dualpriv.client.node import Node, RunContext
 from fl_dualpriv.config.schema import RunConfig
+from fl_dualpriv.files import read_tensors
 from fl_dualpriv.methods.base import METHODS
+from fl_dualpriv.publish.collect import read_material
 from tests.guarantees import prior_checks, run_checks
 from tests.guarantees.run_checks import Federation
 
@@ -111,3 +114,24 @@ def test_a_card_says_no_more_with_a_prior_than_without(federation: Federation) -
         }
         cards.append([(card.partition, card.num_examples) for card in node.cards()])
     assert cards[0] == cards[1]
+
+
+def test_a_run_with_a_prior_costs_the_same_and_says_that_it_has_one(federation: Federation) -> None:
+    """The privacy table is that of a run without; the prompts are not; results and published prompts name the prior."""
+    summaries, prompts = {}, {}
+    for prior in ("none", "list"):
+        changes = {
+            "rounds": 1,
+            "train.class-prior": prior,
+            "train.sampling-rate": 1.0,
+            "privacy.randomness": "seeded",
+            "evaluation.held-out-data": "public",
+        }
+        folder = federation.run(f"whole-{prior}", changes)
+        summaries[prior] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        prompts[prior] = read_tensors(folder / "prompts" / "global.safetensors")[0]["global"]
+        names = [note for note in summaries[prior]["notes"] if "class-prior = list" in note]
+        assert len(names) == (prior == "list")
+        assert [n for n in read_material(folder, 0).notes if "class-prior = list" in n] == names
+    assert summaries["none"]["privacy"] == summaries["list"]["privacy"]
+    assert not torch.equal(prompts["none"], prompts["list"])
