@@ -35,8 +35,10 @@ class ClassPriors:
         With ``list`` and ``declared`` a prior is a function of public numbers: the class list that a client declares,
         or the shares that its owner declares. It enters the loss as a constant, so the gradient of a record stays a
         function of that record, and the clip norm bounds it as before. A record that is removed, or cannot be read,
-        leaves the prior as it is: its list and its shares are declared once and never counted again. ``exact`` is a
-        function of all records, and the configuration refuses it under differential privacy.
+        leaves the prior as it is, because no count enters. One case rests on the assumption that class lists are
+        public: ``list`` takes a client's list from the labels of its data set, so a data set without the last record of
+        a class has a shorter list. An owner who wants the list fixed whatever the records are declares shares.
+        ``exact`` is a function of all records, and the configuration refuses it under differential privacy.
 
     Attributes:
         shares: Client → its shares (n_cls,), float64, at least one above 0; None if nobody declared them. A histogram
