@@ -89,6 +89,7 @@ class _Audit:
         self._config, self._plan, self._task, self._seed, self._noisy = config, plan, task, seed, noisy
         self._parts, self._tower = METHODS[config.method], task.tower(config.prompt)
         self._prompt = task.initial_prompt(config).to(task.backbone.device)
+        self._log_prior = task.log_prior(0)  # public; all simulated clients are alike
         self._features, self._labels = self._craft()
         per_client = len(self._labels)
         self._clients = -(-canaries // per_client)
@@ -161,7 +162,8 @@ class _Audit:
 
     def _participant(self, client: int, state: PersonalState, sources: RandomSources, server_round: int) -> Participant:
         present = torch.from_numpy(self._present[client]).to(self._prompt.device)
-        data = ClientData(features=torch.where(present[:, None], self._features, 0.0), labels=self._labels)
+        features = torch.where(present[:, None], self._features, 0.0)
+        data = ClientData(features=features, labels=self._labels, log_prior=self._log_prior)
         random = functools.partial(_stream, sources, self._seed, client, server_round)
         return Participant(partition=client, state=state, data=data, random=random)
 
@@ -196,7 +198,7 @@ class _Audit:
         """Return each record's gradient before any clipping, (record, n_ctx · ctx_dim), float64."""
         rows = per_example_gradients(
             self._tower(prompt[None]),
-            Batches.of((features, labels)),
+            Batches.of((features, labels), log_prior=None if self._log_prior is None else self._log_prior[None]),
             self._task.logit_scale,
             workspace_bytes=self._config.resources.workspace_mib * 2**20,
         )

@@ -75,7 +75,7 @@ class Federation:
         """Return a client's records without unreadable ones, because no attack can ask about those."""
         data = self.task.client_data(partition)
         usable = torch.isfinite(data.features).all(dim=1)
-        return ClientData(features=data.features[usable], labels=data.labels[usable])
+        return replace(data, features=data.features[usable], labels=data.labels[usable])
 
     def train(self, members: Sequence[ClientData], seed: int) -> Tensor:
         """Run all rounds on these records.

@@ -95,9 +95,9 @@ def audit_inversion(config: RunConfig, seed: int, *, records: int = 1, uploads: 
     for number in range(uploads):
         data = clients[number % len(clients)]
         picked = torch.from_numpy(np.sort(rng.permutation(data.num_examples)[:records])).to(federation.device)
-        batch = ClientData(features=data.features[picked], labels=data.labels[picked])
+        batch = replace(data, features=data.features[picked], labels=data.labels[picked])
         upload = _upload(federation, prompt, batch, zlib.crc32(f"inversion/{seed}/{number}".encode()))
-        sent = _sent(federation, upload, matrix, classes, records)
+        sent = _sent(federation, upload, matrix, classes, batch)
         reconstruction = reconstruct(sent, prior, zlib.crc32(f"start/{seed}/{number}".encode()))
         score, same = _compare(reconstruction, batch)
         scores.append(score)
@@ -167,13 +167,13 @@ def _upload(federation: Federation, prompt: Tensor, batch: ClientData, seed: int
     return results[0][0]
 
 
-def _sent(federation: Federation, upload: Tensor, matrix: Tensor, classes: Tensor, records: int) -> Sent:
+def _sent(federation: Federation, upload: Tensor, matrix: Tensor, classes: Tensor, batch: ClientData) -> Sent:
     """Undo the public parts of an upload: learning rate, divisor and pruned context tokens."""
     plan, flat = federation.plan, upload.flatten().to(classes.dtype)
     total = -flat / federation.config.train.global_learning_rate
     trusting = plan is not None and plan.trusts_server
     if not trusting:  # a client that trusts the server uploads the sum, other clients the mean
-        total = total * records
+        total = total * batch.num_examples
     # A token with an update of exactly zero was pruned, because noise and gradients are never exactly zero.
     seen = (upload != 0).any(dim=1, keepdim=True).expand_as(upload).flatten()
     return Sent(
@@ -185,7 +185,8 @@ def _sent(federation: Federation, upload: Tensor, matrix: Tensor, classes: Tenso
         clip_norm=math.inf if plan is None else plan.clip_norm,
         batch_clip=CLIP if federation.parts.published_procedure else math.inf,
         noise_std=0.0 if plan is None or trusting else plan.local_noise_multiplier * plan.clip_norm,
-        records=records,
+        records=batch.num_examples,
+        log_prior=batch.log_prior,
     )
 
 

@@ -9,7 +9,7 @@ training under attack.
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -119,6 +119,8 @@ def confidence(federation: Federation, clients: list[ClientData], prompts: Tenso
     confidences = []
     for data, classes in zip(clients, federation.tower.values(prompts), strict=True):
         logits = federation.task.logit_scale * (data.features @ classes.T).to(torch.float64)
+        if data.log_prior is not None:  # public, and a part of the loss
+            logits = logits + data.log_prior
         true = logits.gather(1, data.labels[:, None])
         others = logits.scatter(1, data.labels[:, None], -torch.inf)
         confidences.append((true[:, 0] - torch.logsumexp(others, dim=1)).cpu())
@@ -221,4 +223,4 @@ def _chosen(clients: list[ClientData], owner: np.ndarray, coins: np.ndarray) -> 
 
 def _rows(data: ClientData, picked: Tensor) -> ClientData:
     picked = picked.to(data.features.device)
-    return ClientData(features=data.features[picked], labels=data.labels[picked])
+    return replace(data, features=data.features[picked], labels=data.labels[picked])

@@ -76,6 +76,7 @@ class Sent:
         batch_clip: Bound on the norm of the mean instead; inf without a clip of the mean.
         noise_std: Standard deviation of the noise in each coordinate of ``total``.
         records: Number of records.
+        log_prior: Public log prior of the client, (n_cls,), which its loss adds to the logits; None adds nothing.
     """
 
     total: Tensor
@@ -87,6 +88,7 @@ class Sent:
     batch_clip: float
     noise_std: float
     records: int
+    log_prior: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +182,8 @@ def _descend(
 
 def _misfit(sent: Sent, x: Tensor, shares: Tensor) -> Tensor:
     """Compute the squared distance between the sum of records (start, record, …) and the observed sum, per start."""
-    residual = torch.softmax(sent.logit_scale * x @ sent.classes.T, dim=-1) - shares
+    logits = sent.logit_scale * x @ sent.classes.T
+    residual = torch.softmax(logits if sent.log_prior is None else logits + sent.log_prior, dim=-1) - shares
     cotangent = sent.logit_scale * residual[..., None] * x[..., None, :]
     terms = cotangent.flatten(-2) @ sent.jacobian.flatten(0, 1)
     if math.isfinite(sent.clip_norm):

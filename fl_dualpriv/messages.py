@@ -48,7 +48,10 @@ class EvaluateRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientCard:
-    """Public metadata that a node reports about a client before round 1.
+    """Public metadata that a node reports about a client before round 1: all that it sends of the client's data.
+
+    Counts of classes are never sent. A client's list of classes, and the class shares that its owner declares, are
+    public too, but no card holds them: each node reads them from its own data and files.
 
     Attributes:
         partition: Number of the client.

@@ -4,11 +4,12 @@ A *group* is the category by which held-out records are counted: the class of an
 pair of domain and class where clients belong to domains. A client holds the groups in which it has training records.
 Held-out records of these groups are its own distribution, each group with the same weight. All other held-out records
 are its neighbours', each group with the same weight. All counts are integers, and accuracies are computed from them
-exactly as stated, so that no result depends on how clients are batched.
+exactly as stated, so that no result depends on how clients are batched. Answers are among all classes; at home a class
+list or a class prior may change them, see `counts_at_home`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 Use = Literal["plain", "class-prior", "class-list"]
-"""Use of a client's public class list by a model that is not tuned: none, as a log prior, or as the only answers."""
+"""Use of public knowledge about a client at home: none, its class prior, or its class list as the only answers."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,29 +94,26 @@ def count_logits(logits: Tensor, labels: Tensor, groups: Tensor, n_groups: int) 
 
 
 def counts_at_home(
-    logits: Tensor,
-    labels: Tensor,
-    groups: Tensor,
-    held: Tensor,
-    use: Use,
-    log_prior: Callable[[Tensor], Tensor] | None = None,
+    logits: Tensor, labels: Tensor, groups: Tensor, held: Tensor, use: Use, log_prior: Tensor | None = None
 ) -> Tensor:
-    """Count the correct records of each client by a model that is not tuned and knows the client's public class list.
+    """Count the correct records of each client by one prompt, or by a model that is not tuned.
 
-    At home, on the groups that a client holds, the list is used. Abroad it says nothing, so the answers are among all
-    classes. No use of a public list costs ε.
+    At home, on the groups that a client holds, a public list or prior is used. Abroad it says nothing, so the answers
+    are among all classes and without a prior. No use of a public constant costs ε.
 
     With ``class-list`` the answers at home are restricted to the list. No correct answer is lost, because the label is
     in the list and the largest logit of all classes is also the largest of the list. `class-list` is therefore never
-    below ``plain``.
+    below ``plain``. With ``class-prior`` an answer at home is argmax(logits + log π): for a prompt that was trained by
+    balanced softmax, this is the use for which it was trained.
 
     Args:
-        logits: Logits of the model (record, n_cls); a record with a logit that is not finite counts as wrong.
+        logits: Logits (record, n_cls); a record with a logit that is not finite counts as wrong.
         labels: Class of each record, (record,).
         groups: Group of each record, (record,); group modulo n_cls is the class.
         held: True where a client holds a group, (client, group) bool.
-        use: Use of the list.
-        log_prior: Function from a list (n_cls,) bool to log π (n_cls,) in units of the logits, for ``class-prior``.
+        use: Use of the list or of the prior.
+        log_prior: Log prior of each client for ``class-prior``, (client, n_cls), in units of the logits; finite, and up
+            to a constant of the client.
 
     Returns:
         Counts (client, group) int64 on the CPU.
@@ -124,20 +122,23 @@ def counts_at_home(
     abroad, _ = count_logits(logits, labels, groups, n_groups)
     if use == "plain":
         return abroad.expand(len(held), -1)
-    lists, list_of = torch.unique(held, dim=0, return_inverse=True)  # clients with one list share one count
+    kinds = held
+    if use == "class-prior":
+        assert log_prior is not None
+        kinds = torch.cat([log_prior.cpu(), held.to(log_prior.dtype)], dim=1)
+    kinds, kind_of = torch.unique(kinds, dim=0, return_inverse=True)  # clients of one kind share one count
     rows = []
-    for row in lists.to(logits.device):
-        classes = row.unflatten(0, (-1, n_cls)).any(dim=0)
+    for kind in kinds.to(logits.device):
+        row = kind[-n_groups:].bool()
         inside = row[groups]
         own = logits[inside]
         if use == "class-list":
-            answers = own.masked_fill(~classes, -torch.inf)
+            answers = own.masked_fill(~row.unflatten(0, (-1, n_cls)).any(dim=0), -torch.inf)
         else:
-            assert log_prior is not None
-            answers = own + log_prior(classes).to(own)
+            answers = own + kind[:n_cls]
         right = (answers.argmax(dim=1) == labels[inside]) & torch.isfinite(own).all(dim=1)
         rows.append(torch.bincount(groups[inside][right], minlength=n_groups).cpu())
-    return torch.where(held, torch.stack(rows)[list_of], abroad)
+    return torch.where(held, torch.stack(rows)[kind_of], abroad)
 
 
 @dataclass(frozen=True, kw_only=True)

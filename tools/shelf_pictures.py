@@ -25,6 +25,9 @@ FIRST, UNSEEN = 34, 4
 PER_CLASS = {"train": 40, "val": 6, "test": 14}
 """Split → number of private sketches of each private class."""
 
+SAME_LIST = 0.5
+"""Probability that another sketch of a private picture is of a private class, so that it is an answer too."""
+
 WORDS = {"left": ("left",), "right": ("right",), "top": ("top", "upper"), "bottom": ("bottom", "lower")}
 """Side or shelf → its words in captions."""
 SHELVES = ("top", "bottom")
@@ -166,8 +169,9 @@ def private_archive(data: Sketches, seed: int) -> bytes:
     """Return the content of `pictures.npz`: see `fl_dualpriv.data.demo.shelf`."""
     rng = np.random.default_rng([seed, 5])
     ids = np.flatnonzero(data.private)
-    table = [int(data.start[c]) + FIRST + k for c in ids for k in range(UNSEEN)]
-    n_public, first = len(table), FIRST + UNSEEN
+    others = [np.flatnonzero(data.private), np.flatnonzero(~data.private)]
+    table = [int(data.start[c]) + FIRST + k for classes in others for c in classes for k in range(UNSEEN)]
+    n_same, n_public, first = UNSEEN * len(ids), len(table), FIRST + UNSEEN
     columns: dict[str, list] = {name: [] for name in ("labels", "domain", "split", "places", "seed")}
     for split, name in enumerate(SPLITS):
         for label, c in enumerate(ids):
@@ -176,7 +180,8 @@ def private_archive(data: Sketches, seed: int) -> bytes:
                 table.append(int(data.start[c]) + first + k)
                 # A training sketch is in one picture; the others are drawn once in each domain.
                 for domain in [int(turn[k]) % len(DOMAINS)] if name == "train" else range(len(DOMAINS)):
-                    places = rng.integers(n_public, size=len(PLACES))
+                    same = rng.random(len(PLACES)) < SAME_LIST
+                    places = np.where(same, rng.integers(n_same, size=4), rng.integers(n_same, n_public, size=4))
                     places[PLACES.index(("left", DOMAINS[domain]))] = len(table) - 1
                     row = (label, domain, split, places.tolist(), int(rng.integers(2**32)))
                     for key, value in zip(columns, row, strict=True):

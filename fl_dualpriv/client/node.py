@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -110,13 +110,18 @@ class RunContext:
         return self.task.free_counts(self.config)
 
     def shared_counts(self, kind: messages.PromptKind, prompt: Tensor) -> Counts:
-        """Count correct and all held-out records per group for a prompt of all clients; cache the last result."""
+        """Count correct and all held-out records per group for a prompt of all clients; cache the last result.
+
+        Correct are (group,), or (client, group) if clients have class priors; the un-tuned model is scored without.
+        """
         key = (kind, b"" if kind == "zero-shot" else prompt.numpy().tobytes())
         if self._counts is None or self._counts[0] != key:
             if kind == "zero-shot":
                 counts = self.task.zero_shot_counts(self.config)
             else:
-                (counts,) = self.task.counts(prompt[None], self.config)
+                everyone = range(len(self.held))
+                own = self.task.prior_counts(prompt[None], everyone, self.held, self.config)
+                counts = self.task.counts(prompt[None], self.config)[0] if own is None else own
             self._counts = key, counts
         return self._counts[1]
 
@@ -233,8 +238,13 @@ class Node:
         return [p for p in everyone[config.population :] if p % config.num_supernodes == self.index]
 
     def cards(self) -> list[messages.ClientCard]:
-        """Return the public metadata of all hosted clients."""
+        """Return the public metadata of all hosted clients.
+
+        Raises:
+            ConfigError: If the run needs class shares that their owners did not declare.
+        """
         task, rows = self.run_context.task, self.run_context.row_path
+        task.check_clients(self.hosted)
         return [messages.ClientCard(partition=p, num_examples=task.num_examples(p), rows=rows) for p in self.hosted]
 
     def folder(self, partition: int) -> ClientFolder:
@@ -288,7 +298,8 @@ class Node:
             return messages.Scores(partitions=tuple(partitions), values=table)
         if request.prompt != "personal" or not run_context.keeps_state:
             kind = "zero-shot" if request.prompt == "zero-shot" else "global"
-            table = ScoreTable.of(*run_context.shared_counts(kind, request.global_prompt), held)
+            correct, total = run_context.shared_counts(kind, request.global_prompt)
+            table = ScoreTable.of(correct if correct.dim() == 1 else correct[partitions], total, held)
             return messages.Scores(partitions=tuple(partitions), values=table)
         return self._score_personal(request, partitions)
 
@@ -316,15 +327,32 @@ class Node:
                     failed.add([p], error)
             if not prompts:
                 continue
-            counts = run_context.task.counts(torch.stack(list(prompts.values())), run_context.config)
-            for p, (correct[p], total) in zip(prompts, counts, strict=True):
+            counts, total = self._own_counts(prompts)
+            for p, correct[p] in zip(prompts, counts, strict=True):
                 if self.state_dir is not None:  # the last global prompt of a run comes with its last score
                     table = ScoreTable.of(correct[p], total, run_context.held[p : p + 1])
                     with contextlib.suppress(OSError):
-                        keep_scored(self.state_dir, prompts[p], table, request.run_token, request.server_round)
+                        keep_scored(
+                            self.state_dir,
+                            prompts[p],
+                            table,
+                            request.run_token,
+                            request.server_round,
+                            run_context.config.train.class_prior,
+                        )
         rows = torch.stack(list(correct.values())) if correct else total[None][:0]
         table = ScoreTable.of(rows, total, run_context.held[list(correct)])
         return messages.Scores(partitions=tuple(correct), values=table, failed=failed)
+
+    def _own_counts(self, prompts: Mapping[int, Tensor]) -> Counts:
+        """Count for one prompt of each client, by partition, (client, group); at home with its class prior, if any."""
+        run_context, partitions = self.run_context, list(prompts)
+        task, config, stacked = run_context.task, run_context.config, torch.stack(list(prompts.values()))
+        counts = task.prior_counts(stacked, partitions, run_context.held[partitions], config)
+        if counts is not None:
+            return counts
+        correct, totals = zip(*task.counts(stacked, config), strict=True)
+        return torch.stack(correct), totals[0]
 
     def report_memory(self) -> None:
         """Log the peak memory of the process if it grew; without an owner's state folder, also write it to a file."""

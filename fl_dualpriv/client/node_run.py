@@ -85,7 +85,9 @@ def keep_node_run(folder: Path, config: RunConfig, task: Task, run_token: str, c
     write_json(folder / NODE_RUN_FILE, asdict(node_run))
 
 
-def keep_scored(folder: Path, prompt: Tensor, table: ScoreTable, run_token: str, server_round: int) -> None:
+def keep_scored(
+    folder: Path, prompt: Tensor, table: ScoreTable, run_token: str, server_round: int, class_prior: str
+) -> None:
     """Keep a scored personal prompt with its accuracies; the last global prompt of a run comes with the last score.
 
     Args:
@@ -94,8 +96,9 @@ def keep_scored(folder: Path, prompt: Tensor, table: ScoreTable, run_token: str,
         table: Counts of that client.
         run_token: Token of the run.
         server_round: Number of the round.
+        class_prior: Kind of the prior with which the local accuracy was made.
     """
     (local,), (neighbour,) = table.local(), table.neighbour()
-    metadata = {"run-token": run_token, "server-round": str(server_round)}
+    metadata = {"run-token": run_token, "server-round": str(server_round), "class-prior": class_prior}
     metadata |= {"local": json.dumps(local), "neighbour": json.dumps(neighbour)}
     write_tensors(folder / SCORED_FILE, {"prompt": prompt}, metadata)

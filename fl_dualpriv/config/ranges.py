@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
+from fl_dualpriv.config.class_prior_rules import CLASS_PRIOR_RULES
 from fl_dualpriv.config.client_level_rules import CLIENT_LEVEL_RULES
 from fl_dualpriv.config.method_rules import METHOD_RULES
 from fl_dualpriv.config.rules import CROSS_RULES, CrossRule, Values
@@ -33,7 +34,10 @@ from fl_dualpriv.privacy.limits import (
 ConfigValue = bool | int | float | str
 
 _IGNORED_PREFIX = "plugin."
-_PATH_KEYS = ("strategy.path", "data.path", "data.classes", "output.dir", "resources.feature-cache")
+_PATH_KEYS = (
+    *("strategy.path", "data.path", "data.classes", "data.class-shares"),
+    *("output.dir", "resources.feature-cache"),
+)
 
 
 class Range(NamedTuple):
@@ -141,6 +145,7 @@ RANGES: dict[str, Range] = {
     "pruning.update-warm-up": _whole(1, MOST_RELEASES, "a mask needs an earlier release"),
     "pruning.update-exploration": Range(lambda x: 0 <= x <= 1, "in [0, 1]", "0 never tries a pruned block again"),
     "train.momentum": Range(lambda x: 0 <= x < 1, "in [0, 1)", "0.9 is usual"),
+    "train.class-prior-outside": _number(1e-9, 0.5, "0.01 is usual; at 0 some records would have no finite loss"),
     "data.max-tokens": _whole(2, 100_000, "give a public number with room for a long question and its answer"),
     "fedpgp.contrastive-weight": _number(0, 1e6, "0 switches the contrastive term off"),
     "fedpgp.contrastive-temperature": _number(1e-6, 1e6, "0.5 is usual"),
@@ -217,7 +222,7 @@ def check(types: Mapping[str, Any], flat: Mapping[str, ConfigValue]) -> tuple[di
             problems.append(f"{key} = {_show(flat[key])}: {fault}")
     problems += [
         f"{rule.keys[0]} = {_show(values[rule.keys[0]])}: {rule.need}{_context(rule, values)}; {rule.advice}"
-        for rule in (*CROSS_RULES, *CLIENT_LEVEL_RULES, *METHOD_RULES)
+        for rule in (*CROSS_RULES, *CLIENT_LEVEL_RULES, *METHOD_RULES, *CLASS_PRIOR_RULES)
         if all(key in values for key in rule.keys) and not rule.holds(values)
     ]
     return values, problems

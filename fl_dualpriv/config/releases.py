@@ -55,6 +55,8 @@ def notes(
         lines.append(f"top-m = {config.train.top_m}: each record back-propagates its largest residuals only, a bias")
     if record and config.privacy.record.noise_space == "feature":
         lines.append("noise-space = feature: gradients of the class features are clipped and noised, not the prompt's")
+    if config.train.class_prior != "none" and parts.trains:
+        lines.append(prior_note(config.train.class_prior))
     if (record or client) and config.privacy.arithmetic == "integer":
         lines.append("arithmetic = integer: exact sums, integer noise; low-order bits tell nothing about the data")
     if not scored:
@@ -65,6 +67,14 @@ def notes(
     if not config.claims_privacy and parts.trains:
         lines.append("no differential privacy")
     return lines
+
+
+def prior_note(kind: str) -> str:
+    """Say for readers of accuracies, and for users of a prompt, that a run has a class prior."""
+    return (
+        f"class-prior = {kind}: balanced softmax; local, general and new-client accuracies of trained prompts are with "
+        "the client's class prior, which is added to the logits at home and is no part of a prompt"
+    )
 
 
 def may_repeat(config: RunConfig) -> bool:

@@ -37,7 +37,11 @@ class StrategyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Local training; ``sampling_rate`` is the Poisson rate q, and ``top_m`` = 0 gives exact gradients."""
+    """Local training; ``sampling_rate`` is the Poisson rate q, and ``top_m`` = 0 gives exact gradients.
+
+    ``class_prior`` is the kind of public class shares in the loss, see ``tasks/class_prior.py``;
+    ``class_prior_outside`` is the share of all classes together that such a prior does not name.
+    """
 
     local_steps: int
     sampling_rate: float
@@ -46,6 +50,8 @@ class TrainConfig:
     top_m: int
     optimizer: Literal["sgd", "momentum", "adam", "adam-corrected"]
     momentum: float
+    class_prior: Literal["none", "list", "declared", "exact"]
+    class_prior_outside: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +144,15 @@ class PrivacyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Images or questions about images, and their partition among clients; ``max_tokens`` is public."""
+    """Images or questions about images, and their partition among clients; ``max_tokens`` is public.
+
+    ``class_shares`` is the file of the class shares that owners declare; public.
+    """
 
     ref: Literal["auto", "demo", "shelf", "folder", "demo-vqa", "questions"]
     path: str
     classes: str
+    class_shares: str
     augmentation: Literal["none", "flip"]
     max_tokens: int
     partition: Literal["iid", "by-class", "by-domain", "by-image", "dirichlet", "by-node"]

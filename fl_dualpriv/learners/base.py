@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum
@@ -31,16 +32,31 @@ class ClientData:
             record stays counted.
         labels: Class ids, (record,).
         patches: Patch features, (record, patch, embed_dim), each of unit norm. None if the method reads no patches.
+        log_prior: Logarithm of the client's class prior, (n_cls,) float32, finite; added to the logits of the loss. A
+            public constant of the client: no function of the records here. None for a uniform prior, which adds
+            nothing.
     """
 
     features: Tensor
     labels: Tensor
     patches: Tensor | None = None
+    log_prior: Tensor | None = None
 
     @property
     def num_examples(self) -> int:
         """Number of records n_i; public metadata."""
         return len(self.labels)
+
+
+def log_priors(data: Sequence[ClientData]) -> Tensor | None:
+    """Stack the log priors of clients, (client, n_cls), in their order; None if all of them are uniform.
+
+    A uniform prior beside others is a row of zeros, which changes no bit of that client's logits.
+    """
+    own = next((d.log_prior for d in data if d.log_prior is not None), None)
+    if own is None:
+        return None
+    return torch.stack([torch.zeros_like(own) if d.log_prior is None else d.log_prior for d in data])
 
 
 Data = TypeVar("Data", bound=Records, contravariant=True)

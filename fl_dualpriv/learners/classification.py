@@ -1,4 +1,7 @@
-"""`Objective` of a CLIP classifier: cross-entropy of cached image features against the class features of a prompt."""
+"""`Objective` of a CLIP classifier: cross-entropy of cached image features against the class features of a prompt.
+
+A client's public class prior, if it has one, enters as balanced softmax; see ``rows.py``.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.learners.base import ClientData, Picked
+from fl_dualpriv.learners.base import ClientData, Picked, log_priors
 from fl_dualpriv.learners.rows import Batches, clipped_sums, gradient_blocks, summed_gradient
 from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum
 from fl_dualpriv.privacy.feature_rows import clipped_feature_sum, feature_blocks
@@ -56,6 +59,7 @@ class PooledClassification:
         self._objective = objective
         self._features = torch.cat([d.features for d in data])
         self._labels = torch.cat([d.labels for d in data])
+        self._log_prior = log_priors(data)
         self._starts = [0, *np.cumsum([d.num_examples for d in data])[:-1].tolist()]
         self._last: tuple[Picked, Batches, Tensor | None] | None = None
 
@@ -70,7 +74,8 @@ class PooledClassification:
     def _gather(self, picked: Picked) -> tuple[Batches, Tensor | None]:
         """Return the batches, largest first, and the order of the clients (None if it did not change)."""
         order = sorted(range(len(picked)), key=lambda i: -len(picked[i]))
-        batches = Batches.gather(self._features, self._labels, [picked[i] + self._starts[i] for i in order])
+        prior = None if self._log_prior is None else self._log_prior[order]
+        batches = Batches.gather(self._features, self._labels, [picked[i] + self._starts[i] for i in order], prior)
         as_they_are = order == list(range(len(order)))
         return batches, None if as_they_are else torch.tensor(order, device=self._features.device)
 
@@ -102,8 +107,9 @@ class ClassificationGradients:
                     objective.logit_scale,
                     clip_norm,
                     arithmetic,
+                    self._log_prior(place),
                 )
-                for classes, indices in zip(self._features.values, batches.rows(), strict=True)
+                for place, (classes, indices) in enumerate(zip(self._features.values, batches.rows(), strict=True))
             ]
         else:
             client_sums = clipped_sums(
@@ -126,7 +132,11 @@ class ClassificationGradients:
         if objective.noise_space == "feature":
             indices, classes = batches.rows()[place], self._features.values[place]
             for left, x in feature_blocks(
-                classes, batches.features[indices], batches.labels[indices], objective.logit_scale
+                classes,
+                batches.features[indices],
+                batches.labels[indices],
+                objective.logit_scale,
+                self._log_prior(place),
             ):
                 yield left[:, :, None] * x[:, None, :]
             return
@@ -140,6 +150,10 @@ class ClassificationGradients:
         ):
             if prompts.start <= place < prompts.stop:
                 yield rows[place - prompts.start]
+
+    def _log_prior(self, place: int) -> Tensor | None:
+        """Return the log prior of the client at a place of the batches, (n_cls,), or None."""
+        return None if self._batches.log_prior is None else self._batches.log_prior[place]
 
     def to_prompts(self, noised: Tensor) -> Tensor:
         """Back-propagate noised class-feature gradients, or return noised prompt gradients; see `StepGradients`."""

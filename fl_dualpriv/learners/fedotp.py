@@ -84,10 +84,13 @@ class TransportObjective:
         plan = transport_plan(similarity, self.mass, self.regularisation, self.iterations)
         return self.logit_scale * (plan * similarity).sum(dim=(-2, -1)), plan
 
-    def cotangents(self, patches: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
-        """Compute ∂loss/∂H of each image, (image, prompt, n_cls, embed_dim)."""
+    def cotangents(self, patches: Tensor, labels: Tensor, classes: Tensor, log_prior: Tensor | None = None) -> Tensor:
+        """Compute ∂loss/∂H of each image, (image, prompt, n_cls, embed_dim).
+
+        ``log_prior``, (n_cls,), is added to the logits of every image: balanced softmax, see ``rows.py``.
+        """
         logits, plan = self.match(patches, classes)
-        residual = torch.softmax(logits, dim=-1)
+        residual = torch.softmax(logits if log_prior is None else logits + log_prior, dim=-1)
         residual = residual.scatter_add(-1, labels[:, None], torch.full_like(residual[:, :1], -1.0))
         seen = torch.einsum("icmp,ime->ipce", plan, patches)  # TᵀG
         return self.logit_scale * residual[:, None, :, None] * seen
@@ -143,10 +146,10 @@ class TransportGradients:
         """See `StepGradients`.
 
         Guarantee:
-            The term of an image is a function of that image, because the plan is one. The gradients of both prompts
-            are one row under one clip. A patch that is not finite makes the row of its record non-finite, and that row
-            becomes zero. All blocks have one size, the last one padded, so that no number depends on how many records
-            there are.
+            The term of an image is a function of that image, because the plan is one and the prior is a public
+            constant. The gradients of both prompts are one row under one clip. A patch that is not finite makes the
+            row of its record non-finite, and that row becomes zero. All blocks have one size, the last one padded, so
+            that no number depends on how many records there are.
         """
         client_sums = []
         for client in range(len(self._data)):
@@ -161,7 +164,7 @@ class TransportGradients:
     def rows(self, client: int) -> Iterator[Tensor]:
         """See `StepGradients`."""
         for patches, labels, _ in self._blocks(client):
-            cotangents = self._objective.cotangents(patches, labels, self._classes[client])
+            cotangents = self._cotangents(client, patches, labels)
             yield self._pull(client, cotangents.transpose(0, 1)).transpose(0, 1).flatten(1, 2)
 
     def to_prompts(self, noised: Tensor) -> Tensor:
@@ -178,10 +181,13 @@ class TransportGradients:
                 usable = torch.isfinite(patches).all(dim=(1, 2))
                 usable[count:] = False
                 clean = torch.where(usable[:, None, None], patches, 0.0)
-                cotangents = self._objective.cotangents(clean, labels, self._classes[client])
+                cotangents = self._cotangents(client, clean, labels)
                 total += (cotangents * usable[:, None, None, None]).sum(dim=0)
             client_sums.append(self._pull(client, total[:, None])[:, 0].flatten(0, 1))
         return torch.stack(client_sums)
+
+    def _cotangents(self, client: int, patches: Tensor, labels: Tensor) -> Tensor:
+        return self._objective.cotangents(patches, labels, self._classes[client], self._data[client].log_prior)
 
     def _pull(self, client: int, cotangents: Tensor) -> Tensor:
         """Pull cotangents back, (prompt, row, n_cls, embed_dim) → (prompt, row, n_ctx, ctx_dim)."""

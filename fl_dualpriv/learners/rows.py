@@ -2,6 +2,10 @@
 
 Class features W(P) do not depend on the example, so one forward pass serves every example of a client. With logits
 s·x_i·W(P)ᵀ, example i's gradient is the vector-Jacobian product of W at P with cotangent s·(softmax_i − y_i) x_iᵀ.
+
+A client may have a public class prior π. Its loss is then balanced softmax, the cross-entropy of logits + log π (Ren et
+al. 2020, arXiv:2007.10740; the logit-adjusted loss of Menon et al. 2021, arXiv:2007.07314, with τ = 1), and only the
+softmax changes.
 """
 
 import functools
@@ -39,32 +43,38 @@ class Batches:
         index: Record indices of each batch, (prompt, row), padded to a multiple of `rows_at_once`. Padding points at a
             record and is masked out.
         counts: Number of rows of each prompt without padding.
+        log_prior: Log prior of each prompt's client, (prompt, n_cls), a public constant; None adds nothing.
     """
 
     features: Tensor
     labels: Tensor
     index: Tensor
     counts: tuple[int, ...]
+    log_prior: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.index.shape[1] % rows_at_once(self.features.device) == 0
 
     @classmethod
-    def of(cls, *records: tuple[Tensor, Tensor]) -> Self:
+    def of(cls, *records: tuple[Tensor, Tensor], log_prior: Tensor | None = None) -> Self:
         """Make batches of whole sets of records, each a pair (features (row, embed_dim), class ids (row,))."""
         counts = [len(labels) for _, labels in records]
         starts = np.cumsum([0, *counts[:-1]])
         picked = [np.arange(count) + start for start, count in zip(starts, counts, strict=True)]
-        return cls.gather(torch.cat([x for x, _ in records]), torch.cat([y for _, y in records]), picked)
+        features, labels = torch.cat([x for x, _ in records]), torch.cat([y for _, y in records])
+        return cls.gather(features, labels, picked, log_prior)
 
     @classmethod
-    def gather(cls, features: Tensor, labels: Tensor, picked: Sequence[np.ndarray]) -> Self:
-        """Make batches of the picked records."""
+    def gather(
+        cls, features: Tensor, labels: Tensor, picked: Sequence[np.ndarray], log_prior: Tensor | None = None
+    ) -> Self:
+        """Make batches of the picked records; ``log_prior`` is in the order of ``picked``."""
         block, counts = rows_at_once(features.device), tuple(len(rows) for rows in picked)
         index = np.zeros((len(picked), -(-max(counts) // block) * block), dtype=np.int64)
         for place, rows in enumerate(picked):
             index[place, : len(rows)] = rows
-        return cls(features=features, labels=labels, index=torch.from_numpy(index).to(features.device), counts=counts)
+        on_device = torch.from_numpy(index).to(features.device)
+        return cls(features=features, labels=labels, index=on_device, counts=counts, log_prior=log_prior)
 
     def rows(self) -> list[Tensor]:
         """Return the record indices of each batch, without padding."""
@@ -95,18 +105,23 @@ class Batches:
             yield slice(start, start + step), prompts
 
 
-def residuals(classes: Tensor, x: Tensor, y: Tensor, logit_scale: float) -> Tensor:
+def residuals(classes: Tensor, x: Tensor, y: Tensor, logit_scale: float, log_prior: Tensor | None = None) -> Tensor:
     """Compute softmax minus one-hot of each example, (prompt, row, n_cls), from features (prompt, n_cls, embed_dim).
+
+    ``log_prior``, (prompt, n_cls), is added to the logits of every row of its prompt.
 
     Each cosine is computed as a separate sum, which no matrix kernel rearranges by its place. With a matrix product, a
     row has so few cosines that a check of some rows would not reveal every effect of the kernel. The intermediate
     product is no larger than the cotangent that is made from the residuals.
     """
-    return _softmax_minus_one_hot((x[:, :, None] * classes[:, None]).sum(dim=-1), y, logit_scale)
+    return _softmax_minus_one_hot((x[:, :, None] * classes[:, None]).sum(dim=-1), y, logit_scale, log_prior)
 
 
-def _softmax_minus_one_hot(cosines: Tensor, y: Tensor, logit_scale: float) -> Tensor:
-    residual = torch.softmax(cosines.mul_(logit_scale), dim=-1)
+def _softmax_minus_one_hot(cosines: Tensor, y: Tensor, logit_scale: float, log_prior: Tensor | None) -> Tensor:
+    logits = cosines.mul_(logit_scale)
+    if log_prior is not None:
+        logits.add_(log_prior[:, None])
+    residual = torch.softmax(logits, dim=-1)
     return residual.scatter_add_(-1, y[..., None], torch.full_like(residual[..., :1], -1.0))
 
 
@@ -144,11 +159,12 @@ def gradient_blocks(
     """Differentiate each example's cross-entropy with respect to its client's prompt, some rows at a time.
 
     Guarantee:
-        A row is a function of only its prompt and its example (tests/guarantees/test_per_example.py), exact or with
-        ``top_m``: an example's own residuals decide which classes it keeps. The number of prompts that run at once
-        within the workspace changes nothing, and the memory in use never grows with a batch, whose size is private. A
-        non-finite image feature makes its own row non-finite and no other; `clip_rows` turns such a row into zero.
-        Padding gives exact zeros.
+        A row is a function of only its prompt, its example and the public log prior of its prompt's client
+        (tests/guarantees/test_per_example.py, test_class_prior.py), exact or with ``top_m``: an example's own residuals
+        decide which classes it keeps. The prior is a constant that no joining or leaving record changes. The number of
+        prompts that run at once within the workspace changes nothing, and the memory in use never grows with a batch,
+        whose size is private. A non-finite image feature makes its own row non-finite and no other; `clip_rows` turns
+        such a row into zero. Padding gives exact zeros.
         The machine's kernels decide if a row is the same bit by bit at another place of its block or beside other
         prompts; `row_check` tests it. With ``apart`` no product holds two rows.
 
@@ -166,7 +182,7 @@ def gradient_blocks(
         ctx_dim).
     """
     assert list(batches.counts) == sorted(batches.counts, reverse=True)
-    classes = features.values
+    classes, log_prior = features.values, batches.log_prior
     some = 0 < top_m < classes.shape[1]
     budget = workspace_bytes if classes.is_cuda else min(workspace_bytes, _CPU_CACHE_BYTES)
     copies = 2 if apart else 1  # see `SharedPrefixFeatures.vjp_apart`
@@ -176,7 +192,8 @@ def gradient_blocks(
             here = slice(start, min(start + together, prompts))
             index = batches.index[here, block]
             x = batches.features[index]
-            residual = residuals(classes[here], x, batches.labels[index], logit_scale)
+            prior = None if log_prior is None else log_prior[here]
+            residual = residuals(classes[here], x, batches.labels[index], logit_scale, prior)
             narrow = features.narrow(here.start, here.stop)
             if some:
                 top_residuals, top_classes = largest(residual, top_m)
@@ -253,7 +270,8 @@ def summed_gradient(features: ClassFeatures, batches: Batches, logit_scale: floa
     cotangent = torch.zeros_like(classes)
     if blocks:
         cosines = torch.cat([x[:, block] @ classes.mT for block in blocks], dim=1)
-        residual = _softmax_minus_one_hot(cosines, y, logit_scale).mul_((logit_scale * usable)[..., None])
+        residual = _softmax_minus_one_hot(cosines, y, logit_scale, batches.log_prior)
+        residual.mul_((logit_scale * usable)[..., None])
         for block in blocks:
             cotangent.baddbmm_(residual[:, block].mT, x[:, block])
     return features.vjp(cotangent[:, None])[:, 0]

@@ -29,6 +29,8 @@ def _run_config(context: Context, owner: "NodeFile | None") -> "dict[str, Config
     if owner is None:
         return flat
     flat |= owner.overrides()
+    if owner.class_shares is not None and flat.get("train.class-prior") != "declared":  # no other run reads them
+        flat["data.class-shares"] = ""
     if "node-file" in context.node_config:  # a deployed node has its own machine and folder
         if owner.data_path is not None:
             flat["data.partition"] = "by-node"

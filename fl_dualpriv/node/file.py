@@ -4,6 +4,8 @@
     data-path = "/srv/images"            # the only images or questions that a run may read, for any data.path of the
                                          # run; all of them belong to this node's client
     classes = "/srv/classes.json"        # if folder names are not class names (as data.classes)
+    class-shares = "/srv/shares.toml"    # the client's share of each class (as data.class-shares), which is public
+                                         # from then on; only train.class-prior = "declared" reads it
     device = "cuda"                      # auto | cpu | cuda | cuda:N; without such a GPU the node says so and uses
                                          # the CPU
 
@@ -89,6 +91,7 @@ class NodeFile:
         budget: Limits at the record level. None means that the run's own plan is the only limit.
         apps: SHA-256 digests, lower-case hex, of the app bundles that may run here.
         classes: Absolute path of the file of class names, in place of the run's ``data.classes``.
+        class_shares: Absolute path of the file of class shares, in place of the run's ``data.class-shares``.
         device: Device of the model, in place of the run's ``resources.device``.
         model: Model, in place of the run's ``backbone.name`` and ``backbone.pretrained``.
         server: Connection to the node's server. None means that the options of its start give it.
@@ -99,6 +102,7 @@ class NodeFile:
     budget: Budget | None
     apps: tuple[str, ...]
     classes: Path | None = None
+    class_shares: Path | None = None
     device: str | None = None
     model: NodeModel | None = None
     server: NodeServer | None = None
@@ -113,6 +117,7 @@ class NodeFile:
         keys: dict[str, str] = {}
         if self.data_path is not None:
             keys |= {"data.path": str(self.data_path), "data.classes": str(self.classes or "")}
+            keys["data.class-shares"] = str(self.class_shares or "")
         if self.state_dir is not None:
             keys["resources.feature-cache"] = str(self.state_dir / "features")
         if self.device is not None:
@@ -173,7 +178,7 @@ def read_node_file(path: Path) -> NodeFile:
         raise ConfigError(f"node file {path} is not valid TOML: {error}") from error
     problems: list[str] = []
     app = content.get("app", {})
-    known = {"state-dir", "data-path", "classes", "device", "model", "server", "budget", "app"}
+    known = {"state-dir", "data-path", "classes", "class-shares", "device", "model", "server", "budget", "app"}
     unknown = sorted(set(content) - known)
     if not isinstance(app, dict):
         problems, app = ["app must be a table"], {}
@@ -185,6 +190,7 @@ def read_node_file(path: Path) -> NodeFile:
         budget=_budget(content["budget"], problems) if "budget" in content else None,
         apps=_apps(app.get("allowed", []), problems),
         classes=node_tables.folder("classes", content.get("classes"), problems),
+        class_shares=node_tables.folder("class-shares", content.get("class-shares"), problems),
         device=node_tables.device(content.get("device"), problems),
         model=node_tables.model(content.get("model"), problems),
         server=node_tables.server(content.get("server"), problems),

@@ -1,6 +1,7 @@
 """Clip and sum gradients with respect to the *class features*, in closed form, for noise space ``feature``.
 
-Example i's gradient is the outer product s·(softmax_i − y_i) x_iᵀ, of Frobenius norm s·‖softmax_i − y_i‖·‖x_i‖.
+Example i's gradient is the outer product s·(softmax_i − y_i) x_iᵀ, of Frobenius norm s·‖softmax_i − y_i‖·‖x_i‖. A
+public class prior of the client adds its logarithm to the logits.
 """
 
 from collections.abc import Iterator
@@ -15,24 +16,28 @@ _MOST_ROWS = 256
 _BLOCK_ENTRIES = 2**16  # entries of outer products at a time: half a MiB stays in a cache
 
 
-def feature_blocks(classes: Tensor, x: Tensor, y: Tensor, logit_scale: float) -> Iterator[tuple[Tensor, Tensor]]:
+def feature_blocks(
+    classes: Tensor, x: Tensor, y: Tensor, logit_scale: float, log_prior: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield both factors of each example's gradient, in blocks of one size for every batch; padding is zero.
 
     Guarantee:
-        Row i is a function of ``classes`` and of example i only, bit by bit: each cosine is a separate sum. No matrix
-        kernel is used, because its rounding of a row may depend on the row's place or on the number of rows. The memory
-        does not grow with a batch, whose size is private.
+        Row i is a function of ``classes``, the public ``log_prior`` and example i only, bit by bit: each cosine is a
+        separate sum. No matrix kernel is used, because its rounding of a row may depend on the row's place or on the
+        number of rows. The memory does not grow with a batch, whose size is private.
 
     Args:
         classes: Unit-norm class features (n_cls, embed_dim).
         x: Image features (batch, embed_dim); batch may be 0.
         y: Class ids (batch,).
         logit_scale: s.
+        log_prior: Logarithm of the client's class prior, (n_cls,), a public constant; None adds nothing.
 
     Yields:
         s·(softmax_i − y_i), (row, n_cls), and x_i, (row, embed_dim), float64.
     """
     wide = classes.to(torch.float64)
+    wide_prior = None if log_prior is None else log_prior.to(torch.float64)
     size = max(1, min(_MOST_ROWS, _BLOCK_ENTRIES // wide.numel()))
     for start in range(0, len(x), size):
         features, labels = x[start : start + size].to(torch.float64), y[start : start + size]
@@ -40,7 +45,10 @@ def feature_blocks(classes: Tensor, x: Tensor, y: Tensor, logit_scale: float) ->
         if lacking:
             features = torch.cat([features, features.new_zeros(lacking, features.shape[1])])
             labels = torch.cat([labels, labels.new_zeros(lacking)])
-        residual = torch.softmax(logit_scale * (features[:, None] * wide).sum(dim=-1), dim=1)
+        logits = logit_scale * (features[:, None] * wide).sum(dim=-1)
+        if wide_prior is not None:
+            logits.add_(wide_prior)
+        residual = torch.softmax(logits, dim=1)
         residual = residual.scatter_add_(1, labels[:, None], torch.full_like(residual[:, :1], -1.0))
         if lacking:
             residual[-lacking:] = 0.0
@@ -48,7 +56,13 @@ def feature_blocks(classes: Tensor, x: Tensor, y: Tensor, logit_scale: float) ->
 
 
 def clipped_feature_sum(
-    classes: Tensor, x: Tensor, y: Tensor, logit_scale: float, clip_norm: float, arithmetic: Arithmetic = "float"
+    classes: Tensor,
+    x: Tensor,
+    y: Tensor,
+    logit_scale: float,
+    clip_norm: float,
+    arithmetic: Arithmetic = "float",
+    log_prior: Tensor | None = None,
 ) -> ClippedSum:
     """Clip and sum the gradients with respect to the class features; arguments as `feature_blocks`.
 
@@ -65,6 +79,7 @@ def clipped_feature_sum(
         logit_scale: s.
         clip_norm: C, in units of this gradient, 1e-30 to 1e30.
         arithmetic: Floats, or integers in units of ``clip_norm / GRID_STEPS``.
+        log_prior: Log prior, see `feature_blocks`.
 
     Returns:
         The sum (n_cls, embed_dim), float64.
@@ -74,7 +89,7 @@ def clipped_feature_sum(
     """
     check_clip_norm(clip_norm)
     total = torch.zeros(classes.shape, dtype=torch.float64, device=classes.device)
-    for residual, features in feature_blocks(classes, x, y, logit_scale):
+    for residual, features in feature_blocks(classes, x, y, logit_scale, log_prior):
         left, right = clipped_factors(residual, features, clip_norm)
         if arithmetic == "float":
             total += left.T @ right

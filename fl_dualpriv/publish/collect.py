@@ -15,6 +15,7 @@ from fl_dualpriv.client.node import personalisation
 from fl_dualpriv.client.node_run import NODE_RUN_FILE, SCORED_FILE, NodeRun
 from fl_dualpriv.client.personalisation import NAMES, personal_prompt
 from fl_dualpriv.client.state import PersonalState
+from fl_dualpriv.config.releases import prior_note
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors
@@ -112,6 +113,9 @@ def _of_run(folder: Path, client: int | None) -> Material:
         prompt = METHODS[summary["method"]].effective(tensors["global"], personal)
     rows = list(summary["privacy"])
     scores, note = _scores_of_run(summary, client)
+    prior = str(summary["config"].get("train.class-prior", "none"))  # runs of older versions had no priors
+    if scores is not None and prior != "none":
+        note = (*note, prior_note(prior))
     return Material(
         prompt=prompt,
         use=_use(json.loads(metadata["use"]), summary["method"]),
@@ -311,7 +315,8 @@ def _prompt_of_node(folder: Path, run: NodeRun) -> tuple[Tensor, ScoreFacts | No
                 local=shares[0],
                 neighbour=shares[1],
             )
-            return tensors["prompt"], facts, ()
+            prior = metadata.get("class-prior", "none")  # nodes of older versions had no priors
+            return tensors["prompt"], facts, () if prior == "none" else (prior_note(prior),)
     tensors, metadata = read_tensors(file)
     if (last := int(metadata["server-round"])) != run.rounds:
         raise ConfigError(f"{folder}: the run did not finish here, the last round was {last} of {run.rounds}")

@@ -126,6 +126,31 @@ class Task(Protocol):
         """Score each prompt on the held-out split of the configuration; prompts (prompt, rows, cols)."""
         ...
 
+    def prior_counts(
+        self, prompts: Tensor, partitions: Sequence[int], held: Tensor, config: RunConfig
+    ) -> Counts | None:
+        """Score the prompt of each client: its own groups with its class prior, the other groups without it.
+
+        Args:
+            prompts: One prompt for each client, or a single one for all of them, (prompt, rows, cols).
+            partitions: The clients, new ones included; at least one.
+            held: True where a client holds a group, (client, group) bool, in the order of ``partitions``.
+            config: Configuration of the run.
+
+        Returns:
+            Correct records of each client, (client, group), in the order of ``partitions``, and all records (group,).
+            None if the clients of the run have no class prior.
+        """
+        ...
+
+    def check_clients(self, partitions: Sequence[int]) -> None:
+        """Refuse clients for which a public value is missing that their owner must declare.
+
+        Raises:
+            ConfigError: If the run needs declared class shares, and a client has none.
+        """
+        ...
+
     def zero_shot_counts(self, config: RunConfig) -> Counts:
         """Score the model without learning."""
         ...

@@ -38,8 +38,11 @@ def held_out_is_public(data: DataConfig, evaluation: EvaluationConfig) -> bool:
 def may_choose_on_val(config: RunConfig) -> bool:
     """Return True if a choice between public models may depend on the validation records.
 
-    Under DP a choice on private validation records would be a release that no ledger counts.
+    Under DP a choice on private validation records would be a release that no ledger counts. Where each node has its
+    own folder, the nodes' choices could differ, and a result names one.
     """
+    if config.data.partition == "by-node":
+        return False
     if not config.claims_privacy or config.evaluation.held_out_data == "public":
         return True
     return config.evaluation.held_out_data == "auto" and "val" in own_splits(config.data)

@@ -1,8 +1,8 @@
 """`Task` of image classification with a CLIP-type model: class names are texts, and a prompt stands before them."""
 
 import functools
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,13 +26,14 @@ from fl_dualpriv.learners.head import LowRankHead
 from fl_dualpriv.learners.row_check import MADE_UP_BLOCKS
 from fl_dualpriv.learners.rows import rows_at_once
 from fl_dualpriv.methods.base import METHODS
-from fl_dualpriv.metrics import count_logits
+from fl_dualpriv.metrics import count_logits, counts_at_home
 from fl_dualpriv.models.base import Backbone
 from fl_dualpriv.models.load import load_backbone
 from fl_dualpriv.models.pruning.in_tower import PatchReading
 from fl_dualpriv.models.pruning.tokens import TokenPruner
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 from fl_dualpriv.tasks.base import Counts, group_ids, held_groups, names_of_groups, one_thread
+from fl_dualpriv.tasks.class_prior import ClassPriors, class_priors
 from fl_dualpriv.tasks.disclosure import may_choose_on_val
 from fl_dualpriv.tasks.free_rival import FreeForm, PublicModel, choose_free_form
 from fl_dualpriv.tasks.learners import ImageLearner, image_learner
@@ -57,6 +58,7 @@ class ImageTask:
         seed: Seed of the coins of the augmentation.
         patch_reading: Method of reading patch features; None if no patches are read.
         by_domain: True if each client belongs to one domain of the data.
+        priors: Public class priors of the clients; None without them.
     """
 
     backbone: Backbone
@@ -69,6 +71,7 @@ class ImageTask:
     seed: int
     patch_reading: PatchReading | None
     by_domain: bool
+    priors: ClassPriors | None = None
     _held_out: dict[str, ClientData] = field(default_factory=dict)
     _tables: dict[tuple[str, bool], ImageFeatures] = field(default_factory=dict)
     _learners: dict[Hashable, ImageLearner] = field(default_factory=dict)
@@ -142,7 +145,7 @@ class ImageTask:
     @property
     def data_identity(self) -> dict[str, str]:
         """See `Task`."""
-        return data_identity(self.data, self.partitions)
+        return data_identity(self.data, self.partitions) | dict(self.priors.identity if self.priors else {})
 
     def use_facts(self, config: RunConfig) -> UseFacts | None:
         """See `Task`."""
@@ -173,6 +176,29 @@ class ImageTask:
         groups = torch.tensor(self._groups(split), device=self.backbone.device)
         return self.held_out(split).labels, groups
 
+    @torch.no_grad()
+    def prior_counts(
+        self, prompts: Tensor, partitions: Sequence[int], held: Tensor, config: RunConfig
+    ) -> Counts | None:
+        """Score prompts for their clients; at home a client adds its log prior to the logits of the loss. See `Task`.
+
+        Domains have no part in a prior: it is one of classes.
+        """
+        if self.priors is None:
+            return None
+        split, learner, alike = config.evaluation.split, self.learner(config), len(partitions) // len(prompts)
+        labels, groups = self._labelled(split)
+        rows = [
+            counts_at_home(learner.logit_scale * logits, labels, groups, own_held, "class-prior", own_priors)
+            for logits, own_held, own_priors in zip(
+                learner.logits(prompts.to(self.backbone.device), self.held_out(split)),
+                held.split(alike),
+                self.log_priors[list(partitions)].split(alike),
+                strict=True,
+            )
+        ]
+        return torch.cat(rows), torch.bincount(groups, minlength=len(self.group_names)).cpu()
+
     def zero_shot_counts(self, config: RunConfig) -> Counts:
         """Score the class features of the filled-in template; see `Task`."""
         split = config.evaluation.split
@@ -185,14 +211,18 @@ class ImageTask:
         """Choose the free rival among the models that are public; further candidates belong into the list."""
         models = [PublicModel(name="un-tuned", logits=self._template_logits)]
         validation = (lambda: self._labelled("val")) if may_choose_on_val(config) else None
-        return choose_free_form(models, validation, self._held, len(self.data.class_names), config.population)
+        # The models' logits are cosines, and the prior is one of the logits of the loss.
+        log_prior = None if self.priors is None else self.log_priors / self.logit_scale
+        return choose_free_form(
+            models, validation, self._held, len(self.data.class_names), config.population, log_prior
+        )
 
     @functools.cached_property
     def _held(self) -> Tensor:
         return held_groups(self)
 
     def free_rival(self, config: RunConfig) -> str:
-        """Return the name of the un-tuned model with its best use of each client's public class list; see `Task`."""
+        """Return the name of the un-tuned model with its best use of public lists and priors; see `Task`."""
         return self._free_form(config).name
 
     def free_counts(self, config: RunConfig) -> Counts:
@@ -221,6 +251,31 @@ class ImageTask:
             self.backbone.device
         )
 
+    def log_prior(self, partition_id: int) -> Tensor | None:
+        """Return a client's log prior (n_cls,), a public constant; None without one, or if it is uniform."""
+        own = None if self.priors is None else self.priors.of(partition_id)
+        return None if own is None else torch.from_numpy(own).to(self.backbone.device)
+
+    @functools.cached_property
+    def log_priors(self) -> Tensor:
+        """Log priors of all clients, new ones included, (client, n_cls), each up to a constant; a uniform one is zeros.
+
+        With a folder for each node, only a client's own node knows its declared shares. Here the other clients' rows
+        are zeros, and no score reads them, because a node scores only clients that `check_clients` accepted.
+        """
+        table = torch.zeros(len(self.partitions), len(self.data.class_names), device=self.backbone.device)
+        for client in range(len(self.partitions)):
+            if self.priors is None or self.priors.shares(client) is None:
+                continue
+            if (own := self.log_prior(client)) is not None:
+                table[client] = own
+        return table
+
+    def check_clients(self, partitions: Sequence[int]) -> None:
+        """Refuse clients whose class shares nobody declared; see `Task`."""
+        if self.priors is not None:
+            self.priors.check(partitions)
+
     def client_data(self, partition_id: int, server_round: int = 0) -> ClientData:
         """Gather a client's records as features; each call gathers them again.
 
@@ -228,7 +283,8 @@ class ImageTask:
             Under augmentation each record has its own coin, drawn from (seed, client, round, place of the record) and
             from no data. Its features are therefore a function of that record and its coin. Such a map of single
             records changes neither sensitivity nor sampling, and so it does not change the DP guarantee. Mirroring
-            changes no held-out image.
+            changes no held-out image. The log prior is that of `ClassPriors`, the same in every round and with every
+            record that is removed or cannot be read.
 
         Args:
             partition_id: Partition of the client.
@@ -241,10 +297,10 @@ class ImageTask:
         if self.augmentation != "none":
             key = StreamKey(seed=self.seed, purpose="augment", partition=partition_id, server_round=server_round)
             mirrored = KeyedRandom(key).uniforms(len(indices)) < 0.5
-        return self._client_data("train", indices, mirrored)
+        return replace(self._client_data("train", indices, mirrored), log_prior=self.log_prior(partition_id))
 
     def made_up(self) -> ClientData:
-        """Return random unit-norm features, with patches if the method reads them; see `Task`."""
+        """Return random unit-norm features, with patches and a prior if the run has them; see `Task`."""
         backbone, generator = self.backbone, torch.Generator().manual_seed(0)
         count = MADE_UP_BLOCKS * rows_at_once(backbone.device) + 1
 
@@ -252,10 +308,12 @@ class ImageTask:
             random = torch.randn(*shape, backbone.embed_dim, generator=generator)
             return torch.nn.functional.normalize(random, dim=-1).to(backbone.device)
 
+        prior = torch.linspace(-4.0, 0.0, len(self.data.class_names))
         return ClientData(
             features=unit(count),
             labels=(torch.arange(count) % len(self.data.class_names)).to(backbone.device),
             patches=unit(count, backbone.n_patches) if self.patch_reading else None,
+            log_prior=prior.to(backbone.device) if self.priors else None,
         )
 
     def held_out(self, split: str) -> ClientData:
@@ -326,7 +384,8 @@ def build_image_task(config: RunConfig, on_bad_image: Literal["keep", "raise"]) 
         config.fedotp.patch_reading if METHODS[config.method].reads_patches else None,
     )
     _check_prompt(config, task)
-    return task
+    priors = class_priors(config, images.train.labels, task.partitions, images.class_names)
+    return task if priors is None else replace(task, priors=priors)
 
 
 def _check_prompt(config: RunConfig, task: ImageTask) -> None:

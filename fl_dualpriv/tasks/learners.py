@@ -31,6 +31,7 @@ class ImageLearner:
         objective: Loss of records.
         logits: Function that yields the logits (image, n_cls) of each of (prompt, rows, cols) on all images, up to a
             factor.
+        logit_scale: Factor that makes them the logits of the loss.
         context: Function that returns the equivalent context prompt (n_ctx, ctx_dim). None if the learned tensor is
             already a context prompt or has no equivalent.
     """
@@ -39,6 +40,7 @@ class ImageLearner:
     initial: Callable[[], Tensor]
     objective: Objective[ClientData]
     logits: Callable[[Tensor, ClientData], Iterator[Tensor]]
+    logit_scale: float
     context: Callable[[Tensor], Tensor] | None = None
 
 
@@ -67,12 +69,14 @@ def image_learner(config: RunConfig, backbone: Backbone, text: PromptedText, hea
             initial=lambda: factors.initial(config.prompt.rank, config.seed),
             objective=_classification(config, backbone, factors),
             logits=_cosines(factors),
+            logit_scale=backbone.logit_scale,
         )
     return ImageLearner(
         shape=(config.prompt.n_ctx, backbone.ctx_dim),
         initial=lambda: _words(config, backbone, text),
         objective=_classification(config, backbone, text.tower),
         logits=_cosines(text.tower),
+        logit_scale=backbone.logit_scale,
     )
 
 
@@ -109,6 +113,7 @@ def _factored(config: RunConfig, backbone: Backbone, text: PromptedText, *, fixe
         initial=tower.initial,
         objective=_classification(config, backbone, tower),
         logits=_cosines(tower),
+        logit_scale=backbone.logit_scale,
         context=lambda factors: tower.effective(factors[None].to(base.device))[0],
     )
 
@@ -129,6 +134,7 @@ def _transport(config: RunConfig, backbone: Backbone, text: PromptedText) -> Ima
         initial=lambda: _words(config, backbone, text),
         objective=objective,
         logits=objective.logits,
+        logit_scale=1.0,
     )
 
 
@@ -140,6 +146,7 @@ def _linear_probe(config: RunConfig, backbone: Backbone, text: PromptedText) -> 
         initial=lambda: torch.nn.functional.pad(_class_features(config, text), (0, 1)),
         objective=_classification(config, backbone, probe),
         logits=lambda prompts, images: cosines(prompts, with_bias(images)),
+        logit_scale=backbone.logit_scale,
     )
 
 
@@ -151,6 +158,7 @@ def _prototypes(config: RunConfig, text: PromptedText) -> ImageLearner:
         initial=lambda: start,
         objective=PrototypeObjective(shape=shape),
         logits=lambda prompts, images: (images.features @ w.T for w in prototype_directions(prompts)),
+        logit_scale=1.0,  # the loss of prototypes has no logits
     )
 
 

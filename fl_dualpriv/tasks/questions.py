@@ -1,6 +1,7 @@
 """`Task` of questions about images for a multimodal language model; groups are question types."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -244,6 +245,12 @@ class QuestionTask:
         records, objective = self.held_out(split), self.objective(config)
         groups = torch.tensor(self._groups(split))
         return [self._count(objective.correct(prompt, records), groups) for prompt in prompts]
+
+    def prior_counts(self, prompts: Tensor, partitions: Sequence[int], held: Tensor, config: RunConfig) -> None:
+        """Return None, because questions have no class prior; see `Task`."""
+
+    def check_clients(self, partitions: Sequence[int]) -> None:
+        """Accept all clients, because questions have no class prior; see `Task`."""
 
     def zero_shot_counts(self, config: RunConfig) -> Counts:
         """Score the model with the template's words before the question; see `Task`."""

@@ -18,6 +18,7 @@ from fl_dualpriv.data.partition import partition
 from fl_dualpriv.data.questions import QuestionSet, QuestionSplits
 from fl_dualpriv.data.usable import SECONDS, Usable, look, skipped_files, without_usable
 from fl_dualpriv.errors import ConfigError, PrivacyError
+from fl_dualpriv.tasks.class_prior import class_share_problems
 from fl_dualpriv.tasks.disclosure import delta_problems, held_out_is_given, keeps_bad_records, may_score
 from fl_dualpriv.tasks.word_problems import word_problems
 
@@ -72,6 +73,7 @@ def _images(config: RunConfig, seconds: float) -> list[str]:
     if data.source in ("demo", "shelf"):
         demo = load_data(data.source, "", "", data.val_fraction, data.test_fraction, config.seed, "keep")
         parts, problems = _divided(config, demo.train)
+        problems += class_share_problems(config, demo.class_names)
         _raise("the demo's images cannot be used:", problems, _delta_problems(config, parts))
         what = f"{len(demo.train)} training images of {len(demo.class_names)} classes, the demo's"
         return [
@@ -88,6 +90,7 @@ def _images(config: RunConfig, seconds: float) -> list[str]:
     parts, usable_records, held_out = [], None, None
     if not keeps_bad_records(config):
         problems += bad_images(splits.values())
+    problems += class_share_problems(config, list(layout.names.values()))
     if not layout.problems:  # else a split may be missing
         parts, undivided = _divided(config, splits["train"])
         problems += undivided

@@ -109,6 +109,22 @@ def test_the_owner_says_which_images_a_run_is_for(owned: Start, tmp_path: Path) 
     assert messages.read_cards(reply)[0].num_examples == 10  # all of the tiny images
 
 
+def test_the_owner_says_which_shares_of_classes_a_run_may_read(owned: Start, tmp_path: Path) -> None:
+    """A server that names a file gets the owner's, or an error whose words stay here; other runs ignore the shares."""
+    secret, own = tmp_path / "secret.toml", tmp_path / "own.toml"
+    secret.write_text('password = "x"', encoding="utf-8")
+    own.write_text("[client-0]\ncat = 0.3\ndog = 0.7\n", encoding="utf-8")
+    declared = {"train.class-prior": "declared", "data.class-shares": str(secret)}
+    reply = ask(owned(declared), RecordDict(), MessageType.QUERY)
+    assert "its message is in the log of the node" in reply.error.reason
+    limits = f'class-shares = "{own}"\n{BUDGET}'
+    for changes in (declared, {"train.class-prior": "list"}, {}):
+        grid = owned(changes, limits)
+        reply = ask(grid, RecordDict(), MessageType.QUERY)
+        assert not reply.has_error(), reply.error.reason
+        assert messages.read_uploads(train(grid, token=str(changes)), (4, 32)).partitions == (0,)
+
+
 def test_the_words_of_an_error_stay_on_the_node(owned: Start, tmp_path: Path) -> None:
     notes = tmp_path / "patients.json"
     notes.write_text(json.dumps({"A. Person": 1}))

@@ -230,12 +230,19 @@ def test_peak_memory_of_tensors_is_counted():
     assert 8_000_000 <= peak_bytes(work, torch.device("cpu")) < 8_010_000
 
 
-_SLOW = ("per_example", "mllm_memory")
+_QUICK, _SLOW = ("text_tower", "soft_prompt", "dpfpl_round", "class_prior", "gpu"), ("per_example", "mllm_memory")
 
 
 @pytest.mark.parametrize(
     "name",
-    ["text_tower", "soft_prompt", "dpfpl_round", "gpu", *(pytest.param(n, marks=pytest.mark.slow) for n in _SLOW)],
+    [
+        "text_tower",
+        "soft_prompt",
+        "dpfpl_round",
+        "class_prior",
+        "gpu",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in _SLOW),
+    ],
 )
 def test_benchmarks_check_themselves(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     # Their modules keep every later import to one thread; so does this test session.

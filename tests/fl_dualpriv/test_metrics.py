@@ -1,5 +1,6 @@
 """Scores by hand: three classes on the axes of the plane and its diagonal, and two domains of two classes."""
 
+import functools
 import math
 
 import numpy as np
@@ -185,7 +186,7 @@ def test_a_log_prior_is_added_at_home_only():
     logits, labels = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1])
     held = torch.tensor([[False, True]])
     weak, strong = (
-        counts_at_home(logits, labels, labels, held, "class-prior", lambda row, c=c: c * row.float()) for c in (0.5, 2)
+        counts_at_home(logits, labels, labels, held, "class-prior", torch.tensor([[0.0, c]])) for c in (0.5, 2)
     )
     assert weak.tolist() == [[1, 0]]
     assert strong.tolist() == [[1, 1]]  # the image of class 0 is abroad and stays right
@@ -207,6 +208,60 @@ def test_a_list_loses_no_right_answer_at_home(seed: int):
     plain, free = (counts_at_home(logits, labels, groups, held, use) for use in ("plain", "class-list"))
     assert bool((free >= plain).all())
     assert torch.equal(free[~held], plain[~held])
+
+
+def test_a_prior_shifts_the_answers_at_home_only():
+    # Labels 0, 1, 2, 2. Answers without a prior: 0 (right), 2 (wrong), 2 (right), 1 (wrong).
+    logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 1.0, 2.0], [0.0, 1.0, 2.0], [0.0, 2.0, 1.0]])
+    labels = torch.tensor([0, 1, 2, 2])
+    held = torch.tensor([[True, True, False], [False, False, True], [True, True, False], [True, True, True]])
+    log_prior = torch.tensor([[0.0, 0.0, -1.5], [-0.5, -1.5, 0.0], [0.0, 0.0, -0.5], [0.0, 0.0, 0.0]])
+    found = counts_at_home(logits, labels, labels, held, "class-prior", log_prior)
+    # Client 0: class 2 falls from 2.0 to 0.5, so the image of class 1 becomes right.
+    # Client 1: class 1 falls from 2.0 to 0.5, so both images of class 2 are right.
+    # Client 2: class 2 falls to 1.5 only, above 1.0. Client 3: nothing moves.
+    assert found.tolist() == [[1, 1, 1], [1, 0, 2], [1, 0, 1], [1, 0, 1]]
+    _, total = count_logits(logits, labels, labels, 3)
+    of_prior, plain = (
+        ScoreTable.of(counts, total, held) for counts in (found, counts_at_home(logits, labels, labels, held, "plain"))
+    )
+    assert of_prior.neighbour() == plain.neighbour()
+    assert of_prior.local() == [1.0, 1.0, 1 / 2, (1 + 0 + 1 / 2) / 3]
+
+
+def test_within_a_domain_a_prior_is_of_classes_and_says_nothing_abroad():
+    # Two domains of two classes. One list and two priors; another domain and the first prior.
+    logits, labels = torch.tensor([[1.0, 0.0]] * 4), torch.tensor([0, 1, 0, 1])
+    groups = torch.tensor([0, 1, 2, 3])
+    held = torch.tensor([[True, True, False, False], [True, True, False, False], [False, False, True, True]])
+    log_prior = torch.tensor([[-2.0, 0.0], [-0.5, 0.0], [-2.0, 0.0]])
+    found = counts_at_home(logits, labels, groups, held, "class-prior", log_prior)
+    assert found.tolist() == [[0, 1, 1, 0], [1, 0, 1, 0], [1, 0, 0, 1]]
+    assert found.dtype == torch.int64
+
+
+def test_an_image_with_a_logit_that_is_not_finite_is_wrong_with_a_prior_too():
+    logits = torch.tensor([[1.0, float("nan")], [1.0, float("-inf")], [1.0, 0.0]])
+    labels, held, log_prior = torch.tensor([0, 0, 0]), torch.tensor([[True, False]]), torch.tensor([[0.0, -1.0]])
+    found = counts_at_home(logits, labels, labels, held, "class-prior", log_prior)
+    assert found.tolist() == [[1, 0]]
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_priors_from_none_to_sure_lead_from_plain_scores_to_scores_within_the_list(seed: int):
+    """Of the un-tuned model and of a prompt: a uniform prior changes nothing, and a very strong one restricts."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, labels = torch.randn(40, 3, generator=generator), torch.randint(3, (40,), generator=generator)
+    groups = labels + 3 * torch.randint(2, (40,), generator=generator)
+    held = torch.rand(5, 6, generator=generator) < 0.5
+    plain, within = (counts_at_home(logits, labels, groups, held, use) for use in ("plain", "class-list"))
+    of_prior = functools.partial(counts_at_home, logits, labels, groups, held, "class-prior")
+    assert torch.equal(of_prior(torch.zeros(5, 3)), plain)
+    lists = held.unflatten(1, (2, 3)).any(dim=1)
+    assert torch.equal(of_prior(torch.where(lists, 0.0, -1e3)), within)
+    # A prior that is even on the list, of any strength, gains no more than the list.
+    outside = 3 * torch.randn(5, 1, generator=generator)
+    assert bool((of_prior(torch.where(lists, 0.0, outside)) <= within).all())
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ CLIP = 0.3
 
 
 def of(data: ClientData, rows: Tensor | list[int]) -> ClientData:
-    """Some records of a client."""
+    """Some records of a client, whose prior is a constant and stays."""
     index = torch.as_tensor(rows)
-    return replace(data, **{name: value[index] for name, value in vars(data).items() if isinstance(value, Tensor)})
+    of_records = {name: value for name, value in vars(data).items() if name != "log_prior"}
+    return replace(data, **{name: value[index] for name, value in of_records.items() if isinstance(value, Tensor)})
 
 
 def clipped_sum(

@@ -71,8 +71,10 @@ def feature_rows_by_their_number(patch: Patch) -> None:
     """A product of as many rows as there are in a chunk: small ones get another kernel, and other last bits."""
     make = feature_rows.feature_blocks
 
-    def blocks(classes: Tensor, x: Tensor, y: Tensor, logit_scale: float) -> Iterator[tuple[Tensor, Tensor]]:
-        for left, own in make(classes, x, y, logit_scale):
+    def blocks(
+        classes: Tensor, x: Tensor, y: Tensor, logit_scale: float, log_prior: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for left, own in make(classes, x, y, logit_scale, log_prior):
             yield left * (1 + 2.0**-52 * (len(x) < 4)), own
 
     patch.setattr(feature_rows, "feature_blocks", blocks)

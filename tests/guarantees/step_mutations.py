@@ -63,7 +63,13 @@ def clip_the_batch_mean(patch: Patch) -> None:
 
 def clip_per_class(patch: Patch) -> None:
     def class_clipped(
-        classes: Tensor, x: Tensor, y: Tensor, logit_scale: float, clip_norm: float, arithmetic: Arithmetic = "float"
+        classes: Tensor,
+        x: Tensor,
+        y: Tensor,
+        logit_scale: float,
+        clip_norm: float,
+        arithmetic: Arithmetic = "float",
+        log_prior: Tensor | None = None,
     ) -> ClippedSum:
         residual = per_example.residuals(classes[None], x[None], y[None], logit_scale)[0].double()
         outer = logit_scale * residual[:, :, None] * x.double()[:, None, :]
@@ -197,9 +203,9 @@ def clean_upload(patch: Patch) -> None:
 def features_normalised_by_batch(patch: Patch) -> None:
     make = per_example.residuals
 
-    def mixed(classes: Tensor, x: Tensor, y: Tensor, logit_scale: float) -> Tensor:
+    def mixed(classes: Tensor, x: Tensor, y: Tensor, logit_scale: float, log_prior: Tensor | None = None) -> Tensor:
         normal = (x - x.mean(dim=-2, keepdim=True)) / (x.std(dim=-2, keepdim=True) + 1e-5)
-        return make(classes, normal, y, logit_scale)
+        return make(classes, normal, y, logit_scale, log_prior)
 
     patch.setattr(per_example, "residuals", mixed)
 

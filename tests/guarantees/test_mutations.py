@@ -21,6 +21,7 @@ from tests.guarantees.filter_mutations import FILTER_MUTATIONS
 from tests.guarantees.mutation import Check, Mutation
 from tests.guarantees.noise_mutations import NOISE_MUTATIONS
 from tests.guarantees.personalisation_mutations import PERSONALISATION_MUTATIONS
+from tests.guarantees.prior_mutations import PRIOR_MUTATIONS
 from tests.guarantees.pruning_mutations import PRUNING_MUTATIONS
 from tests.guarantees.result_mutations import RESULT_MUTATIONS
 from tests.guarantees.row_mutations import ROW_MUTATIONS
@@ -32,6 +33,7 @@ from tests.guarantees.step_mutations import STEP_MUTATIONS
 MUTATIONS = (
     *STEP_MUTATIONS,
     *ROW_MUTATIONS,
+    *PRIOR_MUTATIONS,
     *PRUNING_MUTATIONS,
     *PERSONALISATION_MUTATIONS,
     *NOISE_MUTATIONS,

@@ -12,6 +12,7 @@ DEFAULTS = app_defaults(Path(__file__).parents[3])
 SHRUNK = {"prompt.personalisation": "scalar"}
 PRUNED = {"pruning.update-keep-ratio": 0.5}
 QUESTIONS = {"data.ref": "demo-vqa", "backbone.name": "demo-vqa"}
+CLIENT_LEVEL = {"privacy.record.mechanism": "none", "privacy.client.mechanism": "gaussian"}
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,16 @@ QUESTIONS = {"data.ref": "demo-vqa", "backbone.name": "demo-vqa"}
         ("dpfpl", SHRUNK | PRUNED | {"pruning.update-block": "component"}, "prompt.personalisation"),
         ("dpfpl", SHRUNK | PRUNED | {"pruning.update-frozen": True}, "prompt.personalisation"),
         ("dpfpl", {"prompt.personal-memory": 1.1}, "prompt.personal-memory"),
+        ("prototypes", {"train.class-prior": "list"}, "train.class-prior"),
+        ("dpfpl-paper", {"train.class-prior": "list"}, "train.class-prior"),
+        ("dpfpl", QUESTIONS | {"train.class-prior": "list"}, "train.class-prior"),
+        ("dpfpl", {"train.class-prior": "lists"}, "train.class-prior"),
+        ("dpfpl", {"train.class-prior": "exact"}, "train.class-prior"),
+        ("dpfpl", {"train.class-prior": "exact"} | CLIENT_LEVEL, "train.class-prior"),
+        ("dpfpl", {"train.class-prior": "declared"}, "data.class-shares"),
+        ("dpfpl", {"train.class-prior": "list", "data.class-shares": "/s.toml"}, "data.class-shares"),
+        ("dpfpl", {"train.class-prior": "list", "train.class-prior-outside": 0.0}, "train.class-prior-outside"),
+        ("dpfpl", {"train.class-prior": "list", "train.class-prior-outside": 0.6}, "train.class-prior-outside"),
     ],
 )
 def test_what_a_method_cannot_read_is_refused(method: str, changes: dict[str, Any], key: str):
@@ -70,3 +81,16 @@ def test_heads_start_from_class_features_or_from_nothing(method: str, init: str)
 def test_shrinkage_is_for_dpfpl_and_local_only_and_unread_without_a_personal_prompt(method: str, shrinkage: str):
     changes = {"method": method, "prompt.personalisation": shrinkage, **PRUNED}
     assert RunConfig.from_run_config(DEFAULTS | changes).prompt.personalisation == shrinkage
+
+
+@pytest.mark.parametrize("method", ["dpfpl", "promptfl", "linear-probe", "fedpgp", "dp-lora", "ffa-lora", "fedotp"])
+def test_a_loss_with_a_softmax_takes_a_class_prior(method: str):
+    config = RunConfig.from_run_config(DEFAULTS | {"method": method, "train.class-prior": "list"})
+    assert config.train.class_prior == "list"
+
+
+def test_exact_counts_are_refused_with_the_reason_and_taken_without_privacy():
+    with pytest.raises(ConfigError, match="exact counts reveal the class of a record to anyone who knows the others"):
+        RunConfig.from_run_config(DEFAULTS | {"train.class-prior": "exact"})
+    public = {"train.class-prior": "exact", "privacy.record.mechanism": "none"}
+    assert RunConfig.from_run_config(DEFAULTS | public).train.class_prior == "exact"

@@ -123,6 +123,17 @@ def test_a_nodes_budget_needs_a_folder_that_lasts(tmp_path: Path, monkeypatch: p
     assert found.budget is not None
 
 
+def test_the_owners_data_come_with_the_owners_files_about_them(tmp_path: Path) -> None:
+    """No run names a file of this disk: where the owner gives no class shares, there are none."""
+    plain = read_node_file(write(tmp_path, WHOLE)).overrides()
+    assert (plain["data.classes"], plain["data.class-shares"]) == ("", "")
+    with_files = 'classes = "/srv/classes.json"\nclass-shares = "/srv/shares.toml"\n' + WHOLE
+    keys = read_node_file(write(tmp_path, with_files)).overrides()
+    assert (keys["data.classes"], keys["data.class-shares"]) == ("/srv/classes.json", "/srv/shares.toml")
+    with pytest.raises(ConfigError, match=r"class-shares = 'shares.toml'; give an absolute path"):
+        read_node_file(write(tmp_path, 'class-shares = "shares.toml"'))
+
+
 @pytest.mark.parametrize("path", ["node.toml", "/does/not/exist.toml"])
 def test_a_file_that_cannot_be_used_stops_everything(path: str) -> None:
     with pytest.raises(ConfigError, match="node file"):

@@ -1,7 +1,5 @@
 """The free rival is chosen on validation records, scored once, and never below the un-tuned model at home."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -33,7 +31,7 @@ def choose(
     models: list[PublicModel],
     held: Tensor = ALL,
     validate: bool = True,
-    prior: Callable[[Tensor], Tensor] | None = None,
+    prior: Tensor | None = None,
 ) -> FreeForm:
     validation = (lambda: (LABELS, LABELS)) if validate else None
     return choose_free_form(models, validation, held, 2, len(held), prior)
@@ -64,9 +62,7 @@ def test_private_validation_records_decide_nothing():
 
 
 def test_a_prior_is_one_of_the_uses():
-    def second(row: Tensor) -> Tensor:
-        return torch.tensor([0.0, 5.0])
-
+    second = torch.tensor([[0.0, 5.0]] * 2)
     # All answers of the plain model are wrong. With the prior they are class 1, which is right for one class of two.
     assert choose([model("un-tuned", WRONG)], ALL, prior=second).name == "un-tuned, own class prior"
     assert choose([model("un-tuned", RIGHT)], ALL, prior=second).name == "un-tuned"
