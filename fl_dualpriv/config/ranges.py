@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
+from fl_dualpriv.config.candidates import CANDIDATES_KEY, PUBLISHED_SETS, are_candidates
 from fl_dualpriv.config.client_level_rules import CLIENT_LEVEL_RULES
 from fl_dualpriv.config.method_rules import METHOD_RULES
 from fl_dualpriv.config.rules import CROSS_RULES, CrossRule, Values
@@ -33,7 +34,7 @@ from fl_dualpriv.privacy.limits import (
 ConfigValue = bool | int | float | str
 
 _IGNORED_PREFIX = "plugin."
-_PATH_KEYS = ("strategy.path", "data.path", "data.classes", "output.dir", "resources.feature-cache")
+_PATH_KEYS = ("strategy.path", "data.path", "data.classes", "output.dir", "resources.feature-cache", CANDIDATES_KEY)
 
 
 class Range(NamedTuple):
@@ -128,6 +129,11 @@ RANGES: dict[str, Range] = {
     ),
     "prompt.n-ctx": _whole(1, 1000, "4 is usual"),
     "prompt.rank": _whole(1, 1000, 'for no factorisation set method = "full"'),
+    CANDIDATES_KEY: Range(
+        are_candidates,
+        f"empty, different templates with one {{}} each, an absolute path, or one of {', '.join(PUBLISHED_SETS)}",
+        'for example "a photo of a {} | a drawing of a {}"; in TOML also a list of strings',
+    ),
     "pruning.visual-keep-ratio": _KEEP,
     "pruning.visual-layer": Range(
         lambda x: 1 <= x <= 1000 or -1000 <= x <= -2,
@@ -150,6 +156,9 @@ RANGES: dict[str, Range] = {
     "privacy.record.noise-multiplier": _MULTIPLIER,
     "privacy.record.delta": _DELTA,
     "privacy.record.clip-norm": _CLIP,
+    "privacy.record.selection-share": Range(
+        lambda x: 0 < x < 1, "between 0 and 1, both excluded", "0.25 leaves most of epsilon to the steps"
+    ),
     "privacy.client.epsilon": _NOISE,
     "privacy.client.noise-multiplier": _MULTIPLIER,
     "privacy.client.max-epsilon": _number(0, 1e6, "0 is what the run's own rounds spend"),

@@ -33,6 +33,7 @@ from fl_dualpriv.models.pruning.in_tower import PatchReading
 from fl_dualpriv.models.pruning.tokens import TokenPruner
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 from fl_dualpriv.tasks.base import Counts, one_thread
+from fl_dualpriv.tasks.candidates import candidate_contexts
 from fl_dualpriv.tasks.learners import ImageLearner, image_learner
 from fl_dualpriv.tasks.pruners import token_pruner
 from fl_dualpriv.tasks.use_description import describe_use
@@ -68,6 +69,7 @@ class ImageTask:
     _held_out: dict[str, ClientData] = field(default_factory=dict)
     _tables: dict[tuple[str, bool], ImageFeatures] = field(default_factory=dict)
     _learners: dict[Hashable, ImageLearner] = field(default_factory=dict)
+    _candidates: dict[Hashable, Tensor] = field(default_factory=dict)
 
     @property
     def logit_scale(self) -> float:
@@ -173,6 +175,17 @@ class ImageTask:
     def initial_prompt(self, config: RunConfig) -> Tensor:
         """Return the template's words, a draw from N(0, 0.02²), or the start of another learner; see `Task`."""
         return self.learner(config).initial().cpu()
+
+    def candidates(self, prompt: PromptConfig) -> Tensor:
+        """Return the contexts of the candidates, (candidate, n_ctx, ctx_dim), on the backbone's device.
+
+        Raises:
+            ConfigError: See `candidate_contexts`.
+        """
+        key = (prompt.candidates, prompt.n_ctx)
+        if key not in self._candidates:
+            self._candidates[key] = candidate_contexts(self.text, prompt.candidates, prompt.n_ctx)
+        return self._candidates[key]
 
     def context_of(self, learned: Tensor, config: RunConfig) -> Tensor | None:
         """See `Task`."""
@@ -306,8 +319,15 @@ def _check_prompt(config: RunConfig, task: ImageTask) -> None:
             f"{largest}"
         )
     task.text.check_length(prompt.n_ctx)
+    has_candidates = prompt.candidates.strip() != ""
     if prompt.init == "template":
-        task.text.template_context(prompt.n_ctx)  # raises if the template has another length
+        task.text.template_context(prompt.n_ctx, filled=has_candidates)  # raises if the template has another length
+    if has_candidates:
+        found = len(task.candidates(prompt))  # raises if one does not fit
+        if prompt.init == "select" and found < 2:
+            raise ConfigError(
+                f'prompt.init = "select", and prompt.candidates has {found} template that fits; give two or more'
+            )
 
 
 @functools.lru_cache(maxsize=2)

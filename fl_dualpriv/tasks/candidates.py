@@ -1,0 +1,89 @@
+"""Candidates of a start: public templates as contexts of one length."""
+
+import functools
+import logging
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from fl_dualpriv.config.candidates import CANDIDATES_KEY, read_candidates
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.learners.context import PromptedText
+from fl_dualpriv.models.open_clip import published_templates
+
+_log = logging.getLogger("fl_dualpriv")
+_NAMED = 5
+
+
+def candidate_contexts(text: PromptedText, candidates: str, n_ctx: int) -> Tensor:
+    """Return the context embeddings of the candidates, (candidate, n_ctx, ctx_dim), a function of public numbers.
+
+    A candidate may have after the class name only the text that the run's own template has there; a final full stop
+    does not count. A context that is shorter than ``n_ctx`` is filled in front, see `PromptedText.context_of`. A
+    template of a published set is left out if it does not fit the run's template or the model's vocabulary. The number
+    of those is logged.
+
+    Args:
+        text: Class features of the model from prompts.
+        candidates: The key ``prompt.candidates``, not empty.
+        n_ctx: Number of context tokens.
+
+    Raises:
+        ConfigError: If a candidate does not fit, or none is left. The message names the candidates.
+    """
+    given = read_candidates(candidates)
+    templates = published_templates(candidates.strip()) if given is None else given
+    problems: dict[str, str] = {}
+    lengths: dict[str, int] = {}
+    contexts: list[Tensor] = []
+    seen: set[str] = set()
+    for template in templates:
+        before, after = (part.strip() for part in template.split("{}"))
+        try:
+            if reason := _misfit(text, before, after, seen):
+                problems[template] = reason
+            elif (tokens := text.count(before)) > n_ctx:
+                lengths[template] = tokens
+            else:
+                contexts.append(text.context_of(before, n_ctx))
+        except ConfigError as error:
+            problems[template] = str(error)
+        seen.add(before)
+    if lengths:
+        shown = ", ".join(f"{template!r} ({tokens} tokens)" for template, tokens in list(lengths.items())[:_NAMED])
+        more = f" and {len(lengths) - _NAMED} more" if len(lengths) > _NAMED else ""
+        raise ConfigError(
+            f"prompt.n-ctx = {n_ctx}, but candidates are longer before the class name: {shown}{more}; set prompt.n-ctx "
+            f"= {max(lengths.values())}, or leave them out of {CANDIDATES_KEY}"
+        )
+    if problems and given is not None:
+        shown = "; ".join(f"{template!r} {reason}" for template, reason in problems.items())
+        raise ConfigError(f"{CANDIDATES_KEY}: {shown}; correct them, or leave them out")
+    if not contexts:
+        first = next(iter(problems.items()))
+        raise ConfigError(
+            f"{CANDIDATES_KEY} = {candidates!r}: none of its {len(templates)} templates fits; the first: {first[0]!r} "
+            f"{first[1]}; give templates that fit"
+        )
+    if problems:
+        _say_left_out(candidates, len(templates), tuple(sorted(Counter(problems.values()).items())))
+    return torch.stack(contexts)
+
+
+def _misfit(text: PromptedText, before: str, after: str, seen: set[str]) -> str:
+    """Return the reason why a template cannot be a candidate of this text, or an empty string."""
+    if after.removesuffix(".").strip() != text.after.removesuffix(".").strip():
+        return f"has {after!r} after the class name, and the run's template has {text.after!r}"
+    if not before:
+        return "has no word before the class name"
+    return "is there twice, but for a full stop" if before in seen else ""
+
+
+@functools.lru_cache
+def _say_left_out(candidates: str, total: int, reasons: tuple[tuple[str, int], ...]) -> None:
+    left_out = sum(count for _, count in reasons)
+    _log.warning(
+        "%s: %d of %d templates are candidates; %d are left out (the first reason: %s)",
+        *(candidates, total - left_out, total, left_out, reasons[0][0]),
+    )
