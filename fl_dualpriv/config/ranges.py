@@ -156,9 +156,7 @@ RANGES: dict[str, Range] = {
     "privacy.record.noise-multiplier": _MULTIPLIER,
     "privacy.record.delta": _DELTA,
     "privacy.record.clip-norm": _CLIP,
-    "privacy.record.selection-share": Range(
-        lambda x: 0 < x < 1, "between 0 and 1, both excluded", "0.25 leaves most of epsilon to the steps"
-    ),
+    "privacy.record.selection-share": _number(0.001, 0.999, "0.25 leaves most of epsilon to the steps"),
     "privacy.client.epsilon": _NOISE,
     "privacy.client.noise-multiplier": _MULTIPLIER,
     "privacy.client.max-epsilon": _number(0, 1e6, "0 is what the run's own rounds spend"),

@@ -259,6 +259,16 @@ class RunConfig:
         return (self.privacy.record.mechanism, self.privacy.client.mechanism) != ("none", "none")
 
     @property
+    def selects_start(self) -> bool:
+        """True if a release before round 1 selects the start of the prompts from the candidates."""
+        return self.prompt.init == "select"
+
+    @property
+    def chooses_start_by_client(self) -> bool:
+        """True if each client chooses its own start, which its personal prompt then holds."""
+        return self.selects_start and self.prompt.select == "client"
+
+    @property
     def num_supernodes(self) -> int:
         """Number of Flower nodes of the run; node j hosts the clients j, j + nodes, j + 2 nodes and so on."""
         return self.supernodes or self.population

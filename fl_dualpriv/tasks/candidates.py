@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fl_dualpriv.config.candidates import CANDIDATES_KEY, read_candidates
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.context import PromptedText
 from fl_dualpriv.models.open_clip import published_templates
 
@@ -69,6 +70,36 @@ def candidate_contexts(text: PromptedText, candidates: str, n_ctx: int) -> Tenso
     if problems:
         _say_left_out(candidates, len(templates), tuple(sorted(Counter(problems.values()).items())))
     return torch.stack(contexts)
+
+
+@torch.no_grad()
+def answered_rightly(class_features: Tensor, data: ClientData) -> Tensor:
+    """Return True where a record's largest cosine is that of its label, for each candidate.
+
+    Guarantee:
+        Row i is a function of only record i and of ``class_features``, bit by bit: each record has a matrix product for
+        itself, always of the same shape, so no kernel can round a row by its place or by the number of records. The
+        row of a record with a non-finite feature is False.
+
+    Args:
+        class_features: Class features of each candidate, (candidate, n_cls, embed_dim).
+        data: Records of one client.
+
+    Returns:
+        (record, candidate) bool, on the CPU.
+    """
+    candidates, n_cls, _ = class_features.shape
+    flat = class_features.flatten(0, 1)
+    rows = torch.zeros(data.num_examples, candidates, dtype=torch.bool)
+    for row, features, label in zip(rows, data.features, data.labels, strict=True):
+        if is_readable(features):
+            row[:] = ((flat @ features).unflatten(0, (candidates, n_cls)).argmax(dim=1) == label).cpu()
+    return rows
+
+
+def is_readable(features: Tensor) -> bool:
+    """Return True if a record's features are numbers; an unreadable record has a row of NaN."""
+    return bool(torch.isfinite(features).all())
 
 
 def _misfit(text: PromptedText, before: str, after: str, seen: set[str]) -> str:

@@ -33,7 +33,7 @@ from fl_dualpriv.models.pruning.in_tower import PatchReading
 from fl_dualpriv.models.pruning.tokens import TokenPruner
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 from fl_dualpriv.tasks.base import Counts, one_thread
-from fl_dualpriv.tasks.candidates import candidate_contexts
+from fl_dualpriv.tasks.candidates import answered_rightly, candidate_contexts
 from fl_dualpriv.tasks.learners import ImageLearner, image_learner
 from fl_dualpriv.tasks.pruners import token_pruner
 from fl_dualpriv.tasks.use_description import describe_use
@@ -177,15 +177,19 @@ class ImageTask:
         return self.learner(config).initial().cpu()
 
     def candidates(self, prompt: PromptConfig) -> Tensor:
-        """Return the contexts of the candidates, (candidate, n_ctx, ctx_dim), on the backbone's device.
-
-        Raises:
-            ConfigError: See `candidate_contexts`.
-        """
+        """See `Task` and `candidate_contexts`; on the backbone's device."""
         key = (prompt.candidates, prompt.n_ctx)
         if key not in self._candidates:
             self._candidates[key] = candidate_contexts(self.text, prompt.candidates, prompt.n_ctx)
         return self._candidates[key]
+
+    def answered_rightly(self, data: ClientData, prompt: PromptConfig) -> Tensor:
+        """See `Task`; no class prior is applied."""
+        key = ("features", prompt.candidates, prompt.n_ctx)
+        if key not in self._candidates:
+            contexts = self.candidates(prompt)
+            self._candidates[key] = torch.stack([self.text.class_features(context) for context in contexts])
+        return answered_rightly(self._candidates[key], data)
 
     def context_of(self, learned: Tensor, config: RunConfig) -> Tensor | None:
         """See `Task`."""

@@ -24,6 +24,7 @@ from tests.guarantees.pruning_mutations import PRUNING_MUTATIONS
 from tests.guarantees.result_mutations import RESULT_MUTATIONS
 from tests.guarantees.row_mutations import ROW_MUTATIONS
 from tests.guarantees.run_checks import Federation
+from tests.guarantees.selection_mutations import SELECTION_MUTATIONS
 from tests.guarantees.server_mutations import SERVER_MUTATIONS
 from tests.guarantees.step_mutations import STEP_MUTATIONS
 
@@ -37,6 +38,7 @@ MUTATIONS = (
     *BOOK_MUTATIONS,
     *FILTER_MUTATIONS,
     *RESULT_MUTATIONS,
+    *SELECTION_MUTATIONS,
 )
 Call = Callable[[Check], None]
 Noting = Callable[[str, str], None]

@@ -87,7 +87,7 @@ def test_the_front_puts_a_file_s_templates_into_the_configuration(tmp_path: Path
             {"prompt.init": "select", "privacy.record.trusts-server": True, "train.local-steps": 1},
             "when the server adds the noise",
         ),
-        ({"privacy.record.selection-share": 1.0}, "between 0 and 1, both excluded"),
+        ({"privacy.record.selection-share": 1.0}, "must be from 0.001 to 0.999"),
     ],
 )
 def test_what_does_not_fit_is_said(changes: dict[str, Any], words: str) -> None:
