@@ -121,9 +121,10 @@ def mixed_epsilon(
         ).self_compose(charge.releases)
         composed = one if composed is None else composed.compose(one)
     assert composed is not None
-    for epsilon_of_one in pure:
+    for epsilon_of_one, count in sorted(Counter(pure).items()):
         parameters = privacy_loss_common.DifferentialPrivacyParameters(epsilon_of_one, 0.0)
-        composed = composed.compose(privacy_loss_distribution.from_privacy_parameters(parameters, grid))
+        one = privacy_loss_distribution.from_privacy_parameters(parameters, grid)
+        composed = composed.compose(one.self_compose(count))
     return min(best, float(composed.get_epsilon_for_delta(left)))
 
 
