@@ -53,6 +53,11 @@ class Federation:
         self.parts = METHODS[config.method]
         if not self.parts.trains:
             raise ConfigError(f"method = {config.method!r} trains nothing, so there is nothing to attack; give another")
+        if config.selects_start:
+            raise ConfigError(
+                'prompt.init = "select": attacks are made on the steps, and a selected start is a release before them; '
+                'set prompt.init = "mean" or "template"'
+            )
         if config.data.augmentation != "none":
             raise ConfigError(
                 f"data.augmentation = {config.data.augmentation!r}: attacks need the features that were trained on; "

@@ -1,4 +1,4 @@
-"""The ClientApp: query (which clients a node hosts), train (one round of local steps), evaluate (score a prompt)."""
+"""The ClientApp: query (hosted clients), train (local steps; or select the start), evaluate (score a prompt)."""
 
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,19 @@ def train(message: Message, context: Context) -> Message:
         return messages.uploads_content(uploads)
 
     return reply(message, context, answer)
+
+
+@app.train("select")
+def select(message: Message, context: Context) -> Message:
+    """Select the start of the prompts before round 1: upload noised votes, or let each client choose its own start."""
+    from fl_dualpriv import messages
+    from fl_dualpriv.client.selection import SelectionRound
+
+    return reply(
+        message,
+        context,
+        lambda node: messages.uploads_content(SelectionRound(node, messages.read_select(message)).run()),
+    )
 
 
 @app.evaluate()

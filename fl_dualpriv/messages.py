@@ -17,6 +17,10 @@ from torch import Tensor
 from fl_dualpriv.learners.row_check import RowPath
 from fl_dualpriv.metrics import ScoreTable
 from fl_dualpriv.privacy.plan import RoundTerms
+from fl_dualpriv.privacy.selection import SelectionTerms
+
+SELECT = "train.select"
+"""Flower's type of a select message."""
 
 PromptKind = Literal["zero-shot", "free", "global", "personal"]
 """Prompt that is scored; ``free`` is the un-tuned model with the best use of public knowledge."""
@@ -33,6 +37,15 @@ class TrainRequest:
     server_round: int
     run_token: str
     terms: RoundTerms
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectRequest:
+    """Request of the server to a node before round 1: let these of its clients select the start of the prompts."""
+
+    partitions: tuple[int, ...]
+    run_token: str
+    terms: SelectionTerms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +82,11 @@ class ClientCard:
 class Uploads:
     """Reply of a node to a `TrainRequest`: one upload per client that succeeded, a reason for each that failed.
 
+    The reply to a `SelectRequest` has the same form: K votes for each client, or none where each client chooses itself.
+
     Attributes:
         partitions: Numbers of the clients that sent the uploads.
-        values: Uploads (client, n_ctx, ctx_dim), in the order of ``partitions``.
+        values: Uploads (client, n_ctx, ctx_dim) or votes (client, K), in the order of ``partitions``.
         failed: Reason of each failure by the number of the client.
     """
 
@@ -155,6 +170,50 @@ def read_train(message: Message) -> TrainRequest:
             sampling_rate=_number(config["sampling-rate"]),
             releases=_whole(config["local-steps"]),
             arithmetic=arithmetic,
+        ),
+    )
+
+
+def select_content(request: SelectRequest) -> RecordDict:
+    """Build the content of a select message."""
+    terms = request.terms
+    config = ConfigRecord(
+        {
+            "partitions": list(request.partitions),
+            "run-token": request.run_token,
+            "form": terms.form,
+            "private": terms.private,
+            "noise-multiplier": terms.noise_multiplier,
+            "epsilon": terms.pure_epsilon,
+            "arithmetic": terms.arithmetic,
+            "candidates": terms.candidates,
+        }
+    )
+    return RecordDict({"config": config})
+
+
+def read_select(message: Message) -> SelectRequest:
+    """Return the request in a select message (see `select_content`).
+
+    Raises:
+        ValueError, KeyError: If a value is missing or of another type. No default replaces it.
+    """
+    config = message.content.config_records["config"]
+    form, private, arithmetic = config["form"], config["private"], config["arithmetic"]
+    if form not in ("federated", "client") or not isinstance(private, bool):
+        raise ValueError(f"form = {form!r:.40}, private = {private!r:.40} in a select message")
+    if arithmetic not in ("float", "integer"):
+        raise ValueError(f"arithmetic = {arithmetic!r:.40} in a select message; allowed: float, integer")
+    return SelectRequest(
+        partitions=_ids(config["partitions"]),
+        run_token=str(config["run-token"]),
+        terms=SelectionTerms(
+            form=form,
+            private=private,
+            noise_multiplier=_number(config["noise-multiplier"]),
+            pure_epsilon=_number(config["epsilon"]),
+            arithmetic=arithmetic,
+            candidates=_whole(config["candidates"]),
         ),
     )
 

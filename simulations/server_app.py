@@ -15,7 +15,7 @@ from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.run.checkpoint import CheckpointFolder
 from fl_dualpriv.run.recorder import RunRecorder
 from fl_dualpriv.server.accounting import BudgetExhausted
-from fl_dualpriv.server.build import build_strategy
+from fl_dualpriv.server.build import build_strategy, selected_start
 from fl_dualpriv.server.closing import closing_scores
 from fl_dualpriv.server.join import check_engine, join
 from fl_dualpriv.server.results import warn_of_strays, write_results
@@ -64,7 +64,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
         recorder.add_round(
             done.server_round,
             done.accuracy,
-            record.spent(by_round * config.train.local_steps) if record else None,
+            record.spent(min(by_round * config.train.local_steps, record.releases)) if record else None,
             rounds.epsilon(client.delta) if client and rounds.lost else client.spent(by_round) if client else None,
             strategy.failures - sum(line["failures"] for line in recorder.progress),  # failures of this round only
             time.monotonic() - start,
@@ -82,6 +82,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
     elif config.output.resume:
         recorder.check_empty()
     prompt = checkpoint.prompt if checkpoint else rounds.begin(task.initial_prompt(config))
+    prompt = selected_start(rounds, grid, config, task, record, prompt)
     if strategy.evaluate_every and not recorder.rounds:
         accuracy = score_now(strategy, grid, prompt, "zero-shot", config.reply_timeout)
         report(RoundReport(server_round=0, accuracy=accuracy, failures=strategy.failures))
@@ -95,6 +96,10 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
             # The releases so far are already charged. Keep them; the result tables then cover these rounds only.
             stopped, prompt = str(exhausted), strategy.prompt
             client = replace(client, rounds=strategy.rounds_done) if client else None
+    elif config.selects_start and strategy.evaluate_every and not recorder.last_round:
+        accuracy = score_now(strategy, grid, prompt, strategy.prompt_kind, config.reply_timeout)  # in place of a round
+        report(RoundReport(server_round=1, accuracy=accuracy, failures=strategy.failures))
+    if METHODS[config.method].trains or config.selects_start:
         rounds.check_delivered()
     closing = closing_scores(strategy, grid, prompt, config, config.reply_timeout)
     write_results(

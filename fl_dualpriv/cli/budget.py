@@ -26,7 +26,8 @@ class Spent:
     Attributes:
         who: ``server``, or the client's folder.
         unit: ``record`` or ``client``; both if the file is mixed.
-        releases: Number of Gaussian releases, with the charge of damaged lines.
+        releases: Number of releases, with the charge of damaged lines.
+        selections: Number of these releases that selected the start of a run.
         runs: Number of different runs.
         damaged: Number of lines that are not an event.
         refused: Number of attempts that the client refused.
@@ -38,6 +39,7 @@ class Spent:
     who: str
     unit: str
     releases: int
+    selections: int
     runs: int
     damaged: int
     refused: int
@@ -130,6 +132,7 @@ def _read(path: Path, who: str, delta: float | None, deltas: dict[str, float]) -
         who=who,
         unit=" and ".join(units) or "-",
         releases=content.releases(),
+        selections=len(content.selections()),
         runs=len({event.run for event in content.events}),
         damaged=content.damaged,
         refused=len(refusals.read_text(encoding="utf-8").splitlines()) if refusals.exists() else 0,
@@ -151,10 +154,11 @@ def _jsonable(spent: Spent) -> dict[str, Any]:
 
 def _table(title: str, spent: list[Spent]) -> Table:
     table = Table(title=title, title_justify="left")
-    for name in ("ledger", "unit", "runs", "releases", "damaged lines", "refused attempts", "ε", "δ"):
+    selected = ["selected starts"] if any(s.selections for s in spent) else []
+    for name in ("ledger", "unit", "runs", "releases", *selected, "damaged lines", "refused attempts", "ε", "δ"):
         table.add_column(name, justify="left" if name in ("ledger", "unit") else "right", no_wrap=name == "ledger")
     for s in spent:
-        numbers = (s.runs, s.releases, s.damaged, s.refused)
+        numbers = (s.runs, s.releases, *([s.selections] if selected else []), s.damaged, s.refused)
         table.add_row(escape(s.who), s.unit, *map(str, numbers), f"{s.epsilon:.4g}", f"{s.delta:g}")
     return table
 

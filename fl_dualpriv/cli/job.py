@@ -15,6 +15,7 @@ import typer
 from rich.markup import escape
 
 from fl_dualpriv.cli.console import Output
+from fl_dualpriv.config.candidates import CANDIDATES_KEY, read_candidates
 from fl_dualpriv.config.ranges import ConfigValue
 from fl_dualpriv.config.schema import RunConfig, app_defaults, merge, parse_assignment, read_toml
 from fl_dualpriv.data.hub_names import HUB, absolute_name
@@ -77,6 +78,7 @@ def prepare(
     out = Path(os.path.abspath(expanded(out)))  # noqa: PTH100 - resolve() would also follow links
     flat = absolute_paths(flat | {"output.dir": str(out)}, Path.cwd())
     try:
+        flat = _with_candidates(flat)
         flat = plugins.find_module(flat, app_dir, (Path.cwd(), config.absolute().parent))
         flat = plugins.pack_options(flat, app_defaults(app_dir))
         checked = RunConfig.from_run_config(flat)
@@ -87,6 +89,14 @@ def prepare(
     data = _look_at_data(checked)  # before the folder: a run that does not start replaces no results
     prepare_folder(out, overwrite=overwrite)
     return Job(app_dir=app_dir, flat=flat, config=checked, out=out, name=config.stem, engine=engine, data=data)
+
+
+def _with_candidates(flat: Mapping[str, ConfigValue]) -> dict[str, ConfigValue]:
+    """Replace a file of candidates by its templates, because deployed nodes do not have the file."""
+    value = str(flat.get(CANDIDATES_KEY, ""))
+    if not Path(value).is_absolute():
+        return dict(flat)
+    return {**flat, CANDIDATES_KEY: "\n".join(read_candidates(value) or ())}
 
 
 def _look_at_data(config: RunConfig) -> tuple[str, ...]:
@@ -157,6 +167,9 @@ def absolute_paths(flat: Mapping[str, ConfigValue], base: Path) -> dict[str, Con
             result[key] = HUB + absolute_name(value.removeprefix(HUB), base)
         elif isinstance(value, str) and value:
             result[key] = str(base / expanded(value))
+    candidates = result.get(CANDIDATES_KEY)
+    if isinstance(candidates, str) and candidates.startswith("~"):
+        result[CANDIDATES_KEY] = str(expanded(candidates))
     name, pretrained = result.get("backbone.name"), result.get("backbone.pretrained")
     if isinstance(name, str) and name.startswith("local-dir:"):
         result["backbone.name"] = "local-dir:" + str(base / expanded(name.removeprefix("local-dir:")))

@@ -15,7 +15,7 @@ from fl_dualpriv import messages
 from fl_dualpriv.client.node_run import keep_node_run, keep_scored
 from fl_dualpriv.client.personalisation import Personalisation, personal_prompt
 from fl_dualpriv.client.state import ClientFolder
-from fl_dualpriv.config.plans import record_level_plan
+from fl_dualpriv.config.plans import record_level_plan, start_selection_terms
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError, PrivacyError, type_alone
 from fl_dualpriv.learners.base import Objective
@@ -25,6 +25,7 @@ from fl_dualpriv.metrics import ScoreTable
 from fl_dualpriv.privacy.filters.budget import Budget
 from fl_dualpriv.privacy.noise import random_sources
 from fl_dualpriv.privacy.plan import round_terms
+from fl_dualpriv.privacy.selection import SelectionTerms
 from fl_dualpriv.run.peak_memory import report_peak
 from fl_dualpriv.tasks.base import Counts, held_groups
 from fl_dualpriv.tasks.build import build_task
@@ -55,6 +56,10 @@ class RunContext:
         self.sources = random_sources(config.privacy.randomness)
         self.terms = round_terms(self.plan, config.train.sampling_rate, config.train.local_steps)
         self.personalisation = personalisation(config)
+        self.selection_terms: SelectionTerms | None = None
+        if config.selects_start:
+            count = len(self.task.candidates(config.prompt))
+            self.selection_terms = start_selection_terms(config, self.plan, count)
         self.reproducible = config.privacy.randomness == "seeded"
         self.prompt_shape = self.task.prompt_shape(config)
         self.may_score = may_score(config)
@@ -90,7 +95,13 @@ class RunContext:
     @property
     def keeps_state(self) -> bool:
         """True if a client keeps state: a personal prompt, or the rounds that its plan may not repeat."""
-        return self.parts.personal or self.plan is not None
+        return self.parts.personal or self.plan is not None or self.config.chooses_start_by_client
+
+    def effective(self, shared: Tensor, personal: Tensor) -> Tensor:
+        """Return a client's prompt. A method without training has a personal part if each client chose its start."""
+        if self.config.chooses_start_by_client and not self.parts.trains:
+            return shared + personal
+        return self.parts.effective(shared, personal)
 
     @functools.cached_property
     def held(self) -> Tensor:
@@ -322,7 +333,7 @@ class Node:
                         request.run_token, n_ctx, ctx_dim, rank, shapes, terms=terms, partial=True
                     )
                     personal = personal_prompt(state, personalisation, request.global_prompt, request.server_round)
-                    prompts[p] = run_context.parts.effective(request.global_prompt, personal)
+                    prompts[p] = run_context.effective(request.global_prompt, personal)
                 except Exception as error:
                     failed.add([p], error)
             if not prompts:

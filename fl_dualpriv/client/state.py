@@ -130,6 +130,8 @@ class ClientFolder:
                     raise PrivacyError("the run of this token was on other terms than this request; it is refused")
                 shapes = {"personal": (n_ctx, ctx_dim), "carrier": (rank, ctx_dim)}
                 _check(file.name, tensors, {name: (shape, torch.float32) for name, shape in shapes.items()})
+                if int(metadata["server-round"]) == 0:  # a selected start, before the first release of a step
+                    release_memory = None
                 if release_memory is not None:
                     _check(file.name, tensors, release_memory)
                     unknown = tensors.keys() - shapes.keys() - release_memory.keys() - {"global"}
@@ -144,6 +146,10 @@ class ClientFolder:
                     release_memory={name: tensors[name] for name in release_memory or {}},
                 )
         return fresh_state(n_ctx, ctx_dim, rank)
+
+    def has_state(self, run_token: str) -> bool:
+        """Return True if the folder holds a state of this run."""
+        return self._prompt.exists() and read_metadata(self._prompt).get("run-token") == run_token
 
     def save(self, state: PersonalState, global_prompt: Tensor, run_token: str, terms: str = "") -> None:
         """Save the personal prompt with the global prompt it was trained on: together they are the client's model.
@@ -224,7 +230,7 @@ def check_round(plan: RecordLevelPlan, made: LedgerContent, state: PersonalState
     done = max(state.server_round, made.last_round(event.run))
     if event.server_round <= done:
         raise PrivacyError(f"round {event.server_round} was done (last: {done}); a repetition is refused")
-    releases = made.releases(event.run)
+    releases = made.steps(event.run)
     if releases + event.releases > plan.releases:
         raise PrivacyError(
             f"{releases} releases of this run are in the ledger and the round makes {event.releases} more; the plan "
@@ -239,10 +245,15 @@ def check_single_run(plan: RecordLevelPlan, made: LedgerContent, event: LedgerEv
 
     Raises:
         PrivacyError: If the ledger, damaged lines included, holds too many releases of other runs, or a release on
-            weaker terms than this plan's.
+            weaker terms than this plan's, or a selection of a start that the plan does not have.
     """
+    _check_single_selection(plan, made, event)
+    if event.is_selection:
+        return
     weaker = [
-        e for e in made.events if e.sampling_rate > plan.sampling_rate or e.noise_multiplier < event.noise_multiplier
+        e
+        for e in made.events
+        if not e.is_selection and (e.sampling_rate > plan.sampling_rate or e.noise_multiplier < event.noise_multiplier)
     ]
     if weaker:
         raise PrivacyError(
@@ -251,12 +262,53 @@ def check_single_run(plan: RecordLevelPlan, made: LedgerContent, event: LedgerEv
             f"{plan.noise_multiplier:g}, does not cover; the owner of this node has set no budget for more than one "
             "run: the round is refused"
         )
-    releases = made.releases(damaged_as=event.releases)
+    releases = made.steps(damaged_as=event.releases)
     if releases + event.releases > plan.releases:
         raise PrivacyError(
             f"{releases} releases are in the ledger and the round makes {event.releases} more; the plan accounts for "
             f"{plan.releases}, and the owner of this node has set no budget for more than one run: the round is refused"
         )
+
+
+def _check_single_selection(plan: RecordLevelPlan, made: LedgerContent, event: LedgerEvent) -> None:
+    """Refuse more than the one selection of a start that the plan of one run has, over all runs of a folder."""
+    selection = plan.selection
+    if event.is_selection and made.damaged:
+        raise PrivacyError("the ledger has damaged lines, which may be a selection of a start; another one is refused")
+    events = (*made.selections(), event) if event.is_selection else made.selections()
+    covered = selection is not None and all(
+        (e.noise_multiplier, e.pure_epsilon) == (selection.noise_multiplier, selection.pure_epsilon) for e in events
+    )
+    if events and not (covered and len(events) == 1):
+        raise PrivacyError(
+            f"{len(events)} selections of a start, of which the plan of this run does not cover all; the owner of this "
+            "node has set no budget for more than one run: the request is refused"
+        )
+
+
+def check_selection(made: LedgerContent, state: PersonalState, event: LedgerEvent) -> None:
+    """Refuse to select a start twice in a run, or after its first round.
+
+    Guarantee:
+        No run ever has more than one selection in the ledger of this folder. An event from an attempt that a crash
+        ended counts, as in `check_round`.
+
+    Raises:
+        PrivacyError: If the selection is refused.
+    """
+    if made.selections(event.run):
+        raise PrivacyError("the start of this run was selected already; a repetition is refused")
+    if (last := max(state.server_round, made.last_round(event.run))) > 0:
+        raise PrivacyError(f"a start is selected before round 1, and round {last} was done; the request is refused")
+
+
+def is_same_selection(made: LedgerContent, state: PersonalState, event: LedgerEvent, *, reproducible: bool) -> bool:
+    """Return True if an attempt that a crash ended paid for the selection, and this one repeats it bit by bit.
+
+    Guarantee:
+        As in `is_same_release`: the caller found no saved release, so nothing has left the client.
+    """
+    return reproducible and event in made.events and made.last_round(event.run) == state.server_round == 0
 
 
 def is_same_release(made: LedgerContent, state: PersonalState, event: LedgerEvent, *, reproducible: bool) -> bool:

@@ -5,6 +5,9 @@ from collections.abc import Callable
 from fl_dualpriv.config.rules import CrossRule, Values
 
 _HEADS = ("linear-probe", "prototypes")
+_SELECTING = ("dpfpl", "full", "local-only", "lowrank", "promptfl", "fedpgp", "zero-shot")
+_SELECTING_BY_CLIENT = ("dpfpl", "full", "local-only", "zero-shot")
+_FROM_CANDIDATES = ("mean", "select")
 _SHRINKABLE = ("dpfpl", "local-only")
 _IMAGES_ALONE = (*_HEADS, "fedpgp", "dp-lora", "ffa-lora", "fedotp")
 
@@ -51,6 +54,50 @@ METHOD_RULES: tuple[CrossRule, ...] = (
         lambda v: v["prompt.init"] != "random" or v["method"] not in _HEADS,
         'must not be "random" for a head, because a random start has no benefit there',
         'set it to "template" (the zero-shot class features) or "zeros"',
+    ),
+    CrossRule(
+        ("prompt.init", "prompt.candidates"),
+        lambda v: v["prompt.init"] not in _FROM_CANDIDATES or v["prompt.candidates"].strip() != "",
+        "needs prompt.candidates, the templates to start from",
+        'set prompt.candidates, for example to "a photo of a {} | a drawing of a {}", or init = "template"',
+    ),
+    CrossRule(
+        ("prompt.init", "method", "prompt.learner"),
+        lambda v: (
+            v["prompt.init"] not in _FROM_CANDIDATES or (v["method"] not in _HEADS and v["prompt.learner"] == "context")
+        ),
+        "must be of a context of words, and this method or learner has none",
+        'set it to "template", or prompt.learner = "context" and a method that learns a prompt',
+    ),
+    CrossRule(
+        ("prompt.candidates", "data.ref"),
+        lambda v: v["prompt.candidates"].strip() == "" or v["data.ref"] not in ("demo-vqa", "questions"),
+        "must be empty for questions, which have no class names",
+        'set it to ""',
+    ),
+    CrossRule(
+        ("prompt.init", "method"),
+        lambda v: v["prompt.init"] != "select" or v["method"] in _SELECTING,
+        'must not be "select" for this method: no release of its own is defined that chooses its start',
+        'set it to "mean", or method = "dpfpl" or another one that learns one prompt',
+    ),
+    CrossRule(
+        ("prompt.select", "prompt.init", "method"),
+        lambda v: v["prompt.init"] != "select" or v["prompt.select"] != "client" or v["method"] in _SELECTING_BY_CLIENT,
+        'must be "federated" for this method: it has no personal part that can start anywhere',
+        'set it to "federated", or method = "dpfpl", "full", "local-only" or "zero-shot"',
+    ),
+    CrossRule(
+        ("prompt.init", "privacy.client.mechanism"),
+        lambda v: v["prompt.init"] != "select" or v["privacy.client.mechanism"] == "none",
+        'must not be "select" with client-level privacy: the choice is a release at record level only',
+        'set it to "mean", or privacy.client.mechanism = "none"',
+    ),
+    CrossRule(
+        ("prompt.init", "privacy.record.trusts-server"),
+        lambda v: v["prompt.init"] != "select" or not v["privacy.record.trusts-server"],
+        'must not be "select" when the server adds the noise: the noise of the choice is the client\'s',
+        'set it to "mean", or trusts-server = false',
     ),
     _must_be("train.optimizer", "sgd", ("prototypes",), "it adds up class sums without an optimizer"),
     _must_be("train.top-m", 0, ("prototypes",), "a record contributes only to its own class"),

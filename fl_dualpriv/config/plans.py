@@ -7,6 +7,7 @@ from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.adaptive import AdaptiveClip
+from fl_dualpriv.privacy.calibration import calibrate_beside, calibrate_noise_multiplier
 from fl_dualpriv.privacy.correlated import (
     BandedNoise,
     CorrelatedNoise,
@@ -17,6 +18,7 @@ from fl_dualpriv.privacy.correlated import (
 )
 from fl_dualpriv.privacy.limits import LARGEST_DRAWN_MULTIPLIER
 from fl_dualpriv.privacy.plan import ClientLevelPlan, RecordLevelPlan, ServerUnit, noise_multiplier_for
+from fl_dualpriv.privacy.selection import Selection, SelectionTerms, choice, selection_terms
 
 _MOST_BANDS = 64  # unless configured: the server remembers about as many arrays of the prompt's size
 
@@ -38,27 +40,55 @@ def noised_unit(config: RunConfig) -> ServerUnit | None:
 def record_level_plan(config: RunConfig) -> RecordLevelPlan | None:
     """Return the record-level plan, calibrated for all local steps; None without one or for the nominal method."""
     record, parts = config.privacy.record, METHODS[config.method]
-    if record.mechanism == "none" or parts.published_procedure or not parts.trains:
+    if record.mechanism == "none" or parts.published_procedure or not (parts.trains or config.selects_start):
         return None
-    releases = config.rounds * config.train.local_steps
+    releases = config.rounds * config.train.local_steps if parts.trains else 0
+    rate, selection = config.train.sampling_rate, start_selection(config)
+    if selection is None:
+        noise_multiplier = noise_multiplier_for(
+            record.calibrate_to, record.epsilon, record.noise_multiplier, record.delta, rate, releases
+        )
+    elif not releases:
+        noise_multiplier = selection.noise_multiplier
+    elif record.calibrate_to == "noise-multiplier":
+        noise_multiplier = record.noise_multiplier
+    else:
+        noise_multiplier = calibrate_beside(
+            record.epsilon, record.delta, rate, releases, selection.charges, selection.pure
+        )
     plan = RecordLevelPlan(
         clip_norm=record.clip_norm,
-        noise_multiplier=noise_multiplier_for(
-            record.calibrate_to,
-            record.epsilon,
-            record.noise_multiplier,
-            record.delta,
-            config.train.sampling_rate,
-            releases,
-        ),
-        sampling_rate=config.train.sampling_rate,
+        noise_multiplier=noise_multiplier,
+        sampling_rate=rate,
         releases=releases,
         delta=record.delta,
         trusts_server=record.trusts_server,
-        personal=parts.personal,
+        personal=parts.personal or config.chooses_start_by_client,
         arithmetic=config.privacy.arithmetic,
+        selection=selection,
     )
     return _bounded(plan, plan.releases, "privacy.record")
+
+
+def start_selection(config: RunConfig) -> Selection | None:
+    """Return the terms of the release that selects the start; None if the start is public, or nothing is noised.
+
+    By itself the selection spends ``selection-share`` of ``privacy.record.epsilon``, or all of it if no step follows.
+    """
+    record = config.privacy.record
+    if not config.selects_start or record.mechanism == "none":
+        return None
+    share = record.selection_share if METHODS[config.method].trains else 1.0
+    if config.chooses_start_by_client:
+        return choice(share * record.epsilon)
+    noise_multiplier = calibrate_noise_multiplier(share * record.epsilon, record.delta, 1.0, 1)
+    return Selection(form="federated", noise_multiplier=noise_multiplier)
+
+
+def start_selection_terms(config: RunConfig, plan: RecordLevelPlan | None, candidates: int) -> SelectionTerms:
+    """Return the terms on which clients are asked to select a start from a number of candidates."""
+    selection = plan.selection if plan else None
+    return selection_terms(config.prompt.select, selection, config.privacy.arithmetic, candidates)
 
 
 def client_level_plan(config: RunConfig) -> ClientLevelPlan | None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
+from fl_dualpriv.config.candidates import CANDIDATES_KEY, PUBLISHED_SETS, are_candidates
 from fl_dualpriv.config.class_prior_rules import CLASS_PRIOR_RULES
 from fl_dualpriv.config.client_level_rules import CLIENT_LEVEL_RULES
 from fl_dualpriv.config.method_rules import METHOD_RULES
@@ -35,7 +36,7 @@ ConfigValue = bool | int | float | str
 
 _IGNORED_PREFIX = "plugin."
 _PATH_KEYS = (
-    *("strategy.path", "data.path", "data.classes", "data.class-shares"),
+    *("strategy.path", "data.path", "data.classes", "data.class-shares", CANDIDATES_KEY),
     *("output.dir", "resources.feature-cache"),
 )
 
@@ -133,6 +134,11 @@ RANGES: dict[str, Range] = {
     "prompt.n-ctx": _whole(1, 1000, "4 is usual"),
     "prompt.rank": _whole(1, 1000, 'for no factorisation set method = "full"'),
     "prompt.personal-memory": _number(0, 1, "1 forgets nothing of a client's releases"),
+    CANDIDATES_KEY: Range(
+        are_candidates,
+        f"empty, different templates with one {{}} each, an absolute path, or one of {', '.join(PUBLISHED_SETS)}",
+        'for example "a photo of a {} | a drawing of a {}"; in TOML also a list of strings',
+    ),
     "pruning.visual-keep-ratio": _KEEP,
     "pruning.visual-layer": Range(
         lambda x: 1 <= x <= 1000 or -1000 <= x <= -2,
@@ -156,6 +162,7 @@ RANGES: dict[str, Range] = {
     "privacy.record.noise-multiplier": _MULTIPLIER,
     "privacy.record.delta": _DELTA,
     "privacy.record.clip-norm": _CLIP,
+    "privacy.record.selection-share": _number(0.001, 0.999, "0.25 leaves most of epsilon to the steps"),
     "privacy.client.epsilon": _NOISE,
     "privacy.client.noise-multiplier": _MULTIPLIER,
     "privacy.client.max-epsilon": _number(0, 1e6, "0 is what the run's own rounds spend"),

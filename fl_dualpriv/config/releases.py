@@ -42,6 +42,12 @@ def notes(
         lines.append("reproducible noise: do not publish (privacy.randomness = seeded)")
     if record and record.trusts_server:
         lines.append("trusts-server: the server sees each client's clean clipped sums")
+    if record and record.selection:
+        by = "each client's own choice" if record.selection.pure_epsilon else "a vote of all clients"
+        rest = f"; the steps get the rest of ε = {record.epsilon():.4g}" if record.releases else ""
+        lines.append(
+            f"selected start, by {by}: ε = {record.selection.epsilon(record.delta):.4g} by itself, before round 1{rest}"
+        )
     if client:
         lines.append("client level: the server sees each client's update; personal prompts are not covered")
         lines += client_level_notes(client)
@@ -64,7 +70,7 @@ def notes(
             "no scores: the held-out images are private (evaluation.held-out-data); give a test/ folder, or declare "
             'them with evaluation.held-out-data = "public"'
         )
-    if not config.claims_privacy and parts.trains:
+    if not config.claims_privacy and (parts.trains or config.selects_start):
         lines.append("no differential privacy")
     return lines
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, cast, get_type_hints
 
+from fl_dualpriv.config.candidates import CANDIDATES_KEY
 from fl_dualpriv.config.methods import FedOTPConfig, FedPGPConfig, Method
 from fl_dualpriv.config.ranges import ConfigValue, check
 from fl_dualpriv.errors import ConfigError
@@ -60,12 +61,16 @@ class PromptConfig:
 
     ``words`` are the template of questions: the text that the un-tuned model reads, and a possible start of a prompt.
     ``personalisation`` is the rule of p_L; ``personal_memory`` is β of the noise-aware ones.
+    ``candidates`` are public templates, see ``config/candidates.py``. With ``init = "select"`` the release ``select``
+    chooses one of them, see ``privacy/selection.py``.
     """
 
     learner: Literal["context", "head", "lora"]
     n_ctx: int
     rank: int
-    init: Literal["template", "random", "zeros"]
+    init: Literal["template", "mean", "select", "random", "zeros"]
+    candidates: str
+    select: Literal["federated", "client"]
     words: str
     personalisation: Literal["published", "scalar", "singular"]
     personal_memory: float
@@ -104,6 +109,7 @@ class RecordLevelConfig:
     noise_multiplier: float
     delta: float
     clip_norm: float
+    selection_share: float
     noise_space: Literal["prompt", "feature"]
     trusts_server: bool
 
@@ -276,6 +282,16 @@ class RunConfig:
         return (self.privacy.record.mechanism, self.privacy.client.mechanism) != ("none", "none")
 
     @property
+    def selects_start(self) -> bool:
+        """True if a release before round 1 selects the start of the prompts from the candidates."""
+        return self.prompt.init == "select"
+
+    @property
+    def chooses_start_by_client(self) -> bool:
+        """True if each client chooses its own start, which its personal prompt then holds."""
+        return self.selects_start and self.prompt.select == "client"
+
+    @property
     def num_supernodes(self) -> int:
         """Number of Flower nodes of the run; node j hosts the clients j, j + nodes, j + 2 nodes and so on."""
         return self.supernodes or self.population
@@ -293,7 +309,8 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, ConfigValu
         prefix: Prefix of every key, with its own final dot.
 
     Raises:
-        ConfigError: If a value is not a bool, int, float or string, because a Flower run config holds only these.
+        ConfigError: If a value is not a bool, int, float or string, because a Flower run config holds only these. Only
+            ``prompt.candidates`` may be a list of strings; it becomes one string with a template a line.
     """
     flat: dict[str, ConfigValue] = {}
     for name, value in nested.items():
@@ -302,6 +319,8 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, ConfigValu
             flat |= flatten(value, f"{key}.")
         elif isinstance(value, bool | int | float | str):
             flat[key] = value
+        elif key == CANDIDATES_KEY and isinstance(value, list) and all(isinstance(text, str) for text in value):
+            flat[key] = "\n".join(value)  # a list of templates, because a Flower run config holds only scalars
         else:
             raise ConfigError(
                 f"{key} = {value!r}: a {type(value).__name__} is not a config value; "
@@ -351,6 +370,8 @@ def parse_assignment(text: str) -> tuple[str, ConfigValue]:
         parsed = tomllib.loads(f"value = {value}")
     except ValueError:
         return key, value
+    if key == CANDIDATES_KEY and isinstance(parsed["value"], list):
+        return next(iter(flatten({key: parsed["value"]}).items()))
     if isinstance(parsed["value"], dict | list):
         raise ConfigError(f"{key} = {value}: arrays and tables are not config values; give one number, word or string")
     # A date is a string here. So is a text whose line breaks happen to make further keys.

@@ -31,6 +31,10 @@ class PromptedText:
         class_names: Name of each class, in label order.
         template: Text with one ``{}`` for the class name, such as ``"a photo of a {}"``.
 
+    Attributes:
+        n_cls: Number of classes.
+        after: Text of the template after the class name, which every prompt shares.
+
     Raises:
         ConfigError: If a name cannot be tokenized with the model's tokenizer.
     """
@@ -39,6 +43,7 @@ class PromptedText:
         self._backbone, rows, self.n_cls = backbone, backbone.rows, len(class_names)
         self._texts = [template.format(name) for name in class_names]
         before, after = template.split("{}")
+        self.after = after.strip()
         self._template_context = _embed(backbone, backbone.words(before.strip()))
         suffixes = [[*backbone.words((name + after).strip()), rows.end] for name in class_names]
         self._lengths = torch.tensor([len(tokens) for tokens in suffixes], device=backbone.device)
@@ -113,19 +118,63 @@ class PromptedText:
         ]
         return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
-    def template_context(self, n_ctx: int) -> Tensor:
+    def template_context(self, n_ctx: int, *, filled: bool = False) -> Tensor:
         """Return embeddings of the template's words before the class name, (n_ctx, ctx_dim): the zero-shot start.
 
+        Args:
+            n_ctx: Number of context tokens.
+            filled: Fill a shorter template in front, as `context_of` does.
+
         Raises:
-            ConfigError: If the template does not have ``n_ctx`` tokens before the class name.
+            ConfigError: If the template does not have ``n_ctx`` tokens before the class name, or with ``filled`` has
+                none or more.
         """
         words = self._template_context.shape[0]
+        if filled and 0 < words <= n_ctx:
+            return _filled(self._template_context, n_ctx)
         if words != n_ctx:
             raise ConfigError(
                 f"prompt.n-ctx = {n_ctx}, but the template has {words} tokens before the class name; "
                 f'set prompt.n-ctx = {words}, or prompt.init = "random"'
             )
         return self._template_context.clone()
+
+    def count(self, words: str) -> int:
+        """Count the tokens of some words.
+
+        Raises:
+            ConfigError: If they cannot be written in the model's tokens.
+        """
+        return len(self._backbone.words(words.strip()))
+
+    def context_of(self, words: str, n_ctx: int) -> Tensor:
+        """Return embeddings of words before the class name, filled in front to (n_ctx, ctx_dim).
+
+        A shorter context repeats its first token in front, so that the words stay next to the class name.
+
+        Raises:
+            ValueError: If the words are no token, or more than ``n_ctx`` tokens.
+        """
+        tokens = self._backbone.words(words.strip())
+        if not 0 < len(tokens) <= n_ctx:
+            raise ValueError(f"{words!r} has {len(tokens)} tokens; allowed: 1 to {n_ctx}")
+        return _filled(_embed(self._backbone, tokens), n_ctx)
+
+    def ensemble_features(self, contexts: Tensor) -> Tensor:
+        """Average the class features of several prompts: CLIP's ensemble, a rival that costs no ε.
+
+        Args:
+            contexts: Prompts, (candidate, n_ctx, ctx_dim).
+
+        Returns:
+            Unit-norm means of unit-norm class features, (n_cls, embed_dim).
+
+        Reference:
+            Radford et al. 2021, arXiv:2103.00020, section 3.1.4.
+        """
+        total = sum(self.class_features(context) for context in contexts)
+        assert isinstance(total, Tensor)
+        return torch.nn.functional.normalize(total, dim=-1)
 
     def check_length(self, n_ctx: int) -> None:
         """Raise ConfigError if start, context, the longest name and the end do not fit into the tower."""
@@ -148,6 +197,11 @@ class PromptedText:
         end = torch.tensor(ends, device=self._backbone.device)
         embedded = self._backbone.embed_tokens(self._backbone.tokenize(self._texts))
         return torch.nn.functional.normalize(self._backbone.encode_embeddings(embedded, end), dim=-1)
+
+
+def _filled(context: Tensor, n_ctx: int) -> Tensor:
+    """Repeat the first token in front until there are ``n_ctx`` tokens, (token, ctx_dim) → (n_ctx, ctx_dim)."""
+    return torch.cat([context[:1].expand(n_ctx - len(context), -1), context])
 
 
 @torch.no_grad()

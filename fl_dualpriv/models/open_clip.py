@@ -30,6 +30,7 @@ from fl_dualpriv.models.tokenizer import TrimmedTokenizer
 torchvision_shim.install()  # open_clip imports torchvision, which CPU torch cannot import by itself
 
 import open_clip  # noqa: E402
+from open_clip import zero_shot_metadata  # noqa: E402
 from open_clip.transform import PreprocessCfg, image_transform_v2  # noqa: E402
 
 from fl_dualpriv.models import conv_stem  # noqa: E402
@@ -150,6 +151,22 @@ class OpenClipBackbone(FrozenModel):
             repr(self.pruner),
             self._precision,
         ]
+
+
+def published_templates(name: str) -> tuple[str, ...]:
+    """Return the templates of a set that OpenAI published with CLIP, each with one ``{}``, from open_clip's own lists.
+
+    Args:
+        name: ``clip-imagenet-80`` or ``clip-imagenet-7``, see `PUBLISHED_SETS`.
+
+    Reference:
+        Radford et al. 2021, arXiv:2103.00020; the notebook "Prompt Engineering for ImageNet" of openai/CLIP (MIT).
+    """
+    sets: dict[str, Sequence[Any]] = {
+        "clip-imagenet-80": zero_shot_metadata.OPENAI_IMAGENET_TEMPLATES,
+        "clip-imagenet-7": zero_shot_metadata.SIMPLE_IMAGENET_TEMPLATES,
+    }
+    return tuple(fill("{}") for fill in sets[name])
 
 
 def _words(tokenizer: Any, text: str) -> list[int]:

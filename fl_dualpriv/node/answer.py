@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from flwr.app import Context, Message, RecordDict
 
-from fl_dualpriv.errors import PrivacyError, type_alone
+from fl_dualpriv.errors import ConfigError, PrivacyError, type_alone
 from fl_dualpriv.node.file import NodeFile, find_node_file, make_state_folder
 
 if TYPE_CHECKING:
@@ -31,6 +31,11 @@ def _run_config(context: Context, owner: "NodeFile | None") -> "dict[str, Config
     flat |= owner.overrides()
     if owner.class_shares is not None and flat.get("train.class-prior") != "declared":  # no other run reads them
         flat["data.class-shares"] = ""
+    if Path(str(flat.get("prompt.candidates", ""))).is_absolute():
+        raise ConfigError(
+            "prompt.candidates names a file, and a node reads no file that a run names; write the templates into the "
+            "configuration: `fl-dualpriv run` does that"
+        )
     if "node-file" in context.node_config:  # a deployed node has its own machine and folder
         if owner.data_path is not None:
             flat["data.partition"] = "by-node"

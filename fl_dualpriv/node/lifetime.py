@@ -10,7 +10,9 @@ from fl_dualpriv.node.file import read_node_file
 from fl_dualpriv.privacy.filters.budget import Budget, FilterName
 
 if TYPE_CHECKING:  # the accountant takes a second to load
-    from fl_dualpriv.privacy.ledger import LedgerContent
+    from fl_dualpriv.privacy.ledger import LedgerContent, ReservedPlan
+
+_PATH = "no filter: the PLD of terms chosen after earlier runs bounds nothing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,7 @@ class Lifetime:
         share: Spent part of the budget; infinite if the ledger is closed.
         spent: ε of everything in the ledger, for terms fixed beforehand.
         last: Releases, q and z of the last run's plan; without a run, one release at the owner's worst terms.
+        selection: Selection of a start in that plan, in words; empty if there is none.
         buys: Number of releases at the terms of ``last`` that are left.
         admissions: Number of runs like ``last`` that each filter would admit.
     """
@@ -53,6 +56,7 @@ class Lifetime:
     last: tuple[int, float, float]
     buys: int
     admissions: tuple[Admission, ...]
+    selection: str = ""
 
     def words(self) -> str:
         """Return several lines for a person."""
@@ -62,7 +66,8 @@ class Lifetime:
             f"filter {self.claim}",
             f"{self.balance}; the rest buys {self.buys} releases at q = {rate:g} and z = {noise:g}",
             f"ε of everything in the ledger, for terms fixed beforehand: {self.spent:.4g}",
-            f"an empty ledger would admit, of runs of {releases} releases at q = {rate:g} and z = {noise:g}:",
+            f"an empty ledger would admit, of runs of {releases} releases at q = {rate:g} and z = {noise:g}"
+            f"{self.selection and f', {self.selection}'}:",
         ]
         for admission in self.admissions:
             count = "-" if admission.runs is None else str(admission.runs)
@@ -79,7 +84,8 @@ class Lifetime:
             "balance": self.balance,
             "share": self.share if math.isfinite(self.share) else None,
             "epsilon-of-fixed-terms": self.spent if math.isfinite(self.spent) else None,
-            "last-run": {"releases": releases, "sampling-rate": rate, "noise-multiplier": noise},
+            "last-run": {"releases": releases, "sampling-rate": rate, "noise-multiplier": noise}
+            | ({"selection": self.selection} if self.selection else {}),
             "rest-buys": self.buys,
             "admitted": {a.filter: a.runs for a in self.admissions},
         }
@@ -95,11 +101,15 @@ def lifetime_of(file: Path) -> Lifetime:
     node = read_node_file(file.resolve())
     if node.budget is None or node.state_dir is None:
         raise ConfigError(f"node file {file}: it needs a [budget] and a state-dir")
+    from fl_dualpriv.privacy.filters.base import selection_words
     from fl_dualpriv.privacy.filters.choose import check_header, filter_of
     from fl_dualpriv.privacy.ledger import Ledger
 
     budget, content = node.budget, Ledger(node.state_dir / "ledger.jsonl").read()
     chosen, last = filter_of(budget), _last_plan(budget, content)
+    selecting = next((plan for plan in reversed(content.plans) if plan.selection_multiplier), None)
+    if content.plans and selecting is not content.plans[-1]:
+        selecting = None
     check_header(content, chosen.header)
     return Lifetime(
         epsilon=budget.epsilon,
@@ -110,7 +120,8 @@ def lifetime_of(file: Path) -> Lifetime:
         spent=content.epsilon(budget.delta),
         last=last,
         buys=chosen.affordable(content, last[1], last[2]),
-        admissions=admissions(budget, last),
+        admissions=admissions(budget, last) if selecting is None else _admissions_of(budget, selecting),
+        selection="" if selecting is None else selection_words(selecting),
     )
 
 
@@ -118,9 +129,9 @@ def _last_plan(budget: Budget, content: "LedgerContent") -> tuple[int, float, fl
     if content.plans:
         plan = content.plans[-1]
         return plan.releases, plan.sampling_rate, plan.noise_multiplier
-    if content.events:
-        event = content.events[-1]
-        return content.releases(event.run), event.sampling_rate, event.noise_multiplier
+    if steps := [event for event in content.events if not event.is_selection]:
+        event = steps[-1]
+        return content.steps(event.run), event.sampling_rate, event.noise_multiplier
     return 1, budget.max_sampling_rate, budget.min_noise_multiplier or 1.0
 
 
@@ -132,6 +143,40 @@ def admissions(budget: Budget, run: tuple[int, float, float]) -> tuple[Admission
         run: Releases, q and z of the plan.
     """
     return (*(_admitted(budget, name, run) for name in get_args(FilterName)), _of_path(budget, run))
+
+
+def _admissions_of(budget: Budget, plan: "ReservedPlan") -> tuple[Admission, ...]:
+    """Return `admissions` for runs whose plan selects a start before its releases."""
+    from fl_dualpriv.privacy.accounting import COARSE_GRID, gathered, mixed_epsilon
+    from fl_dualpriv.privacy.filters.base import largest
+    from fl_dualpriv.privacy.filters.choose import filter_of
+    from fl_dualpriv.privacy.filters.reserve import ReserveFilter
+    from fl_dualpriv.privacy.ledger import LedgerContent
+
+    one, found = LedgerContent(events=plan.events(), damaged=0), list[Admission]()
+    for name in get_args(FilterName):
+        if name == "worst-terms" and not budget.min_noise_multiplier > 0:
+            found.append(Admission(filter=name, runs=None, note="needs min-noise-multiplier above 0"))
+            continue
+        try:
+            chosen = filter_of(replace(budget, filter=replace(budget.filter, name=name)))
+            note = chosen.claim()
+        except PrivacyError as error:
+            found.append(Admission(filter=name, runs=None, note=str(error)))
+            continue
+        if isinstance(chosen, ReserveFilter):
+            cost = chosen.plan_cost(plan)
+            runs = largest(lambda count, c=chosen, e=cost: c.total([e] * count) <= budget.epsilon)
+        else:
+            runs = int(1 / chosen.share(one))  # shares of equal runs add up; an infinite one admits none
+        found.append(Admission(filter=name, runs=runs, note=note))
+    path = largest(
+        lambda count: (
+            mixed_epsilon(gathered(plan.charges() * count), plan.pure * count, budget.delta, COARSE_GRID)
+            <= budget.epsilon
+        )
+    )
+    return (*found, Admission(filter="path", runs=path, note=_PATH))
 
 
 def _admitted(budget: Budget, name: FilterName, run: tuple[int, float, float]) -> Admission:
@@ -168,6 +213,4 @@ def _of_path(budget: Budget, run: tuple[int, float, float]) -> Admission:
         budget.epsilon,
         lambda epsilon: epsilon <= budget.epsilon,
     )
-    return Admission(
-        filter="path", runs=runs, note="no filter: the PLD of terms chosen after earlier runs bounds nothing"
-    )
+    return Admission(filter="path", runs=runs, note=_PATH)

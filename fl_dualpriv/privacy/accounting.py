@@ -15,7 +15,9 @@ from typing import Literal, NamedTuple
 import dp_accounting
 import numpy as np
 from dp_accounting import gaussian_mechanism, pld, rdp
+from dp_accounting.pld import common as privacy_loss_common
 from dp_accounting.pld import pld_pmf, privacy_loss_distribution, privacy_loss_mechanism
+from scipy.special import ndtri_exp
 from scipy.stats import binom
 
 from fl_dualpriv.privacy.loss_size import LOG_TAIL, error_share, grid_for, least_loss, pld_size
@@ -77,6 +79,69 @@ def composed_epsilon(charges: tuple[SampledGaussians, ...], delta: float, grid: 
         dp-accounting's PLDAccountant; Koskela et al. 2020, arXiv:1906.03049.
     """
     return bounded_epsilon(charges, delta, grid).epsilon
+
+
+_LARGEST_PURE = 50.0  # beyond this ε a PLD has nothing to add to the plain sum
+
+
+@functools.lru_cache(maxsize=4096)
+@np.errstate(over="ignore", divide="ignore")  # as `bounded_epsilon`
+def mixed_epsilon(
+    charges: tuple[SampledGaussians, ...], pure: tuple[float, ...], delta: float, grid: float = FINE_GRID
+) -> float:
+    """Return ε at ``delta`` of Gaussian releases and of releases of pure DP together, all terms fixed beforehand.
+
+    Guarantee:
+        The result is an upper bound, as in `composed_epsilon`. It is the smaller one of two bounds. The first is the
+        sum of the Gaussian releases' ε and of all pure ε (basic composition). The second is a PLD in which a release of
+        pure ε-DP has the losses ±ε of randomised response, of which every ε-DP mechanism is a post-processing (Kairouz,
+        Oh and Viswanath 2015, arXiv:1311.0776). Without pure releases it is `composed_epsilon`.
+
+    Args:
+        charges: The Gaussian releases.
+        pure: ε of each pure release; its unit is the one that the Gaussian releases sample.
+        delta: δ.
+        grid: Grid step of the PLD.
+    """
+    plain = composed_epsilon(charges, delta, grid)
+    if not pure:
+        return plain
+    best, total = plain + math.fsum(pure), math.fsum(pure)
+    merged = tuple(charge for charge in _merged(charges) if charge.releases)
+    left, cells = delta - rounding(merged), MOST_CELLS if grid <= FINE_GRID else MOST_CELLS // 4
+    if not merged or total > _LARGEST_PURE or left <= delta / 2 or not _is_plain(merged, grid, min(cells, PLAIN_CELLS)):
+        return best
+    composed = None
+    for charge in merged:
+        one = privacy_loss_distribution.from_gaussian_mechanism(
+            charge.noise_multiplier,
+            value_discretization_interval=grid,
+            sampling_prob=charge.sampling_rate,
+            neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
+        ).self_compose(charge.releases)
+        composed = one if composed is None else composed.compose(one)
+    assert composed is not None
+    for epsilon_of_one, count in sorted(Counter(pure).items()):
+        parameters = privacy_loss_common.DifferentialPrivacyParameters(epsilon_of_one, 0.0)
+        one = privacy_loss_distribution.from_privacy_parameters(parameters, grid)
+        composed = composed.compose(one.self_compose(count))
+    return min(best, float(composed.get_epsilon_for_delta(left)))
+
+
+def multiplier_of_pure(epsilon: float) -> float:
+    """Return the noise multiplier of an unsampled Gaussian release that reveals at least as much as pure ε-DP.
+
+    Guarantee:
+        Every ε-DP mechanism is a post-processing of randomised response with P(right) = e^ε / (1 + e^ε) (as in
+        `mixed_epsilon`). That is a post-processing of N(0, 1) against N(μ, 1), cut at μ/2, where Φ(μ/2) = P(right). So
+        the Gaussian release of multiplier 1/μ dominates. It costs more than ε itself: it serves code that knows only
+        Gaussian releases, which then charges too much and never too little.
+
+    Args:
+        epsilon: ε > 0.
+    """
+    half = -float(ndtri_exp(-np.logaddexp(0.0, epsilon)))
+    return (1 - 1e-9) / (2 * half)
 
 
 class EpsilonBound(NamedTuple):
@@ -381,6 +446,23 @@ def renyi_divergence(sampling_rate: float, noise_multiplier: float, order: float
     )
     accountant.compose(sampled_gaussian(sampling_rate, noise_multiplier, 1))
     return float(accountant.rdp[0]) * (1 + _RELATIVE_SLACK) + _ABSOLUTE_SLACK
+
+
+@functools.lru_cache(maxsize=4096)
+def pure_renyi_divergence(epsilon: float, order: float) -> float:
+    """Return the Rényi divergence, at one order, of a release of pure ε-DP: that of randomised response.
+
+    Guarantee:
+        The result is an upper bound in both directions, because every ε-DP mechanism is a post-processing of randomised
+        response (see `mixed_epsilon`), and its two directions are alike.
+
+    Args:
+        epsilon: ε > 0.
+        order: α > 1.
+    """
+    right, wrong = -np.logaddexp(0.0, -epsilon), -np.logaddexp(0.0, epsilon)  # logarithms of the two probabilities
+    both = np.logaddexp(order * right + (1 - order) * wrong, order * wrong + (1 - order) * right)
+    return float(both) / (order - 1) * (1 + _RELATIVE_SLACK) + _ABSOLUTE_SLACK
 
 
 def renyi_bound(epsilon: float, delta: float, order: float) -> float:

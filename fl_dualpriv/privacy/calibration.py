@@ -14,6 +14,8 @@ from fl_dualpriv.privacy.accounting import (
     SampledGaussians,
     bounded_epsilon,
     epsilon,
+    gathered,
+    mixed_epsilon,
     rough_epsilon,
 )
 from fl_dualpriv.privacy.limits import LARGEST_NOISE_MULTIPLIER, SMALLEST_NOISE_MULTIPLIER
@@ -48,6 +50,51 @@ def calibrate_noise_multiplier(target_epsilon: float, delta: float, sampling_rat
     """
     with _said_if_slow(f"computing the noise multiplier for ε = {target_epsilon:g}: this can take a minute"):
         return _calibrated(target_epsilon, delta, sampling_rate, releases)
+
+
+@functools.lru_cache(maxsize=256)
+def calibrate_beside(
+    target_epsilon: float,
+    delta: float,
+    sampling_rate: float,
+    releases: int,
+    others: tuple[SampledGaussians, ...],
+    pure: tuple[float, ...] = (),
+) -> float:
+    """Return a noise multiplier with which some releases and the given others together spend at most a target ε.
+
+    Guarantee:
+        ``mixed_epsilon`` of the releases at the result, of ``others`` and of ``pure`` is at most ``target_epsilon``,
+        checked on the fine grid. Searches on the coarse grid only propose candidates.
+
+    Args:
+        target_epsilon: Largest ε of everything together.
+        delta: δ.
+        sampling_rate: q of the calibrated releases.
+        releases: Number of the calibrated releases, >= 1.
+        others: Gaussian releases with given terms.
+        pure: ε of each release of pure DP.
+
+    Returns:
+        A multiplier of six digits that spends 0.99 of the target or more where the grid allows it.
+
+    Raises:
+        PrivacyError: If the others spend the target by themselves, or no multiplier is enough.
+    """
+
+    def spent(noise: float, grid: float = FINE_GRID) -> float:
+        steps = SampledGaussians(sampling_rate, noise, releases)
+        return mixed_epsilon(gathered((steps, *others)), pure, delta, grid)
+
+    with _said_if_slow(f"computing the noise multiplier for ε = {target_epsilon:g}: this can take a minute"):
+        start = calibrate_noise_multiplier(target_epsilon, delta, sampling_rate, releases)
+        if not spent(LARGEST_NOISE_MULTIPLIER, COARSE_GRID) < target_epsilon:
+            raise PrivacyError(
+                f"ε = {target_epsilon:g} at δ = {delta:g}: the selection of the start leaves nothing for {releases} "
+                "releases; lower privacy.record.selection-share, or raise ε or δ"
+            )
+        near = _found(functools.partial(spent, grid=COARSE_GRID), target_epsilon, 0.992, start)
+        return _found(spent, target_epsilon, LEAST_SHARE, near)
 
 
 def _calibrated(target: float, delta: float, rate: float, releases: int) -> float:

@@ -16,24 +16,34 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
-from fl_dualpriv.privacy.accounting import FINE_GRID, SampledGaussians, composed_epsilon, gathered
+from fl_dualpriv.privacy.accounting import (
+    FINE_GRID,
+    SampledGaussians,
+    composed_epsilon,
+    gathered,
+    mixed_epsilon,
+    multiplier_of_pure,
+)
 
 _LOCK_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerEvent:
-    """Gaussian releases of one round, each on its own Poisson sample.
+    """Releases of one round, each on its own Poisson sample, or the release that selects a start before round 1.
 
     Attributes:
         run: Token of the run to which the releases belong.
         unit: Protected unit, ``record`` or ``client``.
-        server_round: Number of the round, from 1.
+        server_round: Number of the round, from 1; 0 for the selection of a start, which is one release of all records.
         releases: Number of releases; a client's round makes one per local step.
         sampling_rate: q, in (0, 1].
         noise_multiplier: Effective multiplier of everything released at once, > 0.
         kind: Kind of the noise. ``gaussian``: independent Gaussian noise. ``correlated``: the part that one round adds
-            to a run of correlated noise (see `CorrelatedNoise.charge`).
+            to a run of correlated noise (see `CorrelatedNoise.charge`). ``exponential``: a choice by the exponential
+            mechanism. Its ``noise_multiplier`` is that of a Gaussian release that dominates it, see
+            `multiplier_of_pure`, so code that reads only this multiplier charges too much and never too little.
+        pure_epsilon: ε of an ``exponential`` choice; 0 for other kinds.
     """
 
     run: str
@@ -42,19 +52,36 @@ class LedgerEvent:
     releases: int
     sampling_rate: float
     noise_multiplier: float
-    kind: Literal["gaussian", "correlated"] = "gaussian"
+    kind: Literal["gaussian", "correlated", "exponential"] = "gaussian"
+    pure_epsilon: float = 0.0
+
+    @property
+    def is_selection(self) -> bool:
+        """True if the event is the selection of a start."""
+        return self.server_round == 0
 
     @property
     def is_sound(self) -> bool:
         """True if the accountant can compute an ε from this event; a line from a damaged disk may hold any values."""
         return (
             isinstance(self.run, str)
-            and _is_count(self.server_round)
+            and (_is_count(self.server_round) or self._is_sound_selection)
             and _is_count(self.releases)
             and self.unit in ("record", "client")
             and _are_terms(self.sampling_rate, self.noise_multiplier)
-            and self.kind in ("gaussian", "correlated")
+            and self.kind in ("gaussian", "correlated", "exponential")
+            and _is_number(self.pure_epsilon)
+            and (self.pure_epsilon == 0 if self.kind != "exponential" else self._is_sound_choice)
         )
+
+    @property
+    def _is_sound_selection(self) -> bool:
+        whole = type(self.server_round) is int and self.server_round == 0 and self.releases == 1
+        return whole and self.sampling_rate == 1 and self.kind in ("gaussian", "exponential")
+
+    @property
+    def _is_sound_choice(self) -> bool:
+        return self.is_selection and _is_dominated(self.pure_epsilon, self.noise_multiplier)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,21 +93,76 @@ class ReservedPlan:
         releases: Largest number of releases over all rounds.
         sampling_rate: q of each release, in (0, 1].
         noise_multiplier: z of each release, > 0.
+        selection_multiplier: z of the selection of a start, which comes before all of them; 0 if there is none.
+        selection_epsilon: ε of that selection if it is a choice by the exponential mechanism, else 0.
     """
 
     run: str
     releases: int
     sampling_rate: float
     noise_multiplier: float
+    selection_multiplier: float = 0.0
+    selection_epsilon: float = 0.0
 
     @property
     def is_sound(self) -> bool:
         """True if the accountant can compute an ε from this plan."""
+        if not (_is_number(self.selection_multiplier) and _is_number(self.selection_epsilon)):
+            return False
+        selects = self.selection_multiplier != 0
         return (
             isinstance(self.run, str)
-            and _is_count(self.releases)
+            and (_is_count(self.releases) or (selects and type(self.releases) is int and self.releases == 0))
             and _are_terms(self.sampling_rate, self.noise_multiplier)
+            and (_are_terms(1.0, self.selection_multiplier) if selects else self.selection_epsilon == 0)
+            and (self.selection_epsilon == 0 or _is_dominated(self.selection_epsilon, self.selection_multiplier))
         )
+
+    def charges(self) -> tuple[SampledGaussians, ...]:
+        """Return the Gaussian releases of the whole plan."""
+        steps = [SampledGaussians(self.sampling_rate, self.noise_multiplier, self.releases)] if self.releases else []
+        if self.selection_multiplier and not self.selection_epsilon:
+            steps.append(SampledGaussians(1.0, self.selection_multiplier, 1))
+        return tuple(steps) if len(steps) == 1 else gathered(steps)
+
+    @property
+    def pure(self) -> tuple[float, ...]:
+        """ε of the plan's releases of pure DP."""
+        return (self.selection_epsilon,) if self.selection_epsilon else ()
+
+    def events(self) -> tuple[LedgerEvent, ...]:
+        """Return the events of the whole plan, all steps in one round."""
+        found = []
+        if self.selection_multiplier:
+            found.append(
+                LedgerEvent(
+                    run=self.run,
+                    unit="record",
+                    server_round=0,
+                    releases=1,
+                    sampling_rate=1.0,
+                    noise_multiplier=self.selection_multiplier,
+                    kind="exponential" if self.selection_epsilon else "gaussian",
+                    pure_epsilon=self.selection_epsilon,
+                )
+            )
+        if self.releases:
+            found.append(
+                LedgerEvent(
+                    run=self.run,
+                    unit="record",
+                    server_round=1,
+                    releases=self.releases,
+                    sampling_rate=self.sampling_rate,
+                    noise_multiplier=self.noise_multiplier,
+                )
+            )
+        return tuple(found)
+
+    def covers_selection(self, event: LedgerEvent) -> bool:
+        """Return True if an event is the selection that this plan has."""
+        terms = (self.selection_multiplier, self.selection_epsilon)
+        return event.is_selection and (event.noise_multiplier, event.pure_epsilon) == terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +194,15 @@ class LedgerContent:
         largest = max(largest, damaged_as)
         return sum(event.releases for event in self.events) + self.damaged * largest
 
+    def steps(self, run: str | None = None, *, damaged_as: int = 1) -> int:
+        """Return the number of releases as `releases` does, without the selections of starts."""
+        rounds = tuple(event for event in self.events if not event.is_selection)
+        return replace(self, events=rounds).releases(run, damaged_as=damaged_as)
+
+    def selections(self, run: str | None = None) -> tuple[LedgerEvent, ...]:
+        """Return the selections of starts of one run, or of all runs."""
+        return tuple(event for event in self.events if event.is_selection and run in (None, event.run))
+
     def last_round(self, run: str) -> int:
         """Return the last round of a run that has an event in the ledger; 0 if there is none."""
         return max((event.server_round for event in self.events if event.run == run), default=0)
@@ -130,10 +221,16 @@ class LedgerContent:
         further = tuple(further)
         if self.damaged and not (self.events or further):
             return math.inf
+        if pure := self.pure(further):
+            return mixed_epsilon(self.charges(further), pure, delta, grid)
         return composed_epsilon(self.charges(further), delta, grid)
 
+    def pure(self, further: Iterable[LedgerEvent] = ()) -> tuple[float, ...]:
+        """Return ε of each choice by the exponential mechanism, sorted."""
+        return tuple(sorted(event.pure_epsilon for event in (*self.events, *further) if event.pure_epsilon))
+
     def charges(self, further: Iterable[LedgerEvent] = ()) -> tuple[SampledGaussians, ...]:
-        """Return the releases that `epsilon` composes, with equal releases grouped."""
+        """Return the Gaussian releases that `epsilon` composes, with equal releases grouped."""
         events = [*self.events, *further]
         if self.damaged and not events:
             raise ValueError(f"the ledger holds {self.damaged} damaged lines and no event: its ε has no bound")
@@ -143,9 +240,12 @@ class LedgerContent:
                 releases=max(event.releases for event in events),
                 sampling_rate=max(event.sampling_rate for event in events),
                 noise_multiplier=min(event.noise_multiplier for event in events),
+                pure_epsilon=0.0,  # a Gaussian release of the least multiplier dominates each choice, too
             )
             events += [worst] * self.damaged
-        return gathered(SampledGaussians(e.sampling_rate, e.noise_multiplier, e.releases) for e in events)
+        return gathered(
+            SampledGaussians(e.sampling_rate, e.noise_multiplier, e.releases) for e in events if not e.pure_epsilon
+        )
 
 
 class Ledger:
@@ -175,6 +275,8 @@ class Ledger:
         fields = asdict(event)
         if event.kind == "gaussian":
             del fields["kind"]
+        if not event.pure_epsilon:
+            del fields["pure_epsilon"]
         self._append(fields)
 
     def reserve(self, plan: ReservedPlan) -> None:
@@ -186,7 +288,11 @@ class Ledger:
         """
         if not plan.is_sound:
             raise ValueError(f"{plan}: not a plan that can be accounted for")
-        self._append({"plan": asdict(plan)})
+        fields = asdict(plan)
+        for name in ("selection_multiplier", "selection_epsilon"):
+            if not fields[name]:
+                del fields[name]
+        self._append({"plan": fields})
 
     def begin(self, header: Mapping[str, Any]) -> None:
         """Append the header and sync it to disk, before the first event that its filter admits, as `record` does.
@@ -286,6 +392,11 @@ def _are_terms(sampling_rate: object, noise_multiplier: object) -> bool:
         and _is_number(noise_multiplier)
         and 0 < noise_multiplier < math.inf
     )
+
+
+def _is_dominated(pure_epsilon: object, noise_multiplier: float) -> bool:
+    """Return True if a Gaussian release of this multiplier dominates pure DP of this ε."""
+    return _is_number(pure_epsilon) and pure_epsilon > 0 and noise_multiplier <= multiplier_of_pure(pure_epsilon)
 
 
 def _is_count(value: object) -> bool:

@@ -3,7 +3,7 @@
 The set of mechanisms is closed on purpose: a new one is a reviewed change here, with a proof and a test.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fl_dualpriv.errors import PrivacyError
@@ -14,6 +14,7 @@ from fl_dualpriv.privacy.accounting import (
     composed_epsilon,
     epsilon,
     gathered,
+    mixed_epsilon,
 )
 from fl_dualpriv.privacy.adaptive import AdaptiveClip
 from fl_dualpriv.privacy.calibration import calibrate_noise_multiplier
@@ -21,6 +22,7 @@ from fl_dualpriv.privacy.clipping import Arithmetic
 from fl_dualpriv.privacy.correlated import CorrelatedNoise
 from fl_dualpriv.privacy.ledger import ReservedPlan
 from fl_dualpriv.privacy.limits import check_clip_norm
+from fl_dualpriv.privacy.selection import Selection
 
 ServerUnit = Literal["client", "record", "nominal"]
 """Unit whose data the noise of the server protects; the noise of ``nominal`` proves nothing."""
@@ -109,6 +111,8 @@ class RecordLevelPlan:
         trusts_server: True if the server sees the clean clipped sum and noises the global prompt itself.
         personal: True if the client also moves a personal prompt, from its own noised copy of the same sum.
         arithmetic: Arithmetic of clipped sums and noise; the ε is the same (see `rounded_gaussian`).
+        selection: Release that selects the start, before the first step; None if the start is public. Each ε of the
+            plan includes it.
 
     Raises:
         ValueError: If ``clip_norm`` is out of range.
@@ -122,6 +126,7 @@ class RecordLevelPlan:
     trusts_server: bool
     personal: bool
     arithmetic: Arithmetic = "float"
+    selection: Selection | None = None
 
     def __post_init__(self) -> None:
         check_clip_norm(self.clip_norm)
@@ -153,10 +158,15 @@ class RecordLevelPlan:
             releases=self.releases,
             sampling_rate=self.sampling_rate,
             noise_multiplier=self.noise_multiplier,
+            selection_multiplier=self.selection.noise_multiplier if self.selection else 0.0,
+            selection_epsilon=self.selection.pure_epsilon if self.selection else 0.0,
         )
 
     def spent(self, releases: int, grid: float = COARSE_GRID) -> float:
-        """Return an upper bound on ε after ``releases`` steps."""
+        """Return an upper bound on ε after ``releases`` steps, with the selection of the start."""
+        if self.selection is not None:
+            plan = replace(self.reserved(""), releases=releases)
+            return mixed_epsilon(plan.charges(), plan.pure, self.delta, grid)
         return epsilon(self.sampling_rate, self.noise_multiplier, releases, self.delta, grid)
 
     def epsilon(self) -> float:
@@ -232,6 +242,9 @@ def noise_multiplier_for(
     return calibrate_noise_multiplier(target_epsilon, delta, sampling_rate, releases)
 
 
+SELECTED_ROW = "selected start"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Release:
     """One kind of release and its guarantee. An ε never stands without its unit, relation, sampling and count.
@@ -262,15 +275,21 @@ class Release:
 
 
 def record_level_releases(plan: RecordLevelPlan, *, shared: bool, scored: bool) -> list[Release]:
-    """List the releases of one client under record-level DP; all are post-processing of the same steps."""
+    """List the releases of one client under record-level DP; all are post-processing of the same steps.
+
+    The ε of each row is the joint one, with the selection of the start. Only the row of the selection shows its own.
+    """
+    selection = plan.selection
 
     def row(release: str, note: str) -> Release:
+        steps = f"Poisson, q = {plan.sampling_rate:g} per step" if plan.releases else ""
+        once = "each record once for the start" if selection else ""
         return Release(
             release=release,
             unit="record",
             relation=NEIGHBORING_RELATION,
-            sampling=f"Poisson, q = {plan.sampling_rate:g} per step",
-            releases=plan.releases,
+            sampling="; ".join(part for part in (steps, once) if part),
+            releases=plan.releases + (selection is not None),
             epsilon=plan.epsilon(),
             delta=plan.delta,
             trusts="server" if plan.trusts_server else "nobody",
@@ -278,6 +297,10 @@ def record_level_releases(plan: RecordLevelPlan, *, shared: bool, scored: bool) 
         )
 
     rows = []
+    if selection is not None:
+        by_itself = "the choice of the start by itself; all other rows include it"
+        start = replace(row(SELECTED_ROW, by_itself), sampling="none: each record once", releases=1)
+        rows.append(replace(start, epsilon=selection.epsilon(plan.delta)))
     if shared and not plan.trusts_server:
         rows.append(row("client upload", "all uploads of one client together"))
     if shared:

@@ -3,7 +3,11 @@
 import secrets
 from collections.abc import Callable, Mapping
 
+from flwr.serverapp import Grid
+from torch import Tensor
+
 from fl_dualpriv import messages
+from fl_dualpriv.config.plans import start_selection_terms
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.methods.published import CLIP, nominal_sigma
@@ -14,7 +18,10 @@ from fl_dualpriv.privacy.plan import ClientLevelPlan, RecordLevelPlan, round_ter
 from fl_dualpriv.run.file_kinds import PLUGINS
 from fl_dualpriv.run.recorder import RunRecorder
 from fl_dualpriv.server.accounting import ServerPrivacy
+from fl_dualpriv.server.rounds import Rounds
+from fl_dualpriv.server.selection import select_start
 from fl_dualpriv.server.strategy import RoundReport, RoundStrategy
+from fl_dualpriv.tasks.base import Task
 from fl_dualpriv.tasks.disclosure import may_score
 
 
@@ -34,7 +41,8 @@ def build_strategy(
     trusts_server = record is not None and record.trusts_server
     rate = config.train.sampling_rate
     private = record is not None or client is not None
-    personal = METHODS[config.method].personal and (record is not None or not private)
+    has_personal = METHODS[config.method].personal or config.chooses_start_by_client
+    personal = has_personal and (record is not None or not private)
     return strategy_class(
         cards=cards,
         hosts=hosts,
@@ -60,6 +68,17 @@ def new_hosts(config: RunConfig, hosts: Mapping[int, int]) -> dict[int, int]:
     """Return the id of the node that scores each new client, by partition: that of client p modulo nodes."""
     last = config.population + config.evaluation.new_clients
     return {p: hosts[p % config.num_supernodes] for p in range(config.population, last)}
+
+
+def selected_start(
+    rounds: Rounds, grid: Grid, config: RunConfig, task: Task, record: RecordLevelPlan | None, prompt: Tensor
+) -> Tensor:
+    """Return p_G before round 1: ``prompt``, or the candidate that the clients select; see `select_start`."""
+    if not config.selects_start:
+        return prompt
+    contexts = task.candidates(config.prompt)
+    terms = start_selection_terms(config, record, len(contexts))
+    return select_start(rounds, grid, prompt, contexts, terms, config.reply_timeout)
 
 
 def server_privacy(

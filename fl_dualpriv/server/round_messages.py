@@ -5,7 +5,11 @@ from torch import Tensor
 
 from fl_dualpriv import messages
 from fl_dualpriv.privacy.plan import RoundTerms
+from fl_dualpriv.privacy.selection import SelectionTerms
 from fl_dualpriv.server.cohort import Asked
+
+SELECTION_GROUP = "select"
+"""Group id of select messages; the group ids of other requests are numbers of rounds."""
 
 
 def train_messages(
@@ -19,6 +23,15 @@ def train_messages(
         )
         content = messages.train_content(request, arrays)
         requests.append(Message(content, node, MessageType.TRAIN, group_id=str(server_round)))
+    return requests
+
+
+def select_messages(asked: Asked, run_token: str, terms: SelectionTerms) -> list[Message]:
+    """Ask each node to let its clients select the start of the prompts."""
+    requests = []
+    for node, partitions in asked.items():
+        request = messages.SelectRequest(partitions=partitions, run_token=run_token, terms=terms)
+        requests.append(Message(messages.select_content(request), node, messages.SELECT, group_id=SELECTION_GROUP))
     return requests
 
 

@@ -73,7 +73,7 @@ class Rounds:
 
     def begin(self, prompt: Tensor) -> Tensor:
         """Save the start before any client is asked under this run's token, and return it."""
-        self._keep(prompt)
+        self.keep(prompt)
         return prompt
 
     def check_delivered(self) -> None:
@@ -132,14 +132,14 @@ class Rounds:
         for server_round in range(reported + 1, strategy.num_rounds + 1):
             if server_round > strategy.rounds_done:
                 asked = strategy.configure_train(server_round, arrays, config, grid)
-                moved, _ = strategy.aggregate_train(server_round, self._replies(grid, asked, timeout))
+                moved, _ = strategy.aggregate_train(server_round, self.replies(grid, asked, timeout))
                 arrays = arrays if moved is None else moved
-                self._keep(messages.from_arrays(arrays))
+                self.keep(messages.from_arrays(arrays))
             asked = strategy.configure_evaluate(server_round, arrays, config, grid)
-            strategy.aggregate_evaluate(server_round, self._replies(grid, asked, timeout))
+            strategy.aggregate_evaluate(server_round, self.replies(grid, asked, timeout))
         return messages.from_arrays(arrays)
 
-    def _replies(self, grid: Grid, asked: Iterable[Message], timeout: float) -> Iterator[Message]:
+    def replies(self, grid: Grid, asked: Iterable[Message], timeout: float) -> Iterator[Message]:
         """Yield the replies; warn once about a dead actor if the run continues without it."""
         for reply in grid.send_and_receive(asked, timeout=timeout):
             dead = self.strategy.tolerates_failures and messages.dead_actor(reply) is not None
@@ -155,7 +155,8 @@ class Rounds:
                 )
             yield reply
 
-    def _keep(self, prompt: Tensor) -> None:
+    def keep(self, prompt: Tensor) -> None:
+        """Write the checkpoint of the current state."""
         strategy = self.strategy
         progress = Progress(
             run_token=strategy.run_token,

@@ -25,10 +25,11 @@ from fl_dualpriv.privacy.clipping import ClippedSum, check_exact, client_sum, cl
 from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey, gaussian_noise, poisson_sample
 from fl_dualpriv.privacy.plan import RoundTerms, ServerUnit
 from fl_dualpriv.privacy.release import release
+from fl_dualpriv.privacy.selection import SelectionTerms
 from fl_dualpriv.server.accounting import RoundAccountant, ServerPrivacy
 from fl_dualpriv.server.cohort import Asked, by_node, collect
 from fl_dualpriv.server.noise_memory import CLIP_NORM, check_next, next_noise, without_noise_memory
-from fl_dualpriv.server.round_messages import score_messages, train_messages
+from fl_dualpriv.server.round_messages import SELECTION_GROUP, score_messages, select_messages, train_messages
 from fl_dualpriv.server.rules import check_bound, check_class
 
 _log = logging.getLogger("fl_dualpriv")
@@ -329,12 +330,25 @@ class RoundStrategy(Strategy):
         if not (math.isfinite(scale := self.sensitivity()) and scale >= 0):
             raise PrivacyError(f"{name}.sensitivity() = {scale}; it must be finite and >= 0 to scale the noise")
 
+    def selection_messages(self, terms: SelectionTerms) -> list[Message]:
+        """Return messages that ask every client to select the start, before round 1."""
+        self._asked = self._everyone
+        return select_messages(self._asked, self.run_token, terms)
+
+    def read_votes(self, replies: Iterable[Message], candidates: int) -> Tensor:
+        """Add up the votes of all clients, (candidate,) float64; a client that fails counts as zero under DP."""
+        partitions, votes = self._read_stack(0, replies, (candidates,), SELECTION_GROUP)
+        self.deliveries += len(partitions)
+        return votes.sum(dim=0)
+
     def _read_uploads(self, server_round: int, replies: Iterable[Message]) -> tuple[list[int], Tensor]:
         """Return the valid uploads, ordered by partition so that float sums repeat; count the rest as failures."""
-        shape = tuple(self._prompt.shape)
-        collection = collect(
-            self._asked, replies, lambda reply: messages.read_uploads(reply, shape), "upload", str(server_round)
-        )
+        return self._read_stack(server_round, replies, tuple(self._prompt.shape), str(server_round))
+
+    def _read_stack(
+        self, server_round: int, replies: Iterable[Message], shape: tuple[int, ...], group: str
+    ) -> tuple[list[int], Tensor]:
+        collection = collect(self._asked, replies, lambda reply: messages.read_uploads(reply, shape), "upload", group)
         self._fail(server_round, collection.failed)
         partitions = [partition for answer in collection.answers for partition in answer.partitions]
         if not partitions:
@@ -348,7 +362,7 @@ class RoundStrategy(Strategy):
                 bad = [p for p, fine in zip(partitions, finite.tolist(), strict=True) if not fine]
                 self._fail(server_round, dict.fromkeys(bad, "the upload is not finite"))
             # Zero, but not a counted failure: what a client learned from its data must not move a public count.
-            diffs = torch.where(finite.reshape(-1, 1, 1), diffs, torch.zeros_like(diffs))
+            diffs = torch.where(finite.reshape(-1, *[1] * len(shape)), diffs, torch.zeros_like(diffs))
         return partitions, diffs
 
     def _fail(self, server_round: int, failed: Mapping[int, str]) -> None:

@@ -88,6 +88,23 @@ class Task(Protocol):
         """Return p_G before round 1, float32 on the CPU."""
         ...
 
+    def candidates(self, prompt: PromptConfig) -> Tensor:
+        """Return the contexts from which a start is selected, (candidate, n_ctx, ctx_dim); public.
+
+        Raises:
+            ConfigError: If a candidate does not fit.
+        """
+        ...
+
+    def answered_rightly(self, data: Any, prompt: PromptConfig) -> Tensor:
+        """Return True where the un-tuned model with a candidate answers a record rightly, (record, candidate) bool.
+
+        Guarantee that every implementation must give:
+            Row i is a function of only record i and of public numbers, bit by bit. The row of a record that cannot be
+            read is False.
+        """
+        ...
+
     def context_of(self, learned: Tensor, config: RunConfig) -> Tensor | None:
         """Return the context prompt that is equivalent to learned factors.
 

@@ -15,7 +15,8 @@ def keeps_bad_records(config: RunConfig) -> bool:
     `config.plans.client_level_plan`), but no plan is calculated.
     """
     record, parts = config.privacy.record, METHODS[config.method]
-    has_record_plan = record.mechanism != "none" and parts.trains and not parts.published_procedure
+    releases = parts.trains or config.selects_start
+    has_record_plan = record.mechanism != "none" and releases and not parts.published_procedure
     return has_record_plan or config.privacy.client.mechanism != "none"
 
 

@@ -33,6 +33,7 @@ from fl_dualpriv.models.pruning.in_tower import PatchReading
 from fl_dualpriv.models.pruning.tokens import TokenPruner
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 from fl_dualpriv.tasks.base import Counts, group_ids, held_groups, names_of_groups, one_thread
+from fl_dualpriv.tasks.candidates import Candidates, answered_rightly, fitting_candidates
 from fl_dualpriv.tasks.class_prior import ClassPriors, class_priors
 from fl_dualpriv.tasks.disclosure import may_choose_on_val
 from fl_dualpriv.tasks.free_rival import FreeForm, PublicModel, choose_free_form
@@ -75,6 +76,8 @@ class ImageTask:
     _held_out: dict[str, ClientData] = field(default_factory=dict)
     _tables: dict[tuple[str, bool], ImageFeatures] = field(default_factory=dict)
     _learners: dict[Hashable, ImageLearner] = field(default_factory=dict)
+    _candidates: dict[Hashable, Candidates] = field(default_factory=dict)
+    _candidate_features: dict[Hashable, Tensor] = field(default_factory=dict)
 
     @property
     def logit_scale(self) -> float:
@@ -208,14 +211,34 @@ class ImageTask:
         return self.held_out(split).features @ self.text.zero_shot_features().T
 
     def _free_form(self, config: RunConfig) -> FreeForm:
-        """Choose the free rival among the models that are public; further candidates belong into the list."""
+        """Choose the free rival among the public models: the user's template, and what its candidates give.
+
+        Without validation records the candidates' ensemble is the fixed choice, where there are candidates.
+        """
         models = [PublicModel(name="un-tuned", logits=self._template_logits)]
+        if config.prompt.candidates.strip():
+            further = self._candidate_models(config.prompt)
+            models = [*models, *further] if may_choose_on_val(config) else [*further, *models]
         validation = (lambda: self._labelled("val")) if may_choose_on_val(config) else None
         # The models' logits are cosines, and the prior is one of the logits of the loss.
         log_prior = None if self.priors is None else self.log_priors / self.logit_scale
         return choose_free_form(
             models, validation, self._held, len(self.data.class_names), config.population, log_prior
         )
+
+    def _candidate_models(self, prompt: PromptConfig) -> list[PublicModel]:
+        """Return the ensemble of the candidates, the prompt of their mean context, and each candidate by itself."""
+        fitting, each = self._fitting(prompt), self._features_of_candidates(prompt)
+        features = {
+            "ensemble of the candidates": self.text.ensemble_features(fitting.contexts),
+            "mean of the candidates": self.text.class_features(fitting.contexts.mean(dim=0)),
+            **{repr(template): own for template, own in zip(fitting.templates, each, strict=True)},
+        }
+
+        def model(name: str, classes: Tensor) -> PublicModel:
+            return PublicModel(name=name, logits=lambda split: self.held_out(split).features @ classes.T)
+
+        return [model(name, classes) for name, classes in features.items()]
 
     @functools.cached_property
     def _held(self) -> Tensor:
@@ -235,6 +258,27 @@ class ImageTask:
     def initial_prompt(self, config: RunConfig) -> Tensor:
         """Return the template's words, a draw from N(0, 0.02²), or the start of another learner; see `Task`."""
         return self.learner(config).initial().cpu()
+
+    def candidates(self, prompt: PromptConfig) -> Tensor:
+        """See `Task` and `fitting_candidates`; on the backbone's device."""
+        return self._fitting(prompt).contexts
+
+    def _fitting(self, prompt: PromptConfig) -> Candidates:
+        key = (prompt.candidates, prompt.n_ctx)
+        if key not in self._candidates:
+            self._candidates[key] = fitting_candidates(self.text, prompt.candidates, prompt.n_ctx)
+        return self._candidates[key]
+
+    def _features_of_candidates(self, prompt: PromptConfig) -> Tensor:
+        key = (prompt.candidates, prompt.n_ctx)
+        if key not in self._candidate_features:
+            contexts = self.candidates(prompt)
+            self._candidate_features[key] = torch.stack([self.text.class_features(context) for context in contexts])
+        return self._candidate_features[key]
+
+    def answered_rightly(self, data: ClientData, prompt: PromptConfig) -> Tensor:
+        """See `Task`; no class prior is applied."""
+        return answered_rightly(self._features_of_candidates(prompt), data)
 
     def context_of(self, learned: Tensor, config: RunConfig) -> Tensor | None:
         """See `Task`."""
@@ -399,8 +443,15 @@ def _check_prompt(config: RunConfig, task: ImageTask) -> None:
             f"{largest}"
         )
     task.text.check_length(prompt.n_ctx)
+    has_candidates = prompt.candidates.strip() != ""
     if prompt.init == "template":
-        task.text.template_context(prompt.n_ctx)  # raises if the template has another length
+        task.text.template_context(prompt.n_ctx, filled=has_candidates)  # raises if the template has another length
+    if has_candidates:
+        found = len(task.candidates(prompt))  # raises if one does not fit
+        if prompt.init == "select" and found < 2:
+            raise ConfigError(
+                f'prompt.init = "select", and prompt.candidates has {found} template that fits; give two or more'
+            )
 
 
 @functools.lru_cache(maxsize=2)

@@ -18,6 +18,7 @@ from fl_dualpriv.learners.prototypes import PrototypeObjective, prototype_direct
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.models.base import Backbone
 from fl_dualpriv.tasks.base import random_prompt
+from fl_dualpriv.tasks.candidates import fitting_candidates
 from fl_dualpriv.towers.base import PromptTower
 
 
@@ -81,9 +82,15 @@ def image_learner(config: RunConfig, backbone: Backbone, text: PromptedText, hea
 
 
 def _words(config: RunConfig, backbone: Backbone, text: PromptedText, purpose: str = "initial-prompt") -> Tensor:
-    """Return the template's words, or draw from N(0, 0.02²) for a purpose."""
-    if config.prompt.init == "template":
-        return text.template_context(config.prompt.n_ctx)
+    """Return the template's words, the mean of the candidates, or a draw from N(0, 0.02²) for a purpose.
+
+    The mean is also where a run begins whose start is selected later.
+    """
+    prompt = config.prompt
+    if prompt.init == "template":
+        return text.template_context(prompt.n_ctx, filled=bool(prompt.candidates.strip()))
+    if prompt.init in ("mean", "select"):
+        return fitting_candidates(text, prompt.candidates, prompt.n_ctx).contexts.mean(dim=0)
     return random_prompt(config.prompt.n_ctx, backbone.ctx_dim, config.seed, purpose)
 
 

@@ -136,6 +136,14 @@ class QuestionTask:
 
         return load_lora(self.backbone, prompt.rank)
 
+    def candidates(self, prompt: PromptConfig) -> Tensor:
+        """Refuse: candidates are templates for class names, and questions have none. See `Task`."""
+        raise ConfigError("prompt.candidates are templates for class names, and questions have none; remove them")
+
+    def answered_rightly(self, data: AnswerRecords, prompt: PromptConfig) -> Tensor:
+        """Refuse, as `candidates` does; see `Task`."""
+        return self.candidates(prompt)
+
     def context_of(self, learned: Tensor, config: RunConfig) -> None:
         """Return None, because LoRA factors have no equivalent context prompt; see `Task`."""
 

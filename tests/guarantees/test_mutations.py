@@ -27,6 +27,7 @@ from tests.guarantees.result_mutations import RESULT_MUTATIONS
 from tests.guarantees.row_mutations import ROW_MUTATIONS
 from tests.guarantees.run_checks import Federation
 from tests.guarantees.score_mutations import SCORE_MUTATIONS
+from tests.guarantees.selection_mutations import SELECTION_MUTATIONS
 from tests.guarantees.server_mutations import SERVER_MUTATIONS
 from tests.guarantees.step_mutations import STEP_MUTATIONS
 
@@ -43,6 +44,7 @@ MUTATIONS = (
     *FILTER_MUTATIONS,
     *RESULT_MUTATIONS,
     *SCORE_MUTATIONS,
+    *SELECTION_MUTATIONS,
 )
 Call = Callable[[Check], None]
 Noting = Callable[[str, str], None]

@@ -104,7 +104,15 @@ def rest_buys(chosen: PrivacyFilter, made: LedgerContent, plan: ReservedPlan) ->
 
 def plan_words(plan: ReservedPlan) -> str:
     """Describe a plan in words."""
-    return f"{plan.releases} releases at q = {plan.sampling_rate:g} and z = {plan.noise_multiplier:g}"
+    words = f"{plan.releases} releases at q = {plan.sampling_rate:g} and z = {plan.noise_multiplier:g}"
+    return f"{words}, {selection_words(plan)}" if plan.selection_multiplier else words
+
+
+def selection_words(plan: ReservedPlan) -> str:
+    """Describe the selection of a plan's start in words."""
+    if plan.selection_epsilon:
+        return f"after a choice of the start at ε = {plan.selection_epsilon:g}"
+    return f"after a vote on the start at z = {plan.selection_multiplier:g}"
 
 
 def budget_words(budget: Budget) -> str:

@@ -61,7 +61,8 @@ class Budget:
             that a server chooses after seeing earlier releases.
         delta: δ at which ``epsilon`` is stated, in (0, 1).
         max_sampling_rate: Largest q of a step.
-        min_noise_multiplier: Smallest z of a step.
+        min_noise_multiplier: Smallest z of a step, and of the selection of a start. A choice by the exponential
+            mechanism has the z of the Gaussian release that dominates it.
         max_clip_norm: Largest C of a step.
         trusts_server: True if a clean clipped sum may go to the server.
         scores: True if accuracies on the held-out images may leave. Set it only if those images are public.
@@ -102,6 +103,12 @@ class Budget:
             problems.append(f"sampling rate {plan.sampling_rate:g}, at most {self.max_sampling_rate:g}")
         if not plan.noise_multiplier >= self.min_noise_multiplier:
             problems.append(f"noise multiplier {plan.noise_multiplier:g}, at least {self.min_noise_multiplier:g}")
+        if plan.selection is not None and not plan.selection.noise_multiplier >= self.min_noise_multiplier:
+            problems.append(
+                f"a selection of the start at noise multiplier {plan.selection.noise_multiplier:.4g}"
+                f"{' (of its dominating Gaussian)' if plan.selection.pure_epsilon else ''}, at least "
+                f"{self.min_noise_multiplier:g}"
+            )
         if not plan.clip_norm <= self.max_clip_norm:
             problems.append(f"clip norm {plan.clip_norm:g}, at most {self.max_clip_norm:g}")
         if plan.trusts_server and not self.trusts_server:

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 
 from fl_dualpriv.errors import PrivacyError
-from fl_dualpriv.privacy.accounting import renyi_bound, renyi_divergence
+from fl_dualpriv.privacy.accounting import pure_renyi_divergence, renyi_bound, renyi_divergence
 from fl_dualpriv.privacy.filters.base import budget_words, header_of, largest, rest_buys
 from fl_dualpriv.privacy.filters.budget import Budget
 from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent, ReservedPlan
@@ -51,7 +51,7 @@ class RenyiFilter:
 
         A damaged line is charged as the largest round at the worst terms.
         """
-        total = math.fsum(self._cost(e.releases, e.sampling_rate, e.noise_multiplier) for e in made.events)
+        total = math.fsum(self._cost_of(event) for event in made.events)
         budget = self.budget
         if not made.damaged:
             return total
@@ -63,9 +63,14 @@ class RenyiFilter:
     def _cost(self, releases: int, sampling_rate: float, noise_multiplier: float) -> float:
         return releases * renyi_divergence(sampling_rate, noise_multiplier, self.order)
 
+    def _cost_of(self, event: LedgerEvent) -> float:
+        if event.pure_epsilon:
+            return pure_renyi_divergence(event.pure_epsilon, self.order)
+        return self._cost(event.releases, event.sampling_rate, event.noise_multiplier)
+
     def check(self, made: LedgerContent, plan: ReservedPlan, event: LedgerEvent) -> None:
         """See `PrivacyFilter.check`."""
-        cost = self._cost(event.releases, event.sampling_rate, event.noise_multiplier)
+        cost = self._cost_of(event)
         if not self.spent(made) + cost <= self.bound:
             raise PrivacyError(
                 f"{budget_words(self.budget)}; {self.balance(made)}. The round, {event.releases} releases at "

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fl_dualpriv.errors import PrivacyError
-from fl_dualpriv.privacy.accounting import COARSE_GRID, SampledGaussians, composed_epsilon
+from fl_dualpriv.privacy.accounting import COARSE_GRID, SampledGaussians, composed_epsilon, mixed_epsilon
 from fl_dualpriv.privacy.filters.base import budget_words, header_of, most_releases, plan_words, rest_buys
 from fl_dualpriv.privacy.filters.budget import Budget
 from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent, ReservedPlan
@@ -54,6 +54,12 @@ class ReserveFilter:
         charge = SampledGaussians(sampling_rate, noise_multiplier, releases)
         return composed_epsilon((charge,), self.run_delta, COARSE_GRID)
 
+    def plan_cost(self, plan: ReservedPlan) -> float:
+        """Return ε_i of a plan with the selection of its start."""
+        if not plan.selection_multiplier:
+            return self.cost(plan.releases, plan.sampling_rate, plan.noise_multiplier)
+        return mixed_epsilon(plan.charges(), plan.pure, self.run_delta, COARSE_GRID)
+
     def charges(self, made: LedgerContent) -> list[float]:
         """Return ε_i of each plan in the ledger, of each run that has events without a plan, and of each damaged line.
 
@@ -61,7 +67,7 @@ class ReserveFilter:
         the run's largest q and smallest z. A damaged line may have been a plan, so it is charged as the largest plan
         that the owner admits.
         """
-        charges = [self.cost(plan.releases, plan.sampling_rate, plan.noise_multiplier) for plan in made.plans]
+        charges = [self.plan_cost(plan) for plan in made.plans]
         charges += [self.cost(*terms) for terms in _unplanned(made).values()]
         largest = self.budget.filter.max_run_epsilon
         return charges + [self.budget.epsilon if largest is None else largest] * made.damaged
@@ -87,21 +93,22 @@ class ReserveFilter:
             )
         after = made if known else _with_plan(made, plan)
         self._check_total(made, after, plan)
-        if made.releases(plan.run) + event.releases > plan.releases:
+        if event.is_selection:
+            if made.selections(plan.run):
+                raise PrivacyError("the start of this run is selected already; a second selection is refused")
+        elif made.steps(plan.run) + event.releases > plan.releases:
             raise PrivacyError(
-                f"{made.releases(plan.run)} of the {plan.releases} reserved releases of this run are made and the "
+                f"{made.steps(plan.run)} of the {plan.releases} reserved releases of this run are made and the "
                 f"round asks for {event.releases} more: the round is refused"
             )
 
     def _check_total(self, made: LedgerContent, after: LedgerContent, plan: ReservedPlan) -> None:
         choice, spent = self.budget.filter, self.charges(after)
         if self.total(spent) <= self.budget.epsilon and (
-            after is made
-            or choice.max_run_epsilon is None
-            or self.cost(plan.releases, plan.sampling_rate, plan.noise_multiplier) <= choice.max_run_epsilon
+            after is made or choice.max_run_epsilon is None or self.plan_cost(plan) <= choice.max_run_epsilon
         ):
             return
-        cost = self.cost(plan.releases, plan.sampling_rate, plan.noise_multiplier)
+        cost = self.plan_cost(plan)
         limit = "" if choice.max_run_epsilon is None else f", at most ε = {choice.max_run_epsilon:g} a run"
         raise PrivacyError(
             f"{budget_words(self.budget)}{limit}; {self.balance(made)}. The whole plan of this run, "
@@ -150,6 +157,13 @@ class ReserveFilter:
 
 
 def _check_plan_covers(plan: ReservedPlan, event: LedgerEvent) -> None:
+    if event.is_selection:
+        if not plan.covers_selection(event):
+            raise PrivacyError(
+                f"a selection of the start at z = {event.noise_multiplier:g} is not in the run's plan, "
+                f"{plan_words(plan)}; it is refused"
+            )
+        return
     if event.kind != "gaussian" or (event.sampling_rate, event.noise_multiplier) != (
         plan.sampling_rate,
         plan.noise_multiplier,
@@ -169,8 +183,13 @@ def _unplanned(made: LedgerContent) -> dict[str, tuple[int, float, float]]:
     room = Counter[tuple[str, float, float]]()
     for plan in made.plans:
         room[plan.run, plan.sampling_rate, plan.noise_multiplier] += plan.releases
+    selected = {plan.run: plan for plan in made.plans}
     run_terms: dict[str, tuple[int, float, float]] = {}
     for event in made.events:
+        plan = selected.get(event.run)
+        if plan is not None and plan.covers_selection(event):
+            del selected[event.run]  # a plan covers one selection
+            continue
         terms = (event.run, event.sampling_rate, event.noise_multiplier)
         if room[terms] >= event.releases:
             room[terms] -= event.releases

@@ -87,6 +87,18 @@ def test_class_names_are_readable(configure: Configure):
     assert build_task(configure()).data.class_names == ("cat", "dog", "red bus", "tree")
 
 
+def test_the_mean_of_the_candidates_is_a_start(configure: Configure):
+    changes: dict[str, ConfigValue] = {"prompt.candidates": "a photo of a {} | art {}", "prompt.n-ctx": 5}
+    task = build_task(configure(changes | {"prompt.init": "mean"}))
+    contexts = task.candidates(configure(changes).prompt)
+    torch.testing.assert_close(task.initial_prompt(configure(changes | {"prompt.init": "mean"})), contexts.mean(dim=0))
+    torch.testing.assert_close(task.initial_prompt(configure(changes)), contexts[0])  # the template, filled in front
+    selected = task.initial_prompt(configure(changes | {"prompt.init": "select"}))
+    torch.testing.assert_close(selected, contexts.mean(dim=0))
+    with pytest.raises(ConfigError, match="1 template that fits; give two or more"):
+        build_task(configure({"prompt.candidates": "a photo of a {}", "prompt.init": "select"}))
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
