@@ -50,7 +50,7 @@ def test_a_context_of_full_length_gives_the_features_of_its_own_template(text: P
 )
 def test_a_candidate_that_does_not_fit_is_named(text: PromptedText, given: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        fitting_candidates(text, given, 4).contexts
+        fitting_candidates(text, given, 4)
 
 
 def test_published_sets_are_open_clips(text: PromptedText, caplog: pytest.LogCaptureFixture) -> None:
@@ -63,13 +63,13 @@ def test_published_sets_are_open_clips(text: PromptedText, caplog: pytest.LogCap
     assert len(contexts) == 6  # "a {} in a video game." has text after the class name
     assert "6 of 7 templates are candidates; 1 are left out" in caplog.text
     with pytest.raises(ConfigError, match=r"set prompt\.n-ctx = 5"):
-        fitting_candidates(text, "clip-imagenet-7", 4).contexts
+        fitting_candidates(text, "clip-imagenet-7", 4)
 
 
 def test_a_published_set_none_of_which_fits_is_refused(text: PromptedText) -> None:
     other = PromptedText(text._backbone, NAMES, "a photo of a {}, up close")
     with pytest.raises(ConfigError, match="none of its 7 templates fits"):
-        fitting_candidates(other, "clip-imagenet-7", 6).contexts
+        fitting_candidates(other, "clip-imagenet-7", 6)
 
 
 def test_the_ensemble_is_the_normalised_mean_of_features(text: PromptedText) -> None:
