@@ -23,7 +23,7 @@ from fl_dualpriv.files import write_bytes, write_json
 from fl_dualpriv.run.tables import epsilon_text
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = "demo.toml"
+BASE = "by-class.toml"
 
 PRIVACY: dict[str, dict[str, ConfigValue]] = {
     "none": {"privacy.record.mechanism": "none"},
@@ -122,7 +122,7 @@ CELLS = (
 
 ABOUT = """\
 Written by `python -m attacks.write_docs` from what the attacks found; not by hand. Every row is
-[demo.toml](../simulations/configs/demo.toml) with the changes named in the script. An attack finds what leaks at least:
+[by-class.toml](../simulations/configs/by-class.toml) with the changes named in the script. An attack finds what leaks at least:
 a small number is no proof, ε is.
 """
 

@@ -37,22 +37,22 @@ class Row:
 
 ROWS = (
     Row("DP-FPL, no privacy", "nonprivate.toml", {}, main=True),
-    Row("DP-FPL + Dual-Priv pruning", "demo.toml", {}, main=True),
-    Row("DP-FPL", "demo.toml", {"pruning.visual-keep-ratio": "1.0", "pruning.update-keep-ratio": "1.0"}, main=True),
-    Row("full (no factorisation)", "demo.toml", {"method": "full"}),
-    Row("low rank (no residual)", "demo.toml", {"method": "lowrank"}),
-    Row("local only", "demo.toml", {"method": "local-only"}),
-    Row("PromptFL", "demo.toml", {"method": "promptfl"}),
-    Row("top-3 residuals", "demo.toml", {"train.top-m": "3"}),
-    Row("top-10 residuals", "demo.toml", {"train.top-m": "10"}),
+    Row("DP-FPL + Dual-Priv pruning", "by-class.toml", {}, main=True),
+    Row("DP-FPL", "by-class.toml", {"pruning.visual-keep-ratio": "1.0", "pruning.update-keep-ratio": "1.0"}, main=True),
+    Row("full (no factorisation)", "by-class.toml", {"method": "full"}),
+    Row("low rank (no residual)", "by-class.toml", {"method": "lowrank"}),
+    Row("local only", "by-class.toml", {"method": "local-only"}),
+    Row("PromptFL", "by-class.toml", {"method": "promptfl"}),
+    Row("top-3 residuals", "by-class.toml", {"train.top-m": "3"}),
+    Row("top-10 residuals", "by-class.toml", {"train.top-m": "10"}),
     Row(
         "noise at the class features",
-        "demo.toml",
+        "by-class.toml",
         {"privacy.record.noise-space": "feature", "privacy.record.clip-norm": "12.0"},
     ),
     Row(
         "DP-FPL by the paper's formulas, **nominal** ε",
-        "demo.toml",
+        "by-class.toml",
         {"method": "dpfpl-paper", "pruning.update-keep-ratio": "1.0"},
     ),
     Row("PromptFL, 100 clients, client level", "client-level.toml", {}),
@@ -115,7 +115,7 @@ def table(results: Mapping[Row, Sequence[Mapping[str, Any]]]) -> str:
             f"| {row.label} | {link}{changes} | {level(summaries[0])} | {n} | "
             f"{start}{scores['final local']} | {scores['final neighbour']} |"
         )
-        if row.config == "nonprivate.toml" or (row.config == "demo.toml" and not row.changes):
+        if row.config == "nonprivate.toml" or (row.config == "by-class.toml" and not row.changes):
             rival = summaries[0]["accuracy"]["free"]["rival"]
             lines[-1:-1] = [
                 f"| zero-shot | {link} | 0 | {n} | {scores['zero_shot local']} | {scores['zero_shot neighbour']} |",

@@ -346,7 +346,7 @@ def report_federated() -> None:
     Figures are mean ± standard deviation over three seeds, on the test split, in percent. A gain is relative to
     zero-shot in the same run.
     """
-    rows = [row for row in report.ROWS if row.config in ("nonprivate.toml", "demo.toml") and not row.changes]
+    rows = [row for row in report.ROWS if row.config in ("nonprivate.toml", "by-class.toml") and not row.changes]
     with tempfile.TemporaryDirectory() as folder:
         for row in rows:
             summaries = [report.run(row, seed, "test", Path(folder)) for seed in range(3)]

@@ -36,11 +36,11 @@ def prompts(config: str, changes: dict[str, Any], device: str, out: Path) -> dic
 @pytest.mark.parametrize(
     ("config", "changes"),
     [
-        ("demo.toml", {}),
-        ("demo.toml", {"method": "dpfpl-paper", "pruning.update-keep-ratio": 1.0}),
-        ("demo.toml", CLIENT_LEVEL),
-        ("demo.toml", {"pruning.update-rule": "past", "pruning.update-warm-up": 1, "train.optimizer": "adam"}),
-        ("demo.toml", {"privacy.record.noise-space": "feature"}),
+        ("by-class.toml", {}),
+        ("by-class.toml", {"method": "dpfpl-paper", "pruning.update-keep-ratio": 1.0}),
+        ("by-class.toml", CLIENT_LEVEL),
+        ("by-class.toml", {"pruning.update-rule": "past", "pruning.update-warm-up": 1, "train.optimizer": "adam"}),
+        ("by-class.toml", {"privacy.record.noise-space": "feature"}),
         ("vqa.toml", {}),
     ],
     ids=["record-level", "as-published", "client-level", "past-mask-adam", "feature-noise", "questions"],
@@ -57,7 +57,7 @@ def test_a_cuda_device_gives_the_prompts_of_the_cpu(config: str, changes: dict[s
 
 def test_bfloat16_on_a_cuda_device_ends_and_is_near(tmp_path: Path):
     changes = {"backbone.precision": "bf16"}
-    exact = prompts("demo.toml", {}, "cpu", tmp_path / "fp32")["global"]
-    coarse = prompts("demo.toml", changes, "cuda", tmp_path / "bf16")["global"]
+    exact = prompts("by-class.toml", {}, "cpu", tmp_path / "fp32")["global"]
+    coarse = prompts("by-class.toml", changes, "cuda", tmp_path / "bf16")["global"]
     assert torch.isfinite(coarse).all()
     assert torch.nn.functional.cosine_similarity(exact.flatten(), coarse.flatten(), dim=0) > 0.9

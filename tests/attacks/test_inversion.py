@@ -123,6 +123,6 @@ def test_what_cannot_be_inverted_is_said(
 @pytest.mark.slow
 @pytest.mark.parametrize(("privacy", "low", "high"), [(NO_DP, 0.7, 1.0), ({}, -0.3, 0.1)], ids=["none", "epsilon 4"])
 def test_the_demo(privacy: dict[str, Any], low: float, high: float):
-    file = read_toml(APP_DIR / "simulations" / "configs" / "demo.toml")
+    file = read_toml(APP_DIR / "simulations" / "configs" / "by-class.toml")
     found = audit_inversion(RunConfig.from_run_config(merge(DEFAULTS, file, privacy)), 0, uploads=4)
     assert low < found.recovered <= high

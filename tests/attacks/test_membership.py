@@ -279,7 +279,7 @@ def test_claims(base: dict[str, Any]):
 @pytest.mark.slow
 def test_the_demo_at_epsilon_1_is_below_the_bar():
     """No attack may tell more than 0.55 on the demo at ε = 1 (its ceiling is 0.73)."""
-    file = read_toml(APP_DIR / "simulations" / "configs" / "demo.toml")
+    file = read_toml(APP_DIR / "simulations" / "configs" / "by-class.toml")
     config = RunConfig.from_run_config(merge(DEFAULTS, file, {"privacy.record.epsilon": 1.0}))
     found = audit_membership(config, 0, trainings=8, records=32)
     assert found.mia_auc <= 0.55

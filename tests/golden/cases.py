@@ -34,7 +34,7 @@ class Case:
 def _of_method(method: str) -> Case:
     if method in OWN_CONFIG:
         return Case(name=method, config=f"simulations/configs/{method}.toml", values=TWO_ROUNDS)
-    config = "simulations/configs/demo.toml"
+    config = "simulations/configs/by-class.toml"
     values = (f"method={method}", *TWO_ROUNDS)
     # The published procedure has no update pruning, and nothing is trained without a method.
     pruned_updates = () if method not in ("dpfpl-paper", "zero-shot") else ("pruning.update-keep-ratio=1.0",)
@@ -42,8 +42,8 @@ def _of_method(method: str) -> Case:
 
 
 CASES = (
-    Case(name="demo", config="simulations/configs/demo.toml"),
-    Case(name="resume", config="simulations/configs/demo.toml", values=("rounds=3",), is_cut_off=True),
+    Case(name="demo", config="simulations/configs/by-class.toml"),
+    Case(name="resume", config="simulations/configs/by-class.toml", values=("rounds=3",), is_cut_off=True),
     Case(name="questions", config="simulations/configs/vqa.toml", values=TWO_ROUNDS),
     Case(
         name="client level",
@@ -60,7 +60,7 @@ CASES = (
         config="simulations/configs/dp-ftrl.toml",
         values=("privacy.randomness=seeded", "rounds=4", "evaluation.every=4"),
     ),
-    Case(name="integer", config="simulations/configs/demo.toml", values=("privacy.arithmetic=integer", *TWO_ROUNDS)),
+    Case(name="integer", config="simulations/configs/by-class.toml", values=("privacy.arithmetic=integer", *TWO_ROUNDS)),
     Case(
         name="integer, client level",
         config="simulations/configs/client-level.toml",
@@ -68,7 +68,7 @@ CASES = (
     ),
     Case(
         name="trusts-server",
-        config="simulations/configs/demo.toml",
+        config="simulations/configs/by-class.toml",
         values=("privacy.record.trusts-server=true", "train.local-steps=1", *TWO_ROUNDS),
     ),
     Case(

@@ -74,7 +74,7 @@ def exchanged(train: DemoSplit) -> DemoSplit:
     return replace(train, labels=labels, sketches=255 - train.sketches[order], domains=train.domains[order])
 
 
-@pytest.mark.parametrize(("level", "config"), [("record", "demo.toml"), ("client", "client-level.toml")])
+@pytest.mark.parametrize(("level", "config"), [("record", "by-class.toml"), ("client", "client-level.toml")])
 @pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_demo_over_other_images_leaves_the_same_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: Any, config: str, step: int

@@ -211,7 +211,7 @@ def test_the_output_says_what_a_filter_would_charge(
     search = tmp_path / "search.toml"
     search.write_text(
         "trials = 2\nfinalists = 1\ntuning-seeds = [7, 8]\nseeds = [0]\nepsilons = [4.0, inf]\n[common]\n"
-        '[bases.demo]\ntitle = "small"\nconfig = "demo.toml"\n'
+        '[bases.demo]\ntitle = "small"\nconfig = "by-class.toml"\n'
         '[values.with-noise]\n"train.global-learning-rate" = [0.5, 0.1]\n'
         '[values.without-noise]\n"train.global-learning-rate" = [0.5, 0.1]\n[[methods]]\nname = "one"\n'
         'keys = { "method" = "promptfl" }\ntunes = ["train.global-learning-rate"]\n'
@@ -219,7 +219,7 @@ def test_the_output_says_what_a_filter_would_charge(
     monkeypatch.setattr(tune, "run_all", lambda cells, *_, may_fail: [_summary(0.3, 0.5) for _ in cells])
     monkeypatch.setattr("sys.argv", ["tune", str(search)])
     tune.main()
-    plan = record_level_plan(RunConfig.from_run_config(merge(app_defaults(ROOT), read_toml(CONFIGS / "demo.toml"))))
+    plan = record_level_plan(RunConfig.from_run_config(merge(app_defaults(ROOT), read_toml(CONFIGS / "by-class.toml"))))
     assert plan is not None
     charge = 3 * epsilon_of(plan.sampling_rate, plan.noise_multiplier, plan.releases, plan.delta / 3, COARSE_GRID)
     said = f"3 tuning runs read validation data, outside of that ε; the filter reserve would charge ε = {charge:.4g}"
