@@ -53,7 +53,8 @@ class PromptConfig:
     """Kind, shape and start of the prompt; ``rank <= ctx_dim`` is checked once the backbone is known.
 
     ``words`` are the template of questions: the text that the un-tuned model reads, and a possible start of a prompt.
-    ``personalisation`` is the rule of p_L; ``personal_memory`` is β of the noise-aware ones.
+    ``personalisation`` is the rule of p_L; ``personal_memory`` is β of the noise-aware ones, per release or, for
+    ``collective``, per round.
     """
 
     learner: Literal["context", "head", "lora"]
@@ -61,7 +62,7 @@ class PromptConfig:
     rank: int
     init: Literal["template", "random", "zeros"]
     words: str
-    personalisation: Literal["published", "scalar", "singular"]
+    personalisation: Literal["published", "scalar", "singular", "collective"]
     personal_memory: float
 
 
