@@ -25,18 +25,24 @@ SELECT = "train.select"
 PromptKind = Literal["zero-shot", "free", "global", "personal"]
 """Prompt that is scored; ``free`` is the un-tuned model with the best use of public knowledge."""
 _SCORE = ("total", "correct", "held")
+_GLOBAL, _PARTS = "global-prompt", "personal-parts"
 _DEAD_ACTOR = re.compile(r"<class 'ray\.exceptions\.(ActorDied|RayActor)Error'>:")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """Request of the server to a node in one round: train these of its clients."""
+    """Request of the server to a node in one round: train these of its clients.
+
+    ``personal_parts`` are the clients' personal prompts if the server makes them, (client, n_ctx, ctx_dim), in the
+    order of ``partitions``.
+    """
 
     partitions: tuple[int, ...]
     global_prompt: Tensor
     server_round: int
     run_token: str
     terms: RoundTerms
+    personal_parts: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +56,14 @@ class SelectRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRequest:
-    """Request of the server to a node: score this prompt for these of its clients."""
+    """Request of the server to a node: score this prompt for these of its clients; parts as in `TrainRequest`."""
 
     partitions: tuple[int, ...]
     global_prompt: Tensor
     server_round: int
     run_token: str
     prompt: PromptKind
+    personal_parts: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +112,30 @@ class Scores:
 
 
 def to_arrays(prompt: Tensor) -> ArrayRecord:
-    """Wrap the global prompt, the only tensor that the server ever sends."""
-    return _pack("global-prompt", prompt)
+    """Wrap the global prompt, the only tensor that the server sends beside personal parts that it made."""
+    return _pack(_GLOBAL, prompt)
 
 
 def from_arrays(arrays: ArrayRecord) -> Tensor:
     """Return the global prompt that `to_arrays` wrapped."""
-    return _unpack(arrays, "global-prompt")
+    return _unpack(arrays, _GLOBAL)
+
+
+def _request_arrays(request: TrainRequest | EvaluateRequest, arrays: ArrayRecord | None) -> ArrayRecord:
+    """Return the arrays of a request; ``arrays`` is the global prompt if it is packed already."""
+    packed = to_arrays(request.global_prompt) if arrays is None else arrays
+    if request.personal_parts is None:
+        return packed
+    return ArrayRecord({**packed, **_pack(_PARTS, request.personal_parts)})
+
+
+def _read_request_arrays(message: Message) -> tuple[Tensor, Tensor | None]:
+    """Return the global prompt, and the personal parts or None; see `_request_arrays`."""
+    arrays = message.content.array_records["arrays"]
+    if _PARTS not in arrays:
+        return from_arrays(arrays), None
+    others = ArrayRecord({name: array for name, array in arrays.items() if name != _PARTS})
+    return from_arrays(others), _unpack(ArrayRecord({_PARTS: arrays[_PARTS]}), _PARTS)
 
 
 def _pack(name: str, tensor: Tensor) -> ArrayRecord:
@@ -141,7 +165,7 @@ def train_content(request: TrainRequest, arrays: ArrayRecord | None = None) -> R
             "arithmetic": request.terms.arithmetic,
         }
     )
-    return RecordDict({"arrays": to_arrays(request.global_prompt) if arrays is None else arrays, "config": config})
+    return RecordDict({"arrays": _request_arrays(request, arrays), "config": config})
 
 
 def read_train(message: Message) -> TrainRequest:
@@ -157,9 +181,11 @@ def read_train(message: Message) -> TrainRequest:
         raise ValueError(f"mechanism = {mechanism!r:.40}, trusts-server = {trusts_server!r:.40} in a train message")
     if arithmetic not in ("float", "integer"):
         raise ValueError(f"arithmetic = {arithmetic!r:.40} in a train message; allowed: float, integer")
+    global_prompt, personal_parts = _read_request_arrays(message)
     return TrainRequest(
         partitions=_ids(config["partitions"]),
-        global_prompt=from_arrays(message.content.array_records["arrays"]),
+        global_prompt=global_prompt,
+        personal_parts=personal_parts,
         server_round=_whole(config["server-round"]),
         run_token=str(config["run-token"]),
         terms=RoundTerms(
@@ -228,7 +254,7 @@ def evaluate_content(request: EvaluateRequest, arrays: ArrayRecord | None = None
             "prompt": request.prompt,
         }
     )
-    return RecordDict({"arrays": to_arrays(request.global_prompt) if arrays is None else arrays, "config": config})
+    return RecordDict({"arrays": _request_arrays(request, arrays), "config": config})
 
 
 def read_evaluate(message: Message) -> EvaluateRequest:
@@ -237,9 +263,11 @@ def read_evaluate(message: Message) -> EvaluateRequest:
     kind = config["prompt"]
     if kind not in ("zero-shot", "free", "global", "personal"):
         raise ValueError(f"prompt = {kind!r} in an evaluate message; allowed: zero-shot, free, global, personal")
+    global_prompt, personal_parts = _read_request_arrays(message)
     return EvaluateRequest(
         partitions=_ids(config["partitions"]),
-        global_prompt=from_arrays(message.content.array_records["arrays"]),
+        global_prompt=global_prompt,
+        personal_parts=personal_parts,
         server_round=_whole(config["server-round"]),
         run_token=str(config["run-token"]),
         prompt=kind,

@@ -56,6 +56,7 @@ class RunContext:
         self.sources = random_sources(config.privacy.randomness)
         self.terms = round_terms(self.plan, config.train.sampling_rate, config.train.local_steps)
         self.personalisation = personalisation(config)
+        self.personal_is_given = personal_is_given(config)
         self.selection_terms: SelectionTerms | None = None
         if config.selects_start:
             count = len(self.task.candidates(config.prompt))
@@ -138,9 +139,9 @@ class RunContext:
 
 
 def personalisation(config: RunConfig) -> Personalisation | None:
-    """Return the numbers of noise-aware personal prompts, or None if p_L moves by gradient steps or does not exist."""
+    """Return the numbers of the personal prompts that a client shrinks itself, or None if it does not."""
     parts = METHODS[config.method]
-    if config.prompt.personalisation == "published" or not parts.personal:
+    if config.prompt.personalisation in ("published", "collective") or not parts.personal:
         return None
     return Personalisation(
         shrinkage=config.prompt.personalisation,
@@ -148,6 +149,11 @@ def personalisation(config: RunConfig) -> Personalisation | None:
         local_learning_rate=config.train.local_learning_rate,
         global_learning_rate=config.train.global_learning_rate if parts.shared else 0.0,
     )
+
+
+def personal_is_given(config: RunConfig) -> bool:
+    """Return True if the server makes the clients' personal prompts and sends them, see `server.collective`."""
+    return config.prompt.personalisation == "collective" and METHODS[config.method].personal
 
 
 class Sized(Protocol):
@@ -171,6 +177,16 @@ def chunks(partitions: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     """Yield groups of at most ``size`` clients, in order."""
     for start in range(0, len(partitions), size):
         yield partitions[start : start + size]
+
+
+def check_part(part: Tensor) -> None:
+    """Refuse a personal prompt of the server that is not finite.
+
+    Raises:
+        PrivacyError: If an entry is not finite.
+    """
+    if not bool(torch.isfinite(part).all()):
+        raise PrivacyError("the request has a personal part that is not finite; it is refused")
 
 
 class Failures(dict[int, str]):
@@ -285,6 +301,30 @@ class Node:
             raise PrivacyError("a message names a client twice, or one that this node does not host; it is refused")
         return sorted(partitions)
 
+    def parts_of(self, request: messages.TrainRequest | messages.EvaluateRequest) -> dict[int, Tensor]:
+        """Check the personal prompts that the server sent, and return them by client; empty if none belong there.
+
+        Raises:
+            PrivacyError: If the request has parts that do not belong there, or not one of the prompt's shape and type
+                for each named client.
+        """
+        parts, given = request.personal_parts, self.run_context.personal_is_given
+        if isinstance(request, messages.EvaluateRequest):
+            given = given and request.prompt == "personal"
+        if not given:
+            if parts is not None:
+                raise PrivacyError("the request has personal parts, and the server makes none here; it is refused")
+            return {}
+        if parts is None:
+            raise PrivacyError("the request has no personal parts, and the server makes them here; it is refused")
+        expected = (len(request.partitions), *self.run_context.prompt_shape)
+        if tuple(parts.shape) != expected or parts.dtype != torch.float32:
+            raise PrivacyError(
+                f"the request has personal parts of shape {tuple(parts.shape)}, {parts.dtype}; this run's are "
+                f"{expected}, torch.float32"
+            )
+        return dict(zip(request.partitions, parts, strict=True))
+
     def score(self, request: messages.EvaluateRequest) -> messages.Scores:
         """Score the zero-shot, the free, the global or the personal prompt of each requested client on held-out images.
 
@@ -302,6 +342,7 @@ class Node:
             for partition in partitions:
                 self.folder(partition).log_refusal(request.run_token, f"evaluate, round {request.server_round}", reason)
             raise PrivacyError(reason)
+        parts = self.parts_of(request)
         held = run_context.held[partitions]
         if request.prompt == "free":
             correct, total = run_context.free_counts
@@ -312,9 +353,11 @@ class Node:
             correct, total = run_context.shared_counts(kind, request.global_prompt)
             table = ScoreTable.of(correct if correct.dim() == 1 else correct[partitions], total, held)
             return messages.Scores(partitions=tuple(partitions), values=table)
-        return self._score_personal(request, partitions)
+        return self._score_personal(request, partitions, parts)
 
-    def _score_personal(self, request: messages.EvaluateRequest, partitions: list[int]) -> messages.Scores:
+    def _score_personal(
+        self, request: messages.EvaluateRequest, partitions: list[int], parts: dict[int, Tensor]
+    ) -> messages.Scores:
         run_context = self.run_context
         failed = Failures(private=run_context.plan is not None)
         correct: dict[int, Tensor] = {}
@@ -328,6 +371,11 @@ class Node:
             prompts: dict[int, Tensor] = {}
             for p in group:
                 try:
+                    if p in parts:
+                        check_part(parts[p])
+                        prompts[p] = run_context.parts.effective(request.global_prompt, parts[p])
+                        self._keep_part(p, parts[p], request)
+                        continue
                     rank, terms = run_context.config.prompt.rank, str(run_context.terms)
                     state = self.folder(p).load(
                         request.run_token, n_ctx, ctx_dim, rank, shapes, terms=terms, partial=True
@@ -364,6 +412,12 @@ class Node:
             return counts
         correct, totals = zip(*task.counts(stacked, config), strict=True)
         return torch.stack(correct), totals[0]
+
+    def _keep_part(self, partition: int, part: Tensor, request: messages.EvaluateRequest) -> None:
+        """Keep a part that came with a score, because after the last round nothing else brings it to the client."""
+        if request.server_round > 0:
+            with contextlib.suppress(OSError):
+                self.folder(partition).keep_part(part, request.global_prompt, request.server_round, request.run_token)
 
     def report_memory(self) -> None:
         """Log the peak memory of the process if it grew; without an owner's state folder, also write it to a file."""

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv import messages
-from fl_dualpriv.client.node import Failures, Node, chunks, personalisation, prompts_at_once
+from fl_dualpriv.client.node import (
+    Failures,
+    Node,
+    check_part,
+    chunks,
+    personal_is_given,
+    personalisation,
+    prompts_at_once,
+)
 from fl_dualpriv.client.optimizers import Optimizer
 from fl_dualpriv.client.pruning import UpdatePruning
 from fl_dualpriv.client.published_step import PublishedTraining, published_updates
@@ -157,6 +165,9 @@ class TrainRound:
             raise PrivacyError(
                 f"the request has a global prompt of type {request.global_prompt.dtype}; it must be torch.float32"
             )
+        part = self._node.parts_of(request).get(partition)
+        if part is not None:
+            check_part(part)
         if run_context.plan is None:
             state = self._state(partition)
             saved_upload = self._kept(partition, state)
@@ -188,6 +199,9 @@ class TrainRound:
         """Load the data and make the participant, after the ledger event, because even reading data is paid for."""
         run_context, server_round = self._run_context, self._request.server_round
         random = functools.partial(_stream, run_context.sources, run_context.config.seed, partition, server_round)
+        part = self._node.parts_of(self._request).get(partition)
+        if part is not None:  # the client's personal prompt of this round is the one that the server made
+            state = replace(state, personal=part.to(self._prompt.device))
         data = run_context.task.client_data(partition, server_round)
         return Participant(partition=partition, state=state, data=data, random=random)
 
@@ -290,6 +304,7 @@ def local_training(config: RunConfig, segments: tuple[int, ...] = ()) -> LocalTr
         factor_rank=config.prompt.rank if METHODS[config.method].factor_steps else 0,
         prompts=2 if METHODS[config.method].pairs else 1,
         personalisation=personalisation(config),
+        personal_is_given=personal_is_given(config),
     )
 
 

@@ -17,6 +17,7 @@ from fl_dualpriv.files import append_json_line, keep_previous, read_metadata, re
 from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent, utc_now
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 
+PART_FILE = "part.safetensors"
 _ROUNDS_KEPT = 2
 _MOST_LETTERS = 200
 _MOST_REFUSED_BYTES = 2**20
@@ -74,6 +75,7 @@ class ClientFolder:
         self._prompt = path / "prompt.safetensors"
         self._previous = path / "prompt.previous.safetensors"
         self._sent = path / "sent.safetensors"
+        self._part = path / PART_FILE
         self._refusals = path / "refusals.jsonl"
         self.ledger = path / "ledger.jsonl"
 
@@ -174,6 +176,14 @@ class ClientFolder:
         tensors[str(server_round)] = upload
         metadata |= {"run-token": run_token, f"prompt-{server_round}": digest(global_prompt)}
         write_tensors(self._sent, tensors, metadata, private=True)
+
+    def keep_part(self, part: Tensor, global_prompt: Tensor, server_round: int, run_token: str) -> None:
+        """Save a p_L that the server made, with the p_G after the same round, see `server.collective`.
+
+        It stands in its own file: the state is changed by rounds only, so that a score cannot set it back.
+        """
+        metadata = {"run-token": run_token, "server-round": str(server_round)}
+        write_tensors(self._part, {"personal": part, "global": global_prompt}, metadata)
 
     def sent(self, server_round: int, global_prompt: Tensor, run_token: str) -> Tensor | None:
         """Return the upload of a round of this run, bit by bit; None if it is not saved, or was for another prompt.

@@ -45,6 +45,7 @@ class LocalTraining:
         prompts: Number of prompts in a gradient, one above the other: 2 (p_G and p_L) if the loss reads both, else 1.
         factor_rank: Rank k if the method's factors take separate steps; u is then kept from round to round. 0 if not.
         personalisation: Noise-aware personal prompts, or None for p_L by gradient steps.
+        personal_is_given: True if the server made the p_L of this round, which then stays as it is in all steps.
     """
 
     local_steps: int
@@ -56,6 +57,7 @@ class LocalTraining:
     factor_rank: int = 0
     prompts: int = 1
     personalisation: Personalisation | None = None
+    personal_is_given: bool = False
 
     def release_memory_shapes(self, n_ctx: int, ctx_dim: int) -> ReleaseMemoryShapes:
         """Return the shapes of the tensors that a client remembers of its releases across steps and rounds."""
@@ -209,6 +211,8 @@ def cohort_update(
         if deviations is not None:
             deviations.follow(mean)
             prompts.personal = deviations.personal
+        elif training.personal_is_given:
+            pass  # it is post-processing of earlier uploads, and no step of this round moves it
         elif parts.personal and parts.factor_steps:
             _move_factors(prompts, direction, training.local_learning_rate)
         elif parts.personal:

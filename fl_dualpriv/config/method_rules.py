@@ -36,6 +36,16 @@ def _shrunk_needs(keys: tuple[str, ...], holds: Callable[[Values], bool], reason
     )
 
 
+def _collective_needs(keys: tuple[str, ...], holds: Callable[[Values], bool], reason: str, advice: str) -> CrossRule:
+    """Make a rule for personal prompts that the server makes of all uploads."""
+    return CrossRule(
+        (_SHRUNK, "method", *keys),
+        lambda v: v[_SHRUNK] != "collective" or v["method"] != "dpfpl" or holds(v),
+        reason,
+        f'set it to "published", or {advice}',
+    )
+
+
 METHOD_RULES: tuple[CrossRule, ...] = (
     CrossRule(
         ("method", "data.ref"),
@@ -113,6 +123,30 @@ METHOD_RULES: tuple[CrossRule, ...] = (
     _must_be(_SHRUNK, "published", ("dpfpl-paper",), "its formulas are the paper's"),
     _must_be(_SHRUNK, "published", ("fedpgp",), "its p_L is the product of two factors, which take their own steps"),
     _must_be(_SHRUNK, "published", ("fedotp",), "its p_L is a second prompt, and no deviation from p_G"),
+    CrossRule(
+        (_SHRUNK, "method"),
+        lambda v: v[_SHRUNK] != "collective" or v["method"] != "local-only",
+        "is made of all clients' uploads, and this method uploads nothing",
+        'set it to "scalar" or "singular", or method = "dpfpl"',
+    ),
+    _collective_needs(
+        ("privacy.record.trusts-server",),
+        lambda v: not v["privacy.record.trusts-server"],
+        "is made of single uploads, and with a trusted server these are clean sums without noise",
+        "privacy.record.trusts-server = false",
+    ),
+    _collective_needs(
+        ("privacy.client.mechanism",),
+        lambda v: v["privacy.client.mechanism"] == "none",
+        "gives a client a function of single uploads before the server's noise, which client-level ε does not cover",
+        'privacy.client.mechanism = "none"',
+    ),
+    _collective_needs(
+        ("train.global-learning-rate",),
+        lambda v: v["train.global-learning-rate"] > 0,
+        "is made of uploads, which are zero if the global prompt does not move",
+        "a train.global-learning-rate above 0",
+    ),
     _shrunk_needs(
         ("train.optimizer",),
         lambda v: v["train.optimizer"] == "sgd",

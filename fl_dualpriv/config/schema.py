@@ -60,7 +60,8 @@ class PromptConfig:
     """Kind, shape and start of the prompt; ``rank <= ctx_dim`` is checked once the backbone is known.
 
     ``words`` are the template of questions: the text that the un-tuned model reads, and a possible start of a prompt.
-    ``personalisation`` is the rule of p_L; ``personal_memory`` is β of the noise-aware ones.
+    ``personalisation`` is the rule of p_L; ``personal_memory`` is β of the noise-aware ones, per release or, for
+    ``collective``, per round.
     ``candidates`` are public templates, see ``config/candidates.py``. With ``init = "select"`` the release ``select``
     chooses one of them, see ``privacy/selection.py``.
     """
@@ -72,7 +73,7 @@ class PromptConfig:
     candidates: str
     select: Literal["federated", "client"]
     words: str
-    personalisation: Literal["published", "scalar", "singular"]
+    personalisation: Literal["published", "scalar", "singular", "collective"]
     personal_memory: float
 
 

@@ -3,6 +3,7 @@
 This module reads and compares the files. `publish.rules` decides what may be published.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, fields
@@ -14,7 +15,7 @@ from torch import Tensor
 from fl_dualpriv.client.node import personalisation
 from fl_dualpriv.client.node_run import NODE_RUN_FILE, SCORED_FILE, NodeRun
 from fl_dualpriv.client.personalisation import NAMES, personal_prompt
-from fl_dualpriv.client.state import PersonalState
+from fl_dualpriv.client.state import PART_FILE, PersonalState
 from fl_dualpriv.config.releases import prior_note
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError, PrivacyError
@@ -109,8 +110,10 @@ def _of_run(folder: Path, client: int | None) -> Material:
                 "node's state folder"
             )
         file = folder / "clients" / f"client-{client:03d}" / "prompt.safetensors"
-        personal = _personal_after(file, token, summary, tensors["global"])
+        personal, late = _personal_after(file, token, summary, tensors["global"])
         prompt = METHODS[summary["method"]].effective(tensors["global"], personal)
+    else:
+        late = ()
     rows = list(summary["privacy"])
     scores, note = _scores_of_run(summary, client)
     prior = str(summary["config"].get("train.class-prior", "none"))  # runs of older versions had no priors
@@ -135,7 +138,7 @@ def _of_run(folder: Path, client: int | None) -> Material:
         deployed=deployed,
         backbone=str(summary["config"]["backbone.name"]),
         pretrained=str(summary["config"]["backbone.pretrained"]),
-        notes=(*note, *(text for text in summary["notes"] if text.startswith("ended early"))),
+        notes=(*note, *late, *(text for text in summary["notes"] if text.startswith("ended early"))),
     )
 
 
@@ -157,11 +160,18 @@ def _use(content: object, method: str) -> UseFacts:
     return parse_use(content)
 
 
-def _personal_after(file: Path, run_token: str, summary: Mapping[str, Any], global_prompt: Tensor) -> Tensor:
-    """Return the personal prompt that belongs to the run's last global prompt; it is the one that the run scored."""
-    personal = _personal(file, run_token)
-    if summary["config"].get("prompt.personalisation", "published") == "published":
-        return personal
+def _personal_after(
+    file: Path, run_token: str, summary: Mapping[str, Any], global_prompt: Tensor
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Return the personal prompt that belongs to the run's last global prompt, and a note if it is an earlier one.
+
+    It is the prompt that the run scored.
+    """
+    personal, rule_name = _personal(file, run_token), summary["config"].get("prompt.personalisation", "published")
+    if rule_name == "published":
+        return personal, ()
+    if rule_name == "collective":
+        return _part_after(file, run_token, summary, personal)
     tensors, metadata = read_tensors(file)
     state = PersonalState(
         personal=personal,
@@ -170,7 +180,19 @@ def _personal_after(file: Path, run_token: str, summary: Mapping[str, Any], glob
         release_memory={name: tensors[name] for name in NAMES},
     )
     rule = personalisation(RunConfig.from_run_config(summary["config"]))
-    return personal_prompt(state, rule, global_prompt, int(summary["rounds"]))
+    return personal_prompt(state, rule, global_prompt, int(summary["rounds"])), ()
+
+
+def _part_after(
+    file: Path, run_token: str, summary: Mapping[str, Any], trained_with: Tensor
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Return the part that the server made after the last round, which comes with the scores of that round."""
+    with contextlib.suppress(FileNotFoundError):
+        tensors, metadata = read_tensors(file.with_name(PART_FILE))
+        if metadata["run-token"] == run_token and int(metadata["server-round"]) == int(summary["rounds"]):
+            return tensors["personal"], ()
+    note = "with the personal part that the last round trained with: nothing is scored, so the final one was not sent"
+    return trained_with, (note,)
 
 
 def _personal(file: Path, run_token: str) -> Tensor:

@@ -66,6 +66,7 @@ RUN_FILES: tuple[RunFile, ...] = (
     RunFile(pattern="prompt.safetensors", kind="operator", why="memory of a client", place="client"),
     RunFile(pattern="prompt.previous.safetensors", kind="operator", why="memory of a client", place="client"),
     RunFile(pattern="sent.safetensors", kind="operator", why="uploads, which may be clean sums", place="client"),
+    RunFile(pattern="part.safetensors", kind="operator", why="personal prompt of a client", place="client"),
     RunFile(pattern="scored.safetensors", kind="operator", why="counts of held-out images", place="client"),
     RunFile(pattern="ledger.jsonl", kind="operator", why="releases of the client, with times", place="client"),
     RunFile(pattern="ledger.lock", kind="operator", why="lock of the ledger", place="client"),

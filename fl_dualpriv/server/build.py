@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Callable, Mapping
 
+import torch
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from fl_dualpriv.privacy.plan import ClientLevelPlan, RecordLevelPlan, round_ter
 from fl_dualpriv.run.file_kinds import PLUGINS
 from fl_dualpriv.run.recorder import RunRecorder
 from fl_dualpriv.server.accounting import ServerPrivacy
+from fl_dualpriv.server.collective import Collective
 from fl_dualpriv.server.rounds import Rounds
 from fl_dualpriv.server.selection import select_start
 from fl_dualpriv.server.strategy import RoundReport, RoundStrategy
@@ -60,7 +62,28 @@ def build_strategy(
         plugin_folder=recorder.folder / PLUGINS,
         new_hosts=new_hosts(config, hosts),
         reports_groups=config.data.asks_questions or config.data.is_by_domain,
+        collective=collective_parts(config, record, cards),
         **options,  # type: ignore[arg-type] - checked against the class's fields
+    )
+
+
+def collective_parts(
+    config: RunConfig, record: RecordLevelPlan | None, cards: Mapping[int, messages.ClientCard]
+) -> Collective | None:
+    """Return the numbers of personal prompts that the server makes, or None if clients make their own or have none.
+
+    An upload is the sum of s releases times η_G. Each release is a clipped sum with noise over the public expected
+    batch q·n_i.
+    """
+    if config.prompt.personalisation != "collective" or not METHODS[config.method].personal:
+        return None
+    train = config.train
+    std = train.global_learning_rate * (record.local_noise_multiplier * record.clip_norm if record else 0.0)
+    batches = torch.tensor([train.sampling_rate * max(1, c.num_examples) for c in cards.values()], dtype=torch.float64)
+    return Collective(
+        memory=config.prompt.personal_memory,
+        rate_ratio=train.local_learning_rate / train.global_learning_rate,
+        noise_variances=train.local_steps * (std / batches).square(),
     )
 
 

@@ -28,6 +28,7 @@ from fl_dualpriv.privacy.release import release
 from fl_dualpriv.privacy.selection import SelectionTerms
 from fl_dualpriv.server.accounting import RoundAccountant, ServerPrivacy
 from fl_dualpriv.server.cohort import Asked, by_node, collect
+from fl_dualpriv.server.collective import Collective, take_memory
 from fl_dualpriv.server.noise_memory import CLIP_NORM, check_next, next_noise, without_noise_memory
 from fl_dualpriv.server.round_messages import SELECTION_GROUP, score_messages, select_messages, train_messages
 from fl_dualpriv.server.rules import check_bound, check_class
@@ -69,7 +70,8 @@ class RoundStrategy(Strategy):
         `CorrelatedNoise`, on its schedule; with ``privacy.adaptive`` the bound of a round is a function of earlier
         releases, one of which is the noised share of small updates. The cohort is drawn over clients, independently of
         the nodes that host them: the number of nodes changes no result. New clients have no card, so no cohort holds
-        one and no train message names one; they are only scored.
+        one and no train message names one; they are only scored. With ``collective`` the server sends each client its
+        own personal prompt, which is made of uploads that the clients noised, see `Collective`.
 
     Args:
         cards: Partition → public card of each client, 0 … population − 1; all of them joined before round 1.
@@ -90,6 +92,7 @@ class RoundStrategy(Strategy):
             are not published, because no proof covers them. None if there is no folder.
         new_hosts: Partition → id of the node that scores a new client; numbered from the population on.
         reports_groups: True if accuracies of single groups are reported.
+        collective: Numbers of personal prompts that the server makes from all uploads; None if clients make their own.
     """
 
     # The author's claim: the units that noise scaled to sensitivity() protects, and the reason why not the others.
@@ -112,6 +115,7 @@ class RoundStrategy(Strategy):
     plugin_folder: Path | None = None
     new_hosts: dict[int, int] = field(default_factory=dict)
     reports_groups: bool = False
+    collective: Collective | None = None
     failures: int = field(default=0, init=False)
     deliveries: int = field(default=0, init=False)
     rounds_done: int = field(default=0, init=False)
@@ -136,6 +140,11 @@ class RoundStrategy(Strategy):
         self.num_examples = {partition: card.num_examples for partition, card in self.cards.items()}
         self._everyone = by_node(order, self.hosts)
         self._new_too = by_node([*order, *self.new_hosts], self.hosts | self.new_hosts)
+        if self.privacy is not None and self.collective is not None:
+            raise PrivacyError(
+                "personal prompts from all uploads need uploads that the clients noised, and here the server adds the "
+                'noise; set prompt.personalisation = "published", or switch the noise of the server off'
+            )
         if self.privacy is not None:
             check_class(type(self), RoundStrategy, self.privacy.unit, self.privacy.arithmetic)
             self._books = RoundAccountant(self.privacy, self.run_token, rounds=self.num_rounds)
@@ -177,6 +186,10 @@ class RoundStrategy(Strategy):
         return self._prompt
 
     # --- fixed ---------------------------------------------------------------------------------------------------
+
+    def personal_parts(self, prompt: Tensor) -> Tensor | None:
+        """Return the clients' personal prompts that go with ``prompt``, (client, n_ctx, ctx_dim), or None."""
+        return None if self.collective is None else self.collective.parts(self.state, prompt.shape)
 
     def bound(self) -> float:
         """Return the L2 norm that one unit can add to the sum of uploads; public.
@@ -231,7 +244,8 @@ class RoundStrategy(Strategy):
             self._books.check(server_round)
         self._round_failures = 0
         self._asked = by_node(self._cohort(server_round), self.hosts)
-        return train_messages(self._asked, arrays, self._prompt, server_round, self.run_token, self.terms)
+        parts = self.personal_parts(self._prompt)
+        return train_messages(self._asked, arrays, self._prompt, server_round, self.run_token, self.terms, parts)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -239,7 +253,11 @@ class RoundStrategy(Strategy):
         """Clip and combine the uploads, add noise, and make the step."""
         partitions, diffs = self._read_uploads(server_round, replies)
         self.deliveries += len(partitions)
+        memory: dict[str, Tensor] = {}
+        if self.collective is not None:  # before the strategy's own code, which may change the uploads in place
+            memory = self.collective.followed(take_memory(self.state), partitions, diffs)
         moved = self._step(server_round, partitions, diffs)
+        self.state |= memory
         if moved.shape != self._prompt.shape:
             expected = tuple(self._prompt.shape)
             raise ValueError(f"{type(self).__name__} made a prompt of shape {tuple(moved.shape)}; expected {expected}")
@@ -396,7 +414,8 @@ class RoundStrategy(Strategy):
     def evaluation_messages(self, server_round: int, prompt: Tensor, kind: messages.PromptKind) -> list[Message]:
         """Return messages that ask every client to score ``prompt``, and new clients unless it is a personal one."""
         self._asked = self._everyone if kind == "personal" else self._new_too
-        return score_messages(self._asked, prompt, server_round, self.run_token, kind)
+        parts = self.personal_parts(prompt) if kind == "personal" else None
+        return score_messages(self._asked, prompt, server_round, self.run_token, kind, parts)
 
     def read_scores(self, server_round: int, replies: Iterable[Message]) -> Scored | None:
         """Return the accuracies of the clients that answered; None if none did."""

@@ -74,8 +74,10 @@ def ledgers(out: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def prompts(out: Path) -> dict[str, Any]:
-    files = [out / "prompts" / "global.safetensors", *sorted(out.glob("clients/*/prompt.safetensors"))]
-    return {f"{f.parent.name} {n}": t.numpy().tobytes() for f in files for n, t in read_tensors(f)[0].items()}
+    files = [out / "prompts" / "global.safetensors"]
+    for name in ("prompt", "part"):
+        files += sorted(out.glob(f"clients/*/{name}.safetensors"))
+    return {f"{f.parent.name} {f.stem} {n}": t.numpy().tobytes() for f in files for n, t in read_tensors(f)[0].items()}
 
 
 def results(out: Path) -> Any:

@@ -39,8 +39,9 @@ LEVELS: dict[str, dict[str, Any]] = {
     "top-m": {"train.top-m": 2},
     "feature": {"privacy.record.noise-space": "feature"},
     "promptfl": {"method": "promptfl", "privacy.record.mechanism": "none"},
+    "collective": {"prompt.personalisation": "collective", "privacy.record.noise-multiplier": 0.3},
 }
-PRIVATE = {"record", "both", "trusts-server", "top-m", "feature"}
+PRIVATE = {"record", "both", "trusts-server", "top-m", "feature", "collective"}
 """Levels at which every client's steps are noised."""
 
 Run = Callable[..., Path]
@@ -102,7 +103,7 @@ def test_few_nodes_give_the_numbers_of_many(run: Run, level: str):
     many = run(0, LEVELS[level])
     expected = prompts(many)
     assert bool(expected["prompts global"].any())
-    for nodes in (1, 2) if level in ("record", "client") else (2,):
+    for nodes in (1, 2) if level in ("record", "client", "collective") else (2,):
         few = run(nodes, LEVELS[level])
         found = prompts(few)
         assert list(found) == list(expected)

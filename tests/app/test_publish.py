@@ -30,6 +30,7 @@ PRUNED = {"pruning.visual-keep-ratio": 0.5, "pruning.visual-fused": 2, "pruning.
 RUNS: dict[str, dict[str, Any]] = {
     "dpfpl": PRUNED,
     "plain": {"population": 2},
+    "collective": {"prompt.personalisation": "collective", "privacy.record.mechanism": "none"},
     "shrunk": {"prompt.personalisation": "scalar", "prompt.personal-memory": 0.9},
     "promptfl": {"method": "promptfl"},
     "head": {"prompt.learner": "head", "method": "promptfl"},
@@ -45,6 +46,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "trusting": {"method": "promptfl", "privacy.record.trusts-server": True},
     "open": {"privacy.record.mechanism": "none"},
 }
+OPEN = ("open", "collective")
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +77,14 @@ def slow_but(*names: str) -> list[Any]:
     return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
 
 
-@pytest.mark.parametrize("name", slow_but("dpfpl", "shrunk", "promptfl"))
+@pytest.mark.parametrize("name", slow_but("dpfpl", "shrunk", "collective", "promptfl"))
 def test_published_prompts_score_what_the_run_reports(
     name: str, runs: Callable[[str], Path], tiny_clip_dir: Path, tmp_path: Path
 ):
     """Of personal prompts the mean over clients, each with its own; of a global prompt every client uses the one."""
     run = runs(name)
     summary = json.loads((run / "summary.json").read_text())
-    options = {"not_private": True} if name == "open" else {}
+    options = {"not_private": True} if name in OPEN else {}
     clients = range(summary["population"])
     if not METHODS[summary["method"]].personal:
         prompts = [exported(run, None, tmp_path / "g.safetensors", tiny_clip_dir, **options)] * len(clients)
@@ -94,8 +96,8 @@ def test_published_prompts_score_what_the_run_reports(
     assert source.scores is not None
     assert (source.scores.local, source.scores.neighbour) == (final["local"], final["neighbour"])
     plan = [row["epsilon"] for row in summary["privacy"] if "prompt" in row["release"]]
-    assert [g.epsilon for g in prompts[0].facts.guarantees] == ([] if name == "open" else [max(plan)])
-    if name not in ("open", "client-level"):
+    assert [g.epsilon for g in prompts[0].facts.guarantees] == ([] if name in OPEN else [max(plan)])
+    if name not in (*OPEN, "client-level"):
         # two rounds of one step at q = 0.15, z = 1: what the client's ledger says, too
         ledger = Ledger(run / "clients" / "client-000" / "ledger.jsonl").read()
         assert ledger.epsilon(1e-3) == plan[0] == epsilon(0.15, 1.0, 2, 1e-3)

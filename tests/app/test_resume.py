@@ -76,7 +76,13 @@ def test_a_run_goes_on_from_the_middle_of_a_round_on_every_level(start: Start, l
     assert ending(start("cut", LEVELS[level], resume=True)) == expected
 
 
-MEMORIES = {  # what the server's noise and steps remember from round to round
+COLLECTIVE: dict[str, Any] = {
+    "privacy.client.mechanism": "none",
+    "privacy.record.mechanism": "gaussian",
+    "privacy.record.noise-multiplier": 0.3,
+    "prompt.personalisation": "collective",
+}
+MEMORIES = {  # what the server's noise, steps and personal parts remember from round to round
     "tree": {"privacy.client.mechanism": "tree", "privacy.client.expected-cohort": 2.0},
     "banded": {"privacy.client.mechanism": "banded", "privacy.client.expected-cohort": 2.0},
     "adaptive": {
@@ -84,10 +90,19 @@ MEMORIES = {  # what the server's noise and steps remember from round to round
         "privacy.client.bit-noise-share": 0.5,
         "strategy.ref": "strategies.fedadam:FedAdam",
     },
+    "collective": COLLECTIVE,
+    "collective beside a Flower strategy": COLLECTIVE
+    | {"strategy.ref": "flwr.serverapp.strategy:FedAvgM", "plugin.flower.server-momentum": 0.9},
 }
 
 
-@pytest.mark.parametrize("memory", ["banded", "adaptive", pytest.param("tree", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "memory",
+    [
+        *("banded", "adaptive", "collective", "collective beside a Flower strategy"),
+        pytest.param("tree", marks=pytest.mark.slow),
+    ],
+)
 def test_what_the_server_remembers_is_as_if_its_rounds_had_never_been_cut_off(start: Start, memory: str):
     """Cut off after the noise of a round was drawn and before that is kept, and after it is kept."""
     changes = CLIENT | MEMORIES[memory] | {"evaluation.every": 3}

@@ -1,6 +1,6 @@
 """What is put into a Flower message comes out again, and nothing unexpected passes."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,46 @@ TRAIN = messages.TrainRequest(partitions=(0, 4), global_prompt=PROMPT, server_ro
 def test_train_task_survives(arrays: ArrayRecord | None):
     back = messages.read_train(message(messages.train_content(TRAIN, arrays)))
     assert torch.equal(back.global_prompt, PROMPT)
-    assert [getattr(back, f.name) for f in fields(back) if f.name != "global_prompt"] == [(0, 4), 7, "abc", TERMS]
+    others = {f.name: getattr(back, f.name) for f in fields(back) if f.name != "global_prompt"}
+    assert list(others.values()) == [(0, 4), 7, "abc", TERMS, None]
+
+
+PARTS = torch.stack([PROMPT + 1, PROMPT + 2])
+
+
+@pytest.mark.parametrize("arrays", [None, messages.to_arrays(PROMPT)], ids=["packed here", "packed before"])
+def test_personal_parts_travel_beside_the_global_prompt(arrays: ArrayRecord | None):
+    content = messages.train_content(replace(TRAIN, personal_parts=PARTS), arrays)
+    assert {name for name in keys(content) if name.startswith("arrays/")} == {
+        "arrays/global-prompt",
+        "arrays/personal-parts",
+    }
+    back = messages.read_train(message(content))
+    assert back.personal_parts is not None
+    assert torch.equal(back.personal_parts, PARTS)
+    assert torch.equal(back.global_prompt, PROMPT)
+    assert arrays is None or list(arrays) == ["global-prompt"]  # the next node gets it too
+    score = messages.EvaluateRequest(
+        partitions=(0, 4),
+        global_prompt=PROMPT,
+        server_round=2,
+        run_token="abc",
+        prompt="personal",
+        personal_parts=PARTS,
+    )
+    scored = messages.read_evaluate(message(messages.evaluate_content(score, arrays)))
+    assert scored.personal_parts is not None
+    assert torch.equal(scored.personal_parts, PARTS)
+
+
+@pytest.mark.parametrize(
+    "names", [("personal-parts",), ("global-prompt", "extra"), ("global-prompt", "personal-parts", "extra")], ids=str
+)
+def test_other_arrays_in_a_task_are_refused(names: tuple[str, ...]):
+    content = messages.train_content(TRAIN)
+    content["arrays"] = ArrayRecord({name: Array(PROMPT.numpy()) for name in names})
+    with pytest.raises(ValueError, match="in a message; expected only 'global-prompt'"):
+        messages.read_train(message(content))
 
 
 @pytest.mark.parametrize(

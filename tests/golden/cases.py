@@ -60,7 +60,9 @@ CASES = (
         config="simulations/configs/dp-ftrl.toml",
         values=("privacy.randomness=seeded", "rounds=4", "evaluation.every=4"),
     ),
-    Case(name="integer", config="simulations/configs/by-class.toml", values=("privacy.arithmetic=integer", *TWO_ROUNDS)),
+    Case(
+        name="integer", config="simulations/configs/by-class.toml", values=("privacy.arithmetic=integer", *TWO_ROUNDS)
+    ),
     Case(
         name="integer, client level",
         config="simulations/configs/client-level.toml",
