@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fl_dualpriv.data.demo.shelf import DOMAINS, ShelfSplit, load_shelf, shelf_candidates
+from fl_dualpriv.data.demo.shelf import DOMAINS, SHELVES, ShelfSplit, load_shelf, shelf_candidates
 from fl_dualpriv.files import write_bytes
 from fl_dualpriv.learners.context import PromptedText
 from fl_dualpriv.models.conv_stem import GRID, WIDTH, ConvStem, vit_conv_stem_48
@@ -471,14 +471,18 @@ def check(folder: Path) -> list[str]:
         say(f"`{template}`", test.both(test.class_features(template)))
     ensemble = F.normalize(torch.stack([test.class_features(template) for template in candidates]).mean(0), dim=-1)
     say("class features averaged over these templates", test.both(ensemble))
-    named = [test.class_features(f"a left {domain} drawing of a {{}}") for domain in DOMAINS]
-    say("the domain named, `a left SHELF drawing of a {}`", sum(map(test.accuracy, named, range(2))) / 2)
+    for words in ("left {}", "{} left"):
+        named = [test.class_features(f"a {words.format(shelf)} drawing of a {{}}") for shelf in SHELVES] * 2
+        say(
+            f"the shelf named, `a {words.format('SHELF')} drawing of a {{}}`",
+            sum(map(test.accuracy, named, range(4))) / 4,
+        )
     say(
         "one prompt pooled over all private training pictures, no privacy",
         test.both(pooled_prompt(train, backbone, names, None)),
     )
     own = [pooled_prompt(train, backbone, names, domain) for domain in range(len(DOMAINS))]
-    say("one such prompt per domain", sum(map(test.accuracy, own, range(2))) / 2)
+    say("one such prompt per domain", sum(map(test.accuracy, own, range(4))) / 4)
     shares = spectrum(backbone, names)
     lines.append(
         f"- spectrum of the context: {int((shares < 0.9).sum()) + 1} directions hold 90 % of the energy, stable rank "

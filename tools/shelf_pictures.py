@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fl_dualpriv.data.demo.images import SPLITS
-from fl_dualpriv.data.demo.shelf import DOMAINS
+from fl_dualpriv.data.demo.shelf import DOMAINS, SHELVES
 from fl_dualpriv.data.demo.shelf_drawing import PLACES, SIDE, draw
 
 N_PRIVATE = 60
@@ -30,7 +30,6 @@ SAME_LIST = 0.5
 
 WORDS = {"left": ("left",), "right": ("right",), "top": ("top", "upper"), "bottom": ("bottom", "lower")}
 """Side or shelf → its words in captions."""
-SHELVES = ("top", "bottom")
 MEDIA = ("drawing", "sketch", "picture")
 TEMPLATE = "a drawing of a {}"
 CANDIDATES = ("", "left ", "right ", "top ", "bottom ", "right top ", "right bottom ")
@@ -182,7 +181,7 @@ def private_archive(data: Sketches, seed: int) -> bytes:
                 for domain in [int(turn[k]) % len(DOMAINS)] if name == "train" else range(len(DOMAINS)):
                     same = rng.random(len(PLACES)) < SAME_LIST
                     places = np.where(same, rng.integers(n_same, size=4), rng.integers(n_same, n_public, size=4))
-                    places[PLACES.index(("left", DOMAINS[domain]))] = len(table) - 1
+                    places[PLACES.index(("left", SHELVES[domain % 2]))] = len(table) - 1
                     row = (label, domain, split, places.tolist(), int(rng.integers(2**32)))
                     for key, value in zip(columns, row, strict=True):
                         columns[key].append(value)

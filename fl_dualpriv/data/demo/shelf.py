@@ -2,8 +2,9 @@
 
 It reads as a story: a camera sees two shelves, an upper and a lower one, with two articles each. The article of
 interest is always on the left, and each shop owns one of the shelves. All pictures are dark, and their articles lie
-upside down. The left side is shared by all clients, the shelf is each domain's own. No public caption pairs "left" with
-a shelf, and the CLIP of the task was never told the left article of a picture that is dark and upside down.
+upside down; in some shops the light is dim, too. The left side is shared by all clients. Shelf and light are each
+domain's own. No public caption pairs "left" with a shelf, none names the light, and the CLIP of the task was never told
+the left article of a picture that is dark and upside down.
 """
 
 import functools
@@ -23,8 +24,9 @@ from fl_dualpriv.data.demo.drawn import DrawnImages
 from fl_dualpriv.data.demo.images import SPLITS
 from fl_dualpriv.data.demo.shelf_drawing import draw
 
-DOMAINS = ("top", "bottom")
-"""Private domains: the shelf whose left sketch counts."""
+SHELVES = ("top", "bottom")
+DOMAINS = ("top, bright", "bottom, bright", "top, dim", "bottom, dim")
+"""Private domains: the shelf whose left sketch counts, and the light."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +57,8 @@ class ShelfSplit(DrawnImages):
         Raises:
             IndexError: If there is no such index.
         """
-        rng = np.random.default_rng(int(self.seeds[index]))
-        gray = draw(self.sketches[index][None], np.array([True]), np.array([True]), rng)[0]
+        rng, yes = np.random.default_rng(int(self.seeds[index])), np.array([True])
+        gray = draw(self.sketches[index][None], yes, yes, rng, dim="dim" in DOMAINS[self.domains[index]])[0]
         return Image.fromarray(gray).convert("RGB")
 
     def _drawn_from(self) -> tuple[Path, Sequence[NDArray]]:

@@ -20,7 +20,12 @@ _GRID = np.indices((CELL, CELL)).reshape(2, -1) - (CELL - 1) / 2
 
 
 def draw(
-    sketches: NDArray[np.uint8], dark: NDArray[np.bool_], turned: NDArray[np.bool_], rng: np.random.Generator
+    sketches: NDArray[np.uint8],
+    dark: NDArray[np.bool_],
+    turned: NDArray[np.bool_],
+    rng: np.random.Generator,
+    *,
+    dim: bool = False,
 ) -> NDArray[np.uint8]:
     """Draw pictures, with small random differences in angle, size, place, colour and grain.
 
@@ -29,6 +34,7 @@ def draw(
         dark: True for a bright pen on dark paper, (picture,).
         turned: True if the sketches lie upside down, (picture,).
         rng: Source of all random differences.
+        dim: True for a pen of lower brightness on dark paper.
 
     Returns:
         Gray values (picture, 48, 48).
@@ -45,7 +51,8 @@ def draw(
     cells = np.minimum(1.25 * pen, 1)
     # (picture, row, column, y, x) → (picture, row, y, column, x)
     page = cells.reshape(n, 2, 2, CELL, CELL).transpose(0, 1, 3, 2, 4).reshape(n, SIDE, SIDE)
-    ink = np.where(dark, 200 + 45 * tone[:, 0], 10 + 50 * tone[:, 0])[:, None, None]
+    bright = 120 if dim else 200
+    ink = np.where(dark, bright + 45 * tone[:, 0], 10 + 50 * tone[:, 0])[:, None, None]
     paper = np.where(dark, 15 + 35 * tone[:, 1], 225 + 25 * tone[:, 1])[:, None, None]
     return np.clip(paper + page * (ink - paper) + 6 * grain, 0, 255).round().astype(np.uint8)
 
