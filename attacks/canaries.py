@@ -16,7 +16,7 @@ holds for any other records, and this choice gives the largest bound.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from attacks.verdict import CANARIES, AuditResult, coins, judge, silenced
+from fl_dualpriv import messages
 from fl_dualpriv.client.node import chunks, personalisation, prompts_at_once
 from fl_dualpriv.client.personalisation import personal_prompt
 from fl_dualpriv.client.round import local_training
@@ -38,6 +39,8 @@ from fl_dualpriv.learners.rows import Batches, per_example_gradients
 from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, RandomSources, StreamKey, random_sources
 from fl_dualpriv.privacy.plan import RecordLevelPlan
+from fl_dualpriv.server.build import collective_parts
+from fl_dualpriv.server.collective import Collective
 from fl_dualpriv.tasks.build import image_task
 from fl_dualpriv.tasks.images import ImageTask
 
@@ -125,21 +128,32 @@ class _Audit:
             sources = silenced(sources, frozenset({"noise"}))
         fresh = fresh_state(*self._prompt.shape, self._config.prompt.rank).to(self._prompt.device)
         states, seen = [fresh] * self._clients, []
+        rule, of_all, memory = personalisation(self._config), self._collective(), dict[str, Tensor]()
         for server_round in range(1, self._config.rounds + 1):
             before, prompt = states, self._prompt
+            if of_all is not None:
+                parts = of_all.parts(memory, prompt.shape).to(prompt)
+                before = [replace(state, personal=part) for state, part in zip(before, parts, strict=True)]
             uploads, states = self._round(before, sources, server_round)
             if self._parts.shared:
                 moved = uploads
                 self._prompt = prompt + uploads.mean(dim=0)
+                if of_all is not None:
+                    memory = of_all.followed(memory, range(self._clients), uploads.double().cpu())
             else:
                 moved = torch.stack([s.personal - b.personal for s, b in zip(states, before, strict=True)])
-            rule = personalisation(self._config)
             of_prompt = [personal_prompt(state, rule, prompt, server_round=0) for state in before]
             personal = of_prompt if self._parts.personal else None
             seen.append(_Seen(prompt, personal, moved.to(torch.float64).flatten(1)))
         present = self._present.reshape(-1)
         scores = self._scores(seen)
         return judge("record", self._plan.epsilon(), self._plan.delta, scores, present, noisy=self._noisy)
+
+    def _collective(self) -> Collective | None:
+        """Return the rule of personal prompts that the server makes of all uploads, or None."""
+        records = len(self._labels)
+        cards = {p: messages.ClientCard(partition=p, num_examples=records) for p in range(self._clients)}
+        return collective_parts(self._config, self._plan, cards)
 
     def _round(
         self, states: Sequence[PersonalState], sources: RandomSources, server_round: int

@@ -105,6 +105,8 @@ class Federation:
         if strategy.failures:
             raise RuntimeError(f"the training under attack failed: {strategy.last_failure}")
         prompt, rule = messages.from_arrays(arrays).to(self.device), personalisation(self.config)
+        if (parts := strategy.personal_parts(prompt)) is not None:
+            return prompt + parts.to(self.device)
         return prompt + torch.stack([personal_prompt(s, rule, prompt, self.config.rounds) for s in training.states])
 
     def _strategy(self, members: Sequence[ClientData], seed: int, folder: Path) -> RoundStrategy:
@@ -148,6 +150,9 @@ class _Training:
         # A node divides its clients into groups of this size, too.
         size = prompts_at_once(federation.tower, federation.config.resources.workspace_mib * 2**19, prompt.device)
         uploads: list[Tensor] = []
+        if request.personal_parts is not None:
+            for partition, part in zip(request.partitions, request.personal_parts, strict=True):
+                self.states[partition] = replace(self.states[partition], personal=part.to(prompt.device))
         for group in chunks(sorted(request.partitions), size):
             participants = [self._participant(p, request.server_round) for p in group]
             results = self._updates(prompt, participants, request.server_round)

@@ -66,7 +66,10 @@ def keep_node_run(folder: Path, config: RunConfig, task: Task, run_token: str, c
         if json.loads((folder / NODE_RUN_FILE).read_text(encoding="utf-8"))["run_token"] == run_token:
             return
     plan, parts, use = record_level_plan(config), METHODS[config.method], task.use_facts(config)
-    rows = record_level_releases(plan, shared=parts.shared, scored=scored) if plan is not None else []
+    rows = []
+    if plan is not None:
+        is_collective = config.prompt.personalisation == "collective"
+        rows = record_level_releases(plan, shared=parts.shared, scored=scored, collective=is_collective)
     node_run = NodeRun(
         run_token=run_token,
         client=client,

@@ -165,9 +165,8 @@ class TrainRound:
             raise PrivacyError(
                 f"the request has a global prompt of type {request.global_prompt.dtype}; it must be torch.float32"
             )
-        part = self._node.parts_of(request).get(partition)
-        if part is not None:
-            check_part(part)
+        if partition in self._parts:
+            check_part(self._parts[partition])
         if run_context.plan is None:
             state = self._state(partition)
             saved_upload = self._kept(partition, state)
@@ -199,9 +198,8 @@ class TrainRound:
         """Load the data and make the participant, after the ledger event, because even reading data is paid for."""
         run_context, server_round = self._run_context, self._request.server_round
         random = functools.partial(_stream, run_context.sources, run_context.config.seed, partition, server_round)
-        part = self._node.parts_of(self._request).get(partition)
-        if part is not None:  # the client's personal prompt of this round is the one that the server made
-            state = replace(state, personal=part.to(self._prompt.device))
+        if partition in self._parts:  # the client's personal prompt of this round is the one that the server made
+            state = replace(state, personal=self._parts[partition].to(self._prompt.device))
         data = run_context.task.client_data(partition, server_round)
         return Participant(partition=partition, state=state, data=data, random=random)
 
@@ -226,6 +224,11 @@ class TrainRound:
     def _keeps_state(self) -> bool:
         """True if a client keeps state, because of a personal prompt, a plan or release memory."""
         return self._run_context.keeps_state or bool(self._training.release_memory_shapes(*self._prompt.shape))
+
+    @functools.cached_property
+    def _parts(self) -> dict[int, Tensor]:
+        """Personal prompts that the server sent, see `Node.parts_of`, which may refuse them."""
+        return self._node.parts_of(self._request)
 
     @functools.cached_property
     def _nothing(self) -> PersonalState:

@@ -22,7 +22,8 @@ def list_releases(
     parts = METHODS[config.method]
     releases = []
     if record is not None:
-        releases += record_level_releases(record, shared=parts.shared, scored=scored)
+        is_collective = config.prompt.personalisation == "collective"
+        releases += record_level_releases(record, shared=parts.shared, scored=scored, collective=is_collective)
     if client is not None:
         # Scores of personal prompts are functions of un-noised client data, unless the record level covers them.
         releases += client_level_releases(client, scored=scored and (record is None or not parts.personal))

@@ -274,8 +274,13 @@ class Release:
     note: str = ""
 
 
-def record_level_releases(plan: RecordLevelPlan, *, shared: bool, scored: bool) -> list[Release]:
+def record_level_releases(
+    plan: RecordLevelPlan, *, shared: bool, scored: bool, collective: bool = False
+) -> list[Release]:
     """List the releases of one client under record-level DP; all are post-processing of the same steps.
+
+    With ``collective`` the personal prompts of all clients are functions of all clients' uploads. A record's part in
+    them passes through its own client's steps only, so its ε stays that of this client's plan.
 
     The ε of each row is the joint one, with the selection of the start. Only the row of the selection shows its own.
     """
@@ -306,7 +311,10 @@ def record_level_releases(plan: RecordLevelPlan, *, shared: bool, scored: bool) 
     if shared:
         rows.append(row("global prompt", "all rounds together; post-processing of the noised sums"))
     if plan.personal:
-        rows.append(row("published personal prompt", "jointly with every global prompt"))
+        together = "jointly with every global prompt"
+        if collective:
+            together += "; a function of all clients' uploads, so jointly with all clients' personal prompts"
+        rows.append(row("published personal prompt", together))
     if scored:
         rows.append(row("reported metrics", "scores of these prompts on held-out public data"))
     return rows

@@ -179,9 +179,12 @@ def test_the_federation_under_attack_is_the_run(base: dict[str, Any], tmp_path: 
         torch.testing.assert_close(prompt, expected, rtol=0, atol=1e-6)
 
 
-def test_noise_aware_prompts_under_attack_are_those_that_the_run_publishes(base: dict[str, Any], tmp_path: Path):
-    """With the mean of the last round taken out, which the stored p_L still holds."""
-    changes = {"prompt.personalisation": "scalar"}
+@pytest.mark.parametrize("rule", ["scalar", "collective"])
+def test_noise_aware_prompts_under_attack_are_those_that_the_run_publishes(
+    rule: str, base: dict[str, Any], tmp_path: Path
+):
+    """With the mean of the last round taken out, which the stored p_L still holds; or with the server's last part."""
+    changes = {"prompt.personalisation": rule}
     run_local(APP_DIR, base | {"output.dir": str(tmp_path)} | changes)
     federation = Federation(RunConfig.from_run_config(base | changes))
     found = federation.train([federation.records(p) for p in range(2)], seed=0)

@@ -87,6 +87,7 @@ def local_round(
     arithmetic: Arithmetic = "float",
     states: Sequence[PersonalState] | None = None,
     personalisation: Personalisation | None = None,
+    personal_is_given: bool = False,
     private: bool = True,
 ) -> list[tuple[Tensor, PersonalState]]:
     """One round of clients that step together, with step size 1; from fresh states if none are given."""
@@ -98,6 +99,7 @@ def local_round(
         pruning=pruning,
         optimizer=optimizer,
         personalisation=personalisation,
+        personal_is_given=personal_is_given,
     )
     plan = RecordLevelPlan(
         clip_norm=CLIP,

@@ -17,6 +17,7 @@ from tests.conftest import PLANTED
 from tests.guarantees import run_checks
 from tests.guarantees.book_mutations import BOOK_MUTATIONS
 from tests.guarantees.central_mutations import CENTRAL_MUTATIONS
+from tests.guarantees.collective_mutations import COLLECTIVE_MUTATIONS
 from tests.guarantees.filter_mutations import FILTER_MUTATIONS
 from tests.guarantees.mutation import Check, Mutation
 from tests.guarantees.noise_mutations import NOISE_MUTATIONS
@@ -37,6 +38,7 @@ MUTATIONS = (
     *PRIOR_MUTATIONS,
     *PRUNING_MUTATIONS,
     *PERSONALISATION_MUTATIONS,
+    *COLLECTIVE_MUTATIONS,
     *NOISE_MUTATIONS,
     *SERVER_MUTATIONS,
     *CENTRAL_MUTATIONS,

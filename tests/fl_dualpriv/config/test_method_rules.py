@@ -10,6 +10,7 @@ from fl_dualpriv.errors import ConfigError
 
 DEFAULTS = app_defaults(Path(__file__).parents[3])
 SHRUNK = {"prompt.personalisation": "scalar"}
+COLLECTIVE = {"prompt.personalisation": "collective"}
 PRUNED = {"pruning.update-keep-ratio": 0.5}
 QUESTIONS = {"data.ref": "demo-vqa", "backbone.name": "demo-vqa"}
 CLIENT_LEVEL = {"privacy.record.mechanism": "none", "privacy.client.mechanism": "gaussian"}
@@ -59,6 +60,20 @@ CLIENT_LEVEL = {"privacy.record.mechanism": "none", "privacy.client.mechanism": 
         ("dpfpl", {"train.class-prior": "list", "data.class-shares": "/s.toml"}, "data.class-shares"),
         ("dpfpl", {"train.class-prior": "list", "train.class-prior-outside": 0.0}, "train.class-prior-outside"),
         ("dpfpl", {"train.class-prior": "list", "train.class-prior-outside": 0.6}, "train.class-prior-outside"),
+        *(
+            (method, COLLECTIVE, "prompt.personalisation")
+            for method in ("local-only", "lowrank", "full", "dpfpl-paper")
+        ),
+        *((method, COLLECTIVE, "prompt.personalisation") for method in ("fedpgp", "fedotp")),
+        ("dpfpl", COLLECTIVE | {"train.global-learning-rate": 0.0}, "prompt.personalisation"),
+        ("dpfpl", COLLECTIVE | {"train.optimizer": "adam"}, "prompt.personalisation"),
+        ("dpfpl", COLLECTIVE | {"privacy.record.noise-space": "feature"}, "prompt.personalisation"),
+        ("dpfpl", COLLECTIVE | {"privacy.client.mechanism": "gaussian"}, "prompt.personalisation"),
+        (
+            "dpfpl",
+            COLLECTIVE | {"privacy.record.trusts-server": True, "train.local-steps": 1},
+            "prompt.personalisation",
+        ),
     ],
 )
 def test_what_a_method_cannot_read_is_refused(method: str, changes: dict[str, Any], key: str):
@@ -74,6 +89,12 @@ def test_what_a_method_cannot_read_is_refused(method: str, changes: dict[str, An
 def test_heads_start_from_class_features_or_from_nothing(method: str, init: str):
     config = RunConfig.from_run_config(DEFAULTS | {"method": method, "prompt.init": init})
     assert config.prompt.init == init
+
+
+@pytest.mark.parametrize("method", ["dpfpl", "promptfl", "zero-shot"])
+def test_collective_parts_go_with_update_pruning_and_are_unread_without_a_personal_prompt(method: str):
+    config = RunConfig.from_run_config(DEFAULTS | {"method": method} | COLLECTIVE | PRUNED)
+    assert config.prompt.personalisation == "collective"
 
 
 @pytest.mark.parametrize("shrinkage", ["scalar", "singular"])
