@@ -37,7 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fl_dualpriv.data.demo.shelf import DOMAINS, SHELVES, ShelfSplit, load_shelf, shelf_candidates
 from fl_dualpriv.files import write_bytes
 from fl_dualpriv.learners.context import PromptedText
-from fl_dualpriv.models.conv_stem import GRID, WIDTH, ConvStem, vit_conv_stem_48
+from fl_dualpriv.models.embedded.conv_stem import GRID, WIDTH, ConvStem, vit_conv_stem_48
 from fl_dualpriv.models.open_clip import OpenClipBackbone, load_backbone
 from fl_dualpriv.models.tokenizer import TrimmedTokenizer
 from tools import shelf_pictures

@@ -33,7 +33,7 @@ import open_clip  # noqa: E402
 from open_clip import zero_shot_metadata  # noqa: E402
 from open_clip.transform import PreprocessCfg, image_transform_v2  # noqa: E402
 
-from fl_dualpriv.models import conv_stem  # noqa: E402
+from fl_dualpriv.models.embedded import conv_stem  # noqa: E402
 
 conv_stem.register()
 

@@ -27,10 +27,17 @@ from fl_dualpriv.privacy.plan import RoundTerms, ServerUnit
 from fl_dualpriv.privacy.release import release
 from fl_dualpriv.privacy.selection import SelectionTerms
 from fl_dualpriv.server.accounting import RoundAccountant, ServerPrivacy
-from fl_dualpriv.server.cohort import Asked, by_node, collect
+from fl_dualpriv.server.cohort import (
+    SELECTION_GROUP,
+    Asked,
+    by_node,
+    collect,
+    score_messages,
+    select_messages,
+    train_messages,
+)
 from fl_dualpriv.server.collective import Collective, take_memory
 from fl_dualpriv.server.noise_memory import CLIP_NORM, check_next, next_noise, without_noise_memory
-from fl_dualpriv.server.round_messages import SELECTION_GROUP, score_messages, select_messages, train_messages
 from fl_dualpriv.server.rules import check_bound, check_class
 
 _log = logging.getLogger("fl_dualpriv")

@@ -62,6 +62,7 @@ SITES = {
         "fl_dualpriv/models/open_clip.py",
         "fl_dualpriv/models/tokenizer.py",  # its tokenizer's base class
         "tools/make_demo_assets.py",  # trains the demo model; no part of a run
+        "tools/make_shelf_assets.py",  # likewise
         "tools/make_cifar10_clip.py",  # likewise
     },
     "transformers": {
@@ -90,6 +91,7 @@ SITES = {
 
 ASSET_SCRIPTS = {
     "tools/make_demo_assets.py",
+    "tools/make_shelf_assets.py",
     "tools/vqa_questions.py",
     "tools/cifar10_images.py",
     "tools/make_cifar10.py",

@@ -10,7 +10,7 @@ import fl_dualpriv.client.round
 from fl_dualpriv import messages
 from fl_dualpriv.client.node import Node
 from fl_dualpriv.run.checkpoint import Checkpoint, CheckpointFolder
-from fl_dualpriv.server import build, round_messages
+from fl_dualpriv.server import build, cohort
 from fl_dualpriv.server.collective import Collective, Memory
 from tests.guarantees import collective_checks
 from tests.guarantees.mutation import Mutation, Patch
@@ -58,7 +58,7 @@ def parts_in_the_order_of_the_node(patch: Patch) -> None:
     def first(partitions: tuple[int, ...], personal_parts: Tensor | None) -> Tensor | None:
         return None if personal_parts is None else personal_parts[: len(partitions)]
 
-    patch.setattr(round_messages, "_of", first)
+    patch.setattr(cohort, "_of", first)
 
 
 def parts_in_the_order_of_partitions(patch: Patch) -> None:
@@ -119,7 +119,7 @@ COLLECTIVE_MUTATIONS = (
     ),
     Mutation(
         name="a node is sent the personal parts of other clients",
-        where="fl_dualpriv.server.round_messages._of",
+        where="fl_dualpriv.server.cohort._of",
         plant=parts_in_the_order_of_the_node,
         caught_by=(collective_checks.each_client_is_sent_its_own_part,),
     ),

@@ -1,0 +1,1 @@
+"""Image towers of embedded models."""
