@@ -37,8 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fl_dualpriv.data.demo.shelf import DOMAINS, SHELVES, ShelfSplit, load_shelf, shelf_candidates
 from fl_dualpriv.files import write_bytes
 from fl_dualpriv.learners.context import PromptedText
-from fl_dualpriv.models.embedded.conv_stem import GRID, WIDTH, ConvStem, vit_conv_stem_48
-from fl_dualpriv.models.open_clip import OpenClipBackbone, load_backbone
+from fl_dualpriv.models.open_clip import OpenClipBackbone, conv_stem, load_backbone
 from fl_dualpriv.models.tokenizer import TrimmedTokenizer
 from tools import shelf_pictures
 from tools.make_demo_assets import spectrum, text_features, to_json
@@ -47,6 +46,7 @@ from tools.shelf_pictures import FIRST, N_PRIVATE, TEMPLATE, UNSEEN, WORDS, Sket
 import open_clip  # isort: skip  (after the shim that models.open_clip installs)
 import timm.layers  # isort: skip
 
+GRID, WIDTH = conv_stem.GRID, conv_stem.WIDTH
 ASSETS = Path(__file__).resolve().parent.parent / "fl_dualpriv" / "assets" / "shelf"
 CONTEXT_LENGTH, MAX_SCALE = 20, 30.0
 MEAN, STD = 0.5, 0.3
@@ -104,7 +104,7 @@ class Schedule:
             schedule._schedule.step()
 
 
-def train_stem(data: Sketches, seed: int, steps: int, lr: float) -> tuple[ConvStem, torch.nn.Linear]:
+def train_stem(data: Sketches, seed: int, steps: int, lr: float) -> tuple[conv_stem.ConvStem, torch.nn.Linear]:
     """Train the stem, and a linear head, to name single sketches; halfway the private classes are chosen.
 
     The first half sees the first 34 sketches of every class. The choice takes the classes that are named best on the
@@ -112,7 +112,7 @@ def train_stem(data: Sketches, seed: int, steps: int, lr: float) -> tuple[ConvSt
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
-    stem, head = ConvStem().to(memory_format=torch.channels_last), torch.nn.Linear(WIDTH, len(data.names))
+    stem, head = conv_stem.ConvStem().to(memory_format=torch.channels_last), torch.nn.Linear(WIDTH, len(data.names))
     schedule = Schedule([*stem.parameters(), *head.parameters()], lr, steps, decay=0.05)
 
     def named(pictures: NDArray[np.uint8]) -> Tensor:
@@ -154,7 +154,7 @@ class Tower:
 
     def __init__(self) -> None:
         timm.layers.set_fused_attn(False)  # measured: the fused backward pass takes six times as long on a CPU
-        self.trunk: Any = vit_conv_stem_48().to(memory_format=torch.channels_last)
+        self.trunk: Any = conv_stem.vit_conv_stem_48().to(memory_format=torch.channels_last)
         timm.layers.set_fused_attn(True)
         self.projection = torch.nn.Linear(WIDTH, WIDTH, bias=False)
         self.norm = torch.nn.BatchNorm1d(WIDTH)
@@ -200,7 +200,7 @@ def mimetic_start(trunk: Any) -> None:
 
 
 def train_tower(
-    data: Sketches, stem: ConvStem, head: torch.nn.Linear, *, seed: int, steps: int, lr: float, batch: int
+    data: Sketches, stem: conv_stem.ConvStem, head: torch.nn.Linear, *, seed: int, steps: int, lr: float, batch: int
 ) -> Tower:
     """Train the image tower on pictures: one linear map of its features per place names the sketch there.
 

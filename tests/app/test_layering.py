@@ -34,6 +34,7 @@ ORDER = (
     "methods",
     "config",
     "run",
+    "models.embedded",
     "models.pruning",
     "models",
     "towers",

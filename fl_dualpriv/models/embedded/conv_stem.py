@@ -1,7 +1,8 @@
 """The image tower of the embedded shelf task, by the name under which open_clip asks timm for it.
 
 A convolutional stem turns an image of 48 x 48 pixels into 6 x 6 patch tokens, and three transformer blocks follow. The
-stem learns from few images; the blocks have the patch tokens that visual token pruning needs.
+stem learns from few images; the blocks have the patch tokens that visual token pruning needs. timm imports torchvision,
+so `models.torchvision_shim` must be installed before this module is imported; `models.open_clip` does that.
 
 Reference:
     Xiao et al. 2021, arXiv:2106.14881 (a convolutional stem in front of transformer blocks).
@@ -10,14 +11,10 @@ Reference:
 import functools
 from typing import Any
 
+from timm.layers.hybrid_embed import HybridEmbed
+from timm.models import register_model
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-
-from fl_dualpriv.models import torchvision_shim
-
-torchvision_shim.install()
-from timm.layers.hybrid_embed import HybridEmbed  # noqa: E402  (needs the shim)
-from timm.models import register_model  # noqa: E402
-from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 SIDE = 48
 """Height and width of the images that the tower reads, in pixels."""
