@@ -44,7 +44,6 @@ from tools.make_demo_assets import spectrum, text_features, to_json
 from tools.shelf_pictures import FIRST, N_PRIVATE, TEMPLATE, UNSEEN, WORDS, Sketches, draw_words, meant
 
 import open_clip  # isort: skip  (after the shim that models.open_clip installs)
-import timm.layers  # isort: skip
 
 GRID, WIDTH = conv_stem.GRID, conv_stem.WIDTH
 ASSETS = Path(__file__).resolve().parent.parent / "fl_dualpriv" / "assets" / "shelf"
@@ -112,7 +111,9 @@ def train_stem(data: Sketches, seed: int, steps: int, lr: float) -> tuple[conv_s
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
-    stem, head = conv_stem.ConvStem().to(memory_format=torch.channels_last), torch.nn.Linear(WIDTH, len(data.names))
+    stem: Any = conv_stem.ConvStem()
+    stem.to(memory_format=torch.channels_last)
+    head = torch.nn.Linear(WIDTH, len(data.names))
     schedule = Schedule([*stem.parameters(), *head.parameters()], lr, steps, decay=0.05)
 
     def named(pictures: NDArray[np.uint8]) -> Tensor:
@@ -153,9 +154,10 @@ class Tower:
     """The image tower of the CLIP, with the batch norm and projection that `fold` moves into it."""
 
     def __init__(self) -> None:
-        timm.layers.set_fused_attn(False)  # measured: the fused backward pass takes six times as long on a CPU
-        self.trunk: Any = conv_stem.vit_conv_stem_48().to(memory_format=torch.channels_last)
-        timm.layers.set_fused_attn(True)
+        self.trunk: Any = conv_stem.vit_conv_stem_48()
+        self.trunk.to(memory_format=torch.channels_last)
+        for block in self.trunk.blocks:  # measured: the fused backward pass takes six times as long on a CPU
+            block.attn.fused_attn = False
         self.projection = torch.nn.Linear(WIDTH, WIDTH, bias=False)
         self.norm = torch.nn.BatchNorm1d(WIDTH)
 
@@ -211,13 +213,13 @@ def train_tower(
     tower, places, classes = (
         Tower(),
         torch.nn.Linear(WIDTH, 4 * WIDTH, bias=False),
-        torch.nn.Linear(*head.weight.T.shape),
+        torch.nn.Linear(WIDTH, len(data.names)),
     )
     mimetic_start(tower.trunk)
     tower.trunk.patch_embed.backbone.load_state_dict(stem.state_dict())
     classes.load_state_dict(head.state_dict())
     of_tokens = [
-        torch.nn.Sequential(torch.nn.LayerNorm(WIDTH), torch.nn.Linear(*head.weight.T.shape)) for _ in range(2)
+        torch.nn.Sequential(torch.nn.LayerNorm(WIDTH), torch.nn.Linear(WIDTH, len(data.names))) for _ in range(2)
     ]
     for own in of_tokens:
         own[1].load_state_dict(head.state_dict())
@@ -352,7 +354,7 @@ def train_vectors(
             right = float((logits.argmax(-1) == y).float().mean())
             print(f"vectors {step + 1}: naming {naming:.2f}, telling {telling:.2f}, right {right:.2f}", flush=True)
     tower.norm.eval()
-    return vectors.eval(), float(scale)
+    return vectors.eval(), float(log_scale.exp().clamp(max=MAX_SCALE))
 
 
 def train_text(
@@ -499,11 +501,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ASSETS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stem-steps", type=int, default=1200)
-    parser.add_argument("--tower-steps", type=int, default=1300)
+    parser.add_argument("--tower-steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=128, help="pictures in a step of the tower")
     parser.add_argument("--bank", type=int, default=120, help="batches of 256 pictures for the text side")
     parser.add_argument("--vector-steps", type=int, default=1500)
-    parser.add_argument("--text-steps", type=int, default=1000)
+    parser.add_argument("--text-steps", type=int, default=900)
     parser.add_argument("--check", action="store_true", help="train and write nothing; print the tests of the task")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -189,7 +189,8 @@ def private_archive(data: Sketches, seed: int) -> bytes:
     kinds = {"labels": np.uint8, "domain": np.uint8, "split": np.uint8, "places": np.uint16, "seed": np.uint32}
     content = io.BytesIO()
     arrays = {key: np.array(values, dtype=kinds[key]) for key, values in columns.items()}
-    np.savez_compressed(content, sketches=data.pixels[table], **arrays)
+    arrays["sketches"] = data.pixels[table]
+    np.savez_compressed(content, **arrays)  # pyright: ignore[reportArgumentType]
     return content.getvalue()
 
 

@@ -84,5 +84,5 @@ def vit_conv_stem_48(pretrained: bool = False, **options: Any) -> VisionTransfor
         num_classes=0,
         embed_layer=StemEmbed,
     )
-    model.default_cfg = {"input_size": (3, SIDE, SIDE)}
+    object.__setattr__(model, "default_cfg", {"input_size": (3, SIDE, SIDE)})  # open_clip reads it; no module
     return model
