@@ -95,7 +95,8 @@ class Collective:
             white = torch.where(std > 0, rows / torch.where(std > 0, std, 1.0), 0.0)
             try:
                 rows = std * shrink_singular_values(_finite_rows(white), torch.ones(()))
-            except torch.linalg.LinAlgError:  # no convergence on absurd numbers: the shared prompt stays, no run ends
+            except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+                # No convergence on absurd numbers: the shared prompt stays, and no run ends.
                 rows = torch.zeros_like(rows)
         return _finite_rows((self.rate_ratio * rows).to(torch.float32)).reshape(sums.shape)
 
