@@ -106,12 +106,12 @@ COMMANDS: Mapping[str, Mapping[str, Run | Skip]] = {
         ),
     },
     "README.md": {
-        "make demo": Run(says=("ε 3.995 (record)", "30.6 %"), leaves=("runs/demo/summary.json",)),
+        "make demo": Run(says=("ε 3.984 (record)", "free rival"), leaves=("runs/demo/summary.json",)),
         "make test": Run(more='PYTEST_ADDOPTS="tests/fl_dualpriv/test_files.py"', says=(" passed",)),
         "source .venv/bin/activate": Run(more='&& test "$VIRTUAL_ENV" = "$PWD/.venv"'),
         "fl-dualpriv run simulations/configs/nonprivate.toml": Run(more=ONE_ROUND, says=("this run",)),
-        "fl-dualpriv run simulations/configs/demo.toml --set method=promptfl": Run(more=ONE_ROUND, says=("promptfl",)),
-        "fl-dualpriv run simulations/configs/demo.toml --set population=100": Run(
+        "fl-dualpriv run simulations/configs/by-class.toml --set method=promptfl": Run(more=ONE_ROUND, says=("promptfl",)),
+        "fl-dualpriv run simulations/configs/by-class.toml --set population=100": Run(
             more=ONE_ROUND, says=("100 clients",)
         ),
         "fl-dualpriv run simulations/configs/client-level.toml --set supernodes=2": Run(
@@ -151,13 +151,13 @@ COMMANDS: Mapping[str, Mapping[str, Run | Skip]] = {
             says=("dpfpl",),
         ),
         "fl-dualpriv audit simulations/configs/audit-record.toml": Run(more="--canaries 4096", says=("not refuted",)),
-        "fl-dualpriv audit simulations/configs/demo.toml --attack membership": Run(
+        "fl-dualpriv audit simulations/configs/by-class.toml --attack membership": Run(
             more="--set rounds=2", says=("membership: claimed ε", "AUC")
         ),
-        "fl-dualpriv audit simulations/configs/demo.toml --attack inversion": Run(
+        "fl-dualpriv audit simulations/configs/by-class.toml --attack inversion": Run(
             more="--set rounds=2", says=("inversion: claimed ε", "cosine")
         ),
-        "fl-dualpriv budget runs/demo": Run(says=("client-009", "ε of 10 clients")),
+        "fl-dualpriv budget runs/demo": Run(says=("client-035", "ε of 36 clients")),
         "fl-dualpriv export RUN --client 3": Run(
             put={"RUN": "sketches"}, says=("record level: ε = ",), leaves=("sketches-client-3.safetensors",)
         ),
