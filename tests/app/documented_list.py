@@ -89,9 +89,8 @@ COMMANDS: Mapping[str, Mapping[str, Run | Skip]] = {
         ),
     },
     "docs/prompts.md": {
-        "fl-dualpriv run simulations/configs/demo.toml --set privacy.randomness=os --set rounds=3 --out sketches": Run(
-            says=("trusts",), leaves=("sketches/summary.json",)
-        ),
+        "fl-dualpriv run simulations/configs/by-class.toml --set privacy.randomness=os --set rounds=3 "
+        "--out sketches": Run(says=("trusts",), leaves=("sketches/summary.json",)),
         "fl-dualpriv export sketches --client 2": Run(
             says=("record level: ε = ", "sketches-client-2.safetensors and sketches-client-2.md"),
             leaves=("sketches-client-2.safetensors", "sketches-client-2.md"),
@@ -110,7 +109,9 @@ COMMANDS: Mapping[str, Mapping[str, Run | Skip]] = {
         "make test": Run(more='PYTEST_ADDOPTS="tests/fl_dualpriv/test_files.py"', says=(" passed",)),
         "source .venv/bin/activate": Run(more='&& test "$VIRTUAL_ENV" = "$PWD/.venv"'),
         "fl-dualpriv run simulations/configs/nonprivate.toml": Run(more=ONE_ROUND, says=("this run",)),
-        "fl-dualpriv run simulations/configs/by-class.toml --set method=promptfl": Run(more=ONE_ROUND, says=("promptfl",)),
+        "fl-dualpriv run simulations/configs/by-class.toml --set method=promptfl": Run(
+            more=ONE_ROUND, says=("promptfl",)
+        ),
         "fl-dualpriv run simulations/configs/by-class.toml --set population=100": Run(
             more=ONE_ROUND, says=("100 clients",)
         ),
