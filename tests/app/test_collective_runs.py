@@ -10,6 +10,7 @@ from torch import Tensor
 from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.flower.local import run_local
+from fl_dualpriv.publish.collect import read_material
 
 APP_DIR = Path(__file__).parents[2]
 CLIENTS, ROUNDS, STEPS = 4, 3, 2
@@ -79,3 +80,17 @@ def test_any_strategy_goes_with_it(strategy: str, images: Path, tiny_clip_dir: P
     uploads = sent(out)
     expected = (uploads - uploads.mean(dim=1, keepdim=True)).sum(dim=0) / 2
     torch.testing.assert_close(of_clients(out, "part")["personal"].double(), expected, atol=1e-7, rtol=1e-5)
+
+
+def test_where_nothing_is_scored_the_export_has_the_part_of_the_last_training_and_says_so(
+    images: Path, tiny_clip_dir: Path, tmp_path: Path
+):
+    changes = {"privacy.record.noise-multiplier": 0.3, "evaluation.held-out-data": "private", "rounds": 2}
+    out = run(images, tiny_clip_dir, tmp_path / "run", changes)
+    assert not list(out.glob("clients/*/part.safetensors"))
+    material = read_material(out, 0)
+    last = read_tensors(out / "prompts" / "global.safetensors")[0]["global"]
+    trained_with = of_clients(out, "prompt")["personal"][0]
+    assert bool(trained_with.any())
+    assert torch.equal(material.prompt, last + trained_with)
+    assert any("the final one was not sent" in note for note in material.notes)

@@ -4,7 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from flwr.app import Message, MessageType
 
+from fl_dualpriv import messages
 from fl_dualpriv.config.plans import record_level_plan
 from fl_dualpriv.config.releases import list_releases
 from fl_dualpriv.config.schema import RunConfig
@@ -70,3 +73,41 @@ def test_epsilon_is_that_of_the_clients_own_plan_and_the_table_says_whose_upload
     assert [(r.release, r.epsilon) for r in found] == [(r.release, r.epsilon) for r in before]
     (note,) = (r.note for r in found if r.release == "published personal prompt")
     assert "all clients' uploads" in note
+
+
+def test_a_score_of_other_parts_is_refused(federation: Federation) -> None:
+    """Missing, of another shape or with a prompt of another kind: no score. Not finite: the client fails by itself."""
+    grid = federation.nodes(**collective_checks.CHANGES, **{"evaluation.held-out-data": "public"})
+    part = torch.zeros(1, *run_checks.PROMPT.shape)
+
+    def ask(kind: messages.PromptKind, parts: torch.Tensor | None) -> Message:
+        request = messages.EvaluateRequest(
+            partitions=(0,),
+            global_prompt=run_checks.PROMPT,
+            server_round=1,
+            run_token="t",
+            prompt=kind,
+            personal_parts=parts,
+        )
+        (reply,) = grid.send_and_receive([Message(messages.evaluate_content(request), 1, MessageType.EVALUATE)])
+        return reply
+
+    wrong: tuple[tuple[messages.PromptKind, torch.Tensor | None], ...] = (
+        ("personal", None),
+        ("personal", part[0]),
+        ("personal", part.double()),
+        ("global", part),
+        ("free", part),
+    )
+    for kind, parts in wrong:
+        reply = ask(kind, parts)
+        assert reply.has_error()
+        assert "PrivacyError" in (reply.error.reason or "")
+    scores = messages.read_scores(ask("personal", part / 0))
+    assert scores.partitions == ()
+    assert "not finite" in scores.failed[0]
+    file = federation.folder / "clients" / "client-000" / "part.safetensors"
+    assert not file.exists()
+    assert messages.read_scores(ask("personal", part)).partitions == (0,)
+    assert file.exists()
+    assert messages.read_scores(ask("global", None)).partitions == (0,)
