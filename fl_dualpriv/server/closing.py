@@ -42,16 +42,18 @@ def closing_scores(
     if not strategy.evaluate_every:
         return ClosingScores()
 
-    def score(kind: PromptKind, what: str) -> Scored | None:
-        requests = strategy.evaluation_messages(0, prompt, kind)
-        return strategy.read_further_scores(what, grid.send_and_receive(requests, timeout=timeout))
+    def score(kind: PromptKind, what: str, server_round: int = 0) -> Scored | None:
+        requests = strategy.evaluation_messages(server_round, prompt, kind)
+        return strategy.read_further_scores(what, server_round, grid.send_and_receive(requests, timeout=timeout))
 
     parts, last = METHODS[config.method], strategy.last_scored
     first_round = 1 if parts.trains else 0
     if last is not None and last[0] >= first_round:
         final = last[1]
     elif config.output.resume:  # the run had scored its last round before it was cut off
-        final = score(strategy.prompt_kind if parts.trains else "zero-shot", "the last round")
+        # A node keeps its scored prompt with the number of the round, which must stay that of the last one.
+        kind = strategy.prompt_kind if parts.trains else "zero-shot"
+        final = score(kind, "the last round", strategy.rounds_done)
     else:
         final = None
     general = None

@@ -432,13 +432,13 @@ class RoundStrategy(Strategy):
         self.last_scored = None if scored is None else (server_round, scored)
         return scored
 
-    def read_further_scores(self, what: str, replies: Iterable[Message]) -> Scored | None:
+    def read_further_scores(self, what: str, server_round: int, replies: Iterable[Message]) -> Scored | None:
         """Return the accuracies of a rival or of another prompt after the rounds, or None if a client did not answer.
 
         A missing answer neither counts as a failure nor ends a run, because the run has already ended. The mean over
         other clients than those of the run's own scores would not be comparable.
         """
-        collection = collect(self._asked, replies, messages.read_scores, "score", "0")
+        collection = collect(self._asked, replies, messages.read_scores, "score", str(server_round))
         if collection.failed:
             _log.warning("%s is not scored: %d clients did not answer", what, len(collection.failed))
             return None

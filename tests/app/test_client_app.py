@@ -210,9 +210,10 @@ def test_private_held_out_data_are_not_scored_for_any_server(nodes: Nodes, kind:
 def test_personal_and_global_scores_count_the_same_images(nodes: Nodes):
     grid = nodes()
     train(grid)
-    scores = [s for kind in KINDS for s in messages.read_scores(evaluate(grid, kind)).values]
-    assert len(scores) == len(KINDS)
-    assert {(s.local_total, s.neighbour_total) for s in scores} == {(2, 2)}  # one class of two is the client's
+    tables = [messages.read_scores(evaluate(grid, kind)).values for kind in KINDS]
+    assert [len(table) for table in tables] == [1] * len(KINDS)
+    assert all(table.total.tolist() == [2, 2] for table in tables)
+    assert {tuple(table.held[0].tolist()) for table in tables} == {(True, False)}  # one class of two is the client's
 
 
 # --- a node that hosts several clients --------------------------------------------------------------------------------

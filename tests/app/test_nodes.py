@@ -117,8 +117,8 @@ def test_few_nodes_give_the_numbers_of_many(run: Run, level: str):
 
 def test_a_round_takes_one_message_per_node(run: Run, asked: Counter[str]):
     run(2)
-    # two rounds; the un-tuned model, two scored rounds and the free rival
-    assert asked == {"query": 2, "train": 4, "evaluate": 8}
+    # two rounds; the un-tuned model, two scored rounds, the shared prompt and the free rival
+    assert asked == {"query": 2, "train": 4, "evaluate": 10}
 
 
 def test_a_failing_client_among_many_is_one_counted_zero(run: Run, tmp_path: Path):

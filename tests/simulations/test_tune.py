@@ -182,7 +182,11 @@ def test_a_trial_that_fails_is_noted_and_not_run_again(trials: Trials, tmp_path:
 
 
 def _summary(start: float, end: float) -> dict[str, Any]:
-    accuracy = {"zero_shot": {"local": start, "neighbour": start}, "final": {"local": end, "neighbour": end / 2}}
+    accuracy = {
+        "zero_shot": {"local": start, "neighbour": start},
+        "free": {"local": 2 * start, "neighbour": start, "rival": "un-tuned, own class list"},
+        "final": {"local": end, "neighbour": end / 2},
+    }
     return {"accuracy": accuracy, "seconds": 2.0, "privacy": []}
 
 
@@ -194,11 +198,12 @@ def test_the_table_says_what_is_missing(document: dict[str, Any]):
         ("demo", second, math.inf): [_summary(0.31, 0.4)],
     }
     lines = baselines.table(document, "demo", done).splitlines()
-    assert len(lines) == 2 + 1 + 2
+    assert len(lines) == 2 + 2 + 2
     # 50 and 51: mean 50.5, standard deviation 0.7; half of that for neighbours: 25.25 ± 0.35.
     assert lines[2] == "| zero-shot (nothing to tune) | 30.0 ± 0.0 | 30.0 ± 0.0 | 31.0 | 31.0 |"
-    assert lines[3] == f"| {first} | 50.5 ± 0.7 | 25.2 ± 0.4 | - | - (0 seeds) |"
-    assert lines[4] == f"| {second} | - | - (0 seeds) | 40.0 | 20.0 (1 seeds) |"
+    assert lines[3] == "| free rival: un-tuned, own class list | 60.0 ± 0.0 | 30.0 ± 0.0 | 62.0 | 31.0 |"
+    assert lines[4] == f"| {first} | 50.5 ± 0.7 | 25.2 ± 0.4 | - | - (0 seeds) |"
+    assert lines[5] == f"| {second} | - | - (0 seeds) | 40.0 | 20.0 (1 seeds) |"
     text = baselines.page(document, "search.toml", {}, done, missing=5)
     assert "5 final runs are missing" in text
     assert "missing" not in baselines.page(document, "search.toml", {}, done, missing=0)
