@@ -71,7 +71,7 @@ def test_demo_is_imported_on_demand(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("ref", "reason"), [("folder", "data.path is empty"), ("cifar", "must be one of demo, folder")]
+    ("ref", "reason"), [("folder", "data.path is empty"), ("cifar", "must be one of demo, shelf, folder")]
 )
 def test_refusals(ref, reason):
     with pytest.raises(ConfigError, match=reason):

@@ -20,7 +20,7 @@ Engine = Callable[[run_job.Engine, run_job.Job], None]
 def ended(_engine: run_job.Engine, job: run_job.Job) -> None:
     (job.out / "operator").mkdir()
     (job.out / "operator" / "totals.json").write_text('{"failures": 0, "seconds": 1.0}')
-    nothing = {"local": None, "neighbour": None, "harmonic_mean": None}
+    nothing = dict.fromkeys(("local", "neighbour", "harmonic_mean", "general", "new_client"))
     accuracy = {"zero_shot": nothing, "free": nothing | {"rival": "un-tuned"}, "final": nothing}
     about = {"method": "dpfpl", "engine": "local", "seed": 0, "rounds": 1, "population": 2, "randomness": "os"}
     (job.out / "summary.json").write_text(json.dumps({**about, "accuracy": accuracy, "privacy": []}))
