@@ -122,8 +122,8 @@ CELLS = (
 
 ABOUT = """\
 Written by `python -m attacks.write_docs` from what the attacks found; not by hand. Every row is
-[by-class.toml](../simulations/configs/by-class.toml) with the changes named in the script. An attack finds what leaks at
-least: a small number is no proof, ε is.
+[by-class.toml](../simulations/configs/by-class.toml) with the changes named in the script. An attack finds what leaks
+at least: a small number is no proof, ε is.
 """
 
 MEMBERSHIP = """\
