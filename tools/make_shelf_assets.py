@@ -40,7 +40,7 @@ from fl_dualpriv.learners.context import PromptedText
 from fl_dualpriv.models.open_clip import OpenClipBackbone, conv_stem, load_backbone
 from fl_dualpriv.models.tokenizer import TrimmedTokenizer
 from tools import shelf_pictures
-from tools.make_demo_assets import spectrum, text_features, to_json
+from tools.make_demo_assets import optimizer_for, spectrum, text_features, to_json
 from tools.shelf_pictures import FIRST, N_PRIVATE, TEMPLATE, UNSEEN, WORDS, Sketches, draw_words, meant
 
 import open_clip  # isort: skip  (after the shim that models.open_clip installs)
@@ -50,7 +50,7 @@ ASSETS = Path(__file__).resolve().parent.parent / "fl_dualpriv" / "assets" / "sh
 CONTEXT_LENGTH, MAX_SCALE = 20, 30.0
 MEAN, STD = 0.5, 0.3
 TEXT = {"context_length": CONTEXT_LENGTH, "width": 96, "heads": 4, "layers": 3}
-_LETTERS = 96
+_CLASSES_PER_STEP = 96
 """Classes in a step of the text tower's training."""
 
 
@@ -83,10 +83,8 @@ class Schedule:
     """AdamW without weight decay for vectors; the rate rises over a share of the steps and then falls to zero."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], lr: float, steps: int, decay: float) -> None:
-        matrices, vectors = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
         self._parameters = parameters
-        self._optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.98))
+        self._optimizer = optimizer_for(parameters, lr, decay)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
             self._optimizer, lr, total_steps=steps, pct_start=0.12, cycle_momentum=False
         )
@@ -367,10 +365,9 @@ def train_text(
     parameters = [p for name, p in model.named_parameters() if not name.startswith("visual.") and name != "logit_scale"]
     schedule = Schedule(parameters, lr, steps, decay=0.02)
     started, running = time.process_time(), 0.0
-    with torch.no_grad():
-        table: dict[tuple[str, ...], Tensor] = {}
+    table: dict[tuple[str, ...], Tensor] = {}
     for step in range(steps):
-        chosen, ids = [draw_words(rng) for _ in range(4)], rng.permutation(len(names))[:_LETTERS]
+        chosen, ids = [draw_words(rng) for _ in range(4)], rng.permutation(len(names))[:_CLASSES_PER_STEP]
         texts = [f"{shelf_pictures.context(words, rng)} {names[c]}" for words in chosen for c in ids]
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             features = F.normalize(text_features(model, tokenizer(texts)), dim=-1).unflatten(0, (len(chosen), -1))

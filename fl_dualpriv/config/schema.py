@@ -76,6 +76,11 @@ class PromptConfig:
     personalisation: Literal["published", "scalar", "singular", "collective"]
     personal_memory: float
 
+    @property
+    def has_candidates(self) -> bool:
+        """True if the run has public templates beside its own."""
+        return self.candidates.strip() != ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PruningConfig:
@@ -178,6 +183,11 @@ class DataConfig:
     def asks_questions(self) -> bool:
         """True if records are questions about images, for a multimodal language model."""
         return self.source in ("demo-vqa", "questions")
+
+    @property
+    def is_embedded(self) -> bool:
+        """True if the data came with the library, so that all of it is public."""
+        return self.source in ("demo", "shelf", "demo-vqa")
 
     @property
     def is_by_domain(self) -> bool:

@@ -160,22 +160,6 @@ class PromptedText:
             raise ValueError(f"{words!r} has {len(tokens)} tokens; allowed: 1 to {n_ctx}")
         return _filled(_embed(self._backbone, tokens), n_ctx)
 
-    def ensemble_features(self, contexts: Tensor) -> Tensor:
-        """Average the class features of several prompts: CLIP's ensemble, a rival that costs no ε.
-
-        Args:
-            contexts: Prompts, (candidate, n_ctx, ctx_dim).
-
-        Returns:
-            Unit-norm means of unit-norm class features, (n_cls, embed_dim).
-
-        Reference:
-            Radford et al. 2021, arXiv:2103.00020, section 3.1.4.
-        """
-        total = sum(self.class_features(context) for context in contexts)
-        assert isinstance(total, Tensor)
-        return torch.nn.functional.normalize(total, dim=-1)
-
     def check_length(self, n_ctx: int) -> None:
         """Raise ConfigError if start, context, the longest name and the end do not fit into the tower."""
         needed, allowed = self._start.shape[0] + n_ctx + self._longest, self._backbone.context_length

@@ -86,6 +86,21 @@ def fitting_candidates(text: PromptedText, candidates: str, n_ctx: int) -> Candi
     return Candidates(templates=tuple(contexts), contexts=torch.stack(list(contexts.values())))
 
 
+def ensemble_features(class_features: Tensor) -> Tensor:
+    """Average the class features of several prompts: CLIP's ensemble, a rival that costs no ε.
+
+    Args:
+        class_features: Unit-norm class features of each candidate, (candidate, n_cls, embed_dim).
+
+    Returns:
+        Unit-norm means, (n_cls, embed_dim).
+
+    Reference:
+        Radford et al. 2021, arXiv:2103.00020, section 3.1.4.
+    """
+    return torch.nn.functional.normalize(class_features.sum(dim=0), dim=-1)
+
+
 @torch.no_grad()
 def answered_rightly(class_features: Tensor, data: ClientData) -> Tensor:
     """Return True where a record's largest cosine is that of its label, for each candidate.

@@ -37,11 +37,11 @@ class ClassPriors:
         function of that record, and the clip norm bounds it as before. A record that is removed, or cannot be read,
         leaves the prior as it is, because no count enters. One case rests on the assumption that class lists are
         public: ``list`` takes a client's list from the labels of its data set, so a data set without the last record of
-        a class has a shorter list. An owner who wants the list fixed whatever the records are declares shares.
+        a class has a shorter list. An owner who wants a list that no record changes declares shares.
         ``exact`` is a function of all records, and the configuration refuses it under differential privacy.
 
     Attributes:
-        shares: Client → its shares (n_cls,), float64, at least one above 0; None if nobody declared them. A histogram
+        shares: Client → its shares (n_cls,), float64, at least one above 0; None if they are not declared. A histogram
             that a client releases with noise would be one more such function.
         outside: Share of all classes together that a client's shares leave out, see `log_prior`.
         identity: Hash of declared shares by its name in messages, so that a resumed run notices other shares.
@@ -55,7 +55,7 @@ class ClassPriors:
         """Return a client's log prior, see `log_prior`.
 
         Raises:
-            ConfigError: If nobody declared the client's shares.
+            ConfigError: If the client's shares are not declared.
         """
         shares = self.shares(partition)
         if shares is None:
@@ -63,7 +63,7 @@ class ClassPriors:
         return log_prior(shares, self.outside)
 
     def check(self, partitions: Iterable[int]) -> None:
-        """Refuse clients whose shares nobody declared.
+        """Refuse clients whose shares are not declared.
 
         Raises:
             ConfigError: With their numbers.

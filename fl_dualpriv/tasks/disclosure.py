@@ -56,7 +56,7 @@ def held_out_is_given(data: DataConfig, evaluation: EvaluationConfig) -> bool:
 
 def own_splits(data: DataConfig) -> frozenset[str]:
     """Return the splits among train, val and test that are given, and not cut out of another one."""
-    if data.source in ("demo", "shelf", "demo-vqa"):
+    if data.is_embedded:
         return frozenset({"train", "val", "test"})
     if data.source == "folder":
         return given_splits(Path(data.path).expanduser())

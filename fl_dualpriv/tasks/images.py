@@ -33,7 +33,7 @@ from fl_dualpriv.models.pruning.in_tower import PatchReading
 from fl_dualpriv.models.pruning.tokens import TokenPruner
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 from fl_dualpriv.tasks.base import Counts, group_ids, held_groups, names_of_groups, one_thread
-from fl_dualpriv.tasks.candidates import Candidates, answered_rightly, fitting_candidates
+from fl_dualpriv.tasks.candidates import Candidates, answered_rightly, ensemble_features, fitting_candidates
 from fl_dualpriv.tasks.class_prior import ClassPriors, class_priors
 from fl_dualpriv.tasks.disclosure import may_choose_on_val
 from fl_dualpriv.tasks.free_rival import FreeForm, PublicModel, choose_free_form
@@ -216,7 +216,7 @@ class ImageTask:
         Without validation records the candidates' ensemble is the fixed choice, where there are candidates.
         """
         models = [PublicModel(name="un-tuned", logits=self._template_logits)]
-        if config.prompt.candidates.strip():
+        if config.prompt.has_candidates:
             further = self._candidate_models(config.prompt)
             models = [*models, *further] if may_choose_on_val(config) else [*further, *models]
         validation = (lambda: self._labelled("val")) if may_choose_on_val(config) else None
@@ -230,7 +230,7 @@ class ImageTask:
         """Return the ensemble of the candidates, the prompt of their mean context, and each candidate by itself."""
         fitting, each = self._fitting(prompt), self._features_of_candidates(prompt)
         features = {
-            "ensemble of the candidates": self.text.ensemble_features(fitting.contexts),
+            "ensemble of the candidates": ensemble_features(each),
             "mean of the candidates": self.text.class_features(fitting.contexts.mean(dim=0)),
             **{repr(template): own for template, own in zip(fitting.templates, each, strict=True)},
         }
@@ -316,7 +316,7 @@ class ImageTask:
         return table
 
     def check_clients(self, partitions: Sequence[int]) -> None:
-        """Refuse clients whose class shares nobody declared; see `Task`."""
+        """Refuse clients whose class shares are not declared; see `Task`."""
         if self.priors is not None:
             self.priors.check(partitions)
 
@@ -443,10 +443,10 @@ def _check_prompt(config: RunConfig, task: ImageTask) -> None:
             f"{largest}"
         )
     task.text.check_length(prompt.n_ctx)
-    has_candidates = prompt.candidates.strip() != ""
     if prompt.init == "template":
-        task.text.template_context(prompt.n_ctx, filled=has_candidates)  # raises if the template has another length
-    if has_candidates:
+        # Raises if the template has another length.
+        task.text.template_context(prompt.n_ctx, filled=prompt.has_candidates)
+    if prompt.has_candidates:
         found = len(task.candidates(prompt))  # raises if one does not fit
         if prompt.init == "select" and found < 2:
             raise ConfigError(

@@ -88,7 +88,7 @@ def _words(config: RunConfig, backbone: Backbone, text: PromptedText, purpose: s
     """
     prompt = config.prompt
     if prompt.init == "template":
-        return text.template_context(prompt.n_ctx, filled=bool(prompt.candidates.strip()))
+        return text.template_context(prompt.n_ctx, filled=prompt.has_candidates)
     if prompt.init in ("mean", "select"):
         return fitting_candidates(text, prompt.candidates, prompt.n_ctx).contexts.mean(dim=0)
     return random_prompt(config.prompt.n_ctx, backbone.ctx_dim, config.seed, purpose)

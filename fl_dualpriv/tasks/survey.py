@@ -262,7 +262,7 @@ def word_problems(config: RunConfig, layout: Layout) -> list[str]:
     problems += _class_problems(config, rules, layout.names, after, set(lacking))
     if not lacking and _reads_template(config):
         words = rules.count(before.strip())
-        fills = config.prompt.candidates.strip() != "" and 0 < words <= config.prompt.n_ctx
+        fills = config.prompt.has_candidates and 0 < words <= config.prompt.n_ctx
         if config.prompt.init == "template" and words != config.prompt.n_ctx and not fills:
             problems.append(
                 f"prompt.n-ctx = {config.prompt.n_ctx}, but the template {template!r} has {words} tokens before the "
