@@ -5,6 +5,9 @@ from typing import Literal
 
 import numpy as np
 
+from fl_dualpriv.config.schema import DataConfig
+from fl_dualpriv.data.images import ImageDataset
+from fl_dualpriv.data.questions import QuestionSet
 from fl_dualpriv.errors import ConfigError
 
 _MAX_DRAWS = 200
@@ -13,6 +16,22 @@ _HOPELESS = 50  # if even the best of a few draws leaves more clients empty than
 
 
 Scheme = Literal["iid", "by-class", "by-domain", "dirichlet", "by-node"]
+
+
+def divide(
+    train: ImageDataset | QuestionSet, data: DataConfig, population: int, seed: int, new_clients: int
+) -> list[np.ndarray]:
+    """Divide the training records of a run among its clients; see `partition`.
+
+    ``by-image`` gives all questions about one image to one client. The configuration allows it only for questions.
+    """
+    labels = train.labels
+    if data.partition == "by-image" and isinstance(train, QuestionSet):
+        labels = train.image_of
+    scheme = "by-class" if data.partition == "by-image" else data.partition
+    return partition(
+        *(labels, scheme, population, data.dirichlet_alpha, seed, train.domains, train.domain_names), new_clients
+    )
 
 
 def partition(

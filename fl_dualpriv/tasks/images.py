@@ -16,7 +16,7 @@ from fl_dualpriv.data.features import ImageFeatures, refuse_unusable
 from fl_dualpriv.data.identity import data_identity
 from fl_dualpriv.data.images import DataSplits, ImageDataset
 from fl_dualpriv.data.load import load_data
-from fl_dualpriv.data.partition import held_classes, partition
+from fl_dualpriv.data.partition import divide, held_classes
 from fl_dualpriv.data.patches import PatchEncoder
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.learners.base import ClientData, Objective
@@ -470,11 +470,7 @@ def _build_task(
 ) -> ImageTask:
     one_thread(device)
     assert data.partition != "by-image"  # the configuration allows it only for questions
-    train = images.train
-    parts = partition(
-        *(train.labels, data.partition, population, data.dirichlet_alpha, seed, train.domains, train.domain_names),
-        new_clients,
-    )
+    parts = divide(images.train, data, population, seed, new_clients)
     backbone = load_backbone(model.name, model.pretrained, device, pruner, model.precision)
     return ImageTask(
         backbone=backbone,

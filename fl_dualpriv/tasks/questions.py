@@ -16,7 +16,7 @@ from fl_dualpriv.data.features import ImageFeatures, refuse_unusable
 from fl_dualpriv.data.identity import data_identity
 from fl_dualpriv.data.images import ImageDataset
 from fl_dualpriv.data.load import load_questions
-from fl_dualpriv.data.partition import partition
+from fl_dualpriv.data.partition import divide
 from fl_dualpriv.data.questions import QuestionSet, QuestionSplits
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.learners.answers import BLOCK, AnswerObjective, AnswerRecords, answer_records
@@ -347,15 +347,10 @@ def _build_task(
     on_bad_record: Literal["keep", "raise"],
 ) -> QuestionTask:
     one_thread(device)
-    train = questions.train
-    labels = train.image_of if data.partition == "by-image" else train.labels
-    scheme = "by-class" if data.partition == "by-image" else data.partition
     return QuestionTask(
         backbone=load_answering_model(model.name, device, pruner, model.precision),
         data=questions,
-        partitions=partition(
-            *(labels, scheme, population, data.dirichlet_alpha, seed, train.domains, train.domain_names), new_clients
-        ),
+        partitions=divide(questions.train, data, population, seed, new_clients),
         on_bad_record=on_bad_record,
         cache_root=cache_root(feature_cache),
         max_tokens=data.max_tokens,

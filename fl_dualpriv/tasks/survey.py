@@ -14,7 +14,7 @@ from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.data.folder import Layout, bad_images, read_layout
 from fl_dualpriv.data.images import DataSplits, ImageDataset
 from fl_dualpriv.data.load import load_data, load_questions
-from fl_dualpriv.data.partition import partition
+from fl_dualpriv.data.partition import divide
 from fl_dualpriv.data.questions import QuestionSet, QuestionSplits
 from fl_dualpriv.data.usable import SECONDS, Usable, look, skipped_files, without_usable
 from fl_dualpriv.errors import ConfigError, PrivacyError
@@ -156,15 +156,8 @@ def _scored(config: RunConfig, data: DataSplits | QuestionSplits) -> ImageDatase
 
 def _divided(config: RunConfig, train: ImageDataset | QuestionSet) -> tuple[list[np.ndarray], list[str]]:
     """Return the record indices per client, divided as the tasks divide them, and the reasons if that is impossible."""
-    data, labels = config.data, train.labels
-    if data.partition == "by-image" and isinstance(train, QuestionSet):
-        labels = train.image_of
-    scheme = "by-class" if data.partition == "by-image" else data.partition
     try:
-        return partition(
-            *(labels, scheme, config.population, data.dirichlet_alpha, config.seed, train.domains, train.domain_names),
-            config.evaluation.new_clients,
-        ), []
+        return divide(train, config.data, config.population, config.seed, config.evaluation.new_clients), []
     except ConfigError as error:
         return [], [str(error)]
 

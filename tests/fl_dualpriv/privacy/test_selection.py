@@ -129,8 +129,8 @@ def test_a_damaged_line_may_have_been_anything(tmp_path: Path) -> None:
     assert made.epsilon(DELTA) > composed_epsilon((worst,), DELTA)
 
 
-def test_a_folder_without_a_budget_has_one_selection(tmp_path: Path) -> None:
-    plan = RecordLevelPlan(
+def record_plan(selection: Selection) -> RecordLevelPlan:
+    return RecordLevelPlan(
         clip_norm=1.0,
         noise_multiplier=1.0,
         sampling_rate=0.1,
@@ -138,8 +138,12 @@ def test_a_folder_without_a_budget_has_one_selection(tmp_path: Path) -> None:
         delta=DELTA,
         trusts_server=False,
         personal=True,
-        selection=VOTE,
+        selection=selection,
     )
+
+
+def test_a_folder_without_a_budget_has_one_selection(tmp_path: Path) -> None:
+    plan = record_plan(VOTE)
     ledger = Ledger(tmp_path / "ledger.jsonl")
     check_single_run(plan, ledger.read(), VOTE.event("a"))
     ledger.record(VOTE.event("a"))
@@ -226,16 +230,7 @@ def test_worst_terms_refuse_a_release_of_all_records(tmp_path: Path) -> None:
 
 
 def test_an_owner_s_least_noise_holds_for_the_selection() -> None:
-    plan = RecordLevelPlan(
-        clip_norm=1.0,
-        noise_multiplier=1.0,
-        sampling_rate=0.1,
-        releases=4,
-        delta=DELTA,
-        trusts_server=False,
-        personal=True,
-        selection=choice(3.0),
-    )
+    plan = record_plan(choice(3.0))
     with pytest.raises(PrivacyError, match=r"a selection of the start at noise multiplier .* at least 0.5"):
         BUDGET.check_plan(plan, reproducible=False)
     BUDGET.check_plan(replace(plan, selection=choice(1.0)), reproducible=False)
