@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, cast, get_type_hints
 
 from fl_dualpriv.config.candidates import CANDIDATES_KEY
+from fl_dualpriv.config.class_prior_rules import default_prior
 from fl_dualpriv.config.methods import FedOTPConfig, FedPGPConfig, Method
 from fl_dualpriv.config.ranges import ConfigValue, check
 from fl_dualpriv.errors import ConfigError
@@ -40,8 +41,9 @@ class StrategyConfig:
 class TrainConfig:
     """Local training; ``sampling_rate`` is the Poisson rate q, and ``top_m`` = 0 gives exact gradients.
 
-    ``class_prior`` is the kind of public class shares in the loss, see ``tasks/class_prior.py``;
-    ``class_prior_outside`` is the share of all classes together that such a prior does not name.
+    ``class_prior`` is the kind of public class shares in the loss, see ``tasks/class_prior.py``. A `RunConfig` holds the
+    kind that "auto" stands for, see `default_prior`. ``class_prior_outside`` is the share of all classes together that
+    such a prior does not name.
     """
 
     local_steps: int
@@ -51,7 +53,7 @@ class TrainConfig:
     top_m: int
     optimizer: Literal["sgd", "momentum", "adam", "adam-corrected"]
     momentum: float
-    class_prior: Literal["none", "list", "declared", "exact"]
+    class_prior: Literal["auto", "none", "list", "declared", "exact"]
     class_prior_outside: float
 
 
@@ -269,6 +271,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         _, problems = check(_key_types(RunConfig), self.to_run_config())
         _raise_all(problems)
+        if self.train.class_prior == "auto":
+            kind = default_prior(self.method, self.data.ref, self.data.partition)
+            object.__setattr__(self, "train", dataclasses.replace(self.train, class_prior=kind))
 
     @classmethod
     def from_run_config(cls, flat: Mapping[str, ConfigValue]) -> Self:
