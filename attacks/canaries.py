@@ -179,7 +179,8 @@ class _Audit:
         features = torch.where(present[:, None], self._features, 0.0)
         data = ClientData(features=features, labels=self._labels, log_prior=self._log_prior)
         random = functools.partial(_stream, sources, self._seed, client, server_round)
-        return Participant(partition=client, state=state, data=data, random=random)
+        event = self._plan.event("audit", server_round, self._config.train.local_steps)
+        return Participant(partition=client, state=state, data=data, random=random, event=event)
 
     def _scores(self, seen: Sequence["_Seen"]) -> list[np.ndarray]:
         """Return two scores of every canary, (canary,) each: the sum of its weights over rounds, and their spread.

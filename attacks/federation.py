@@ -189,9 +189,10 @@ def client_updates(
             logit_scale=federation.task.logit_scale,
             training=functools.partial(published_training, federation.config),
         )
+    plan, steps = federation.plan, federation.config.train.local_steps
     return cohort_update(
         global_prompt=prompt,
-        participants=participants,
+        participants=[replace(p, event=plan and plan.event("attack", server_round, steps)) for p in participants],
         objective=federation.objective,
         parts=federation.parts,
         training=local_training(federation.config),

@@ -158,7 +158,7 @@ def _upload(federation: Federation, prompt: Tensor, batch: ClientData, seed: int
     else:
         results = cohort_update(
             global_prompt=prompt,
-            participants=[participant],
+            participants=[replace(participant, event=federation.plan and federation.plan.event("attack", 1, 1))],
             objective=federation.objective,
             parts=federation.parts,
             training=replace(local_training(config), local_steps=1, sampling_rate=1.0),

@@ -173,7 +173,7 @@ def our_round(
     )
     return cohort_update(
         global_prompt=task.setting.prompts[0],
-        participants=participants(task, features),
+        participants=[replace(p, event=plan.event("run", 1, steps)) for p in participants(task, features)],
         objective=Classification(
             tower=task.setting.ours,
             logit_scale=task.setting.scale,

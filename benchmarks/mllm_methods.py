@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fl_dualpriv.learners.answers import BLOCK, AnswerRecords
 from fl_dualpriv.learners.soft_prompt import SoftPromptObjective
 from fl_dualpriv.models.llava import LlavaBackbone
+from fl_dualpriv.privacy.step import client_rows, clipped_sums
 
 CLIP = 1.0  # a whole number, because Opacus' ghost clipping takes an int
 _STEP = 1e-3
@@ -153,7 +154,7 @@ def against_exact(task: Task) -> tuple[Tensor, Tensor]:
     direction = torch.randn(task.prompt.shape, generator=torch.Generator().manual_seed(1)).to(task.prompt)
     quotients = _along(WholeSequence(task), task, _given(task), direction, task.batch)
     step = SoftPromptObjective(task.backbone).bind([task.records]).gradients(task.prompt[None], [np.arange(task.batch)])
-    rows = torch.cat(list(step.rows(0)))[: task.batch]
+    rows = torch.cat(list(client_rows(step, 0)))[: task.batch]
     return quotients, (rows * direction).sum(dim=(1, 2))
 
 
@@ -166,7 +167,7 @@ def ours(task: Task, block: int, checkpointing: bool) -> Callable[[], Tensor]:
 
     def step() -> Tensor:
         gradients = objective.bind([task.records]).gradients(task.prompt[None], [np.arange(task.batch)])
-        return gradients.clipped_sums(CLIP, "float")[0].value
+        return clipped_sums(gradients, CLIP, "float")[0].value
 
     return step
 

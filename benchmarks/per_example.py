@@ -8,6 +8,7 @@ import argparse
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 from benchmarks import machine
 
@@ -28,10 +29,12 @@ from benchmarks.towers import (  # noqa: E402
     make_setting,
     our_gradients,
 )
-from fl_dualpriv.learners.rows import clipped_sums, per_example_gradients, residuals  # noqa: E402
+from fl_dualpriv.learners.classification import Classification, ClassificationGradients  # noqa: E402
+from fl_dualpriv.learners.rows import per_example_gradients, residuals  # noqa: E402
 from fl_dualpriv.privacy.clipping import clipped_sum  # noqa: E402
-from fl_dualpriv.privacy.feature_rows import clipped_feature_sum  # noqa: E402
+from fl_dualpriv.privacy.step import clipped_sums  # noqa: E402
 from fl_dualpriv.tasks.build import image_task  # noqa: E402
+from fl_dualpriv.towers.base import ClassFeatures  # noqa: E402
 from fl_dualpriv.towers.shared_prefix import SharedPrefixTower  # noqa: E402
 
 BATCH, OPACUS_BATCH = 16, 8
@@ -61,19 +64,30 @@ def rows_by_class(setting: Setting) -> Tensor:
     return features.vjp_some(setting.scale * residual[..., None] * x[:, :, None], classes)[0]
 
 
+def gradients(
+    setting: Setting, features: ClassFeatures, space: Literal["prompt", "feature"], top_m: int = 0
+) -> ClassificationGradients:
+    """Return the rows of one client's batch, as a step makes them."""
+    objective = Classification(
+        tower=setting.ours,
+        logit_scale=setting.scale,
+        top_m=top_m,
+        noise_space=space,
+        workspace_bytes=_WORKSPACE,
+    )
+    return ClassificationGradients(objective, features, batches(setting, slice(0, 1)), None)
+
+
 def private_step(setting: Setting, top_m: int = 0) -> Tensor:
     """Compute, clip and sum per-example gradients, as a client's step does."""
     features = setting.ours(setting.prompts[:1])
-    (clean,) = clipped_sums(
-        features, batches(setting, slice(0, 1)), setting.scale, _CLIP, workspace_bytes=_WORKSPACE, top_m=top_m
-    )
-    return clean.value
+    return clipped_sums(gradients(setting, features, "prompt", top_m), _CLIP)[0].value
 
 
 def feature_space_step(setting: Setting) -> Tensor:
     """Clip and noise d loss / d class features, whose norm has a closed form; then run one backward pass per batch."""
     features = setting.ours(setting.prompts[:1])
-    clean = clipped_feature_sum(features.values[0], setting.images[0], setting.labels[0], setting.scale, _CLIP)
+    (clean,) = clipped_sums(gradients(setting, features, "feature"), _CLIP)
     noised = clean.value + torch.randn_like(clean.value)
     return features.vjp(noised.float()[None, None])[0, 0]
 

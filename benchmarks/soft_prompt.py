@@ -25,6 +25,7 @@ from fl_dualpriv.learners.soft_prompt import SoftPromptObjective  # noqa: E402
 from fl_dualpriv.models.answering import Prefix  # noqa: E402
 from fl_dualpriv.models.llava import LlavaBackbone  # noqa: E402
 from fl_dualpriv.privacy.clipping import clip_rows  # noqa: E402
+from fl_dualpriv.privacy.step import client_rows, clipped_sums  # noqa: E402
 
 BATCHES = (8, 32)
 N_CTX = 8
@@ -67,7 +68,7 @@ def make_setting(shape: LlavaShape, batch: int) -> Setting:
 def private_step(setting: Setting, objective: SoftPromptObjective) -> Tensor:
     """Compute per-example gradients, clip each one and sum them."""
     step = objective.bind([setting.records]).gradients(setting.prompt[None], [setting.everyone])
-    return step.clipped_sums(_CLIP, "float")[0].value
+    return clipped_sums(step, _CLIP, "float")[0].value
 
 
 def nonprivate_step(setting: Setting, prefix: Prefix) -> Tensor:
@@ -90,7 +91,7 @@ def check(setting: Setting) -> float:
     Their mean must equal the non-private gradient, and the private step must equal their clipped sum.
     """
     step = setting.keeping.bind([setting.records]).gradients(setting.prompt[None], [setting.everyone])
-    rows = torch.cat(list(step.rows(0)))[: len(setting.everyone)]
+    rows = torch.cat(list(client_rows(step, 0)))[: len(setting.everyone)]
     norms = torch.linalg.vector_norm(rows.flatten(1), dim=1)
     if not norms.max() > 10 * torch.finfo(torch.float32).eps:
         raise AssertionError("all gradients are zero, so the methods cannot be compared")

@@ -176,14 +176,8 @@ class TrainRound:
         state = self._state(partition)
         if (saved_upload := self._kept(partition, state)) is not None:
             return saved_upload
-        event = LedgerEvent(
-            run=request.run_token,
-            unit="record",
-            server_round=request.server_round,
-            releases=run_context.terms.releases,
-            sampling_rate=run_context.plan.sampling_rate,
-            noise_multiplier=run_context.plan.noise_multiplier,
-        )
+        event = self._event()
+        assert event is not None
         made, budget = ledger.read(), self._node.budget
         if not is_same_release(made, state, event, reproducible=run_context.reproducible):
             check_round(run_context.plan, made, state, event)
@@ -194,6 +188,13 @@ class TrainRound:
                 spend_budget(ledger, budget, run_context.plan.reserved(request.run_token), event)
         return self._participant(partition, state)
 
+    def _event(self) -> LedgerEvent | None:
+        """Return a client's event of this round; None without a plan."""
+        plan, terms = self._run_context.plan, self._run_context.terms
+        if plan is None:
+            return None
+        return plan.event(self._request.run_token, self._request.server_round, terms.releases)
+
     def _participant(self, partition: int, state: PersonalState) -> Participant:
         """Load the data and make the participant, after the ledger event, because even reading data is paid for."""
         run_context, server_round = self._run_context, self._request.server_round
@@ -201,7 +202,7 @@ class TrainRound:
         if partition in self._parts:  # the client's personal prompt of this round is the one that the server made
             state = replace(state, personal=self._parts[partition].to(self._prompt.device))
         data = run_context.task.client_data(partition, server_round)
-        return Participant(partition=partition, state=state, data=data, random=random)
+        return Participant(partition=partition, state=state, data=data, random=random, event=self._event())
 
     def _kept(self, partition: int, state: PersonalState) -> Tensor | None:
         """Return the upload that the client sent in this round if it already answered it, else None."""

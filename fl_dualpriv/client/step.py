@@ -20,13 +20,15 @@ from fl_dualpriv.client.pruning import KEEP_ALL, UpdatePruning
 from fl_dualpriv.client.release_memory import ReleaseMemoryShapes
 from fl_dualpriv.client.state import PersonalState
 from fl_dualpriv.client.updates import UpdateRule
-from fl_dualpriv.learners.base import Objective, Records, Regulariser, StepGradients
+from fl_dualpriv.errors import PrivacyError
+from fl_dualpriv.learners.base import Objective, Records, Regulariser
 from fl_dualpriv.methods.base import MethodParts
 from fl_dualpriv.methods.lowrank import cut_to_rank, subspace_bases, tangent_projection
-from fl_dualpriv.privacy.clipping import ClippedSum, check_exact
+from fl_dualpriv.privacy.clipping import check_exact
+from fl_dualpriv.privacy.ledger import LedgerEvent
 from fl_dualpriv.privacy.noise import RandomSource, poisson_sample
 from fl_dualpriv.privacy.plan import RecordLevelPlan
-from fl_dualpriv.privacy.release import release
+from fl_dualpriv.privacy.step import Payment, private_step
 
 _LEFT = "left-factor"
 
@@ -80,12 +82,14 @@ class Participant:
         state: Personal state of the client.
         data: Records of the client.
         random: (purpose, step) → the client's own random source.
+        event: Event that was written to the client's ledger for the steps of this round; None without a plan.
     """
 
     partition: int
     state: PersonalState
     data: Records
     random: Callable[[str, int], RandomSource]
+    event: LedgerEvent | None = None
 
 
 @dataclass
@@ -142,6 +146,7 @@ def cohort_update(
         clipped sum, or −1 × the clipped sum in grid units, float64) and its new personal state.
 
     Raises:
+        PrivacyError: With a plan, if a client has no ledger event, or more steps than its event pays for.
         ValueError: With integer arithmetic, if a client has 2**32 records or more.
     """
     prompts = _Prompts(
@@ -158,6 +163,7 @@ def cohort_update(
     exact = plan is not None and plan.arithmetic == "integer"
     if exact:
         check_exact(max(p.data.num_examples for p in participants))
+    payments = [_payment(plan, p) for p in participants] if plan is not None else []
     noise_std = _noise_of_a_mean(plan, expected[:, 0, 0])
     others = (_LEFT, *NAMES)
     update_rule = UpdateRule(
@@ -188,15 +194,14 @@ def cohort_update(
         if plan is None:
             summed = gradients.sums() if masks is None else gradients.sums() * masks
         else:
-            clean = _clean_sums(gradients, plan, masks)
-            if clean_upload is not None:
+            made = private_step(plan, payments, gradients, (p.random("noise", step) for p in participants), masks)
+            if clean_upload is not None and made.for_server is not None:
                 factor = 1.0 if exact else training.global_learning_rate  # in integers the server applies it
                 # Of a pair only p_G's half is uploaded; its norm is at most that of the whole, which C bounds.
-                clean_upload -= factor * torch.stack([c.value[: len(global_prompt)] for c in clean])
-                if not parts.personal:
-                    continue  # nothing local is released or moved
-            noised = [_release(c, plan, p.random("noise", step)) for c, p in zip(clean, participants, strict=True)]
-            summed = gradients.to_prompts(torch.stack(noised))
+                clean_upload -= factor * made.for_server[:, : len(global_prompt)]
+            if made.noised is None:
+                continue  # nothing local is released or moved
+            summed = gradients.to_prompts(made.noised)
         mean = summed.div_(expected.to(summed.dtype)).to(global_prompt.dtype)
         factors = _subspace_bases(prompts, mean) if update_rule.cuts_components else None
         direction = of_global = update_rule.direction(mean, factors)
@@ -243,20 +248,17 @@ def _batches(participants: Sequence[Participant], step: int, rate: float) -> lis
     return [poisson_sample(p.random("batch", step), p.data.num_examples, rate) for p in participants]
 
 
+def _payment(plan: RecordLevelPlan, participant: Participant) -> Payment:
+    """Return what a client's ledger event of this round pays for."""
+    if participant.event is None:
+        raise PrivacyError(f"client {participant.partition} has no ledger event for this round; no step is made")
+    return Payment(plan, participant.event)
+
+
 def _noise_of_a_mean(plan: RecordLevelPlan | None, expected: Tensor) -> Tensor:
     """Compute the public std of the noise on each coordinate of a client's mean gradient, (client,): z·C over q·n_i."""
     std = 0.0 if plan is None else plan.local_noise_multiplier * plan.clip_norm
     return std / expected
-
-
-def _clean_sums(gradients: StepGradients, plan: RecordLevelPlan, masks: Tensor | None) -> list[ClippedSum]:
-    """Compute each client's clipped sum, before the noise."""
-    return gradients.clipped_sums(plan.clip_norm, plan.arithmetic, masks)
-
-
-def _release(clean: ClippedSum, plan: RecordLevelPlan, source: RandomSource) -> Tensor:
-    """Add the client's noise to the clipped sum. Only this or a trusted server's clean sum leaves the private side."""
-    return release(clean, plan.local_noise_multiplier, source)
 
 
 def _subspace_bases(prompts: _Prompts, gradient: Tensor) -> tuple[Tensor, Tensor]:

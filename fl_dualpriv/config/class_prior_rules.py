@@ -23,6 +23,7 @@ def default_prior(method: str, data_ref: str, division: str) -> Literal["none", 
     lists_differ = division == "by-class" and data_ref not in ("demo-vqa", "questions")
     return "list" if lists_differ and method not in ("zero-shot", "dpfpl-paper", *_WITHOUT_SOFTMAX) else "none"
 
+
 CLASS_PRIOR_RULES: tuple[CrossRule, ...] = (
     CrossRule(
         (_PRIOR, "data.ref"),

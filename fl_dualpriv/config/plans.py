@@ -66,6 +66,7 @@ def record_level_plan(config: RunConfig) -> RecordLevelPlan | None:
         personal=parts.personal or config.chooses_start_by_client,
         arithmetic=config.privacy.arithmetic,
         selection=selection,
+        clipping=record.clipping,
     )
     return _bounded(plan, plan.releases, "privacy.record")
 

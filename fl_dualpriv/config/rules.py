@@ -236,6 +236,12 @@ CROSS_RULES: tuple[CrossRule, ...] = (
         "set train.top-m = 0",
     ),
     CrossRule(
+        ("privacy.record.clipping", "method"),
+        lambda v: v["privacy.record.clipping"] == "flat" or v["method"] != "dpfpl-paper",
+        'must be "flat" for this method: its formulas clip the mean of a batch',
+        'set it to "flat", or set method = "dpfpl"',
+    ),
+    CrossRule(
         ("privacy.record.noise-space", "method"),
         lambda v: v["privacy.record.noise-space"] == "prompt" or v["method"] != "dpfpl-paper",
         'must be "prompt", as in the DP-FPL paper',

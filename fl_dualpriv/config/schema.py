@@ -41,9 +41,9 @@ class StrategyConfig:
 class TrainConfig:
     """Local training; ``sampling_rate`` is the Poisson rate q, and ``top_m`` = 0 gives exact gradients.
 
-    ``class_prior`` is the kind of public class shares in the loss, see ``tasks/class_prior.py``. A `RunConfig` holds the
-    kind that "auto" stands for, see `default_prior`. ``class_prior_outside`` is the share of all classes together that
-    such a prior does not name.
+    ``class_prior`` is the kind of public class shares in the loss, see ``tasks/class_prior.py``. A `RunConfig` holds
+    the kind that "auto" stands for, see `default_prior`. ``class_prior_outside`` is the share of all classes together
+    that such a prior does not name.
     """
 
     local_steps: int
@@ -109,7 +109,7 @@ class PruningConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordLevelConfig:
-    """Privacy of one training example of a client."""
+    """Privacy of one training example of a client; ``clipping`` is the rule that brings a row to the clip norm."""
 
     mechanism: Mechanism
     calibrate_to: CalibrateTo
@@ -117,6 +117,7 @@ class RecordLevelConfig:
     noise_multiplier: float
     delta: float
     clip_norm: float
+    clipping: Literal["flat", "normalised"]
     selection_share: float
     noise_space: Literal["prompt", "feature"]
     trusts_server: bool

@@ -17,7 +17,7 @@ from torch import Tensor
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.learners.base import Picked
 from fl_dualpriv.models.answering import AnsweringModel
-from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, as_clipped_sum, bounded_rows
+from fl_dualpriv.privacy.step import RowBlock
 
 BLOCK = 8
 """Default number of records that run together, padded."""
@@ -246,34 +246,23 @@ class AnswerGradients:
     ) -> None:
         self._objective, self._data, self._prompts, self._picked = objective, data, prompts, picked
 
-    def rows(self, client: int) -> Iterator[Tensor]:
-        """Yield the gradient of each record, block by block, (block, rows, cols), padded with zeros.
+    def blocks(self) -> Iterator[RowBlock]:
+        """Yield the gradient of each record, block by block, padded with zeros.
 
         Guarantee:
-            A row is a function of only the prompt and its own record, see `AnswerObjective.rows`. It runs in a block of
-            one fixed size for every batch. A record that cannot be used is zero.
+            A row is a function of only the prompt and its own record, see `AnswerObjective.rows`
+            (tests/guarantees/test_soft_prompt_rows.py, test_lora_rows.py). It runs in a block of one fixed size for
+            every batch. A record that cannot be used is zero.
         """
-        for block, _ in self._objective.blocks(self._data[client], self._picked[client]):
-            rows = self._objective.rows(self._prompts[client].to(block.tokens.device), block)
-            yield torch.where(block.usable[:, None, None], rows, 0.0)
-
-    def clipped_sums(self, clip_norm: float, arithmetic: Arithmetic, masks: Tensor | None = None) -> list[ClippedSum]:
-        """See `StepGradients`.
-
-        Guarantee:
-            Adding or removing one record moves its client's value by at most ``clip_norm`` and no other client's
-            (tests/guarantees/test_soft_prompt_rows.py, test_lora_rows.py): each row is masked, then clipped, then
-            added, in float64. In integers the move is exactly that record's own integer row, provided that the rows of
-            the other records are the same bit by bit without it. An empty batch gives zero.
-        """
-        client_sums = []
         for client, prompt in enumerate(self._prompts):
-            total = torch.zeros_like(prompt, dtype=torch.float64)
-            for rows in self.rows(client):
-                masked = rows if masks is None else rows * masks[client].to(rows)
-                total += bounded_rows(masked, clip_norm, arithmetic).sum(dim=0).to(total.device)
-            client_sums.append(as_clipped_sum(total, clip_norm, arithmetic))
-        return client_sums
+            for block, _ in self._objective.blocks(self._data[client], self._picked[client]):
+                rows = self._objective.rows(prompt.to(block.tokens.device), block)
+                rows = torch.where(block.usable[:, None, None], rows, 0.0)
+                yield RowBlock(clients=torch.tensor([client]), rows=rows[None])
+
+    def zeros(self) -> Tensor:
+        """See `Rows`."""
+        return torch.zeros_like(self._prompts, dtype=torch.float64)
 
     def to_prompts(self, noised: Tensor) -> Tensor:
         """Return the input: the noise is already on gradients of the prompts. See `StepGradients`."""

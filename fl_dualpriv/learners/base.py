@@ -1,6 +1,6 @@
 """Protocols of what a local method differentiates: the loss of each record under a prompt, as sums over records."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum
+from fl_dualpriv.privacy.step import Rows
 
 Picked = Sequence[np.ndarray]
 """One batch per client: indices into that client's records, counted from zero."""
@@ -62,33 +62,8 @@ def log_priors(data: Sequence[ClientData]) -> Tensor | None:
 Data = TypeVar("Data", bound=Records, contravariant=True)
 
 
-class StepGradients(Protocol):
-    """Gradients of one batch per client, each taken at the prompt of its client."""
-
-    def clipped_sums(self, clip_norm: float, arithmetic: Arithmetic, masks: Tensor | None = None) -> list[ClippedSum]:
-        """Return each client's sum of clipped per-example gradients.
-
-        Guarantee that every implementation must give:
-            A client's value is a sum of one term per record of its batch. Each term has norm at most ``clip_norm`` and
-            is a function of only that record, the prompt and the mask. A record that cannot be used gives a zero term.
-            An empty batch gives zeros.
-
-        Args:
-            clip_norm: Clip norm C.
-            arithmetic: Arithmetic of the sums, see `ClippedSum`.
-            masks: Factors of 0 and 1, (client, rows, cols), that multiply each gradient before it is clipped. None
-                multiplies nothing. Masks must come from public numbers, such as earlier releases.
-        """
-        ...
-
-    def rows(self, client: int) -> Iterator[Tensor]:
-        """Yield a client's gradients before they are clipped, block by block, (row, …).
-
-        Rows after the last record of the batch are padding.
-        `clipped_sums` adds up these same rows, with the same code on the same shapes. Every property of the rows that
-        `row_check` establishes therefore holds for the terms of the sums.
-        """
-        ...
+class StepGradients(Rows, Protocol):
+    """Gradients of one batch per client, each taken at the prompt of its client; see `Rows` for what an author owes."""
 
     def to_prompts(self, noised: Tensor) -> Tensor:
         """Convert noised sums to gradients of the prompts, (client, …) → (client, rows, cols): post-processing."""

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.learners.base import ClientData, Picked, log_priors
-from fl_dualpriv.learners.rows import Batches, clipped_sums, gradient_blocks, summed_gradient
-from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum
-from fl_dualpriv.privacy.feature_rows import clipped_feature_sum, feature_blocks
+from fl_dualpriv.learners.rows import Batches, feature_blocks, gradient_blocks, summed_gradient
+from fl_dualpriv.privacy.step import Block, OuterBlock, RowBlock
 from fl_dualpriv.towers.base import ClassFeatures, PromptTower
 
 
@@ -89,56 +88,19 @@ class ClassificationGradients:
         self._objective, self._features, self._batches, self._order = objective, features, batches, order
         self._inverse = None if order is None else torch.argsort(order)
 
-    def clipped_sums(self, clip_norm: float, arithmetic: Arithmetic, masks: Tensor | None = None) -> list[ClippedSum]:
-        """See `StepGradients`; sums are of prompt gradients, or of class-feature gradients, which have no mask.
+    def blocks(self) -> Iterator[Block]:
+        """See `Rows`; rows are prompt gradients, or class-feature gradients as outer products.
 
-        Raises:
-            ValueError: If there are masks and ``noise_space`` is ``feature``.
+        Guarantee:
+            As for `gradient_blocks` and `feature_blocks`.
         """
         objective, batches = self._objective, self._batches
+        clients = torch.arange(len(batches.counts)) if self._order is None else self._order.cpu()
         if objective.noise_space == "feature":
-            if masks is not None:
-                raise ValueError("masks apply to prompt gradients; class-feature gradients cannot be masked")
-            client_sums = [
-                clipped_feature_sum(
-                    classes,
-                    batches.features[indices],
-                    batches.labels[indices],
-                    objective.logit_scale,
-                    clip_norm,
-                    arithmetic,
-                    self._log_prior(place),
-                )
-                for place, (classes, indices) in enumerate(zip(self._features.values, batches.rows(), strict=True))
-            ]
-        else:
-            client_sums = clipped_sums(
-                self._features,
-                batches,
-                objective.logit_scale,
-                clip_norm,
-                workspace_bytes=objective.workspace_bytes,
-                top_m=objective.top_m,
-                arithmetic=arithmetic,
-                masks=None if masks is None else _reordered(masks, self._order),
-                apart=objective.rows_apart,
-            )
-        return client_sums if self._inverse is None else [client_sums[i] for i in self._inverse.tolist()]
-
-    def rows(self, client: int) -> Iterator[Tensor]:
-        """See `StepGradients`; all clients run, as in a step, and only the rows of one client are returned."""
-        objective, batches = self._objective, self._batches
-        place = client if self._inverse is None else int(self._inverse[client])
-        if objective.noise_space == "feature":
-            indices, classes = batches.rows()[place], self._features.values[place]
-            for left, x in feature_blocks(
-                classes,
-                batches.features[indices],
-                batches.labels[indices],
-                objective.logit_scale,
-                self._log_prior(place),
-            ):
-                yield left[:, :, None] * x[:, None, :]
+            for place, (classes, indices) in enumerate(zip(self._features.values, batches.rows(), strict=True)):
+                x, y = batches.features[indices], batches.labels[indices]
+                for left, right in feature_blocks(classes, x, y, objective.logit_scale, self._log_prior(place)):
+                    yield OuterBlock(client=int(clients[place]), left=left, right=right)
             return
         for prompts, _, rows in gradient_blocks(
             self._features,
@@ -148,8 +110,13 @@ class ClassificationGradients:
             top_m=objective.top_m,
             apart=objective.rows_apart,
         ):
-            if prompts.start <= place < prompts.stop:
-                yield rows[place - prompts.start]
+            yield RowBlock(clients=clients[prompts].to(rows.device), rows=rows)
+
+    def zeros(self) -> Tensor:
+        """See `Rows`."""
+        values = self._features.values
+        shape = values.shape[1:] if self._objective.noise_space == "feature" else self._features.prompt_shape
+        return values.new_zeros(len(self._batches.counts), *shape, dtype=torch.float64)
 
     def _log_prior(self, place: int) -> Tensor | None:
         """Return the log prior of the client at a place of the batches, (n_cls,), or None."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from fl_dualpriv.learners.base import ClientData, Picked
 from fl_dualpriv.learners.rows import rows_at_once
 from fl_dualpriv.learners.transport import transport_plan
-from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, as_clipped_sum, bounded_rows
+from fl_dualpriv.privacy.step import RowBlock
 from fl_dualpriv.towers.base import ClassFeatures, PromptTower
 
 _IMAGES = 64
@@ -142,30 +142,25 @@ class TransportGradients:
         self._classes = self._features.values.unflatten(0, (-1, 2))
 
     @torch.no_grad()
-    def clipped_sums(self, clip_norm: float, arithmetic: Arithmetic, masks: Tensor | None = None) -> list[ClippedSum]:
-        """See `StepGradients`.
+    @torch.no_grad()
+    def blocks(self) -> Iterator[RowBlock]:
+        """See `Rows`.
 
         Guarantee:
-            The term of an image is a function of that image, because the plan is one and the prior is a public
-            constant. The gradients of both prompts are one row under one clip. A patch that is not finite makes the
-            row of its record non-finite, and that row becomes zero. All blocks have one size, the last one padded, so
-            that no number depends on how many records there are.
+            The row of an image is a function of that image, because the plan is one and the prior is a public constant.
+            The gradients of both prompts are one row under one clip. A patch that is not finite makes the row of its
+            record non-finite. All blocks have one size, the last one padded, so that no number depends on how many
+            records there are.
         """
-        client_sums = []
         for client in range(len(self._data)):
-            total = torch.zeros(self._shape, dtype=torch.float64, device=self._classes.device)
-            for rows, (_, _, count) in zip(self.rows(client), self._blocks(client), strict=True):
-                rows = rows if masks is None else rows * masks[client]
-                total += bounded_rows(rows, clip_norm, arithmetic)[:count].sum(dim=0)
-            client_sums.append(as_clipped_sum(total, clip_norm, arithmetic))
-        return client_sums
+            for patches, labels, count in self._blocks(client):
+                cotangents = self._cotangents(client, patches, labels)
+                rows = self._pull(client, cotangents.transpose(0, 1)).transpose(0, 1).flatten(1, 2)
+                yield RowBlock(clients=torch.tensor([client], device=rows.device), rows=rows[None], count=count)
 
-    @torch.no_grad()
-    def rows(self, client: int) -> Iterator[Tensor]:
-        """See `StepGradients`."""
-        for patches, labels, _ in self._blocks(client):
-            cotangents = self._cotangents(client, patches, labels)
-            yield self._pull(client, cotangents.transpose(0, 1)).transpose(0, 1).flatten(1, 2)
+    def zeros(self) -> Tensor:
+        """See `Rows`."""
+        return torch.zeros(len(self._data), *self._shape, dtype=torch.float64, device=self._classes.device)
 
     def to_prompts(self, noised: Tensor) -> Tensor:
         """Return the input, which is already a gradient of the prompts; see `StepGradients`."""

@@ -45,7 +45,9 @@ class LowRankHead:
         """Compute class features of prompts (prompt, rank, n_cls + embed_dim)."""
         n_cls = len(self.zero_shot)
         u, v = prompts[..., :n_cls], prompts[..., n_cls:]
-        features = torch.baddbmm(self.zero_shot.expand(len(prompts), -1, -1), u.transpose(1, 2), v)
+        features = self.zero_shot.expand(len(prompts), -1, -1)
+        for k in range(u.shape[1]):
+            features = torch.addcmul(features, u[:, k, :, None], v[:, k, None, :])
         norms = features.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         return HeadFeatures(u, v, features / norms, norms)
 
@@ -83,8 +85,7 @@ class HeadFeatures:
     def vjp(self, cotangents: Tensor) -> Tensor:
         """Pull cotangents (prompt, row, n_cls, embed_dim) back: (prompt, row, rank, n_cls + embed_dim)."""
         g = _through_unit_norm(cotangents, self._units[:, None], self._norms[:, None])
-        d_u = self._v[:, None] @ g.transpose(-1, -2)
-        return torch.cat([d_u, self._u[:, None] @ g], dim=-1)
+        return torch.cat([_onto(self._v[:, None], g), _along(self._u[:, None], g)], dim=-1)
 
     def vjp_apart(self, cotangents: Tensor) -> Tensor:
         """Pull cotangents back as `vjp` does, whose products already hold one row each."""
@@ -98,8 +99,22 @@ class HeadFeatures:
         u = self._u.transpose(1, 2)[prompt, classes].transpose(-1, -2)  # (prompt, row, rank, m)
         d_u = g.new_zeros(*classes.shape[:2], *self._u.shape[1:])
         index = classes[:, :, None].expand(-1, -1, d_u.shape[2], -1)
-        d_u.scatter_add_(-1, index, self._v[:, None] @ g.transpose(-1, -2))
-        return torch.cat([d_u, u @ g], dim=-1)
+        d_u.scatter_add_(-1, index, _onto(self._v[:, None], g))
+        return torch.cat([d_u, _along(u, g)], dim=-1)
+
+
+def _onto(v: Tensor, g: Tensor) -> Tensor:
+    """Compute v gᵀ, (…, rank, m), from v (…, rank, embed_dim) and g (…, m, embed_dim), by sums of single products.
+
+    No matrix kernel is used here and in `_along`, because some kernels round by the address of a matrix, and the
+    address of a prompt's factors depends on its place among the prompts.
+    """
+    return torch.stack([(v[..., k, None, :] * g).sum(dim=-1) for k in range(v.shape[-2])], dim=-2)
+
+
+def _along(u: Tensor, g: Tensor) -> Tensor:
+    """Compute u g, (…, rank, embed_dim), from u (…, rank, m) and g (…, m, embed_dim), by sums of single products."""
+    return torch.stack([(u[..., k, :, None] * g).sum(dim=-2) for k in range(u.shape[-2])], dim=-2)
 
 
 def _through_unit_norm(cotangents: Tensor, units: Tensor, norms: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.learners.base import ClientData, Picked
-from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, as_clipped_sum, bounded_rows
+from fl_dualpriv.privacy.step import PlacedBlock
 
 _ROWS = 1024
 
@@ -62,27 +62,20 @@ class PrototypeGradients:
     def __init__(self, data: Sequence[ClientData], picked: Picked, shape: tuple[int, int]) -> None:
         self._data, self._picked, self._shape = data, picked, shape
 
-    def clipped_sums(self, clip_norm: float, arithmetic: Arithmetic, masks: Tensor | None = None) -> list[ClippedSum]:
-        """See `StepGradients`; a term is one record's feature in the row of its class, clipped on its own.
+    def blocks(self) -> Iterator[PlacedBlock]:
+        """See `Rows`; a row is one record's feature in the line of its class.
 
         Guarantee:
-            Adding or removing a record moves a client's value by at most ``clip_norm``, because the only non-zero row
-            of its term has at most that norm (tests/fl_dualpriv/learners/test_prototypes.py). A feature that is not
-            finite is zero.
+            The only non-zero line of a row is clipped, which bounds the whole row
+            (tests/fl_dualpriv/learners/test_prototypes.py).
         """
-        client_sums = []
         for client in range(len(self._data)):
-            total = self._empty(client, torch.float64)
             for x, y in self._rows(client):
-                rows = x if masks is None else x * masks[client][y]
-                total.index_add_(0, y, bounded_rows(rows, clip_norm, arithmetic), alpha=-1)
-            client_sums.append(as_clipped_sum(total, clip_norm, arithmetic))
-        return client_sums
+                yield PlacedBlock(client=client, lines=y, values=-x)
 
-    def rows(self, client: int) -> Iterator[Tensor]:
-        """See `StepGradients`; each feature stands in the row of its class."""
-        for x, y in self._rows(client):
-            yield x.new_zeros(len(x), *self._shape).index_put_((torch.arange(len(x), device=x.device), y), -x)
+    def zeros(self) -> Tensor:
+        """See `Rows`."""
+        return torch.stack([self._empty(client, torch.float64) for client in range(len(self._data))])
 
     def to_prompts(self, noised: Tensor) -> Tensor:
         """Return the input, which is already a gradient of the learned tensor; see `StepGradients`."""

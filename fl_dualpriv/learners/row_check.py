@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.learners.base import Objective, Picked, Records, StepGradients
+from fl_dualpriv.privacy.step import client_rows
 
 RowPath = Literal["together", "records apart", "clients apart", "records and clients apart"]
 """Form of the matrix products.
@@ -110,7 +111,7 @@ def _at(objective: Objective[Any], made_up: Callable[[], Records], prompts: Tens
 
 
 def _of(gradients: StepGradients, client: int, picked: np.ndarray) -> Tensor:
-    return torch.cat(list(gradients.rows(client)))[: len(picked)]
+    return torch.cat(list(client_rows(gradients, client)))[: len(picked)]
 
 
 def _rows(objective: Objective[Any], made_up: Callable[[], Records], prompt: Tensor, picked: Picked) -> Tensor:

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, as_clipped_sum, bounded_rows
 from fl_dualpriv.towers.base import ClassFeatures
 
 # Rows go backward in blocks of one size, the last one padded, because the size of a matrix product can change the order
@@ -26,6 +25,8 @@ from fl_dualpriv.towers.base import ClassFeatures
 _CPU_ROWS, _CUDA_ROWS = 8, 64
 # Activations that stay in the caches run fastest on a CPU: measured best between 16 and 64 MiB.
 _CPU_CACHE_BYTES = 48 * 2**20
+_MOST_OUTER_ROWS = 256
+_OUTER_ENTRIES = 2**16  # entries of outer products at a time: half a MiB stays in a cache
 
 
 def rows_at_once(device: torch.device) -> int:
@@ -222,39 +223,45 @@ def per_example_gradients(
     return rows
 
 
-def clipped_sums(
-    features: ClassFeatures,
-    batches: Batches,
-    logit_scale: float,
-    clip_norm: float,
-    *,
-    workspace_bytes: int,
-    top_m: int = 0,
-    arithmetic: Arithmetic = "float",
-    masks: Tensor | None = None,
-    apart: bool = False,
-) -> list[ClippedSum]:
-    """Compute each client's sum of clipped per-example gradients, in the order of ``batches``.
+def feature_blocks(
+    classes: Tensor, x: Tensor, y: Tensor, logit_scale: float, log_prior: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield both factors of each example's gradient at the *class features*, in blocks of one size; padding is zero.
 
-    ``masks``, (prompt, n_ctx, ctx_dim) of 0 and 1, multiply each gradient before it is clipped. See `gradient_blocks`
-    for the other arguments.
+    The gradient is the outer product s·(softmax_i − y_i) x_iᵀ, of Frobenius norm s·‖softmax_i − y_i‖·‖x_i‖.
 
     Guarantee:
-        As for `clipped_sum` of that client's rows: adding or removing one of its records moves its value by at most
-        ``clip_norm`` and no other client's. Float64. An empty batch gives zero. In integers the move is exactly that
-        record's own integer row, provided that the rows of the other records are the same bit by bit without it:
-        `row_check` tests that before a run, and a run whose rows fail uses ``apart``. A mask is the same for all
-        records of a client, so the term of a record stays a function of that record, as long as the mask is made of
-        public numbers.
+        Row i is a function of ``classes``, the public ``log_prior`` and example i only, bit by bit: each cosine is a
+        separate sum. No matrix kernel is used, because its rounding of a row may depend on the row's place or on the
+        number of rows. The memory does not grow with a batch, whose size is private.
+
+    Args:
+        classes: Unit-norm class features (n_cls, embed_dim).
+        x: Image features (batch, embed_dim); batch may be 0.
+        y: Class ids (batch,).
+        logit_scale: s.
+        log_prior: Logarithm of the client's class prior, (n_cls,), a public constant; None adds nothing.
+
+    Yields:
+        s·(softmax_i − y_i), (row, n_cls), and x_i, (row, embed_dim), float64.
     """
-    totals = features.values.new_zeros(len(batches.counts), *features.prompt_shape, dtype=torch.float64)
-    for prompts, _, rows in gradient_blocks(
-        features, batches, logit_scale, workspace_bytes=workspace_bytes, top_m=top_m, apart=apart
-    ):
-        rows = rows if masks is None else rows * masks[prompts, None]
-        terms = bounded_rows(rows.flatten(0, 1), clip_norm, arithmetic)
-        totals[prompts] += terms.unflatten(0, rows.shape[:2]).sum(dim=1)
-    return [as_clipped_sum(total, clip_norm, arithmetic) for total in totals]
+    wide = classes.to(torch.float64)
+    wide_prior = None if log_prior is None else log_prior.to(torch.float64)
+    size = max(1, min(_MOST_OUTER_ROWS, _OUTER_ENTRIES // wide.numel()))
+    for start in range(0, len(x), size):
+        features, labels = x[start : start + size].to(torch.float64), y[start : start + size]
+        lacking = size - len(features)
+        if lacking:
+            features = torch.cat([features, features.new_zeros(lacking, features.shape[1])])
+            labels = torch.cat([labels, labels.new_zeros(lacking)])
+        logits = logit_scale * (features[:, None] * wide).sum(dim=-1)
+        if wide_prior is not None:
+            logits.add_(wide_prior)
+        residual = torch.softmax(logits, dim=1)
+        residual = residual.scatter_add_(1, labels[:, None], torch.full_like(residual[:, :1], -1.0))
+        if lacking:
+            residual[-lacking:] = 0.0
+        yield logit_scale * residual, features
 
 
 def summed_gradient(features: ClassFeatures, batches: Batches, logit_scale: float) -> Tensor:

@@ -13,47 +13,94 @@ from torch import Tensor
 from fl_dualpriv.privacy.limits import check_clip_norm
 
 Arithmetic = Literal["float", "integer"]
+ClipRule = Literal["flat", "normalised"]
 
 GRID_STEPS = 2**20  # units in a clip norm: an entry loses less than a millionth of the clip norm
 MOST_ROWS = 2**32  # rows of norm 2**20 add up to less than 2**52: exact in float64, with as much room for noise
 # Relative tolerance of the norms in `trusting_sum`, far above their rounding error: an upload within its bound stays.
 _ROUNDING = 2.0**-20
 _SHRINK = 1 - 2.0**-20  # a row that rounding left above the bound is below it after this factor
+NORMALISED_GAMMA = 0.01
+"""γ of the rule ``normalised``, a public constant in the units of a row; the default of Bu et al."""
 
 
-def clip_rows(rows: Tensor, clip_norm: float) -> tuple[Tensor, Tensor]:
-    """Scale each row to an L2 norm of at most ``clip_norm``.
+@dataclass(frozen=True)
+class Clip:
+    """Clip norm and clipping rule of rows.
 
     Guarantee:
-        Rows do not mix: row i of the result depends only on row i. Its norm is at most ``clip_norm`` up to float64
+        A row that is multiplied by its factor has a norm of at most C, for every norm N >= 0 (see `factors`). The
+        factor of a row depends on only that row. So both rules have the sensitivity C.
+
+    Attributes:
+        norm: C, in the units of a row, 1e-30 to 1e30.
+        rule: ``flat``: min(1, C/N), rows up to C stay as they are. ``normalised``: C/(N + γ), so that nearly all rows
+            get a norm just below C, small ones too.
+
+    Raises:
+        ValueError: If ``norm`` is out of range.
+
+    Example:
+        >>> Clip(1.0).factors(torch.tensor([0.5, 2.0], dtype=torch.float64))
+        tensor([1.0000, 0.5000], dtype=torch.float64)
+
+    Reference:
+        Abadi et al. 2016, arXiv:1607.00133 (flat); Bu et al. 2023, arXiv:2206.07136, AUTO-S (normalised).
+    """
+
+    norm: float
+    rule: ClipRule = "flat"
+
+    def __post_init__(self) -> None:
+        check_clip_norm(self.norm)
+
+    def factors(self, norms: Tensor) -> Tensor:
+        """Return the factor of each row from its finite norm, float64.
+
+        With ``normalised`` N·C/(N + γ) < C because γ > 0. In float64 that holds up to rounding, as for ``flat``.
+        """
+        if self.rule == "normalised":
+            return self.norm / (norms + NORMALISED_GAMMA)
+        return torch.clamp(self.norm / torch.clamp(norms, min=torch.finfo(torch.float64).tiny), max=1.0)
+
+
+def clip_rows(rows: Tensor, clip: Clip | float) -> tuple[Tensor, Tensor]:
+    """Scale each row to an L2 norm of at most the clip norm.
+
+    Guarantee:
+        Rows do not mix: row i of the result depends only on row i. Its norm is at most C up to float64
         rounding. The computation is in float64, where the squares of float32 numbers cannot overflow; see
         `check_clip_norm` for float64 rows of any size. A row with a non-finite entry, or with a norm beyond 1.3e154,
         becomes zero, which keeps the bound and drops no other row.
 
     Args:
         rows: Rows (batch, …), each the gradient of one example or the update of one client.
-        clip_norm: Bound C in the units of ``rows``, 1e-30 to 1e30.
+        clip: Clip norm C and rule; a number is the norm of the flat rule.
 
     Returns:
         The clipped rows, float64, and the norms before clipping, (batch,). The norms are per example, so not private.
 
     Raises:
-        ValueError: If ``clip_norm`` is not between 1e-30 and 1e30.
+        ValueError: If the clip norm is not between 1e-30 and 1e30.
 
     Reference:
         Abadi et al. 2016, arXiv:1607.00133, Algorithm 1.
     """
-    check_clip_norm(clip_norm)
+    clip = as_clip(clip)
     flat = rows.flatten(1).to(torch.float64)  # not reshape(.., -1): a batch may be empty
     finite = torch.isfinite(flat).all(dim=1)
     # NaN times zero is NaN, so bad rows are replaced by zeros and not multiplied by zero.
     flat = torch.where(finite[:, None], flat, torch.zeros_like(flat))
     norms = torch.linalg.vector_norm(flat, dim=1)
-    scale = torch.clamp(clip_norm / torch.clamp(norms, min=torch.finfo(torch.float64).tiny), max=1.0)
-    return (flat * scale[:, None]).reshape(rows.shape), norms
+    return (flat * clip.factors(norms)[:, None]).reshape(rows.shape), norms
 
 
-def integer_rows(rows: Tensor, clip_norm: float) -> Tensor:
+def as_clip(clip: Clip | float) -> Clip:
+    """Return a clip, of the flat rule if only its norm is given."""
+    return clip if isinstance(clip, Clip) else Clip(clip)
+
+
+def integer_rows(rows: Tensor, clip: Clip | float) -> Tensor:
     """Clip each row and cut its entries down, towards zero, to whole grid units of ``clip_norm / GRID_STEPS``.
 
     Guarantee:
@@ -63,16 +110,17 @@ def integer_rows(rows: Tensor, clip_norm: float) -> Tensor:
 
     Args:
         rows: Rows (batch, …).
-        clip_norm: Bound C in the units of ``rows``, 1e-30 to 1e30.
+        clip: As in `clip_rows`. The rule scales a row before it is cut.
 
     Returns:
         Integers in float64, in grid units.
 
     Raises:
-        ValueError: If ``clip_norm`` is not between 1e-30 and 1e30.
+        ValueError: If the clip norm is not between 1e-30 and 1e30.
     """
-    clipped, _ = clip_rows(rows, clip_norm)
-    return cut_rows(clipped.flatten(1) / clip_norm * GRID_STEPS).reshape(rows.shape)
+    clip = as_clip(clip)
+    clipped, _ = clip_rows(rows, clip)
+    return cut_rows(clipped.flatten(1) / clip.norm * GRID_STEPS).reshape(rows.shape)
 
 
 def cut_rows(scaled: Tensor) -> Tensor:
@@ -126,9 +174,38 @@ def as_clipped_sum(value: Tensor, clip_norm: float, arithmetic: Arithmetic) -> C
     return ClippedSum(value=value, sensitivity=float(GRID_STEPS), grid=clip_norm / GRID_STEPS)
 
 
-def bounded_rows(rows: Tensor, clip_norm: float, arithmetic: Arithmetic) -> Tensor:
+def bounded_rows(rows: Tensor, clip: Clip | float, arithmetic: Arithmetic) -> Tensor:
     """Return the terms of a clipped sum, by `clip_rows` or by `integer_rows`."""
-    return clip_rows(rows, clip_norm)[0] if arithmetic == "float" else integer_rows(rows, clip_norm)
+    return clip_rows(rows, clip)[0] if arithmetic == "float" else integer_rows(rows, clip)
+
+
+def clipped_factors(left: Tensor, right: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
+    """Clip rows that are outer products of two factors, without forming them.
+
+    Guarantee:
+        As in `clip_rows` for the outer products, because ‖left ⊗ right‖ = ‖left‖·‖right‖. Factors of a row that is not
+        finite become zero.
+
+    Args:
+        left: Factors (row, a), float64.
+        right: Factors (row, b), float64.
+        clip: Clip norm and rule.
+
+    Returns:
+        Left factors that carry the scale, and right factors.
+    """
+    norms = torch.linalg.vector_norm(left, dim=1) * torch.linalg.vector_norm(right, dim=1)
+    finite = torch.isfinite(norms)
+    # NaN times zero is NaN, so bad rows are replaced by zeros and not multiplied by zero.
+    right, left = (torch.where(finite[:, None], t, torch.zeros_like(t)) for t in (right, left))
+    scale = clip.factors(norms)
+    return torch.where(finite, scale, torch.zeros_like(scale))[:, None] * left, right
+
+
+def integer_outer_rows(left: Tensor, right: Tensor, clip: Clip) -> Tensor:
+    """Return the products of `clipped_factors` in whole grid units, (row, a, b) float64, of norm GRID_STEPS at most."""
+    scaled = (left / clip.norm * GRID_STEPS)[:, :, None] * right[:, None, :]
+    return cut_rows(scaled.flatten(1)).unflatten(1, (left.shape[1], right.shape[1]))
 
 
 def clipped_sum(rows: Tensor, clip_norm: float, arithmetic: Arithmetic = "float") -> ClippedSum:

@@ -18,9 +18,9 @@ from fl_dualpriv.privacy.accounting import (
 )
 from fl_dualpriv.privacy.adaptive import AdaptiveClip
 from fl_dualpriv.privacy.calibration import calibrate_noise_multiplier
-from fl_dualpriv.privacy.clipping import Arithmetic
+from fl_dualpriv.privacy.clipping import Arithmetic, Clip, ClipRule
 from fl_dualpriv.privacy.correlated import CorrelatedNoise
-from fl_dualpriv.privacy.ledger import ReservedPlan
+from fl_dualpriv.privacy.ledger import LedgerEvent, ReservedPlan
 from fl_dualpriv.privacy.limits import check_clip_norm
 from fl_dualpriv.privacy.selection import Selection
 
@@ -113,6 +113,7 @@ class RecordLevelPlan:
         arithmetic: Arithmetic of clipped sums and noise; the ε is the same (see `rounded_gaussian`).
         selection: Release that selects the start, before the first step; None if the start is public. Each ε of the
             plan includes it.
+        clipping: Rule that clips a row to C; both rules have the same sensitivity, see `Clip`.
 
     Raises:
         ValueError: If ``clip_norm`` is out of range.
@@ -127,9 +128,26 @@ class RecordLevelPlan:
     personal: bool
     arithmetic: Arithmetic = "float"
     selection: Selection | None = None
+    clipping: ClipRule = "flat"
 
     def __post_init__(self) -> None:
         check_clip_norm(self.clip_norm)
+
+    @property
+    def clip(self) -> Clip:
+        """Clip norm and rule."""
+        return Clip(self.clip_norm, self.clipping)
+
+    def event(self, run_token: str, server_round: int, releases: int) -> LedgerEvent:
+        """Return the event of some steps, which stands in the client's ledger before the first of them."""
+        return LedgerEvent(
+            run=run_token,
+            unit="record",
+            server_round=server_round,
+            releases=releases,
+            sampling_rate=self.sampling_rate,
+            noise_multiplier=self.noise_multiplier,
+        )
 
     @property
     def local_noise_multiplier(self) -> float:

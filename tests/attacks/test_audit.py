@@ -18,6 +18,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import fl_dualpriv.privacy.release
+import fl_dualpriv.privacy.step
 import fl_dualpriv.server.strategy
 from attacks import canaries as record_audit
 from attacks.canaries import audit_record_level
@@ -27,11 +28,9 @@ from fl_dualpriv.cli import audit as audit_command
 from fl_dualpriv.cli import main as cli
 from fl_dualpriv.config.schema import ConfigValue, RunConfig, app_defaults, merge, read_toml
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.learners import classification
-from fl_dualpriv.learners.rows import Batches, per_example_gradients
-from fl_dualpriv.privacy.clipping import ClippedSum
+from fl_dualpriv.privacy.clipping import Arithmetic, Clip, ClippedSum
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, gaussian_noise
-from fl_dualpriv.towers.base import ClassFeatures
+from fl_dualpriv.privacy.step import Rows, client_rows
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "simulations" / "configs"
@@ -159,14 +158,17 @@ def noise_divided_again(source: RandomSource, shape: tuple[int, ...], std: float
 
 
 def batch_clip(
-    features: ClassFeatures, batches: Batches, logit_scale: float, clip_norm: float, **options: Any
+    rows: Rows, clip: Clip, arithmetic: Arithmetic = "float", masks: Tensor | None = None
 ) -> list[ClippedSum]:
     """The mean of a batch is clipped, and taken for a sum of clipped records."""
-    rows = per_example_gradients(features, batches, logit_scale, workspace_bytes=options["workspace_bytes"])
     found = []
-    for own, count in zip(rows.double(), batches.counts, strict=True):
-        mean = own.sum(dim=0) / count
-        found.append(ClippedSum(value=mean * (clip_norm / mean.norm()).clamp(max=1.0) * count, sensitivity=clip_norm))
+    for client in range(len(rows.zeros())):
+        own = torch.cat([block.double() for block in client_rows(rows, client)])
+        own = own[own.flatten(1).any(dim=1)]  # padding is zero
+        mean = own.sum(dim=0) / len(own)
+        found.append(
+            ClippedSum(value=mean * (clip.norm / mean.norm()).clamp(max=1.0) * len(own), sensitivity=clip.norm)
+        )
     return found
 
 
@@ -190,7 +192,7 @@ def streams(forget: str) -> Callable[..., RandomSource]:
         (fl_dualpriv.privacy.release, "gaussian_noise", same_noise),
         (record_audit, "_stream", streams("client")),
         (record_audit, "_stream", streams("round")),
-        (classification, "clipped_sums", batch_clip),
+        (fl_dualpriv.privacy.step, "clipped_sums", batch_clip),
     ],
     ids=["no noise", "noise / n", "one noise", "one noise for all clients", "one noise for all rounds", "batch clip"],
 )

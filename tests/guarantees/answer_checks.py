@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.learners import answers
+import fl_dualpriv.privacy.step
 from fl_dualpriv.learners.answers import BLOCK, AnswerObjective, AnswerRecords, answer_records
 from fl_dualpriv.learners.row_check import checked_objective
 from fl_dualpriv.models.answering import AnsweringModel
-from fl_dualpriv.privacy.clipping import GRID_STEPS, Arithmetic, clip_rows
+from fl_dualpriv.privacy.clipping import GRID_STEPS, Arithmetic, Clip, bounded_rows, clip_rows
+from fl_dualpriv.privacy.step import RowBlock, client_rows, clipped_sums
 from tests.tiny_llava import ANSWERS, QUESTIONS
 
 
@@ -42,13 +43,13 @@ class Case:
 
     def rows(self, data: AnswerRecords, picked: list[int]) -> Tensor:
         step = self.objective.bind([data]).gradients(self.prompt[None], [np.array(picked, dtype=np.int64)])
-        return torch.cat([torch.zeros(0, *self.prompt.shape), *step.rows(0)])[: len(picked)]
+        return torch.cat([torch.zeros(0, *self.prompt.shape), *client_rows(step, 0)])[: len(picked)]
 
     def clean_sum(
         self, data: AnswerRecords, picked: list[int], arithmetic: Arithmetic = "float", mask: Tensor | None = None
     ) -> Tensor:
         step = self.objective.bind([data]).gradients(self.prompt[None], [np.array(picked, dtype=np.int64)])
-        (found,) = step.clipped_sums(self.clip, arithmetic, None if mask is None else mask[None])
+        (found,) = clipped_sums(step, self.clip, arithmetic, None if mask is None else mask[None])
         assert found.value.dtype == torch.float64
         assert found.sensitivity == (self.clip if arithmetic == "float" else GRID_STEPS)
         return found.value
@@ -143,29 +144,23 @@ def normalise_images_together(patch: pytest.MonkeyPatch) -> None:
 
 
 def clip_before_the_mask(patch: pytest.MonkeyPatch) -> None:
-    clipped_sums = answers.AnswerGradients.clipped_sums
+    def early(self: RowBlock, totals: Tensor, clip: Clip, arithmetic: Arithmetic, masks: Tensor | None) -> None:
+        terms = bounded_rows(self.rows.flatten(0, 1), clip, arithmetic).unflatten(0, self.rows.shape[:2]).sum(dim=1)
+        totals[self.clients] += terms if masks is None else terms * masks[self.clients]
 
-    def early(self: answers.AnswerGradients, clip_norm: float, arithmetic: Arithmetic, masks: Tensor | None = None):
-        found = clipped_sums(self, clip_norm, arithmetic)
-        masks = torch.ones(len(found), 1, 1) if masks is None else masks
-        return [replace(one, value=one.value * mask) for one, mask in zip(found, masks, strict=True)]
-
-    patch.setattr(answers.AnswerGradients, "clipped_sums", early)
+    patch.setattr(RowBlock, "add_to", early)
 
 
 def clip_the_block(patch: pytest.MonkeyPatch) -> None:
-    bounded = answers.bounded_rows
+    def together(some: Tensor, clip: Clip, arithmetic: Arithmetic) -> Tensor:
+        return bounded_rows(some.mean(dim=0, keepdim=True), clip, arithmetic).expand_as(some)
 
-    def together(some: Tensor, clip_norm: float, arithmetic: Arithmetic) -> Tensor:
-        mean = bounded(some.mean(dim=0, keepdim=True), clip_norm, arithmetic)
-        return mean.expand_as(some)
-
-    patch.setattr(answers, "bounded_rows", together)
+    patch.setattr(fl_dualpriv.privacy.step, "bounded_rows", together)
 
 
 def let_bad_records_in(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(AnswerRecords, "usable", property(lambda self: torch.ones(len(self.length), dtype=torch.bool)))
-    patch.setattr(answers, "bounded_rows", lambda some, clip_norm, arithmetic: some.double())
+    patch.setattr(fl_dualpriv.privacy.step, "bounded_rows", lambda some, clip, arithmetic: some.double())
 
 
 PLANTED = (

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import fl_dualpriv.client.node
 import fl_dualpriv.client.round
+import fl_dualpriv.privacy.plan
+import fl_dualpriv.privacy.step
 import fl_dualpriv.server.results
 from fl_dualpriv.client.round import TrainRound
 from fl_dualpriv.errors import PrivacyError
@@ -61,10 +63,13 @@ def the_server_writes_its_ledger_afterwards(patch: Patch) -> None:
 
 
 def an_event_counts_one_release(patch: Patch) -> None:
+    """With the count of a payment in place such a round ends after one step; see test_step.py."""
+
     def short(**fields: Any) -> LedgerEvent:
         return replace(LedgerEvent(**fields), releases=1)
 
-    patch.setattr(fl_dualpriv.client.round, "LedgerEvent", short)
+    patch.setattr(fl_dualpriv.privacy.plan, "LedgerEvent", short)
+    patch.setattr(fl_dualpriv.privacy.step.Payment, "take", lambda self: None)
 
 
 def the_server_checks_its_budget_afterwards(patch: Patch) -> None:
@@ -207,8 +212,8 @@ BOOK_MUTATIONS = (
         caught_by=(server_checks.a_round_is_in_the_ledger_before_its_noise,),
     ),
     Mutation(
-        name="the event of a round counts one release, and the round makes two",
-        where="fl_dualpriv.client.round.LedgerEvent",
+        name="the event of a round counts one release, the round makes two, and no payment is counted down",
+        where="fl_dualpriv.privacy.plan.LedgerEvent, fl_dualpriv.privacy.step.Payment.take",
         plant=an_event_counts_one_release,
         caught_by=(run_checks.the_ledger_covers_every_release,),
     ),

@@ -11,6 +11,7 @@ from flwr.app import Message, MessageType
 from torch import Tensor
 
 import fl_dualpriv.client.step
+import fl_dualpriv.privacy.step
 from clients.app import app
 from fl_dualpriv import messages
 from fl_dualpriv.client.state import fresh_state
@@ -97,7 +98,7 @@ def all_parts(seed: int) -> list[Tensor]:
         return torch.stack([upload for upload, _ in results])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fl_dualpriv.client.step, "_release", lambda clean, plan, source: next(released))
+        patch.setattr(fl_dualpriv.privacy.step, "release", lambda clean, plan, source: next(released))
         for server_round in range(1, ROUNDS + 1):
             prompt = one_round(strategy, server_round, prompt, answer)
             found += [prompt, strategy.personal_parts(prompt), *strategy.state.values()]

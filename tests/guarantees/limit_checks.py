@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fl_dualpriv.privacy.adaptive import AdaptiveClip
 from fl_dualpriv.privacy.clipping import GRID_STEPS, clip_rows, integer_rows
-from fl_dualpriv.privacy.feature_rows import clipped_feature_sum
 from fl_dualpriv.privacy.limits import LARGEST_CLIP_NORM, SMALLEST_CLIP_NORM
+from tests.guarantees.objective_checks import clipped_feature_sum
 
 TINY = (1.33e-322, 1e-310, 1e-200, 1e-160, math.nextafter(SMALLEST_CLIP_NORM, 0))
 HUGE = (math.nextafter(LARGEST_CLIP_NORM, math.inf), 1e300, 1.7e308)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 import fl_dualpriv.client.round
 import fl_dualpriv.client.step
+import fl_dualpriv.privacy.step
 from fl_dualpriv.privacy import release as release_module
 from fl_dualpriv.privacy.clipping import ClippedSum
 from fl_dualpriv.privacy.noise import (
@@ -28,7 +29,7 @@ _release = release_module.release
 
 def noise_divided_twice(patch: Patch) -> None:
     """The sum's noise is scaled as if it were the mean's, over a batch of ten."""
-    patch.setattr(fl_dualpriv.client.step, "release", lambda clean, z, source: _release(clean, z / 10, source))
+    patch.setattr(fl_dualpriv.privacy.step, "release", lambda clean, z, source: _release(clean, z / 10, source))
 
 
 def noise_scaled_by_nine_tenths(patch: Patch) -> None:
@@ -39,7 +40,7 @@ def no_noise_for_an_empty_batch(patch: Patch) -> None:
     def careless(clean: ClippedSum, z: float, source: RandomSource) -> Tensor:
         return _release(clean, z, source) if bool(clean.value.any()) else clean.value
 
-    patch.setattr(fl_dualpriv.client.step, "release", careless)
+    patch.setattr(fl_dualpriv.privacy.step, "release", careless)
 
 
 def float_noise_on_integers(patch: Patch) -> None:
@@ -100,7 +101,7 @@ def kernel_randomness_kept(patch: Patch) -> None:
 NOISE_MUTATIONS = (
     Mutation(
         name="noise is divided by the batch twice",
-        where="fl_dualpriv.client.step.release",
+        where="fl_dualpriv.privacy.step.release",
         plant=noise_divided_twice,
         caught_by=(step_checks.noise_has_std_z_times_c, step_checks.an_empty_batch_has_the_same_noise),
         audited_by=audit_checks.the_claim_about_records_stands,
@@ -117,7 +118,7 @@ NOISE_MUTATIONS = (
     ),
     Mutation(
         name="an empty batch skips its noise",
-        where="fl_dualpriv.client.step.release",
+        where="fl_dualpriv.privacy.step.release",
         plant=no_noise_for_an_empty_batch,
         caught_by=(step_checks.an_empty_batch_has_the_same_noise,),
     ),

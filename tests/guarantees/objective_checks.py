@@ -1,17 +1,60 @@
 """What must hold of the gradients of every objective, checked on the code that runs; called by tests of the methods."""
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fl_dualpriv.learners import rows as per_example
 from fl_dualpriv.learners.base import ClientData, Objective
-from fl_dualpriv.privacy.clipping import Arithmetic
+from fl_dualpriv.learners.classification import Classification, ClassificationGradients
+from fl_dualpriv.learners.rows import Batches
+from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum
+from fl_dualpriv.privacy.step import OuterBlock, clipped_sums
+from fl_dualpriv.towers.base import ClassFeatures, PromptTower
 
 CLIP = 0.3
+
+
+@dataclass(frozen=True)
+class FeatureRows:
+    """`Rows` of one client in noise space ``feature``, from its class features and records."""
+
+    classes: Tensor
+    x: Tensor
+    y: Tensor
+    logit_scale: float
+
+    def blocks(self) -> Iterator[OuterBlock]:
+        for left, right in per_example.feature_blocks(self.classes, self.x, self.y, self.logit_scale):
+            yield OuterBlock(client=0, left=left, right=right)
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(1, *self.classes.shape, dtype=torch.float64)
+
+
+def clipped_feature_sum(
+    classes: Tensor, x: Tensor, y: Tensor, logit_scale: float, clip_norm: float, arithmetic: Arithmetic = "float"
+) -> ClippedSum:
+    """The clipped sum of one client's gradients at its class features."""
+    return clipped_sums(FeatureRows(classes, x, y, logit_scale), clip_norm, arithmetic)[0]
+
+
+def batch_rows(
+    features: ClassFeatures, batches: Batches, logit_scale: float, *, workspace_bytes: int, top_m: int = 0
+) -> ClassificationGradients:
+    """The rows of batches, as a step makes them."""
+    objective = Classification(
+        tower=cast(PromptTower, None),
+        logit_scale=logit_scale,
+        top_m=top_m,
+        noise_space="prompt",
+        workspace_bytes=workspace_bytes,
+    )
+    return ClassificationGradients(objective, features, batches, None)
 
 
 def of(data: ClientData, rows: Tensor | list[int]) -> ClientData:
@@ -26,7 +69,7 @@ def clipped_sum(
 ) -> Tensor:
     """One client's clipped sum over all its records, in real units."""
     gradients = objective.bind([data]).gradients(prompt[None], [np.arange(data.num_examples)])
-    (found,) = gradients.clipped_sums(clip, arithmetic)
+    (found,) = clipped_sums(gradients, clip, arithmetic)
     assert found.sensitivity * (found.grid or 1.0) == clip or found.grid is not None
     return found.value * (found.grid or 1.0)
 
@@ -75,12 +118,12 @@ def a_bad_record_is_a_zero(objective: Objective[Any], prompt: Tensor, data: Clie
         ]
         torch.testing.assert_close(*sums, rtol=1e-4, atol=1e-4)
     nobody = objective.bind([data]).gradients(prompt[None], [np.arange(0)])
-    assert not nobody.clipped_sums(CLIP, "float")[0].value.any()
+    assert not clipped_sums(nobody, CLIP, "float")[0].value.any()
 
 
 def clients_do_not_mix(objective: Objective[Any], prompts: Tensor, data: list[ClientData]) -> None:
     """Clients that step together have the sums that they have alone, whatever the order of their sizes."""
     picked = [np.arange(own.num_examples) for own in data]
-    together = objective.bind(data).gradients(prompts, picked).clipped_sums(CLIP, "float")
+    together = clipped_sums(objective.bind(data).gradients(prompts, picked), CLIP, "float")
     for prompt, own, found in zip(prompts, data, together, strict=True):
         assert torch.equal(found.value, clipped_sum(objective, prompt, own)), "a client's sum follows who steps along"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fl_dualpriv.client.step
+import fl_dualpriv.privacy.step
 from fl_dualpriv.client.personalisation import Personalisation, Shrinkage, personal_prompt
 from fl_dualpriv.client.state import PersonalState, fresh_state
 from tests.guarantees import step_checks
@@ -29,7 +30,7 @@ def personal_prompts(seed: int, rule: Personalisation, method: str, *, trusts_se
     prompts = [START, *(START + torch.randn(N_CTX, CTX_DIM, generator=g) for _ in range(ROUNDS))]
     state = fresh_state(N_CTX, CTX_DIM, 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fl_dualpriv.client.step, "_release", lambda clean, plan, source: next(released))
+        patch.setattr(fl_dualpriv.privacy.step, "release", lambda clean, plan, source: next(released))
         for server_round, p_g in enumerate(prompts[:-1], 1):
             ((_, state),) = step_checks.local_round(
                 [records(seed, COUNT)],

@@ -22,6 +22,7 @@ from fl_dualpriv.learners.fedotp import TransportObjective
 from fl_dualpriv.learners.head import LowRankHead
 from fl_dualpriv.learners.linear_probe import LinearProbe, ProbeObjective
 from fl_dualpriv.learners.transport import transport_plan
+from fl_dualpriv.privacy.step import client_rows, clipped_sums
 from fl_dualpriv.tasks import class_prior
 from fl_dualpriv.tasks.build import build_task
 from fl_dualpriv.tasks.images import ImageTask
@@ -190,11 +191,11 @@ def every_closed_form_is_autograds_with_the_prior() -> None:
     picked = [np.arange(size) for size in SIZES]
     for learner in learners():
         gradients = learner.objective.bind(data).gradients(learner.prompts, picked)
-        clipped, sums = gradients.clipped_sums(1e6, "float"), gradients.sums()
+        clipped, sums = clipped_sums(gradients, 1e6, "float"), gradients.sums()
         for place, (own, prompt) in enumerate(zip(data, learner.prompts, strict=True)):
             expected = torch.stack([slow_row(learner, prompt, some(own, [i])) for i in range(own.num_examples)])
             room = 1e-5 * float(expected.abs().max()) * own.num_examples
-            found = torch.cat(list(gradients.rows(place)))[: own.num_examples]
+            found = torch.cat(list(client_rows(gradients, place)))[: own.num_examples]
             where = f"{learner.name}, client {place}"
             assert torch.allclose(found.float(), expected, rtol=1e-4, atol=room), f"a row is another loss's: {where}"
             total = expected.sum(dim=0)
@@ -211,7 +212,7 @@ def a_record_takes_only_its_own_row() -> None:
 
             def total(data: ClientData, clip: float, learner: Learner = learner, prompt: Tensor = prompt) -> Tensor:
                 gradients = learner.objective.bind([data]).gradients(prompt[None], [np.arange(data.num_examples)])
-                return gradients.clipped_sums(clip, "float")[0].value
+                return clipped_sums(gradients, clip, "float")[0].value
 
             everyone = range(own.num_examples)
             clip = 0.7 * float(np.median([float(total(some(own, [i]), 1e6).norm()) for i in everyone]))
@@ -240,12 +241,12 @@ def a_client_has_its_own_prior() -> None:
         for order in ([0, 1, 2], [2, 0, 1]):
             prompts = learner.prompts[order]
             together = learner.objective.bind([data[i] for i in order]).gradients(prompts, [picked[i] for i in order])
-            sums, clipped = together.sums(), together.clipped_sums(1e6, "float")
+            sums, clipped = together.sums(), clipped_sums(together, 1e6, "float")
             for place, i in enumerate(order):
                 alone = learner.objective.bind([data[i]]).gradients(prompts[place : place + 1], [picked[i]])
                 expected, where = alone.sums()[0], f"{learner.name}, client {i} at {place}"
                 assert torch.allclose(sums[place], expected, rtol=1e-4, atol=1e-4), f"another client's prior: {where}"
-                of_clip = alone.clipped_sums(1e6, "float")[0].value
+                of_clip = clipped_sums(alone, 1e6, "float")[0].value
                 assert torch.allclose(clipped[place].value, of_clip, rtol=1e-4, atol=1e-4), f"another's: {where}"
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import fl_dualpriv.client.step
+import fl_dualpriv.privacy.step
 from fl_dualpriv.client.optimizers import Optimizer
 from fl_dualpriv.client.pruning import Rule, UpdatePruning
 from fl_dualpriv.privacy.clipping import ClippedSum
@@ -27,7 +27,7 @@ def masks_seen(seed: int) -> list[Tensor]:
     """The masks of all steps of a client with these records, where what is released does not depend on them."""
     seen: list[Tensor] = []
     released = iter(torch.randn(STEPS, N_CTX, CTX_DIM, generator=torch.Generator().manual_seed(9)).double().unbind())
-    make = fl_dualpriv.client.step._clean_sums
+    make = fl_dualpriv.privacy.step.clean_sums
 
     def watched(gradients: object, plan: RecordLevelPlan, masks: Tensor | None) -> list[ClippedSum]:
         assert masks is not None
@@ -35,8 +35,8 @@ def masks_seen(seed: int) -> list[Tensor]:
         return make(gradients, plan, masks)  # pyright: ignore[reportArgumentType]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fl_dualpriv.client.step, "_clean_sums", watched)
-        patch.setattr(fl_dualpriv.client.step, "_release", lambda clean, plan, source: next(released))
+        patch.setattr(fl_dualpriv.privacy.step, "clean_sums", watched)
+        patch.setattr(fl_dualpriv.privacy.step, "release", lambda clean, plan, source: next(released))
         step_checks.local_round([records(seed)], as_a_client_draws(), rate=0.5, steps=STEPS, pruning=HALF)
     return seen
 

@@ -5,14 +5,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-import fl_dualpriv.client.step
+import fl_dualpriv.privacy.step
 from fl_dualpriv.client.blocks import Blocks, CoordinateBlocks
 from fl_dualpriv.client.optimizers import Optimizer
 from fl_dualpriv.client.pruning import Draw, Pruned, UpdatePruning
 from fl_dualpriv.client.release_memory import ReleaseMemory
-from fl_dualpriv.learners.base import StepGradients
 from fl_dualpriv.privacy.clipping import ClippedSum
 from fl_dualpriv.privacy.plan import RecordLevelPlan
+from fl_dualpriv.privacy.step import Rows
 from tests.guarantees import pruning_checks, step_checks
 from tests.guarantees.mutation import Mutation, Patch
 from tests.guarantees.step_mutations import keep_clean_sums
@@ -55,29 +55,29 @@ def moments_from_clean_gradients(patch: Patch) -> None:
 
 def masked_rows_scaled_up_after_the_clip(patch: Patch) -> None:
     """1 / keep_ratio would make a random mask unbiased; after the clip it makes a record worth more than C."""
-    make = fl_dualpriv.client.step._clean_sums
+    make = fl_dualpriv.privacy.step.clean_sums
 
-    def scaled(gradients: StepGradients, plan: RecordLevelPlan, masks: Tensor | None) -> list[ClippedSum]:
-        found = make(gradients, plan, masks)
+    def scaled(rows: Rows, plan: RecordLevelPlan, masks: Tensor | None) -> list[ClippedSum]:
+        found = make(rows, plan, masks)
         if masks is None:
             return found
         return [replace(one, value=one.value / own.mean()) for one, own in zip(found, masks, strict=True)]
 
-    patch.setattr(fl_dualpriv.client.step, "_clean_sums", scaled)
+    patch.setattr(fl_dualpriv.privacy.step, "clean_sums", scaled)
 
 
 def noise_scaled_to_the_share_that_is_open(patch: Patch) -> None:
     """Half of the coordinates do not need half of the noise: the bound of a record's norm is the same."""
-    make = fl_dualpriv.client.step._clean_sums
+    make = fl_dualpriv.privacy.step.clean_sums
 
-    def shared_out(gradients: StepGradients, plan: RecordLevelPlan, masks: Tensor | None) -> list[ClippedSum]:
-        found = make(gradients, plan, masks)
+    def shared_out(rows: Rows, plan: RecordLevelPlan, masks: Tensor | None) -> list[ClippedSum]:
+        found = make(rows, plan, masks)
         if masks is None:
             return found
         shares = masks.mean(dim=(1, 2)).sqrt().tolist()
         return [replace(one, sensitivity=one.sensitivity * share) for one, share in zip(found, shares, strict=True)]
 
-    patch.setattr(fl_dualpriv.client.step, "_clean_sums", shared_out)
+    patch.setattr(fl_dualpriv.privacy.step, "clean_sums", shared_out)
 
 
 PRUNING_MUTATIONS = (
@@ -104,13 +104,13 @@ PRUNING_MUTATIONS = (
     ),
     Mutation(
         name="masked gradients are scaled up after the clip",
-        where="fl_dualpriv.client.step._clean_sums",
+        where="fl_dualpriv.privacy.step.clean_sums",
         plant=masked_rows_scaled_up_after_the_clip,
         caught_by=(pruning_checks.one_record_moves_a_masked_release_by_at_most_c,),
     ),
     Mutation(
         name="noise is scaled down to the share of open coordinates",
-        where="fl_dualpriv.client.step._clean_sums",
+        where="fl_dualpriv.privacy.step.clean_sums",
         plant=noise_scaled_to_the_share_that_is_open,
         caught_by=(pruning_checks.a_masked_release_has_the_noise_of_its_open_blocks,),
     ),

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import fl_dualpriv.client.round
 import fl_dualpriv.client.step
+import fl_dualpriv.privacy.step
 from fl_dualpriv.data.load import load_data
 from fl_dualpriv.privacy.clipping import ClippedSum
 from fl_dualpriv.privacy.noise import RandomSource, gaussian_noise
@@ -91,7 +92,7 @@ def releases_fixed() -> Iterator[None]:
         return gaussian_noise(source, tuple(self.prompt.shape), 0.1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fl_dualpriv.client.step, "_release", of_records)
+        patch.setattr(fl_dualpriv.privacy.step, "release", of_records)
         patch.setattr(RoundStrategy, "_noised", of_clients)
         patch.setattr(secrets, "token_hex", lambda nbytes=None: "5" * 16)
         yield

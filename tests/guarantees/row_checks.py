@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.learners import row_check
+from fl_dualpriv.learners import rows as per_example
 from fl_dualpriv.learners.base import ClientData, Objective
 from fl_dualpriv.learners.classification import Classification
 from fl_dualpriv.learners.row_check import COMPANY, RowPath
 from fl_dualpriv.models.text_stack import Linear, Norm, TextBlock, TextStack
-from fl_dualpriv.privacy import feature_rows
 from fl_dualpriv.privacy.clipping import GRID_STEPS
+from fl_dualpriv.privacy.step import client_rows, clipped_sums
 from fl_dualpriv.towers.shared_prefix import SharedPrefixTower
+from tests.guarantees.objective_checks import clipped_feature_sum
 
 N_CTX = 4
 
@@ -92,7 +94,7 @@ def cases() -> Iterator[tuple[int, int, dict[str, int]]]:
 
 
 def rows_of(form: Objective[ClientData], data: ClientData, prompt: Tensor, picked: np.ndarray) -> Tensor:
-    return torch.cat(list(form.bind([data]).gradients(prompt[None], [picked]).rows(0)))[: len(picked)]
+    return torch.cat(list(client_rows(form.bind([data]).gradients(prompt[None], [picked]), 0)))[: len(picked)]
 
 
 def a_record_that_goes_leaves_the_other_rows_bit_by_bit() -> None:
@@ -102,13 +104,13 @@ def a_record_that_goes_leaves_the_other_rows_bit_by_bit() -> None:
         data, prompt, everybody = records(width, n_cls, 3, 20), prompts(width)[0], np.arange(20)
         whole = rows_of(form, data, prompt, everybody)
         clip = 0.5 * float(whole.flatten(1).norm(dim=1).median())
-        total = form.bind([data]).gradients(prompt[None], [everybody]).clipped_sums(clip, "integer")[0].value
+        total = clipped_sums(form.bind([data]).gradients(prompt[None], [everybody]), clip, "integer")[0].value
         for gone in (0, 1, 7, 8, 12, 19):
             kept = np.delete(everybody, gone)
             where = f"width {width}, {n_cls} classes, {kind}, {path}"
             assert torch.equal(rows_of(form, data, prompt, kept), whole[kept]), f"a record moves others' rows: {where}"
             rest, own = (
-                form.bind([data]).gradients(prompt[None], [picked]).clipped_sums(clip, "integer")[0].value
+                clipped_sums(form.bind([data]).gradients(prompt[None], [picked]), clip, "integer")[0].value
                 for picked in (kept, np.array([gone]))
             )
             assert torch.equal(total - rest, own), f"a record moves the sum by more than its own row: {where}"
@@ -137,12 +139,12 @@ def feature_sum(classes: Tensor, data: ClientData, picked: list[int]) -> Tensor:
     """In grid units; clip norm 1 clips most of these."""
     index = torch.tensor(picked, dtype=torch.long)
     x, y = data.features[index], data.labels[index]
-    return feature_rows.clipped_feature_sum(classes, x, y, 100.0, 1.0, "integer").value
+    return clipped_feature_sum(classes, x, y, 100.0, 1.0, "integer").value
 
 
 def feature_factors(classes: Tensor, data: ClientData, picked: list[int]) -> Tensor:
     index = torch.tensor(picked, dtype=torch.long)
-    blocks = feature_rows.feature_blocks(classes, data.features[index], data.labels[index], 100.0)
+    blocks = per_example.feature_blocks(classes, data.features[index], data.labels[index], 100.0)
     return torch.cat([classes.new_zeros(0, len(classes)), *(left for left, _ in blocks)])[: len(picked)]
 
 
@@ -156,11 +158,11 @@ def clients_get_what_each_gets_alone() -> None:
         data = [records(width, n_cls, 5 + place, size) for place, size in enumerate(sizes)]
         picked = [np.arange(size) for size in sizes]
         together = form.bind(data).gradients(prompts(width), picked)
-        clipped = together.clipped_sums(0.1, "integer")
+        clipped = clipped_sums(together, 0.1, "integer")
         for place in range(COMPANY):
             alone = form.bind(data[place : place + 1]).gradients(
                 prompts(width)[place : place + 1], picked[place : place + 1]
             )
             where = f"width {width}, {n_cls} classes, {kind}, {path}"
             assert torch.equal(together.sums()[place], alone.sums()[0]), f"clients mix in sums: {where}"
-            assert torch.equal(clipped[place].value, alone.clipped_sums(0.1, "integer")[0].value), f"they mix: {where}"
+            assert torch.equal(clipped[place].value, clipped_sums(alone, 0.1, "integer")[0].value), f"they mix: {where}"

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 import fl_dualpriv.client.node
-from fl_dualpriv.learners import row_check
+from fl_dualpriv.learners import classification, row_check
+from fl_dualpriv.learners import rows as per_example
 from fl_dualpriv.learners.base import Objective, Records
 from fl_dualpriv.learners.row_check import RowPath
 from fl_dualpriv.learners.rows import Batches
-from fl_dualpriv.privacy import feature_rows
 from fl_dualpriv.towers.shared_prefix_vjp import SharedPrefixFeatures
 from tests.guarantees import row_checks
 from tests.guarantees.mutation import Mutation, Patch
@@ -69,7 +69,7 @@ def rows_by_place_in_every_form(patch: Patch) -> None:
 
 def feature_rows_by_their_number(patch: Patch) -> None:
     """A product of as many rows as there are in a chunk: small ones get another kernel, and other last bits."""
-    make = feature_rows.feature_blocks
+    make = per_example.feature_blocks
 
     def blocks(
         classes: Tensor, x: Tensor, y: Tensor, logit_scale: float, log_prior: Tensor | None = None
@@ -77,7 +77,8 @@ def feature_rows_by_their_number(patch: Patch) -> None:
         for left, own in make(classes, x, y, logit_scale, log_prior):
             yield left * (1 + 2.0**-52 * (len(x) < 4)), own
 
-    patch.setattr(feature_rows, "feature_blocks", blocks)
+    for module in (per_example, classification):
+        patch.setattr(module, "feature_blocks", blocks)
 
 
 def clients_by_their_number(patch: Patch) -> None:
@@ -113,7 +114,7 @@ ROW_MUTATIONS = (
     ),
     Mutation(
         name="rows in noise space feature are rounded by how many there are",
-        where="fl_dualpriv.privacy.feature_rows.feature_blocks",
+        where="fl_dualpriv.learners.rows.feature_blocks",
         plant=feature_rows_by_their_number,
         caught_by=(row_checks.feature_rows_do_not_depend_on_their_number,),
     ),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fl_dualpriv.client.round
 import fl_dualpriv.client.step
+import fl_dualpriv.privacy.step
 from fl_dualpriv.client.optimizers import SGD, Optimizer
 from fl_dualpriv.client.personalisation import Personalisation
 from fl_dualpriv.client.pruning import KEEP_ALL, UpdatePruning
@@ -118,7 +119,10 @@ def local_round(
 
         n_ctx, ctx_dim = start.shape
         state = fresh_state(n_ctx, ctx_dim, 2) if states is None else states[partition]
-        return fl_dualpriv.client.step.Participant(partition=partition, state=state, data=own, random=random)
+        event = plan.event("run", 1, steps) if private else None
+        return fl_dualpriv.client.step.Participant(
+            partition=partition, state=state, data=own, random=random, event=event
+        )
 
     return fl_dualpriv.client.step.cohort_update(
         global_prompt=start,
@@ -352,7 +356,7 @@ def data_enter_through_the_release_alone(
         shape = (4, N_CTX, CTX_DIM) if noise_space == "prompt" else (4, N_CLS, EMBED)
         released = iter(torch.randn(*shape, generator=torch.Generator().manual_seed(9)).double().unbind())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fl_dualpriv.client.step, "_release", lambda clean, plan, source: next(released))
+            patch.setattr(fl_dualpriv.privacy.step, "release", lambda clean, plan, source: next(released))
             ((upload, state),) = local_round(
                 [records(seed)],
                 as_a_client_draws(),

@@ -10,22 +10,20 @@ from torch import Tensor
 import fl_dualpriv.client.step
 from fl_dualpriv.client.step import Participant
 from fl_dualpriv.client.updates import UpdateRule
-from fl_dualpriv.learners import classification
 from fl_dualpriv.learners import rows as per_example
-from fl_dualpriv.learners.base import StepGradients
-from fl_dualpriv.learners.rows import Batches, per_example_gradients
 from fl_dualpriv.methods.base import MethodParts
 from fl_dualpriv.methods.lowrank import subspace_bases
-from fl_dualpriv.privacy import clipping, feature_rows
+from fl_dualpriv.privacy import clipping
 from fl_dualpriv.privacy import release as release_module
-from fl_dualpriv.privacy.clipping import Arithmetic, ClippedSum, clip_rows
+from fl_dualpriv.privacy import step as private
+from fl_dualpriv.privacy.clipping import Arithmetic, Clip, ClippedSum, as_clip, clip_rows
 from fl_dualpriv.privacy.noise import (
     KeyedRandom,
     RandomSource,
     StreamKey,
 )
 from fl_dualpriv.privacy.plan import RecordLevelPlan
-from fl_dualpriv.towers.base import ClassFeatures
+from fl_dualpriv.privacy.step import OuterBlock, Rows, client_rows
 from tests.guarantees import audit_checks, limit_checks, run_checks, step_checks
 from tests.guarantees.mutation import Mutation, Patch
 
@@ -34,60 +32,45 @@ from tests.guarantees.mutation import Mutation, Patch
 
 def any_clip_norm_is_taken(patch: Patch) -> None:
     """One whose square is no number lets rows pass that are longer than it."""
-    for module in (clipping, feature_rows):
-        patch.setattr(module, "check_clip_norm", lambda value: None)
+    patch.setattr(clipping, "check_clip_norm", lambda value: None)
 
 
 def clip_the_batch_mean(patch: Patch) -> None:
     def batch_clipped(
-        features: ClassFeatures,
-        batches: Batches,
-        logit_scale: float,
-        clip_norm: float,
-        *,
-        workspace_bytes: int,
-        top_m: int = 0,
-        arithmetic: Arithmetic = "float",
-        masks: Tensor | None = None,
-        apart: bool = False,
+        rows: Rows, clip: Clip | float, arithmetic: Arithmetic = "float", masks: Tensor | None = None
     ) -> list[ClippedSum]:
-        rows = per_example_gradients(features, batches, logit_scale, workspace_bytes=workspace_bytes, top_m=top_m)
-        found = []
-        for own, count in zip(rows.double(), batches.counts, strict=True):
-            mean = own[:count].sum(dim=0) / max(1, count)
-            found.append(ClippedSum(value=clip_rows(mean[None], clip_norm)[0][0] * count, sensitivity=clip_norm))
+        clip, found = as_clip(clip), []
+        for client, total in enumerate(rows.zeros()):
+            own = torch.cat(
+                [total.new_zeros(0, *total.shape), *(block.double() for block in client_rows(rows, client))]
+            )
+            own = own[own.flatten(1).any(dim=1)]  # padding is zero
+            mean = own.sum(dim=0) / max(1, len(own))
+            found.append(ClippedSum(value=clip_rows(mean[None], clip)[0][0] * len(own), sensitivity=clip.norm))
         return found
 
-    patch.setattr(classification, "clipped_sums", batch_clipped)
+    patch.setattr(private, "clipped_sums", batch_clipped)
 
 
 def clip_per_class(patch: Patch) -> None:
     def class_clipped(
-        classes: Tensor,
-        x: Tensor,
-        y: Tensor,
-        logit_scale: float,
-        clip_norm: float,
-        arithmetic: Arithmetic = "float",
-        log_prior: Tensor | None = None,
-    ) -> ClippedSum:
-        residual = per_example.residuals(classes[None], x[None], y[None], logit_scale)[0].double()
-        outer = logit_scale * residual[:, :, None] * x.double()[:, None, :]
-        rows = clip_rows(outer.flatten(0, 1), clip_norm)[0].unflatten(0, outer.shape[:2])
-        return ClippedSum(value=rows.sum(dim=0), sensitivity=clip_norm)
+        self: OuterBlock, totals: Tensor, clip: Clip, arithmetic: Arithmetic, masks: Tensor | None
+    ) -> None:
+        outer = self.left[:, :, None] * self.right[:, None, :]
+        totals[self.client] += clip_rows(outer.flatten(0, 1), clip)[0].unflatten(0, outer.shape[:2]).sum(dim=0)
 
-    patch.setattr(classification, "clipped_feature_sum", class_clipped)
+    patch.setattr(OuterBlock, "add_to", class_clipped)
 
 
 def clip_without_looking_for_nan(patch: Patch) -> None:
     """C / norm is NaN for a NaN, and so is everything that is added to it."""
 
-    def careless(rows: Tensor, clip_norm: float, arithmetic: Arithmetic) -> Tensor:
+    def careless(rows: Tensor, clip: Clip, arithmetic: Arithmetic) -> Tensor:
         flat = rows.flatten(1).double()
         norms = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-        return (flat * torch.clamp(clip_norm / (norms + 1e-12), max=1.0)).reshape(rows.shape)
+        return (flat * torch.clamp(clip.norm / (norms + 1e-12), max=1.0)).reshape(rows.shape)
 
-    patch.setattr(per_example, "bounded_rows", careless)
+    patch.setattr(private, "bounded_rows", careless)
 
 
 @dataclass
@@ -101,7 +84,7 @@ class Kept:
 
 def keep_clean_sums(patch: Patch) -> Kept:
     kept = Kept(sums=torch.zeros(0), expected=1.0, counts=[])
-    draw, make = fl_dualpriv.client.step._batches, fl_dualpriv.client.step._clean_sums
+    draw, make = fl_dualpriv.client.step._batches, private.clean_sums
 
     def drawing(participants: Sequence[Participant], step: int, rate: float) -> list[np.ndarray]:
         picked = draw(participants, step, rate)
@@ -109,13 +92,13 @@ def keep_clean_sums(patch: Patch) -> Kept:
         kept.expected = rate * sum(p.data.num_examples for p in participants) / len(participants)
         return picked
 
-    def keeping(gradients: StepGradients, plan: RecordLevelPlan, masks: Tensor | None) -> list[ClippedSum]:
-        found = make(gradients, plan, masks)
+    def keeping(rows: Rows, plan: RecordLevelPlan, masks: Tensor | None) -> list[ClippedSum]:
+        found = make(rows, plan, masks)
         kept.sums = torch.stack([clean.value for clean in found]).float()
         return found
 
     patch.setattr(fl_dualpriv.client.step, "_batches", drawing)
-    patch.setattr(fl_dualpriv.client.step, "_clean_sums", keeping)
+    patch.setattr(private, "clean_sums", keeping)
     return kept
 
 
@@ -159,10 +142,10 @@ def batches_of_fixed_size(patch: Patch) -> None:
 
 def divide_by_the_realised_batch(patch: Patch) -> None:
     kept = keep_clean_sums(patch)
-    make = fl_dualpriv.client.step._clean_sums
+    make = private.clean_sums
 
-    def realised(gradients: StepGradients, plan: RecordLevelPlan, masks: Tensor | None) -> list[ClippedSum]:
-        found = make(gradients, plan, masks)
+    def realised(rows: Rows, plan: RecordLevelPlan, masks: Tensor | None) -> list[ClippedSum]:
+        found = make(rows, plan, masks)
         # The noise is scaled by the sensitivity: so the sum and its noise are both divided by another number.
         factors = [kept.expected / max(1, count) for count in kept.counts]
         return [
@@ -170,7 +153,7 @@ def divide_by_the_realised_batch(patch: Patch) -> None:
             for clean, factor in zip(found, factors, strict=True)
         ]
 
-    patch.setattr(fl_dualpriv.client.step, "_clean_sums", realised)
+    patch.setattr(private, "clean_sums", realised)
 
 
 # --- what sees the clean gradients, or other records ------------------------------------------------------------------
@@ -231,20 +214,20 @@ STEP_MUTATIONS = (
     ),
     Mutation(
         name="the batch mean is clipped",
-        where="fl_dualpriv.learners.classification.clipped_sums",
+        where="fl_dualpriv.privacy.step.clipped_sums",
         plant=clip_the_batch_mean,
         caught_by=(step_checks.one_record_moves_a_release_by_at_most_c,),
         audited_by=audit_checks.the_claim_about_records_stands,
     ),
     Mutation(
         name="each class of a record's gradient is clipped by itself",
-        where="fl_dualpriv.learners.classification.clipped_feature_sum",
+        where="fl_dualpriv.privacy.step.OuterBlock.add_to",
         plant=clip_per_class,
         caught_by=(step_checks.one_record_moves_a_feature_release_by_at_most_c,),
     ),
     Mutation(
         name="a row that is not finite passes the clip",
-        where="fl_dualpriv.learners.rows.bounded_rows",
+        where="fl_dualpriv.privacy.step.bounded_rows",
         plant=clip_without_looking_for_nan,
         caught_by=(step_checks.a_bad_record_is_a_zero,),
     ),
@@ -262,7 +245,7 @@ STEP_MUTATIONS = (
     ),
     Mutation(
         name="the sum is divided by the realised batch",
-        where="fl_dualpriv.client.step._clean_sums",
+        where="fl_dualpriv.privacy.step.clean_sums",
         plant=divide_by_the_realised_batch,
         caught_by=(step_checks.the_divisor_is_the_public_expected_batch,),
     ),

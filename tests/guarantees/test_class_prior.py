@@ -16,6 +16,7 @@ from fl_dualpriv.client.node import Node, RunContext
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.methods.base import METHODS
+from fl_dualpriv.privacy.step import client_rows
 from fl_dualpriv.publish.collect import read_material
 from tests.guarantees import prior_checks, run_checks
 from tests.guarantees.run_checks import Federation
@@ -70,7 +71,9 @@ def test_no_record_moves_another_ones_row_in_any_way_to_learn(federation: Federa
     prompt = found.parts.effective(shared, 0.05 * torch.randn(shared.shape, generator=torch.Generator().manual_seed(3)))
 
     def rows(picked: np.ndarray, own: Any = data) -> Tensor:
-        return torch.cat(list(found.objective.bind([own]).gradients(prompt[None], [picked]).rows(0)))[: len(picked)]
+        return torch.cat(list(client_rows(found.objective.bind([own]).gradients(prompt[None], [picked]), 0)))[
+            : len(picked)
+        ]
 
     everybody = np.arange(data.num_examples)
     whole = rows(everybody)
@@ -92,7 +95,7 @@ def test_a_client_that_holds_all_classes_has_the_bits_of_a_run_without_priors(su
 
         def of_uniform(own: Any, learner: Any = learner, prompts: Tensor = prompts, picked: Any = picked) -> Tensor:
             gradients = learner.objective.bind([own, uniform]).gradients(prompts, picked)
-            return gradients.sums()[1] if sums == "sums" else torch.cat(list(gradients.rows(1)))
+            return gradients.sums()[1] if sums == "sums" else torch.cat(list(client_rows(gradients, 1)))
 
         assert torch.equal(of_uniform(first), of_uniform(replace(first, log_prior=None))), learner.name
 

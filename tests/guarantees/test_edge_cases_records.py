@@ -15,7 +15,7 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 from torch import Tensor
 
-import fl_dualpriv.client.step
+import fl_dualpriv.privacy.step
 from fl_dualpriv import messages
 from fl_dualpriv.client.node import RunContext
 from fl_dualpriv.client.state import fresh_state
@@ -72,7 +72,7 @@ def released(
 ) -> tuple[Tensor, Tensor]:
     """One step of the real round: what its one release gave, and the move of the prompts times the public divisor."""
     seen: list[Tensor] = []
-    release = fl_dualpriv.client.step.release
+    release = fl_dualpriv.privacy.step.release
 
     def looking(*arguments: Any) -> Tensor:
         seen.append(release(*arguments))
@@ -95,10 +95,18 @@ def released(
         local_learning_rate=1.0,
     )
     with monkeypatch.context() as patch:
-        patch.setattr(fl_dualpriv.client.step, "release", looking)
+        patch.setattr(fl_dualpriv.privacy.step, "release", looking)
         ((upload, state),) = cohort_update(
             global_prompt=start,
-            participants=[Participant(partition=0, state=fresh_state(N_CTX, CTX_DIM, 2), data=data, random=random)],
+            participants=[
+                Participant(
+                    partition=0,
+                    state=fresh_state(N_CTX, CTX_DIM, 2),
+                    data=data,
+                    random=random,
+                    event=plan.event("run", 1, 1),
+                )
+            ],
             objective=Classification(
                 tower=FunctionTower(features_of), logit_scale=SCALE, top_m=0, noise_space=space, workspace_bytes=2**20
             ),
@@ -316,13 +324,13 @@ def test_no_global_prompt_makes_a_release_without_an_event_or_noise(
     run_context: RunContext, tiny_node: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     draws: list[Tensor] = []
-    release = fl_dualpriv.client.step.release
+    release = fl_dualpriv.privacy.step.release
 
     def looking(*arguments: Any) -> Tensor:
         draws.append(release(*arguments))
         return draws[-1]
 
-    monkeypatch.setattr(fl_dualpriv.client.step, "release", looking)
+    monkeypatch.setattr(fl_dualpriv.privacy.step, "release", looking)
     node = tiny_node(run_context=run_context, folder=tmp_path)
     found = node.train(1, prompt=PROMPTS[name])
     made = Ledger(tmp_path / "ledger.jsonl").read().releases()

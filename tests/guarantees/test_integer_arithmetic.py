@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.special import ndtr, ndtri
 from torch import Tensor
 
-from fl_dualpriv.learners.rows import Batches, clipped_sums
-from fl_dualpriv.privacy import feature_rows
+from fl_dualpriv.learners import rows as per_example
+from fl_dualpriv.learners.rows import Batches
 from fl_dualpriv.privacy.clipping import (
     GRID_STEPS,
     MOST_ROWS,
@@ -25,10 +25,11 @@ from fl_dualpriv.privacy.clipping import (
     integer_rows,
     trusting_sum,
 )
-from fl_dualpriv.privacy.feature_rows import clipped_feature_sum
 from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 from fl_dualpriv.privacy.release import release
+from fl_dualpriv.privacy.step import clipped_sums
 from fl_dualpriv.towers.plain import FunctionTower
+from tests.guarantees.objective_checks import batch_rows, clipped_feature_sum
 
 SPECIAL = [0.0, -0.0, 1e-45, 1e-38, 1.0, -3.5, 1e19, 3e38, float("inf"), float("-inf"), float("nan")]
 NORMS = [1e-30, 1e-3, 0.1, 1.0, 3.7, 1e6, 1e30]
@@ -141,7 +142,7 @@ def test_removing_a_record_removes_its_integer_row_exactly(top_m: int) -> None:
     def summed(keep: list[int]) -> Tensor:
         tower, prompts, batches = towers_and_batches(keep)
         (found,) = clipped_sums(
-            tower(prompts), batches, 30.0, 0.3, workspace_bytes=2**20, top_m=top_m, arithmetic="integer"
+            batch_rows(tower(prompts), batches, 30.0, workspace_bytes=2**20, top_m=top_m), 0.3, "integer"
         )
         assert found.grid == 0.3 / 2**20
         return found.value
@@ -174,7 +175,7 @@ def test_feature_sums_are_sums_of_each_examples_integers(monkeypatch: pytest.Mon
     assert all(squared_norm(row.flatten()) <= GRID_STEPS**2 for row in one_by_one)
     assert not one_by_one[2].any()
     # How many are formed at a time changes nothing.
-    monkeypatch.setattr(feature_rows, "_BLOCK_ENTRIES", 50)
+    monkeypatch.setattr(per_example, "_OUTER_ENTRIES", 50)
     assert torch.equal(feature_sum(x, y, clip_norm), whole)
     # The float form of the same sum, to within one unit a record and entry.
     floats = clipped_feature_sum(CLASSES, x, y, 30.0, clip_norm).value / clip_norm * GRID_STEPS

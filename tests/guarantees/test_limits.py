@@ -14,7 +14,6 @@ from fl_dualpriv.config.schema import RunConfig, app_defaults, merge
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.node.file import read_node_file
 from fl_dualpriv.privacy.clipping import GRID_STEPS, clip_rows, clipped_sum, integer_rows
-from fl_dualpriv.privacy.feature_rows import clipped_feature_sum
 from fl_dualpriv.privacy.integer import LARGEST_STD
 from fl_dualpriv.privacy.limits import (
     LARGEST_CLIP_NORM,
@@ -32,6 +31,7 @@ from fl_dualpriv.server.strategy import ServerPrivacy
 from strategies.fedavg import FedAvg
 from tests.guarantees import limit_checks
 from tests.guarantees.limit_checks import HUGE, TINY, length, slack
+from tests.guarantees.objective_checks import clipped_feature_sum
 from tests.made_strategy import made_strategy
 
 DEFAULTS = app_defaults(Path(__file__).parents[2])

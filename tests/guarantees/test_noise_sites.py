@@ -75,6 +75,7 @@ def local_round(
             state=fresh_state(N_CTX, CTX_DIM, 2),
             data=DATA,
             random=functools.partial(client_source, seed, p, server_round),
+            event=plan.event("run", 1, steps),
         )
         for p in range(CLIENTS)
     ]

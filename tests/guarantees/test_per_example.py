@@ -10,7 +10,6 @@ from fl_dualpriv.learners.context import PromptedText
 from fl_dualpriv.learners.head import LowRankHead
 from fl_dualpriv.learners.rows import (
     Batches,
-    clipped_sums,
     gradient_blocks,
     largest,
     per_example_gradients,
@@ -18,7 +17,9 @@ from fl_dualpriv.learners.rows import (
 )
 from fl_dualpriv.models.open_clip import load_backbone
 from fl_dualpriv.privacy.clipping import clip_rows, clipped_sum
+from fl_dualpriv.privacy.step import clipped_sums
 from fl_dualpriv.towers.plain import FunctionTower
+from tests.guarantees.objective_checks import batch_rows
 from tests.guarantees.step_checks import rows_do_not_mix
 
 NAMES = ("cat", "red fire truck", "dog", "the great wall of china", "tree")
@@ -104,7 +105,7 @@ def test_clipped_sums_are_those_of_the_rows(text: PromptedText, batch: Records) 
     side = Batches.of((bad, y), (x[:5], y[:5]), (x[:0], y[:0]))
     features = text.tower(torch.stack([near(text, seed) for seed in range(3)]))
     rows = per_example_gradients(features, side, SCALE, workspace_bytes=WHOLE)
-    found = clipped_sums(features, side, SCALE, 0.3, workspace_bytes=1)
+    found = clipped_sums(batch_rows(features, side, SCALE, workspace_bytes=1), 0.3)
     for one, own, n in zip(found, rows, (9, 5, 0), strict=True):
         assert one.sensitivity == 0.3
         assert torch.allclose(one.value, clipped_sum(own[:n], 0.3).value, rtol=0, atol=1e-12)

@@ -15,6 +15,7 @@ from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.learners.row_check import RowPath, checked_objective
 from fl_dualpriv.learners.rows import Batches
 from fl_dualpriv.methods.base import METHODS
+from fl_dualpriv.privacy.step import client_rows
 from fl_dualpriv.towers.products import prompt_products
 from fl_dualpriv.towers.shared_prefix_vjp import SharedPrefixFeatures
 from tests.guarantees import row_checks, run_checks
@@ -133,7 +134,7 @@ def test_every_way_to_learn_is_checked_and_holds_on_the_clients_records(
 
     def rows(picked: np.ndarray) -> Tensor:
         gradients = run_context.objective.bind([data]).gradients(prompt[None], [picked])
-        return torch.cat(list(gradients.rows(0)))[: len(picked)]
+        return torch.cat(list(client_rows(gradients, 0)))[: len(picked)]
 
     whole = rows(everybody)
     assert bool(whole.any())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fl_dualpriv.privacy.clipping import Arithmetic, clip_rows, clipped_sum
-from fl_dualpriv.privacy.feature_rows import clipped_feature_sum
+from tests.guarantees.objective_checks import clipped_feature_sum
 
 SPECIAL = [0.0, -0.0, 1e-45, 1e-38, 1.0, -3.5, 1e19, 3e38, float("inf"), float("-inf"), float("nan")]
 

@@ -17,11 +17,13 @@ from fl_dualpriv.config.plans import record_level_plan
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.learners.base import ClientData
-from fl_dualpriv.learners.rows import Batches, clipped_sums, per_example_gradients
+from fl_dualpriv.learners.rows import Batches, per_example_gradients
 from fl_dualpriv.privacy.clipping import clipped_sum
 from fl_dualpriv.privacy.ledger import LedgerEvent
 from fl_dualpriv.privacy.noise import RandomSource
+from fl_dualpriv.privacy.step import clipped_sums
 from tests.guarantees import pruning_checks, run_checks, step_checks
+from tests.guarantees.objective_checks import batch_rows
 from tests.guarantees.pruning_checks import ADAM, HALF, RULES
 from tests.guarantees.run_checks import Federation, train, upload_of
 from tests.guarantees.step_checks import CLIP, CTX_DIM, N_CTX, SCALE, START, TOWER, as_a_client_draws, records
@@ -52,7 +54,7 @@ def test_a_masked_sum_is_of_gradients_masked_before_the_clip(arithmetic: Any) ->
     mask[:, [0, 2]] = 1
     batches = Batches.of((data.features, data.labels))
     features = TOWER(START[None])
-    (found,) = clipped_sums(features, batches, SCALE, CLIP, workspace_bytes=2**20, arithmetic=arithmetic, masks=mask)
+    (found,) = clipped_sums(batch_rows(features, batches, SCALE, workspace_bytes=2**20), CLIP, arithmetic, mask)
     rows = per_example_gradients(features, batches, SCALE, workspace_bytes=2**30)[0, : data.num_examples]
     expected = clipped_sum(mask * rows, CLIP, arithmetic)
     torch.testing.assert_close(found.value, expected.value, atol=1e-9, rtol=1e-9)

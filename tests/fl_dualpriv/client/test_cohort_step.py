@@ -96,7 +96,7 @@ def update(
     for group in [(p,) for p in members] if "clients" in path else [members]:  # as a run does
         results = cohort_update(
             global_prompt=start,
-            participants=[participant(p, start) for p in group],
+            participants=[replace(participant(p, start), event=plan and plan.event("run", 4, steps)) for p in group],
             objective=objective,
             parts=METHODS[method],
             training=LocalTraining(

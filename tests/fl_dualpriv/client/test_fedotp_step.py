@@ -37,6 +37,7 @@ def local_round(
         state=fresh_state(*START.shape, 2),
         data=data,
         random=lambda purpose, step: draw(0, purpose, step),
+        event=plan and plan.event("run", 1, steps),
     )
     (found,) = cohort_update(
         global_prompt=START,

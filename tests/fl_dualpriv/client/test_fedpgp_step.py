@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import fl_dualpriv.client.step
+import fl_dualpriv.privacy.step
 from fl_dualpriv.client.state import PersonalState, fresh_state
 from fl_dualpriv.client.step import LocalTraining, Participant, cohort_update
 from fl_dualpriv.config.plans import record_level_plan
@@ -36,6 +36,7 @@ def local_round(
         state=state or fresh_state(*START.shape, RANK),
         data=data,
         random=lambda purpose, step: draw(0, purpose, step),
+        event=plan and plan.event("run", 1, steps),
     )
     training = LocalTraining(
         local_steps=steps,
@@ -123,7 +124,7 @@ def test_the_plan_does_not_know_the_term():
 
 
 def test_a_term_that_reads_records_is_caught(monkeypatch: pytest.MonkeyPatch):
-    honest, clean = PromptContrast.gradients, fl_dualpriv.client.step._clean_sums
+    honest, clean = PromptContrast.gradients, fl_dualpriv.privacy.step.clean_sums
     kept: list[Tensor] = []
 
     def keep(*args: object) -> object:
@@ -136,7 +137,7 @@ def test_a_term_that_reads_records_is_caught(monkeypatch: pytest.MonkeyPatch):
         near, away = honest(self, shared, effective)
         return near * kept[0].norm(), away * kept[0].norm()
 
-    monkeypatch.setattr(fl_dualpriv.client.step, "_clean_sums", keep)
+    monkeypatch.setattr(fl_dualpriv.privacy.step, "clean_sums", keep)
     monkeypatch.setattr(PromptContrast, "gradients", scaled)
     with pytest.raises(AssertionError):
         the_term_reads_no_record()

@@ -100,7 +100,11 @@ def run(method: str = "dpfpl", plan: RecordLevelPlan | None = PLAN, **changes: A
         "training": TRAINING,
         "plan": plan,
     }
-    (result,) = cohort_update(**(arguments | changes))
+    arguments |= changes
+    if plan is not None:
+        event = plan.event("run", 1, arguments["training"].local_steps)
+        arguments["participants"] = [replace(p, event=event) for p in arguments["participants"]]
+    (result,) = cohort_update(**arguments)
     return result
 
 

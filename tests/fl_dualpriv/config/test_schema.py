@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from fl_dualpriv.config.class_prior_rules import default_prior
 from fl_dualpriv.config.schema import RunConfig, app_defaults, flatten, merge, parse_assignment, read_toml
 from fl_dualpriv.errors import ConfigError
 
@@ -29,7 +30,7 @@ def problem_lines(overrides: dict) -> list[str]:
 
 def test_defaults_round_trip():
     config = RunConfig.from_run_config(DEFAULTS)
-    assert config.to_run_config() == OWN
+    assert config.to_run_config() == OWN | {"train.class-prior": "list"}  # classes are divided among the clients
     assert RunConfig.from_run_config(config.to_run_config()) == config
 
 
@@ -300,7 +301,26 @@ def test_cross_rules(overrides, blamed, reason):
 )
 def test_accepted_combinations(overrides):
     flat = merge(DEFAULTS, overrides)
-    assert RunConfig.from_run_config(flat).to_run_config() == merge(OWN, overrides)
+    config = RunConfig.from_run_config(flat)
+    prior = default_prior(config.method, config.data.ref, config.data.partition)
+    assert config.to_run_config() == merge(OWN, overrides) | {"train.class-prior": prior}
+
+
+@pytest.mark.parametrize(
+    ("changes", "prior"),
+    [
+        ({}, "list"),
+        ({"data.partition": "dirichlet"}, "none"),
+        ({"data.partition": "iid"}, "none"),
+        ({"method": "zero-shot"}, "none"),
+        ({"method": "prototypes"}, "none"),
+        ({"train.class-prior": "none"}, "none"),
+    ],
+)
+def test_the_prior_is_a_list_where_the_division_makes_lists(changes, prior):
+    config = RunConfig.from_run_config(merge(DEFAULTS, changes))
+    assert config.train.class_prior == prior
+    assert dataclasses.replace(config, seed=7).train.class_prior == prior
 
 
 @pytest.mark.parametrize(("supernodes", "nodes"), [(0, 10), (3, 3), (10, 10)])

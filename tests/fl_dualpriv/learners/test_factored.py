@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.learners import rows as per_example
+import fl_dualpriv.privacy.step
 from fl_dualpriv.learners.classification import Classification
 from fl_dualpriv.learners.factored import FactoredTower
 from fl_dualpriv.privacy.clipping import Arithmetic, clip_rows
@@ -64,7 +64,7 @@ def test_factors_that_are_clipped_apart_are_caught(monkeypatch: pytest.MonkeyPat
         of_u, of_v = rows[..., :N_CTX], rows[..., N_CTX:]
         return torch.cat([clip_rows(of_u, clip_norm)[0], clip_rows(of_v, clip_norm)[0]], dim=-1)
 
-    monkeypatch.setattr(per_example, "bounded_rows", apart)
+    monkeypatch.setattr(fl_dualpriv.privacy.step, "bounded_rows", apart)
     tower = factored()
     with pytest.raises(AssertionError, match="a record moves the sum"):
         objective_checks.one_record_moves_the_sum_by_at_most_c(objective(tower), factors(tower), records(1, 5))

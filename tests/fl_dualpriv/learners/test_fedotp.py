@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fl_dualpriv.privacy.step
 from fl_dualpriv.learners import fedotp
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.fedotp import TransportObjective
@@ -101,7 +102,7 @@ def test_prompts_that_are_clipped_apart_are_caught(monkeypatch: pytest.MonkeyPat
     def apart(rows: Tensor, clip_norm: float, arithmetic: Arithmetic) -> Tensor:
         return torch.cat([clip_rows(half, clip_norm)[0] for half in rows.chunk(2, dim=1)], dim=1)
 
-    monkeypatch.setattr(fedotp, "bounded_rows", apart)
+    monkeypatch.setattr(fl_dualpriv.privacy.step, "bounded_rows", apart)
     with pytest.raises(AssertionError, match="a record moves the sum"):
         objective_checks.one_record_moves_the_sum_by_at_most_c(OBJECTIVE, pair(), records(5))
 

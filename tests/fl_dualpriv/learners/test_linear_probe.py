@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.learners import rows as per_example
+import fl_dualpriv.privacy.step
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.linear_probe import LinearProbe, ProbeObjective, with_bias
 from fl_dualpriv.privacy.clipping import Arithmetic, clip_rows
@@ -54,7 +54,7 @@ def test_clipping_each_class_by_itself_is_caught(monkeypatch: pytest.MonkeyPatch
     def by_class(rows: Tensor, clip_norm: float, arithmetic: Arithmetic) -> Tensor:
         return clip_rows(rows.flatten(0, 1), clip_norm)[0].unflatten(0, rows.shape[:2])
 
-    monkeypatch.setattr(per_example, "bounded_rows", by_class)
+    monkeypatch.setattr(fl_dualpriv.privacy.step, "bounded_rows", by_class)
     with pytest.raises(AssertionError, match="a record moves the sum"):
         objective_checks.one_record_moves_the_sum_by_at_most_c(objective(), weights(), records(6))
 

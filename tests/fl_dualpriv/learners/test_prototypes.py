@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.learners import prototypes
+import fl_dualpriv.privacy.step
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.prototypes import PrototypeObjective, prototype_directions
 from fl_dualpriv.privacy.clipping import Arithmetic, clip_rows
+from fl_dualpriv.privacy.step import clipped_sums
 from tests.guarantees import objective_checks
 
 N_CLS, DIM = 3, 4
@@ -65,7 +66,7 @@ def clip_nothing(rows: Tensor, clip_norm: float, arithmetic: Arithmetic) -> Tens
 
 @pytest.mark.parametrize("bug", [clip_the_mean, clip_nothing], ids=lambda bug: bug.__name__)
 def test_another_clip_is_caught(monkeypatch: pytest.MonkeyPatch, bug: Callable[..., Tensor]):
-    monkeypatch.setattr(prototypes, "bounded_rows", bug)
+    monkeypatch.setattr(fl_dualpriv.privacy.step, "bounded_rows", bug)
     with pytest.raises(AssertionError, match="a record moves the sum"):
         objective_checks.one_record_moves_the_sum_by_at_most_c(OBJECTIVE, torch.zeros(N_CLS, DIM), records(6))
 
@@ -76,6 +77,6 @@ def test_clients_do_not_mix_and_masks_come_before_the_clip():
     masks = torch.ones(1, N_CLS, DIM)
     masks[:, :, 0] = 0
     gradients = OBJECTIVE.bind(data[:1]).gradients(torch.zeros(1, N_CLS, DIM), [np.arange(3)])
-    (found,) = gradients.clipped_sums(10.0, "float", masks)
-    (whole,) = gradients.clipped_sums(10.0, "float")
+    (found,) = clipped_sums(gradients, 10.0, "float", masks)
+    (whole,) = clipped_sums(gradients, 10.0, "float")
     torch.testing.assert_close(found.value, whole.value * masks[0])

@@ -15,6 +15,7 @@ from fl_dualpriv.learners.soft_prompt import SoftPromptObjective
 from fl_dualpriv.models.llava import LlavaBackbone
 from fl_dualpriv.models.load import load_answering_model
 from fl_dualpriv.models.pruning.tokens import VisualTokenPruner
+from fl_dualpriv.privacy.step import client_rows, clipped_sums
 from tests.tiny_llava import ANSWERS, END_ID, QUESTIONS
 
 N_CTX, MAX_TOKENS = 3, 14
@@ -64,7 +65,7 @@ def own_loss(model: LlavaBackbone, records: AnswerRecords, row: int, prompt: Ten
 def rows_of(objective: SoftPromptObjective, records: AnswerRecords, prompt: Tensor, picked: Any = None) -> Tensor:
     picked = np.arange(records.num_examples) if picked is None else np.asarray(picked)
     step = objective.bind([records]).gradients(prompt[None], [picked])
-    return torch.cat([torch.zeros(0, N_CTX, 32), *step.rows(0)])[: len(picked)]
+    return torch.cat([torch.zeros(0, N_CTX, 32), *client_rows(step, 0)])[: len(picked)]
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -228,11 +229,11 @@ def test_clients_step_side_by_side(llava_dir: Path):
     prompts = torch.stack([prompt_of(seed) for seed in range(4)])
     picked = [np.array([1, 10, 2]), np.array([0, 3]), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)]
     step = objective.bind(data).gradients(prompts, picked)
-    found, plain = step.clipped_sums(0.5, "float"), step.sums()
+    found, plain = clipped_sums(step, 0.5, "float"), step.sums()
     for i in range(4):
         rows = rows_of(objective, data[i], prompts[i], picked[i])
         torch.testing.assert_close(plain[i], rows.sum(0), rtol=1e-4, atol=1e-5)
-        alone = objective.bind([data[i]]).gradients(prompts[i : i + 1], [picked[i]]).clipped_sums(0.5, "float")[0]
+        alone = clipped_sums(objective.bind([data[i]]).gradients(prompts[i : i + 1], [picked[i]]), 0.5, "float")[0]
         assert torch.equal(found[i].value, alone.value)
         assert bool(found[i].value.any()) is (i < 2)
     noised = torch.ones(4, N_CTX, 32)

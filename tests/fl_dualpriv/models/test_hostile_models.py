@@ -17,6 +17,7 @@ from fl_dualpriv.learners.answers import AnswerRecords, answer_records
 from fl_dualpriv.learners.soft_prompt import SoftPromptObjective
 from fl_dualpriv.models.llava import LlavaBackbone
 from fl_dualpriv.models.load import load_answering_model
+from fl_dualpriv.privacy.step import clipped_sums
 from tests.tiny_llava import WORDS
 
 
@@ -118,7 +119,7 @@ def test_a_token_laid_out_for_a_question_shows_nobody_who_asks_it(llava_dir: Pat
     records = in_records(model, "what color is the circle ?")
     assert records.usable.tolist() == [True, False]
     step = SoftPromptObjective(model).bind([records]).gradients(torch.zeros(1, 2, 32), [np.arange(2)])
-    (found,) = step.clipped_sums(1.0, "float")
+    (found,) = clipped_sums(step, 1.0, "float")
     assert bool(found.value.any())
 
 

@@ -20,6 +20,7 @@ from fl_dualpriv.models.llava import LlavaBackbone
 from fl_dualpriv.models.load import load_answering_model
 from fl_dualpriv.models.lora import LoraModel
 from fl_dualpriv.models.pruning.tokens import VisualTokenPruner
+from fl_dualpriv.privacy.step import client_rows, clipped_sums
 from tests.tiny_llava import ANSWERS, END_ID, QUESTIONS
 
 torchvision_shim.install()
@@ -79,7 +80,7 @@ def sequence(model: LlavaBackbone, records: AnswerRecords, row: int, tokens: Ten
 
 def rows_of(objective: LoraObjective, records: AnswerRecords, matrix: Tensor) -> Tensor:
     step = objective.bind([records]).gradients(matrix[None], [np.arange(records.num_examples)])
-    return torch.cat(list(step.rows(0)))[: records.num_examples]
+    return torch.cat(list(client_rows(step, 0)))[: records.num_examples]
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -156,7 +157,7 @@ def test_the_base_model_stays_as_it_is(llava_dir: Path):
     objective, matrix = LoraObjective(lora, prompt), factors(lora)
     step = objective.bind([records]).gradients(matrix[None], [np.arange(11)])
     assert step.sums().any()
-    assert step.clipped_sums(0.1, "float")[0].value.any()
+    assert clipped_sums(step, 0.1, "float")[0].value.any()
     objective.correct(matrix, records)
     assert torch.equal(soft.logits(prompt, block), before)
     assert [type(m) for m in model._model.modules()] == modules
@@ -219,7 +220,7 @@ def test_clients_step_side_by_side(llava_dir: Path):
     objective = LoraObjective(lora, words(model))
     data, both = [make_records(model), make_records(model, 4)], torch.stack([factors(lora), factors(lora, 1)])
     step = objective.bind(data).gradients(both, [np.arange(11), np.arange(4)])
-    first, second = step.rows(0), step.rows(1)
+    first, second = client_rows(step, 0), client_rows(step, 1)
     mixed = [next(first), next(second), next(first)]
     alone = rows_of(objective, data[0], both[0])
     assert torch.equal(torch.cat([mixed[0], mixed[2]])[:11], alone)
