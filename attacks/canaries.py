@@ -36,7 +36,6 @@ from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.rows import Batches, per_example_gradients
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, RandomSources, StreamKey, random_sources
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.server.build import collective_parts
@@ -90,7 +89,7 @@ class _Audit:
         self, config: RunConfig, plan: RecordLevelPlan, task: ImageTask, seed: int, canaries: int, *, noisy: bool
     ) -> None:
         self._config, self._plan, self._task, self._seed, self._noisy = config, plan, task, seed, noisy
-        self._parts, self._tower = METHODS[config.method], task.tower(config.prompt)
+        self._method, self._tower = config.local_method, task.tower(config.prompt)
         self._prompt = task.initial_prompt(config).to(task.backbone.device)
         self._log_prior = task.log_prior(0)  # public; all simulated clients are alike
         self._features, self._labels = self._craft()
@@ -135,7 +134,7 @@ class _Audit:
                 parts = of_all.parts(memory, prompt.shape).to(prompt)
                 before = [replace(state, personal=part) for state, part in zip(before, parts, strict=True)]
             uploads, states = self._round(before, sources, server_round)
-            if self._parts.shared:
+            if self._method.shared:
                 moved = uploads
                 self._prompt = prompt + uploads.mean(dim=0)
                 if of_all is not None:
@@ -143,7 +142,7 @@ class _Audit:
             else:
                 moved = torch.stack([s.personal - b.personal for s, b in zip(states, before, strict=True)])
             of_prompt = [personal_prompt(state, rule, prompt, server_round=0) for state in before]
-            personal = of_prompt if self._parts.personal else None
+            personal = of_prompt if self._method.personal else None
             seen.append(_Seen(prompt, personal, moved.to(torch.float64).flatten(1)))
         present = self._present.reshape(-1)
         scores = self._scores(seen)
@@ -166,7 +165,7 @@ class _Audit:
                 global_prompt=self._prompt,
                 participants=[self._participant(k, states[k], sources, server_round) for k in group],
                 objective=self._task.objective(self._config),
-                parts=self._parts,
+                method=self._method,
                 training=local_training(self._config),
                 plan=self._plan,
             )

@@ -30,6 +30,7 @@ from torch import Tensor
 from attacks.verdict import CANARIES, AuditResult, coins, judge, silenced
 from fl_dualpriv import messages
 from fl_dualpriv.config.plans import client_level_plan, record_level_plan
+from fl_dualpriv.config.plugins import load_class, plugin_options
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower.local import LocalGrid
@@ -37,7 +38,6 @@ from fl_dualpriv.privacy.noise import KeyedRandom, StreamKey
 from fl_dualpriv.privacy.plan import ClientLevelPlan
 from fl_dualpriv.run.recorder import RunRecorder
 from fl_dualpriv.server.build import build_strategy
-from fl_dualpriv.server.plugins import load_class, plugin_options
 from fl_dualpriv.server.strategy import RoundReport, RoundStrategy
 from fl_dualpriv.tasks.build import image_task
 

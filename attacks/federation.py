@@ -19,15 +19,14 @@ from fl_dualpriv.client.round import local_training, published_training
 from fl_dualpriv.client.state import PersonalState, fresh_state
 from fl_dualpriv.client.step import Participant, cohort_update
 from fl_dualpriv.config.plans import client_level_plan, record_level_plan
+from fl_dualpriv.config.plugins import load_class, plugin_options
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower.local import LocalGrid
 from fl_dualpriv.learners.base import ClientData
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from fl_dualpriv.run.recorder import RunRecorder
 from fl_dualpriv.server.build import build_strategy
-from fl_dualpriv.server.plugins import load_class, plugin_options
 from fl_dualpriv.server.strategy import RoundReport, RoundStrategy
 from fl_dualpriv.tasks.build import image_task
 
@@ -50,8 +49,8 @@ class Federation:
     """
 
     def __init__(self, config: RunConfig) -> None:
-        self.parts = METHODS[config.method]
-        if not self.parts.trains:
+        self.method = config.local_method
+        if not self.method.trains:
             raise ConfigError(f"method = {config.method!r} trains nothing, so there is nothing to attack; give another")
         if config.selects_start:
             raise ConfigError(
@@ -181,7 +180,7 @@ def client_updates(
     federation: Federation, prompt: Tensor, participants: Sequence[Participant], server_round: int
 ) -> list[tuple[Tensor, PersonalState]]:
     """Run one round of these clients' local steps as a node does; return uploads and new personal states."""
-    if federation.parts.published_procedure:
+    if federation.method.published_procedure:
         return published_updates(
             global_prompt=prompt,
             participants=participants,
@@ -194,7 +193,7 @@ def client_updates(
         global_prompt=prompt,
         participants=[replace(p, event=plan and plan.event("attack", server_round, steps)) for p in participants],
         objective=federation.objective,
-        parts=federation.parts,
+        method=federation.method,
         training=local_training(federation.config),
         plan=federation.plan,
         server_round=server_round,

@@ -125,14 +125,14 @@ def _check(federation: Federation, records: int, uploads: int) -> None:
     config = federation.config
     if records < 1 or uploads < 2:
         raise ConfigError(f"records = {records}, uploads = {uploads}; give at least 1 and 2")
-    if not federation.parts.shared or config.train.global_learning_rate == 0:
+    if not federation.method.shared or config.train.global_learning_rate == 0:
         raise ConfigError(
             f"method = {config.method!r} with train.global-learning-rate = {config.train.global_learning_rate:g} "
             "uploads nothing, so there is nothing to invert"
         )
     if config.privacy.record.mechanism != "none" and config.privacy.record.noise_space == "feature":
         raise ConfigError('privacy.record.noise-space = "feature" cannot be inverted here; set "prompt"')
-    if config.train.top_m and not federation.parts.published_procedure and federation.plan is not None:
+    if config.train.top_m and not federation.method.published_procedure and federation.plan is not None:
         raise ConfigError(f"train.top-m = {config.train.top_m} cannot be inverted here; set train.top-m = 0")
 
 
@@ -146,7 +146,7 @@ def _upload(federation: Federation, prompt: Tensor, batch: ClientData, seed: int
     n_ctx, ctx_dim = prompt.shape
     state = fresh_state(n_ctx, ctx_dim, config.prompt.rank).to(federation.device)
     participant = Participant(partition=0, state=state, data=batch, random=random)
-    if federation.parts.published_procedure:
+    if federation.method.published_procedure:
         numbers = replace(published_training(config, participant), local_steps=1, batch_size=batch.num_examples)
         results = published_updates(
             global_prompt=prompt,
@@ -160,7 +160,7 @@ def _upload(federation: Federation, prompt: Tensor, batch: ClientData, seed: int
             global_prompt=prompt,
             participants=[replace(participant, event=federation.plan and federation.plan.event("attack", 1, 1))],
             objective=federation.objective,
-            parts=federation.parts,
+            method=federation.method,
             training=replace(local_training(config), local_steps=1, sampling_rate=1.0),
             plan=federation.plan,
         )
@@ -183,7 +183,7 @@ def _sent(federation: Federation, upload: Tensor, matrix: Tensor, classes: Tenso
         classes=classes,
         logit_scale=federation.task.logit_scale,
         clip_norm=math.inf if plan is None else plan.clip_norm,
-        batch_clip=CLIP if federation.parts.published_procedure else math.inf,
+        batch_clip=CLIP if federation.method.published_procedure else math.inf,
         noise_std=0.0 if plan is None or trusting else plan.local_noise_multiplier * plan.clip_norm,
         records=batch.num_examples,
         log_prior=batch.log_prior,

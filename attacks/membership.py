@@ -194,9 +194,9 @@ def claimed(federation: Federation) -> tuple[float | Literal["nominal", "none"],
     record = federation.config.privacy.record
     if federation.plan is not None:
         return federation.plan.epsilon(), federation.plan.delta
-    if federation.client_plan is not None and not federation.parts.personal:
+    if federation.client_plan is not None and not federation.method.personal:
         return federation.client_plan.epsilon(), federation.client_plan.delta
-    if federation.parts.published_procedure and record.mechanism == "gaussian":
+    if federation.method.published_procedure and record.mechanism == "gaussian":
         return "nominal", record.delta
     return "none", 0.0
 

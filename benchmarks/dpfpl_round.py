@@ -26,9 +26,9 @@ from benchmarks.towers import TOY, VIT_B_16, Setting, make_model, make_setting  
 from fl_dualpriv.client.published_step import PublishedTraining, published_updates  # noqa: E402
 from fl_dualpriv.client.state import PersonalState, fresh_state  # noqa: E402
 from fl_dualpriv.client.step import LocalTraining, Participant, cohort_update  # noqa: E402
+from fl_dualpriv.config.methods import METHODS  # noqa: E402
 from fl_dualpriv.learners.base import ClientData  # noqa: E402
 from fl_dualpriv.learners.classification import Classification  # noqa: E402
-from fl_dualpriv.methods.base import METHODS  # noqa: E402
 from fl_dualpriv.methods.lowrank import subspace_bases  # noqa: E402
 from fl_dualpriv.methods.published import CLIP, LOCAL_DIVISOR, nominal_sigma  # noqa: E402
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, gaussian_noise  # noqa: E402
@@ -181,7 +181,7 @@ def our_round(
             noise_space=noise_space,
             workspace_bytes=512 * 2**20,
         ),
-        parts=METHODS["dpfpl"],
+        method=METHODS["dpfpl"],
         training=LocalTraining(
             local_steps=steps,
             sampling_rate=1.0,

@@ -1,7 +1,8 @@
-"""The contract of a strategy, as a test: ``check_strategy(MyClass, option=...)`` raises `AssertionError` if it breaks.
+"""The contracts of strategies and methods, as tests: they raise `AssertionError` if a class breaks its contract.
 
-The test runs on the class itself, with small made-up clients, in about a second. It searches for counter-examples of
-`sensitivity`. It cannot prove `sensitivity`; the author must do that.
+``check_strategy(MyStrategy, option=...)`` runs on the class itself, with small made-up clients, in about a second. It
+searches for counter-examples of `sensitivity`. It cannot prove `sensitivity`; the author must do that.
+``check_method(MyMethod, option=...)`` does the same for a method, whose author owes no proof.
 """
 
 import itertools
@@ -16,7 +17,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
 from fl_dualpriv import messages
+from fl_dualpriv.config.methods import METHODS
 from fl_dualpriv.errors import ConfigError, PrivacyError
+from fl_dualpriv.methods.base import Method, PromptState, Rates, Released
 from fl_dualpriv.privacy.adaptive import AdaptiveClip
 from fl_dualpriv.privacy.clipping import clip_rows
 from fl_dualpriv.privacy.noise import KeyedRandom
@@ -87,6 +90,91 @@ def check_strategy(cls: type[RoundStrategy], *, server_noise: bool = True, **opt
         if unit is not None:
             _check_sensitivity(make, unit)
             _check_only_the_release_is_seen(make)
+
+
+def check_method(cls: type[Method], **options: object) -> None:
+    """Check the properties of a method on which fl-dualpriv relies, for the given options.
+
+    * Equal inputs give equal bits, and no input changes in place.
+    * Clients do not mix: with other numbers of the other clients, a client's result keeps its bits.
+    * Prompts and memory keep their shapes and types and stay finite, step after step.
+    * p_G moves only if the method shares it, and not if a trusted server moves it.
+
+    Args:
+        cls: Class of the method.
+        options: Values of the class's own fields.
+
+    Raises:
+        AssertionError: If a property does not hold; the message names it.
+    """
+    method, rates, name = cls(**options), Rates(shared=0.5, personal=0.7), cls.__name__
+    _require(method.name in METHODS, f"{name}.name is {method.name!r}, which no method of the library has")
+    first, second = _method_state(method, 0), _method_state(method, 1)
+    for step in range(3):
+        release = _made_release(method, step)
+        before = _tensors(first, release)
+        moved, again = method.move(first, release, rates), method.move(first, release, rates)
+        _require(_equal(before, _tensors(first, release)), f"{name}.move changes its input")
+        _require(_equal(_tensors(moved), _tensors(again)), f"{name}.move gives other bits for the same input")
+        for new, old in zip(_tensors(moved), _tensors(first), strict=True):
+            _require(new.shape == old.shape and new.dtype == old.dtype, f"{name}.move changes a shape or a type")
+            _require(bool(torch.isfinite(new).all()), f"{name}.move makes a number that is not finite")
+        mixed = method.move(_joined(first, second), _joined_release(release, _made_release(method, step + 9)), rates)
+        alone = all(torch.equal(new[0], old[0]) for new, old in zip(_tensors(mixed), _tensors(moved), strict=True))
+        _require(alone, f"{name}.move lets the numbers of one client depend on another client")
+        still = method.move(first, replace(release, moves_global=False), rates)
+        _require(torch.equal(still.own_global, first.own_global), f"{name}.move moves p_G of a trusted server")
+        shares = not torch.equal(moved.own_global, first.own_global)
+        _require(shares == method.shared, f"{name}.shared is {method.shared}, and p_G {'moves' if shares else 'stays'}")
+        first = moved
+
+
+def _method_state(method: Method, seed: int) -> PromptState:
+    g = torch.Generator().manual_seed(seed)
+    memory = {
+        key: torch.zeros(3, *shape, dtype=dtype) for key, (shape, dtype) in method.memory_shapes(*_SHAPE, 2).items()
+    }
+    return PromptState(
+        own_global=torch.randn(3, *_SHAPE, generator=g),
+        personal=torch.randn(3, *_SHAPE, generator=g),
+        row_basis=torch.randn(3, 2, _SHAPE[1], generator=g),
+        memory=memory,
+    )
+
+
+def _made_release(method: Method, seed: int) -> Released:
+    direction = torch.randn(3, *_SHAPE, generator=torch.Generator().manual_seed(100 + seed))
+    return Released(direction=direction, of_global=direction.clone())
+
+
+def _joined(first: PromptState, second: PromptState) -> PromptState:
+    """Client 0 of the first state beside the other clients of the second."""
+    return PromptState(
+        own_global=_beside(first.own_global, second.own_global),
+        personal=_beside(first.personal, second.personal),
+        row_basis=_beside(first.row_basis, second.row_basis),
+        memory={key: _beside(first.memory[key], second.memory[key]) for key in first.memory},
+    )
+
+
+def _joined_release(first: Released, second: Released) -> Released:
+    return Released(
+        direction=_beside(first.direction, second.direction), of_global=_beside(first.of_global, second.of_global)
+    )
+
+
+def _beside(first: Tensor, second: Tensor) -> Tensor:
+    return torch.cat([first[:1], second[1:]])
+
+
+def _tensors(state: PromptState, *releases: Released) -> list[Tensor]:
+    held = [state.own_global, state.personal, state.row_basis, *(state.memory[key] for key in sorted(state.memory))]
+    held += [tensor for released in releases for tensor in (released.direction, released.of_global)]
+    return [tensor.clone() for tensor in held]
+
+
+def _equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def make_strategy(cls: type[RoundStrategy], **options: object) -> RoundStrategy:

@@ -11,7 +11,6 @@ from fl_dualpriv.config.releases import may_repeat, round_of_epsilon
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.flower.expiring_grid import ExpiringGrid
 from fl_dualpriv.flower.local import engine_name
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.run.checkpoint import CheckpointFolder
 from fl_dualpriv.run.recorder import RunRecorder
 from fl_dualpriv.server.accounting import BudgetExhausted
@@ -87,7 +86,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
         accuracy = score_now(strategy, grid, prompt, "zero-shot", config.reply_timeout)
         report(RoundReport(server_round=0, accuracy=accuracy, failures=strategy.failures))
     stopped = None
-    if METHODS[config.method].trains:
+    if config.local_method.trains:
         try:
             prompt = rounds.run(grid, prompt, recorder.last_round, config.reply_timeout)
         except BudgetExhausted as exhausted:
@@ -99,7 +98,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
     elif config.selects_start and strategy.evaluate_every and not recorder.last_round:
         accuracy = score_now(strategy, grid, prompt, strategy.prompt_kind, config.reply_timeout)  # in place of a round
         report(RoundReport(server_round=1, accuracy=accuracy, failures=strategy.failures))
-    if METHODS[config.method].trains or config.selects_start:
+    if config.local_method.trains or config.selects_start:
         rounds.check_delivered()
     closing = closing_scores(strategy, grid, prompt, config, config.reply_timeout)
     write_results(

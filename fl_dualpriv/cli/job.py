@@ -15,6 +15,7 @@ import typer
 from rich.markup import escape
 
 from fl_dualpriv.cli.console import Output
+from fl_dualpriv.config import plugins
 from fl_dualpriv.config.candidates import CANDIDATES_KEY, read_candidates
 from fl_dualpriv.config.ranges import ConfigValue
 from fl_dualpriv.config.schema import RunConfig, app_defaults, merge, parse_assignment, read_toml
@@ -23,7 +24,6 @@ from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.run.folder_lock import held_alone
 from fl_dualpriv.run.out_folder import prepare_folder
 from fl_dualpriv.run.user_folders import expanded
-from fl_dualpriv.server import plugins
 
 _ENDING_SECONDS = 30.0
 
@@ -161,7 +161,7 @@ def _table(file: Path) -> dict:
 def absolute_paths(flat: Mapping[str, ConfigValue], base: Path) -> dict[str, ConfigValue]:
     """Make file paths absolute, because the engines do not run in the user's working directory."""
     result = dict(flat)
-    for key in ("strategy.path", "data.path", "data.classes", "data.class-shares"):
+    for key in ("strategy.path", "method-path", "data.path", "data.classes", "data.class-shares"):
         value = result.get(key)
         if isinstance(value, str) and value.startswith(HUB):  # the hub's name, or a path
             result[key] = HUB + absolute_name(value.removeprefix(HUB), base)

@@ -13,7 +13,7 @@ from fl_dualpriv.cli.budget import budget
 from fl_dualpriv.cli.console import Output, spell_out_what_cannot_be_shown
 from fl_dualpriv.cli.export import export
 from fl_dualpriv.cli.job import fail
-from fl_dualpriv.cli.new_strategy import new_strategy
+from fl_dualpriv.cli.new_class import new_method, new_strategy
 from fl_dualpriv.cli.predict import predict
 from fl_dualpriv.cli.run import run
 from fl_dualpriv.errors import ConfigError
@@ -36,6 +36,7 @@ app.command()(run)
 app.command()(budget)
 app.command()(audit)
 app.command()(new_strategy)
+app.command()(new_method)
 app.command()(export)
 app.command()(predict)
 

@@ -20,7 +20,6 @@ from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError, PrivacyError, type_alone
 from fl_dualpriv.learners.base import Objective
 from fl_dualpriv.learners.row_check import COMPANY, RowPath, checked_objective
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.metrics import ScoreTable
 from fl_dualpriv.privacy.filters.budget import Budget
 from fl_dualpriv.privacy.noise import random_sources
@@ -49,7 +48,7 @@ class RunContext:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.task = build_task(config)
-        self.regulariser, self.parts = self.task.regulariser(config), METHODS[config.method]
+        self.regulariser, self.method = self.task.regulariser(config), config.local_method
         self.plan = record_level_plan(config)
         self.row_path: RowPath | None
         self.objective, self.row_path = self._checked()
@@ -77,7 +76,7 @@ class RunContext:
         """
         config, task = self.config, self.task
         objective = task.objective(config)
-        if not self.parts.trains:
+        if not self.method.trains:
             return objective, None
         hosted = -(-config.population // config.num_supernodes)
         shared = task.initial_prompt(config).to(task.backbone.device)
@@ -85,7 +84,7 @@ class RunContext:
         personal_prompts = [
             torch.randn(shared.shape, generator=generator).to(shared) for _ in range(min(hosted, COMPANY))
         ]
-        prompts = torch.stack([self.parts.effective(shared, 0.02 * personal) for personal in personal_prompts])
+        prompts = torch.stack([self.method.effective(shared, 0.02 * personal) for personal in personal_prompts])
         return checked_objective(objective, task.made_up, prompts, private=self.plan is not None)
 
     @property
@@ -96,13 +95,13 @@ class RunContext:
     @property
     def keeps_state(self) -> bool:
         """True if a client keeps state: a personal prompt, or the rounds that its plan may not repeat."""
-        return self.parts.personal or self.plan is not None or self.config.chooses_start_by_client
+        return self.method.personal or self.plan is not None or self.config.chooses_start_by_client
 
     def effective(self, shared: Tensor, personal: Tensor) -> Tensor:
         """Return a client's prompt. A method without training has a personal part if each client chose its start."""
-        if self.config.chooses_start_by_client and not self.parts.trains:
+        if self.config.chooses_start_by_client and not self.method.trains:
             return shared + personal
-        return self.parts.effective(shared, personal)
+        return self.method.effective(shared, personal)
 
     @functools.cached_property
     def held(self) -> Tensor:
@@ -140,20 +139,20 @@ class RunContext:
 
 def personalisation(config: RunConfig) -> Personalisation | None:
     """Return the numbers of the personal prompts that a client shrinks itself, or None if it does not."""
-    parts = METHODS[config.method]
-    if config.prompt.personalisation in ("published", "collective") or not parts.personal:
+    method = config.local_method
+    if config.prompt.personalisation in ("published", "collective") or not method.personal:
         return None
     return Personalisation(
         shrinkage=config.prompt.personalisation,
         memory=config.prompt.personal_memory,
         local_learning_rate=config.train.local_learning_rate,
-        global_learning_rate=config.train.global_learning_rate if parts.shared else 0.0,
+        global_learning_rate=config.train.global_learning_rate if method.shared else 0.0,
     )
 
 
 def personal_is_given(config: RunConfig) -> bool:
     """Return True if the server makes the clients' personal prompts and sends them, see `server.collective`."""
-    return config.prompt.personalisation == "collective" and METHODS[config.method].personal
+    return config.prompt.personalisation == "collective" and config.local_method.personal
 
 
 class Sized(Protocol):
@@ -373,7 +372,7 @@ class Node:
                 try:
                     if p in parts:
                         check_part(parts[p])
-                        prompts[p] = run_context.parts.effective(request.global_prompt, parts[p])
+                        prompts[p] = run_context.method.effective(request.global_prompt, parts[p])
                         self._keep_part(p, parts[p], request)
                         continue
                     rank, terms = run_context.config.prompt.rank, str(run_context.terms)

@@ -13,7 +13,6 @@ from fl_dualpriv import __version__
 from fl_dualpriv.config.plans import client_level_plan, record_level_plan
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.files import write_json, write_tensors
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.metrics import ScoreTable
 from fl_dualpriv.privacy.plan import record_level_releases
 from fl_dualpriv.tasks.base import Task
@@ -29,6 +28,8 @@ class NodeRun:
         run_token: Token of the run.
         client: Partition of the client.
         method: Method of the run.
+        method_path: Folder of the module of a user's method; empty for others, and in files of older versions.
+        method_options: Options of that method.
         rounds: Number of rounds of the run.
         population: Number of clients of the run.
         version: Version of fl-dualpriv.
@@ -54,6 +55,8 @@ class NodeRun:
     use: Mapping[str, Any] | None
     backbone: str
     pretrained: str
+    method_path: str = ""
+    method_options: str = ""
 
 
 def keep_node_run(folder: Path, config: RunConfig, task: Task, run_token: str, client: int, *, scored: bool) -> None:
@@ -65,11 +68,11 @@ def keep_node_run(folder: Path, config: RunConfig, task: Task, run_token: str, c
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         if json.loads((folder / NODE_RUN_FILE).read_text(encoding="utf-8"))["run_token"] == run_token:
             return
-    plan, parts, use = record_level_plan(config), METHODS[config.method], task.use_facts(config)
+    plan, method, use = record_level_plan(config), config.local_method, task.use_facts(config)
     rows = []
     if plan is not None:
         is_collective = config.prompt.personalisation == "collective"
-        rows = record_level_releases(plan, shared=parts.shared, scored=scored, collective=is_collective)
+        rows = record_level_releases(plan, shared=method.shared, scored=scored, collective=is_collective)
     node_run = NodeRun(
         run_token=run_token,
         client=client,
@@ -84,6 +87,8 @@ def keep_node_run(folder: Path, config: RunConfig, task: Task, run_token: str, c
         use=None if use is None else asdict(use),
         backbone=config.backbone.name,
         pretrained=config.backbone.pretrained,
+        method_path=config.method_path,
+        method_options=config.method_options,
     )
     write_json(folder / NODE_RUN_FILE, asdict(node_run))
 

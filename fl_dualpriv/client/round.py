@@ -26,7 +26,6 @@ from fl_dualpriv.client.step import LocalTraining, Participant, cohort_update
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.learners.classification import Classification
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.methods.published import nominal_sigma
 from fl_dualpriv.privacy.filters.choose import spend_budget
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
@@ -58,7 +57,9 @@ class TrainRound:
         self._node, self._run_context, self._request = node, node.run_context, request
         self._prompt = request.global_prompt.to(self._run_context.task.backbone.device)
         config = self._run_context.config
-        self._training = local_training(config, self._run_context.task.prompt_segments(config.prompt))
+        self._training = local_training(
+            config, self._run_context.task.prompt_segments(config.prompt), self._run_context.prompt_shape
+        )
         self._uploads: dict[int, Tensor] = {}
         self._failed = Failures(private=self._run_context.plan is not None)
 
@@ -254,7 +255,7 @@ class TrainRound:
     def _updates(self, ready: list[Participant]) -> list[tuple[Tensor, PersonalState]]:
         """Run the round of some clients, by the library's procedure or by the DP-FPL paper's."""
         run_context = self._run_context
-        if run_context.parts.published_procedure:
+        if run_context.method.published_procedure:
             assert isinstance(run_context.objective, Classification)  # the configuration allows no other
             return published_updates(
                 global_prompt=self._prompt,
@@ -267,7 +268,7 @@ class TrainRound:
             global_prompt=self._prompt,
             participants=ready,
             objective=run_context.objective,
-            parts=run_context.parts,
+            method=run_context.method,
             training=self._training,
             plan=run_context.plan,
             regulariser=run_context.regulariser,
@@ -287,8 +288,16 @@ def published_training(config: RunConfig, participant: Participant) -> Published
     )
 
 
-def local_training(config: RunConfig, segments: tuple[int, ...] = ()) -> LocalTraining:
-    """Return the numbers of a local step, from the configuration; see `Task.prompt_segments` for ``segments``."""
+def local_training(
+    config: RunConfig, segments: tuple[int, ...] = (), shape: tuple[int, int] | None = None
+) -> LocalTraining:
+    """Return the numbers of a local step, from the configuration.
+
+    Args:
+        config: Configuration of the run.
+        segments: See `Task.prompt_segments`.
+        shape: Shape of a prompt, of which a method's memory is made; None if the run keeps none from round to round.
+    """
     pruning = config.pruning
     return LocalTraining(
         local_steps=config.train.local_steps,
@@ -305,8 +314,8 @@ def local_training(config: RunConfig, segments: tuple[int, ...] = ()) -> LocalTr
             segments=segments,
         ),
         optimizer=Optimizer(name=config.train.optimizer, momentum=config.train.momentum),
-        factor_rank=config.prompt.rank if METHODS[config.method].factor_steps else 0,
-        prompts=2 if METHODS[config.method].pairs else 1,
+        method_memory=config.local_method.memory_shapes(*shape, config.prompt.rank) if shape else {},
+        prompts=2 if config.local_method.pairs else 1,
         personalisation=personalisation(config),
         personal_is_given=personal_is_given(config),
     )

@@ -7,7 +7,7 @@ batches, clipped sums, noise and prompts never mix.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,20 +17,18 @@ from torch import Tensor
 from fl_dualpriv.client.optimizers import SGD, Optimizer
 from fl_dualpriv.client.personalisation import NAMES, Deviations, Personalisation, rounds_since
 from fl_dualpriv.client.pruning import KEEP_ALL, UpdatePruning
-from fl_dualpriv.client.release_memory import ReleaseMemoryShapes
+from fl_dualpriv.client.release_memory import ReleaseMemoryShapes, empty_release_memory
 from fl_dualpriv.client.state import PersonalState
 from fl_dualpriv.client.updates import UpdateRule
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.learners.base import Objective, Records, Regulariser
-from fl_dualpriv.methods.base import MethodParts
-from fl_dualpriv.methods.lowrank import cut_to_rank, subspace_bases, tangent_projection
+from fl_dualpriv.methods.base import Method, PromptState, Rates, Released
+from fl_dualpriv.methods.lowrank import personal_bases
 from fl_dualpriv.privacy.clipping import check_exact
 from fl_dualpriv.privacy.ledger import LedgerEvent
 from fl_dualpriv.privacy.noise import RandomSource, poisson_sample
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from fl_dualpriv.privacy.step import Payment, private_step
-
-_LEFT = "left-factor"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +43,7 @@ class LocalTraining:
         pruning: Rule that selects the blocks of an update that are followed.
         optimizer: Optimizer that turns noised gradients into directions.
         prompts: Number of prompts in a gradient, one above the other: 2 (p_G and p_L) if the loss reads both, else 1.
-        factor_rank: Rank k if the method's factors take separate steps; u is then kept from round to round. 0 if not.
+        method_memory: What the method keeps of each client from round to round, see `Method.memory_shapes`.
         personalisation: Noise-aware personal prompts, or None for p_L by gradient steps.
         personal_is_given: True if the server made the p_L of this round, which then stays as it is in all steps.
     """
@@ -56,7 +54,7 @@ class LocalTraining:
     local_learning_rate: float
     pruning: UpdatePruning = KEEP_ALL
     optimizer: Optimizer = SGD
-    factor_rank: int = 0
+    method_memory: ReleaseMemoryShapes = field(default_factory=dict)
     prompts: int = 1
     personalisation: Personalisation | None = None
     personal_is_given: bool = False
@@ -70,7 +68,7 @@ class LocalTraining:
         }
         if self.personalisation is not None:
             shapes |= self.personalisation.release_memory_shapes(n_ctx, ctx_dim)
-        return shapes if not self.factor_rank else {**shapes, _LEFT: ((n_ctx, self.factor_rank), torch.float32)}
+        return {**shapes, **self.method_memory}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,25 +90,12 @@ class Participant:
     event: LedgerEvent | None = None
 
 
-@dataclass
-class _Prompts:
-    """The cohort's prompts, stacked: (client, n_ctx, ctx_dim); ``row_basis`` is (client, rank, ctx_dim).
-
-    ``left``, (client, n_ctx, rank), is FedPGP's u; its v is the row basis.
-    """
-
-    own_global: Tensor
-    personal: Tensor
-    row_basis: Tensor
-    left: Tensor
-
-
 def cohort_update(
     *,
     global_prompt: Tensor,
     participants: Sequence[Participant],
     objective: Objective[Any],
-    parts: MethodParts,
+    method: Method,
     training: LocalTraining,
     plan: RecordLevelPlan | None,
     regulariser: Regulariser | None = None,
@@ -134,7 +119,7 @@ def cohort_update(
         global_prompt: Global prompt p_G of this round, (n_ctx, ctx_dim).
         participants: The clients; their numbers of records may differ.
         objective: Loss of the clients' records under prompts.
-        parts: Parts of the method: the prompts that exist and move.
+        method: Prompts that exist, and the moves that a release makes.
         training: Step sizes and counts.
         plan: Plan of record-level DP, or None for the non-private method.
         regulariser: Term of the loss that reads no record, or None.
@@ -149,12 +134,14 @@ def cohort_update(
         PrivacyError: With a plan, if a client has no ledger event, or more steps than its event pays for.
         ValueError: With integer arithmetic, if a client has 2**32 records or more.
     """
-    prompts = _Prompts(
+    kept_shapes = method.memory_shapes(*global_prompt.shape, len(participants[0].state.row_basis))
+    prompts = PromptState(
         own_global=global_prompt.expand(len(participants), -1, -1),
         personal=torch.stack([p.state.personal for p in participants]),
         row_basis=torch.stack([p.state.row_basis for p in participants]),
-        left=torch.stack([_left(p.state) for p in participants]),
+        memory=_method_memory(participants, kept_shapes, global_prompt.device),
     )
+    rates = Rates(shared=training.global_learning_rate, personal=training.local_learning_rate)
     pooled = objective.bind([p.data for p in participants])
     sizes = torch.tensor([p.data.num_examples for p in participants], device=global_prompt.device)
     expected = (training.sampling_rate * sizes.to(torch.float64))[:, None, None]
@@ -165,14 +152,14 @@ def cohort_update(
         check_exact(max(p.data.num_examples for p in participants))
     payments = [_payment(plan, p) for p in participants] if plan is not None else []
     noise_std = _noise_of_a_mean(plan, expected[:, 0, 0])
-    others = (_LEFT, *NAMES)
+    others = (*kept_shapes, *NAMES)
     update_rule = UpdateRule(
         pruning=training.pruning,
         optimizer=training.optimizer,
         release_memories=[{k: v for k, v in p.state.release_memory.items() if k not in others} for p in participants],
         streams=[p.random for p in participants],
         noise_std=noise_std,
-        like=parts.effective(global_prompt, global_prompt),
+        like=method.effective(global_prompt, global_prompt),
     )
     deviations = None
     if training.personalisation is not None:
@@ -183,13 +170,13 @@ def cohort_update(
             rounds_since=[rounds_since(p.state, server_round) for p in participants],
             noise_std=noise_std,
         )
-        prompts.personal = deviations.personal
+        prompts = replace(prompts, personal=deviations.personal)
     picked: list[np.ndarray] = []
     for step in range(training.local_steps):
         masks = update_rule.masks(step)
         if not picked or training.sampling_rate < 1:
             picked = _batches(participants, step, training.sampling_rate)
-        effective = parts.effective(prompts.own_global, prompts.personal)
+        effective = method.effective(prompts.own_global, prompts.personal)
         gradients = pooled.gradients(effective, picked)
         if plan is None:
             summed = gradients.sums() if masks is None else gradients.sums() * masks
@@ -203,30 +190,38 @@ def cohort_update(
                 continue  # nothing local is released or moved
             summed = gradients.to_prompts(made.noised)
         mean = summed.div_(expected.to(summed.dtype)).to(global_prompt.dtype)
-        factors = _subspace_bases(prompts, mean) if update_rule.cuts_components else None
+        factors = personal_bases(prompts.personal, prompts.row_basis, mean) if update_rule.cuts_components else None
         direction = of_global = update_rule.direction(mean, factors)
         if regulariser is not None:
             of_shared, of_effective = regulariser.gradients(prompts.own_global, effective)
             direction = direction + of_effective
             of_global = direction + of_shared
-        if parts.pairs:
+        if method.pairs:
             of_global, direction = direction.chunk(2, dim=1)
-        if parts.shared and not trusts_server:
-            prompts.own_global = torch.sub(prompts.own_global, of_global, alpha=training.global_learning_rate)
+        moved = method.move(
+            prompts,
+            Released(
+                direction=direction,
+                of_global=of_global,
+                closed=update_rule.closed,
+                moves_global=not trusts_server,
+            ),
+            rates,
+        )
         if deviations is not None:
             deviations.follow(mean)
-            prompts.personal = deviations.personal
+            prompts = replace(moved, personal=deviations.personal)
         elif training.personal_is_given:
-            pass  # it is post-processing of earlier uploads, and no step of this round moves it
-        elif parts.personal and parts.factor_steps:
-            _move_factors(prompts, direction, training.local_learning_rate)
-        elif parts.personal:
-            _move_personal(prompts, direction, parts, training.local_learning_rate, update_rule.closed)
+            # p_L is post-processing of earlier uploads, and no step of this round moves it.
+            prompts = replace(moved, personal=prompts.personal, row_basis=prompts.row_basis)
+        else:
+            prompts = moved
     uploads = prompts.own_global - global_prompt if clean_upload is None else clean_upload
     release_memories = update_rule.release_memories()
-    if parts.factor_steps:
+    if kept_shapes:
         release_memories = [
-            {**release_memory, _LEFT: u} for release_memory, u in zip(release_memories, prompts.left, strict=True)
+            {**release_memory, **{name: prompts.memory[name][place] for name in kept_shapes}}
+            for place, release_memory in enumerate(release_memories)
         ]
     if deviations is not None:
         release_memories = [
@@ -261,45 +256,12 @@ def _noise_of_a_mean(plan: RecordLevelPlan | None, expected: Tensor) -> Tensor:
     return std / expected
 
 
-def _subspace_bases(prompts: _Prompts, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the subspace bases of p_L, (client, n_ctx, k) and (client, k, ctx_dim).
-
-    While p_L is zero it has no subspace, and the bases of the first noised gradient are used.
-    """
-    moved = prompts.personal.flatten(1).any(dim=1)[:, None, None]
-    return subspace_bases(torch.where(moved, prompts.personal, gradient), prompts.row_basis)
-
-
-def _left(state: PersonalState) -> Tensor:
-    """Return FedPGP's u of a client, (n_ctx, rank); zero before its first step, so that the client starts at p_G."""
-    return state.release_memory.get(_LEFT, state.personal.new_zeros(len(state.personal), len(state.row_basis)))
-
-
-def _move_factors(prompts: _Prompts, direction: Tensor, learning_rate: float) -> None:
-    """Take gradient steps of u and v (FedPGP), G̃ vᵀ and uᵀG̃ for P = p_G + u·v. Post-processing of G̃."""
-    u, v = prompts.left, prompts.row_basis
-    prompts.left = u - learning_rate * direction @ v.mT
-    prompts.row_basis = v - learning_rate * u.mT @ direction
-    prompts.personal = prompts.left @ prompts.row_basis
-
-
-def _move_personal(
-    prompts: _Prompts, direction: Tensor, parts: MethodParts, learning_rate: float, closed: Tensor | None
-) -> None:
-    """Update p_L ← p_L − η · Π(G̃), then cut to rank k if there is no residual. Post-processing of G̃.
-
-    The projection spreads a row over other rows, so the move is masked again where coordinates must not move. Cutting
-    to rank k also spreads rows, and there no coordinate can be held still.
-    """
-    if not parts.factorised:
-        prompts.personal = prompts.personal - learning_rate * direction
-        return
-    u, v = _subspace_bases(prompts, direction)
-    move = tangent_projection(direction, u, v)
-    if closed is not None:
-        move = torch.where(closed, 0.0, move)
-    personal = prompts.personal - learning_rate * move
-    if not parts.residual:
-        u, v = subspace_bases(personal, v)
-        personal = cut_to_rank(personal, u)
-    prompts.personal, prompts.row_basis = personal, v
+def _method_memory(
+    participants: Sequence[Participant], shapes: ReleaseMemoryShapes, device: torch.device
+) -> dict[str, Tensor]:
+    """Stack what a method keeps of each client; zeros before a client's first step."""
+    start = empty_release_memory(shapes)
+    return {
+        name: torch.stack([p.state.release_memory.get(name, start[name]).to(device) for p in participants])
+        for name in shapes
+    }

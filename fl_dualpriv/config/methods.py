@@ -1,23 +1,63 @@
-"""Method names, and sections of the run configuration that belong to one method. Imports the standard library only."""
+"""The methods by their names, users' methods as ``module:Class``, and sections of the configuration for one method.
 
+Light on import: the facts of a method need no torch.
+"""
+
+import functools
+import json
 from dataclasses import dataclass
 from typing import Literal
 
-Method = Literal[
-    "dpfpl",
-    "promptfl",
-    "local-only",
-    "lowrank",
-    "full",
-    "zero-shot",
-    "dpfpl-paper",
-    "linear-probe",
-    "prototypes",
-    "fedpgp",
-    "dp-lora",
-    "ffa-lora",
-    "fedotp",
-]
+from fl_dualpriv.config.plugins import load_class, plugin_options
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.methods.base import Method
+from fl_dualpriv.methods.dpfpl import DPFPL, DPFPLPaper, LocalOnly, LowRank
+from fl_dualpriv.methods.fedotp import FedOTP
+from fl_dualpriv.methods.fedpgp import FedPGP
+from fl_dualpriv.methods.promptfl import (
+    DPLoRA,
+    FFALoRA,
+    Full,
+    LinearProbe,
+    PromptFL,
+    Prototypes,
+    ZeroShot,
+)
+
+_SHIPPED: tuple[type[Method], ...] = (
+    *(DPFPL, PromptFL, LocalOnly, LowRank, Full, ZeroShot, DPFPLPaper),
+    *(LinearProbe, Prototypes, FedPGP, DPLoRA, FFALoRA, FedOTP),
+)
+METHODS: dict[str, Method] = {method.name: method() for method in _SHIPPED}
+"""Each method of the library by its name in the configuration."""
+
+
+@functools.lru_cache(maxsize=64)
+def find_method(reference: str, folder: str = "", options: str = "") -> Method:
+    """Return a method of the library, or make one of a user's class.
+
+    Args:
+        reference: Name of a method, or ``module:Class`` of a subclass of `Method`.
+        folder: Folder of the module, if it is neither part of the app nor installed.
+        options: JSON object of the class's options, with keys ``plugin.<class in lower case>.<field>``.
+
+    Raises:
+        ConfigError: If the class cannot be imported or is not a method, or if an option does not fit.
+
+    Example:
+        >>> find_method("promptfl").personal
+        False
+    """
+    if ":" not in reference:
+        return METHODS[reference]
+    method_class = load_class("method", reference, Method, folder)
+    if method_class.name not in METHODS:
+        raise ConfigError(
+            f"method = {reference!r}: its name is {method_class.name!r}; do not set name, or set it to that of the "
+            f"method whose rules of the configuration hold for it: {', '.join(METHODS)}"
+        )
+    flat = json.loads(options or "{}")
+    return method_class(**plugin_options(method_class, Method, flat))
 
 
 @dataclass(frozen=True, kw_only=True)

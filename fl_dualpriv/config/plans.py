@@ -5,7 +5,6 @@ from typing import TypeVar
 
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import PrivacyError
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.adaptive import AdaptiveClip
 from fl_dualpriv.privacy.calibration import calibrate_beside, calibrate_noise_multiplier
 from fl_dualpriv.privacy.correlated import (
@@ -27,22 +26,22 @@ Plan = TypeVar("Plan", RecordLevelPlan, ClientLevelPlan)
 
 def noised_unit(config: RunConfig) -> ServerUnit | None:
     """Return the unit that the server's noise protects; None if the server adds none. It needs no calibration."""
-    record, parts = config.privacy.record, METHODS[config.method]
+    record, method = config.privacy.record, config.local_method
     if config.privacy.client.mechanism != "none":
         return "client"
-    if record.mechanism == "none" or not parts.trains:
+    if record.mechanism == "none" or not method.trains:
         return None
-    if parts.published_procedure:
+    if method.published_procedure:
         return "nominal"
     return "record" if record.trusts_server else None
 
 
 def record_level_plan(config: RunConfig) -> RecordLevelPlan | None:
     """Return the record-level plan, calibrated for all local steps; None without one or for the nominal method."""
-    record, parts = config.privacy.record, METHODS[config.method]
-    if record.mechanism == "none" or parts.published_procedure or not (parts.trains or config.selects_start):
+    record, method = config.privacy.record, config.local_method
+    if record.mechanism == "none" or method.published_procedure or not (method.trains or config.selects_start):
         return None
-    releases = config.rounds * config.train.local_steps if parts.trains else 0
+    releases = config.rounds * config.train.local_steps if method.trains else 0
     rate, selection = config.train.sampling_rate, start_selection(config)
     if selection is None:
         noise_multiplier = noise_multiplier_for(
@@ -63,7 +62,7 @@ def record_level_plan(config: RunConfig) -> RecordLevelPlan | None:
         releases=releases,
         delta=record.delta,
         trusts_server=record.trusts_server,
-        personal=parts.personal or config.chooses_start_by_client,
+        personal=method.personal or config.chooses_start_by_client,
         arithmetic=config.privacy.arithmetic,
         selection=selection,
         clipping=record.clipping,
@@ -79,7 +78,7 @@ def start_selection(config: RunConfig) -> Selection | None:
     record = config.privacy.record
     if not config.selects_start or record.mechanism == "none":
         return None
-    share = record.selection_share if METHODS[config.method].trains else 1.0
+    share = record.selection_share if config.local_method.trains else 1.0
     if config.chooses_start_by_client:
         return choice(share * record.epsilon)
     noise_multiplier = calibrate_noise_multiplier(share * record.epsilon, record.delta, 1.0, 1)

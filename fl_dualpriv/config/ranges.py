@@ -18,7 +18,9 @@ from fl_dualpriv.config.candidates import CANDIDATES_KEY, PUBLISHED_SETS, are_ca
 from fl_dualpriv.config.class_prior_rules import CLASS_PRIOR_RULES
 from fl_dualpriv.config.client_level_rules import CLIENT_LEVEL_RULES
 from fl_dualpriv.config.method_rules import METHOD_RULES
+from fl_dualpriv.config.methods import METHODS, find_method
 from fl_dualpriv.config.rules import CROSS_RULES, CrossRule, Values
+from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.privacy.limits import (
     LARGEST_CLIP_NORM,
     LARGEST_EPSILON,
@@ -36,7 +38,7 @@ ConfigValue = bool | int | float | str
 
 _IGNORED_PREFIX = "plugin."
 _PATH_KEYS = (
-    *("strategy.path", "data.path", "data.classes", "data.class-shares", CANDIDATES_KEY),
+    *("strategy.path", "method-path", "data.path", "data.classes", "data.class-shares", CANDIDATES_KEY),
     *("output.dir", "resources.feature-cache"),
 )
 
@@ -98,6 +100,10 @@ _CLIP = Range(
     f"from {SMALLEST_CLIP_NORM:g} to {LARGEST_CLIP_NORM:g}",
     "it bounds the norm of one contribution, and rounding breaks it outside of this range; 1.0 is a usual start",
 )
+_FOLDER = Range(
+    lambda x: x == "" or Path(x).is_absolute(), "empty or an absolute path", "give the folder of the module"
+)
+_OPTIONS = Range(_is_options, 'a JSON object of "plugin.CLASS.FIELD" keys', "fl-dualpriv run writes it for you")
 # torch, numpy and Flower's messages carry signed 64-bit integers.
 _SEED = Range(lambda x: 0 <= x < 2**63, "a whole number from 0 to 2**63 - 1", "0 will do")
 
@@ -111,13 +117,14 @@ RANGES: dict[str, Range] = {
     "seed": _SEED,
     "join-timeout": _SECONDS,
     "reply-timeout": _SECONDS,
+    "method": Range(
+        lambda x: x in METHODS or _is_class_ref(x), "the name of a method or module:Class", 'for example "dpfpl"'
+    ),
+    "method-path": _FOLDER,
+    "method-options": _OPTIONS,
     "strategy.ref": Range(_is_class_ref, "module:Class", 'for example "strategies.dpfpl:DPFPL"'),
-    "strategy.path": Range(
-        lambda x: x == "" or Path(x).is_absolute(), "empty or an absolute path", "give the folder of the module"
-    ),
-    "strategy.options": Range(
-        _is_options, 'a JSON object of "plugin.CLASS.FIELD" keys', "fl-dualpriv run writes it for you"
-    ),
+    "strategy.path": _FOLDER,
+    "strategy.options": _OPTIONS,
     "train.local-steps": _whole(1, MOST_RELEASES, 'for no training at all set method = "zero-shot"'),
     "train.sampling-rate": Range(
         lambda x: SMALLEST_SAMPLING_RATE <= x <= 1,
@@ -227,16 +234,35 @@ def check(types: Mapping[str, Any], flat: Mapping[str, ConfigValue]) -> tuple[di
             values[key] = value
         else:
             problems.append(f"{key} = {_show(flat[key])}: {fault}")
+    judged, of_method = _with_rules_method(values)
+    problems += of_method
     problems += [
         f"{rule.keys[0]} = {_show(values[rule.keys[0]])}: {rule.need}{_context(rule, values)}; {rule.advice}"
         for rule in (*CROSS_RULES, *CLIENT_LEVEL_RULES, *METHOD_RULES, *CLASS_PRIOR_RULES)
-        if all(key in values for key in rule.keys) and not rule.holds(values)
+        if all(key in judged for key in rule.keys) and not rule.holds(judged)
     ]
     return values, problems
 
 
+def _with_rules_method(values: Mapping[str, ConfigValue]) -> tuple[dict[str, ConfigValue], list[str]]:
+    """Return the values with the shipped method whose rules hold for a user's method, and the problems of its class.
+
+    Without a usable class the rules that read the method are not judged.
+    """
+    reference = str(values.get("method", ""))
+    if ":" not in reference or not {"method-path", "method-options"} <= values.keys():
+        return dict(values), []
+    try:
+        method = find_method(reference, str(values["method-path"]), str(values["method-options"]))
+    except ConfigError as error:
+        return {key: value for key, value in values.items() if key != "method"}, [str(error)]
+    return {**values, "method": method.name}, []
+
+
 def _convert(key: str, value: object, hint: Any) -> tuple[Any, str | None]:
     """Return the value in its own type, and its fault or None."""
+    if key == "method" and not (isinstance(value, str) and ":" in value):
+        hint = Literal[tuple(METHODS)]  # a name that is nearly one of ours gets the usual advice
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         if new := RENAMED.get((key, str(value))):

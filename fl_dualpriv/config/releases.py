@@ -3,7 +3,6 @@
 import math
 
 from fl_dualpriv.config.schema import RunConfig
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.plan import (
     ClientLevelPlan,
     RecordLevelPlan,
@@ -19,16 +18,16 @@ def list_releases(
     config: RunConfig, record: RecordLevelPlan | None, client: ClientLevelPlan | None, *, scored: bool
 ) -> list[Release]:
     """List all releases of the run, per level; empty without differential privacy."""
-    parts = METHODS[config.method]
+    method = config.local_method
     releases = []
     if record is not None:
         is_collective = config.prompt.personalisation == "collective"
-        releases += record_level_releases(record, shared=parts.shared, scored=scored, collective=is_collective)
+        releases += record_level_releases(record, shared=method.shared, scored=scored, collective=is_collective)
     if client is not None:
         # Scores of personal prompts are functions of un-noised client data, unless the record level covers them.
-        releases += client_level_releases(client, scored=scored and (record is None or not parts.personal))
+        releases += client_level_releases(client, scored=scored and (record is None or not method.personal))
     nominal = config.privacy.record
-    if parts.published_procedure and nominal.mechanism == "gaussian":
+    if method.published_procedure and nominal.mechanism == "gaussian":
         releases += nominal_releases(nominal.epsilon, nominal.delta, config.rounds * config.train.local_steps)
     return releases
 
@@ -37,7 +36,7 @@ def notes(
     config: RunConfig, record: RecordLevelPlan | None, client: ClientLevelPlan | None, *, scored: bool
 ) -> list[str]:
     """List the notes that a reader needs beside the privacy table."""
-    parts = METHODS[config.method]
+    method = config.local_method
     lines = []
     if config.privacy.randomness == "seeded" and (record or client):
         lines.append("reproducible noise: do not publish (privacy.randomness = seeded)")
@@ -52,17 +51,17 @@ def notes(
     if client:
         lines.append("client level: the server sees each client's update; personal prompts are not covered")
         lines += client_level_notes(client)
-    if client and not record and parts.personal:
+    if client and not record and method.personal:
         lines.append("scores are of the global prompt: scores of personal prompts would not be covered")
-    if client and record and parts.personal:
+    if client and record and method.personal:
         lines.append("scores are of personal prompts: covered at record level, not at client level")
-    if parts.published_procedure and config.privacy.record.mechanism == "gaussian":
+    if method.published_procedure and config.privacy.record.mechanism == "gaussian":
         lines.append("dpfpl-paper: the paper's formulas, not the authors' code; ε is nominal, not a guarantee")
     if record and config.train.top_m:
         lines.append(f"top-m = {config.train.top_m}: each record back-propagates its largest residuals only, a bias")
     if record and config.privacy.record.noise_space == "feature":
         lines.append("noise-space = feature: gradients of the class features are clipped and noised, not the prompt's")
-    if config.train.class_prior != "none" and parts.trains:
+    if config.train.class_prior != "none" and method.trains:
         lines.append(prior_note(config.train.class_prior))
     if (record or client) and config.privacy.arithmetic == "integer":
         lines.append("arithmetic = integer: exact sums, integer noise; low-order bits tell nothing about the data")
@@ -71,7 +70,7 @@ def notes(
             "no scores: the held-out images are private (evaluation.held-out-data); give a test/ folder, or declare "
             'them with evaluation.held-out-data = "public"'
         )
-    if not config.claims_privacy and (parts.trains or config.selects_start):
+    if not config.claims_privacy and (method.trains or config.selects_start):
         lines.append("no differential privacy")
     return lines
 

@@ -15,9 +15,10 @@ from typing import Any, Literal, Self, TypeVar, cast, get_type_hints
 
 from fl_dualpriv.config.candidates import CANDIDATES_KEY
 from fl_dualpriv.config.class_prior_rules import default_prior
-from fl_dualpriv.config.methods import FedOTPConfig, FedPGPConfig, Method
+from fl_dualpriv.config.methods import FedOTPConfig, FedPGPConfig, find_method
 from fl_dualpriv.config.ranges import ConfigValue, check
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.methods.base import Method
 
 T = TypeVar("T")
 Mechanism = Literal["none", "gaussian"]
@@ -248,7 +249,9 @@ class RunConfig:
         ConfigError: If a field breaks a rule, also on direct construction and ``dataclasses.replace``.
     """
 
-    method: Method
+    method: str
+    method_path: str
+    method_options: str
     rounds: int
     population: int
     supernodes: int
@@ -273,7 +276,7 @@ class RunConfig:
         _, problems = check(_key_types(RunConfig), self.to_run_config())
         _raise_all(problems)
         if self.train.class_prior == "auto":
-            kind = default_prior(self.method, self.data.ref, self.data.partition)
+            kind = default_prior(self.local_method.name, self.data.ref, self.data.partition)
             object.__setattr__(self, "train", dataclasses.replace(self.train, class_prior=kind))
 
     @classmethod
@@ -292,6 +295,15 @@ class RunConfig:
         values, problems = check(_key_types(cls), flat)
         _raise_all(problems)
         return _build(cls, values)
+
+    @property
+    def local_method(self) -> Method:
+        """The local method, one of ours or a user's.
+
+        Raises:
+            ConfigError: If the class cannot be imported or is not a method.
+        """
+        return find_method(self.method, self.method_path, self.method_options)
 
     @property
     def claims_privacy(self) -> bool:

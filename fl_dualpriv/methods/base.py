@@ -1,41 +1,89 @@
-"""The parts of DP-FPL that each method has: every baseline is the same code with parts switched off.
+"""What a local method is: which prompts exist, and how a released gradient moves them.
 
-Light on import.
+A method is a function of noised sums at the client, so it owes no proof: everything it does is post-processing. A
+method of your own is a subclass in a file of its own, named by ``method = "module:Class"``. Light on import: this file
+reads no torch, because the check of a run's data needs only the facts of a method.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Learns = Literal["prompt", "linear-probe", "prototypes", "dp-lora", "ffa-lora", "fedotp"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class MethodParts:
-    """Switches of the effective prompt P = p_G + p_L, with p_L = u·v + r.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PromptState:
+    """The prompts of some clients that step together; the first dimension is the client.
 
     Attributes:
+        own_global: Each client's copy of p_G, (client, n_ctx, ctx_dim).
+        personal: p_L, (client, n_ctx, ctx_dim).
+        row_basis: v of the low-rank part, (client, rank, ctx_dim).
+        memory: Tensors that the method keeps from step to step and from round to round, see `Method.memory_shapes`.
+    """
+
+    own_global: "Tensor"
+    personal: "Tensor"
+    row_basis: "Tensor"
+    memory: "Mapping[str, Tensor]" = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Released:
+    """What one private step gives a method; all of it is post-processing of noised sums.
+
+    Attributes:
+        direction: Direction of P = p_G + p_L after update pruning and optimizer, (client, n_ctx, ctx_dim).
+        of_global: The same for p_G alone; other numbers only if the loss has a term of p_G, or reads two prompts.
+        closed: True for entries that must not move in this step, or None.
+        moves_global: False if a trusted server moves p_G itself.
+    """
+
+    direction: "Tensor"
+    of_global: "Tensor"
+    closed: "Tensor | None" = None
+    moves_global: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Learning rates of p_G and p_L."""
+
+    shared: float
+    personal: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A local method. Subclasses set the facts and override what differs; fields of a subclass are its options.
+
+    Guarantee:
+        A method sees prompts that were released and noised sums, and no record. So no method can change an ε. It must
+        not read clocks or random numbers: a round that is made again after a crash must be the same. Clients must not
+        mix, because each client answers for its own records only; `testing.check_method` tests that.
+
+    Attributes:
+        name: Name in the configuration. A subclass of your own keeps its parent's, whose rules of the configuration
+            then hold for it too.
         shared: True if p_G is trained and aggregated by the server.
         personal: True if p_L is trained and stays with the client.
-        factorised: True if p_L moves in the tangent space of its rank-k part (DP-FPL Eq. 4); otherwise it moves freely.
-        residual: True if r = p_L − u·v is kept; otherwise p_L is cut to rank k after every step.
         published_procedure: True if the clients run the DP-FPL paper's formulas, whose ε is nominal.
-        factor_steps: True if p_L = u·v, and u and v take separate gradient steps (FedPGP).
         contrast: True if FedPGP's contrastive term is part of the loss.
         learns: Kind of p_G: ``prompt`` for the learner in ``prompt.learner``, or the name of a baseline that replaces
             it.
     """
 
-    shared: bool
-    personal: bool
-    factorised: bool = False
-    residual: bool = True
-    published_procedure: bool = False
-    factor_steps: bool = False
-    contrast: bool = False
-    learns: Learns = "prompt"
+    name: ClassVar[str] = "full"
+    shared: ClassVar[bool] = True
+    personal: ClassVar[bool] = True
+    published_procedure: ClassVar[bool] = False
+    contrast: ClassVar[bool] = False
+    learns: ClassVar[Learns] = "prompt"
 
     @property
     def reads_patches(self) -> bool:
@@ -47,32 +95,26 @@ class MethodParts:
         """True if the loss reads p_G and p_L as two prompts, one above the other, and not their sum."""
         return self.learns == "fedotp"
 
-    def effective(self, shared: "Tensor", personal: "Tensor") -> "Tensor":
-        """Return the prompt that the loss reads, from p_G and p_L, (…, n_ctx, ctx_dim)."""
-        if self.pairs:
-            import torch  # imported late, because the check of a run's data reads this file and needs no torch
-
-            return torch.cat([shared, personal], dim=-2)
-        return shared + personal if self.personal else shared
-
     @property
     def trains(self) -> bool:
         """True if the method learns any prompt."""
         return self.shared or self.personal
 
+    def effective(self, shared: "Tensor", personal: "Tensor") -> "Tensor":
+        """Return the prompt that the loss reads, from p_G and p_L, (…, n_ctx, ctx_dim)."""
+        return shared + personal if self.personal else shared
 
-METHODS = {
-    "zero-shot": MethodParts(shared=False, personal=False),
-    "promptfl": MethodParts(shared=True, personal=False),
-    "local-only": MethodParts(shared=False, personal=True, factorised=True),
-    "lowrank": MethodParts(shared=True, personal=True, factorised=True, residual=False),
-    "full": MethodParts(shared=True, personal=True),
-    "dpfpl": MethodParts(shared=True, personal=True, factorised=True),
-    "dpfpl-paper": MethodParts(shared=True, personal=True, factorised=True, published_procedure=True),
-    "linear-probe": MethodParts(shared=True, personal=False, learns="linear-probe"),
-    "prototypes": MethodParts(shared=True, personal=False, learns="prototypes"),
-    "fedpgp": MethodParts(shared=True, personal=True, residual=False, factor_steps=True, contrast=True),
-    "dp-lora": MethodParts(shared=True, personal=False, learns="dp-lora"),
-    "ffa-lora": MethodParts(shared=True, personal=False, learns="ffa-lora"),
-    "fedotp": MethodParts(shared=True, personal=True, learns="fedotp"),
-}
+    def memory_shapes(self, n_ctx: int, ctx_dim: int, rank: int) -> "Mapping[str, tuple[tuple[int, ...], torch.dtype]]":
+        """Return name → shape and type of what the method keeps of each client; zeros before the first step."""
+        return {}
+
+    def move(self, state: PromptState, released: Released, rates: Rates) -> PromptState:
+        """Make the step: p_G ← p_G − η_G · direction, then `move_personal`."""
+        if self.shared and released.moves_global:
+            moved = state.own_global.sub(released.of_global, alpha=rates.shared)
+            state = replace(state, own_global=moved)
+        return self.move_personal(state, released, rates) if self.personal else state
+
+    def move_personal(self, state: PromptState, released: Released, rates: Rates) -> PromptState:
+        """Move p_L: p_L ← p_L − η_L · direction."""
+        return replace(state, personal=state.personal - rates.personal * released.direction)

@@ -29,6 +29,15 @@ def subspace_bases(matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     return u, v.mT
 
 
+def personal_bases(personal: Tensor, row_basis: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the subspace bases of p_L, (client, n_ctx, k) and (client, k, ctx_dim).
+
+    While p_L is zero it has no subspace, and the bases of the first noised gradient are used.
+    """
+    moved = personal.flatten(1).any(dim=1)[:, None, None]
+    return subspace_bases(torch.where(moved, personal, gradient), row_basis)
+
+
 def tangent_projection(gradient: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """Project a gradient on the tangent space of the rank-k matrices at u·v: G vᵀv + u uᵀG − u uᵀG vᵀv.
 

@@ -16,11 +16,12 @@ from fl_dualpriv.client.node import personalisation
 from fl_dualpriv.client.node_run import NODE_RUN_FILE, SCORED_FILE, NodeRun
 from fl_dualpriv.client.personalisation import NAMES, personal_prompt
 from fl_dualpriv.client.state import PART_FILE, PersonalState
+from fl_dualpriv.config.methods import find_method
 from fl_dualpriv.config.releases import prior_note
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors
-from fl_dualpriv.methods.base import METHODS
+from fl_dualpriv.methods.base import Method
 from fl_dualpriv.privacy.ledger import Ledger, LedgerContent
 from fl_dualpriv.publish.card import ScoreFacts, SourceFacts, parse_use
 from fl_dualpriv.run.file_kinds import read_totals
@@ -96,7 +97,7 @@ def _of_run(folder: Path, client: int | None) -> Material:
         why = "the run did not finish" if started else "it is neither a run's folder nor a node's state folder"
         raise ConfigError(f"{folder}: {why}; only a finished run can be published")
     summary: dict[str, Any] = json.loads(summary_file.read_text(encoding="utf-8"))
-    _check_owner(summary["method"], client, int(summary["population"]))
+    _check_owner(summary["method"], _method(summary), client, int(summary["population"]))
     prompt_file = folder / "prompts" / "global.safetensors"
     tensors, metadata = read_tensors(prompt_file)
     if "use" not in metadata or "run-token" not in metadata:
@@ -111,7 +112,7 @@ def _of_run(folder: Path, client: int | None) -> Material:
             )
         file = folder / "clients" / f"client-{client:03d}" / "prompt.safetensors"
         personal, late = _personal_after(file, token, summary, tensors["global"])
-        prompt = METHODS[summary["method"]].effective(tensors["global"], personal)
+        prompt = _method(summary).effective(tensors["global"], personal)
     else:
         late = ()
     rows = list(summary["privacy"])
@@ -142,13 +143,18 @@ def _of_run(folder: Path, client: int | None) -> Material:
     )
 
 
-def _check_owner(method: str, client: int | None, population: int) -> None:
-    parts = METHODS[method]
-    if not parts.trains:
+def _method(summary: Mapping[str, Any]) -> Method:
+    """Return the method of a run, whose own class may lie in a folder."""
+    keys = summary["config"]
+    return find_method(summary["method"], str(keys.get("method-path", "")), str(keys.get("method-options", "")))
+
+
+def _check_owner(method: str, facts: Method, client: int | None, population: int) -> None:
+    if not facts.trains:
         raise ConfigError(f"a run of {method} learns nothing: there is no prompt to publish")
-    if client is None and not parts.shared:
+    if client is None and not facts.shared:
         raise ConfigError(f"a run of {method} has no global prompt: name a client")
-    if client is not None and not parts.personal:
+    if client is not None and not facts.personal:
         raise ConfigError(f"a run of {method} has no personal prompts: export the global one")
     if client is not None and not 0 <= client < population:
         raise ConfigError(f"client {client}: the run has the clients 0 to {population - 1}")
@@ -264,7 +270,7 @@ def _by_unit(contents: Sequence[LedgerContent]) -> dict[str, Sequence[LedgerCont
 def _scores_of_run(summary: Mapping[str, Any], client: int | None) -> tuple[ScoreFacts | None, tuple[str, ...]]:
     """Return the accuracies if they belong to this kind of prompt, or a note if they do not."""
     sound = {row["unit"] for row in summary["privacy"] if row["guarantee"] == "theorem"}
-    of_personal = METHODS[summary["method"]].personal and (not sound or "record" in sound)
+    of_personal = _method(summary).personal and (not sound or "record" in sound)
     before, free, after = (summary["accuracy"][when] for when in ("zero_shot", "free", "final"))
     if after["local"] is None and after["neighbour"] is None:
         return None, ()
@@ -287,12 +293,13 @@ def _scores_of_run(summary: Mapping[str, Any], client: int | None) -> tuple[Scor
 
 def _of_node(folder: Path, client: int | None) -> Material:
     content = json.loads((folder / NODE_RUN_FILE).read_text(encoding="utf-8"))
-    run = NodeRun(**{field.name: content[field.name] for field in fields(NodeRun)})
+    run = NodeRun(**{field.name: content[field.name] for field in fields(NodeRun) if field.name in content})
     if client is None:
         raise ConfigError(f"{folder} is a node's folder: the global prompt is exported from the server's results")
     if client != run.client:
         raise ConfigError(f"{folder}: this node was client {run.client} of its last run")
-    _check_owner(run.method, client, run.population)
+    method = find_method(run.method, run.method_path, run.method_options)
+    _check_owner(run.method, method, client, run.population)
     prompt, scores, note = _prompt_of_node(folder, run)
     return Material(
         prompt=prompt,
@@ -343,4 +350,8 @@ def _prompt_of_node(folder: Path, run: NodeRun) -> tuple[Tensor, ScoreFacts | No
     if (last := int(metadata["server-round"])) != run.rounds:
         raise ConfigError(f"{folder}: the run did not finish here, the last round was {last} of {run.rounds}")
     note = "with the global prompt that the last round sent: the node did not receive the final one"
-    return METHODS[run.method].effective(tensors["global"], personal), None, (note,)
+    return (
+        find_method(run.method, run.method_path, run.method_options).effective(tensors["global"], personal),
+        None,
+        (note,),
+    )

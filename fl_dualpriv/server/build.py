@@ -10,7 +10,6 @@ from torch import Tensor
 from fl_dualpriv import messages
 from fl_dualpriv.config.plans import start_selection_terms
 from fl_dualpriv.config.schema import RunConfig
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.methods.published import CLIP, nominal_sigma
 from fl_dualpriv.privacy.accounting import joint_noise_multiplier
 from fl_dualpriv.privacy.ledger import Ledger
@@ -43,7 +42,7 @@ def build_strategy(
     trusts_server = record is not None and record.trusts_server
     rate = config.train.sampling_rate
     private = record is not None or client is not None
-    has_personal = METHODS[config.method].personal or config.chooses_start_by_client
+    has_personal = config.local_method.personal or config.chooses_start_by_client
     personal = has_personal and (record is not None or not private)
     return strategy_class(
         cards=cards,
@@ -75,7 +74,7 @@ def collective_parts(
     An upload is the sum of s releases times η_G. Each release is a clipped sum with noise over the public expected
     batch q·n_i.
     """
-    if config.prompt.personalisation != "collective" or not METHODS[config.method].personal:
+    if config.prompt.personalisation != "collective" or not config.local_method.personal:
         return None
     train = config.train
     std = train.global_learning_rate * (record.local_noise_multiplier * record.clip_norm if record else 0.0)
@@ -148,7 +147,7 @@ def server_privacy(
             reproducible=config.privacy.randomness == "seeded",
         )
     nominal = config.privacy.record
-    if METHODS[config.method].published_procedure and nominal.mechanism == "gaussian":
+    if config.local_method.published_procedure and nominal.mechanism == "gaussian":
         steps = config.rounds * config.train.local_steps
         batch = min(max(1, round(config.train.sampling_rate * card.num_examples)) for card in cards.values())
         return ServerPrivacy(

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.messages import PromptKind
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.metrics import Scored
 from fl_dualpriv.server.strategy import RoundStrategy
 
@@ -46,18 +45,18 @@ def closing_scores(
         requests = strategy.evaluation_messages(server_round, prompt, kind)
         return strategy.read_further_scores(what, server_round, grid.send_and_receive(requests, timeout=timeout))
 
-    parts, last = METHODS[config.method], strategy.last_scored
-    first_round = 1 if parts.trains else 0
+    method, last = config.local_method, strategy.last_scored
+    first_round = 1 if method.trains else 0
     if last is not None and last[0] >= first_round:
         final = last[1]
     elif config.output.resume:  # the run had scored its last round before it was cut off
         # A node keeps its scored prompt with the number of the round, which must stay that of the last one.
-        kind = strategy.prompt_kind if parts.trains else "zero-shot"
+        kind = strategy.prompt_kind if method.trains else "zero-shot"
         final = score(kind, "the last round", strategy.rounds_done)
     else:
         final = None
     general = None
-    if parts.trains and parts.shared:
-        # A round of a method without personal parts has already scored the shared prompt, for all clients.
+    if method.trains and method.shared:
+        # A round of a method without personal method has already scored the shared prompt, for all clients.
         general = final if strategy.prompt_kind == "global" else score("global", "the shared prompt")
     return ClosingScores(free=score("free", "the free rival"), final=final, general=general)

@@ -16,9 +16,9 @@ from flwr.serverapp import Grid, strategy
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
+from fl_dualpriv.config.plugins import FLOWER_TABLE, Value, read_table
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.privacy.plan import ServerUnit
-from fl_dualpriv.server.plugins import FLOWER_TABLE, Value, read_table
 from fl_dualpriv.server.strategy import RoundStrategy
 
 _ARRAY = "global-prompt"

@@ -10,7 +10,6 @@ from torch import Tensor
 from fl_dualpriv import messages
 from fl_dualpriv.config.releases import list_releases, notes
 from fl_dualpriv.config.schema import RunConfig
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.metrics import Accuracy
 from fl_dualpriv.privacy.plan import ClientLevelPlan, RecordLevelPlan
 from fl_dualpriv.run.file_kinds import without_kind
@@ -61,7 +60,7 @@ def write_results(
         seconds: Duration of the run.
     """
     strategy, (record, client) = rounds.strategy, plans
-    scored, trains = strategy.evaluate_every > 0, METHODS[config.method].trains
+    scored, trains = strategy.evaluate_every > 0, config.local_method.trains
     zero_shot, final = first_and_last_accuracy(recorder, trains=trains)
     lines = notes(config, record, client, scored=scored)
     lines += [f"ended early: {stopped}"] if stopped else []

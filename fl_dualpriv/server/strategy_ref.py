@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 from flwr.serverapp.strategy import Strategy
 
+from fl_dualpriv.config.plugins import FLOWER_TABLE, Value, load_class, plugin_options, unpack_options
 from fl_dualpriv.config.schema import StrategyConfig
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.server.flower_adapter import adapt
-from fl_dualpriv.server.plugins import FLOWER_TABLE, Value, load_class, plugin_options, unpack_options
 from fl_dualpriv.server.strategy import RoundStrategy
 
 

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.tasks.base import Task
 from fl_dualpriv.tasks.disclosure import delta_problems, keeps_bad_records
 
@@ -43,7 +42,7 @@ def image_task(config: RunConfig) -> "ImageTask":
     """
     from fl_dualpriv.tasks.images import ImageTask
 
-    if METHODS[config.method].learns != "prompt" or METHODS[config.method].contrast:
+    if config.local_method.learns != "prompt" or config.local_method.contrast:
         raise ConfigError(
             f"method = {config.method!r} does not learn a prompt, or its loss has a term beside that of the records; "
             'choose a method that learns a prompt only from records, for example "promptfl" or "dpfpl"'

@@ -5,7 +5,6 @@ from pathlib import Path
 from fl_dualpriv.config.schema import DataConfig, EvaluationConfig, RunConfig
 from fl_dualpriv.data.folder import given_splits
 from fl_dualpriv.data.load import given_question_splits
-from fl_dualpriv.methods.base import METHODS
 
 
 def keeps_bad_records(config: RunConfig) -> bool:
@@ -14,9 +13,9 @@ def keeps_bad_records(config: RunConfig) -> bool:
     The result is True exactly if the run has a plan (`config.plans.record_level_plan`,
     `config.plans.client_level_plan`), but no plan is calculated.
     """
-    record, parts = config.privacy.record, METHODS[config.method]
-    releases = parts.trains or config.selects_start
-    has_record_plan = record.mechanism != "none" and releases and not parts.published_procedure
+    record, method = config.privacy.record, config.local_method
+    releases = method.trains or config.selects_start
+    has_record_plan = record.mechanism != "none" and releases and not method.published_procedure
     return has_record_plan or config.privacy.client.mechanism != "none"
 
 

@@ -25,7 +25,6 @@ from fl_dualpriv.learners.contrast import PromptContrast
 from fl_dualpriv.learners.head import LowRankHead
 from fl_dualpriv.learners.row_check import MADE_UP_BLOCKS
 from fl_dualpriv.learners.rows import rows_at_once
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.metrics import count_logits, counts_at_home
 from fl_dualpriv.models.base import Backbone
 from fl_dualpriv.models.load import load_backbone
@@ -117,7 +116,7 @@ class ImageTask:
 
     def regulariser(self, config: RunConfig) -> PromptContrast | None:
         """Return FedPGP's contrastive term, or None without one; see `Task`."""
-        if not METHODS[config.method].contrast or config.fedpgp.contrastive_weight == 0:
+        if not config.local_method.contrast or config.fedpgp.contrastive_weight == 0:
             return None
         return PromptContrast(
             tower=self.text.tower,
@@ -425,7 +424,7 @@ def build_image_task(config: RunConfig, on_bad_image: Literal["keep", "raise"]) 
         config.resources.device,
         config.resources.feature_cache,
         on_bad_image,
-        config.fedotp.patch_reading if METHODS[config.method].reads_patches else None,
+        config.fedotp.patch_reading if config.local_method.reads_patches else None,
     )
     _check_prompt(config, task)
     priors = class_priors(config, images.train.labels, task.partitions, images.class_names)
@@ -434,7 +433,7 @@ def build_image_task(config: RunConfig, on_bad_image: Literal["keep", "raise"]) 
 
 def _check_prompt(config: RunConfig, task: ImageTask) -> None:
     prompt = config.prompt
-    if prompt.learner == "head" or METHODS[config.method].learns in ("linear-probe", "prototypes"):
+    if prompt.learner == "head" or config.local_method.learns in ("linear-probe", "prototypes"):
         return  # there is no context: any rank is valid, and no sequence can be too long
     largest = min(prompt.n_ctx, task.backbone.ctx_dim)
     if prompt.rank > largest:

@@ -15,7 +15,6 @@ from fl_dualpriv.learners.fedotp import TransportObjective
 from fl_dualpriv.learners.head import LowRankHead
 from fl_dualpriv.learners.linear_probe import LinearProbe, ProbeObjective, with_bias
 from fl_dualpriv.learners.prototypes import PrototypeObjective, prototype_directions
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.models.base import Backbone
 from fl_dualpriv.tasks.base import random_prompt
 from fl_dualpriv.tasks.candidates import fitting_candidates
@@ -54,7 +53,7 @@ def image_learner(config: RunConfig, backbone: Backbone, text: PromptedText, hea
         text: Class features of the model from prompts.
         head: Low-rank head that is learned instead of words if ``prompt.learner`` is ``head``; else None.
     """
-    learns = METHODS[config.method].learns
+    learns = config.local_method.learns
     if learns == "linear-probe":
         return _linear_probe(config, backbone, text)
     if learns == "prototypes":

@@ -11,7 +11,6 @@ from fl_dualpriv.config.schema import ResourcesConfig, RunConfig
 from fl_dualpriv.data.cache import IN_MEMORY
 from fl_dualpriv.data.features import BATCH
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.models.base import Backbone
 from fl_dualpriv.run import cgroups
 from fl_dualpriv.run.cpus import usable_cpus
@@ -48,7 +47,7 @@ def actor_bytes(task: Task, config: RunConfig) -> int:
 def _feature_bytes(task: Task, config: RunConfig) -> int:
     """Return the bytes of features in memory: all of one held-out split, and training features that are not on disk."""
     row = 4 * task.backbone.embed_dim
-    if METHODS[config.method].reads_patches:
+    if config.local_method.reads_patches:
         row *= 1 + cast(Backbone, task.backbone).n_patches  # such a method learns only from images
     training, *held_out = (row * len(task.images(split)) for split in ("train", "val", "test"))
     return (training if task.cache_root is None else min(training, IN_MEMORY)) + max(held_out)

@@ -18,7 +18,6 @@ from fl_dualpriv.data.partition import divide
 from fl_dualpriv.data.questions import QuestionSet, QuestionSplits
 from fl_dualpriv.data.usable import SECONDS, Usable, look, skipped_files, without_usable
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.tasks.class_prior import class_share_problems
 from fl_dualpriv.tasks.clip_words import TextRules, text_rules
 from fl_dualpriv.tasks.disclosure import delta_problems, held_out_is_given, keeps_bad_records, may_score
@@ -294,7 +293,7 @@ def _class_problems(
 
 def _reads_template(config: RunConfig) -> bool:
     """True if the run has a context in front of the class names."""
-    return config.prompt.learner != "head" and METHODS[config.method].learns not in ("linear-probe", "prototypes")
+    return config.prompt.learner != "head" and config.local_method.learns not in ("linear-probe", "prototypes")
 
 
 def _model(config: RunConfig) -> str:

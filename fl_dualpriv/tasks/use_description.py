@@ -10,7 +10,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from fl_dualpriv.config.schema import RunConfig
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.models.answering import AnsweringModel
 from fl_dualpriv.models.base import HUGGING_FACE, Backbone
 from fl_dualpriv.models.checkpoints import CHECKPOINT_SUFFIXES
@@ -23,7 +22,7 @@ _LOCAL = "local-dir:"
 
 def kind_of(config: RunConfig) -> Kind | None:
     """Return the kind of the learned tensor; None if it cannot be used without the run."""
-    learns, learner = METHODS[config.method].learns, config.prompt.learner
+    learns, learner = config.local_method.learns, config.prompt.learner
     if config.data.asks_questions:
         return "lora" if learner == "lora" else "soft-prompt"
     if learns == "prompt":

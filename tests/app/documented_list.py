@@ -177,6 +177,12 @@ COMMANDS: Mapping[str, Mapping[str, Run | Skip]] = {
             put={"CHECKOUT": ".", "strategy.ref=my_mean:MyMean": "strategy.ref=strategies.my_mean:MyMean"},
             says=("100 clients", "this run"),
         ),
+        "fl-dualpriv run CHECKOUT/simulations/configs/by-class.toml --set rounds=2 "
+        "--set method=personal_momentum:PersonalMomentum --set plugin.personalmomentum.momentum=0.5": Run(
+            put={"CHECKOUT": "."},
+            before="save_personal_momentum",
+            says=("personal_momentum:PersonalMomentum", "this run"),
+        ),
         "fl-dualpriv run CHECKOUT/simulations/configs/client-level.toml --set strategy.ref=momentum:Momentum "
         "--set plugin.momentum.momentum=0.5": Run(
             more=ONE_ROUND, put={"CHECKOUT": "."}, before="save_momentum", says=("100 clients", "this run")
@@ -206,6 +212,7 @@ COMMANDS: Mapping[str, Mapping[str, Run | Skip]] = {
 PYTHON: Mapping[str, str] = {
     "from fl_dualpriv import load_prompt": "run after the commands of its document",
     '"""Heavy-ball momentum on the server."""': "saved as momentum.py for the command below it",
+    '"""Heavy-ball momentum on the personal part only."""': "saved as personal_momentum.py for the command below it",
     "    def combine(self, updates: Sequence[Update]) -> Tensor:": "part of a class: app/test_plugin_runs.py runs it",
 }
 """First line of each block of Python → what becomes of it."""

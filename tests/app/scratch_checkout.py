@@ -220,6 +220,11 @@ class ScratchCheckout:
         (text,) = [block.text for block in blocks_of("README.md") if "class Momentum" in block.text]
         (self.path / "momentum.py").write_text(text)
 
+    def save_personal_momentum(self) -> None:
+        """The method of the README, as it stands there."""
+        (text,) = [block.text for block in blocks_of("README.md") if "class PersonalMomentum" in block.text]
+        (self.path / "personal_momentum.py").write_text(text)
+
     def cut_off_the_demo(self) -> None:
         self._cut_off("runs/demo")
 

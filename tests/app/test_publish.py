@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from fl_dualpriv import load_prompt
 from fl_dualpriv.cli import main as cli
+from fl_dualpriv.config.methods import METHODS
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors, write_tensors
 from fl_dualpriv.flower.local import run_local
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.methods.shrinkage import shrink_by_norm
 from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.privacy.ledger import Ledger

@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 import fl_dualpriv.client.round
+from fl_dualpriv.config.methods import METHODS
 from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import read_tensors
 from fl_dualpriv.flower.local import LocalGrid, run_local
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.accounting import epsilon
 from fl_dualpriv.run.file_kinds import PROGRESS, read_totals
 from fl_dualpriv.server.accounting import BudgetExhausted

@@ -211,7 +211,7 @@ def test_an_overfitted_prompt_leaks_and_a_private_one_does_not(base: dict[str, A
     config = RunConfig.from_run_config(base | MEMORISING | NO_DP)
     leaking = audit_membership(config, 0, **FEW)
     assert (leaking.epsilon_claimed, leaking.auc_ceiling) == ("none", 1.0)
-    assert leaking.stronger.auc_low > 0.65
+    assert leaking.stronger.auc_low > 0.600  # more than any test of the private run below can reach
     assert leaking.lira.auc_low > 0.55
     assert leaking.tpr_at_1_fpr > 0.02
     assert leaking.mia_auc == max(leaking.loss_threshold.auc, leaking.lira.auc)

@@ -22,10 +22,10 @@ from fl_dualpriv.client.optimizers import SGD, Optimizer
 from fl_dualpriv.client.personalisation import Personalisation
 from fl_dualpriv.client.pruning import KEEP_ALL, UpdatePruning
 from fl_dualpriv.client.state import PersonalState, fresh_state
+from fl_dualpriv.config.methods import METHODS
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.classification import Classification
 from fl_dualpriv.learners.rows import Batches, per_example_gradients
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy import noise
 from fl_dualpriv.privacy.clipping import Arithmetic, clipped_sum
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
@@ -130,7 +130,7 @@ def local_round(
         objective=Classification(
             tower=tower, logit_scale=SCALE, top_m=0, noise_space=noise_space, workspace_bytes=2**20
         ),
-        parts=METHODS[method],
+        method=METHODS[method],
         training=training,
         plan=plan if private else None,
     )

@@ -11,7 +11,8 @@ import fl_dualpriv.client.step
 from fl_dualpriv.client.step import Participant
 from fl_dualpriv.client.updates import UpdateRule
 from fl_dualpriv.learners import rows as per_example
-from fl_dualpriv.methods.base import MethodParts
+from fl_dualpriv.methods.base import PromptState, Rates, Released
+from fl_dualpriv.methods.dpfpl import DPFPL
 from fl_dualpriv.methods.lowrank import subspace_bases
 from fl_dualpriv.privacy import clipping
 from fl_dualpriv.privacy import release as release_module
@@ -116,18 +117,12 @@ def clip_factors_apart_and_account_once(patch: Patch) -> None:
         ]
         return torch.stack(noised).float()
 
-    def move(
-        prompts: fl_dualpriv.client.step._Prompts,
-        gradient: Tensor,
-        parts: MethodParts,
-        learning_rate: float,
-        closed: Tensor | None,
-    ) -> None:
-        u, v = subspace_bases(gradient, prompts.row_basis)
+    def move(self: DPFPL, state: PromptState, released: Released, rates: Rates) -> PromptState:
+        u, v = subspace_bases(released.direction, state.row_basis)
         of_u, of_v = view(kept.sums @ v.mT, 1), view(u.mT @ kept.sums, 2)
-        prompts.personal = prompts.personal - learning_rate / kept.expected * (of_u @ v + u @ of_v)
+        return replace(state, personal=state.personal - rates.personal / kept.expected * (of_u @ v + u @ of_v))
 
-    patch.setattr(fl_dualpriv.client.step, "_move_personal", move)
+    patch.setattr(DPFPL, "move_personal", move)
 
 
 # --- sampling and divisor ---------------------------------------------------------------------------------------------
@@ -162,7 +157,7 @@ def divide_by_the_realised_batch(patch: Patch) -> None:
 def clean_upload(patch: Patch) -> None:
     """p_G moves by the clean sum, and only what stays at the client by the release: as in the DP-FPL paper."""
     kept, noised = keep_clean_sums(patch), []
-    direct, move = UpdateRule.direction, fl_dualpriv.client.step._move_personal
+    direct, move = UpdateRule.direction, DPFPL.move_personal
 
     def for_the_upload(
         self: UpdateRule, release: Tensor, subspace_bases: tuple[Tensor, Tensor] | None = None
@@ -170,17 +165,11 @@ def clean_upload(patch: Patch) -> None:
         noised[:] = [direct(self, release, subspace_bases)]
         return kept.sums / kept.expected
 
-    def with_the_release(
-        prompts: fl_dualpriv.client.step._Prompts,
-        direction: Tensor,
-        parts: MethodParts,
-        learning_rate: float,
-        closed: Tensor | None,
-    ) -> None:
-        move(prompts, noised[0], parts, learning_rate, closed)
+    def with_the_release(self: DPFPL, state: PromptState, released: Released, rates: Rates) -> PromptState:
+        return move(self, state, replace(released, direction=noised[0]), rates)
 
     patch.setattr(UpdateRule, "direction", for_the_upload)
-    patch.setattr(fl_dualpriv.client.step, "_move_personal", with_the_release)
+    patch.setattr(DPFPL, "move_personal", with_the_release)
 
 
 def features_normalised_by_batch(patch: Patch) -> None:
@@ -233,7 +222,7 @@ STEP_MUTATIONS = (
     ),
     Mutation(
         name="u, v and p_G are clipped and noised apart, and accounted once",
-        where="fl_dualpriv.client.step._move_personal",
+        where="fl_dualpriv.methods.dpfpl.DPFPL.move_personal",
         plant=clip_factors_apart_and_account_once,
         caught_by=(step_checks.masks_and_factors_see_the_release_alone, run_checks.the_ledger_covers_every_release),
     ),

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fl_dualpriv import messages
 from fl_dualpriv.client.node import Node, RunContext
+from fl_dualpriv.config.methods import METHODS
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.files import read_tensors
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.step import client_rows
 from fl_dualpriv.publish.collect import read_material
 from tests.guarantees import prior_checks, run_checks
@@ -68,7 +68,9 @@ def test_no_record_moves_another_ones_row_in_any_way_to_learn(federation: Federa
     found = run_context(federation, **(special.get(learner) or {"method": learner}))
     data = found.task.client_data(0)
     shared = found.task.initial_prompt(found.config)
-    prompt = found.parts.effective(shared, 0.05 * torch.randn(shared.shape, generator=torch.Generator().manual_seed(3)))
+    prompt = found.method.effective(
+        shared, 0.05 * torch.randn(shared.shape, generator=torch.Generator().manual_seed(3))
+    )
 
     def rows(picked: np.ndarray, own: Any = data) -> Tensor:
         return torch.cat(list(client_rows(found.objective.bind([own]).gradients(prompt[None], [picked]), 0)))[

@@ -20,9 +20,9 @@ from fl_dualpriv import messages
 from fl_dualpriv.client.node import RunContext
 from fl_dualpriv.client.state import fresh_state
 from fl_dualpriv.client.step import LocalTraining, Participant, cohort_update
+from fl_dualpriv.config.methods import METHODS
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.classification import Classification
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.clipping import GRID_STEPS
 from fl_dualpriv.privacy.integer import rounded_gaussian
 from fl_dualpriv.privacy.ledger import Ledger
@@ -110,7 +110,7 @@ def released(
             objective=Classification(
                 tower=FunctionTower(features_of), logit_scale=SCALE, top_m=0, noise_space=space, workspace_bytes=2**20
             ),
-            parts=METHODS["full"],
+            method=METHODS["full"],
             training=training,
             plan=plan,
         )

@@ -21,9 +21,9 @@ from torch import Tensor
 from fl_dualpriv import messages
 from fl_dualpriv.client.state import PersonalState, fresh_state
 from fl_dualpriv.client.step import LocalTraining, Participant, cohort_update
+from fl_dualpriv.config.methods import METHODS
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.classification import Classification
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.clipping import Arithmetic
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
@@ -89,7 +89,7 @@ def local_round(
             noise_space="feature" if space == "feature" else "prompt",
             workspace_bytes=2**20,
         ),
-        parts=METHODS[method],
+        method=METHODS[method],
         training=training,
         plan=plan,
     )

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.client.node import RunContext
+from fl_dualpriv.config.methods import METHODS
 from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.learners.row_check import RowPath, checked_objective
 from fl_dualpriv.learners.rows import Batches
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.step import client_rows
 from fl_dualpriv.towers.products import prompt_products
 from fl_dualpriv.towers.shared_prefix_vjp import SharedPrefixFeatures
@@ -127,7 +127,7 @@ def test_every_way_to_learn_is_checked_and_holds_on_the_clients_records(
     assert run_context.row_path in get_args(RowPath)
     data = run_context.task.client_data(0)
     shared = run_context.task.initial_prompt(config)
-    prompt = run_context.parts.effective(
+    prompt = run_context.method.effective(
         shared, 0.05 * torch.randn(shared.shape, generator=torch.Generator().manual_seed(3))
     )
     everybody = np.arange(data.num_examples)

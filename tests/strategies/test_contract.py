@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from flwr.serverapp import strategy as flower
 
+from fl_dualpriv.config.plugins import plugin_options
 from fl_dualpriv.config.schema import app_defaults
 from fl_dualpriv.server.flower_adapter import adapt
-from fl_dualpriv.server.plugins import plugin_options
 from fl_dualpriv.server.strategy import RoundStrategy
 from fl_dualpriv.testing import check_strategy
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from fl_dualpriv.client.pruning import KEEP_ALL
 from fl_dualpriv.client.state import PersonalState, fresh_state
 from fl_dualpriv.client.step import LocalTraining, Participant, cohort_update
+from fl_dualpriv.config.methods import METHODS
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.classification import Classification
 from fl_dualpriv.learners.context import PromptedText
 from fl_dualpriv.learners.head import LowRankHead
 from fl_dualpriv.learners.row_check import checked_objective
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.models.open_clip import load_backbone
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
 from fl_dualpriv.privacy.plan import RecordLevelPlan
@@ -98,7 +98,7 @@ def update(
             global_prompt=start,
             participants=[replace(participant(p, start), event=plan and plan.event("run", 4, steps)) for p in group],
             objective=objective,
-            parts=METHODS[method],
+            method=METHODS[method],
             training=LocalTraining(
                 local_steps=steps,
                 sampling_rate=0.3,

@@ -7,7 +7,7 @@ from torch import Tensor
 from fl_dualpriv.client.optimizers import Optimizer
 from fl_dualpriv.client.state import PersonalState, fresh_state
 from fl_dualpriv.client.step import LocalTraining, Participant, cohort_update
-from fl_dualpriv.methods.base import METHODS
+from fl_dualpriv.config.methods import METHODS
 from fl_dualpriv.privacy.clipping import Arithmetic
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from tests.fl_dualpriv.learners.test_fedotp import OBJECTIVE, loss, records
@@ -43,7 +43,7 @@ def local_round(
         global_prompt=START,
         participants=[one],
         objective=OBJECTIVE,
-        parts=METHODS["fedotp"],
+        method=METHODS["fedotp"],
         training=training,
         plan=plan,
     )

@@ -10,12 +10,12 @@ from torch import Tensor
 import fl_dualpriv.privacy.step
 from fl_dualpriv.client.state import PersonalState, fresh_state
 from fl_dualpriv.client.step import LocalTraining, Participant, cohort_update
+from fl_dualpriv.config.methods import METHODS
 from fl_dualpriv.config.plans import record_level_plan
 from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.classification import Classification
 from fl_dualpriv.learners.contrast import PromptContrast, contrastive_loss
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 from tests.guarantees import step_checks
 from tests.guarantees.step_checks import CLIP, EMBED, N_CLS, SCALE, START, TOWER, as_a_client_draws, records
@@ -49,7 +49,7 @@ def local_round(
         global_prompt=START,
         participants=[one],
         objective=Classification(tower=TOWER, logit_scale=SCALE, top_m=0, noise_space="prompt", workspace_bytes=2**20),
-        parts=METHODS["fedpgp"],
+        method=METHODS["fedpgp"],
         training=training,
         plan=plan,
         regulariser=contrast if weight else None,

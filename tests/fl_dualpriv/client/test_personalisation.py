@@ -22,7 +22,7 @@ from fl_dualpriv.client.release_memory import ReleaseMemory
 from fl_dualpriv.client.state import ClientFolder, PersonalState, fresh_state
 from fl_dualpriv.client.step import LocalTraining
 from fl_dualpriv.config.schema import RunConfig, app_defaults
-from fl_dualpriv.methods.base import MethodParts
+from fl_dualpriv.methods.base import Method
 from fl_dualpriv.methods.shrinkage import shrink_by_norm, shrink_singular_values
 from tests.guarantees import step_checks
 from tests.guarantees.step_checks import CLIP, CTX_DIM, MULTIPLIER, N_CTX, START, as_a_client_draws, records
@@ -138,13 +138,13 @@ def test_gradients_are_taken_at_the_shared_prompt_plus_the_shrunk_sum(kind: Shri
     assert torch.allclose(memory["personal.deviation"], upload, atol=1e-6)  # η_L = η_G: the copy of p_G moves alike
     assert float(memory["personal.noise"]) == pytest.approx(2 * (MULTIPLIER * CLIP / (RATE * COUNT)) ** 2, rel=1e-12)
     seen: list[tuple[Tensor, Tensor]] = []
-    effective = MethodParts.effective
+    effective = Method.effective
 
-    def watched(self: MethodParts, shared: Tensor, personal: Tensor) -> Tensor:
+    def watched(self: Method, shared: Tensor, personal: Tensor) -> Tensor:
         seen.append((shared, personal))
         return effective(self, shared, personal)
 
-    monkeypatch.setattr(MethodParts, "effective", watched)
+    monkeypatch.setattr(Method, "effective", watched)
     local_round(kind, steps=3)
     shared, personal = seen[-1]
     assert torch.equal(personal[0], state.personal)

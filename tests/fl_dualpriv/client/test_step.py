@@ -14,10 +14,10 @@ from torch import Tensor
 from fl_dualpriv.client.pruning import KEEP_ALL
 from fl_dualpriv.client.state import PersonalState, fresh_state
 from fl_dualpriv.client.step import LocalTraining, Participant, cohort_update
+from fl_dualpriv.config.methods import METHODS
 from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.classification import Classification
 from fl_dualpriv.learners.rows import Batches, per_example_gradients
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.methods.lowrank import tangent_projection
 from fl_dualpriv.privacy.clipping import clipped_sum
 from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, poisson_sample
@@ -96,7 +96,7 @@ def run(method: str = "dpfpl", plan: RecordLevelPlan | None = PLAN, **changes: A
         "global_prompt": START,
         "participants": [participant],
         "objective": OBJECTIVE,
-        "parts": METHODS[method],
+        "method": METHODS[method],
         "training": TRAINING,
         "plan": plan,
     }

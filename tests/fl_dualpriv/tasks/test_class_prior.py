@@ -332,7 +332,7 @@ def test_every_learner_scores_with_the_logits_of_its_loss(configure: Configure, 
     config = configure("declared", SHARES, method=method)
     task = image_task(config)
     run_context = RunContext(config)
-    prompt = run_context.parts.effective(task.initial_prompt(config), torch.zeros(run_context.prompt_shape))
+    prompt = run_context.method.effective(task.initial_prompt(config), torch.zeros(run_context.prompt_shape))
     images, own = task.held_out("test"), task.log_prior(0)
     assert own is not None
     if method == "fedotp":

@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 from fl_dualpriv.cli import job as run_job
 from fl_dualpriv.cli import main as cli
 from fl_dualpriv.cli import run as run_command
+from fl_dualpriv.config.methods import METHODS
 from fl_dualpriv.config.plans import client_level_plan, record_level_plan
 from fl_dualpriv.config.schema import RunConfig, app_defaults
 from fl_dualpriv.data.load import load_data, load_questions
 from fl_dualpriv.errors import ConfigError, PrivacyError
-from fl_dualpriv.methods.base import METHODS
 from fl_dualpriv.tasks.disclosure import keeps_bad_records
 from fl_dualpriv.tasks.survey import survey
 

@@ -40,7 +40,8 @@ def load_class(key: str, reference: str, base: type[Base], folder: str = "") -> 
             outside ``folder`` has the same name.
     """
     module_name, _, class_name = reference.partition(":")
-    module = _import(f"{key} = {reference!r}", module_name, folder)
+    path_key = next((path for own, path, _ in _SEAMS if own == key), "the folder")
+    module = _import(f"{key} = {reference!r}", module_name, folder, path_key)
     candidate = getattr(module, class_name, None)
     if not (isinstance(candidate, type) and issubclass(candidate, base)):
         have = sorted(
@@ -53,14 +54,14 @@ def load_class(key: str, reference: str, base: type[Base], folder: str = "") -> 
     return candidate
 
 
-def _import(what: str, module_name: str, folder: str) -> ModuleType:
+def _import(what: str, module_name: str, folder: str, path_key: str) -> ModuleType:
     if folder and folder not in sys.path:
         sys.path.append(folder)
         importlib.invalidate_caches()
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        where = f"; it is not in strategy.path = {folder!r}" if folder and error.name == module_name else ""
+        where = f"; it is not in {path_key} = {folder!r}" if folder and error.name == module_name else ""
         raise ConfigError(f"{what}: cannot import {module_name!r} ({error}){where}") from error
     except Exception as error:  # a plug-in module can raise any error
         raise ConfigError(f"{what}: {module_name!r} fails when imported: {type(error).__name__}: {error}") from error
@@ -73,28 +74,41 @@ def _import(what: str, module_name: str, folder: str) -> ModuleType:
     return module
 
 
+_SEAMS = (("strategy.ref", "strategy.path", "strategy.options"), ("method", "method-path", "method-options"))
+"""Keys of a class, of the folder of its module, and of its packed options."""
+
+
 def find_module(flat: Mapping[str, Value], app_dir: Path, folders: Iterable[Path]) -> dict[str, Value]:
-    """Set ``strategy.path`` if it is empty and the module of ``strategy.ref`` is a file in one of ``folders``.
+    """Set the path key of each class whose module is a file in one of ``folders``, if the key is empty.
 
     Args:
         flat: Flat run configuration.
         app_dir: Folder of the app. A module that travels in its bundle needs no path.
-        folders: Folders to search, in order, in which a user keeps strategy files.
+        folders: Folders to search, in order, in which a user keeps files of classes.
     """
-    reference = flat.get("strategy.ref")
-    parts = reference.partition(":")[0].split(".") if isinstance(reference, str) else [""]
+    found, searched = dict(flat), list(folders)
+    for key, path_key, _ in _SEAMS:
+        if not flat.get(path_key) and (folder := _module_folder(flat.get(key), app_dir, searched)):
+            found[path_key] = str(folder)
+    return found
+
+
+def _module_folder(reference: object, app_dir: Path, folders: Iterable[Path]) -> Path | None:
+    """Return the folder that has the module of a class, if it is a user's file that does not travel in the bundle."""
+    if not isinstance(reference, str) or ":" not in reference:
+        return None
+    parts = reference.partition(":")[0].split(".")
 
     def module_file(folder: Path) -> Path | None:
         place = folder.joinpath(*parts)
         files = (place.with_name(f"{place.name}.py"), place / "__init__.py")
         return next((file for file in files if file.is_file()), None)
 
-    if flat.get("strategy.path") or not all(part.isidentifier() for part in parts):
-        return dict(flat)
+    if not all(part.isidentifier() for part in parts):
+        return None
     if (own := module_file(app_dir)) is not None and _travels(own.relative_to(app_dir), app_dir):
-        return dict(flat)
-    module_folder = next((folder for folder in folders if module_file(folder) is not None), None)
-    return {**flat, "strategy.path": str(module_folder)} if module_folder else dict(flat)
+        return None
+    return next((folder for folder in folders if module_file(folder) is not None), None)
 
 
 def _travels(file: Path, app_dir: Path) -> bool:
@@ -108,7 +122,7 @@ def _travels(file: Path, app_dir: Path) -> bool:
 
 
 def pack_options(flat: Mapping[str, Value], listed: Mapping[str, Value]) -> dict[str, Value]:
-    """Move ``plugin.`` keys that the app does not list into the one key ``strategy.options``.
+    """Move ``plugin.`` keys that the app does not list into ``strategy.options`` and ``method-options``.
 
     Flower refuses a run with keys that the app's ``pyproject.toml`` does not list, and it cannot list the options of a
     user's class.
@@ -118,21 +132,27 @@ def pack_options(flat: Mapping[str, Value], listed: Mapping[str, Value]) -> dict
         listed: Keys that the app lists.
 
     Raises:
-        ConfigError: If an option belongs to a class that ``strategy.ref`` does not name, because no code would read it.
+        ConfigError: If an option belongs to a class that no key names, because no code would read it.
     """
     new = {key: value for key, value in flat.items() if key.startswith(_PREFIX) and key not in listed}
-    class_name = str(flat.get("strategy.ref", "")).partition(":")[2]
-    tables = (f"{_PREFIX}{class_name.lower()}.", FLOWER_TABLE)
-    for key in new:
-        if not key.startswith(tables):
-            near = difflib.get_close_matches(key, [*listed, tables[0] + key.rpartition(".")[2]], n=1)
-            guess = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{key}: strategy.ref names {class_name!r}, whose options begin with {tables[0]}{guess}")
-    if not new:
-        return dict(flat)
-    packed = json.loads(str(flat.get("strategy.options") or "{}")) | new
     rest = {key: value for key, value in flat.items() if key not in new}
-    return {**rest, "strategy.options": json.dumps(packed, sort_keys=True)}
+    named = {seam: str(flat.get(seam[0], "")).partition(":")[2] for seam in _SEAMS}
+    tables = {seam: f"{_PREFIX}{class_name.lower()}." for seam, class_name in named.items() if class_name}
+    for seam, table in tables.items():
+        own = {key: new.pop(key) for key in list(new) if key.startswith(table)}
+        if seam is _SEAMS[0]:
+            own |= {key: new.pop(key) for key in list(new) if key.startswith(FLOWER_TABLE)}
+        if own:
+            rest[seam[2]] = json.dumps(json.loads(str(flat.get(seam[2]) or "{}")) | own, sort_keys=True)
+    for key in new:
+        begins = list(tables.values()) or [FLOWER_TABLE]
+        near = difflib.get_close_matches(key, [*listed, begins[0] + key.rpartition(".")[2]], n=1)
+        guess = f"; did you mean {near[0]}?" if near else ""
+        classes = " and ".join(
+            f"{seam[0]} names {named[seam]!r}, whose options begin with {tables[seam]}" for seam in tables
+        )
+        raise ConfigError(f"{key}: {classes or 'strategy.ref names no class'}{guess}")
+    return rest
 
 
 def unpack_options(flat: Mapping[str, Value]) -> dict[str, Value]:

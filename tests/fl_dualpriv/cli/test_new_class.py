@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fl_dualpriv.cli import main as cli
-from fl_dualpriv.cli.new_strategy import title_of, write_strategy
+from fl_dualpriv.cli.new_class import title_of, write_method, write_strategy
 from fl_dualpriv.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -79,6 +79,37 @@ def test_what_is_written_passes_its_own_test_and_the_linter(tmp_path: Path):
     ruff.append(str(tmp_path))
     done = subprocess.run(ruff, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_method_that_is_written_passes_its_own_test_and_the_linter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli.app, ["new-method", "my_step"])
+    assert done.exit_code == 0, done.output
+    assert "method=my_step:MyStep" in done.output
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        import test_my_step  # type: ignore[import-not-found]
+
+        test_my_step.test_it_keeps_the_contract()
+        test_my_step.test_the_share_scales_the_step()
+    finally:
+        for name in ("my_step", "test_my_step"):
+            sys.modules.pop(name, None)
+    ruff = [sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "pyproject.toml"), "--ignore", "D103,I001"]
+    done = subprocess.run([*ruff, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_in_a_checkout_a_method_goes_beside_the_client_app(tmp_path: Path):
+    for file in ("simulations/server_app.py", "clients/__init__.py"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text("")
+    module, files = write_method("my_step", tmp_path)
+    assert module == "clients.my_step"
+    assert [file.relative_to(tmp_path).as_posix() for file in files] == [
+        "clients/my_step.py",
+        "tests/clients/test_my_step.py",
+    ]
 
 
 def test_titles():

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from fl_dualpriv.config.plugins import find_module, load_class, pack_options, plugin_options, unpack_options
 from fl_dualpriv.config.schema import StrategyConfig
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.server.flower_adapter import FlowerStrategy
-from fl_dualpriv.server.plugins import find_module, load_class, pack_options, plugin_options, unpack_options
 from fl_dualpriv.server.strategy import RoundStrategy
 from fl_dualpriv.server.strategy_ref import load_strategy
 from strategies.dpfpl import DPFPL

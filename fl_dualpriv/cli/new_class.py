@@ -1,7 +1,8 @@
-"""``fl-dualpriv new-strategy``: write a working strategy and its test as a starting point."""
+"""``fl-dualpriv new-strategy`` and ``new-method``: write a working class and its test as a starting point."""
 
 import keyword
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -57,6 +58,67 @@ def test_the_learning_rate_scales_the_step() -> None:
 '''
 
 
+_METHOD = '''"""{title}: say in one line what it does, and where it is published."""
+
+from dataclasses import dataclass, replace
+
+from fl_dualpriv.methods.base import PromptState, Rates, Released
+from fl_dualpriv.methods.dpfpl import DPFPL
+
+
+@dataclass(frozen=True, kw_only=True)
+class {title}(DPFPL):
+    """Example method: DP-FPL whose personal part moves a share of its step.
+
+    A method sees noised sums and no records, so it owes no proof. The rules of the configuration are those of the class
+    that it derives from.
+    """
+
+    share: float = 1.0  # set by --set plugin.{table}.share=0.5
+
+    def move_personal(self, state: PromptState, released: Released, rates: Rates) -> PromptState:
+        """Move p_L by a share of DP-FPL's step. Tensors to remember go into state.memory, see `memory_shapes`."""
+        return super().move_personal(state, released, replace(rates, personal=self.share * rates.personal))
+'''
+
+_METHOD_TEST = '''"""{title} keeps the contract of methods, and its share scales the step."""
+
+import torch
+
+from fl_dualpriv.methods.base import PromptState, Rates, Released
+from fl_dualpriv.testing import check_method
+from {module} import {title}
+
+
+def test_it_keeps_the_contract() -> None:
+    check_method({title})
+    check_method({title}, share=0.5)
+
+
+def test_the_share_scales_the_step() -> None:
+    # Put numbers here that you have computed by hand. A rank of two spans the whole 2 x 2 prompt.
+    zeros, step = torch.zeros(1, 2, 2), torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
+    state = PromptState(own_global=zeros, personal=zeros, row_basis=torch.eye(2)[None])
+    moved = {title}(share=0.5).move(state, Released(direction=step, of_global=step), Rates(shared=1.0, personal=1.0))
+    torch.testing.assert_close(moved.personal, -0.5 * step)
+    torch.testing.assert_close(moved.own_global, -step)
+'''
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a command writes: texts of the class and of its test, their folder in a checkout, and the key of a run."""
+
+    text: str
+    test: str
+    folder: str
+    key: str
+
+
+_STRATEGIES = _Kind(_STRATEGY, _TEST, "strategies", "strategy.ref")
+_METHODS = _Kind(_METHOD, _METHOD_TEST, "clients", "method")
+
+
 def new_strategy(
     name: Annotated[
         str, typer.Argument(help="Name of the module in lower case, such as my_mean; its class is MyMean.")
@@ -66,9 +128,25 @@ def new_strategy(
 
     No file is overwritten.
     """
+    _write(name, _STRATEGIES)
+
+
+def new_method(
+    name: Annotated[
+        str, typer.Argument(help="Name of the module in lower case, such as my_step; its class is MyStep.")
+    ],
+) -> None:
+    """Write NAME.py and test_NAME.py into the working directory; in a checkout, into clients/ and tests/clients/.
+
+    No file is overwritten.
+    """
+    _write(name, _METHODS)
+
+
+def _write(name: str, kind: _Kind) -> None:
     console, errors = Output(), Output(stderr=True)
     try:
-        module, files = write_strategy(name, Path.cwd())
+        module, files = write_class(name, Path.cwd(), kind)
     except ConfigError as error:
         errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(2) from error
@@ -76,8 +154,18 @@ def new_strategy(
         console.print(f"wrote {file}", soft_wrap=True, highlight=False)
     console.print(f"test it: python -m pytest {files[1]}", soft_wrap=True, highlight=False)
     console.print(
-        f"run it:  fl-dualpriv run CONFIG --set strategy.ref={module}:{title_of(name)}", soft_wrap=True, highlight=False
+        f"run it:  fl-dualpriv run CONFIG --set {kind.key}={module}:{title_of(name)}", soft_wrap=True, highlight=False
     )
+
+
+def write_strategy(name: str, folder: Path) -> tuple[str, list[Path]]:
+    """Write a strategy and its test, see `write_class`."""
+    return write_class(name, folder, _STRATEGIES)
+
+
+def write_method(name: str, folder: Path) -> tuple[str, list[Path]]:
+    """Write a method and its test, see `write_class`."""
+    return write_class(name, folder, _METHODS)
 
 
 def title_of(name: str) -> str:
@@ -85,12 +173,13 @@ def title_of(name: str) -> str:
     return "".join(part.capitalize() for part in name.split("_"))
 
 
-def write_strategy(name: str, folder: Path) -> tuple[str, list[Path]]:
-    """Write a strategy and its test.
+def write_class(name: str, folder: Path, kind: _Kind) -> tuple[str, list[Path]]:
+    """Write a class and its test.
 
     Args:
         name: Name of the module.
-        folder: Folder for the files. In a checkout of the app they go into its folders for strategies and tests.
+        folder: Folder for the files. In a checkout of the app they go into its own folders.
+        kind: Kind of the class.
 
     Returns:
         The module's dotted name, and the two files.
@@ -101,15 +190,15 @@ def write_strategy(name: str, folder: Path) -> tuple[str, list[Path]]:
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(name):
         raise ConfigError(f"{name!r} is not a valid module name: use a-z, 0-9 and single _, such as my_mean")
-    checkout = (folder / "simulations" / "server_app.py").is_file() and (folder / "strategies").is_dir()
-    module = f"strategies.{name}" if checkout else name
-    places = (folder / "strategies", folder / "tests" / "strategies") if checkout else (folder, folder)
+    checkout = (folder / "simulations" / "server_app.py").is_file() and (folder / kind.folder).is_dir()
+    module = f"{kind.folder}.{name}" if checkout else name
+    places = (folder / kind.folder, folder / "tests" / kind.folder) if checkout else (folder, folder)
     files = [places[0] / f"{name}.py", places[1] / f"test_{name}.py"]
     if there := [file for file in files if file.exists()]:
         raise ConfigError(f"{there[0]} exists already and is not overwritten: choose another name")
     title, begun = title_of(name), []
     try:
-        for file, text in zip(files, (_STRATEGY, _TEST), strict=True):
+        for file, text in zip(files, (kind.text, kind.test), strict=True):
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("x", encoding="utf-8") as stream:
                 begun.append(file)
