@@ -6,6 +6,9 @@ eight digits into the names of files and folders.
 
 import hashlib
 import io
+import os
+import shutil
+import tempfile
 import tomllib
 import zipfile
 from dataclasses import dataclass
@@ -55,6 +58,44 @@ def read_bundle(content: bytes) -> AppBundle:
     return AppBundle(digest=digest_of(content), app_id=f"{publisher}/{name}", version=str(version), files=files)
 
 
+def travelling_copy(app_dir: Path, folder: Path) -> Path:
+    """Copy the files of an app that may travel in its bundle, and return the folder from which Flower shall build it.
+
+    Flower walks through an app's whole folder, which takes many seconds where a virtual environment lies in it. The
+    bundle of the copy has the same bytes, because Flower builds it from the same files under the same names.
+
+    Args:
+        app_dir: Folder of the app.
+        folder: Empty folder for the copy.
+
+    Returns:
+        ``folder``; or ``app_dir`` if the app does not list what travels, by patterns that begin with a plain folder or
+        file name.
+    """
+    try:
+        project = tomllib.loads((app_dir / "pyproject.toml").read_text(encoding="utf-8"))
+        patterns = project["tool"]["flwr"]["app"]["fab-include"]
+        places = {_first_name(pattern) for pattern in patterns}
+    except (OSError, AttributeError, KeyError, TypeError, ValueError):
+        return app_dir
+    for name in sorted(places | {"pyproject.toml", ".gitignore"}):
+        place = app_dir / name
+        below = [Path(parent, file) for parent, _, files in os.walk(place) for file in files]
+        for file in [place] if place.is_file() else below:
+            if not file.is_symlink() and file.resolve().is_relative_to(app_dir.resolve()):  # as Flower does
+                copy = folder / file.relative_to(app_dir)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
+    return folder
+
+
+def _first_name(pattern: str) -> str:
+    name = pattern.removeprefix("/").partition("/")[0]
+    if not pattern.startswith("/") or not name or set(name) & set("*?[!"):
+        raise ValueError(f"{pattern!r} may match anywhere in the folder")
+    return name
+
+
 def build_bundle(app_dir: Path) -> bytes:
     """Build the bundle of an app's folder as ``flwr run`` does.
 
@@ -68,7 +109,8 @@ def build_bundle(app_dir: Path) -> bytes:
     if not (app_dir / "pyproject.toml").is_file():
         raise ConfigError(f"{app_dir} is not the folder of a Flower app: it has no pyproject.toml")
     try:
-        first, second = build_fab_from_disk(app_dir), build_fab_from_disk(app_dir)
+        with tempfile.TemporaryDirectory(prefix="fdp-app-") as one, tempfile.TemporaryDirectory() as other:
+            first, second = (build_fab_from_disk(travelling_copy(app_dir, Path(empty))) for empty in (one, other))
     except Exception as error:  # Flower's own errors have no common base
         raise ConfigError(f"{app_dir} cannot be bundled: {error}") from error
     if first != second:

@@ -22,6 +22,7 @@ from typing import Any
 from fl_dualpriv.flower import env as flower_env
 from fl_dualpriv.flower import hook as flower_hook
 from fl_dualpriv.flower import programs, supervisor
+from fl_dualpriv.flower.app_bundle import travelling_copy
 from fl_dualpriv.run.cpus import usable_cpus
 
 RunConfigValues = Mapping[str, bool | int | float | str]
@@ -296,7 +297,8 @@ def _submit(link: _SuperLink, app_dir: Path, run_config: RunConfigValues, federa
     file = link.home / "run-config.toml"
     file.write_text(to_toml(run_config), encoding="utf-8")
     settings = " ".join(f"{key}={value}" for key, value in federation.items())
-    app = str(app_dir.resolve())
+    (link.home / "app").mkdir(exist_ok=True)
+    app = str(travelling_copy(app_dir.resolve(), link.home / "app"))
     answer = _flwr(link, ["run", app, "--run-config", str(file), "--federation-config", settings])
     if not answer.get("success"):
         error_lines = str(answer.get("error-message") or "no answer").splitlines()

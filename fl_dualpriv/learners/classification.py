@@ -73,9 +73,9 @@ class PooledClassification:
     def _gather(self, picked: Picked) -> tuple[Batches, Tensor | None]:
         """Return the batches, largest first, and the order of the clients (None if it did not change)."""
         order = sorted(range(len(picked)), key=lambda i: -len(picked[i]))
-        prior = None if self._log_prior is None else self._log_prior[order]
-        batches = Batches.gather(self._features, self._labels, [picked[i] + self._starts[i] for i in order], prior)
         as_they_are = order == list(range(len(order)))
+        prior = self._log_prior if self._log_prior is None or as_they_are else self._log_prior[order]
+        batches = Batches.gather(self._features, self._labels, [picked[i] + self._starts[i] for i in order], prior)
         return batches, None if as_they_are else torch.tensor(order, device=self._features.device)
 
 

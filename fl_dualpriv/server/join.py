@@ -1,6 +1,9 @@
 """Wait for the nodes of a run, and ask each for the clients that it hosts."""
 
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -23,7 +26,11 @@ def check_engine(config: RunConfig, engine: str) -> None:
         )
 
 
-def join(grid: Grid, config: RunConfig) -> tuple[dict[int, messages.ClientCard], dict[int, int]]:
+Joined = tuple[dict[int, messages.ClientCard], dict[int, int]]
+"""Each client's card and the id of its node, both by partition."""
+
+
+def join(grid: Grid, config: RunConfig) -> Joined:
     """Wait for all nodes, then ask each for its clients. No client is sampled before: Flower's sampling would race.
 
     Returns:
@@ -68,3 +75,21 @@ def join(grid: Grid, config: RunConfig) -> tuple[dict[int, messages.ClientCard],
             "and fewer than 2**53: check its node"
         )
     return {card.partition: card for card, _ in node_cards}, {card.partition: node for card, node in node_cards}
+
+
+def join_meanwhile(grid: Grid, config: RunConfig) -> Callable[[], Joined]:
+    """Begin to `join` in a thread, and return the function that waits for its result or raises its error.
+
+    The nodes of a simulation load the model and the data when they are first asked. So they do it while the server does
+    the same. The thread does not keep a process alive whose server failed meanwhile.
+    """
+    result: Future[Joined] = Future()
+
+    def ask() -> None:
+        try:
+            result.set_result(join(grid, config))
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=ask, name="join", daemon=True).start()
+    return result.result

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import flwr.cli.build
 import pytest
+from flwr.cli.build import build_fab_from_disk
 
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.flower.app_bundle import build_bundle, digest_of, load_bundle, read_bundle
+from fl_dualpriv.flower.app_bundle import build_bundle, digest_of, load_bundle, read_bundle, travelling_copy
+
+ROOT = Path(__file__).parents[3]
 
 PYPROJECT = """
 [project]
@@ -105,3 +108,40 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path, pyproject: str | None):
     for content in (file.read_bytes(), b"no archive", b""):
         with pytest.raises(ConfigError, match="not the bundle of a Flower app"):
             read_bundle(content)
+
+
+def listing(app: Path, patterns: str) -> None:
+    """Let the app list what travels."""
+    text = (app / "pyproject.toml").read_text()
+    (app / "pyproject.toml").write_text(text.replace("[tool.flwr.app]", f"[tool.flwr.app]\nfab-include = {patterns}"))
+
+
+def test_a_copy_of_what_travels_gives_the_same_bundle(app: Path, tmp_path: Path):
+    """Against Flower's own walk through the whole folder, with links and files that do not travel."""
+    listing(app, '["/some/**/*.py", "/clients/**/*.py", "/notes.md"]')
+    for name in ("clients/deep/one.py", "clients/data.bin", "other/two.py", "notes.md"):
+        (app / name).parent.mkdir(parents=True, exist_ok=True)
+        (app / name).write_text(name)
+    (app / "clients" / "link.py").symlink_to(app / "notes.md")
+    (app / "clients" / "loop").symlink_to(app / "other")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    assert travelling_copy(app, copy) == copy
+    assert not (copy / "other").exists()
+    assert build_fab_from_disk(copy) == build_fab_from_disk(app)
+    names = read_bundle(build_fab_from_disk(copy)).files
+    assert {"clients/deep/one.py", "notes.md", "some/client_app.py"} <= set(names)
+    assert not {"other/two.py", "clients/link.py", "clients/loop/two.py"} & set(names)
+
+
+def test_our_own_bundle_is_built_from_a_copy_without_the_environment(tmp_path: Path):
+    assert travelling_copy(ROOT, tmp_path) == tmp_path
+    assert {path.name for path in tmp_path.iterdir()} <= {
+        *("clients", "strategies", "simulations", "README.md", "LICENSE", "pyproject.toml", ".gitignore")
+    }
+
+
+@pytest.mark.parametrize("patterns", ['["**/*.py"]', '["/*.py"]', '"/clients"', "[3]"])
+def test_patterns_that_match_anywhere_are_left_to_flower(app: Path, tmp_path: Path, patterns: str):
+    listing(app, patterns)
+    assert travelling_copy(app, tmp_path) == app
