@@ -1,12 +1,57 @@
-"""Federated prompt learning for vision-language models with proved differential privacy."""
+"""Federated prompt learning for vision-language models with proved differential privacy.
 
+The names below are the public face. Each is imported on first use, because most need torch and a query of the version
+does not.
+
+* `load_prompt` reads a published prompt, and predicts with it.
+* `RoundStrategy`, `Method` and `ModuleLearner` are what a strategy, a local method and a learner of your own derive
+  from or use; ``fl_dualpriv.testing`` has their contracts.
+* `plan_for`, `Ledger`, `pay`, `Payment`, `private_step` and `poisson_sample` make private steps in a loop of your own.
+"""
+
+import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fl_dualpriv.learners.module import ModuleLearner
+    from fl_dualpriv.methods.base import Method
+    from fl_dualpriv.privacy.filters.pay import pay
+    from fl_dualpriv.privacy.ledger import Ledger
+    from fl_dualpriv.privacy.noise import OsRandom, poisson_sample
+    from fl_dualpriv.privacy.plan import plan_for
+    from fl_dualpriv.privacy.step import Payment, private_step
     from fl_dualpriv.publish.use import load_prompt
+    from fl_dualpriv.server.strategy import RoundStrategy
 
-__all__ = ["__version__", "load_prompt"]
+_HOMES = {
+    "Ledger": "privacy.ledger",
+    "Method": "methods.base",
+    "ModuleLearner": "learners.module",
+    "OsRandom": "privacy.noise",
+    "Payment": "privacy.step",
+    "RoundStrategy": "server.strategy",
+    "load_prompt": "publish.use",
+    "pay": "privacy.filters.pay",
+    "plan_for": "privacy.plan",
+    "poisson_sample": "privacy.noise",
+    "private_step": "privacy.step",
+}
+
+__all__ = [  # noqa: RUF022 - in the order of the text above
+    "__version__",
+    "load_prompt",
+    "RoundStrategy",
+    "Method",
+    "ModuleLearner",
+    "plan_for",
+    "Ledger",
+    "pay",
+    "Payment",
+    "private_step",
+    "poisson_sample",
+    "OsRandom",
+]
 
 try:
     __version__ = version("fl-dualpriv")
@@ -15,9 +60,7 @@ except PackageNotFoundError:  # a checkout that was never installed
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load_prompt` on first use, because it needs torch and a query of the version does not."""
-    if name != "load_prompt":
+    """Import a public name on first use."""
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fl_dualpriv.publish.use import load_prompt
-
-    return load_prompt
+    return getattr(importlib.import_module(f"fl_dualpriv.{_HOMES[name]}"), name)

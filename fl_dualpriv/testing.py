@@ -5,6 +5,7 @@ searches for counter-examples of `sensitivity`. It cannot prove `sensitivity`; t
 ``check_method(MyMethod, option=...)`` does the same for a method, whose author owes no proof.
 """
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -14,16 +15,18 @@ import numpy as np
 import torch
 from flwr.app import ConfigRecord, Message
 from flwr.supercore.task_identity import TaskIdentity
-from torch import Tensor
+from torch import Tensor, nn
 
 from fl_dualpriv import messages
 from fl_dualpriv.config.methods import METHODS
 from fl_dualpriv.errors import ConfigError, PrivacyError
+from fl_dualpriv.learners.module import ModuleLearner, cross_entropy
 from fl_dualpriv.methods.base import Method, PromptState, Rates, Released
 from fl_dualpriv.privacy.adaptive import AdaptiveClip
 from fl_dualpriv.privacy.clipping import clip_rows
 from fl_dualpriv.privacy.noise import KeyedRandom
 from fl_dualpriv.privacy.plan import ServerUnit, round_terms
+from fl_dualpriv.privacy.step import client_rows, clipped_sums
 from fl_dualpriv.server.accounting import ServerPrivacy
 from fl_dualpriv.server.noise_memory import CLIP_NORM
 from fl_dualpriv.server.rules import check_class
@@ -127,6 +130,69 @@ def check_method(cls: type[Method], **options: object) -> None:
         shares = not torch.equal(moved.own_global, first.own_global)
         _require(shares == method.shared, f"{name}.shared is {method.shared}, and p_G {'moves' if shares else 'stays'}")
         first = moved
+
+
+def check_learner(
+    module: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+    *,
+    block: int = 4,
+) -> None:
+    """Search for a record of a module's batch that another record's row depends on.
+
+    * A record that is removed, or exchanged for another one, leaves the rows of the others as they are, bit by bit.
+    * A record of NaN spoils its own row only, and adds nothing to a clipped sum.
+    * Rows do not depend on what the module saw before: no buffer, running statistic or random draw.
+    * No row changes the module.
+
+    It cannot prove that rows do not mix; the author must do that.
+
+    Args:
+        module: The module, at any parameters.
+        inputs: At least six different records, (record, …), with gradients that are not zero.
+        targets: Their targets, (record, …).
+        loss: Loss of each record.
+        block: Number of records that run together; smaller than the number of records.
+
+    Raises:
+        AssertionError: If a property does not hold; the message names it.
+        ConfigError: If `ModuleLearner` refuses the module.
+    """
+    module = copy.deepcopy(module)
+    learner, n = ModuleLearner(module, loss, block=block), len(inputs)
+    _require(n >= 6 and block < n, f"give at least six records and a smaller block, not {n} records and {block}")
+
+    def rows(x: Tensor, y: Tensor) -> Tensor:
+        return torch.cat(list(client_rows(learner.rows(x, y), 0)))[: len(x)]
+
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    whole = rows(inputs, targets)
+    _require(bool(whole.flatten(1).any(dim=1).all()), "a record has no gradient, so that nothing would be tested")
+    _require(torch.equal(rows(inputs, targets), whole), "a second pass gives other rows: something draws or remembers")
+    # Where kernels round by place, records run one by one, and a forward that mixes would go unseen.
+    one, all_together = learner.block_rows(inputs[:1], targets[:1])[0], learner.block_rows(inputs, targets)[0]
+    far = float((one - all_together).abs().max()) > 1e-3 * float(one.abs().max())
+    _require(not far, "the rows of other records change a record's row")
+    for gone in (0, n // 2, n - 1):
+        kept = [i for i in range(n) if i != gone]
+        same = torch.equal(rows(inputs[kept], targets[kept]), whole[kept])
+        _require(same, f"without record {gone} the rows of other records change")
+        other = inputs.clone()
+        other[gone] = inputs[(gone + 1) % n]
+        same = torch.equal(rows(other, targets)[kept], whole[kept])
+        _require(same, f"with another record in place of record {gone} the rows of other records change")
+    if inputs.is_floating_point():
+        bad = inputs.clone()
+        bad[1] = torch.nan
+        kept = [i for i in range(n) if i != 1]
+        same = torch.equal(rows(bad, targets)[kept], whole[kept])
+        _require(same, "a record of NaN changes the rows of other records")
+        moved = clipped_sums(learner.rows(bad, targets), 1.0)[0].value
+        _require(bool(torch.isfinite(moved).all()), "a record of NaN spoils the clipped sum")
+    unchanged = all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
+    _require(unchanged, "a pass changes a parameter or a buffer of the module")
 
 
 def _method_state(method: Method, seed: int) -> PromptState:

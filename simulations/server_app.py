@@ -1,6 +1,5 @@
 """The ServerApp: configuration → plans → strategy → rounds → results. Read this file first."""
 
-import functools
 import time
 from dataclasses import replace
 
@@ -17,7 +16,7 @@ from fl_dualpriv.run.recorder import RunRecorder
 from fl_dualpriv.server.accounting import BudgetExhausted
 from fl_dualpriv.server.build import build_strategy, selected_start
 from fl_dualpriv.server.closing import closing_scores
-from fl_dualpriv.server.join import check_engine, join, join_meanwhile
+from fl_dualpriv.server.join import begin_to_join, check_engine
 from fl_dualpriv.server.results import warn_of_strays, write_results
 from fl_dualpriv.server.rounds import Rounds, score_now
 from fl_dualpriv.server.rules import check_class
@@ -47,9 +46,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
     check_engine(config, engine)
     if unit := noised_unit(config):
         check_class(strategy_class, RoundStrategy, unit, config.privacy.arithmetic)
-    # Actors load the embedded models, which are small, meanwhile. Larger ones wait for the check of memory below.
-    early = engine == "ray" and config.backbone.name in ("demo", "shelf", "demo-vqa")
-    joined = join_meanwhile(grid, config) if early else functools.partial(join, grid, config)
+    joined = begin_to_join(grid, config, engine)
     record, client = record_level_plan(config), client_level_plan(config)
     # In a simulation all data belong to the operator, so describing them reveals nothing.
     is_simulated = engine != "deployment"

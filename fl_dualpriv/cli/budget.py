@@ -1,5 +1,6 @@
 """``fl-dualpriv budget DIR | NODE.toml``: the ε that ledgers hold, and the lifetime budget of a node's owner."""
 
+import functools
 import json
 import math
 import statistics
@@ -34,6 +35,7 @@ class Spent:
         epsilon: ε at ``delta`` of the whole ledger, for terms that were fixed beforehand.
         delta: δ of ``epsilon``.
         filter: Header of the ledger. None if no owner's budget began it.
+        witness: ε by Opacus' PRV accountant. None if it was not asked, or cannot answer.
     """
 
     who: str
@@ -46,6 +48,7 @@ class Spent:
     epsilon: float
     delta: float
     filter: Mapping[str, Any] | None
+    witness: float | None = None
 
 
 def budget(
@@ -56,12 +59,14 @@ def budget(
     delta: Annotated[
         float | None, typer.Option(help="δ of ε. Default: that of the run's summary.json, else 1e-5.")
     ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Also print ε by Opacus' PRV accountant.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Print ε of each client's ledger (max, median, all of them) and of the server's, for terms fixed beforehand.
 
-    For an owner's file, print the rule that holds its lifetime budget, the rest, and the runs that each rule would
-    admit.
+    With --check a second accountant, Opacus' PRV, prints its ε beside ours. It knows no choices by the exponential
+    mechanism. For an owner's file, print the rule that holds its lifetime budget, the rest, and the runs that each rule
+    would admit.
     """
     errors = Output(stderr=True)
     if delta is not None and not 0 < delta < 1:
@@ -77,8 +82,8 @@ def budget(
     if not server and not clients:
         _refuse(errors, f"{folder} holds no ledger.jsonl: give a run's folder or a node's state folder")
     deltas = {} if delta is not None else _deltas_of_run(folder)
-    server_ledgers = [_read(path, "server", delta, deltas) for path in server]
-    client_ledgers = [_read(path, path.parent.name, delta, deltas) for path in clients]
+    server_ledgers = [_read(path, "server", delta, deltas, check=check) for path in server]
+    client_ledgers = [_read(path, path.parent.name, delta, deltas, check=check) for path in clients]
     if as_json:
         content = {"server": [_jsonable(s) for s in server_ledgers], "clients": [_jsonable(s) for s in client_ledgers]}
         write_line(json.dumps(content | _statistics(client_ledgers)))
@@ -86,7 +91,7 @@ def budget(
     console = Output()
     for title, some in (("server", server_ledgers), ("clients", client_ledgers)):
         if some:
-            console.print(_table(title, some))
+            console.print(_table(title, some, check=check))
     if client_ledgers:
         numbers = _statistics(client_ledgers)
         console.print(
@@ -121,13 +126,14 @@ def _deltas_of_run(folder: Path) -> dict[str, float]:
         return {}
 
 
-def _read(path: Path, who: str, delta: float | None, deltas: dict[str, float]) -> Spent:
+def _read(path: Path, who: str, delta: float | None, deltas: dict[str, float], *, check: bool) -> Spent:
     from fl_dualpriv.privacy.ledger import Ledger  # late: the accountant takes a second to load
 
     content = Ledger(path).read()
     units = sorted({event.unit for event in content.events})
     at = delta if delta is not None else min((deltas[u] for u in units if u in deltas), default=_DELTA)
     refusals = path.parent / "refusals.jsonl"
+    can_be_witnessed = bool(content.events) and not content.pure()
     return Spent(
         who=who,
         unit=" and ".join(units) or "-",
@@ -139,7 +145,15 @@ def _read(path: Path, who: str, delta: float | None, deltas: dict[str, float]) -
         epsilon=content.epsilon(at),
         delta=at,
         filter=content.headers[0] if content.headers else None,
+        witness=_witness(tuple(content.opacus_history()), at) if check and can_be_witnessed else None,
     )
+
+
+@functools.lru_cache
+def _witness(history: tuple[tuple[float, float, int], ...], delta: float) -> float | None:
+    from fl_dualpriv.run.witness import prv_epsilon  # late: Opacus takes seconds to load
+
+    return prv_epsilon(history, delta)
 
 
 def _statistics(spent: list[Spent]) -> dict[str, float]:
@@ -152,14 +166,18 @@ def _jsonable(spent: Spent) -> dict[str, Any]:
     return asdict(spent) | {"epsilon": spent.epsilon if math.isfinite(spent.epsilon) else None}
 
 
-def _table(title: str, spent: list[Spent]) -> Table:
+def _table(title: str, spent: list[Spent], *, check: bool) -> Table:
     table = Table(title=title, title_justify="left")
     selected = ["selected starts"] if any(s.selections for s in spent) else []
-    for name in ("ledger", "unit", "runs", "releases", *selected, "damaged lines", "refused attempts", "ε", "δ"):
+    columns = ("ε (PLD)", "ε (PRV)") if check else ("ε",)
+    for name in ("ledger", "unit", "runs", "releases", *selected, "damaged lines", "refused attempts", *columns, "δ"):
         table.add_column(name, justify="left" if name in ("ledger", "unit") else "right", no_wrap=name == "ledger")
     for s in spent:
         numbers = (s.runs, s.releases, *([s.selections] if selected else []), s.damaged, s.refused)
-        table.add_row(escape(s.who), s.unit, *map(str, numbers), f"{s.epsilon:.4g}", f"{s.delta:g}")
+        epsilons = [f"{s.epsilon:.4g}"]
+        if check:
+            epsilons.append("-" if s.witness is None else f"{s.witness:.4g}")
+        table.add_row(escape(s.who), s.unit, *map(str, numbers), *epsilons, f"{s.delta:g}")
     return table
 
 

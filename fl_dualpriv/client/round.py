@@ -21,13 +21,13 @@ from fl_dualpriv.client.node import (
 from fl_dualpriv.client.optimizers import Optimizer
 from fl_dualpriv.client.pruning import UpdatePruning
 from fl_dualpriv.client.published_step import PublishedTraining, published_updates
-from fl_dualpriv.client.state import PersonalState, check_round, check_single_run, fresh_state, is_same_release
+from fl_dualpriv.client.state import PersonalState, check_round, fresh_state, is_same_release
 from fl_dualpriv.client.step import LocalTraining, Participant, cohort_update
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.learners.classification import Classification
 from fl_dualpriv.methods.published import nominal_sigma
-from fl_dualpriv.privacy.filters.choose import spend_budget
+from fl_dualpriv.privacy.filters.pay import pay
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey
 from fl_dualpriv.privacy.plan import check_terms
@@ -179,14 +179,10 @@ class TrainRound:
             return saved_upload
         event = self._event()
         assert event is not None
-        made, budget = ledger.read(), self._node.budget
+        made = ledger.read()
         if not is_same_release(made, state, event, reproducible=run_context.reproducible):
             check_round(run_context.plan, made, state, event)
-            if budget is None:
-                check_single_run(run_context.plan, made, event)
-                ledger.record(event)
-            else:
-                spend_budget(ledger, budget, run_context.plan.reserved(request.run_token), event)
+            pay(ledger, run_context.plan, event, self._node.budget)
         return self._participant(partition, state)
 
     def _event(self) -> LedgerEvent | None:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fl_dualpriv import messages
 from fl_dualpriv.client.node import Failures, Node
-from fl_dualpriv.client.state import check_selection, check_single_run, fresh_state, is_same_selection
+from fl_dualpriv.client.state import check_selection, fresh_state, is_same_selection
 from fl_dualpriv.errors import PrivacyError
-from fl_dualpriv.privacy.filters.choose import spend_budget
+from fl_dualpriv.privacy.filters.pay import pay
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import RandomSource, StreamKey
 from fl_dualpriv.privacy.plan import RecordLevelPlan
@@ -107,15 +107,11 @@ class SelectionRound:
         n_ctx, ctx_dim = run_context.prompt_shape
         ledger, event = Ledger(folder.ledger), plan.selection.event(token)
         state = folder.load(token, n_ctx, ctx_dim, config.prompt.rank, terms=str(run_context.terms))
-        made, budget = ledger.read(), self._node.budget
+        made = ledger.read()
         if is_same_selection(made, state, event, reproducible=run_context.reproducible):
             return
         check_selection(made, state, event)
-        if budget is None:
-            check_single_run(plan, made, event)
-            ledger.record(event)
-        else:
-            spend_budget(ledger, budget, plan.reserved(token), event)
+        pay(ledger, plan, event, self._node.budget)
 
     def _release(self, partition: int, terms: SelectionTerms) -> Tensor:
         """Count the client's votes, draw, and save the result before it leaves. The event was written."""

@@ -248,54 +248,6 @@ def check_round(plan: RecordLevelPlan, made: LedgerContent, state: PersonalState
         )
 
 
-def check_single_run(plan: RecordLevelPlan, made: LedgerContent, event: LedgerEvent) -> None:
-    """Refuse a round that would spend more than the plan of one run, for a folder without an owner's budget.
-
-    Without such a budget the plan of one run is all that may ever be spent in a folder.
-
-    Raises:
-        PrivacyError: If the ledger, damaged lines included, holds too many releases of other runs, or a release on
-            weaker terms than this plan's, or a selection of a start that the plan does not have.
-    """
-    _check_single_selection(plan, made, event)
-    if event.is_selection:
-        return
-    weaker = [
-        e
-        for e in made.events
-        if not e.is_selection and (e.sampling_rate > plan.sampling_rate or e.noise_multiplier < event.noise_multiplier)
-    ]
-    if weaker:
-        raise PrivacyError(
-            f"the ledger holds releases of another run at q = {weaker[0].sampling_rate:g} and z = "
-            f"{weaker[0].noise_multiplier:g}, which this plan, q = {plan.sampling_rate:g} and z = "
-            f"{plan.noise_multiplier:g}, does not cover; the owner of this node has set no budget for more than one "
-            "run: the round is refused"
-        )
-    releases = made.steps(damaged_as=event.releases)
-    if releases + event.releases > plan.releases:
-        raise PrivacyError(
-            f"{releases} releases are in the ledger and the round makes {event.releases} more; the plan accounts for "
-            f"{plan.releases}, and the owner of this node has set no budget for more than one run: the round is refused"
-        )
-
-
-def _check_single_selection(plan: RecordLevelPlan, made: LedgerContent, event: LedgerEvent) -> None:
-    """Refuse more than the one selection of a start that the plan of one run has, over all runs of a folder."""
-    selection = plan.selection
-    if event.is_selection and made.damaged:
-        raise PrivacyError("the ledger has damaged lines, which may be a selection of a start; another one is refused")
-    events = (*made.selections(), event) if event.is_selection else made.selections()
-    covered = selection is not None and all(
-        (e.noise_multiplier, e.pure_epsilon) == (selection.noise_multiplier, selection.pure_epsilon) for e in events
-    )
-    if events and not (covered and len(events) == 1):
-        raise PrivacyError(
-            f"{len(events)} selections of a start, of which the plan of this run does not cover all; the owner of this "
-            "node has set no budget for more than one run: the request is refused"
-        )
-
-
 def check_selection(made: LedgerContent, state: PersonalState, event: LedgerEvent) -> None:
     """Refuse to select a start twice in a run, or after its first round.
 

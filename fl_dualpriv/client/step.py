@@ -134,7 +134,8 @@ def cohort_update(
         PrivacyError: With a plan, if a client has no ledger event, or more steps than its event pays for.
         ValueError: With integer arithmetic, if a client has 2**32 records or more.
     """
-    kept_shapes = method.memory_shapes(*global_prompt.shape, len(participants[0].state.row_basis))
+    n_ctx, ctx_dim = global_prompt.shape
+    kept_shapes = method.memory_shapes(n_ctx, ctx_dim, len(participants[0].state.row_basis))
     prompts = PromptState(
         own_global=global_prompt.expand(len(participants), -1, -1),
         personal=torch.stack([p.state.personal for p in participants]),

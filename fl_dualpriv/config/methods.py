@@ -70,7 +70,7 @@ class FedPGPConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FedOTPConfig:
-    """Keys of FedOTP: features of patches; γ, λ and iterations of the transport plan, see ``learners/transport.py``."""
+    """Keys of FedOTP: features of patches; γ, λ and iterations of the transport plan, see ``learners/fedotp.py``."""
 
     patch_reading: Literal["token", "isolated"]
     mass: float

@@ -229,6 +229,14 @@ class LedgerContent:
         """Return ε of each choice by the exponential mechanism, sorted."""
         return tuple(sorted(event.pure_epsilon for event in (*self.events, *further) if event.pure_epsilon))
 
+    def opacus_history(self) -> list[tuple[float, float, int]]:
+        """Return the Gaussian releases as Opacus' accountants read them: noise multiplier, sampling rate and number.
+
+        Damaged lines are charged as in `epsilon`. Choices by the exponential mechanism are left out, because Opacus has
+        no such release.
+        """
+        return [(c.noise_multiplier, c.sampling_rate, c.releases) for c in self.charges()]
+
     def charges(self, further: Iterable[LedgerEvent] = ()) -> tuple[SampledGaussians, ...]:
         """Return the Gaussian releases that `epsilon` composes, with equal releases grouped."""
         events = [*self.events, *further]

@@ -260,6 +260,48 @@ def noise_multiplier_for(
     return calibrate_noise_multiplier(target_epsilon, delta, sampling_rate, releases)
 
 
+def plan_for(
+    *,
+    epsilon: float,
+    delta: float,
+    sampling_rate: float,
+    releases: int,
+    clip_norm: float,
+    clipping: ClipRule = "flat",
+    arithmetic: Arithmetic = "float",
+) -> RecordLevelPlan:
+    """Make the plan of a loop of private steps that together spend at most ε.
+
+    Args:
+        epsilon: Target ε.
+        delta: δ.
+        sampling_rate: q of each Poisson batch.
+        releases: Number of steps.
+        clip_norm: C.
+        clipping: Clipping rule, see `Clip`.
+        arithmetic: Arithmetic of sums and noise.
+
+    Raises:
+        PrivacyError: If no noise multiplier is enough.
+
+    Example:
+        >>> plan = plan_for(epsilon=2.0, delta=1e-5, sampling_rate=0.1, releases=100, clip_norm=1.0)
+        >>> 1.98 <= plan.epsilon() <= 2.0
+        True
+    """
+    return RecordLevelPlan(
+        clip_norm=clip_norm,
+        noise_multiplier=calibrate_noise_multiplier(epsilon, delta, sampling_rate, releases),
+        sampling_rate=sampling_rate,
+        releases=releases,
+        delta=delta,
+        trusts_server=False,
+        personal=True,
+        arithmetic=arithmetic,
+        clipping=clipping,
+    )
+
+
 SELECTED_ROW = "selected start"
 
 

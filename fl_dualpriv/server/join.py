@@ -1,5 +1,6 @@
 """Wait for the nodes of a run, and ask each for the clients that it hosts."""
 
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -77,18 +78,21 @@ def join(grid: Grid, config: RunConfig) -> Joined:
     return {card.partition: card for card, _ in node_cards}, {card.partition: node for card, node in node_cards}
 
 
-def join_meanwhile(grid: Grid, config: RunConfig) -> Callable[[], Joined]:
-    """Begin to `join` in a thread, and return the function that waits for its result or raises its error.
+def begin_to_join(grid: Grid, config: RunConfig, engine: str) -> Callable[[], Joined]:
+    """Begin to `join` where that may run beside other work, and return the function that waits for its result.
 
-    The nodes of a simulation load the model and the data when they are first asked. So they do it while the server does
-    the same. The thread does not keep a process alive whose server failed meanwhile.
+    The actors of a simulation load the model and the data when they are first asked. With an embedded model, which is
+    small, they do so while the server does the same. Larger models wait for the server's check of memory. The thread
+    does not keep a process alive whose server failed meanwhile.
     """
+    if engine != "ray" or config.backbone.name not in ("demo", "shelf", "demo-vqa"):
+        return functools.partial(join, grid, config)
     result: Future[Joined] = Future()
 
     def ask() -> None:
         try:
             result.set_result(join(grid, config))
-        except BaseException as error:
+        except BaseException as error:  # the caller gets it
             result.set_exception(error)
 
     threading.Thread(target=ask, name="join", daemon=True).start()

@@ -213,6 +213,7 @@ PYTHON: Mapping[str, str] = {
     "from fl_dualpriv import load_prompt": "run after the commands of its document",
     '"""Heavy-ball momentum on the server."""': "saved as momentum.py for the command below it",
     '"""Heavy-ball momentum on the personal part only."""': "saved as personal_momentum.py for the command below it",
+    "from pathlib import Path": "run by fl_dualpriv/learners/test_module.py, and from an installed wheel",
     "    def combine(self, updates: Sequence[Update]) -> Tensor:": "part of a class: app/test_plugin_runs.py runs it",
 }
 """First line of each block of Python → what becomes of it."""

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import fl_dualpriv
+
 ROOT = Path(__file__).parents[2]
 APP = ("strategies", "clients", "simulations")
 CODE = ("fl_dualpriv", *APP, "benchmarks", "attacks", "tools")
@@ -54,7 +56,7 @@ ORDER = (
 """Folders and single modules of the library, from the lowest to the highest. Each imports itself and lower ones."""
 
 PUBLIC = "fl_dualpriv"  # its face: all may read the version, and no module its other names
-LOADED_BY_THE_FACE = {"fl_dualpriv.load_prompt"}
+LOADED_BY_THE_FACE = {f"fl_dualpriv.{name}" for name in fl_dualpriv._HOMES}
 
 MOST_FILES, MOST_ROOT_MODULES = 16, 6
 
@@ -76,7 +78,10 @@ SITES = {
     "datasets": {"fl_dualpriv/data/hub.py"},
     "peft": {"fl_dualpriv/models/lora.py"},
     "torchvision": {"fl_dualpriv/models/torchvision_shim.py"},  # others only through open_clip and transformers
-    "opacus": {  # its per-sample gradients are compared with ours
+    "opacus": {
+        "fl_dualpriv/learners/module.py",  # rows of users' modules
+        "fl_dualpriv/run/witness.py",  # its accountant, beside ours
+        # Its per-sample gradients are compared with ours:
         "benchmarks/per_example.py",
         "benchmarks/mllm_methods.py",
     },

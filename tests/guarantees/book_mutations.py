@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fl_dualpriv.client.node
 import fl_dualpriv.client.round
+import fl_dualpriv.privacy.filters.pay
 import fl_dualpriv.privacy.plan
 import fl_dualpriv.privacy.step
 import fl_dualpriv.server.results
@@ -94,7 +95,7 @@ def a_client_checks_its_budget_afterwards(patch: Patch) -> None:
 
 
 def a_new_token_is_a_new_budget(patch: Patch) -> None:
-    patch.setattr(fl_dualpriv.client.round, "check_single_run", lambda plan, made, event: None)
+    patch.setattr(fl_dualpriv.privacy.filters.pay, "check_single_run", lambda plan, made, event: None)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ BOOK_MUTATIONS = (
     ),
     Mutation(
         name="a new run token opens a new budget",
-        where="fl_dualpriv.client.round.check_single_run",
+        where="fl_dualpriv.privacy.filters.pay.check_single_run",
         plant=a_new_token_is_a_new_budget,
         caught_by=(run_checks.no_run_starts_on_what_another_spent,),
     ),

@@ -18,10 +18,9 @@ from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.learners.base import ClientData, Objective
 from fl_dualpriv.learners.classification import Classification
 from fl_dualpriv.learners.factored import FactoredTower
-from fl_dualpriv.learners.fedotp import TransportObjective
+from fl_dualpriv.learners.fedotp import TransportObjective, transport_plan
 from fl_dualpriv.learners.head import LowRankHead
 from fl_dualpriv.learners.linear_probe import LinearProbe, ProbeObjective
-from fl_dualpriv.learners.transport import transport_plan
 from fl_dualpriv.privacy.step import client_rows, clipped_sums
 from fl_dualpriv.tasks import class_prior
 from fl_dualpriv.tasks.build import build_task

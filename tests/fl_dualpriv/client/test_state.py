@@ -10,10 +10,11 @@ import torch
 
 from fl_dualpriv.client import state as client
 from fl_dualpriv.client.release_memory import ReleaseMemoryShapes
-from fl_dualpriv.client.state import ClientFolder, PersonalState, check_round, check_single_run, fresh_state
+from fl_dualpriv.client.state import ClientFolder, PersonalState, check_round, fresh_state
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.files import read_tensors, write_tensors
 from fl_dualpriv.learners.base import ClientData
+from fl_dualpriv.privacy.filters.pay import check_single_run
 from fl_dualpriv.privacy.ledger import LedgerContent, LedgerEvent
 from fl_dualpriv.privacy.plan import RecordLevelPlan
 

@@ -10,8 +10,7 @@ from torch import Tensor
 import fl_dualpriv.privacy.step
 from fl_dualpriv.learners import fedotp
 from fl_dualpriv.learners.base import ClientData
-from fl_dualpriv.learners.fedotp import TransportObjective
-from fl_dualpriv.learners.transport import transport_plan
+from fl_dualpriv.learners.fedotp import TransportObjective, transport_plan
 from fl_dualpriv.privacy.clipping import Arithmetic, clip_rows
 from fl_dualpriv.towers.plain import FunctionTower
 from tests.guarantees import objective_checks

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.learners.transport import transport_plan
+from fl_dualpriv.learners.fedotp import transport_plan
 
 
 def cosines(*shape: int, seed: int = 0) -> Tensor:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from fl_dualpriv.client.state import check_single_run
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.node.lifetime import lifetime_of
 from fl_dualpriv.privacy.accounting import (
@@ -24,6 +23,7 @@ from fl_dualpriv.privacy.accounting import (
 from fl_dualpriv.privacy.calibration import calibrate_beside
 from fl_dualpriv.privacy.filters.budget import Budget, FilterChoice
 from fl_dualpriv.privacy.filters.choose import spend_budget
+from fl_dualpriv.privacy.filters.pay import check_single_run
 from fl_dualpriv.privacy.filters.renyi import RenyiFilter
 from fl_dualpriv.privacy.filters.reserve import ReserveFilter
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent, ReservedPlan

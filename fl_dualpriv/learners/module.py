@@ -1,0 +1,169 @@
+"""Rows of any ``torch.nn.Module``, by Opacus' `GradSampleModule`: adapters, heads, visual prompts of your own.
+
+The trainable parameters of the module are one vector. A record's row is the gradient of its own loss with respect to
+that vector. Clip, sum, noise and account are `private_step`, as for every other learner. Only this file imports Opacus
+for rows.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from opacus.grad_sample import GradSampleModule
+from opacus.validators import ModuleValidator
+from torch import Tensor, nn
+
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.privacy.step import RowBlock
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(outputs, targets) → loss of each record, (record,)."""
+
+_BLOCK = 32
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy of each record, (record,), from logits (record, class) and class ids (record,)."""
+    return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
+class ModuleLearner:
+    """A module whose trainable parameters take private steps.
+
+    Guarantee:
+        The rows are Opacus' per-sample gradients. Opacus refuses layers that mix records, such as batch normalisation,
+        and this class refuses dropout and running statistics. A ``forward`` of your own may still mix records, for
+        example by a mean over the batch: then a row depends on other records, and no ε holds. `testing.check_learner`
+        searches for that. The author of a module owes the proof.
+        Some matrix kernels round a row by its place among others. So the first rows of a shape try made-up records of
+        that shape, as `row_check` does, and where their bits move, or no record can be made up, records run one by one.
+
+    Args:
+        module: The module. Parameters that need no gradient stay as they are. Its first dimension is the record.
+        loss: Loss of each record.
+        block: Most records that run together. It must be public. The last block is padded with copies of a record,
+            whose rows are not added.
+
+    Raises:
+        ConfigError: If the module has no trainable parameter, or layers that cannot have rows. The message lists all.
+
+    Example:
+        >>> learner = ModuleLearner(nn.Linear(2, 3))
+        >>> rows = learner.rows(torch.ones(4, 2), torch.tensor([0, 1, 2, 0]))
+        >>> sum(len(block.rows[0, : block.count]) for block in rows.blocks()), learner.size
+        (4, 9)
+    """
+
+    def __init__(self, module: nn.Module, loss: Loss = cross_entropy, *, block: int = _BLOCK) -> None:
+        if hasattr(module, "autograd_grad_sample_hooks"):
+            raise ConfigError("the module has a learner already; use that one, or a copy of the module made before")
+        problems = [str(error) for error in ModuleValidator.validate(module.train(), strict=False)]
+        problems += [
+            f"{name}: {type(layer).__name__} draws or remembers across records; remove it"
+            for name, layer in module.named_modules()
+            if (isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0)
+            or getattr(layer, "track_running_stats", False)
+        ]
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if not self.parameters:
+            problems.append("the module has no parameter that needs a gradient; set requires_grad on one")
+        if problems:
+            raise ConfigError("\n  ".join(["the module cannot take private steps:", *problems]))
+        self.module, self.loss, self.block = module, loss, block
+        self._sampled = GradSampleModule(module, loss_reduction="sum")
+        self._sizes: dict[object, int] = {}
+
+    @property
+    def size(self) -> int:
+        """Number of trainable parameters, the width of a row."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def vector(self) -> Tensor:
+        """Return the trainable parameters as one vector, (size,)."""
+        return torch.cat([parameter.detach().flatten() for parameter in self.parameters])
+
+    @torch.no_grad()
+    def move(self, step: Tensor) -> None:
+        """Add a vector (size,) to the trainable parameters, for example −rate × a released mean gradient."""
+        parts = step.to(self.parameters[0]).split([parameter.numel() for parameter in self.parameters])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.add_(part.view_as(parameter))
+
+    def rows(self, inputs: Tensor, targets: Tensor) -> "ModuleRows":
+        """Return the rows of one client's batch, inputs (record, …) and targets (record, …); both may be empty."""
+        return ModuleRows(self, [(inputs, targets)])
+
+    def size_of_blocks(self, inputs: Tensor, targets: Tensor) -> int:
+        """Return how many records of this shape run together: `block`, or 1 if their rows would move each other's bits.
+
+        What is tried is a function of shapes, the machine and the present parameters, which were released.
+        """
+        key = (inputs.shape[1:], inputs.dtype, targets.shape[1:], targets.dtype)
+        if key not in self._sizes:
+            self._sizes[key] = self.block if self.block == 1 or self._holds(inputs, targets) else 1
+        return self._sizes[key]
+
+    def _holds(self, inputs: Tensor, targets: Tensor) -> bool:
+        if not inputs.is_floating_point():
+            return False  # which numbers are allowed, for example token ids, is not known
+        count, generator = self.block + self.block // 2, torch.Generator().manual_seed(0)
+        x = torch.randn(count, *inputs.shape[1:], generator=generator, dtype=torch.float64).to(inputs)
+        y = torch.zeros(count, *targets.shape[1:]).to(targets)
+
+        def rows(kept: list[int]) -> Tensor:
+            blocks = [kept[start : start + self.block] for start in range(0, len(kept), self.block)]
+            padded = [block + block[:1] * (self.block - len(block)) for block in blocks]
+            return torch.cat([self.block_rows(x[block], y[block]) for block in padded])[: len(kept)]
+
+        whole = rows(list(range(count)))
+        if not bool(torch.isfinite(whole).all() and whole.any()):
+            return False
+        subsets = [[i for i in range(count) if i != gone] for gone in (0, count // 2)] + [[count - 1]]
+        return all(torch.equal(rows(kept), whole[kept]) for kept in subsets)
+
+    def block_rows(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Compute the rows of one block, (record, size), with the module as it is."""
+        for parameter in self.parameters:
+            parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
+        with torch.enable_grad():
+            losses = self.loss(self._sampled(inputs), targets)
+            if losses.shape != (len(inputs),):
+                raise ConfigError(
+                    f"the loss has shape {tuple(losses.shape)} for {len(inputs)} records; it must return one number a "
+                    'record, (record,): set reduction="none"'
+                )
+            losses.sum().backward()
+        parts = [
+            torch.zeros(len(inputs), parameter.numel(), device=losses.device)
+            if parameter.grad_sample is None  # type: ignore[attr-defined]
+            else parameter.grad_sample.flatten(1)  # type: ignore[attr-defined]
+            for parameter in self.parameters
+        ]
+        for parameter in self.parameters:
+            parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
+        return torch.cat(parts, dim=1).detach()
+
+
+@dataclass(frozen=True)
+class ModuleRows:
+    """`Rows` of a `ModuleLearner`: one batch per client, each a pair (inputs, targets), all at the present module."""
+
+    learner: ModuleLearner
+    batches: Sequence[tuple[Tensor, Tensor]]
+
+    def blocks(self) -> Iterator[RowBlock]:
+        """See `Rows`; blocks of one size, the last one padded."""
+        for client, (inputs, targets) in enumerate(self.batches):
+            size = self.learner.size_of_blocks(inputs, targets)
+            for start in range(0, len(inputs), size):
+                x, y = inputs[start : start + size], targets[start : start + size]
+                count = len(x)
+                if count < size:
+                    x, y = (torch.cat([t, t[:1].expand(size - count, *t.shape[1:])]) for t in (x, y))
+                rows = self.learner.block_rows(x, y)
+                yield RowBlock(clients=torch.tensor([client], device=rows.device), rows=rows[None], count=count)
+
+    def zeros(self) -> Tensor:
+        """See `Rows`."""
+        device = self.learner.parameters[0].device
+        return torch.zeros(len(self.batches), self.learner.size, dtype=torch.float64, device=device)
