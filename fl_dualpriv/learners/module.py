@@ -5,6 +5,7 @@ that vector. Clip, sum, noise and account are `private_step`, as for every other
 for rows.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ class ModuleLearner:
         that shape, as `row_check` does, and where their bits move, or no record can be made up, records run one by one.
 
     Args:
-        module: The module. Parameters that need no gradient stay as they are. Its first dimension is the record.
+        module: The module. Parameters that need no gradient do not move. Its first dimension is the record.
         loss: Loss of each record.
         block: Most records that run together. It must be public. The last block is padded with copies of a record,
             whose rows are not added.
@@ -122,7 +123,7 @@ class ModuleLearner:
         return all(torch.equal(rows(kept), whole[kept]) for kept in subsets)
 
     def block_rows(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Compute the rows of one block, (record, size), with the module as it is."""
+        """Compute the rows of one block, (record, size), at the present parameters."""
         for parameter in self.parameters:
             parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
         with torch.enable_grad():
@@ -132,7 +133,9 @@ class ModuleLearner:
                     f"the loss has shape {tuple(losses.shape)} for {len(inputs)} records; it must return one number a "
                     'record, (record,): set reduction="none"'
                 )
-            losses.sum().backward()
+            with warnings.catch_warnings():  # inputs need no gradient, and PyTorch warns about hooks that see that
+                warnings.filterwarnings("ignore", "Full backward hook is firing")
+                losses.sum().backward()
         parts = [
             torch.zeros(len(inputs), parameter.numel(), device=losses.device)
             if parameter.grad_sample is None  # type: ignore[attr-defined]

@@ -39,7 +39,7 @@ class Released:
 
     Attributes:
         direction: Direction of P = p_G + p_L after update pruning and optimizer, (client, n_ctx, ctx_dim).
-        of_global: The same for p_G alone; other numbers only if the loss has a term of p_G, or reads two prompts.
+        of_global: The same for p_G; other numbers only if the loss has a term of p_G, or reads two prompts.
         closed: True for entries that must not move in this step, or None.
         moves_global: False if a trusted server moves p_G itself.
     """

@@ -34,8 +34,8 @@ class Clip:
 
     Attributes:
         norm: C, in the units of a row, 1e-30 to 1e30.
-        rule: ``flat``: min(1, C/N), rows up to C stay as they are. ``normalised``: C/(N + γ), so that nearly all rows
-            get a norm just below C, small ones too.
+        rule: ``flat``: min(1, C/N), which leaves rows up to C unchanged. ``normalised``: C/(N + γ), so that nearly all
+            rows get a norm just below C, small ones too.
 
     Raises:
         ValueError: If ``norm`` is out of range.

@@ -259,6 +259,17 @@ class LedgerContent:
 class Ledger:
     """A JSON-lines file of `LedgerEvent`s, each on one line with the time of writing.
 
+    Example:
+        >>> import tempfile
+        >>> ledger = Ledger(Path(tempfile.mkdtemp()) / "ledger.jsonl")
+        >>> event = LedgerEvent(
+        ...     run="mine", unit="record", server_round=1, releases=10, sampling_rate=0.1, noise_multiplier=1.0
+        ... )
+        >>> with ledger.exclusive():
+        ...     ledger.record(event)
+        >>> ledger.read().releases(), round(ledger.read().epsilon(1e-5), 1)
+        (10, 2.9)
+
     Args:
         path: The file; the first event creates its folder.
     """

@@ -138,6 +138,10 @@ def poisson_sample(source: RandomSource, population: int, rate: float) -> np.nda
 
     Raises:
         ValueError: If ``rate`` is outside [0, 1].
+
+    Example:
+        >>> poisson_sample(KeyedRandom(StreamKey(seed=0, purpose="batch")), 10, 1.0)
+        array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"sampling rate = {rate}; it must be in [0, 1]")

@@ -209,6 +209,12 @@ class Payment:
 
     Raises:
         PrivacyError: If the event covers less than the plan's releases cost.
+
+    Example:
+        >>> from fl_dualpriv.privacy.plan import plan_for
+        >>> plan = plan_for(epsilon=2.0, delta=1e-5, sampling_rate=0.1, releases=100, clip_norm=1.0)
+        >>> Payment(plan, plan.event("mine", 1, 100)).left
+        100
     """
 
     def __init__(self, plan: RecordLevelPlan, event: LedgerEvent) -> None:
@@ -279,6 +285,14 @@ def private_step(
 
     Raises:
         PrivacyError: If a payment is used up.
+
+    Example:
+        >>> from fl_dualpriv import ModuleLearner, OsRandom, plan_for
+        >>> plan = plan_for(epsilon=2.0, delta=1e-5, sampling_rate=0.5, releases=3, clip_norm=1.0)
+        >>> payment, learner = Payment(plan, plan.event("mine", 1, 3)), ModuleLearner(torch.nn.Linear(2, 3))
+        >>> rows = learner.rows(torch.ones(4, 2), torch.tensor([0, 1, 2, 0]))
+        >>> private_step(plan, [payment], rows, [OsRandom()]).noised.shape, payment.left
+        (torch.Size([1, 9]), 2)
     """
     for payment in payments:
         payment.take()
