@@ -142,7 +142,7 @@ def check_learner(
 ) -> None:
     """Search for a record of a module's batch that another record's row depends on.
 
-    * A record that is removed, or exchanged for another one, leaves the rows of the others as they are, bit by bit.
+    * A record that is removed, or exchanged for another one, does not change the rows of the others, bit by bit.
     * A record of NaN spoils its own row only, and adds nothing to a clipped sum.
     * Rows do not depend on what the module saw before: no buffer, running statistic or random draw.
     * No row changes the module.

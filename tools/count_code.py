@@ -14,12 +14,12 @@ _NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, to
 
 
 def code_lines(source: str) -> int:
-    """Count the lines of a module that hold code.
+    r"""Count the lines of a module that hold code.
 
     A string that is a statement by itself is a docstring, also below an attribute.
 
     Example:
-        >>> code_lines("x = (1,\\n     2)  # two lines\\n\\ndef f():\\n    'Doc.'\\n    return x\\n")
+        >>> code_lines("x = (1,\n     2)  # two lines\n\ndef f():\n    'Doc.'\n    return x\n")
         4
     """
     documented: set[int] = set()

@@ -196,7 +196,7 @@ def clipped_sums(
 
 
 class Payment:
-    """The releases that one ledger event stands for, counted down as they are made.
+    """The releases that one ledger event stands for, counted down one by one.
 
     Guarantee:
         `private_step` makes a release only if a payment is left for it. So a round, or a loop, makes no more releases
