@@ -1,13 +1,10 @@
 """The seeded runs whose prompts and ledgers must not change when code is moved or renamed."""
 
 from dataclasses import dataclass
-from typing import get_args
 
-from fl_dualpriv.config.methods import Method
+from fl_dualpriv.config.methods import METHODS
 
-METHODS = get_args(Method)
-
-TWO_ROUNDS = ("rounds=2", "evaluation.every=2")
+TWO_ROUNDS = ("rounds=2", "evaluation.every=2", "train.class-prior=none")
 OF_QUESTIONS = ("dp-lora", "ffa-lora")
 OWN_CONFIG = ("linear-probe", "prototypes", "fedpgp", "dp-lora", "ffa-lora", "fedotp")
 
@@ -58,7 +55,7 @@ CASES = (
     Case(
         name="client level, correlated noise",
         config="simulations/configs/dp-ftrl.toml",
-        values=("privacy.randomness=seeded", "rounds=4", "evaluation.every=4"),
+        values=("privacy.randomness=seeded", "rounds=4", "evaluation.every=4", "train.class-prior=none"),
     ),
     Case(
         name="integer", config="simulations/configs/by-class.toml", values=("privacy.arithmetic=integer", *TWO_ROUNDS)
