@@ -13,7 +13,7 @@ from fl_dualpriv.cli.budget import budget
 from fl_dualpriv.cli.console import Output, spell_out_what_cannot_be_shown
 from fl_dualpriv.cli.export import export
 from fl_dualpriv.cli.job import fail
-from fl_dualpriv.cli.new_class import new_method, new_strategy
+from fl_dualpriv.cli.new_class import new_learner, new_method, new_strategy
 from fl_dualpriv.cli.predict import predict
 from fl_dualpriv.cli.run import run
 from fl_dualpriv.errors import ConfigError
@@ -37,6 +37,7 @@ app.command()(budget)
 app.command()(audit)
 app.command()(new_strategy)
 app.command()(new_method)
+app.command()(new_learner)
 app.command()(export)
 app.command()(predict)
 

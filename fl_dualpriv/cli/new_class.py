@@ -1,4 +1,4 @@
-"""``fl-dualpriv new-strategy`` and ``new-method``: write a working class and its test as a starting point."""
+"""``fl-dualpriv new-strategy``, ``new-method`` and ``new-learner``: write a working class and its test."""
 
 import keyword
 import re
@@ -105,6 +105,51 @@ def test_the_share_scales_the_step() -> None:
 '''
 
 
+_LEARNER = '''"""{title}: say in one line what it does, and where it is published."""
+
+from torch import Tensor, nn
+
+
+class {title}(nn.Module):
+    """Example learner: a linear map of the image features, which starts as the identity.
+
+    You owe that a record's output depends on that record only: no mean over the batch, no memory, no random draws.
+    """
+
+    def __init__(self, class_features: Tensor, scale: float = 100.0) -> None:
+        """Make the module from the class features (class, embed_dim); scale is set by --set plugin.{table}.scale=50."""
+        super().__init__()
+        self.map, self.scale = nn.Linear(class_features.shape[1], class_features.shape[1]), scale
+        nn.init.eye_(self.map.weight)
+        nn.init.zeros_(self.map.bias)
+        self.register_buffer("class_features", class_features)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits (record, class) from image features (record, embed_dim)."""
+        mapped = nn.functional.normalize(self.map(features), dim=-1)
+        return self.scale * mapped @ self.class_features.T
+'''
+
+_LEARNER_TEST = '''"""{title} keeps the contract of learners, and starts at the un-tuned model."""
+
+import torch
+
+from fl_dualpriv.testing import check_learner
+from {module} import {title}
+
+CLASSES = torch.eye(3, 5)
+FEATURES = torch.nn.functional.normalize(torch.linspace(-1, 1, 40).reshape(8, 5).sin(), dim=1)
+
+
+def test_it_keeps_the_contract() -> None:
+    check_learner({title}(CLASSES, scale=5.0), FEATURES, torch.arange(8) % 3)
+
+
+def test_it_starts_at_the_cosines() -> None:
+    torch.testing.assert_close({title}(CLASSES, scale=2.0)(FEATURES), 2.0 * FEATURES @ CLASSES.T)
+'''
+
+
 @dataclass(frozen=True)
 class _Kind:
     """What a command writes: texts of the class and of its test, their folder in a checkout, and the key of a run."""
@@ -117,6 +162,7 @@ class _Kind:
 
 _STRATEGIES = _Kind(_STRATEGY, _TEST, "strategies", "strategy.ref")
 _METHODS = _Kind(_METHOD, _METHOD_TEST, "clients", "method")
+_LEARNERS = _Kind(_LEARNER, _LEARNER_TEST, "clients", "prompt.learner")
 
 
 def new_strategy(
@@ -141,6 +187,16 @@ def new_method(
     No file is overwritten.
     """
     _write(name, _METHODS)
+
+
+def new_learner(
+    name: Annotated[str, typer.Argument(help="Name of the module in lower case, such as my_map; its class is MyMap.")],
+) -> None:
+    """Write NAME.py and test_NAME.py into the working directory; in a checkout, into clients/ and tests/clients/.
+
+    No file is overwritten.
+    """
+    _write(name, _LEARNERS)
 
 
 def _write(name: str, kind: _Kind) -> None:

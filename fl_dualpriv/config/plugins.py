@@ -74,7 +74,11 @@ def _import(what: str, module_name: str, folder: str, path_key: str) -> ModuleTy
     return module
 
 
-_SEAMS = (("strategy.ref", "strategy.path", "strategy.options"), ("method", "method-path", "method-options"))
+_SEAMS = (
+    ("strategy.ref", "strategy.path", "strategy.options"),
+    ("method", "method-path", "method-options"),
+    ("prompt.learner", "prompt.learner-path", "prompt.learner-options"),
+)
 """Keys of a class, of the folder of its module, and of its packed options."""
 
 

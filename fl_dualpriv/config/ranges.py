@@ -38,7 +38,15 @@ ConfigValue = bool | int | float | str
 
 _IGNORED_PREFIX = "plugin."
 _PATH_KEYS = (
-    *("strategy.path", "method-path", "data.path", "data.classes", "data.class-shares", CANDIDATES_KEY),
+    *(
+        "strategy.path",
+        "method-path",
+        "prompt.learner-path",
+        "data.path",
+        "data.classes",
+        "data.class-shares",
+        CANDIDATES_KEY,
+    ),
     *("output.dir", "resources.feature-cache"),
 )
 
@@ -107,6 +115,8 @@ _OPTIONS = Range(_is_options, 'a JSON object of "plugin.CLASS.FIELD" keys', "fl-
 # torch, numpy and Flower's messages carry signed 64-bit integers.
 _SEED = Range(lambda x: 0 <= x < 2**63, "a whole number from 0 to 2**63 - 1", "0 will do")
 
+_LEARNERS = ("context", "head", "lora")
+
 RENAMED = {("fedotp.patch-reading", "alone"): "isolated"}
 """New value by (key, old value). The check refuses an old value and names the new one."""
 
@@ -138,6 +148,11 @@ RANGES: dict[str, Range] = {
         "0 or a whole number from 2 to 1000000",
         "0 is exact; a single class has nothing to balance it",
     ),
+    "prompt.learner": Range(
+        lambda x: x in _LEARNERS or _is_class_ref(x), "context, head, lora or module:Class", 'for example "context"'
+    ),
+    "prompt.learner-path": _FOLDER,
+    "prompt.learner-options": _OPTIONS,
     "prompt.n-ctx": _whole(1, 1000, "4 is usual"),
     "prompt.rank": _whole(1, 1000, 'for no factorisation set method = "full"'),
     "prompt.personal-memory": _number(0, 1, "1 forgets nothing of a client's releases"),
@@ -235,6 +250,8 @@ def check(types: Mapping[str, Any], flat: Mapping[str, ConfigValue]) -> tuple[di
         else:
             problems.append(f"{key} = {_show(flat[key])}: {fault}")
     judged, of_method = _with_rules_method(values)
+    if ":" in str(judged.get("prompt.learner", "")):
+        judged["prompt.learner"] = "module"
     problems += of_method
     problems += [
         f"{rule.keys[0]} = {_show(values[rule.keys[0]])}: {rule.need}{_context(rule, values)}; {rule.advice}"
@@ -263,6 +280,8 @@ def _convert(key: str, value: object, hint: Any) -> tuple[Any, str | None]:
     """Return the value in its own type, and its fault or None."""
     if key == "method" and not (isinstance(value, str) and ":" in value):
         hint = Literal[tuple(METHODS)]  # a name that is nearly one of ours gets the usual advice
+    if key == "prompt.learner" and not (isinstance(value, str) and ":" in value):
+        hint = Literal[_LEARNERS]
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         if new := RENAMED.get((key, str(value))):

@@ -60,9 +60,17 @@ CROSS_RULES: tuple[CrossRule, ...] = (
     ),
     CrossRule(
         ("prompt.learner", "data.ref"),
-        lambda v: v["prompt.learner"] != "head" or v["data.ref"] not in _QUESTIONS,
-        'must not be "head" for questions: there are no class features',
+        lambda v: v["prompt.learner"] not in ("head", "module") or v["data.ref"] not in _QUESTIONS,
+        "must not learn class features for questions: there are none",
         'set it to "context" or "lora"',
+    ),
+    CrossRule(
+        ("prompt.learner", "privacy.record.noise-space", "train.top-m"),
+        lambda v: (
+            v["prompt.learner"] != "module" or (v["privacy.record.noise-space"] == "prompt" and v["train.top-m"] == 0)
+        ),
+        "is a module of your own, whose parameters get the noise and whose gradients are exact",
+        'set privacy.record.noise-space = "prompt" and train.top-m = 0, or learner = "context"',
     ),
     CrossRule(
         ("prompt.words", "data.ref"),

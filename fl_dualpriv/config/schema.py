@@ -69,7 +69,9 @@ class PromptConfig:
     chooses one of them, see ``privacy/selection.py``.
     """
 
-    learner: Literal["context", "head", "lora"]
+    learner: str
+    learner_path: str
+    learner_options: str
     n_ctx: int
     rank: int
     init: Literal["template", "mean", "select", "random", "zeros"]
@@ -78,6 +80,11 @@ class PromptConfig:
     words: str
     personalisation: Literal["published", "scalar", "singular", "collective"]
     personal_memory: float
+
+    @property
+    def learns_a_module(self) -> bool:
+        """True if a user's module learns in place of a prompt."""
+        return ":" in self.learner
 
     @property
     def has_candidates(self) -> bool:

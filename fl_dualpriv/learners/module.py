@@ -5,16 +5,19 @@ that vector. Clip, sum, noise and account are `private_step`, as for every other
 for rows.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from opacus.grad_sample import GradSampleModule
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.learners.base import ClientData, Picked
 from fl_dualpriv.privacy.step import RowBlock
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -86,9 +89,17 @@ class ModuleLearner:
     @torch.no_grad()
     def move(self, step: Tensor) -> None:
         """Add a vector (size,) to the trainable parameters, for example −rate × a released mean gradient."""
-        parts = step.to(self.parameters[0]).split([parameter.numel() for parameter in self.parameters])
-        for parameter, part in zip(self.parameters, parts, strict=True):
+        for parameter, part in zip(self.parameters, self._split(step), strict=True):
             parameter.add_(part.view_as(parameter))
+
+    def _split(self, vector: Tensor) -> Sequence[Tensor]:
+        return vector.to(self.parameters[0]).split([parameter.numel() for parameter in self.parameters])
+
+    @torch.no_grad()
+    def place(self, vector: Tensor) -> None:
+        """Set the trainable parameters to a vector, (size,)."""
+        for parameter, part in zip(self.parameters, self._split(vector), strict=True):
+            parameter.copy_(part.view_as(parameter))
 
     def rows(self, inputs: Tensor, targets: Tensor) -> "ModuleRows":
         """Return the rows of one client's batch, inputs (record, …) and targets (record, …); both may be empty."""
@@ -122,12 +133,12 @@ class ModuleLearner:
         subsets = [[i for i in range(count) if i != gone] for gone in (0, count // 2)] + [[count - 1]]
         return all(torch.equal(rows(kept), whole[kept]) for kept in subsets)
 
-    def block_rows(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def block_rows(self, inputs: Tensor, targets: Tensor, loss: Loss | None = None) -> Tensor:
         """Compute the rows of one block, (record, size), at the present parameters."""
         for parameter in self.parameters:
             parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
         with torch.enable_grad():
-            losses = self.loss(self._sampled(inputs), targets)
+            losses = (loss or self.loss)(self._sampled(inputs), targets)
             if losses.shape != (len(inputs),):
                 raise ConfigError(
                     f"the loss has shape {tuple(losses.shape)} for {len(inputs)} records; it must return one number a "
@@ -170,3 +181,96 @@ class ModuleRows:
         """See `Rows`."""
         device = self.learner.parameters[0].device
         return torch.zeros(len(self.batches), self.learner.size, dtype=torch.float64, device=device)
+
+
+class ModuleObjective:
+    """`Objective` of a classifier of image features that is a module: (record, embed_dim) → logits (record, class).
+
+    The prompt of a client is the vector of its module's trainable parameters, (1, size). A public class prior is added
+    to the logits of the loss, as for every learner of classes.
+
+    Args:
+        module: The module, on the device of the features.
+        block: Number of records that run together, padded.
+    """
+
+    def __init__(self, module: nn.Module, block: int = _BLOCK) -> None:
+        self.learner, self._block = ModuleLearner(module, block=block), block
+
+    @property
+    def bytes_per_prompt(self) -> int:
+        """Approximate memory of one more client: its vector, sum and a working copy."""
+        return 4 * 8 * self.learner.size
+
+    def apart(self) -> "ModuleObjective":
+        """Return the same objective with one record in each block; see `Objective`."""
+        again = copy.copy(self)
+        again._block = 1
+        return again
+
+    def bind(self, data: Sequence[ClientData]) -> "PooledModule":
+        """See `Objective`."""
+        return PooledModule(self, data)
+
+    def blocks(self, vector: Tensor, data: ClientData, picked: np.ndarray) -> Iterator[tuple[Tensor, int]]:
+        """Yield the rows of some records at a vector, (record, size), and how many of them are not padding."""
+        self.learner.place(vector)
+
+        def loss(logits: Tensor, targets: Tensor) -> Tensor:
+            return cross_entropy(logits if data.log_prior is None else logits + data.log_prior, targets)
+
+        for start in range(0, len(picked), self._block):
+            here = picked[start : start + self._block]
+            padded = np.pad(here, (0, self._block - len(here)), mode="edge")
+            index = torch.from_numpy(padded).to(data.labels.device)
+            yield self.learner.block_rows(data.features[index], data.labels[index], loss), len(here)
+
+    @torch.no_grad()
+    def logits(self, prompts: Tensor, images: ClientData) -> Iterator[Tensor]:
+        """Yield the logits (image, class) of each of (prompt, 1, size) on all images."""
+        for prompt in prompts:
+            self.learner.place(prompt.flatten())
+            yield self.learner.module(images.features)
+
+
+class PooledModule:
+    """`PooledObjective` of a `ModuleObjective`."""
+
+    def __init__(self, objective: ModuleObjective, data: Sequence[ClientData]) -> None:
+        self._objective, self._data = objective, data
+
+    def gradients(self, prompts: Tensor, picked: Picked) -> "ModuleGradients":
+        """See `PooledObjective`."""
+        return ModuleGradients(self._objective, self._data, prompts.detach(), picked)
+
+
+class ModuleGradients:
+    """`StepGradients` of a `ModuleObjective`; clients take their turns in one module."""
+
+    def __init__(self, objective: ModuleObjective, data: Sequence[ClientData], prompts: Tensor, picked: Picked) -> None:
+        self._objective, self._data, self._prompts, self._picked = objective, data, prompts, picked
+
+    def blocks(self) -> Iterator[RowBlock]:
+        """See `Rows`; the guarantee is that of `ModuleLearner`."""
+        for client, (prompt, data, picked) in enumerate(zip(self._prompts, self._data, self._picked, strict=True)):
+            for rows, count in self._objective.blocks(prompt.flatten(), data, picked):
+                yield RowBlock(
+                    clients=torch.tensor([client], device=rows.device), rows=rows[None, :, None], count=count
+                )
+
+    def zeros(self) -> Tensor:
+        """See `Rows`."""
+        return torch.zeros_like(self._prompts, dtype=torch.float64)
+
+    def to_prompts(self, noised: Tensor) -> Tensor:
+        """Return the input, which is already a gradient of the vectors; see `StepGradients`."""
+        return noised
+
+    def sums(self) -> Tensor:
+        """See `StepGradients`; a record whose row is not finite is left out."""
+        totals = torch.zeros_like(self._prompts)
+        for block in self.blocks():
+            rows = block.rows[0, : block.count]
+            usable = torch.isfinite(rows).flatten(1).all(dim=1)[:, None, None]
+            totals[block.clients] += torch.where(usable, rows, 0.0).sum(dim=0)
+        return totals

@@ -433,7 +433,7 @@ def build_image_task(config: RunConfig, on_bad_image: Literal["keep", "raise"]) 
 
 def _check_prompt(config: RunConfig, task: ImageTask) -> None:
     prompt = config.prompt
-    if prompt.learner == "head" or config.local_method.learns in ("linear-probe", "prototypes"):
+    if prompt.learner != "context" or config.local_method.learns in ("linear-probe", "prototypes"):
         return  # there is no context: any rank is valid, and no sequence can be too long
     largest = min(prompt.n_ctx, task.backbone.ctx_dim)
     if prompt.rank > largest:

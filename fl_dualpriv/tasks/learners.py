@@ -1,12 +1,16 @@
 """Learners of image classification: a prompt, or the tensor that a method learns instead of one."""
 
+import inspect
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fl_dualpriv.config.plugins import load_class, read_table
 from fl_dualpriv.config.schema import RunConfig
+from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.learners.base import ClientData, Objective
 from fl_dualpriv.learners.classification import Classification
 from fl_dualpriv.learners.context import PromptedText
@@ -62,6 +66,8 @@ def image_learner(config: RunConfig, backbone: Backbone, text: PromptedText, hea
         return _factored(config, backbone, text, fixed=learns == "ffa-lora")
     if learns == "fedotp":
         return _transport(config, backbone, text)
+    if config.prompt.learns_a_module:
+        return _module(config, backbone, text)
     if head is not None:
         factors = head
         return ImageLearner(
@@ -172,3 +178,46 @@ def _class_features(config: RunConfig, text: PromptedText) -> Tensor:
     """Return the start of a linear probe or of prototypes: the zero-shot class features, or zero."""
     features = text.zero_shot_features()
     return features if config.prompt.init == "template" else torch.zeros_like(features)
+
+
+def _module(config: RunConfig, backbone: Backbone, text: PromptedText) -> ImageLearner:
+    """Return the learner of a user's module, which is made from the zero-shot class features.
+
+    Raises:
+        ConfigError: If the class cannot be imported, made or trained, or if an option does not fit.
+    """
+    from fl_dualpriv.learners.module import ModuleObjective  # late: Opacus takes seconds to load
+
+    prompt = config.prompt
+    module_class = load_class("prompt.learner", prompt.learner, torch.nn.Module, prompt.learner_path)
+    table = f"plugin.{module_class.__name__.lower()}."
+    _, *parameters = inspect.signature(module_class).parameters.values()
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    options = json.loads(prompt.learner_options or "{}")
+    values = read_table(table, module_class.__name__, defaults, options, none=inspect.Parameter.empty)
+    features = text.zero_shot_features()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)  # every process makes the same start
+            module = module_class(features, **values).to(backbone.device)
+        n_cls = len(features)
+        shape = tuple(module(features).shape)
+    except Exception as error:  # a user's class can raise any error
+        raise ConfigError(
+            f"prompt.learner = {prompt.learner!r}: {type(error).__name__} when it is made from class features of shape "
+            f"{tuple(features.shape)} and called with such features: {error}"
+        ) from error
+    if shape != (n_cls, n_cls):
+        raise ConfigError(
+            f"prompt.learner = {prompt.learner!r}: {n_cls} features give outputs of shape {shape}; they must be logits "
+            f"of {n_cls} classes, {(n_cls, n_cls)}"
+        )
+    objective = ModuleObjective(module)
+    start = objective.learner.vector()[None].cpu()
+    return ImageLearner(
+        shape=(1, objective.learner.size),
+        initial=lambda: start,
+        objective=objective,
+        logits=objective.logits,
+        logit_scale=1.0,
+    )

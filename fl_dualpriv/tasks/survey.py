@@ -293,7 +293,7 @@ def _class_problems(
 
 def _reads_template(config: RunConfig) -> bool:
     """True if the run has a context in front of the class names."""
-    return config.prompt.learner != "head" and config.local_method.learns not in ("linear-probe", "prototypes")
+    return config.prompt.learner == "context" and config.local_method.learns not in ("linear-probe", "prototypes")
 
 
 def _model(config: RunConfig) -> str:

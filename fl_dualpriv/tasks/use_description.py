@@ -25,6 +25,8 @@ def kind_of(config: RunConfig) -> Kind | None:
     learns, learner = config.local_method.learns, config.prompt.learner
     if config.data.asks_questions:
         return "lora" if learner == "lora" else "soft-prompt"
+    if config.prompt.learns_a_module:
+        return None  # a published file holds no code
     if learns == "prompt":
         return "head" if learner == "head" else "context"
     if learns in ("dp-lora", "ffa-lora"):

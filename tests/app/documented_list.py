@@ -183,6 +183,10 @@ COMMANDS: Mapping[str, Mapping[str, Run | Skip]] = {
             before="save_personal_momentum",
             says=("personal_momentum:PersonalMomentum", "this run"),
         ),
+        "fl-dualpriv run CHECKOUT/simulations/configs/by-class.toml --set rounds=2 --set method=promptfl "
+        "--set prompt.learner=adapter:Adapter --set plugin.adapter.width=4": Run(
+            put={"CHECKOUT": "."}, before="save_adapter", says=("promptfl", "this run")
+        ),
         "fl-dualpriv run CHECKOUT/simulations/configs/client-level.toml --set strategy.ref=momentum:Momentum "
         "--set plugin.momentum.momentum=0.5": Run(
             more=ONE_ROUND, put={"CHECKOUT": "."}, before="save_momentum", says=("100 clients", "this run")
@@ -213,6 +217,9 @@ PYTHON: Mapping[str, str] = {
     "from fl_dualpriv import load_prompt": "run after the commands of its document",
     '"""Heavy-ball momentum on the server."""': "saved as momentum.py for the command below it",
     '"""Heavy-ball momentum on the personal part only."""': "saved as personal_momentum.py for the command below it",
+    '"""CLIP-Adapter (Gao et al. 2021, arXiv:2110.04544): a residual bottleneck on image features."""': (
+        "saved as adapter.py for the command below it"
+    ),
     "from pathlib import Path": "run by fl_dualpriv/learners/test_module.py, and from an installed wheel",
     "    def combine(self, updates: Sequence[Update]) -> Tensor:": "part of a class: app/test_plugin_runs.py runs it",
 }

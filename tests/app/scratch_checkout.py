@@ -225,6 +225,11 @@ class ScratchCheckout:
         (text,) = [block.text for block in blocks_of("README.md") if "class PersonalMomentum" in block.text]
         (self.path / "personal_momentum.py").write_text(text)
 
+    def save_adapter(self) -> None:
+        """The learner of the README, as it stands there."""
+        (text,) = [block.text for block in blocks_of("README.md") if "class Adapter" in block.text]
+        (self.path / "adapter.py").write_text(text)
+
     def cut_off_the_demo(self) -> None:
         self._cut_off("runs/demo")
 

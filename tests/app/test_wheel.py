@@ -75,3 +75,18 @@ def test_the_library_imports_from_the_wheel_alone(wheel: zipfile.ZipFile, tmp_pa
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "fl_dualpriv" / "__init__.py")
+
+
+@pytest.mark.slow  # a process that imports torch and Opacus
+def test_the_readmes_plain_loop_runs_from_the_wheel(wheel: zipfile.ZipFile, tmp_path: Path):
+    """Without the checkout, and without Flower being imported."""
+    wheel.extractall(tmp_path / "site")
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Private steps without Flower")[1]
+    loop = section.split("```python\n")[1].split("```")[0]
+    (tmp_path / "work").mkdir()
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n{loop}\nassert 'flwr' not in sys.modules"
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path / "work", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ε = ")
+    assert (tmp_path / "work" / "ledger.jsonl").exists()

@@ -100,6 +100,25 @@ def test_a_method_that_is_written_passes_its_own_test_and_the_linter(tmp_path: P
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_a_learner_that_is_written_passes_its_own_test_and_the_linter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli.app, ["new-learner", "my_map"])
+    assert done.exit_code == 0, done.output
+    assert "prompt.learner=my_map:MyMap" in done.output
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        import test_my_map  # type: ignore[import-not-found]
+
+        test_my_map.test_it_keeps_the_contract()
+        test_my_map.test_it_starts_at_the_cosines()
+    finally:
+        for name in ("my_map", "test_my_map"):
+            sys.modules.pop(name, None)
+    ruff = [sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "pyproject.toml"), "--ignore", "D103,I001"]
+    done = subprocess.run([*ruff, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_in_a_checkout_a_method_goes_beside_the_client_app(tmp_path: Path):
     for file in ("simulations/server_app.py", "clients/__init__.py"):
         (tmp_path / file).parent.mkdir()
