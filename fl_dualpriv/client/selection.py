@@ -10,7 +10,7 @@ from fl_dualpriv import messages
 from fl_dualpriv.client.node import Failures, Node
 from fl_dualpriv.client.state import check_selection, fresh_state, is_same_selection
 from fl_dualpriv.errors import PrivacyError
-from fl_dualpriv.privacy.filters.pay import pay
+from fl_dualpriv.privacy.filters.pay import admit
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import RandomSource, StreamKey
 from fl_dualpriv.privacy.plan import RecordLevelPlan
@@ -111,7 +111,7 @@ class SelectionRound:
         if is_same_selection(made, state, event, reproducible=run_context.reproducible):
             return
         check_selection(made, state, event)
-        pay(ledger, plan, event, self._node.budget)
+        admit(ledger, plan, event, self._node.budget)
 
     def _release(self, partition: int, terms: SelectionTerms) -> Tensor:
         """Count the client's votes, draw, and save the result before it leaves. The event was written."""

@@ -28,6 +28,7 @@ _SHIPPED: tuple[type[Method], ...] = (
     *(DPFPL, PromptFL, LocalOnly, LowRank, Full, ZeroShot, DPFPLPaper),
     *(LinearProbe, Prototypes, FedPGP, DPLoRA, FFALoRA, FedOTP),
 )
+_FACTS = ("shared", "personal", "published_procedure", "contrast", "learns")
 METHODS: dict[str, Method] = {method.name: method() for method in _SHIPPED}
 """Each method of the library by its name in the configuration."""
 
@@ -55,6 +56,12 @@ def find_method(reference: str, folder: str = "", options: str = "") -> Method:
         raise ConfigError(
             f"method = {reference!r}: its name is {method_class.name!r}; do not set name, or set it to that of the "
             f"method whose rules of the configuration hold for it: {', '.join(METHODS)}"
+        )
+    of_name = type(METHODS[method_class.name])
+    if changed := [fact for fact in _FACTS if getattr(method_class, fact) != getattr(of_name, fact)]:
+        raise ConfigError(
+            f"method = {reference!r}: it changes {', '.join(changed)}, on which the rules of "
+            f"{method_class.name!r} rest; derive it from the method that has these facts, and keep its name"
         )
     flat = json.loads(options or "{}")
     return method_class(**plugin_options(method_class, Method, flat))

@@ -137,6 +137,7 @@ class ModuleLearner:
         """Compute the rows of one block, (record, size), at the present parameters."""
         for parameter in self.parameters:
             parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
+        before = [(id(buffer), buffer._version) for buffer in self.module.buffers()]
         with torch.enable_grad():
             losses = (loss or self.loss)(self._sampled(inputs), targets)
             if losses.shape != (len(inputs),):
@@ -147,6 +148,8 @@ class ModuleLearner:
             with warnings.catch_warnings():  # inputs need no gradient, and PyTorch warns about hooks that see that
                 warnings.filterwarnings("ignore", "Full backward hook is firing")
                 losses.sum().backward()
+        if before != [(id(buffer), buffer._version) for buffer in self.module.buffers()]:
+            raise ConfigError("the module changes a buffer in its forward pass: later rows would know earlier records")
         parts = [
             torch.zeros(len(inputs), parameter.numel(), device=losses.device)
             if parameter.grad_sample is None  # type: ignore[attr-defined]

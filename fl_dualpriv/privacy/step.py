@@ -284,7 +284,7 @@ def private_step(
         What leaves the private side.
 
     Raises:
-        PrivacyError: If a payment is used up.
+        PrivacyError: If a payment is used up, or there is not one for each client.
 
     Example:
         >>> from fl_dualpriv import ModuleLearner, OsRandom, plan_for
@@ -294,6 +294,8 @@ def private_step(
         >>> private_step(plan, [payment], rows, [OsRandom()]).noised.shape, payment.left
         (torch.Size([1, 9]), 2)
     """
+    if len(payments) != (clients := len(rows.zeros())):
+        raise PrivacyError(f"{len(payments)} payments for the rows of {clients} clients; each client needs its own")
     for payment in payments:
         payment.take()
     clean = clean_sums(rows, plan, masks)

@@ -129,6 +129,15 @@ def test_the_rules_of_its_parent_hold(folder: Path) -> None:
             RunConfig.from_run_config(config_of(folder, **collective) | method)
 
 
+@pytest.mark.parametrize("fact", ["published_procedure = True", "shared = False", 'learns = "fedotp"'])
+def test_a_class_keeps_the_facts_of_its_parent(folder: Path, fact: str) -> None:
+    """Its parent's rules of the configuration rest on them: the paper's procedure, for example, has no ε."""
+    source = SOURCE.replace("    momentum: float = 0.9", f"    {fact}\n    momentum: float = 0.9")
+    (folder / "personal_momentum.py").write_text(source)
+    with pytest.raises(ConfigError, match=f"it changes {fact.split()[0]}, on which the rules of 'dpfpl' rest"):
+        RunConfig.from_run_config(config_of(folder))
+
+
 # --- a contract that is broken ----------------------------------------------------------------------------------------
 
 

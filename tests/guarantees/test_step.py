@@ -134,6 +134,14 @@ def test_a_payment_is_used_up() -> None:
         private_step(PLAN, [payment], made("rows"), [source(2)])
 
 
+def test_each_client_needs_a_payment() -> None:
+    payment = Payment(PLAN, PLAN.event("run", 1, 2))
+    for payments in ([], [payment, payment]):
+        with pytest.raises(PrivacyError, match="payments for the rows of 1 clients"):
+            private_step(PLAN, payments, made("rows"), [source(0)])
+    assert payment.left == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -9,9 +9,10 @@ from fl_dualpriv.privacy.filters.budget import Budget
 from fl_dualpriv.privacy.filters.choose import spend_budget
 from fl_dualpriv.privacy.ledger import Ledger, LedgerContent, LedgerEvent
 from fl_dualpriv.privacy.plan import RecordLevelPlan
+from fl_dualpriv.privacy.step import Payment
 
 
-def pay(ledger: Ledger, plan: RecordLevelPlan, event: LedgerEvent, budget: Budget | None = None) -> None:
+def pay(ledger: Ledger, plan: RecordLevelPlan, event: LedgerEvent, budget: Budget | None = None) -> Payment:
     """Write an event of a plan to the ledger of one unit's data, if it may be spent.
 
     Guarantee:
@@ -25,6 +26,10 @@ def pay(ledger: Ledger, plan: RecordLevelPlan, event: LedgerEvent, budget: Budge
         event: Releases that follow, see `RecordLevelPlan.event`.
         budget: Owner's budget over all runs, or None for a single run.
 
+    Returns:
+        The payment for the event's releases. Keep to one payment for each event: two would let through releases that no
+        event stands for.
+
     Raises:
         PrivacyError: If the event may not be spent.
         OSError: If the ledger cannot be written.
@@ -35,10 +40,17 @@ def pay(ledger: Ledger, plan: RecordLevelPlan, event: LedgerEvent, budget: Budge
         >>> plan = plan_for(epsilon=2.0, delta=1e-5, sampling_rate=0.1, releases=100, clip_norm=1.0)
         >>> ledger = Ledger(pathlib.Path(tempfile.mkdtemp()) / "ledger.jsonl")
         >>> with ledger.exclusive():
-        ...     pay(ledger, plan, plan.event("mine", 1, 100))
-        >>> ledger.read().steps("mine")
-        100
+        ...     payment = pay(ledger, plan, plan.event("mine", 1, 100))
+        >>> ledger.read().steps("mine"), payment.left
+        (100, 100)
     """
+    payment = Payment(plan, event)
+    admit(ledger, plan, event, budget)
+    return payment
+
+
+def admit(ledger: Ledger, plan: RecordLevelPlan, event: LedgerEvent, budget: Budget | None = None) -> None:
+    """Write an event of a plan, which may be its selection of a start; guarantee, arguments and errors as in `pay`."""
     if budget is None:
         check_single_run(plan, ledger.read(), event)
         ledger.record(event)

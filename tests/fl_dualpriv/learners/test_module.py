@@ -130,7 +130,6 @@ class Noisy(nn.Module):
     ("module", "message"),
     [
         (Centred, "the rows of other records change a record"),
-        (Remembers, "something draws or remembers"),
         (Noisy, "something draws or remembers"),
     ],
 )
@@ -149,6 +148,11 @@ def test_a_forward_that_mixes_is_caught(module: type[nn.Module], message: str) -
 def test_layers_that_mix_are_refused(layer: nn.Module, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ModuleLearner(nn.Sequential(nn.Linear(6, 5), layer, nn.Linear(5, 3)))
+
+
+def test_a_module_that_remembers_is_refused_at_its_first_rows() -> None:
+    with pytest.raises(ConfigError, match="changes a buffer in its forward pass"):
+        list(ModuleLearner(Remembers()).rows(X, Y).blocks())
 
 
 def test_a_frozen_module_and_a_mean_loss_are_refused() -> None:

@@ -294,8 +294,10 @@ def test_facts_survive_their_json_whatever_is_none():
 
 def test_the_package_stays_light():
     heavy = "[m for m in ('torch', 'numpy', 'typer') if m in sys.modules]"
-    code = f"import sys, fl_dualpriv; print(fl_dualpriv.__all__, {heavy})"
+    code = f"import sys, fl_dualpriv; print(len(fl_dualpriv.__all__), {heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "['__version__', 'load_prompt'] []\n"
+    assert done.stdout == f"{len(fl_dualpriv.__all__)} []\n"
+    assert set(fl_dualpriv.__all__) == {"__version__", *fl_dualpriv._HOMES}
+    assert all(getattr(fl_dualpriv, name) is not None for name in fl_dualpriv.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         fl_dualpriv.nothing  # noqa: B018
