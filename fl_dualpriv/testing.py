@@ -101,7 +101,8 @@ def check_method(cls: type[Method], **options: object) -> None:
     * Equal inputs give equal bits, and no input changes in place.
     * Clients do not mix: with other numbers of the other clients, a client's result keeps its bits.
     * Prompts and memory keep their shapes and types and stay finite, step after step.
-    * p_G moves only if the method shares it, and not if a trusted server moves it.
+    * p_G moves only if the method shares it, and not if a trusted server moves it. p_L does not if it comes from
+      elsewhere.
 
     Args:
         cls: Class of the method.
@@ -114,7 +115,7 @@ def check_method(cls: type[Method], **options: object) -> None:
     _require(method.name in METHODS, f"{name}.name is {method.name!r}, which no method of the library has")
     first, second = _method_state(method, 0), _method_state(method, 1)
     for step in range(3):
-        release = _made_release(method, step)
+        release = _made_release(step)
         before = _tensors(first, release)
         moved, again = method.move(first, release, rates), method.move(first, release, rates)
         _require(_equal(before, _tensors(first, release)), f"{name}.move changes its input")
@@ -122,11 +123,13 @@ def check_method(cls: type[Method], **options: object) -> None:
         for new, old in zip(_tensors(moved), _tensors(first), strict=True):
             _require(new.shape == old.shape and new.dtype == old.dtype, f"{name}.move changes a shape or a type")
             _require(bool(torch.isfinite(new).all()), f"{name}.move makes a number that is not finite")
-        mixed = method.move(_joined(first, second), _joined_release(release, _made_release(method, step + 9)), rates)
+        mixed = method.move(_joined(first, second), _joined_release(release, _made_release(step + 9)), rates)
         alone = all(torch.equal(new[0], old[0]) for new, old in zip(_tensors(mixed), _tensors(moved), strict=True))
         _require(alone, f"{name}.move lets the numbers of one client depend on another client")
         still = method.move(first, replace(release, moves_global=False), rates)
         _require(torch.equal(still.own_global, first.own_global), f"{name}.move moves p_G of a trusted server")
+        given = method.move(first, replace(release, moves_personal=False), rates)
+        _require(torch.equal(given.personal, first.personal), f"{name}.move moves p_L that comes from elsewhere")
         shares = not torch.equal(moved.own_global, first.own_global)
         _require(shares == method.shared, f"{name}.shared is {method.shared}, and p_G {'moves' if shares else 'stays'}")
         first = moved
@@ -208,7 +211,7 @@ def _method_state(method: Method, seed: int) -> PromptState:
     )
 
 
-def _made_release(method: Method, seed: int) -> Released:
+def _made_release(seed: int) -> Released:
     direction = torch.randn(3, *_SHAPE, generator=torch.Generator().manual_seed(100 + seed))
     return Released(direction=direction, of_global=direction.clone())
 

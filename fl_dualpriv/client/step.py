@@ -199,24 +199,17 @@ def cohort_update(
             of_global = direction + of_shared
         if method.pairs:
             of_global, direction = direction.chunk(2, dim=1)
-        moved = method.move(
-            prompts,
-            Released(
-                direction=direction,
-                of_global=of_global,
-                closed=update_rule.closed,
-                moves_global=not trusts_server,
-            ),
-            rates,
+        released = Released(
+            direction=direction,
+            of_global=of_global,
+            closed=update_rule.closed,
+            moves_global=not trusts_server,
+            moves_personal=deviations is None and not training.personal_is_given,
         )
+        prompts = method.move(prompts, released, rates)
         if deviations is not None:
             deviations.follow(mean)
-            prompts = replace(moved, personal=deviations.personal)
-        elif training.personal_is_given:
-            # p_L is post-processing of earlier uploads, and no step of this round moves it.
-            prompts = replace(moved, personal=prompts.personal, row_basis=prompts.row_basis)
-        else:
-            prompts = moved
+            prompts = replace(prompts, personal=deviations.personal)
     uploads = prompts.own_global - global_prompt if clean_upload is None else clean_upload
     release_memories = update_rule.release_memories()
     if kept_shapes:

@@ -95,12 +95,14 @@ class ClassificationGradients:
             As for `gradient_blocks` and `feature_blocks`.
         """
         objective, batches = self._objective, self._batches
-        clients = torch.arange(len(batches.counts)) if self._order is None else self._order.cpu()
+        count, device = len(batches.counts), self._features.values.device
+        clients = torch.arange(count, device=device) if self._order is None else self._order
         if objective.noise_space == "feature":
-            for place, (classes, indices) in enumerate(zip(self._features.values, batches.rows(), strict=True)):
+            passes = zip(clients.tolist(), self._features.values, batches.rows(), strict=True)
+            for place, (client, classes, indices) in enumerate(passes):
                 x, y = batches.features[indices], batches.labels[indices]
                 for left, right in feature_blocks(classes, x, y, objective.logit_scale, self._log_prior(place)):
-                    yield OuterBlock(client=int(clients[place]), left=left, right=right)
+                    yield OuterBlock(client=client, left=left, right=right)
             return
         for prompts, _, rows in gradient_blocks(
             self._features,
@@ -110,7 +112,7 @@ class ClassificationGradients:
             top_m=objective.top_m,
             apart=objective.rows_apart,
         ):
-            yield RowBlock(clients=clients[prompts].to(rows.device), rows=rows)
+            yield RowBlock(clients=clients[prompts], rows=rows)
 
     def zeros(self) -> Tensor:
         """See `Rows`."""

@@ -1,7 +1,7 @@
 """What a local method is: which prompts exist, and how a released gradient moves them.
 
-A method is a function of noised sums at the client, so it owes no proof: everything it does is post-processing. A
-method of your own is a subclass in a file of its own, named by ``method = "module:Class"``. Light on import: this file
+A method is a function of noised sums at the client, so it owes no proof: everything it does is post-processing. Your
+own method is a subclass in a separate file, named by ``method = "module:Class"``. Light on import: this file
 reads no torch, because the check of a run's data needs only the facts of a method.
 """
 
@@ -42,12 +42,14 @@ class Released:
         of_global: The same for p_G; other numbers only if the loss has a term of p_G, or reads two prompts.
         closed: True for entries that must not move in this step, or None.
         moves_global: False if a trusted server moves p_G itself.
+        moves_personal: False if p_L comes from elsewhere: from the server, or from what the client remembers.
     """
 
     direction: "Tensor"
     of_global: "Tensor"
     closed: "Tensor | None" = None
     moves_global: bool = True
+    moves_personal: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,7 @@ class Method:
         if self.shared and released.moves_global:
             moved = state.own_global.sub(released.of_global, alpha=rates.shared)
             state = replace(state, own_global=moved)
-        return self.move_personal(state, released, rates) if self.personal else state
+        return self.move_personal(state, released, rates) if self.personal and released.moves_personal else state
 
     def move_personal(self, state: PromptState, released: Released, rates: Rates) -> PromptState:
         """Move p_L: p_L ← p_L − η_L · direction."""

@@ -201,7 +201,7 @@ class Payment:
     Guarantee:
         `private_step` makes a release only if a payment is left for it. So a round, or a loop, makes no more releases
         than its event says, with no weaker noise and no larger batches. The event must have been written to the ledger
-        before: `Ledger.record` or `filters.choose.spend` does that.
+        before: `filters.pay.pay` does both.
 
     Args:
         plan: Plan of the releases.
@@ -232,14 +232,22 @@ class Payment:
         """Number of releases that may still be made."""
         return self._left
 
+    def check(self) -> None:
+        """Refuse a payment that is used up.
+
+        Raises:
+            PrivacyError: If no release is left.
+        """
+        if self._left == 0:
+            raise PrivacyError("all releases of the ledger's event were made; write another event before the next step")
+
     def take(self) -> None:
         """Count one release.
 
         Raises:
             PrivacyError: If none is left.
         """
-        if self._left == 0:
-            raise PrivacyError("all releases of the ledger's event were made; write another event before the next step")
+        self.check()
         self._left -= 1
 
 
@@ -294,11 +302,13 @@ def private_step(
         >>> private_step(plan, [payment], rows, [OsRandom()]).noised.shape, payment.left
         (torch.Size([1, 9]), 2)
     """
-    if len(payments) != (clients := len(rows.zeros())):
-        raise PrivacyError(f"{len(payments)} payments for the rows of {clients} clients; each client needs its own")
+    for payment in payments:
+        payment.check()
+    clean = clean_sums(rows, plan, masks)
+    if len(payments) != len(clean):
+        raise PrivacyError(f"{len(payments)} payments for the rows of {len(clean)} clients; each client needs its own")
     for payment in payments:
         payment.take()
-    clean = clean_sums(rows, plan, masks)
     for_server = torch.stack([c.value for c in clean]) if plan.trusts_server else None
     if plan.trusts_server and not plan.personal:
         return StepRelease(noised=None, for_server=for_server)
