@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.learners.base import Picked
+from fl_dualpriv.learners.base import InPromptSpace, Picked, Pooled
 from fl_dualpriv.models.answering import AnsweringModel
 from fl_dualpriv.privacy.step import RowBlock
 
@@ -175,9 +175,9 @@ class AnswerObjective(ABC):
     def apart(self) -> Self:
         """See `Objective`; each block holds one record."""
 
-    def bind(self, data: Sequence[AnswerRecords]) -> "PooledAnswers":
+    def bind(self, data: Sequence[AnswerRecords]) -> Pooled["AnswerGradients"]:
         """See `Objective`."""
-        return PooledAnswers(self, data)
+        return Pooled(functools.partial(AnswerGradients, self, data))
 
     @torch.no_grad()
     def correct(self, prompt: Tensor, records: AnswerRecords) -> Tensor:
@@ -227,18 +227,7 @@ class AnswerObjective(ABC):
             yield block, count
 
 
-class PooledAnswers:
-    """`PooledObjective` of the records of some clients."""
-
-    def __init__(self, objective: AnswerObjective, data: Sequence[AnswerRecords]) -> None:
-        self._objective, self._data = objective, data
-
-    def gradients(self, prompts: Tensor, picked: Picked) -> "AnswerGradients":
-        """See `PooledObjective`."""
-        return AnswerGradients(self._objective, self._data, prompts.detach(), picked)
-
-
-class AnswerGradients:
+class AnswerGradients(InPromptSpace):
     """`StepGradients` of answers; each call of a method runs the model again."""
 
     def __init__(
@@ -263,10 +252,6 @@ class AnswerGradients:
     def zeros(self) -> Tensor:
         """See `Rows`."""
         return torch.zeros_like(self._prompts, dtype=torch.float64)
-
-    def to_prompts(self, noised: Tensor) -> Tensor:
-        """Return the input: the noise is already on gradients of the prompts. See `StepGradients`."""
-        return noised
 
     def sums(self) -> Tensor:
         """See `StepGradients`; one backward pass covers all records of a block."""

@@ -1,8 +1,8 @@
 """Protocols of what a local method differentiates: the loss of each record under a prompt, as sums over records."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -80,6 +80,28 @@ class PooledObjective(Protocol):
     def gradients(self, prompts: Tensor, picked: Picked) -> StepGradients:
         """Differentiate one batch per client at one prompt per client, (client, rows, cols)."""
         ...
+
+
+Gradients = TypeVar("Gradients", bound=StepGradients, covariant=True)
+
+
+class Pooled(Generic[Gradients]):
+    """`PooledObjective` whose gradients need nothing but prompts and batches: (prompts, picked) → gradients."""
+
+    def __init__(self, make: Callable[[Tensor, Picked], Gradients]) -> None:
+        self._make = make
+
+    def gradients(self, prompts: Tensor, picked: Picked) -> Gradients:
+        """See `PooledObjective`."""
+        return self._make(prompts.detach(), picked)
+
+
+class InPromptSpace:
+    """The part of `StepGradients` whose rows are gradients of the learned tensor itself."""
+
+    def to_prompts(self, noised: Tensor) -> Tensor:
+        """Return the input, which needs no conversion; see `StepGradients`."""
+        return noised
 
 
 class Regulariser(Protocol):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_dualpriv.learners.base import ClientData, Picked
+from fl_dualpriv.learners.base import ClientData, InPromptSpace, Picked
 from fl_dualpriv.learners.rows import rows_at_once
 from fl_dualpriv.privacy.step import RowBlock
 from fl_dualpriv.towers.base import ClassFeatures, PromptTower
@@ -130,7 +130,7 @@ class PooledTransport:
         return TransportGradients(self._objective, self._data, picked, prompts)
 
 
-class TransportGradients:
+class TransportGradients(InPromptSpace):
     """`StepGradients` from one forward pass of both prompts of every client."""
 
     def __init__(
@@ -160,10 +160,6 @@ class TransportGradients:
     def zeros(self) -> Tensor:
         """See `Rows`."""
         return torch.zeros(len(self._data), *self._shape, dtype=torch.float64, device=self._classes.device)
-
-    def to_prompts(self, noised: Tensor) -> Tensor:
-        """Return the input, which is already a gradient of the prompts; see `StepGradients`."""
-        return noised
 
     @torch.no_grad()
     def sums(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rows of any ``torch.nn.Module``, by Opacus' `GradSampleModule`: adapters, heads, visual prompts of your own.
+"""Rows of any ``torch.nn.Module``, by Opacus' `GradSampleModule`: adapters, heads, visual prompts.
 
 The trainable parameters of the module are one vector. A record's row is the gradient of its own loss with respect to
 that vector. Clip, sum, noise and account are `private_step`, as for every other learner. Only this file imports Opacus
@@ -6,6 +6,7 @@ for rows.
 """
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.learners.base import ClientData, Picked
+from fl_dualpriv.learners.base import ClientData, InPromptSpace, Picked, Pooled
+from fl_dualpriv.learners.row_check import rows_hold
 from fl_dualpriv.privacy.step import RowBlock
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -121,17 +123,16 @@ class ModuleLearner:
         count, generator = self.block + self.block // 2, torch.Generator().manual_seed(0)
         x = torch.randn(count, *inputs.shape[1:], generator=generator, dtype=torch.float64).to(inputs)
         y = torch.zeros(count, *targets.shape[1:]).to(targets)
+        return rows_hold(lambda kept: torch.cat([r[:n] for r, n in self.blocks(x, y, kept, self.block)]), count)
 
-        def rows(kept: list[int]) -> Tensor:
-            blocks = [kept[start : start + self.block] for start in range(0, len(kept), self.block)]
-            padded = [block + block[:1] * (self.block - len(block)) for block in blocks]
-            return torch.cat([self.block_rows(x[block], y[block]) for block in padded])[: len(kept)]
-
-        whole = rows(list(range(count)))
-        if not bool(torch.isfinite(whole).all() and whole.any()):
-            return False
-        subsets = [[i for i in range(count) if i != gone] for gone in (0, count // 2)] + [[count - 1]]
-        return all(torch.equal(rows(kept), whole[kept]) for kept in subsets)
+    def blocks(
+        self, inputs: Tensor, targets: Tensor, picked: np.ndarray, size: int, loss: Loss | None = None
+    ) -> Iterator[tuple[Tensor, int]]:
+        """Yield the rows of the picked records in blocks of one size, and how many of each are not padding."""
+        for start in range(0, len(picked), size):
+            here = picked[start : start + size]
+            index = torch.from_numpy(np.pad(here, (0, size - len(here)), mode="edge")).to(inputs.device)
+            yield self.block_rows(inputs[index], targets[index], loss), len(here)
 
     def block_rows(self, inputs: Tensor, targets: Tensor, loss: Loss | None = None) -> Tensor:
         """Compute the rows of one block, (record, size), at the present parameters."""
@@ -172,12 +173,7 @@ class ModuleRows:
         """See `Rows`; blocks of one size, the last one padded."""
         for client, (inputs, targets) in enumerate(self.batches):
             size = self.learner.size_of_blocks(inputs, targets)
-            for start in range(0, len(inputs), size):
-                x, y = inputs[start : start + size], targets[start : start + size]
-                count = len(x)
-                if count < size:
-                    x, y = (torch.cat([t, t[:1].expand(size - count, *t.shape[1:])]) for t in (x, y))
-                rows = self.learner.block_rows(x, y)
+            for rows, count in self.learner.blocks(inputs, targets, np.arange(len(inputs)), size):
                 yield RowBlock(clients=torch.tensor([client], device=rows.device), rows=rows[None], count=count)
 
     def zeros(self) -> Tensor:
@@ -211,9 +207,9 @@ class ModuleObjective:
         again._block = 1
         return again
 
-    def bind(self, data: Sequence[ClientData]) -> "PooledModule":
+    def bind(self, data: Sequence[ClientData]) -> Pooled["ModuleGradients"]:
         """See `Objective`."""
-        return PooledModule(self, data)
+        return Pooled(functools.partial(ModuleGradients, self, data))
 
     def blocks(self, vector: Tensor, data: ClientData, picked: np.ndarray) -> Iterator[tuple[Tensor, int]]:
         """Yield the rows of some records at a vector, (record, size), and how many of them are not padding."""
@@ -222,11 +218,7 @@ class ModuleObjective:
         def loss(logits: Tensor, targets: Tensor) -> Tensor:
             return cross_entropy(logits if data.log_prior is None else logits + data.log_prior, targets)
 
-        for start in range(0, len(picked), self._block):
-            here = picked[start : start + self._block]
-            padded = np.pad(here, (0, self._block - len(here)), mode="edge")
-            index = torch.from_numpy(padded).to(data.labels.device)
-            yield self.learner.block_rows(data.features[index], data.labels[index], loss), len(here)
+        yield from self.learner.blocks(data.features, data.labels, picked, self._block, loss)
 
     @torch.no_grad()
     def logits(self, prompts: Tensor, images: ClientData) -> Iterator[Tensor]:
@@ -236,18 +228,7 @@ class ModuleObjective:
             yield self.learner.module(images.features)
 
 
-class PooledModule:
-    """`PooledObjective` of a `ModuleObjective`."""
-
-    def __init__(self, objective: ModuleObjective, data: Sequence[ClientData]) -> None:
-        self._objective, self._data = objective, data
-
-    def gradients(self, prompts: Tensor, picked: Picked) -> "ModuleGradients":
-        """See `PooledObjective`."""
-        return ModuleGradients(self._objective, self._data, prompts.detach(), picked)
-
-
-class ModuleGradients:
+class ModuleGradients(InPromptSpace):
     """`StepGradients` of a `ModuleObjective`; clients take their turns in one module."""
 
     def __init__(self, objective: ModuleObjective, data: Sequence[ClientData], prompts: Tensor, picked: Picked) -> None:
@@ -264,10 +245,6 @@ class ModuleGradients:
     def zeros(self) -> Tensor:
         """See `Rows`."""
         return torch.zeros_like(self._prompts, dtype=torch.float64)
-
-    def to_prompts(self, noised: Tensor) -> Tensor:
-        """Return the input, which is already a gradient of the vectors; see `StepGradients`."""
-        return noised
 
     def sums(self) -> Tensor:
         """See `StepGradients`; a record whose row is not finite is left out."""

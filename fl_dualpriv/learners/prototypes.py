@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fl_dualpriv.learners.base import ClientData, Picked
+from fl_dualpriv.learners.base import ClientData, InPromptSpace, Picked
 from fl_dualpriv.privacy.step import PlacedBlock
 
 _ROWS = 1024
@@ -56,7 +56,7 @@ class PooledPrototypes:
         return PrototypeGradients(self._data, picked, (prompts.shape[1], prompts.shape[2]))
 
 
-class PrototypeGradients:
+class PrototypeGradients(InPromptSpace):
     """`StepGradients`: minus the class sums."""
 
     def __init__(self, data: Sequence[ClientData], picked: Picked, shape: tuple[int, int]) -> None:
@@ -76,10 +76,6 @@ class PrototypeGradients:
     def zeros(self) -> Tensor:
         """See `Rows`."""
         return torch.stack([self._empty(client, torch.float64) for client in range(len(self._data))])
-
-    def to_prompts(self, noised: Tensor) -> Tensor:
-        """Return the input, which is already a gradient of the learned tensor; see `StepGradients`."""
-        return noised
 
     def sums(self) -> Tensor:
         """See `StepGradients`; a feature that is not finite is left out."""

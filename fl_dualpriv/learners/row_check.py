@@ -78,13 +78,23 @@ def checked_objective(
 
 def _rows_do_not_mix(objective: Objective[Any], made_up: Callable[[], Records], prompt: Tensor) -> bool:
     """Compare a client's rows with the rows without one of its records, and with the row of a single record."""
-    everything = np.arange(made_up().num_examples)
-    whole = _rows(objective, made_up, prompt, [everything])
+    return rows_hold(lambda picked: _rows(objective, made_up, prompt, [picked]), made_up().num_examples)
+
+
+def rows_hold(rows_of: Callable[[np.ndarray], Tensor], count: int) -> bool:
+    """Return True if rows keep their bits when records leave.
+
+    Args:
+        rows_of: Indices of made-up records, (record,) → their rows, (record, …).
+        count: Number of made-up records.
+    """
+    everything = np.arange(count)
+    whole = rows_of(everything)
     if not bool(torch.isfinite(whole).all() and whole.any()):
         return False  # NaN or all-zero rows prove nothing
     middle = len(everything) // 2
     subsets = [np.delete(everything, 0), np.delete(everything, middle), everything[-1:]]
-    return all(torch.equal(_rows(objective, made_up, prompt, [rows]), whole[rows]) for rows in subsets)
+    return all(torch.equal(rows_of(kept), whole[kept]) for kept in subsets)
 
 
 def _clients_do_not_mix(
