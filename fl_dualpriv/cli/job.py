@@ -161,14 +161,7 @@ def _table(file: Path) -> dict:
 def absolute_paths(flat: Mapping[str, ConfigValue], base: Path) -> dict[str, ConfigValue]:
     """Make file paths absolute, because the engines do not run in the user's working directory."""
     result = dict(flat)
-    for key in (
-        "strategy.path",
-        "method-path",
-        "prompt.learner-path",
-        "data.path",
-        "data.classes",
-        "data.class-shares",
-    ):
+    for key in (*plugins.CLASS_PATHS, "data.path", "data.classes", "data.class-shares"):
         value = result.get(key)
         if isinstance(value, str) and value.startswith(HUB):  # the hub's name, or a path
             result[key] = HUB + absolute_name(value.removeprefix(HUB), base)

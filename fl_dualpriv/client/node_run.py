@@ -10,9 +10,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fl_dualpriv import __version__
+from fl_dualpriv.config.methods import find_method
 from fl_dualpriv.config.plans import client_level_plan, record_level_plan
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.files import write_json, write_tensors
+from fl_dualpriv.methods.base import Method
 from fl_dualpriv.metrics import ScoreTable
 from fl_dualpriv.privacy.plan import record_level_releases
 from fl_dualpriv.tasks.base import Task
@@ -57,6 +59,11 @@ class NodeRun:
     pretrained: str
     method_path: str = ""
     method_options: str = ""
+
+    @property
+    def local_method(self) -> Method:
+        """The method of the run, one of ours or a user's."""
+        return find_method(self.method, self.method_path, self.method_options)
 
 
 def keep_node_run(folder: Path, config: RunConfig, task: Task, run_token: str, client: int, *, scored: bool) -> None:

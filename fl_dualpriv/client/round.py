@@ -30,7 +30,7 @@ from fl_dualpriv.methods.published import nominal_sigma
 from fl_dualpriv.privacy.filters.pay import pay
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey
-from fl_dualpriv.privacy.plan import check_terms
+from fl_dualpriv.privacy.plan import RecordLevelPlan, check_terms
 
 _MOST_LOCKS = 256  # a lock is an open file, and a process may have about a thousand
 
@@ -177,20 +177,17 @@ class TrainRound:
         state = self._state(partition)
         if (saved_upload := self._kept(partition, state)) is not None:
             return saved_upload
-        event = self._event()
-        assert event is not None
+        event = self._event(run_context.plan)
         made = ledger.read()
         if not is_same_release(made, state, event, reproducible=run_context.reproducible):
             check_round(run_context.plan, made, state, event)
             pay(ledger, run_context.plan, event, self._node.budget)
         return self._participant(partition, state)
 
-    def _event(self) -> LedgerEvent | None:
-        """Return a client's event of this round; None without a plan."""
-        plan, terms = self._run_context.plan, self._run_context.terms
-        if plan is None:
-            return None
-        return plan.event(self._request.run_token, self._request.server_round, terms.releases)
+    def _event(self, plan: RecordLevelPlan) -> LedgerEvent:
+        """Return a client's event of this round."""
+        request = self._request
+        return plan.event(request.run_token, request.server_round, self._run_context.terms.releases)
 
     def _participant(self, partition: int, state: PersonalState) -> Participant:
         """Load the data and make the participant, after the ledger event, because even reading data is paid for."""
@@ -198,8 +195,9 @@ class TrainRound:
         random = functools.partial(_stream, run_context.sources, run_context.config.seed, partition, server_round)
         if partition in self._parts:  # the client's personal prompt of this round is the one that the server made
             state = replace(state, personal=self._parts[partition].to(self._prompt.device))
-        data = run_context.task.client_data(partition, server_round)
-        return Participant(partition=partition, state=state, data=data, random=random, event=self._event())
+        data, plan = run_context.task.client_data(partition, server_round), run_context.plan
+        event = None if plan is None else self._event(plan)
+        return Participant(partition=partition, state=state, data=data, random=random, event=event)
 
     def _kept(self, partition: int, state: PersonalState) -> Tensor | None:
         """Return the upload that the client sent in this round if it already answered it, else None."""

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from fl_dualpriv.config.rules import CrossRule
+from fl_dualpriv.config.rules import QUESTIONS, CrossRule
 
 _PRIOR, _SHARES = "train.class-prior", "data.class-shares"
 _RECORD, _CLIENT = "privacy.record.mechanism", "privacy.client.mechanism"
@@ -20,14 +20,14 @@ def default_prior(method: str, data_ref: str, division: str) -> Literal["none", 
         >>> default_prior("dpfpl", "demo", "by-class"), default_prior("dpfpl", "demo", "dirichlet")
         ('list', 'none')
     """
-    lists_differ = division == "by-class" and data_ref not in ("demo-vqa", "questions")
+    lists_differ = division == "by-class" and data_ref not in QUESTIONS
     return "list" if lists_differ and method not in ("zero-shot", "dpfpl-paper", *_WITHOUT_SOFTMAX) else "none"
 
 
 CLASS_PRIOR_RULES: tuple[CrossRule, ...] = (
     CrossRule(
         (_PRIOR, "data.ref"),
-        lambda v: v[_PRIOR] in _WITHOUT_ASKING or v["data.ref"] not in ("demo-vqa", "questions"),
+        lambda v: v[_PRIOR] in _WITHOUT_ASKING or v["data.ref"] not in QUESTIONS,
         'must be "none" for questions: an answer is not one of a client\'s classes',
         'set it to "none"',
     ),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from fl_dualpriv.config.rules import CrossRule, Values
+from fl_dualpriv.config.rules import QUESTIONS, CrossRule, Values
 
 _HEADS = ("linear-probe", "prototypes")
 _SELECTING = ("dpfpl", "full", "local-only", "lowrank", "promptfl", "fedpgp", "zero-shot")
@@ -49,7 +49,7 @@ def _collective_needs(keys: tuple[str, ...], holds: Callable[[Values], bool], re
 METHOD_RULES: tuple[CrossRule, ...] = (
     CrossRule(
         ("method", "data.ref"),
-        lambda v: v["method"] not in _IMAGES_ALONE or v["data.ref"] not in ("demo-vqa", "questions"),
+        lambda v: v["method"] not in _IMAGES_ALONE or v["data.ref"] not in QUESTIONS,
         "classifies images by class features, and questions have none",
         'set method = "promptfl", or data.ref = "demo" or "folder"',
     ),
@@ -81,7 +81,7 @@ METHOD_RULES: tuple[CrossRule, ...] = (
     ),
     CrossRule(
         ("prompt.candidates", "data.ref"),
-        lambda v: v["prompt.candidates"].strip() == "" or v["data.ref"] not in ("demo-vqa", "questions"),
+        lambda v: v["prompt.candidates"].strip() == "" or v["data.ref"] not in QUESTIONS,
         "must be empty for questions, which have no class names",
         'set it to ""',
     ),

@@ -81,6 +81,9 @@ _SEAMS = (
 )
 """Keys of a class, of the folder of its module, and of its packed options."""
 
+CLASS_PATHS = tuple(path_key for _, path_key, _ in _SEAMS)
+"""Keys of the folders of modules."""
+
 
 def find_module(flat: Mapping[str, Value], app_dir: Path, folders: Iterable[Path]) -> dict[str, Value]:
     """Set the path key of each class whose module is a file in one of ``folders``, if the key is empty.
@@ -119,14 +122,25 @@ def _travels(file: Path, app_dir: Path) -> bool:
     """True if the app's bundle has the file, a path below the app's folder: an app without a list bundles all."""
     import pathspec  # late, so that the module stays light
 
-    project = tomllib.loads((app_dir / "pyproject.toml").read_text(encoding="utf-8"))
-    listed = project["tool"]["flwr"]["app"].get("fab-include")
+    listed = bundled_patterns(app_dir)
     # The patterns are those of .gitignore, as for Flower.
     return listed is None or pathspec.GitIgnoreSpec.from_lines(listed).match_file(file.as_posix())
 
 
+def bundled_patterns(app_dir: Path) -> list[str] | None:
+    """Return the patterns of what travels in the app's bundle, or None if the app does not list it.
+
+    Raises:
+        OSError: If the app's ``pyproject.toml`` cannot be read.
+        ValueError: If it is not TOML.
+        KeyError: If it is not that of a Flower app.
+    """
+    project = tomllib.loads((app_dir / "pyproject.toml").read_text(encoding="utf-8"))
+    return project["tool"]["flwr"]["app"].get("fab-include")
+
+
 def pack_options(flat: Mapping[str, Value], listed: Mapping[str, Value]) -> dict[str, Value]:
-    """Move ``plugin.`` keys that the app does not list into ``strategy.options`` and ``method-options``.
+    """Move ``plugin.`` keys that the app does not list into the key of packed options of their class.
 
     Flower refuses a run with keys that the app's ``pyproject.toml`` does not list, and it cannot list the options of a
     user's class.

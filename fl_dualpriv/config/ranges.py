@@ -19,6 +19,7 @@ from fl_dualpriv.config.class_prior_rules import CLASS_PRIOR_RULES
 from fl_dualpriv.config.client_level_rules import CLIENT_LEVEL_RULES
 from fl_dualpriv.config.method_rules import METHOD_RULES
 from fl_dualpriv.config.methods import METHODS, find_method
+from fl_dualpriv.config.plugins import CLASS_PATHS
 from fl_dualpriv.config.rules import CROSS_RULES, CrossRule, Values
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.privacy.limits import (
@@ -38,16 +39,8 @@ ConfigValue = bool | int | float | str
 
 _IGNORED_PREFIX = "plugin."
 _PATH_KEYS = (
-    *(
-        "strategy.path",
-        "method-path",
-        "prompt.learner-path",
-        "data.path",
-        "data.classes",
-        "data.class-shares",
-        CANDIDATES_KEY,
-    ),
-    *("output.dir", "resources.feature-cache"),
+    *CLASS_PATHS,
+    *("data.path", "data.classes", "data.class-shares", CANDIDATES_KEY, "output.dir", "resources.feature-cache"),
 )
 
 
@@ -115,7 +108,8 @@ _OPTIONS = Range(_is_options, 'a JSON object of "plugin.CLASS.FIELD" keys', "fl-
 # torch, numpy and Flower's messages carry signed 64-bit integers.
 _SEED = Range(lambda x: 0 <= x < 2**63, "a whole number from 0 to 2**63 - 1", "0 will do")
 
-_LEARNERS = ("context", "head", "lora")
+_NAMES = {"method": tuple(METHODS), "prompt.learner": ("context", "head", "lora")}
+"""Our names of keys that also take ``module:Class``."""
 
 RENAMED = {("fedotp.patch-reading", "alone"): "isolated"}
 """New value by (key, old value). The check refuses an old value and names the new one."""
@@ -128,7 +122,9 @@ RANGES: dict[str, Range] = {
     "join-timeout": _SECONDS,
     "reply-timeout": _SECONDS,
     "method": Range(
-        lambda x: x in METHODS or _is_class_ref(x), "the name of a method or module:Class", 'for example "dpfpl"'
+        lambda x: x in _NAMES["method"] or _is_class_ref(x),
+        "the name of a method or module:Class",
+        'for example "dpfpl"',
     ),
     "method-path": _FOLDER,
     "method-options": _OPTIONS,
@@ -149,7 +145,9 @@ RANGES: dict[str, Range] = {
         "0 is exact; a single class has nothing to balance it",
     ),
     "prompt.learner": Range(
-        lambda x: x in _LEARNERS or _is_class_ref(x), "context, head, lora or module:Class", 'for example "context"'
+        lambda x: x in _NAMES["prompt.learner"] or _is_class_ref(x),
+        "context, head, lora or module:Class",
+        'for example "context"',
     ),
     "prompt.learner-path": _FOLDER,
     "prompt.learner-options": _OPTIONS,
@@ -249,9 +247,7 @@ def check(types: Mapping[str, Any], flat: Mapping[str, ConfigValue]) -> tuple[di
             values[key] = value
         else:
             problems.append(f"{key} = {_show(flat[key])}: {fault}")
-    judged, of_method = _with_rules_method(values)
-    if ":" in str(judged.get("prompt.learner", "")):
-        judged["prompt.learner"] = "module"
+    judged, of_method = _as_judged(values)
     problems += of_method
     problems += [
         f"{rule.keys[0]} = {_show(values[rule.keys[0]])}: {rule.need}{_context(rule, values)}; {rule.advice}"
@@ -261,27 +257,29 @@ def check(types: Mapping[str, Any], flat: Mapping[str, ConfigValue]) -> tuple[di
     return values, problems
 
 
-def _with_rules_method(values: Mapping[str, ConfigValue]) -> tuple[dict[str, ConfigValue], list[str]]:
-    """Return the values with the shipped method whose rules hold for a user's method, and the problems of its class.
+def _as_judged(values: Mapping[str, ConfigValue]) -> tuple[dict[str, ConfigValue], list[str]]:
+    """Return the values as the rules read them, and the problems of a user's method.
 
-    Without a usable class the rules that read the method are not judged.
+    A user's method has the name of the shipped one whose rules hold for it, and a user's learner is a ``module``.
+    Without a usable method the rules that read it are not judged.
     """
-    reference = str(values.get("method", ""))
+    judged, reference = dict(values), str(values.get("method", ""))
+    if ":" in str(values.get("prompt.learner", "")):
+        judged["prompt.learner"] = "module"
     if ":" not in reference or not {"method-path", "method-options"} <= values.keys():
-        return dict(values), []
+        return judged, []
     try:
         method = find_method(reference, str(values["method-path"]), str(values["method-options"]))
     except ConfigError as error:
-        return {key: value for key, value in values.items() if key != "method"}, [str(error)]
-    return {**values, "method": method.name}, []
+        del judged["method"]
+        return judged, [str(error)]
+    return judged | {"method": method.name}, []
 
 
 def _convert(key: str, value: object, hint: Any) -> tuple[Any, str | None]:
     """Return the value in its own type, and its fault or None."""
-    if key == "method" and not (isinstance(value, str) and ":" in value):
-        hint = Literal[tuple(METHODS)]  # a name that is nearly one of ours gets the usual advice
-    if key == "prompt.learner" and not (isinstance(value, str) and ":" in value):
-        hint = Literal[_LEARNERS]
+    if key in _NAMES and not (isinstance(value, str) and ":" in value):
+        hint = Literal[_NAMES[key]]  # a name that is nearly one of ours gets the usual advice
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         if new := RENAMED.get((key, str(value))):

@@ -22,7 +22,7 @@ class CrossRule(NamedTuple):
     advice: str
 
 
-_QUESTIONS = ("demo-vqa", "questions")
+QUESTIONS = ("demo-vqa", "questions")
 _RECORD, _CLIENT, _TRUSTS = "privacy.record.mechanism", "privacy.client.mechanism", "privacy.record.trusts-server"
 _RULE, _BLOCK, _KEPT = "pruning.update-rule", "pruning.update-block", "pruning.update-keep-ratio"
 _PATH_NEEDED = 'must be the directory of the images when data.ref = "folder"'
@@ -54,13 +54,13 @@ CROSS_RULES: tuple[CrossRule, ...] = (
     ),
     CrossRule(
         ("prompt.learner", "data.ref"),
-        lambda v: v["prompt.learner"] != "lora" or v["data.ref"] in _QUESTIONS,
+        lambda v: v["prompt.learner"] != "lora" or v["data.ref"] in QUESTIONS,
         'must not be "lora" for image classification: it adapts a language model',
         'set it to "context" or "head", or data.ref = "questions"',
     ),
     CrossRule(
         ("prompt.learner", "data.ref"),
-        lambda v: v["prompt.learner"] not in ("head", "module") or v["data.ref"] not in _QUESTIONS,
+        lambda v: v["prompt.learner"] not in ("head", "module") or v["data.ref"] not in QUESTIONS,
         "must not learn class features for questions: there are none",
         'set it to "context" or "lora"',
     ),
@@ -74,37 +74,37 @@ CROSS_RULES: tuple[CrossRule, ...] = (
     ),
     CrossRule(
         ("prompt.words", "data.ref"),
-        lambda v: v["prompt.words"] == "" or v["data.ref"] in _QUESTIONS,
+        lambda v: v["prompt.words"] == "" or v["data.ref"] in QUESTIONS,
         "must be empty for image classification, whose template comes with the classes",
         "set data.classes",
     ),
     CrossRule(
         ("method", "data.ref"),
-        lambda v: v["method"] != "dpfpl-paper" or v["data.ref"] not in _QUESTIONS,
+        lambda v: v["method"] != "dpfpl-paper" or v["data.ref"] not in QUESTIONS,
         "has formulas for image classification only",
         'set method = "dpfpl"',
     ),
     CrossRule(
         ("train.top-m", "data.ref"),
-        lambda v: v["train.top-m"] == 0 or v["data.ref"] not in _QUESTIONS,
+        lambda v: v["train.top-m"] == 0 or v["data.ref"] not in QUESTIONS,
         "must be 0 for questions: there are no class features to choose from",
         "set it to 0",
     ),
     CrossRule(
         ("privacy.record.noise-space", "data.ref"),
-        lambda v: v["privacy.record.noise-space"] == "prompt" or v["data.ref"] not in _QUESTIONS,
+        lambda v: v["privacy.record.noise-space"] == "prompt" or v["data.ref"] not in QUESTIONS,
         'must be "prompt" for questions: there are no class features',
         'set it to "prompt"',
     ),
     CrossRule(
         ("data.augmentation", "data.ref"),
-        lambda v: v["data.augmentation"] == "none" or v["data.ref"] not in _QUESTIONS,
+        lambda v: v["data.augmentation"] == "none" or v["data.ref"] not in QUESTIONS,
         'must be "none" for questions: a mirrored image can have another answer',
         'set it to "none"',
     ),
     CrossRule(
         ("data.partition", "data.ref"),
-        lambda v: v["data.partition"] != "by-image" or v["data.ref"] in _QUESTIONS,
+        lambda v: v["data.partition"] != "by-image" or v["data.ref"] in QUESTIONS,
         'must be "iid", "by-class" or "dirichlet" for image classification',
         'set it to "iid": each image is one record',
     ),
@@ -130,7 +130,7 @@ CROSS_RULES: tuple[CrossRule, ...] = (
         ("backbone.name", "data.ref"),
         lambda v: (
             (v["backbone.name"] != "demo-vqa")
-            if v["data.ref"] not in _QUESTIONS
+            if v["data.ref"] not in QUESTIONS
             else v["backbone.name"] == "demo-vqa" or v["backbone.name"].startswith("hf:")
         ),
         "does not fit the data: questions need demo-vqa or hf:NAME of a LLaVA-type model, images a CLIP-type one",

@@ -14,6 +14,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from fl_dualpriv.config.plugins import bundled_patterns
 from fl_dualpriv.errors import ConfigError
 
 
@@ -73,16 +74,16 @@ def travelling_copy(app_dir: Path, folder: Path) -> Path:
         file name.
     """
     try:
-        project = tomllib.loads((app_dir / "pyproject.toml").read_text(encoding="utf-8"))
-        patterns = project["tool"]["flwr"]["app"]["fab-include"]
-        places = {_first_name(pattern) for pattern in patterns}
+        places = {_first_name(pattern) for pattern in bundled_patterns(app_dir) or [""]}
     except (OSError, AttributeError, KeyError, TypeError, ValueError):
         return app_dir
-    for name in sorted(places | {"pyproject.toml", ".gitignore"}):
-        place = app_dir / name
+    root = app_dir.resolve()
+    for place in (app_dir / name for name in sorted(places | {"pyproject.toml", ".gitignore"})):
+        if place.is_symlink():
+            continue  # Flower follows no link, to a folder or to a file
         below = [Path(parent, file) for parent, _, files in os.walk(place) for file in files]
         for file in [place] if place.is_file() else below:
-            if not file.is_symlink() and file.resolve().is_relative_to(app_dir.resolve()):  # as Flower does
+            if not file.is_symlink() and file.resolve().is_relative_to(root):
                 copy = folder / file.relative_to(app_dir)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)

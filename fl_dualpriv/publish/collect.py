@@ -298,8 +298,7 @@ def _of_node(folder: Path, client: int | None) -> Material:
         raise ConfigError(f"{folder} is a node's folder: the global prompt is exported from the server's results")
     if client != run.client:
         raise ConfigError(f"{folder}: this node was client {run.client} of its last run")
-    method = find_method(run.method, run.method_path, run.method_options)
-    _check_owner(run.method, method, client, run.population)
+    _check_owner(run.method, run.local_method, client, run.population)
     prompt, scores, note = _prompt_of_node(folder, run)
     return Material(
         prompt=prompt,
@@ -350,8 +349,4 @@ def _prompt_of_node(folder: Path, run: NodeRun) -> tuple[Tensor, ScoreFacts | No
     if (last := int(metadata["server-round"])) != run.rounds:
         raise ConfigError(f"{folder}: the run did not finish here, the last round was {last} of {run.rounds}")
     note = "with the global prompt that the last round sent: the node did not receive the final one"
-    return (
-        find_method(run.method, run.method_path, run.method_options).effective(tensors["global"], personal),
-        None,
-        (note,),
-    )
+    return run.local_method.effective(tensors["global"], personal), None, (note,)

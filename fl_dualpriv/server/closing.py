@@ -57,6 +57,6 @@ def closing_scores(
         final = None
     general = None
     if method.trains and method.shared:
-        # A round of a method without personal method has already scored the shared prompt, for all clients.
+        # A round of a method without personal parts has already scored the shared prompt, for all clients.
         general = final if strategy.prompt_kind == "global" else score("global", "the shared prompt")
     return ClosingScores(free=score("free", "the free rival"), final=final, general=general)

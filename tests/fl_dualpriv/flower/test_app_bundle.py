@@ -134,6 +134,16 @@ def test_a_copy_of_what_travels_gives_the_same_bundle(app: Path, tmp_path: Path)
     assert not {"other/two.py", "clients/link.py", "clients/loop/two.py"} & set(names)
 
 
+def test_a_linked_folder_does_not_travel(app: Path, tmp_path: Path):
+    listing(app, '["/some/**/*.py", "/linked/**/*.py"]')
+    (app / "linked").symlink_to(app / "some")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    assert travelling_copy(app, copy) == copy
+    assert (copy / "some").exists()
+    assert not (copy / "linked").exists()  # Flower enters no linked folder
+
+
 def test_our_own_bundle_is_built_from_a_copy_without_the_environment(tmp_path: Path):
     assert travelling_copy(ROOT, tmp_path) == tmp_path
     assert {path.name for path in tmp_path.iterdir()} <= {
