@@ -151,7 +151,7 @@ def test_it_starts_at_the_cosines() -> None:
 
 
 @dataclass(frozen=True)
-class _Kind:
+class Kind:
     """What a command writes: texts of the class and of its test, their folder in a checkout, and the key of a run."""
 
     text: str
@@ -160,9 +160,9 @@ class _Kind:
     key: str
 
 
-_STRATEGIES = _Kind(_STRATEGY, _TEST, "strategies", "strategy.ref")
-_METHODS = _Kind(_METHOD, _METHOD_TEST, "clients", "method")
-_LEARNERS = _Kind(_LEARNER, _LEARNER_TEST, "clients", "prompt.learner")
+STRATEGIES = Kind(_STRATEGY, _TEST, "strategies", "strategy.ref")
+METHODS = Kind(_METHOD, _METHOD_TEST, "clients", "method")
+LEARNERS = Kind(_LEARNER, _LEARNER_TEST, "clients", "prompt.learner")
 
 
 def new_strategy(
@@ -174,7 +174,7 @@ def new_strategy(
 
     No file is overwritten.
     """
-    _write(name, _STRATEGIES)
+    _write(name, STRATEGIES)
 
 
 def new_method(
@@ -186,7 +186,7 @@ def new_method(
 
     No file is overwritten.
     """
-    _write(name, _METHODS)
+    _write(name, METHODS)
 
 
 def new_learner(
@@ -196,10 +196,10 @@ def new_learner(
 
     No file is overwritten.
     """
-    _write(name, _LEARNERS)
+    _write(name, LEARNERS)
 
 
-def _write(name: str, kind: _Kind) -> None:
+def _write(name: str, kind: Kind) -> None:
     console, errors = Output(), Output(stderr=True)
     try:
         module, files = write_class(name, Path.cwd(), kind)
@@ -214,22 +214,12 @@ def _write(name: str, kind: _Kind) -> None:
     )
 
 
-def write_strategy(name: str, folder: Path) -> tuple[str, list[Path]]:
-    """Write a strategy and its test, see `write_class`."""
-    return write_class(name, folder, _STRATEGIES)
-
-
-def write_method(name: str, folder: Path) -> tuple[str, list[Path]]:
-    """Write a method and its test, see `write_class`."""
-    return write_class(name, folder, _METHODS)
-
-
 def title_of(name: str) -> str:
     """Return the class name for a module name: ``my_mean`` → ``MyMean``."""
     return "".join(part.capitalize() for part in name.split("_"))
 
 
-def write_class(name: str, folder: Path, kind: _Kind) -> tuple[str, list[Path]]:
+def write_class(name: str, folder: Path, kind: Kind) -> tuple[str, list[Path]]:
     """Write a class and its test.
 
     Args:

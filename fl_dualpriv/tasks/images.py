@@ -84,7 +84,16 @@ class ImageTask:
         return self.backbone.logit_scale
 
     def tower(self, prompt: PromptConfig) -> PromptTower:
-        """Return the tower that maps prompts to class features: the text tower, or a low-rank head."""
+        """Return the tower that maps prompts to class features: the text tower, or a low-rank head.
+
+        Raises:
+            ConfigError: If a user's module learns, which has no class features.
+        """
+        if prompt.learns_a_module:
+            raise ConfigError(
+                f"prompt.learner = {prompt.learner!r}: a module of your own has no class features, which attacks and "
+                'audits need; set it to "context" or "head"'
+            )
         return self.head if prompt.learner == "head" else self.text.tower
 
     @functools.cached_property

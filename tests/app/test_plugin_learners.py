@@ -142,6 +142,14 @@ def test_what_does_not_fit_is_refused(
     assert "Traceback" not in done.output
 
 
+def test_an_audit_of_it_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    config = str(ROOT / "simulations" / "configs" / "audit-record.toml")
+    done = CliRunner().invoke(cli.app, ["audit", config, "--set", "prompt.learner=adapter:Adapter"])
+    assert done.exit_code == 2
+    assert "has no class features, which attacks and audits need" in " ".join(done.output.split())
+
+
 def test_an_unknown_learner_is_refused_with_the_names() -> None:
     with pytest.raises(ConfigError, match="must be one of context, head, lora"):
         RunConfig.from_run_config(DEFAULTS | {"prompt.learner": "adaptor"})
