@@ -23,7 +23,9 @@ from fl_dualpriv.flower import env as flower_env
 from fl_dualpriv.flower import hook as flower_hook
 from fl_dualpriv.flower import programs, supervisor
 from fl_dualpriv.flower.app_bundle import travelling_copy
+from fl_dualpriv.privacy.limits import SHARED_CALIBRATIONS
 from fl_dualpriv.run.cpus import usable_cpus
+from fl_dualpriv.run.folder_lock import is_held
 
 RunConfigValues = Mapping[str, bool | int | float | str]
 
@@ -36,7 +38,8 @@ _STATUS_SECONDS = 60.0  # between status queries: a query costs a second of CPU,
 _ENDED_SECONDS = 2.0  # from the end of the log to the next status query
 _FINISH_SECONDS = 20.0  # a hung client keeps a simulation from ending after its results are written
 _SOCKET_SUFFIX = len("/fdp-12345678/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.lock")
-_LOG_SECONDS = 5.0  # Flower passes log lines on every few seconds
+_LOG_SECONDS = 5.0  # time for the last log lines
+_QUIET_SECONDS = 1.2  # a line takes Flower 0.7 s at most: 0.2 s to the SuperLink and 0.5 s from it
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _EXCEPTION = re.compile(r"^(?:\([^)]*\)\s*)?(?:\w+\.)*\w*(?:Error|Exception|Exit|Failed)(?::.*)?$")
 
@@ -77,7 +80,7 @@ def run_flower(
     work_dir.mkdir(parents=True, exist_ok=True)
     before = {name: _stamp(work_dir / name) for name in ("summary.json", "error.json")}
     deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
-    with _superlink(work_dir / "flower.log") as link:
+    with _calibrating(run_config) as shared, _superlink(work_dir / "flower.log", shared) as link:
         run_id = _submit(link, app_dir, run_config, federation)
         with _copied_log(link, run_id) as copying:
             _watch(link, run_id, work_dir, before, deadline, copying)
@@ -114,10 +117,45 @@ class _SuperLink:
 
 
 @contextlib.contextmanager
-def _superlink(log: Path) -> Iterator[_SuperLink]:
+def _calibrating(run_config: RunConfigValues) -> Iterator[Mapping[str, str]]:
+    """Calibrate the noise of the run in another process while Flower starts.
+
+    If that process fails, the processes of the run calibrate by themselves and show the reason.
+
+    Yields:
+        Variables for the processes of the run.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="fdp-calibrations-"))
+    file, variables = folder / "run-config.json", {SHARED_CALIBRATIONS: str(folder)}
+    process = None
+    try:
+        with contextlib.suppress(OSError):
+            file.write_text(json.dumps(dict(run_config)), encoding="utf-8")
+            process = subprocess.Popen(
+                [sys.executable, "-m", "fl_dualpriv.run.calibrate", str(file)],
+                env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        yield variables
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _superlink(log: Path, variables: Mapping[str, str]) -> Iterator[_SuperLink]:
     """Start a SuperLink on a free port, and end all its processes on exit.
 
     Another program may take the port before Flower uses it. Then the function tries another port.
+
+    Args:
+        log: File for the output of all processes.
+        variables: Environment variables for the processes of the run.
 
     Raises:
         RunFailed: If the SuperLink does not start.
@@ -126,7 +164,7 @@ def _superlink(log: Path) -> Iterator[_SuperLink]:
     for _ in range(_PORT_TRIES):
         port, control_port = flower_env.free_ports(2)
         logged = log.stat().st_size
-        with _superlink_on(log, port, control_port) as link:
+        with _superlink_on(log, port, control_port, variables) as link:
             if _comes_up(link, port, logged):
                 yield link
                 return
@@ -137,14 +175,14 @@ def _superlink(log: Path) -> Iterator[_SuperLink]:
 
 
 @contextlib.contextmanager
-def _superlink_on(log: Path, port: int, control_port: int) -> Iterator[_SuperLink]:
+def _superlink_on(log: Path, port: int, control_port: int, variables: Mapping[str, str]) -> Iterator[_SuperLink]:
     """Start a SuperLink under a supervisor, in a separate folder. The SuperLink may not answer yet."""
     root = tempfile.gettempdir()
     # The path of a Unix socket holds at most 107 characters (103 on macOS). Ray puts its sockets in this folder.
     home = Path(tempfile.mkdtemp(prefix="fdp-", dir=root if len(root) + _SOCKET_SUFFIX <= 103 else "/tmp"))
     try:
         flower_env.write_flower_config(home, f"127.0.0.1:{port}")
-        environ = _environment(home, port, control_port)
+        environ = {**_environment(home, port, control_port), **variables}
         process = _start(log, home, port, environ)
         try:
             yield _SuperLink(process=process, environ=environ, home=home, log=log)
@@ -209,18 +247,23 @@ def _copied_log(link: _SuperLink, run_id: str) -> Iterator[Callable[[], bool]]:
         )
     try:
         yield lambda: process.poll() is None
-        _finish(process)
+        _finish(process, link.log)
     except RunFailed:
-        _finish(process)  # the traceback may still have to be copied
+        _finish(process, link.log)  # the traceback may still have to be copied
         raise
     finally:
         process.kill()
         process.wait()
 
 
-def _finish(process: "subprocess.Popen[bytes]") -> None:
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=_LOG_SECONDS)
+def _finish(process: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Wait until the copy of the log has ended, or no line has come for a while."""
+    now = time.monotonic()
+    deadline, quiet, size = now + _LOG_SECONDS, now + _QUIET_SECONDS, log.stat().st_size
+    while process.poll() is None and time.monotonic() < min(deadline, quiet):
+        time.sleep(0.05)
+        if log.stat().st_size != size:
+            quiet, size = time.monotonic() + _QUIET_SECONDS, log.stat().st_size
 
 
 def _script(name: str) -> str:
@@ -327,13 +370,19 @@ def _watch(
 ) -> None:
     """Return when the run has completed or its results exist; raise RunFailed when it failed.
 
+    A server app that holds the lock of its folder has ended when its results exist and the lock is free. Flower and Ray
+    then need several seconds to end, which change nothing.
+
     A status query costs a second of CPU. The copy of the log ends with the run, so queries are rare until then.
     """
     look = time.monotonic() + _STATUS_SECONDS
     finish = None
     while True:
+        has_ended = finish is not None and is_held(work_dir) is False  # asked before the look for an error
         if _stamp(work_dir / "error.json") != before["error.json"]:
             raise RunFailed(_explain(_server_message(work_dir / "error.json", link.log), link.log, read_log=False))
+        if has_ended:
+            return
         if link.process.poll() is not None:
             raise RunFailed(_explain("Flower's SuperLink ended before the run did", link.log))
         now = time.monotonic()
@@ -341,7 +390,7 @@ def _watch(
             raise RunFailed(_explain("the run was given up: its time limit has passed", link.log))
         if finish is None and _stamp(work_dir / "summary.json") != before["summary.json"]:
             finish = now + _FINISH_SECONDS
-            look = now
+            look = now + _ENDED_SECONDS
         if finish is not None and now > finish:
             return
         if now >= look:

@@ -55,6 +55,9 @@ def environment(home: Path, http_port: int, control_port: int) -> dict[str, str]
         "RAY_ADDRESS": "local",  # never join a Ray cluster that happens to run on this machine
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_worker_niceness": "0",
+        # Flower's actors need other workers than the ones that Ray starts in advance.
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_enable_worker_prestart": "0",
         # Ray kills workers when the machine's memory is nearly full, also if another program fills it. Flower goes on
         # to send clients to dead workers.
         "RAY_memory_monitor_refresh_ms": "0",

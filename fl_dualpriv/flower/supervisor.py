@@ -117,7 +117,7 @@ def _tear_down(child: int) -> None:
     me = os.getpid()
     kill([child], signal.SIGTERM)
     _wait(lambda: not alive(child), 5.0)
-    if not _wait(lambda: not descendants(me), 1.0):
+    if not _wait(lambda: not descendants(me), 0.3):
         kill(descendants(me), signal.SIGTERM)
         # Repeat, because a process may start another one between the look and the signal.
         while not _wait(lambda: not descendants(me), 2.0):

@@ -2,10 +2,13 @@
 
 import contextlib
 import functools
+import hashlib
 import logging
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy.accounting import (
@@ -18,7 +21,7 @@ from fl_dualpriv.privacy.accounting import (
     mixed_epsilon,
     rough_epsilon,
 )
-from fl_dualpriv.privacy.limits import LARGEST_NOISE_MULTIPLIER, SMALLEST_NOISE_MULTIPLIER
+from fl_dualpriv.privacy.limits import LARGEST_NOISE_MULTIPLIER, SHARED_CALIBRATIONS, SMALLEST_NOISE_MULTIPLIER
 from fl_dualpriv.privacy.loss_size import error_share
 
 LEAST_SHARE = 0.99
@@ -48,8 +51,16 @@ def calibrate_noise_multiplier(target_epsilon: float, delta: float, sampling_rat
     Raises:
         PrivacyError: If no multiplier up to `LARGEST_NOISE_MULTIPLIER` is enough.
     """
-    with _said_if_slow(f"computing the noise multiplier for ε = {target_epsilon:g}: this can take a minute"):
-        return _calibrated(target_epsilon, delta, sampling_rate, releases)
+
+    def compute() -> float:
+        with _said_if_slow(f"computing the noise multiplier for ε = {target_epsilon:g}: this can take a minute"):
+            return _calibrated(target_epsilon, delta, sampling_rate, releases)
+
+    return _shared(
+        ("noise", target_epsilon, delta, sampling_rate, releases),
+        compute,
+        lambda noise: epsilon(sampling_rate, noise, releases, delta) <= target_epsilon,
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -86,15 +97,50 @@ def calibrate_beside(
         steps = SampledGaussians(sampling_rate, noise, releases)
         return mixed_epsilon(gathered((steps, *others)), pure, delta, grid)
 
-    with _said_if_slow(f"computing the noise multiplier for ε = {target_epsilon:g}: this can take a minute"):
-        start = calibrate_noise_multiplier(target_epsilon, delta, sampling_rate, releases)
-        if not spent(LARGEST_NOISE_MULTIPLIER, COARSE_GRID) < target_epsilon:
-            raise PrivacyError(
-                f"ε = {target_epsilon:g} at δ = {delta:g}: the selection of the start leaves nothing for {releases} "
-                "releases; lower privacy.record.selection-share, or raise ε or δ"
-            )
-        near = _found(functools.partial(spent, grid=COARSE_GRID), target_epsilon, 0.992, start)
-        return _found(spent, target_epsilon, LEAST_SHARE, near)
+    def compute() -> float:
+        with _said_if_slow(f"computing the noise multiplier for ε = {target_epsilon:g}: this can take a minute"):
+            start = calibrate_noise_multiplier(target_epsilon, delta, sampling_rate, releases)
+            if not spent(LARGEST_NOISE_MULTIPLIER, COARSE_GRID) < target_epsilon:
+                raise PrivacyError(
+                    f"ε = {target_epsilon:g} at δ = {delta:g}: the selection of the start leaves nothing for "
+                    f"{releases} releases; lower privacy.record.selection-share, or raise ε or δ"
+                )
+            near = _found(functools.partial(spent, grid=COARSE_GRID), target_epsilon, 0.992, start)
+            return _found(spent, target_epsilon, LEAST_SHARE, near)
+
+    return _shared(
+        ("beside", target_epsilon, delta, sampling_rate, releases, others, pure),
+        compute,
+        lambda noise: spent(noise) <= target_epsilon,
+    )
+
+
+def _shared(question: tuple[object, ...], compute: Callable[[], float], is_within: Callable[[float], bool]) -> float:
+    """Return the multiplier that another process of the run found, or compute it and leave it to the others.
+
+    Guarantee:
+        A multiplier of another process is used only if its ε on the fine grid, computed here, is at most the target. A
+        missing, damaged or false file costs time or accuracy, never privacy.
+
+    Args:
+        question: Name and arguments of the calibration.
+        compute: Function that calibrates here.
+        is_within: Function that returns True if a multiplier spends at most the target.
+    """
+    folder = os.environ.get(SHARED_CALIBRATIONS)
+    if not folder:
+        return compute()
+    file = Path(folder) / hashlib.sha256(repr(question).encode()).hexdigest()
+    with contextlib.suppress(OSError, ValueError):
+        noise = float(file.read_text(encoding="ascii"))
+        if SMALLEST_NOISE_MULTIPLIER <= noise <= LARGEST_NOISE_MULTIPLIER and is_within(noise):
+            return noise
+    noise = compute()
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):
+        temporary.write_text(repr(noise), encoding="ascii")
+        temporary.replace(file)
+    return noise
 
 
 def _calibrated(target: float, delta: float, rate: float, releases: int) -> float:

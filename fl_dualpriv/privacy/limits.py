@@ -67,3 +67,10 @@ def check_clip_norm(value: float) -> None:
 def clamped_clip_norm(value: float) -> float:
     """Return the nearest allowed clip norm. The result is a function of ``value``, which must be public."""
     return min(max(value, SMALLEST_CLIP_NORM), LARGEST_CLIP_NORM)
+
+
+SHARED_CALIBRATIONS = "FL_DUALPRIV_CALIBRATIONS"
+"""Name of an environment variable: a folder through which the processes of one run share calibrated multipliers.
+
+A calibration takes seconds, and every process of a run needs the same ones. Checking one takes a fraction of that.
+"""

@@ -43,3 +43,15 @@ def held_alone(folder: Path, seconds: float = 0.0) -> Iterator[None]:
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
+
+
+def is_held(folder: Path) -> bool | None:
+    """Return True if a run holds the lock of ``folder``, False if its run has ended, None if there never was a run."""
+    try:
+        with (folder / NAME).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return None

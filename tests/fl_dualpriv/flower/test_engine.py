@@ -1,8 +1,12 @@
 """What of the Ray engine can be tried without starting Flower; the rest is in tests/app/test_flwr_run.py."""
 
 import json
+import subprocess
+import sys
 import tempfile
+import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ import pytest
 from fl_dualpriv.flower import engine as flower_engine
 from fl_dualpriv.flower.engine import RunFailed, run_flower, to_toml
 from fl_dualpriv.run.cpus import usable_cpus
+from fl_dualpriv.run.folder_lock import held_alone
 
 
 @pytest.mark.parametrize("cpus", [0, -1, 10_000])
@@ -59,3 +64,56 @@ def test_the_log_gives_its_last_exceptions_once_and_without_colours(tmp_path: Pa
         "  (ClientAppActor pid=1) ray.exceptions.RayTaskError: two",
         f"  the whole log: {log}",
     ]
+
+
+class TestTheEndOfARun:
+    """A run has ended when its results exist and its server app has let go of the folder."""
+
+    @pytest.fixture
+    def link(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[flower_engine._SuperLink]:
+        monkeypatch.setattr(flower_engine, "_flwr", self.no_query)
+        process = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
+        yield flower_engine._SuperLink(process=process, environ={}, home=tmp_path, log=tmp_path / "flower.log")
+        process.communicate(b"\n")
+
+    def no_query(self, *_: object) -> None:
+        raise AssertionError("Flower was asked, which costs two seconds")
+
+    def watch(self, link: flower_engine._SuperLink, folder: Path, seconds: float = 30.0) -> None:
+        before = {"summary.json": None, "error.json": None}
+        flower_engine._watch(link, "1", folder, before, time.monotonic() + seconds, lambda: True)
+
+    def test_results_and_a_free_folder_end_it_at_once(self, link: flower_engine._SuperLink, tmp_path: Path):
+        with held_alone(tmp_path):
+            (tmp_path / "summary.json").write_text("{}")
+        self.watch(link, tmp_path)
+
+    def test_a_server_app_that_still_writes_is_waited_for(self, link: flower_engine._SuperLink, tmp_path: Path):
+        with held_alone(tmp_path):
+            (tmp_path / "summary.json").write_text("{}")
+            with pytest.raises(RunFailed, match="time limit"):
+                self.watch(link, tmp_path, seconds=1.0)
+
+    def test_a_failure_after_the_results_is_a_failure(self, link: flower_engine._SuperLink, tmp_path: Path):
+        with held_alone(tmp_path):
+            (tmp_path / "summary.json").write_text("{}")
+            error = {"type": "OSError", "message": "the disk is full", "traceback": ""}
+            (tmp_path / "error.json").write_text(json.dumps(error))
+        with pytest.raises(RunFailed, match="the disk is full"):
+            self.watch(link, tmp_path)
+
+    def test_an_app_without_our_lock_is_asked_about(self, link: flower_engine._SuperLink, tmp_path: Path):
+        (tmp_path / "summary.json").write_text("{}")
+        with pytest.raises(AssertionError, match="Flower was asked"):
+            self.watch(link, tmp_path)
+
+    def test_the_last_lines_of_the_log_are_waited_for(self, tmp_path: Path):
+        log = tmp_path / "flower.log"
+        script = "import sys, time\nfor i in range(4):\n  print(i, flush=True)\n  time.sleep(0.6)\ninput()"
+        with log.open("ab") as stream:
+            command = [sys.executable, "-S", "-c", script]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stream)
+        flower_engine._finish(process, log)
+        assert process.poll() is None, "a stream that stays open does not keep the run from ending"
+        assert log.read_text().split() == ["0", "1", "2", "3"]
+        process.communicate(b"\n")

@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from dp_accounting import gaussian_mechanism
@@ -14,6 +15,7 @@ from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.privacy import calibration
 from fl_dualpriv.privacy.accounting import SampledGaussians, bounded_epsilon, epsilon, log_tail
 from fl_dualpriv.privacy.calibration import calibrate_noise_multiplier
+from fl_dualpriv.privacy.limits import SHARED_CALIBRATIONS
 from fl_dualpriv.privacy.loss_size import grid_for, pld_size
 from tests.guarantees.accounting_checks import exact_delta
 
@@ -154,3 +156,60 @@ def test_the_kind_of_a_bound_is_told(rate: float, noise: float, releases: int, d
     found = bounded_epsilon((SampledGaussians(rate, noise, releases),), delta)
     assert found.bound == bound
     assert found.epsilon == epsilon(rate, noise, releases, delta) < float("inf")
+
+
+class TestSharedMultipliers:
+    """Processes of a run share multipliers; each checks the ε of what it reads."""
+
+    TERMS = (2.0, DELTA, 0.3, 20)
+
+    @pytest.fixture(autouse=True)
+    def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv(SHARED_CALIBRATIONS, str(tmp_path))
+        self.forget()
+        yield tmp_path
+        self.forget()
+
+    def forget(self) -> None:
+        calibration.calibrate_noise_multiplier.cache_clear()
+        calibration.calibrate_beside.cache_clear()
+
+    def no_search(self, *_: object) -> float:
+        raise AssertionError("the multiplier was computed again")
+
+    def test_another_process_computes_nothing_again(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        others = (SampledGaussians(1.0, 9.0, 1),)
+        first = calibrate_noise_multiplier(*self.TERMS), calibration.calibrate_beside(*self.TERMS, others)
+        assert len(list(folder.iterdir())) == 2
+        self.forget()
+        monkeypatch.setattr(calibration, "_calibrated", self.no_search)
+        monkeypatch.setattr(calibration, "_found", self.no_search)
+        assert first == (calibrate_noise_multiplier(*self.TERMS), calibration.calibrate_beside(*self.TERMS, others))
+        with pytest.raises(AssertionError, match="computed again"):  # other terms ask another question
+            calibrate_noise_multiplier(2.0, DELTA, 0.3, 21)
+
+    @pytest.mark.parametrize("false", ["0.9", "1e-9", "nan", "inf", "-3", "", "all of it", "1e400", b"\xff\xfe"])
+    def test_a_false_file_is_not_believed(self, false: str | bytes, folder: Path):
+        right = calibrate_noise_multiplier(*self.TERMS)
+        assert epsilon(0.3, 0.9, 20, DELTA) > 2.0, "this multiplier must be too small to mean anything here"
+        (file,) = folder.iterdir()
+        file.write_bytes(false if isinstance(false, bytes) else false.encode())
+        self.forget()
+        assert calibrate_noise_multiplier(*self.TERMS) == right
+        assert float(file.read_text()) == right, "the right one replaces it"
+
+    def test_a_false_file_beside_other_releases_is_not_believed(self, folder: Path):
+        others = (SampledGaussians(1.0, 3.0, 1),)
+        right = calibration.calibrate_beside(*self.TERMS, others)
+        by_itself = calibrate_noise_multiplier(*self.TERMS)
+        assert by_itself < right
+        for file in folder.iterdir():
+            file.write_text(repr(by_itself))
+        self.forget()
+        assert calibration.calibrate_beside(*self.TERMS, others) == right
+
+    def test_a_folder_that_cannot_be_used_costs_nothing(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        right = calibrate_noise_multiplier(*self.TERMS)
+        monkeypatch.setenv(SHARED_CALIBRATIONS, str(folder / "missing"))
+        self.forget()
+        assert calibrate_noise_multiplier(*self.TERMS) == right
