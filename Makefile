@@ -64,7 +64,7 @@ lint: setup  ## ruff, pyright and habits of English
 
 # One at a time: they measure. pfl, a peer, gets an environment of its own in .bench/venv at the first run.
 bench: setup  ## benchmarks against peers, up to an hour on an idle machine; writes docs/benchmarks.md
-	for name in text_tower per_example soft_prompt mllm_memory dpfpl_round clients growth gpu; do \
+	for name in text_tower per_example soft_prompt mllm_memory dpfpl_round clients growth startup gpu; do \
 		$(ONE_THREAD) $(BIN)/python -m benchmarks.$$name || exit 1; \
 	done
 	$(BIN)/python -m benchmarks.write_docs

@@ -69,6 +69,11 @@ TARGETS: dict[str, dict[str, Target]] = {
     "growth": {
         "growth": Target(what="cost of a client-step, 10,000 / 100 clients", at_most=1.2),
     },
+    "startup": {
+        "train_imports": Target(what="CPU seconds of the imports of a train message", at_most=2.5),
+        "node_hash": Target(what="CPU seconds of `fl-dualpriv node hash`", at_most=2),
+        "round_1": Target(what="seconds from `make demo` to the end of round 1 on Ray, features cached", at_most=20),
+    },
 }
 
 BESIDE: dict[str, dict[str, str]] = {
@@ -145,6 +150,13 @@ NOT_REACHED = """\
   many times longer. `python -m benchmarks.gpu` did not end within the minutes that a GPU was at hand.
 - `soft_prompt` was measured on the processor of that machine, which was idle: on a busy one, single runs of the same
   two steps spread by half, and their ratio came out between 0.97 and 1.09.
+- `train_imports` ≤ 2.5: torch and dp-accounting (with scipy.stats) are all of it, to a tenth of a second. A client
+  needs both: it computes rows, and it computes ε before it spends. At commit c984a31 it was 5 CPU seconds, on another
+  machine.
+- `round_1` ≤ 20 s: 76 CPU seconds on two cores. Three processes import torch, torchvision, open_clip and dp-accounting
+  (7 to 8 CPU seconds each), Flower's and Ray's own programs take about 25, and the selection of the start, two scores
+  of 40 clients and the round itself are the rest. At commit bffc3d9 it was 44 s in turn with 40 to 43 s. The whole
+  demo, whose end no longer waits for Flower and Ray, went from 72 to 63 s.
 - Plain Flower on the demo's text tower is not in the default run (`--more`); pfl on that tower is.
 """
 """Written by hand."""

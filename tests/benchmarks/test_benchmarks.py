@@ -264,7 +264,7 @@ def test_without_a_cuda_device_the_gpu_benchmark_says_so(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["clients", "growth"])
+@pytest.mark.parametrize("name", ["clients", "growth", "startup"])
 def test_federations_check_themselves(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch):
     module = importlib.import_module(f"benchmarks.{name}")
     monkeypatch.setattr(module, "BENCH_DIR", tmp_path)
