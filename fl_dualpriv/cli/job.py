@@ -19,7 +19,7 @@ from fl_dualpriv.config import plugins
 from fl_dualpriv.config.candidates import CANDIDATES_KEY, read_candidates
 from fl_dualpriv.config.ranges import ConfigValue
 from fl_dualpriv.config.schema import RunConfig, app_defaults, merge, parse_assignment, read_toml
-from fl_dualpriv.data.hub_names import HUB, absolute_name
+from fl_dualpriv.data.formats.hub_names import HUB, absolute_name
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.run.folder_lock import held_alone
 from fl_dualpriv.run.out_folder import prepare_folder

@@ -115,6 +115,18 @@ CROSS_RULES: tuple[CrossRule, ...] = (
         'set it to "iid", "by-class" or "by-image"',
     ),
     CrossRule(
+        ("data.partition", "data.ref"),
+        lambda v: v["data.partition"] != "by-client" or v["data.ref"] in ("auto", "folder"),
+        'must not be "by-client" for data without a column of clients',
+        'set data.path to a list or a data set of images with a column client, or data.partition = "iid"',
+    ),
+    CrossRule(
+        ("data.partitioner", "data.partition"),
+        lambda v: (v["data.partitioner"].strip() != "") == (v["data.partition"] == "flwr-datasets"),
+        'is read with data.partition = "flwr-datasets", and only then',
+        'name a class, for example "PathologicalPartitioner(num_classes_per_partition=2)", or leave it empty',
+    ),
+    CrossRule(
         ("evaluation.new-clients", "data.partition"),
         lambda v: v["evaluation.new-clients"] == 0 or v["data.partition"] != "by-node",
         "must be 0 where each node has its own data: a client that joins no round has no node",

@@ -169,16 +169,22 @@ class PrivacyConfig:
 class DataConfig:
     """Images or questions about images, and their partition among clients; ``max_tokens`` is public.
 
-    ``class_shares`` is the file of the class shares that owners declare; public.
+    ``class_shares`` is the file of the class shares that owners declare; public. The columns are those of a list or a
+    data set of images; an empty name means the usual ones.
     """
 
     ref: Literal["auto", "demo", "shelf", "folder", "demo-vqa", "questions"]
     path: str
     classes: str
+    image_column: str
+    label_column: str
+    domain_column: str
+    client_column: str
     class_shares: str
     augmentation: Literal["none", "flip"]
     max_tokens: int
-    partition: Literal["iid", "by-class", "by-domain", "by-image", "dirichlet", "by-node"]
+    partition: Literal["iid", "by-class", "by-domain", "by-client", "by-image", "dirichlet", "by-node", "flwr-datasets"]
+    partitioner: str
     dirichlet_alpha: float
     val_fraction: float
     test_fraction: float

@@ -5,38 +5,38 @@ For a division by domain the class folders lie in one folder per domain: ``train
 
 import functools
 import hashlib
-import json
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from fl_dualpriv.data.file_hash import NO_STAMP, file_hash, stamp_of
+from fl_dualpriv.data.formats.file_hash import NO_STAMP, file_hash, stamp_of
+from fl_dualpriv.data.formats.pixels import EXTENSIONS, decode, file_fault
+from fl_dualpriv.data.images import ImageDataset
+from fl_dualpriv.data.layout import SPLITS, Layout, class_names, difference
 from fl_dualpriv.errors import ConfigError
 
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
-DEFAULT_TEMPLATE = "a photo of a {}"
-_SPLITS = ("train", "val", "test")
-MAX_PIXELS = 100_000_000
-MAX_ASPECT = 100
 _NAMED_FILES = 5
+_OTHER_NAMES = {
+    **dict.fromkeys(("training", "trn"), "train"),
+    **dict.fromkeys(("validation", "valid", "dev"), "val"),
+    **dict.fromkeys(("testing", "tst"), "test"),
+}
+"""Usual names of splits that are not ours."""
 
 Files = dict[str, list[Path]]  # sorted image files of each class folder, or of each "domain/class"
-
-
-class BadImageError(ValueError):
-    """Error for one image that cannot be decoded. Under DP the caller turns it into a zero contribution."""
 
 
 @dataclass(frozen=True, eq=False)
 class FolderSplit:
     """Images of one split; ``labels`` is int64 of shape (images,) and holds indices into ``class_names``.
 
-    ``domains`` likewise holds indices into ``domain_names``; it is None if the folder was read without domains.
+    ``domains`` likewise holds indices into ``domain_names``, and ``clients`` into ``client_names``; they are None if
+    the images were read without them.
     """
 
     paths: tuple[Path, ...]
@@ -44,6 +44,8 @@ class FolderSplit:
     class_names: tuple[str, ...]
     domains: np.ndarray | None = None
     domain_names: tuple[str, ...] = ()
+    clients: np.ndarray | None = None
+    client_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of images, readable or not."""
@@ -55,7 +57,11 @@ class FolderSplit:
         Raises:
             BadImageError: If the file cannot be decoded or its samples have no 8-bit form.
         """
-        return _decode(self.paths[index])
+        return decode(self.paths[index], self.name(index))
+
+    def name(self, index: int) -> str:
+        """Return the path of one image, for messages."""
+        return str(self.paths[index])
 
     @property
     def content_hash(self) -> str:
@@ -103,29 +109,6 @@ class FolderSplit:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
-    """Result of `read_layout` for a directory of images, with every problem of its folders, names and template.
-
-    Attributes:
-        splits: Files of each class folder, or of each "domain/class", by split. If there is no problem, the splits are
-            ``train``, ``val`` and ``test``.
-        names: Class name of each class folder.
-        template: Prompt template with one ``{}`` for the class name.
-        problems: Problems, one a line. The directory can be used only if there is none.
-    """
-
-    splits: dict[str, Files]
-    names: dict[str, str]
-    template: str
-    problems: list[str]
-
-    def as_splits(self) -> dict[str, FolderSplit]:
-        """Return the splits that exist."""
-        train = self.splits.get("train", {})
-        return {name: _split(self.splits[name], train, self.names) for name in _SPLITS if name in self.splits}
-
-
-@dataclass(frozen=True, eq=False)
 class _Hashed:
     """Hash of a split, with the stamp of each file, (files, 4), and its error number, (files,), 0 if it was read.
 
@@ -146,7 +129,7 @@ def load_folder(
     seed: int,
     on_bad_image: Literal["raise", "keep"],
     by_domain: bool = False,
-) -> tuple[dict[str, FolderSplit], str]:
+) -> tuple[dict[str, ImageDataset], str]:
     """Read the layout of a directory of images, without keeping any image in memory.
 
     Args:
@@ -168,15 +151,14 @@ def load_folder(
         ConfigError: If there is a problem; the message has every problem, one a line.
     """
     layout = read_layout(path, classes, val_fraction, test_fraction, seed, by_domain=by_domain)
-    splits = layout.as_splits()
-    problems = [*layout.problems, *(bad_images(splits.values()) if on_bad_image == "raise" else [])]
+    problems = [*layout.problems, *(bad_images(layout.splits.values()) if on_bad_image == "raise" else [])]
     if problems:
-        raise unusable(path, problems)
-    return splits, layout.template
+        raise unusable(str(path), problems)
+    return dict(layout.splits), layout.template
 
 
-def unusable(path: Path, problems: list[str]) -> ConfigError:
-    """Return the error for a directory of images with problems, one problem a line."""
+def unusable(path: str, problems: list[str]) -> ConfigError:
+    """Return the error for images with problems, one problem a line."""
     return ConfigError("\n  ".join([f"the images in {path} cannot be used:", *problems]))
 
 
@@ -195,12 +177,14 @@ def read_layout(
     problems: list[str] = []
     try:
         splits = _scan(path, problems, by_domain=by_domain)
-        names, template = _class_names(classes, _classes_in(splits.get("train", {})), problems)
+        names, template = class_names(classes, _classes_in(splits.get("train", {})), problems)
     except OSError as error:
         raise ConfigError(f"data.path = {str(path)!r} cannot be read: {error}; check its permissions") from error
     if "train" in splits:
         splits = _cut_missing(splits, {"val": val_fraction, "test": test_fraction}, seed, problems)
-    return Layout(splits, names, template, problems)
+    train = splits.get("train", {})
+    made = {name: _split(splits[name], train, names) for name in SPLITS if name in splits}
+    return Layout(made, names, template, problems, is_folder=True)
 
 
 def class_folders(path: Path) -> list[Path]:
@@ -211,9 +195,7 @@ def class_folders(path: Path) -> list[Path]:
 def given_splits(path: Path) -> frozenset[str]:
     """Return the names among train/, val/ and test/ that are splits in ``path``; empty for a folder of classes."""
     # A class may be called "test". Only a folder of folders is a split, and only if there is also a train/.
-    splits = frozenset(
-        folder.name for folder in class_folders(path) if folder.name in _SPLITS and class_folders(folder)
-    )
+    splits = frozenset(folder.name for folder in class_folders(path) if folder.name in SPLITS and class_folders(folder))
     return splits if "train" in splits else frozenset()
 
 
@@ -231,9 +213,15 @@ def _scan(path: Path, problems: list[str], *, by_domain: bool) -> dict[str, File
     """Find the class folders and images of each split that exists."""
     # A class may be called "train". Only a folder of folders is a split.
     folders = class_folders(path)
-    roots = {folder.name: folder for folder in folders if folder.name in _SPLITS and class_folders(folder)}
+    roots = {folder.name: folder for folder in folders if folder.name in SPLITS and class_folders(folder)}
+    if roots or not by_domain:  # a domain may have any name
+        for folder in folders:
+            right = _OTHER_NAMES.get(folder.name.lower())
+            if right is not None and right not in roots and class_folders(folder):
+                problems.append(f"{folder.name}/ is not a name of a split: rename it to {right}/")
+                roots[right] = folder
+    others = [folder.name for folder in folders if folder not in roots.values()]
     if roots:
-        others = [folder.name for folder in folders if folder.name not in roots]
         if others:
             problems.append(
                 f"{', '.join(others)}: beside train/, val/ and test/ there may be no other folder, and each of these "
@@ -247,7 +235,7 @@ def _scan(path: Path, problems: list[str], *, by_domain: bool) -> dict[str, File
     if "train" in splits:
         for what, names_in in (("class", _classes_in), ("domain", _domains_in)):
             problems += [
-                f"{name}/ and train/ have different {what} folders: {_difference(found, given)}"
+                f"{name}/ and train/ have different {what} folders: {difference(found, given)}"
                 for name, files in splits.items()
                 if (found := dict.fromkeys(names_in(files))).keys()
                 != (given := dict.fromkeys(names_in(splits["train"]))).keys()
@@ -290,53 +278,6 @@ def _scan_split(root: Path, path: Path, problems: list[str], *, by_domain: bool)
         where = path.name if root == path else root.relative_to(path)
         problems.append(f"{where}/ has {count} class folders; put the images into one folder per class, at least 2")
     return files
-
-
-def _difference(some: Mapping[str, object], others: Mapping[str, object]) -> str:
-    missing, extra = sorted(others.keys() - some.keys()), sorted(some.keys() - others.keys())
-    parts = [f"{label} {', '.join(names)}" for label, names in (("missing", missing), ("extra", extra)) if names]
-    return "; ".join(parts)
-
-
-def _class_names(classes: str, folders: list[str], problems: list[str]) -> tuple[dict[str, str], str]:
-    """Return the name of each class folder, and the template."""
-    names = {folder: folder.replace("_", " ").replace("-", " ").strip() for folder in folders}
-    template = DEFAULT_TEMPLATE
-    if classes:
-        source = Path(classes).expanduser()
-        document = _read_classes(source, problems)
-        template = document.get("template", DEFAULT_TEMPLATE)
-        given = document.get("class-names", names)
-        unknown = sorted(document.keys() - {"template", "class-names"})
-        if unknown:
-            problems.append(f"{source}: unknown keys {', '.join(unknown)}; allowed are template and class-names")
-        if not isinstance(given, dict) or not all(isinstance(name, str) and name.strip() for name in given.values()):
-            problems.append(f'{source}: class-names must be an object of non-empty texts: {{"folder": "name"}}')
-        elif folders and given.keys() != names.keys():
-            problems.append(f"{source}: class-names do not match the class folders: {_difference(given, names)}")
-        else:
-            names = given
-        if not isinstance(template, str) or template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
-            problems.append(f"{source}: template {template!r} must be a text with exactly one {{}} for the class name")
-    for name in sorted(set(names.values())):
-        same = [folder for folder in names if names[folder] == name]
-        if len(same) > 1 or not name:
-            problems.append(f"class folders {', '.join(same)} share the name {name!r}; rename one")
-    return names, template
-
-
-def _read_classes(source: Path, problems: list[str]) -> dict[str, Any]:
-    try:
-        document = json.loads(source.read_text(encoding="utf-8"))
-    except OSError as error:
-        problems.append(f"data.classes: {source.absolute()} cannot be read: {error.strerror}; give a JSON file")
-    except ValueError as error:
-        problems.append(f"data.classes: {source} is not JSON: {error}")
-    else:
-        if isinstance(document, dict):
-            return document
-        problems.append(f"data.classes: {source} must hold a JSON object with the keys template and class-names")
-    return {}
 
 
 def _cut_missing(
@@ -389,65 +330,9 @@ def _split(files: Files, train: Files, names: Mapping[str, str]) -> FolderSplit:
     )
 
 
-def _decode(path: Path, prepare: Callable[[Image.Image], object] = lambda image: None) -> Image.Image:
-    """Decode to 8-bit RGB; ``prepare`` gets the opened file before its pixels are read."""
-    try:
-        with Image.open(path) as image:
-            prepare(image)
-            if image.mode.startswith("I;16"):
-                # Pillow would clip at 255 instead of scaling. Each image is scaled separately: records share nothing.
-                eight_bit = (np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8)
-                return Image.fromarray(eight_bit).convert("RGB")
-            if image.mode in ("I", "F"):
-                raise ValueError(f"its samples have more than 8 bits (mode {image.mode}); convert it to 8-bit")
-            return image.convert("RGB")
-    # Decoders raise many kinds of error on damaged files, and one bad record must not end a DP run.
-    except Exception as error:
-        raise BadImageError(f"image {path} cannot be read: {error}") from error
-
-
-def file_fault(path: Path) -> tuple[str, str]:
-    """Say why a file is not a usable image: kind and description, both empty if it is one.
-
-    The result is cached as long as the file does not change.
-    """
-    try:
-        return _fault_of(path, stamp_of(path.stat()))
-    except FileNotFoundError:
-        return "missing", f"image {path} is missing"
-    except (OSError, ValueError) as error:  # no permission, a name that is too long, or a zero in the name
-        return "cannot be read", f"image {path} cannot be read: {error}"
-
-
-@functools.lru_cache(maxsize=100_000)
-def _fault_of(path: Path, stamp: tuple[int, ...]) -> tuple[str, str]:
-    size = (1, 1)
-
-    def small(image: Image.Image) -> None:
-        nonlocal size
-        size = image.size
-        # JPEG then decodes at a small size, several times faster. Every byte is still read, so truncation shows.
-        image.draft("RGB", (32, 32))
-
-    try:
-        _decode(path, small)
-    except BadImageError as error:
-        return "cannot be read", str(error)
-    kind = size_fault(*size)
-    return kind, f"image {path} has {size[0]} x {size[1]} pixels: it is {kind}" if kind else ""
-
-
-def size_fault(width: int, height: int) -> str:
-    """Say why an image of this size cannot be used; empty if it can."""
-    # Resizing the shorter side of an extreme shape would need gigabytes.
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        return f"out of proportion (one side more than {MAX_ASPECT} times the other)"
-    return f"larger than {MAX_PIXELS // 10**6} megapixels" if width * height > MAX_PIXELS else ""
-
-
-def bad_images(splits: Iterable[FolderSplit]) -> list[str]:
-    """Return problem lines about files that are not usable images; empty if there is none."""
-    files = [file for split in splits for file in split.paths]
+def bad_images(splits: Iterable[ImageDataset]) -> list[str]:
+    """Return problem lines about files that are not usable images; empty if there is none. Reads only files."""
+    files = [file for split in splits if isinstance(split, FolderSplit) for file in split.paths]
     bad = [words for _, words in map(file_fault, files) if words]
     if not bad:
         return []

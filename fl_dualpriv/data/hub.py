@@ -1,65 +1,95 @@
-"""Questions from a Hugging Face data set, or a folder that `datasets` reads. Only this file imports datasets."""
+"""Tables of Hugging Face `datasets`: found, loaded, and their images decoded. Only this file imports datasets."""
 
 import functools
 import hashlib
-from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from fl_dualpriv.data.folder import BadImageError
-from fl_dualpriv.data.hub_names import PARQUET, is_saved, source_and_configuration
-from fl_dualpriv.data.questions import DEFAULT_TEMPLATE, QuestionSet, QuestionSplits, cut_by_image, subset
+from fl_dualpriv.data.formats.hub_names import PARQUET, is_saved, source_and_configuration
+from fl_dualpriv.data.formats.pixels import BadImageError, decode
+from fl_dualpriv.data.layout import Labels, Layout, Reading, Record, layout_of_records
 from fl_dualpriv.errors import ConfigError
 
 _NAMES = {"train": ("train",), "val": ("validation", "val", "dev"), "test": ("test",)}
-_TYPES = ("type", "question_type", "answer_type")
 
 
 @dataclass(frozen=True, eq=False)
 class HubImages:
-    """`ImageDataset` over a column of images; ``rows`` holds the first row of each image."""
+    """`ImageDataset` over a column of images.
+
+    Attributes:
+        table: A split of `datasets`; its image column is not decoded.
+        column: Name of that column.
+        rows: First row of each image, (images,) int64.
+        where: Name of the split in messages.
+        of: Labels of the images.
+    """
 
     table: Any
+    column: str
     rows: np.ndarray
+    where: str
+    of: Labels
 
     @property
     def labels(self) -> np.ndarray:
-        """Zeros, because images have no class here; see `ImageDataset`."""
-        return np.zeros(len(self.rows), dtype=np.int64)
+        """Class ids; see `ImageDataset`."""
+        return self.of.labels
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Name of the only class; see `ImageDataset`."""
-        return ("image",)
+        """Names of the classes; see `ImageDataset`."""
+        return self.of.class_names
 
     @property
-    def domains(self) -> None:
-        """None, because images of questions have no domains; see `ImageDataset`."""
+    def domains(self) -> np.ndarray | None:
+        """Domain ids, or None; see `ImageDataset`."""
+        return self.of.domains
 
     @property
     def domain_names(self) -> tuple[str, ...]:
-        """No names; see `ImageDataset`."""
-        return ()
+        """Names of the domains; see `ImageDataset`."""
+        return self.of.domain_names
+
+    @property
+    def clients(self) -> np.ndarray | None:
+        """Client ids, or None; see `ImageDataset`."""
+        return self.of.clients
+
+    @property
+    def client_names(self) -> tuple[str, ...]:
+        """Names of the clients; see `ImageDataset`."""
+        return self.of.client_names
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.rows)
 
+    def name(self, index: int) -> str:
+        """Return split and row of an image, for messages."""
+        return f"in row {self.rows[index]} of {self.where}"
+
     def image(self, index: int) -> Image.Image:
-        """Decode one image to RGB.
+        """Decode one image to upright 8-bit RGB.
 
         Raises:
             BadImageError: If the image cannot be decoded, or is missing.
         """
+        name = self.name(index)
+        if self.rows[index] < 0:
+            raise BadImageError(f"image {name} has no label")
         try:
-            image = self.table[int(self.rows[index])]["image"]
-            return image.convert("RGB")
-        except Exception as error:  # on a bad record, decoders may raise any kind
-            raise BadImageError(f"image {index}: {type(error).__name__}: {error}") from error
+            stored = self.table[int(self.rows[index])][self.column] or {}
+        except Exception as error:  # pyarrow and datasets raise many kinds on a damaged file
+            raise BadImageError(f"image {name} cannot be read: {error}") from error
+        if not (content := stored.get("bytes")) and not stored.get("path"):
+            raise BadImageError(f"image {name} is missing")
+        return decode(content or Path(stored["path"]), name)
 
     @property
     def content_hash(self) -> str:
@@ -75,47 +105,47 @@ class HubImages:
         return None
 
 
+def table_of(columns: Mapping[str, Sequence[Any]]) -> Any:
+    """Return a table of these columns, in memory.
+
+    Raises:
+        ImportError: If the package datasets is not installed.
+    """
+    import datasets
+
+    return datasets.Dataset.from_dict({name: list(values) for name, values in columns.items()})
+
+
+def hub_columns(name: str) -> tuple[str, ...]:
+    """Return the columns of a data set's first split."""
+    return tuple(next(iter(load_tables(name).values())).column_names)
+
+
 def given_hub_splits(name: str) -> frozenset[str]:
     """Return the splits among train, val and test that a data set has."""
-    return frozenset(_splits(name))
+    return frozenset(load_tables(name))
 
 
-def load_hub_questions(
-    name: str, val_fraction: float, test_fraction: float, seed: int, on_bad: Literal["raise", "keep"]
-) -> QuestionSplits:
-    """Read a data set with the columns image, question, and answer or answers; see `load_questions`.
+def tables_with_train(name: str) -> dict[str, Any]:
+    """Return the splits of a data set.
 
-    If a record has several answers, the most frequent one counts. The type of a question is read from the column
-    ``type``, ``question_type`` or ``answer_type``, if there is one. ``NAME#CONFIGURATION`` picks a configuration of
-    the hub.
+    Raises:
+        ConfigError: If it cannot be loaded, or has no split called train.
     """
-    tables = dict(_splits(name))
+    tables = dict(load_tables(name))
     if "train" not in tables:
         other_splits = f"it has {', '.join(tables)}" if tables else "nor one called validation or test"
         raise ConfigError(f"data.path = datasets:{name}: it has no split called train; {other_splits}")
-    for split, table in tables.items():
-        lacking = [column for column in ("image", "question") if column not in table.column_names]
-        lacking += [] if {"answer", "answers"} & set(table.column_names) else ["answer"]
-        if lacking:
-            raise ConfigError(
-                f"data.path = datasets:{name}: split {split} has no column {', '.join(lacking)}; it has "
-                f"{', '.join(table.column_names)}"
-            )
-        tables[split] = _with_images(table, f"datasets:{name}, split {split}")
-    kind = next((c for c in _TYPES if all(c in table.column_names for table in tables.values())), None)
-    types = tuple(sorted({str(t) for table in tables.values() for t in (table[kind] if kind else ("",))}))
-    sets = {split: _question_set(table, kind, types, on_bad, f"datasets:{name}") for split, table in tables.items()}
-    missing = {n: f for n, f in (("val", val_fraction), ("test", test_fraction)) if n not in sets}
-    if missing:
-        train = sets["train"]
-        assert isinstance(train.images, HubImages)
-        for split, images in cut_by_image(len(train.images), missing, seed).items():
-            sets[split] = subset(train, images, HubImages(train.images.table, train.images.rows[images]))
-    return QuestionSplits(sets["train"], sets["val"], sets["test"], types, DEFAULT_TEMPLATE)
+    return tables
 
 
 @functools.lru_cache(maxsize=2)
-def _splits(name: str) -> dict[str, Any]:
+def load_tables(name: str) -> Mapping[str, Any]:
+    """Load a data set, once per process; the result is train, val and test, as far as they exist.
+
+    Raises:
+        ConfigError: If it cannot be loaded.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -141,70 +171,70 @@ def _splits(name: str) -> dict[str, Any]:
     return {split: data_set[n] for split, n in names.items() if n is not None}
 
 
-def _with_images(table: Any, where: str) -> Any:
-    """Return the table with a column of images; in a parquet file, the column may hold image paths or bytes."""
+def with_images(table: Any, column: str, where: str) -> Any:
+    """Return the table with a column of undecoded images; in a parquet file, it may hold image paths or bytes.
+
+    Raises:
+        ConfigError: If the column holds no images.
+    """
     import datasets
 
-    if isinstance(table.features["image"], datasets.Image):
-        return table
     try:
-        return table.cast_column("image", datasets.Image())
+        return table.cast_column(column, datasets.Image(decode=False))
     except Exception as error:  # pyarrow and datasets each raise different kinds
         raise ConfigError(
-            f"data.path = {where}: column image holds {table.features['image']}, no images; it must hold images, their "
-            "bytes or their paths"
+            f"data.path = {where}: column {column} holds {table.features[column]}, no images; it must hold images, "
+            "their bytes or their paths"
         ) from error
 
 
-def _question_set(
-    table: Any, kind: str | None, types: tuple[str, ...], on_bad: Literal["raise", "keep"], where: str
-) -> QuestionSet:
-    questions = tuple(str(q or "").strip() for q in table["question"])
-    answers = tuple(_answer(a) for a in table["answer" if "answer" in table.column_names else "answers"])
-    bad = [i for i, pair in enumerate(zip(questions, answers, strict=True)) if not all(pair)]
-    if on_bad == "raise" and bad:
-        raise ConfigError(f"data.path = {where}: {len(bad)} records without question or answer (the first: {bad[0]})")
-    faults = [""] * len(questions)
-    for i in bad:
-        faults[i] = f"record {i}: no question or no answer"
-    number = {name: i for i, name in enumerate(types)}
-    labels = [number[str(t)] for t in table[kind]] if kind else [0] * len(questions)
-    rows, image_of = _distinct_images(table)
-    return QuestionSet(
-        images=HubImages(table, rows),
-        image_of=image_of,
-        questions=tuple("" if fault else question for question, fault in zip(questions, faults, strict=True)),
-        answers=answers,
-        labels=np.array(labels, dtype=np.int64),
-        class_names=types,
-        faults=tuple(faults),
+def read_hub_images(name: str, classes: str, fractions: Mapping[str, float], seed: int, reading: Reading) -> Layout:
+    """Read labelled images from a data set of the hub, a saved folder, a parquet file or a folder that datasets reads.
+
+    Class names are those of the label column's feature, if it has names. Otherwise they are the values of the column.
+    Arguments as in `listed.read_list`.
+
+    Raises:
+        ConfigError: If the data set cannot be loaded, or lacks a column.
+    """
+    tables, where, group = tables_with_train(name), f"datasets:{name}", reading.group
+    records: dict[str, list[Record[int]]] = {}
+    of_role = reading.columns.found(tables["train"].column_names, group, f"data.path = {where}")
+    declared = tuple(getattr(tables["train"].features[of_role["label"]], "names", None) or ())
+    made = {}
+    for split, table in tables.items():
+        if lacking := [column for column in of_role.values() if column not in table.column_names]:
+            raise ConfigError(f"data.path = {where}: split {split} has no column {', '.join(lacking)}")
+        labels = _texts(table, of_role["label"])
+        groups = _texts(table, of_role[group]) if group else [""] * len(labels)
+        records[split] = [
+            Record(place=row, label=label, group=own, where=f"{split}, row {row}")
+            for row, (label, own) in enumerate(zip(labels, groups, strict=True))
+        ]
+        only_images = table.select_columns([of_role["image"]])
+        made[split] = with_images(only_images, of_role["image"], f"{where}, split {split}")
+
+    def make(split: str, rows: list[int], of: Labels) -> HubImages:
+        table_of = split if split in made else "train"
+        label = f"split {table_of} of {where}"
+        return HubImages(made[table_of], of_role["image"], np.array(rows, dtype=np.int64), label, of)
+
+    return layout_of_records(
+        records,
+        make,
+        classes=classes,
+        fractions=fractions,
+        seed=seed,
+        reading=reading,
+        nowhere=-1,
+        declared=declared,
     )
 
 
-def _distinct_images(table: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first row of each image, and each record's image; equal bytes or equal paths mean the same image."""
-    import datasets
-
-    raw = table.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
-    first: dict[bytes, int] = {}
-    image_of = np.zeros(len(raw), dtype=np.int64)
-    rows: list[int] = []
-    for row, record in enumerate(raw):
-        image = record["image"] or {}
-        content = image.get("bytes") or str(image.get("path") or row).encode()
-        key = hashlib.sha256(content).digest()
-        if key not in first:
-            first[key] = len(rows)
-            rows.append(row)
-        image_of[row] = first[key]
-    return np.array(rows, dtype=np.int64), image_of
-
-
-def _answer(value: Any) -> str:
-    """Return one answer: the most frequent of several, and the ``answer`` entry of a dictionary."""
-    if isinstance(value, list | tuple):
-        texts = [_answer(one) for one in value]
-        return Counter(texts).most_common(1)[0][0] if texts else ""
-    if isinstance(value, dict):
-        return _answer(value.get("answer", ""))
-    return " ".join(str(value or "").split())
+def _texts(table: Any, column: str) -> Sequence[str]:
+    """Return a column as texts, by the names of its feature if there are any; an empty text for a missing value."""
+    names = getattr(table.features[column], "names", None)
+    values = table[column]
+    if names:
+        return [names[value] if value is not None and 0 <= value < len(names) else "" for value in values]
+    return ["" if value is None else str(value).strip() for value in values]

@@ -35,8 +35,25 @@ class ImageDataset(Protocol):
         """Name of each domain id, the same for all splits of a data set; empty without domains."""
         ...
 
+    @property
+    def clients(self) -> np.ndarray | None:
+        """Client id of each image: integers, shape (images,), indices into ``client_names``; None without clients.
+
+        Only ``data.partition = "by-client"`` reads them.
+        """
+        ...
+
+    @property
+    def client_names(self) -> tuple[str, ...]:
+        """Name of each client id, the same for all splits of a data set; empty without clients."""
+        ...
+
     def __len__(self) -> int:
         """Return the number of images, readable or not."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Return the name of one image, such as its path, for messages to the owner of the data."""
         ...
 
     def image(self, index: int) -> Image.Image:

@@ -7,6 +7,7 @@ import numpy as np
 
 from fl_dualpriv.config.schema import DataConfig
 from fl_dualpriv.data.images import ImageDataset
+from fl_dualpriv.data.partitioners import parts_of
 from fl_dualpriv.data.questions import QuestionSet
 from fl_dualpriv.errors import ConfigError
 
@@ -28,6 +29,11 @@ def divide(
     labels = train.labels
     if data.partition == "by-image" and isinstance(train, QuestionSet):
         labels = train.image_of
+    if data.partition == "flwr-datasets":
+        return parts_of(data.partitioner, labels, population + new_clients, seed)
+    if data.partition == "by-client":
+        clients, names = (None, ()) if isinstance(train, QuestionSet) else (train.clients, train.client_names)
+        return _by_client(clients, names, population, new_clients)
     scheme = "by-class" if data.partition == "by-image" else data.partition
     return partition(
         *(labels, scheme, population, data.dirichlet_alpha, seed, train.domains, train.domain_names), new_clients
@@ -160,6 +166,33 @@ def _by_domain(
         parts += [records[place :: len(clients)] for place in range(len(clients))]
     order = [client for clients in members for client in clients]
     return [parts[place] for place in np.argsort(order).tolist()]
+
+
+def _by_client(
+    clients: np.ndarray | None, names: tuple[str, ...], population: int, new_clients: int
+) -> list[np.ndarray]:
+    """Give each client the records that name it; clients in the order of their names.
+
+    Raises:
+        ConfigError: If the records name no client, or another number of clients than the run has.
+    """
+    if clients is None:
+        raise ConfigError(
+            'data.partition = "by-client": these data name no clients; give a list or a data set of images with a '
+            "column client, or choose another data.partition"
+        )
+    if len(names) != population + new_clients:
+        raise ConfigError(
+            f"population = {population} with evaluation.new-clients = {new_clients}: the records name {len(names)} "
+            f"clients; set population = {max(1, len(names) - new_clients)}"
+        )
+    parts = [np.flatnonzero(clients == client) for client in range(len(names))]
+    if empty := [name for name, part in zip(names, parts, strict=True) if not len(part)]:
+        raise ConfigError(
+            f"{len(empty)} clients have no training record, only held-out ones: {', '.join(empty[:5])}; add some, or "
+            "remove their records"
+        )
+    return parts
 
 
 def _by_class(labels: np.ndarray, population: int, rng: np.random.Generator) -> list[np.ndarray]:

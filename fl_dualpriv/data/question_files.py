@@ -1,27 +1,20 @@
 """Questions in JSON lines or CSV files: image, question, answer and optionally the question's type and domain."""
 
-import csv
-import io
-import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import numpy as np
 
 from fl_dualpriv.data.folder import FolderSplit
+from fl_dualpriv.data.formats.text_files import KINDS, column_names, is_text, records_of, split_files
 from fl_dualpriv.data.questions import DEFAULT_TEMPLATE, QuestionSet, QuestionSplits, cut_by_image, subset
 from fl_dualpriv.errors import ConfigError
 
-KINDS = (".jsonl", ".csv")
-SPLITS = ("train", "val", "test")
 _NEEDED = ("image", "question", "answer")
 _SHOWN = 5
-_UNWRITABLE = re.compile("[\0\ud800-\udfff]")
-"""Lone surrogates and zero characters. JSON can hold them, but a file name cannot."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +28,6 @@ class _Row:
     type: str
     domain: str
     fault: str = ""
-
-
-def given_file_splits(path: Path) -> frozenset[str]:
-    """Return the splits among train, val and test that have a separate file in a folder; empty for a single file."""
-    return frozenset(_files(path)) if path.is_dir() else frozenset()
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Find the file of each split; a JSON lines file takes precedence over a CSV file."""
-    files = {}
-    for name in SPLITS:
-        there = [folder / f"{name}{kind}" for kind in KINDS if (folder / f"{name}{kind}").is_file()]
-        if there:
-            files[name] = there[0]
-    return files
 
 
 def load_question_files(
@@ -68,7 +46,7 @@ def load_question_files(
     """
     source = Path(path).expanduser()
     if source.is_dir():
-        files = _files(source)
+        files = split_files(source)
         if "train" not in files:
             raise ConfigError(f"data.path = {path!r} is a folder without train.jsonl or train.csv; add one")
     elif source.is_file() and source.suffix.lower() in KINDS:
@@ -158,27 +136,10 @@ def _refuse(path: str, rows: Mapping[str, list[_Row]]) -> None:
 
 def _read(file: Path) -> Iterator[_Row]:
     """Read every record of a file. A fault in one record affects no other, because under DP all others must count."""
-    try:
-        # Bytes that are not UTF-8 become lone surrogates, which `_is_text` refuses.
-        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror or error}") from error
-    lines = io.StringIO(text)  # not splitlines, which would also split a line at U+2028 and similar characters
-    if file.suffix.lower() == ".csv":
-        csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # otherwise one long cell fails the whole file
-        reader = csv.DictReader(lines)
-        if lacking := [name for name in _NEEDED if name not in (reader.fieldnames or ())]:
-            raise ConfigError(f"{file}: its first line must name the columns; {', '.join(lacking)} is missing")
-        for record in reader:
-            yield _row(file, reader.line_num, record)
-        return
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            yield _row(file, number, record)
+    if file.suffix.lower() == ".csv" and (lacking := [name for name in _NEEDED if name not in column_names(file)]):
+        raise ConfigError(f"{file}: its first line must name the columns; {', '.join(lacking)} is missing")
+    for number, record in records_of(file):
+        yield _row(file, number, record)
 
 
 def _row(file: Path, number: int, record: Any) -> _Row:
@@ -186,15 +147,10 @@ def _row(file: Path, number: int, record: Any) -> _Row:
     where = f"{file.name}, line {number}"
     if not isinstance(record, Mapping):
         return _Row(where, file.parent, "", "", "", "", f"{where}: not a JSON object")
-    texts = {name: value for name in _NEEDED if _is_text(value := record.get(name))}
+    texts = {name: value for name in _NEEDED if is_text(value := record.get(name))}
     image = file.parent / texts.get("image", "")
-    kind, domain = (value.strip() if _is_text(value := record.get(name)) else "" for name in ("type", "domain"))
+    kind, domain = (value.strip() if is_text(value := record.get(name)) else "" for name in ("type", "domain"))
     if bad := [name for name in _NEEDED if name not in texts]:
         return _Row(where, image, "", "", kind, domain, f"{where}: {', '.join(bad)} must be a non-empty text in UTF-8")
     question, answer = (" ".join(texts[name].split()) for name in ("question", "answer"))
     return _Row(where, image, question, answer, kind, domain)
-
-
-def _is_text(value: Any) -> TypeGuard[str]:
-    """True if a value is a non-empty text that can be written in UTF-8 and holds no zero character."""
-    return isinstance(value, str) and bool(value.strip()) and not _UNWRITABLE.search(value)

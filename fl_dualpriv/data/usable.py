@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fl_dualpriv.data.folder import EXTENSIONS, FolderSplit, class_folders, file_fault, given_splits, size_fault
+from fl_dualpriv.data.folder import FolderSplit, class_folders, given_splits
+from fl_dualpriv.data.formats.pixels import EXTENSIONS, BadImageError, MissingPackageError, file_fault, size_fault
 from fl_dualpriv.data.images import ImageDataset
 from fl_dualpriv.data.questions import QuestionSet
 
@@ -135,10 +136,12 @@ def image_fault(images: ImageDataset, index: int) -> tuple[str, str]:
         return file_fault(images.paths[index])
     try:
         width, height = images.image(index).size
+    except MissingPackageError as error:
+        return "of a format that needs a package", str(error)
     except Exception as error:  # decoders raise many kinds
-        return "cannot be read", f"image {index} cannot be read: {error}"
+        return "cannot be read", str(error) if isinstance(error, BadImageError) else f"{images.name(index)}: {error}"
     kind = size_fault(width, height)
-    return kind, f"image {index} has {width} x {height} pixels: it is {kind}" if kind else ""
+    return kind, f"image {images.name(index)} has {width} x {height} pixels: it is {kind}" if kind else ""
 
 
 def without_usable(partitions: Sequence[np.ndarray], inspection: Usable) -> int | None:

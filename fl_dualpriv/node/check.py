@@ -124,7 +124,7 @@ def _state(node: NodeFile) -> Finding:
 def _data(node: NodeFile) -> Finding:
     if node.data_path is None:
         return _note("data", "no data-path: the run names the data, which were not checked")
-    data = look_at(node.data_path, node.classes)
+    data = look_at(node.data_path, node.classes, node.columns)
     if data.found.are_all and data.found.count:
         return _good("data", "; ".join([data.says, *([data.note] if data.note else [])]))
     message = "; ".join(

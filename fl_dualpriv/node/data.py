@@ -3,12 +3,14 @@
 A server never gets these counts. They decide only if the node joins.
 """
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fl_dualpriv.data.folder import given_splits
-from fl_dualpriv.data.hub_names import hub_name
-from fl_dualpriv.data.load import load_data, load_questions
+from fl_dualpriv.data.layout import Columns, Reading
+from fl_dualpriv.data.listed import is_list
+from fl_dualpriv.data.load import given_image_splits, holds_questions, load_data, load_questions
 from fl_dualpriv.data.usable import SECONDS, Usable, look, skipped_files
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.node.file import NodeFile
@@ -38,15 +40,16 @@ class NodeData:
 
 def asks_questions(path: Path) -> bool:
     """Return True if the records are questions about images."""
-    return path.is_file() or hub_name(str(path)) is not None or any(path.glob("*.jsonl")) or any(path.glob("*.csv"))
+    return holds_questions(str(path))
 
 
-def look_at(path: Path, classes: Path | None, seconds: float = SECONDS) -> NodeData:
+def look_at(path: Path, classes: Path | None, columns: Mapping[str, str], seconds: float = SECONDS) -> NodeData:
     """Open the training records.
 
     Args:
         path: ``data-path`` of the owner's file.
         classes: ``classes`` of the owner's file.
+        columns: ``columns`` of the owner's file.
         seconds: Time limit, see `look`.
 
     Raises:
@@ -56,13 +59,19 @@ def look_at(path: Path, classes: Path | None, seconds: float = SECONDS) -> NodeD
         questions = load_questions("questions", str(path), *_CUT, "keep")
         says = f"{len(questions.train)} training questions of {len(questions.class_names)} types"
         return NodeData(says=says, found=look(questions.train, "training questions", seconds), note="")
-    images = load_data("folder", str(path), str(classes or ""), *_CUT, "keep")
-    has_test_split = "test" in given_splits(path)
+    images = load_data("folder", str(path), str(classes or ""), *_CUT, _reading(columns))
+    has_test_split = "test" in given_image_splits(str(path))
     says = f"{len(images.train)} training images of {len(images.class_names)} classes, "
     says += "a separate test/" if has_test_split else "test images cut out of them: their scores never leave"
-    skipped = ", ".join(f"{count} {kind or 'without ending'}" for kind, count in skipped_files(path).most_common())
+    left_out = skipped_files(path) if path.is_dir() and not is_list(path) else Counter()
+    skipped = ", ".join(f"{count} {kind or 'without ending'}" for kind, count in left_out.most_common())
     note = f"skipped because of their ending or place: {skipped}" if skipped else ""
     return NodeData(says=says, found=look(images.train, "training images", seconds), note=note)
+
+
+def _reading(columns: Mapping[str, str]) -> Reading:
+    named = Columns(image=columns.get("image", ""), label=columns.get("label", ""))
+    return Reading(columns=named, needs_declared=True)
 
 
 def before_joining(node: NodeFile) -> list[str]:
@@ -78,7 +87,7 @@ def before_joining(node: NodeFile) -> list[str]:
     """
     if node.data_path is None:
         return []
-    data = look_at(node.data_path, node.classes)
+    data = look_at(node.data_path, node.classes, node.columns)
     if refusal := data.found.refusal():
         raise ConfigError("\n  ".join([f"data-path = {str(node.data_path)!r}: this node does not join:", *refusal]))
     return data.lines()

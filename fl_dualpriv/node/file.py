@@ -4,6 +4,7 @@
     data-path = "/srv/images"            # the only images or questions that a run may read, for any data.path of the
                                          # run; all of them belong to this node's client
     classes = "/srv/classes.json"        # if folder names are not class names (as data.classes)
+    columns = {image = "photo", label = "species"}   # if data-path is a list or a data set with other column names
     class-shares = "/srv/shares.toml"    # the client's share of each class (as data.class-shares), which is public
                                          # from then on; only train.class-prior = "declared" reads it
     device = "cuda"                      # auto | cpu | cuda | cuda:N; without such a GPU the node says so and uses
@@ -52,7 +53,7 @@ import math
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ class NodeFile:
         budget: Limits at the record level. None means that the run's own plan is the only limit.
         apps: SHA-256 digests, lower-case hex, of the app bundles that may run here.
         classes: Absolute path of the file of class names, in place of the run's ``data.classes``.
+        columns: Columns of image and label, in place of the run's ``data.*-column``: a server that names the column of
+            the label could make a private column the class list, which no noise protects.
         class_shares: Absolute path of the file of class shares, in place of the run's ``data.class-shares``.
         device: Device of the model, in place of the run's ``resources.device``.
         model: Model, in place of the run's ``backbone.name`` and ``backbone.pretrained``.
@@ -102,6 +105,7 @@ class NodeFile:
     budget: Budget | None
     apps: tuple[str, ...]
     classes: Path | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
     class_shares: Path | None = None
     device: str | None = None
     model: NodeModel | None = None
@@ -111,13 +115,15 @@ class NodeFile:
         """Return the configuration keys that the owner decides for every run on this node, for any value of the server.
 
         Guarantee:
-            With a ``data_path`` no run can name a file of this node's disk to be read as data. With a ``state_dir`` no
-            run can name a place to which features of the data are written.
+            With a ``data_path`` no run can name a file of this node's disk, or a column, to be read as data. With a
+            ``state_dir`` no run can name a place to which features of the data are written.
         """
         keys: dict[str, str] = {}
         if self.data_path is not None:
             keys |= {"data.path": str(self.data_path), "data.classes": str(self.classes or "")}
             keys["data.class-shares"] = str(self.class_shares or "")
+            roles = ("image", "label", "domain", "client")
+            keys |= {f"data.{role}-column": self.columns.get(role, "") for role in roles}
         if self.state_dir is not None:
             keys["resources.feature-cache"] = str(self.state_dir / "features")
         if self.device is not None:
@@ -178,7 +184,18 @@ def read_node_file(path: Path) -> NodeFile:
         raise ConfigError(f"node file {path} is not valid TOML: {error}") from error
     problems: list[str] = []
     app = content.get("app", {})
-    known = {"state-dir", "data-path", "classes", "class-shares", "device", "model", "server", "budget", "app"}
+    known = {
+        "state-dir",
+        "data-path",
+        "classes",
+        "columns",
+        "class-shares",
+        "device",
+        "model",
+        "server",
+        "budget",
+        "app",
+    }
     unknown = sorted(set(content) - known)
     if not isinstance(app, dict):
         problems, app = ["app must be a table"], {}
@@ -190,6 +207,7 @@ def read_node_file(path: Path) -> NodeFile:
         budget=_budget(content["budget"], problems) if "budget" in content else None,
         apps=_apps(app.get("allowed", []), problems),
         classes=node_tables.folder("classes", content.get("classes"), problems),
+        columns=node_tables.columns(content.get("columns"), problems),
         class_shares=node_tables.folder("class-shares", content.get("class-shares"), problems),
         device=node_tables.device(content.get("device"), problems),
         model=node_tables.model(content.get("model"), problems),

@@ -155,3 +155,15 @@ def _count(table: Mapping[str, Any], key: str, default: int, lowest: int, highes
         problems.append(f"{key} = {value!r}; it must be a whole number from {lowest} to {highest}")
         return default
     return value
+
+
+def columns(value: Any, problems: list[str]) -> dict[str, str]:
+    """Read the table of column names of a list or data set: ``image`` and ``label``, either optional."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) and name.strip() for name in value.values()):
+        problems.append(f'columns = {value!r}; it must be a table of names: image = "photo", label = "species"')
+        return {}
+    if unknown := sorted(set(value) - {"image", "label"}):
+        problems.append(f"unknown key {', '.join(f'columns.{key}' for key in unknown)}; allowed are image and label")
+    return {key: str(name) for key, name in value.items()}

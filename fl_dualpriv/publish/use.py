@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fl_dualpriv.data.features import BATCH, encode_images
-from fl_dualpriv.data.folder import EXTENSIONS, BadImageError, FolderSplit
+from fl_dualpriv.data.folder import FolderSplit
+from fl_dualpriv.data.formats.pixels import EXTENSIONS, BadImageError
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.features.images import BATCH, encode_images
 from fl_dualpriv.publish.card import PublishedFacts
 from fl_dualpriv.publish.file import read_published
 from fl_dualpriv.publish.readers import Reader, check_probe, load_reader

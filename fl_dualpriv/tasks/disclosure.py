@@ -1,10 +1,7 @@
 """Decide from a configuration which results may leave, before any plan is calculated. No torch, no accountant."""
 
-from pathlib import Path
-
 from fl_dualpriv.config.schema import DataConfig, EvaluationConfig, RunConfig
-from fl_dualpriv.data.folder import given_splits
-from fl_dualpriv.data.load import given_question_splits
+from fl_dualpriv.data.load import given_image_splits, given_question_splits
 
 
 def keeps_bad_records(config: RunConfig) -> bool:
@@ -58,7 +55,7 @@ def own_splits(data: DataConfig) -> frozenset[str]:
     if data.is_embedded:
         return frozenset({"train", "val", "test"})
     if data.source == "folder":
-        return given_splits(Path(data.path).expanduser())
+        return given_image_splits(data.path)
     return given_question_splits(data.path)
 
 

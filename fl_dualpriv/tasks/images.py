@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.config.schema import BackboneConfig, DataConfig, PromptConfig, RunConfig
-from fl_dualpriv.data.cache import cache_root
-from fl_dualpriv.data.features import ImageFeatures, refuse_unusable
 from fl_dualpriv.data.identity import data_identity
 from fl_dualpriv.data.images import DataSplits, ImageDataset
-from fl_dualpriv.data.load import load_data
+from fl_dualpriv.data.load import load_data, reading_of
 from fl_dualpriv.data.partition import divide, held_classes
-from fl_dualpriv.data.patches import PatchEncoder
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.features.cache import cache_root
+from fl_dualpriv.features.images import ImageFeatures, refuse_unusable
+from fl_dualpriv.features.patches import PatchEncoder
 from fl_dualpriv.learners.base import ClientData, Objective
 from fl_dualpriv.learners.context import PromptedText
 from fl_dualpriv.learners.contrast import PromptContrast
@@ -393,8 +393,7 @@ class ImageTask:
     def _client_data(self, split: str, indices: np.ndarray, mirrored: np.ndarray | None) -> ClientData:
         images, rows = self.images(split), self._rows(split, indices, mirrored, patches=False)
         if self.refuses_bad_records:
-            names, labels = images.class_names, images.labels
-            refuse_unusable(rows, indices, lambda i: f"number {i} of class {names[labels[i]]!r}")
+            refuse_unusable(rows, indices, images)
         device, patches = self.backbone.device, None
         if self.patch_reading:
             flat = torch.from_numpy(self._rows(split, indices, mirrored, patches=True))
@@ -419,8 +418,8 @@ def build_image_task(config: RunConfig, on_bad_image: Literal["keep", "raise"]) 
     data, source = config.data, config.data.source
     assert source in ("demo", "shelf", "folder")
     images = load_data(
-        *(source, data.path, data.classes, data.val_fraction, data.test_fraction, config.seed, on_bad_image),
-        data.is_by_domain,
+        *(source, data.path, data.classes, data.val_fraction, data.test_fraction, config.seed),
+        reading_of(data, on_bad_image),
     )
     task = _build_task(
         images,

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from fl_dualpriv.config.schema import ResourcesConfig, RunConfig
-from fl_dualpriv.data.cache import IN_MEMORY
-from fl_dualpriv.data.features import BATCH
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.features.cache import IN_MEMORY
+from fl_dualpriv.features.images import BATCH
 from fl_dualpriv.models.base import Backbone
 from fl_dualpriv.run import cgroups
 from fl_dualpriv.run.cpus import usable_cpus

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from fl_dualpriv.config.schema import BackboneConfig, DataConfig, PromptConfig, RunConfig
-from fl_dualpriv.data.cache import cache_root
-from fl_dualpriv.data.features import ImageFeatures, refuse_unusable
 from fl_dualpriv.data.identity import data_identity
 from fl_dualpriv.data.images import ImageDataset
 from fl_dualpriv.data.load import load_questions
 from fl_dualpriv.data.partition import divide
 from fl_dualpriv.data.questions import QuestionSet, QuestionSplits
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.features.cache import cache_root
+from fl_dualpriv.features.images import ImageFeatures, refuse_unusable
 from fl_dualpriv.learners.answers import BLOCK, AnswerObjective, AnswerRecords, answer_records
 from fl_dualpriv.learners.row_check import MADE_UP_BLOCKS
 from fl_dualpriv.learners.soft_prompt import SoftPromptObjective
@@ -235,7 +235,7 @@ class QuestionTask:
         images, image_of = np.unique(questions.image_of[indices], return_inverse=True)
         visual = self._features[split].rows(images)
         if self.on_bad_record == "raise":
-            refuse_unusable(visual, images, lambda i: f"number {i} of {split}")
+            refuse_unusable(visual, images, questions.images)
         return answer_records(
             self.backbone,
             [questions.questions[i] for i in indices],

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from fl_dualpriv.config.schema import RunConfig
-from fl_dualpriv.data.folder import Layout, bad_images, read_layout
+from fl_dualpriv.data.folder import bad_images
 from fl_dualpriv.data.images import DataSplits, ImageDataset
-from fl_dualpriv.data.load import load_data, load_questions
+from fl_dualpriv.data.layout import Layout, Reading
+from fl_dualpriv.data.load import load_data, load_questions, read_images, reading_of
 from fl_dualpriv.data.partition import divide
 from fl_dualpriv.data.questions import QuestionSet, QuestionSplits
 from fl_dualpriv.data.usable import SECONDS, Usable, look, skipped_files, without_usable
@@ -69,9 +70,9 @@ def announce(config: RunConfig, folder: Path) -> None:
 
 
 def _images(config: RunConfig, seconds: float) -> list[str]:
-    data, path = config.data, Path(config.data.path).expanduser()
+    data = config.data
     if data.source in ("demo", "shelf"):
-        demo = load_data(data.source, "", "", data.val_fraction, data.test_fraction, config.seed, "keep")
+        demo = load_data(data.source, "", "", data.val_fraction, data.test_fraction, config.seed, Reading())
         parts, problems = _divided(config, demo.train)
         problems += class_share_problems(config, demo.class_names)
         _raise("the demo's images cannot be used:", problems, _delta_problems(config, parts))
@@ -80,12 +81,11 @@ def _images(config: RunConfig, seconds: float) -> list[str]:
             *_record_lines(config, what, demo.train, None, parts),
             *_held_out_lines(config, len(_scored(config, demo)), "images", None),
         ]
-    if not data.path.strip():
-        raise ConfigError('data.path is empty; give the directory of the images, or set data.ref = "demo"')
-    layout = read_layout(
-        *(path, data.classes, data.val_fraction, data.test_fraction, config.seed), by_domain=data.is_by_domain
+    on_bad = "keep" if keeps_bad_records(config) else "raise"
+    layout = read_images(
+        *(data.path, data.classes, data.val_fraction, data.test_fraction, config.seed), reading_of(data, on_bad)
     )
-    splits = layout.as_splits()
+    splits = layout.splits
     problems = [*layout.problems, *word_problems(config, layout)]
     parts, usable_records, held_out = [], None, None
     if not keeps_bad_records(config):
@@ -98,12 +98,12 @@ def _images(config: RunConfig, seconds: float) -> list[str]:
         held_out = look(splits[config.evaluation.split], f"{config.evaluation.split} images", seconds)
         if keeps_bad_records(config):
             problems += usable_records.refusal() + (held_out.refusal() if may_score(config) else [])
-    _raise(f"the images in {path} cannot be used:", problems, _delta_problems(config, parts))
+    _raise(f"the images in {data.path} cannot be used:", problems, _delta_problems(config, parts))
     assert held_out is not None
     what = f"{len(splits['train'])} training images of {len(layout.names)} classes"
     return [
         *_record_lines(config, what, splits["train"], usable_records, parts),
-        *_skipped_lines(path, by_domain=data.is_by_domain),
+        *(_skipped_lines(Path(data.path).expanduser(), by_domain=data.is_by_domain) if layout.is_folder else []),
         *_held_out_lines(config, held_out.total, "images", held_out),
     ]
 
@@ -182,6 +182,8 @@ def _record_lines(
         f"clients: {len(parts)}{held_out}; records per client: minimum {min(sizes)}, median {np.median(sizes):g}, "
         f"maximum {max(sizes)}",
     ]
+    if (left := len(train) - sum(sizes)) > 0:
+        lines.append(f"{left} training records belong to no client, because data.partitioner leaves them out")
     if usable_records is not None and (none := without_usable(parts, usable_records)):
         lines.append(f"warning: {none} of {len(parts)} clients have no usable record; their prompts will be noise")
     return lines

@@ -14,7 +14,7 @@ from PIL import Image
 from clients.app import app
 from fl_dualpriv import messages
 from fl_dualpriv.config.schema import app_defaults
-from fl_dualpriv.data import hub as hub_questions
+from fl_dualpriv.data import hub
 from fl_dualpriv.data.load import load_questions
 from fl_dualpriv.flower.local import LocalGrid
 from tests.app.client_node import OFFERED, ask, evaluate, train
@@ -113,7 +113,7 @@ def test_a_run_reads_the_owners_questions_whatever_it_names(
     def fetched(name: str) -> None:
         raise AssertionError(name)
 
-    monkeypatch.setattr(hub_questions, "_splits", fetched)
+    monkeypatch.setattr(hub, "load_tables", fetched)
     reply = ask(owned(changes), RecordDict(), MessageType.QUERY)
     # 8 images: 1 for val, 2 for test; two questions about each of 5, all of them this node's client's.
     assert messages.read_cards(reply)[0].num_examples == 10

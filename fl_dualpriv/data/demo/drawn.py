@@ -20,6 +20,19 @@ class DrawnImages:
         """Hash of the arrays and of the code that draws the images; see `ImageDataset.content_hash`."""
         return self._content_hash
 
+    @property
+    def clients(self) -> None:
+        """None, because a demo names no clients; see `ImageDataset`."""
+
+    @property
+    def client_names(self) -> tuple[str, ...]:
+        """No names; see `ImageDataset`."""
+        return ()
+
+    def name(self, index: int) -> str:
+        """Return the number of one image; see `ImageDataset.name`."""
+        return f"number {index}"
+
     def unchanged(self, index: int) -> bool:
         """Always True, because the images are in memory; see `ImageDataset.unchanged`."""
         return True

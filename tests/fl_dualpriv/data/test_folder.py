@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fl_dualpriv.data.folder import BadImageError, load_folder
+from fl_dualpriv.data.folder import load_folder
+from fl_dualpriv.data.formats.pixels import BadImageError
 from fl_dualpriv.errors import ConfigError
 
 
@@ -238,10 +239,33 @@ def test_sixteen_bit_samples_are_scaled(tmp_path):
     assert splits["train"].image(index).getpixel((0, 0)) == (0x80, 0x80, 0x80)  # the high byte, not clipped at 255
 
 
-def test_float_samples_are_refused(tmp_path):
+def test_samples_that_are_not_numbers_are_refused(tmp_path):
     make_classes(tmp_path, {"a": 4, "b": 4})
     Image.fromarray(np.full((4, 4), np.nan, dtype=np.float32)).save(tmp_path / "b" / "nan.tif")
-    assert "its samples have more than 8 bits (mode F); convert it to 8-bit" in fault(tmp_path)
+    assert "nan.tif cannot be read: it has samples that are not finite numbers" in fault(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "right"), [("validation", "val"), ("Valid", "val"), ("dev", "val"), ("testing", "test")]
+)
+def test_a_split_of_another_name_is_told_its_name(name: str, right: str, tmp_path: Path):
+    for split in ("train", name):
+        make_classes(tmp_path / split, {"a": 4, "b": 4})
+    assert f"{name}/ is not a name of a split: rename it to {right}/" in fault(tmp_path)
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path: Path):
+    make_classes(tmp_path, {"valid": 4, "void": 4})
+    assert load(tmp_path)[0]["train"].class_names == ("valid", "void")
+
+
+def test_wordnet_ids_are_no_words(tmp_path: Path):
+    make_classes(tmp_path, {"n01440764": 4, "n01443537": 4, "dog": 4})
+    assert "class folders n01440764, n01443537 have names that are WordNet ids, which are no words" in fault(tmp_path)
+    names = {"n01440764": "tench", "n01443537": "goldfish", "dog": "dog"}
+    (tmp_path / "classes.json").write_text(json.dumps({"class-names": names}))
+    splits, _ = load_folder(tmp_path, str(tmp_path / "classes.json"), 0.1, 0.2, 0, "raise")
+    assert splits["train"].class_names == ("dog", "tench", "goldfish")
 
 
 # --- domains ----------------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from fl_dualpriv.cli import main as cli
 from fl_dualpriv.config.schema import app_defaults
-from fl_dualpriv.data.cache import cache_root
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.features.cache import cache_root
 from fl_dualpriv.run.user_folders import expanded, home, settle_home
 
 ROOT = Path(__file__).parents[3]

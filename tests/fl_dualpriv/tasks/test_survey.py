@@ -21,6 +21,7 @@ from fl_dualpriv.cli import run as run_command
 from fl_dualpriv.config.methods import METHODS
 from fl_dualpriv.config.plans import client_level_plan, record_level_plan
 from fl_dualpriv.config.schema import RunConfig, app_defaults
+from fl_dualpriv.data.layout import Reading
 from fl_dualpriv.data.load import load_data, load_questions
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.tasks.disclosure import keeps_bad_records
@@ -130,15 +131,15 @@ def test_a_bad_image_stays_a_record_under_dp_and_is_named_for_the_operator(image
         file.unlink() if file.is_file() else None
     (images / "test" / "cat").rmdir()
     (images / "test").rmdir()
-    data = load_data("folder", str(images), "", 0.1, 0.2, 0, "keep").train
+    data = load_data("folder", str(images), "", 0.1, 0.2, 0, Reading(on_bad="keep")).train
     Path(data.paths[0]).write_bytes(b"")  # type: ignore[attr-defined]
-    (images / "cat" / "a.heic").touch()
+    (images / "cat" / "a.raw").touch()
     (images / "b.png").touch()
     lines = survey(configure(images))
     assert lines[0] == "data: 21 training images of 3 classes: 20 usable of 21, 1 cannot be read"
     assert lines[1].startswith(f"  image {data.paths[0]} cannot be read")  # type: ignore[attr-defined]
     assert "clients: 3; records per client: minimum 7, median 7, maximum 7" in lines
-    assert "skipped because of their ending: 1 .heic" in lines
+    assert "skipped because of their ending: 1 .raw" in lines
     assert "skipped because they lie in no class folder: 1 images" in lines
     with pytest.raises(ConfigError, match=r"1 of 30 images cannot be used"):
         survey(configure(images, NO_DP))

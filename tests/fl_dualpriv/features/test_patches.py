@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_dualpriv.data.cache import SHARD
-from fl_dualpriv.data.features import ImageFeatures
-from fl_dualpriv.data.patches import PatchEncoder
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.features.cache import SHARD
+from fl_dualpriv.features.images import ImageFeatures
+from fl_dualpriv.features.patches import PatchEncoder
 from fl_dualpriv.models.load import load_backbone
 from fl_dualpriv.models.pruning.in_tower import PatchReading
-from tests.fl_dualpriv.data.test_features import Drawn
+from tests.fl_dualpriv.features.test_images import Drawn
 
 
 def images(count: int) -> Tensor:

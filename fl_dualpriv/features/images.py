@@ -1,18 +1,21 @@
 """Features of the images of one split: read, transform, encode, and keep features that are the same in every round."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fl_dualpriv.data.cache import SHARD, FeatureTable, cache_key
-from fl_dualpriv.data.folder import size_fault
+from fl_dualpriv.data.formats.pixels import size_fault
 from fl_dualpriv.data.images import ImageDataset
+from fl_dualpriv.data.usable import image_fault
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.features.cache import SHARD, FeatureTable, cache_key
 from fl_dualpriv.models.base import ImageEncoder, input_shape
+
+_NAMED = 5
 
 BATCH = 32
 """Number of images in a batch. It is fixed because another size rounds differently, and small to bound memory."""
@@ -75,19 +78,18 @@ class ImageFeatures:
         )
 
 
-def refuse_unusable(rows: np.ndarray, indices: np.ndarray, which: Callable[[int], str]) -> None:
+def refuse_unusable(rows: np.ndarray, indices: np.ndarray, images: ImageDataset) -> None:
     """Raise ConfigError if the features of some image are NaN. Runs without DP use it, because they refuse bad records.
 
     Args:
         rows: Features, (n, embed_dim). A row that cannot be used is NaN in every column, so one column is enough.
         indices: Indices of the images of these rows, (n,).
-        which: Function that names an image, given its index.
+        images: The images, which the message names.
     """
-    if (bad := indices[np.isnan(rows[:, 0])]).size:
-        raise ConfigError(
-            f"{len(bad)} images cannot be used: unreadable, out of proportion or not finite (the first: "
-            f"{which(int(bad[0]))}); remove or repair them"
-        )
+    if bad := indices[np.isnan(rows[:, 0])].tolist():
+        named = [image_fault(images, i)[1] or f"image {images.name(i)} has no finite features" for i in bad[:_NAMED]]
+        more = [f"... and {len(bad) - _NAMED} more"] if len(bad) > _NAMED else []
+        raise ConfigError("\n  ".join([f"{len(bad)} images cannot be used; repair or remove them", *named, *more]))
 
 
 def feature_cache_key(backbone: ImageEncoder, images: ImageDataset) -> str:

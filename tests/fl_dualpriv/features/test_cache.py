@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fl_dualpriv.data import cache as feature_cache
-from fl_dualpriv.data.cache import SHARD, FeatureTable, cache_key, cache_root
+from fl_dualpriv.features import cache as feature_cache
+from fl_dualpriv.features.cache import SHARD, FeatureTable, cache_key, cache_root
 
 ROOT = Path(__file__).parents[3]
 DIM, SIZE = 3, 2 * SHARD + 10  # three shards, the last one short
@@ -20,8 +20,8 @@ PREAMBLE = f"""
 import os, sys, time
 from pathlib import Path
 import numpy as np
-from fl_dualpriv.data import cache as feature_cache
-from fl_dualpriv.data.cache import FeatureTable
+from fl_dualpriv.features import cache as feature_cache
+from fl_dualpriv.features.cache import FeatureTable
 
 root, log = Path(sys.argv[1]), Path(sys.argv[2])
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fl_dualpriv.data.cache import SHARD
-from fl_dualpriv.data.features import BATCH, ImageFeatures, feature_cache_key
 from fl_dualpriv.data.folder import FolderSplit, load_folder
+from fl_dualpriv.features.cache import SHARD
+from fl_dualpriv.features.images import BATCH, ImageFeatures, feature_cache_key
 from fl_dualpriv.models.base import Backbone
 from fl_dualpriv.models.load import load_backbone
 from fl_dualpriv.models.pruning.tokens import VisualTokenPruner

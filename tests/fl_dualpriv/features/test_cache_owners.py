@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fl_dualpriv.data.cache import SHARD, FeatureTable
+from fl_dualpriv.features.cache import SHARD, FeatureTable
 
 DIM, SIZE = 3, 2 * SHARD + 10  # three shards
 ALL = np.arange(SIZE)

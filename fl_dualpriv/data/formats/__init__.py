@@ -1,0 +1,1 @@
+"""Formats of files: pixels of images, hashes of files, names of Hugging Face data sets."""

@@ -1,0 +1,72 @@
+"""Labelled images from a CSV or JSON lines file: path, label, and optionally domain and client of each image."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fl_dualpriv.data.folder import FolderSplit
+from fl_dualpriv.data.formats.text_files import KINDS, column_names, given_file_splits, is_text, records_of, split_files
+from fl_dualpriv.data.layout import ROLES, Labels, Layout, Reading, Record, layout_of_records
+from fl_dualpriv.errors import ConfigError
+
+
+def is_list(path: Path) -> bool:
+    """Return True if a path is a list of records, or a folder with a list called train."""
+    return path.suffix.lower() in KINDS if path.is_file() else path.is_dir() and "train" in given_file_splits(path)
+
+
+def read_list(path: Path, classes: str, fractions: Mapping[str, float], seed: int, reading: Reading) -> Layout:
+    """Read a list, or the lists train, val and test of a folder. Opens no image.
+
+    Args:
+        path: File or folder. Images are named relative to their list.
+        classes: JSON file of template and class names, see `layout.class_names`.
+        fractions: Share of each label for ``val`` and ``test`` if they have no list.
+        seed: Seed of that cut.
+        reading: How the run reads the records.
+
+    Raises:
+        ConfigError: If a file cannot be read, or lacks a column.
+    """
+    files = split_files(path) if path.is_dir() else {"train": path}
+    return layout_of_records(
+        {name: list(_records(file, reading)) for name, file in files.items()},
+        _split,
+        classes=classes,
+        fractions=fractions,
+        seed=seed,
+        reading=reading,
+        nowhere=path if path.is_dir() else path.parent,  # a folder, which is no image
+    )
+
+
+def holds_questions(path: Path) -> bool:
+    """Return True if a list has a column of questions."""
+    file = path if path.is_file() else next(iter(split_files(path).values()), None)
+    return file is not None and "question" in column_names(file)
+
+
+def _records(file: Path, reading: Reading) -> Iterator[Record[Path]]:
+    there, group = column_names(file), reading.group
+    if not there:
+        raise ConfigError(f"{file} holds no record; add some")
+    of_role = reading.columns.found(there, group, str(file))
+    for line, record in records_of(file):
+        texts = {role: _text(record, of_role[role]) for role in ROLES if role in of_role}
+        place = file.parent / texts["image"] if texts["image"] else file.parent
+        label = texts["label"] if texts["image"] else ""  # a record without an image cannot be used either
+        yield Record(place=place, label=label, group=texts[group] if group else "", where=f"{file.name}, line {line}")
+
+
+def _text(record: Any, column: str) -> str:
+    """Return a cell as text; numbers count as text, because a label may be one."""
+    value = record.get(column) if isinstance(record, Mapping) else None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    return value.strip() if is_text(value) else ""
+
+
+def _split(_name: str, places: list[Path], of: Labels) -> FolderSplit:
+    return FolderSplit(
+        tuple(places), of.labels, of.class_names, of.domains, of.domain_names, of.clients, of.client_names
+    )

@@ -1,0 +1,1 @@
+"""Features of images: read, transform, encode, and keep on disk."""
