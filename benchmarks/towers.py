@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from benchmarks.flops import TowerShape
 from fl_dualpriv.learners.rows import Batches, summed_gradient
 from fl_dualpriv.models.open_clip import open_clip
-from fl_dualpriv.models.open_clip_text import OpenClipText
+from fl_dualpriv.models.text.open_clip_text import OpenClipText
 from fl_dualpriv.towers.shared_prefix import SharedPrefixTower
 
 VIT_B_16: dict[str, Any] = {

@@ -19,6 +19,7 @@ class PatchEncoder:
     """
 
     visual_prompts = False
+    mirrors = True
 
     def __init__(self, backbone: Backbone, reading: PatchReading) -> None:
         self._backbone, self.name, self.device = backbone, backbone.name, backbone.device

@@ -13,7 +13,7 @@ from fl_dualpriv.towers.plain import PlainTower
 from fl_dualpriv.towers.shared_prefix import SharedPrefixTower
 
 _logger = logging.getLogger("fl_dualpriv")
-_CHECKED_CLASSES = 12
+_CHECKED_CLASSES, _NAMED = 12, 10
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 """Largest allowed difference of the shared-prefix tower from the plain one, relative to the largest entry.
 
@@ -45,7 +45,7 @@ class PromptedText:
         before, after = template.split("{}")
         self.after = after.strip()
         self._template_context = _embed(backbone, backbone.words(before.strip()))
-        suffixes = [[*backbone.words((name + after).strip()), rows.end] for name in class_names]
+        suffixes = [[*tokens, rows.end] for tokens in _words_of_all(backbone, class_names, after)]
         self._lengths = torch.tensor([len(tokens) for tokens in suffixes], device=backbone.device)
         # Models that read full rows need padding for any number of context tokens; others ignore tokens after the end.
         width = max(backbone.context_length, self._longest) if backbone.fills_rows else self._longest
@@ -181,6 +181,24 @@ class PromptedText:
         end = torch.tensor(ends, device=self._backbone.device)
         embedded = self._backbone.embed_tokens(self._backbone.tokenize(self._texts))
         return torch.nn.functional.normalize(self._backbone.encode_embeddings(embedded, end), dim=-1)
+
+
+def _words_of_all(backbone: Backbone, class_names: tuple[str, ...], after: str) -> list[list[int]]:
+    """Return the token ids of every name with the text behind it.
+
+    Raises:
+        ConfigError: If some names cannot be written in the model's tokens; the message lists them.
+    """
+    tokens, problems = [], []
+    for name in class_names:
+        try:
+            tokens.append(backbone.words((name + after).strip()))
+        except ConfigError as error:
+            problems.append(f"class {name!r}: {error}")
+    if problems:
+        more = [f"... and {len(problems) - _NAMED} more classes"] if len(problems) > _NAMED else []
+        raise ConfigError("\n  ".join([*problems[:_NAMED], *more]))
+    return tokens
 
 
 def _filled(context: Tensor, n_ctx: int) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Size, Tensor, device
 
 from fl_dualpriv.models.pruning.in_tower import PatchReading
 from fl_dualpriv.models.pruning.tokens import TokenPruner
-from fl_dualpriv.models.rows import TokenRows
-from fl_dualpriv.models.text_stack import TextStack
+from fl_dualpriv.models.text.rows import TokenRows
+from fl_dualpriv.models.text.text_stack import TextStack
 
 Precision = Literal["fp32", "bf16"]
 HUGGING_FACE = "hf:"
@@ -24,15 +24,20 @@ class ImageEncoder(Protocol):
         embed_dim: Width of an image's feature vector.
         device: Device that holds the model.
         visual_prompts: True if the image tower reads trainable prompts. Features must not be cached then.
+        mirrors: True if flipping the last dimension of a preprocessed image mirrors the image.
     """
 
     name: str
     embed_dim: int
     device: device
     visual_prompts: bool
+    mirrors: bool
 
     def preprocess(self, image: PIL.Image.Image) -> Tensor:
-        """Apply the model's inference transform; the result is float32 (3, height, width)."""
+        """Apply the model's inference transform; the result is float32 (3, height, width).
+
+        A model that reads patches of images of any shape may have another form, the same for all images.
+        """
         ...
 
     def image_features(self, images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.models.pruning.in_tower import PatchReading, encode_patches
 from fl_dualpriv.models.pruning.towers import ImageTower
-from fl_dualpriv.models.text_stack import Linear, Norm, TextStack
+from fl_dualpriv.models.text.text_stack import TextStack
 
 
 @torch.no_grad()  # not inference_mode: a later backward pass could not use its tensors
@@ -42,6 +42,7 @@ class FrozenModel:
     text_stack: TextStack | None
     embed_dim: int
     device: torch.device
+    mirrors: bool = True
     _model: Any
     _precision: str
 
@@ -139,14 +140,3 @@ def _tensors(node: Any) -> Iterator[Tensor]:
     elif is_dataclass(node):
         for field in fields(node):
             yield from _tensors(getattr(node, field.name))
-
-
-def read_norm(module: nn.LayerNorm) -> Norm:
-    """Return the weights of a layer norm."""
-    return Norm(weight=module.weight.detach(), bias=module.bias.detach(), eps=module.eps)
-
-
-def read_linear(module: nn.Linear) -> Linear:
-    """Return the weights of a linear layer; a missing bias becomes zero."""
-    weight = module.weight.detach()
-    return Linear(weight=weight, bias=weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach())

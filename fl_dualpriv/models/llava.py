@@ -49,6 +49,7 @@ class LlavaBackbone(FrozenModel):
     """
 
     visual_prompts = False
+    mirrors = True
     fills_rows = False
     text_stack = None
 

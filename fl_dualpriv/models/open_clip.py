@@ -20,11 +20,11 @@ from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.models import checkpoints, torchvision_shim
 from fl_dualpriv.models.base import Precision
 from fl_dualpriv.models.frozen import FrozenModel, encode_images
-from fl_dualpriv.models.open_clip_text import OpenClipText
 from fl_dualpriv.models.pruning.in_tower import check_prunable, encode_pruned, open_clip_tower
 from fl_dualpriv.models.pruning.tokens import TokenPruner
 from fl_dualpriv.models.pruning.towers import ImageTower
-from fl_dualpriv.models.rows import PROBE, TokenRows, read_rows
+from fl_dualpriv.models.text.open_clip_text import OpenClipText
+from fl_dualpriv.models.text.rows import PROBE, TokenRows, read_rows
 from fl_dualpriv.models.tokenizer import TrimmedTokenizer
 
 torchvision_shim.install()  # open_clip imports torchvision, which CPU torch cannot import by itself

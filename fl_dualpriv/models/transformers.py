@@ -1,4 +1,4 @@
-"""Frozen CLIP and SigLIP models of transformers. Only this file imports transformers.
+"""Frozen dual encoders of transformers: CLIP, SigLIP and their kind. Only this file imports transformers.
 
 The NAME in ``hf:NAME`` is a folder that ``save_pretrained`` wrote, or a name on the hub. Model, tokenizer and image
 processor come from the same place. The weights are always loaded, never random. Every problem raises one `ConfigError`.
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.models import checkpoints, torchvision_shim
 from fl_dualpriv.models.base import HUGGING_FACE, Precision
-from fl_dualpriv.models.frozen import FrozenModel, encode_images, read_linear, read_norm
+from fl_dualpriv.models.families import FAMILIES, encode_text, image_encoder, packed
+from fl_dualpriv.models.frozen import FrozenModel, encode_images
 from fl_dualpriv.models.pruning.in_tower import check_prunable, encode_pruned, transformers_tower
 from fl_dualpriv.models.pruning.tokens import TokenPruner
 from fl_dualpriv.models.pruning.towers import ImageTower
-from fl_dualpriv.models.rows import PROBE, TokenRows, read_rows
-from fl_dualpriv.models.text_stack import Activation, Linear, TextBlock, TextStack
+from fl_dualpriv.models.text.rows import PROBE, TokenRows, read_rows
+from fl_dualpriv.models.text.text_stack import Activation, Linear, TextBlock, TextStack, read_linear, read_norm
 
 torchvision_shim.install()  # transformers' image models import torchvision, which CPU torch cannot import by itself
 
@@ -29,24 +30,26 @@ import transformers  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()  # every worker would print a bar for each file
 
-_MODELS: dict[str, Any] = {"clip": transformers.CLIPModel, "siglip": transformers.SiglipModel}
 _ACTIVATIONS: dict[str, Activation] = {
     "quick_gelu": "quick_gelu",
     "gelu": "gelu",
     "gelu_python": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+_EXTRAS = {"sentencepiece": "siglip", "tiktoken": "siglip"}
+"""Packages that a tokenizer may need, and the extra that installs them."""
+
 _TRIAL_SIZE = (48, 40)
 _LEGACY_EOS = 2
 """End token that CLIP configurations from before 2023 name; transformers then reads the largest id instead."""
 
 
 class TransformersBackbone(FrozenModel):
-    """A frozen CLIP or SigLIP of transformers; see `Backbone`.
+    """A frozen dual encoder of transformers; see `Backbone`.
 
     Args:
         name: Configured name of the model.
-        model: `transformers.CLIPModel` or `transformers.SiglipModel`.
+        model: Model of one of `FAMILIES`.
         tokenizer: Tokenizer of transformers.
         image_processor: Image processor of transformers that works on PIL images.
         device: Device that holds the model.
@@ -73,22 +76,25 @@ class TransformersBackbone(FrozenModel):
             self._tower = transformers_tower(model)
             check_prunable(self._tower, pruner)
         self._tokenizer, self._image_processor = tokenizer, image_processor
-        self._text: Any = self._model.text_model
-        self._causal = isinstance(model, transformers.CLIPModel)
         config = self._model.config.text_config
+        self._family = FAMILIES[self._model.config.model_type]
+        self._encode_model = image_encoder(self._model, self._family)
+        self.mirrors = not self._family.patches
         self.ctx_dim: int = config.hidden_size
-        self.embed_dim: int = self._model.text_projection.out_features if self._causal else self._text.head.out_features
-        self.context_length: int = config.max_position_embeddings
+        projection = getattr(self._model, "text_projection", None)
+        self.embed_dim: int = (projection or self._model.text_model.head).out_features
+        self.context_length: int = config.max_position_embeddings - self._family.offset
         self.logit_scale = float(self._model.logit_scale.exp())
-        self.fills_rows = not self._causal
+        self.fills_rows = self._family.text == "whole row"
         self.plain_reason = self._why_plain(config)
         stack = None if self.plain_reason else _read_stack(self._model)
         self.text_stack = stack.to_precision(torch.bfloat16) if stack is not None and precision == "bf16" else stack
         self.rows = self._read_rows(config)
 
     def preprocess(self, image: PIL.Image.Image) -> Tensor:
-        """Apply the image processor's transform; the result is float32 (3, height, width)."""
-        return self._image_processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        """Apply the image processor's transform; the result is float32 (3, height, width), or `packed`."""
+        made = self._image_processor(images=image.convert("RGB"), return_tensors="pt")
+        return packed(made) if self._family.patches else made["pixel_values"][0]
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Tokenize texts into whole rows, int64 (n, context_length), on the CPU."""
@@ -106,11 +112,23 @@ class TransformersBackbone(FrozenModel):
         words = self._words(text)
         if words and max(words) >= (known := self._model.config.text_config.vocab_size):
             raise ConfigError(f"backbone.name = {self.name!r}: {text!r} has token {max(words)}, the model has {known}")
+        if self._unknown in words:
+            lost = [word for word in text.split() if self._unknown in self._words(word)] or [text]
+            raise ConfigError(
+                f"backbone.name = {self.name!r} does not know {', '.join(map(repr, lost))}; use other words, or "
+                "another model"
+            )
         return self.rows.check_words(self.name, text, words)
+
+    @property
+    def _unknown(self) -> int | None:
+        """Id that stands for what the vocabulary lacks; None without one. CLIP's is the end of text."""
+        unknown = self._tokenizer.unk_token_id
+        return None if unknown == self.rows.end else unknown
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Look up token embeddings without positions: ids (..., token) → (..., token, ctx_dim)."""
-        return self._text.embeddings.token_embedding(tokens.to(self.device))
+        return self._model.text_model.get_input_embeddings()(tokens.to(self.device))
 
     def encode_embeddings(self, embeddings: Tensor, end: Tensor) -> Tensor:
         """Compute text features of token embeddings, (n, embed_dim); see `Backbone`.
@@ -119,13 +137,7 @@ class TransformersBackbone(FrozenModel):
             ValueError: If the rows have a length that the tower cannot read.
         """
         self._check_row_length(embeddings.shape[1])
-        x = self._text.embeddings(inputs_embeds=embeddings)
-        mask = _causal_mask(x.shape[1], x) if self._causal else None
-        x = self._text.encoder(inputs_embeds=x, attention_mask=mask).last_hidden_state
-        x = self._text.final_layer_norm(x)
-        if self._causal:
-            return self._model.text_projection(x[torch.arange(len(x), device=x.device), end.to(x.device)])
-        return self._text.head(x[:, -1])
+        return encode_text(self._model, self._family, embeddings, end)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Compute unit-norm image features, float32 (n, embed_dim); see `Backbone`."""
@@ -133,7 +145,7 @@ class TransformersBackbone(FrozenModel):
 
     def _encode_images(self, images: Tensor) -> Tensor:
         if self.pruner is None or self._tower is None:
-            return self._model.get_image_features(pixel_values=images).pooler_output
+            return self._encode_model(images)
         return encode_pruned(self._tower, images, self.pruner)
 
     def image_tower(self) -> ImageTower:
@@ -154,14 +166,14 @@ class TransformersBackbone(FrozenModel):
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _why_plain(self, config: Any) -> str:
-        if not self._causal:
+        if self._family.text != "causal":
             return "its text tower is not causal"
         if config.hidden_act not in _ACTIVATIONS:
             return f"its text blocks have another activation, {config.hidden_act}"
         return ""
 
     def _read_rows(self, config: Any) -> TokenRows:
-        legacy = config.eos_token_id == _LEGACY_EOS
+        legacy = config.eos_token_id == _LEGACY_EOS and self._model.config.model_type == "clip"
         if self._words("cat") == self._words("dog"):  # without files, transformers makes an empty tokenizer
             raise ConfigError(f"backbone.name = {self.name!r}: its tokenizer has no vocabulary; add its files")
         row = self.tokenize([PROBE])[0].tolist()
@@ -170,7 +182,7 @@ class TransformersBackbone(FrozenModel):
                 f"backbone.name = {self.name!r}: the tokenizer makes rows of {len(row)}, the text tower reads "
                 f"{self.context_length}"
             )
-        rule = "none" if not self._causal else "largest" if legacy else "first"
+        rule = "none" if self._family.text != "causal" else "largest" if legacy else "first"
         rows = read_rows(self.name, row, self._words(PROBE), rule)
         if rule == "first" and rows.end != config.eos_token_id:
             raise ConfigError(
@@ -178,11 +190,6 @@ class TransformersBackbone(FrozenModel):
                 f"its tokenizer ends a text with {rows.end}"
             )
         return rows
-
-
-def _causal_mask(length: int, like: Tensor) -> Tensor:
-    """Return the causal mask (1, 1, token, token) that is added to the scores."""
-    return torch.full((1, 1, length, length), float("-inf"), dtype=like.dtype, device=like.device).triu(1)
 
 
 @torch.no_grad()
@@ -259,12 +266,13 @@ def _load_parts(name: str, device: str) -> tuple[nn.Module, Any, Any]:
     place, local = find_place(name, name.removeprefix(HUGGING_FACE))
     with checkpoints.no_retries_when_offline():
         config = load_part(name, "configuration", transformers.AutoConfig.from_pretrained, place, local)
-        if config.model_type not in _MODELS:
+        if config.model_type not in FAMILIES:
             raise ConfigError(
                 f"backbone.name = {name!r} is a model of type {config.model_type!r}; supported are "
-                f"{' and '.join(_MODELS)} (SigLIP 2 with images of a fixed size is of type siglip)"
+                f"{', '.join(FAMILIES)} (SigLIP 2 with images of a fixed size is of type siglip)"
             )
-        model = load_weights(name, _MODELS[config.model_type], place, local, torch.float32)
+        kind = getattr(transformers, FAMILIES[config.model_type].kind)
+        model = load_weights(name, kind, place, local, torch.float32)
         tokenizer = load_part(name, "tokenizer", transformers.AutoTokenizer.from_pretrained, place, local)
         images = functools.partial(transformers.AutoImageProcessor.from_pretrained, backend="pil")
         image_processor = load_part(name, "image processor", images, place, local)
@@ -289,7 +297,12 @@ def load_part(name: str, part: str, load: Callable[..., Any], place: str, local:
     try:
         return load(place, local_files_only=local, trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers, the hub and JSON each raise different kinds
-        reason = str(error).strip().split("\n")[0]
+        reason = " ".join(str(error).split())
+        if lacking := next((name for name in _EXTRAS if name in reason.lower()), None):
+            raise ConfigError(
+                f"backbone.name = {name!r}: its {part} needs the package {lacking}: "
+                f'pip install "fl-dualpriv[{_EXTRAS[lacking]}]"'
+            ) from error
         raise ConfigError(
             f"backbone.name = {name!r}: its {part} cannot be loaded; name a folder that holds model, tokenizer and "
             f"image processor (as save_pretrained writes them), or a hub name. {type(error).__name__}: {reason}"

@@ -479,6 +479,11 @@ def _build_task(
     assert data.partition != "by-image"  # the configuration allows it only for questions
     parts = divide(images.train, data, population, seed, new_clients)
     backbone = load_backbone(model.name, model.pretrained, device, pruner, model.precision)
+    if data.augmentation == "flip" and not backbone.mirrors:
+        raise ConfigError(
+            f'data.augmentation = "flip": {model.name!r} reads patches of images of any shape, which cannot be '
+            'mirrored here; set it to "none"'
+        )
     return ImageTask(
         backbone=backbone,
         text=PromptedText(backbone, images.class_names, images.template),

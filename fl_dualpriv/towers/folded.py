@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fl_dualpriv.models.text_stack import Activation, Linear, Norm, TextStack
+from fl_dualpriv.models.text.text_stack import Activation, Linear, Norm, TextStack
 from fl_dualpriv.towers.products import prompt_products
 
 

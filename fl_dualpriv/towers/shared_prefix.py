@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fl_dualpriv.models.text_stack import TextStack
+from fl_dualpriv.models.text.text_stack import TextStack
 from fl_dualpriv.towers.folded import FoldedStack, activate, affine, fold, normalise, slope
 from fl_dualpriv.towers.shared_prefix_tape import BlockTape, Layout, Tape, by_class, layout
 from fl_dualpriv.towers.shared_prefix_vjp import SharedPrefixFeatures, by_class_id

@@ -38,6 +38,7 @@ ORDER = (
     "run",
     "models.embedded",
     "models.pruning",
+    "models.text",
     "models",
     "towers",
     "data.formats",

@@ -15,7 +15,7 @@ from fl_dualpriv.learners import rows as per_example
 from fl_dualpriv.learners.base import ClientData, Objective
 from fl_dualpriv.learners.classification import Classification
 from fl_dualpriv.learners.row_check import COMPANY, RowPath
-from fl_dualpriv.models.text_stack import Linear, Norm, TextBlock, TextStack
+from fl_dualpriv.models.text.text_stack import Linear, Norm, TextBlock, TextStack
 from fl_dualpriv.privacy.clipping import GRID_STEPS
 from fl_dualpriv.privacy.step import client_rows, clipped_sums
 from fl_dualpriv.towers.shared_prefix import SharedPrefixTower

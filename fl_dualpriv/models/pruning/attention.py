@@ -44,7 +44,14 @@ def read_attention(block: nn.Module) -> AttentionParts:
         ConfigError: If the block is of another kind.
     """
     readers = {"ResidualAttentionBlock": _open_clip, "Block": _timm} | dict.fromkeys(
-        ("CLIPEncoderLayer", "SiglipEncoderLayer"), _transformers
+        (
+            "CLIPEncoderLayer",
+            "SiglipEncoderLayer",
+            "MetaClip2EncoderLayer",
+            "AltCLIPEncoderLayer",
+            "ChineseCLIPVisionLayer",
+        ),
+        _transformers,
     )
     kind = type(block).__name__
     parts = readers[kind](block) if kind in readers else None

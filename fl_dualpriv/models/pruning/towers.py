@@ -12,6 +12,10 @@ from fl_dualpriv.models.pruning.attention import importance, read_attention
 from fl_dualpriv.models.pruning.tokens import OFF, TokenPruner
 
 
+_CLIPS = ("CLIP", "MetaClip2", "AltCLIP", "ChineseCLIP")
+"""Families of transformers whose image towers are built like CLIP's."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageTower:
     """An image tower in parts: ``finish(blocks(embed(images)))`` equals the output of the model for images.
@@ -66,16 +70,17 @@ class ImageTower:
 
 
 def vision_tower(vision_model: nn.Module) -> ImageTower:
-    """Take a ``CLIPVisionModel`` or ``SiglipVisionModel`` apart; ``finish`` returns the pooled output of transformers.
+    """Take the image tower of a CLIP, of its kind, or of a SigLIP apart; ``finish`` returns transformers' pooled output.
 
     Raises:
         ConfigError: If the model is of another kind.
     """
     vision: Any = getattr(vision_model, "vision_model", vision_model)
     kind = type(vision).__name__
-    if kind not in ("CLIPVisionModel", "CLIPVisionTransformer", "SiglipVisionModel", "SiglipVisionTransformer"):
+    family = kind.removesuffix("VisionModel").removesuffix("VisionTransformer")
+    if family not in (*_CLIPS, "Siglip"):
         raise ConfigError(f"visual token pruning cannot read an image tower of kind {kind}; {OFF}")
-    clip = kind.startswith("CLIP")
+    clip = family in _CLIPS
 
     def finish(tokens: Tensor) -> Tensor:
         return vision.post_layernorm(tokens[:, 0]) if clip else vision.head(vision.post_layernorm(tokens))

@@ -170,6 +170,7 @@ class Prompted:
     """A backbone whose image tower reads trainable prompts."""
 
     visual_prompts = True
+    mirrors = True
 
     def __init__(self, backbone: Backbone) -> None:
         self.embed_dim, self.device = backbone.embed_dim, backbone.device

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.learners.context import PromptedText
 from fl_dualpriv.models.open_clip import OpenClipBackbone, load_backbone, open_clip
-from fl_dualpriv.models.open_clip_text import OpenClipText
 from fl_dualpriv.models.pruning.tokens import VisualTokenPruner
+from fl_dualpriv.models.text.open_clip_text import OpenClipText
 
 TEXTS = ["a photo of a cat", "a very small red sketch of an old house", ""]
 ROUNDING = 1e-6  # float32 sums in another order, relative to the largest value (at least 1)

@@ -181,7 +181,7 @@ def test_a_half_precision_checkpoint_runs_in_float32(hf_clip_dir, tmp_path: Path
         ("shape", "its model cannot be loaded|has another shape"),
         ("nan", "not finite numbers"),
         ("config", "its configuration cannot be loaded"),
-        ("type", "is a model of type 'bert'; supported are clip and siglip"),
+        ("type", "is a model of type 'bert'; supported are clip, metaclip_2, siglip"),
         ("no tokenizer", "its tokenizer has no vocabulary"),
         ("no processor", "its image processor cannot be loaded"),
         ("image size", "cannot read the output of its image processor: ValueError.*64"),

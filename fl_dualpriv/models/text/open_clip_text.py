@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fl_dualpriv.models.frozen import read_linear, read_norm
-from fl_dualpriv.models.text_stack import Activation, Linear, TextBlock, TextStack
+from fl_dualpriv.models.text.text_stack import Activation, Linear, TextBlock, TextStack, read_linear, read_norm
 
 _READ_AT_END = ("argmax", "eos")
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
@@ -73,3 +73,14 @@ class TextStack:
         )
         projection = None if self.projection is None else cast(self.projection)
         return replace(self, blocks=blocks, projection=projection)
+
+
+def read_norm(module: nn.LayerNorm) -> Norm:
+    """Return the weights of a layer norm."""
+    return Norm(weight=module.weight.detach(), bias=module.bias.detach(), eps=module.eps)
+
+
+def read_linear(module: nn.Linear) -> Linear:
+    """Return the weights of a linear layer; a missing bias becomes zero."""
+    weight = module.weight.detach()
+    return Linear(weight=weight, bias=weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach())

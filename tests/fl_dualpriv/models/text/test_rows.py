@@ -3,7 +3,7 @@
 import pytest
 
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.models.rows import TokenRows, read_rows
+from fl_dualpriv.models.text.rows import TokenRows, read_rows
 
 
 @pytest.mark.parametrize(
