@@ -192,7 +192,7 @@ def _words_of_all(backbone: Backbone, class_names: tuple[str, ...], after: str) 
     tokens, problems = [], []
     for name in class_names:
         try:
-            tokens.append(backbone.words((name + after).strip()))
+            tokens.append(backbone.words((name + after).strip(), behind=True))
         except ConfigError as error:
             problems.append(f"class {name!r}: {error}")
     if problems:

@@ -92,8 +92,12 @@ class Backbone(ImageEncoder, Protocol):
         """Tokenize texts into whole rows, int64 (n, context_length), on the CPU."""
         ...
 
-    def words(self, text: str) -> list[int]:
+    def words(self, text: str, *, behind: bool = False) -> list[int]:
         """Return only the token ids of a text's words, without special tokens and without a limit on their number.
+
+        Args:
+            text: The words.
+            behind: True if they stand behind other words, which some tokenizers mark.
 
         Raises:
             ConfigError: If the text cannot be written in the model's tokens.

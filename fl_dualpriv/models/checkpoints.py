@@ -20,13 +20,14 @@ from torch import Tensor
 from fl_dualpriv.errors import ConfigError
 
 CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE = "open_clip_config.json", "open_clip_model.safetensors", "vocabulary.json"
-CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth")
+OLD_WEIGHTS_FILE = "open_clip_pytorch_model.bin"
+CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 _SUPPORTED_TEXT = (
-    "supported are open_clip's own text towers (CLIP, OpenCLIP, MetaCLIP, DFN, SigLIP and the like), not Hugging Face "
-    "or CoCa text towers inside open_clip; transformers' own CLIP and SigLIP models are named hf:NAME"
+    "supported are text towers that read the end of text, the last token, a CLS token (CoCa) or, without a causal "
+    "mask, the first one; transformers' own models are named hf:NAME"
 )
 _PROBE_SECONDS = 5.0
 _QUOTED = 3  # number of differences that an error names
@@ -48,7 +49,7 @@ def resolve_device(device: str) -> torch.device:
 
 def read_folder_config(name: str, folder: Path) -> dict[str, Any]:
     """Check that a folder is complete, and return the model section of its configuration."""
-    config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    config_file, weights_file = folder / CONFIG_FILE, weights_of(folder)
     for path, exists in (
         (folder, folder.is_dir()),
         (config_file, config_file.is_file()),
@@ -57,7 +58,7 @@ def read_folder_config(name: str, folder: Path) -> dict[str, Any]:
         if not exists:
             raise ConfigError(
                 f"backbone.name = {name!r}: {path} does not exist; the folder must hold {CONFIG_FILE} and "
-                f"{WEIGHTS_FILE}"
+                f"{WEIGHTS_FILE} or {OLD_WEIGHTS_FILE}"
             )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))["model_cfg"]
@@ -70,19 +71,20 @@ def read_folder_config(name: str, folder: Path) -> dict[str, Any]:
     return config
 
 
+def weights_of(folder: Path) -> Path:
+    """Return the file of weights in a folder of open_clip: safetensors before the older pickle of tensors."""
+    old = folder / OLD_WEIGHTS_FILE
+    return old if old.is_file() and not (folder / WEIGHTS_FILE).is_file() else folder / WEIGHTS_FILE
+
+
 def check_text_tower(name: str, config: Mapping[str, Any]) -> None:
-    """Refuse text towers that are not open_clip's own, and text towers that would not read the prompt."""
+    """Refuse text towers that would not read the prompt."""
     text = config["text_cfg"]
+    if text.get("hf_model_name") or text.get("embed_cls"):
+        return
     pool, causal = text.get("pool_type", "argmax"), not text.get("no_causal_mask", False)
-    problems = {
-        f"hf_model_name = {text.get('hf_model_name')!r}": bool(text.get("hf_model_name")),
-        "multimodal_cfg (CoCa)": "multimodal_cfg" in config,
-        "embed_cls": text.get("embed_cls", False),
-        f"pool_type = {pool!r}": pool not in ("argmax", "eos", "last") and (causal or pool != "first"),
-    }
-    for problem, present in problems.items():
-        if present:
-            raise ConfigError(f"backbone.name = {name!r}: its text tower has {problem}; {_SUPPORTED_TEXT}")
+    if pool not in ("argmax", "eos", "last") and (causal or pool != "first"):
+        raise ConfigError(f"backbone.name = {name!r}: its text tower has pool_type = {pool!r}; {_SUPPORTED_TEXT}")
 
 
 def read_shapes(checkpoint: Path) -> Shapes:

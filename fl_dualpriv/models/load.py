@@ -19,10 +19,12 @@ def load_backbone(
     """Load and freeze a backbone; the weights are read once per process and never random.
 
     Args:
-        name: ``demo`` (the embedded CLIP), ``local-dir:PATH`` (a folder with open_clip_config.json and
-            open_clip_model.safetensors), the name of an open_clip model, or ``hf:NAME``, a folder or hub name of a
-            transformers model (CLIP or SigLIP) with its tokenizer and image processor.
-        pretrained: For an open_clip model name, a tag or a .safetensors, .pt or .pth file; else empty.
+        name: ``demo`` (the embedded CLIP), ``local-dir:PATH`` or ``hf-hub:NAME`` (a folder or hub name with
+            open_clip_config.json and open_clip_model.safetensors or open_clip_pytorch_model.bin), the name of an
+            open_clip model, or ``hf:NAME``, a folder or hub name of a transformers model (a family of
+            `models.families`) with its tokenizer and image processor.
+        pretrained: For an open_clip model name, a tag or a .safetensors, .pt, .pth or .bin file, OpenAI's TorchScript
+            archives included; else empty.
         device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         pruner: Pruner of visual tokens inside the image tower; None prunes nothing.
         precision: Precision of the matrix products of the image tower and of the shared-prefix text tower.

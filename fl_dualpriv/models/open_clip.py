@@ -7,37 +7,44 @@ with a name, a path or a checkpoint raises one `ConfigError`.
 import contextlib
 import difflib
 import functools
+import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import PIL.Image
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fl_dualpriv.assets import embedded_model_folder
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.models import checkpoints, torchvision_shim
+from fl_dualpriv.models import archives, checkpoints, torchvision_shim
 from fl_dualpriv.models.base import Precision
 from fl_dualpriv.models.frozen import FrozenModel, encode_images
 from fl_dualpriv.models.pruning.in_tower import check_prunable, encode_pruned, open_clip_tower
 from fl_dualpriv.models.pruning.tokens import TokenPruner
 from fl_dualpriv.models.pruning.towers import ImageTower
+from fl_dualpriv.models.text.open_clip_others import CocaText, HuggingFaceText
 from fl_dualpriv.models.text.open_clip_text import OpenClipText
-from fl_dualpriv.models.text.rows import PROBE, TokenRows, read_rows
+from fl_dualpriv.models.text.rows import PROBE, TokenRows, joint, named_unknown, read_rows
 from fl_dualpriv.models.tokenizer import TrimmedTokenizer
 
 torchvision_shim.install()  # open_clip imports torchvision, which CPU torch cannot import by itself
 
 import open_clip  # noqa: E402
-from open_clip import zero_shot_metadata  # noqa: E402
+from open_clip import hf_model, zero_shot_metadata  # noqa: E402
 from open_clip.transform import PreprocessCfg, image_transform_v2  # noqa: E402
 
 from fl_dualpriv.models.embedded import conv_stem  # noqa: E402
 
 conv_stem.register()
 
-_LOCAL_DIR = "local-dir:"
+_LOCAL_DIR, _HUB = "local-dir:", "hf-hub:"
+_HUB_FILES = (checkpoints.CONFIG_FILE, checkpoints.WEIGHTS_FILE, checkpoints.OLD_WEIGHTS_FILE, "*token*", "*vocab*")
+_log = logging.getLogger("fl_dualpriv")
 
 
 class OpenClipBackbone(FrozenModel):
@@ -60,7 +67,7 @@ class OpenClipBackbone(FrozenModel):
         if pruner is not None:
             self._tower = open_clip_tower(clip.visual)
             check_prunable(self._tower, pruner)
-        self._text = OpenClipText(model)
+        self._text = _text_side(name, clip, tokenizer)
         self.name, self.device, self.pruner, self._precision = name, device, pruner, precision
         stack, self.plain_reason = self._text.stack, self._text.plain_reason
         self.text_stack = stack.to_precision(torch.bfloat16) if stack is not None and precision == "bf16" else stack
@@ -69,7 +76,12 @@ class OpenClipBackbone(FrozenModel):
         self.context_length = self._text.context_length
         self.logit_scale = float(clip.logit_scale.exp())
         self._model, self._tokenizer, self._model_config = clip, tokenizer, model_config
+        is_coca = isinstance(self._text, CocaText) or type(model).__name__ == "CoCa"
+        self._encode_model = (
+            (lambda images: clip.encode_image(images, normalize=False)) if is_coca else clip.encode_image
+        )
         self.rows = self._read_rows()
+        self._joint = "" if hasattr(tokenizer, "sot_token_id") else joint(name, lambda text: _words(tokenizer, text))
         self._transform: Any = image_transform_v2(
             PreprocessCfg(**open_clip.get_model_preprocess_cfg(clip)), is_train=False
         )
@@ -89,16 +101,24 @@ class OpenClipBackbone(FrozenModel):
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
-    def words(self, text: str) -> list[int]:
+    def words(self, text: str, *, behind: bool = False) -> list[int]:
         """Return only the token ids of a text's words; see `Backbone`.
 
         Raises:
-            ConfigError: If a trimmed vocabulary lacks a word, or a word would end the text.
+            ConfigError: If a trimmed vocabulary lacks a word, or a word would end the text or is not known.
         """
         try:
-            return self.rows.check_words(self.name, text, _words(self._tokenizer, text))
+            words = _words(self._tokenizer, self._joint + text if behind and text else text)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        if (unknown := _unknown(self._tokenizer)) in words and unknown != self.rows.end:
+            raise named_unknown(self.name, text, unknown, lambda word: _words(self._tokenizer, word))
+        if isinstance(self._text, CocaText) and self._text.pad in words:
+            raise ConfigError(
+                f"backbone.name = {self.name!r} takes a token of {text!r} for padding, as it does with '!'; use other "
+                "words"
+            )
+        return self.rows.check_words(self.name, text, words)
 
     def _read_rows(self) -> TokenRows:
         rules = {"argmax": "largest", "eos": "first"}
@@ -135,7 +155,7 @@ class OpenClipBackbone(FrozenModel):
 
     def _encode_images(self, images: Tensor) -> Tensor:
         if self.pruner is None or self._tower is None:
-            return self._model.encode_image(images)
+            return self._encode_model(images)
         return encode_pruned(self._tower, images, self.pruner)
 
     def image_tower(self) -> ImageTower:
@@ -169,11 +189,33 @@ def published_templates(name: str) -> tuple[str, ...]:
     return tuple(fill("{}") for fill in sets[name])
 
 
+def _text_side(name: str, model: Any, tokenizer: Any) -> OpenClipText | HuggingFaceText | CocaText:
+    """Return the text tower in the form of its kind.
+
+    Raises:
+        ConfigError: If it pools its tokens in a way that is not supported.
+    """
+    tower: Any = getattr(model, "text", model)
+    if type(tower).__name__ == "HFTextEncoder":
+        try:
+            return HuggingFaceText(tower, tokenizer([""]).shape[1])
+        except ConfigError as error:
+            raise ConfigError(f"backbone.name = {name!r}: {error}") from error
+    return CocaText(tower) if getattr(tower, "cls_emb", None) is not None else OpenClipText(model)
+
+
+def _unknown(tokenizer: Any) -> int:
+    """Return the id that stands for what a vocabulary lacks; -1 if there is none."""
+    unknown = getattr(getattr(tokenizer, "tokenizer", None), "unk_token_id", None)
+    return -1 if unknown is None else unknown
+
+
 def _words(tokenizer: Any, text: str) -> list[int]:
     """Return ids without start, end and padding; ValueError if a trimmed vocabulary lacks a word."""
     if hasattr(tokenizer, "sot_token_id"):
         return tokenizer.encode(text)
-    return tokenizer.tokenizer(tokenizer.clean_fn(text), add_special_tokens=False)["input_ids"]
+    cleaned = tokenizer.clean_fn(text)
+    return tokenizer.tokenizer(" " + cleaned if text[:1] == " " else cleaned, add_special_tokens=False)["input_ids"]
 
 
 def _heads(visual: nn.Module) -> list[int]:
@@ -212,6 +254,8 @@ def _load_model(name: str, pretrained: str, device: str) -> tuple[nn.Module, Any
     folder = None if embedded is None else Path(str(embedded))
     if name.startswith(_LOCAL_DIR):
         folder = Path(name.removeprefix(_LOCAL_DIR)).expanduser()
+    elif name.startswith(_HUB):
+        folder = _of_hub(name)
     if folder is None:
         architecture = _check_model_name(name)
         config: Mapping[str, Any] = open_clip.get_model_config(architecture) or {}
@@ -223,15 +267,39 @@ def _load_model(name: str, pretrained: str, device: str) -> tuple[nn.Module, Any
                 f"backbone.pretrained = {pretrained!r} has no effect for backbone.name = {name!r}, which holds its own "
                 'weights; set backbone.pretrained = "" or name an open_clip model'
             )
-        architecture, checkpoint, tag = f"{_LOCAL_DIR}{folder}", folder / checkpoints.WEIGHTS_FILE, {}
+        architecture, checkpoint, tag = f"{_LOCAL_DIR}{folder}", checkpoints.weights_of(folder), {}
         config = checkpoints.read_folder_config(name, folder)
         checkpoints.check_text_tower(name, config)
     model = _create(name, architecture, checkpoint, tag).eval().requires_grad_(False)
     return model.to(device), _load_tokenizer(name, architecture, folder, model), config
 
 
+def _of_hub(name: str) -> Path:
+    """Return the folder of an open_clip model of the hub; it is downloaded unless the cache has it.
+
+    Raises:
+        ConfigError: If the hub or its cache does not have it.
+    """
+    try:
+        with checkpoints.no_retries_when_offline():
+            found = huggingface_hub.snapshot_download(name.removeprefix(_HUB), allow_patterns=list(_HUB_FILES))
+    except Exception as error:  # the hub raises many kinds
+        raise ConfigError(
+            f"backbone.name = {name!r}: not on this machine, and it cannot be downloaded ({type(error).__name__}). "
+            f"Load it once where there is a network and keep its cache (HF_HOME), or give a folder, {_LOCAL_DIR}PATH; "
+            "a model in the form of transformers is named hf:NAME"
+        ) from error
+    return Path(found)
+
+
 def _check_model_name(name: str) -> str:
     """Return open_clip's spelling of a model name; ConfigError if open_clip has no such model."""
+    if (place := Path(name).expanduser()).is_dir():
+        is_open_clip = (place / checkpoints.CONFIG_FILE).is_file()
+        raise ConfigError(
+            f"backbone.name = {name!r} is a folder: write {_LOCAL_DIR if is_open_clip else 'hf:'}{name}"
+            + ("" if is_open_clip else f" for a model of transformers, or {_LOCAL_DIR}{name} for one of open_clip")
+        )
     known, spelled = open_clip.list_models(), name.replace("/", "-")
     if spelled in known:
         return spelled
@@ -239,7 +307,8 @@ def _check_model_name(name: str) -> str:
     close = [by_lower[match] for match in difflib.get_close_matches(spelled.lower(), by_lower, n=3)]
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     raise ConfigError(
-        f"backbone.name = {name!r} is not demo, shelf, {_LOCAL_DIR}PATH or one of open_clip's {len(known)} models{hint}"
+        f"backbone.name = {name!r} is not demo, shelf, {_LOCAL_DIR}PATH, {_HUB}NAME, hf:NAME (transformers) or one of "
+        f"open_clip's {len(known)} models{hint}"
     )
 
 
@@ -257,6 +326,14 @@ def _find_checkpoint(model: str, pretrained: str) -> tuple[Path, Mapping[str, An
     if path.suffix in suffixes:
         if not path.is_file():
             raise ConfigError(f"backbone.pretrained = {pretrained!r}: there is no such file (seen from {Path.cwd()})")
+        if archives.is_archive(path):
+            return path, {"quick_gelu": True}  # only OpenAI distributes such archives, and its models have QuickGELU
+        if f"{model}-quickgelu" in open_clip.list_models():
+            _log.warning(
+                "backbone.pretrained = %s: a file does not say which activation it was trained with; %s uses GELU. For "
+                "weights of OpenAI, MetaCLIP or DFN set backbone.name = %s-quickgelu",
+                *(pretrained, model, model),
+            )
         return path, {}
     close = difflib.get_close_matches(pretrained, tags, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
@@ -278,7 +355,11 @@ def _download(model: str, pretrained: str, tag: dict[str, Any]) -> Path:
 
 def _create(name: str, architecture: str, checkpoint: Path, tag: Mapping[str, Any]) -> nn.Module:
     """Build the model on the CPU with exactly the weights of this checkpoint."""
+    if checkpoint.is_file() and archives.is_archive(checkpoint):
+        return _of_archive(name, architecture, checkpoint, tag)
     shapes = checkpoints.read_shapes(checkpoint)
+    # A configuration may name a text encoder whose own configuration names code; nobody is asked to run it.
+    vars(hf_model.transformers)["dynamic_module_utils"].TIME_OUT_REMOTE_CODE = 0
     try:
         model = open_clip.create_model(
             architecture,
@@ -296,6 +377,18 @@ def _create(name: str, architecture: str, checkpoint: Path, tag: Mapping[str, An
     if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
         raise ConfigError(f"{checkpoint} holds weights that are not finite numbers; use an intact checkpoint")
     return model
+
+
+def _of_archive(name: str, architecture: str, checkpoint: Path, tag: Mapping[str, Any]) -> nn.Module:
+    """Build the model with the weights of a TorchScript archive; see `read_archive`."""
+    try:
+        tensors = archives.read_archive(checkpoint)
+    except Exception as error:  # pickle, zip and torch each raise different kinds on a damaged or hostile file
+        raise ConfigError(f"{checkpoint} cannot be read as a TorchScript archive: {error}") from error
+    with tempfile.TemporaryDirectory(prefix="fdp-weights-") as folder:
+        converted = Path(folder) / f"{checkpoint.stem}.safetensors"
+        save_file({key: value.contiguous() for key, value in tensors.items()}, converted)
+        return _create(name, architecture, converted, tag)
 
 
 def _describe_failure(
@@ -326,12 +419,14 @@ def _load_tokenizer(name: str, architecture: str, folder: Path | None, model: nn
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"backbone.name = {name!r}: its tokenizer cannot be loaded: {reason}") from error
     text: Any = getattr(model, "text", model)
-    if (largest := int(tokens.max())) >= (rows := text.token_embedding.num_embeddings):
+    is_encoder = type(text).__name__ == "HFTextEncoder"
+    table = text.transformer.get_input_embeddings() if is_encoder else text.token_embedding
+    if (largest := int(tokens.max())) >= (rows := table.num_embeddings):
         raise ConfigError(
             f"backbone.name = {name!r}: the tokenizer has ids up to {largest}, the model embeds {rows}; "
             f"a trimmed vocabulary needs its {checkpoints.VOCABULARY_FILE} in the model's folder"
         )
-    if len(tokens) != text.context_length:
+    if len(tokens) > text.context_length or (len(tokens) < text.context_length and not is_encoder):
         raise ConfigError(
             f"backbone.name = {name!r}: the tokenizer makes rows of {len(tokens)}, the text tower reads "
             f"{text.context_length}"

@@ -21,7 +21,7 @@ from fl_dualpriv.models.frozen import FrozenModel, encode_images
 from fl_dualpriv.models.pruning.in_tower import check_prunable, encode_pruned, transformers_tower
 from fl_dualpriv.models.pruning.tokens import TokenPruner
 from fl_dualpriv.models.pruning.towers import ImageTower
-from fl_dualpriv.models.text.rows import PROBE, TokenRows, read_rows
+from fl_dualpriv.models.text.rows import PROBE, TokenRows, joint, named_unknown, read_rows
 from fl_dualpriv.models.text.text_stack import Activation, Linear, TextBlock, TextStack, read_linear, read_norm
 
 torchvision_shim.install()  # transformers' image models import torchvision, which CPU torch cannot import by itself
@@ -90,6 +90,7 @@ class TransformersBackbone(FrozenModel):
         stack = None if self.plain_reason else _read_stack(self._model)
         self.text_stack = stack.to_precision(torch.bfloat16) if stack is not None and precision == "bf16" else stack
         self.rows = self._read_rows(config)
+        self._joint = joint(name, self._words)
 
     def preprocess(self, image: PIL.Image.Image) -> Tensor:
         """Apply the image processor's transform; the result is float32 (3, height, width), or `packed`."""
@@ -103,21 +104,17 @@ class TransformersBackbone(FrozenModel):
         )
         return rows["input_ids"]
 
-    def words(self, text: str) -> list[int]:
+    def words(self, text: str, *, behind: bool = False) -> list[int]:
         """Return only the token ids of a text's words; see `Backbone`.
 
         Raises:
             ConfigError: If a word would end the text, or the model does not know it.
         """
-        words = self._words(text)
+        words = self._words(self._joint + text if behind and text else text)
         if words and max(words) >= (known := self._model.config.text_config.vocab_size):
             raise ConfigError(f"backbone.name = {self.name!r}: {text!r} has token {max(words)}, the model has {known}")
-        if self._unknown in words:
-            lost = [word for word in text.split() if self._unknown in self._words(word)] or [text]
-            raise ConfigError(
-                f"backbone.name = {self.name!r} does not know {', '.join(map(repr, lost))}; use other words, or "
-                "another model"
-            )
+        if (unknown := self._unknown) is not None and unknown in words:
+            raise named_unknown(self.name, text, unknown, self._words)
         return self.rows.check_words(self.name, text, words)
 
     @property

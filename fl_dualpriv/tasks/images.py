@@ -479,6 +479,8 @@ def _build_task(
     assert data.partition != "by-image"  # the configuration allows it only for questions
     parts = divide(images.train, data, population, seed, new_clients)
     backbone = load_backbone(model.name, model.pretrained, device, pruner, model.precision)
+    if patch_reading is not None:
+        _ = backbone.n_patches  # raises before the run starts, not in its first round
     if data.augmentation == "flip" and not backbone.mirrors:
         raise ConfigError(
             f'data.augmentation = "flip": {model.name!r} reads patches of images of any shape, which cannot be '

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.models.pruning.attention import read_attention
+from fl_dualpriv.models.pruning.rotary import eva_tower
 from fl_dualpriv.models.pruning.tokens import OFF, TokenPruner, depth_of
 from fl_dualpriv.models.pruning.towers import ImageTower, vision_tower
 
@@ -21,7 +21,7 @@ PatchReading = Literal["token", "isolated"]
 
 
 def open_clip_tower(visual: nn.Module) -> ImageTower:
-    """Take the image tower of an open_clip model apart: its default ViT, or timm's ``VisionTransformer``.
+    """Take the image tower of an open_clip model apart: its default ViT, or timm's ``VisionTransformer`` or ``Eva``.
 
     If the model reads CLS, the attention from CLS scores the patches. With average or attention pooling, the attention
     from all tokens does.
@@ -32,11 +32,13 @@ def open_clip_tower(visual: nn.Module) -> ImageTower:
     vit: Any = visual
     if type(visual).__name__ == "TimmModel" and type(vit.trunk).__name__ == "VisionTransformer":
         return _timm_tower(vit)
+    if type(visual).__name__ == "TimmModel" and type(vit.trunk).__name__ == "Eva":
+        return eva_tower(vit)
     if not (hasattr(visual, "_embeds") and hasattr(visual, "_pool")):
         kind = type(getattr(visual, "trunk", visual)).__name__
         raise ConfigError(
-            f"visual token pruning needs open_clip's default ViT or timm's VisionTransformer; this image tower is a "
-            f"{kind}; {OFF}"
+            f"visual token pruning needs open_clip's default ViT, or timm's VisionTransformer or Eva; this image tower "
+            f"is a {kind}; {OFF}"
         )
 
     def finish(tokens: Tensor) -> Tensor:
@@ -107,7 +109,7 @@ def encode_patches(tower: ImageTower, images: Tensor, reading: PatchReading) -> 
 def check_prunable(tower: ImageTower, pruner: TokenPruner) -> None:
     """Raise ConfigError unless ``tower`` is deep enough, has enough patches and has a readable block for ``pruner``."""
     depth = depth_of(pruner.layer, len(tower.blocks), behind=1)
-    read_attention(tower.blocks[depth - 1])
+    tower.read(tower.blocks[depth - 1])
     pruner.n_tokens(tower.n_patches)
 
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.models.pruning.attention import importance, read_attention
+from fl_dualpriv.models.pruning.attention import AttentionParts, importance, read_attention
 from fl_dualpriv.models.pruning.tokens import OFF, TokenPruner
-
 
 _CLIPS = ("CLIP", "MetaClip2", "AltCLIP", "ChineseCLIP")
 """Families of transformers whose image towers are built like CLIP's."""
@@ -29,6 +28,8 @@ class ImageTower:
         image_size: Size of the images that the model reads, (height, width).
         n_patches: Number of patches of such an image.
         reads_cls: True if ``finish`` reads only CLS; see `importance`.
+        read: Function that reads the attention of a block.
+        settle: Function that is applied to patches after pruning, (n, fewer, dim); None for nothing.
     """
 
     embed: Callable[[Tensor], Tensor]
@@ -39,6 +40,8 @@ class ImageTower:
     image_size: tuple[int, int]
     n_patches: int
     reads_cls: bool
+    settle: Callable[[Tensor], Tensor] | None = None
+    read: Callable[[nn.Module], AttentionParts] = read_attention
 
     def hidden(self, images: Tensor, depth: int) -> Tensor:
         """Compute the tokens after ``depth`` blocks, (n, prefix + patch, dim).
@@ -63,14 +66,15 @@ class ImageTower:
             Per image, if the pruner keeps the guarantee of `TokenPruner`. The tokens before the patches do not change.
         """
         before, block = self.hidden(images, depth - 1), self.blocks[depth - 1]
-        attention, keys = importance(read_attention(block), before, self.n_prefix, reads_cls=self.reads_cls)
+        attention, keys = importance(self.read(block), before, self.n_prefix, reads_cls=self.reads_cls)
         after = self.step(block, before)
         left = pruner(after[:, self.n_prefix :], attention, keys, images)
+        left = left if self.settle is None else self.settle(left)
         return torch.cat([after[:, : self.n_prefix], left], dim=1)
 
 
 def vision_tower(vision_model: nn.Module) -> ImageTower:
-    """Take the image tower of a CLIP, of its kind, or of a SigLIP apart; ``finish`` returns transformers' pooled output.
+    """Take the image tower of a CLIP, of its kind, or of a SigLIP apart; ``finish`` returns the pooled output.
 
     Raises:
         ConfigError: If the model is of another kind.

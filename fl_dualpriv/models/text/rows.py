@@ -1,5 +1,6 @@
 """Layout of a tokenizer's rows: start, words, end, padding. It is read from rows that the tokenizer makes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,3 +64,38 @@ def read_rows(name: str, row: list[int], words: list[int], end_rule: EndRule) ->
                 return TokenRows(start=tuple(row[:begin]), end=end, pad=padding[0], end_rule=end_rule)
             break
     raise ConfigError(f"backbone.name = {name!r}: its tokenizer does not build rows of start, words, end and padding")
+
+
+def joint(name: str, split: Callable[[str], list[int]]) -> str:
+    """Return the text that must stand before words behind other words, so that their tokens are those of the sentence.
+
+    It is empty for most tokenizers. Those that mark the start of a word by a space, and add none to the first word,
+    need that space.
+
+    Args:
+        name: Name of the backbone, for messages.
+        split: Function from a text to the ids of its words.
+
+    Raises:
+        ConfigError: If the tokens of a sentence are not those of its parts.
+    """
+    whole, first = split("photo cat"), split("photo")
+    for between in ("", " "):
+        if whole == first + split(f"{between}cat"):
+            return between
+    raise ConfigError(f"backbone.name = {name!r}: its tokenizer does not split a sentence between its words")
+
+
+def named_unknown(name: str, text: str, unknown: int, split: Callable[[str], list[int]]) -> ConfigError:
+    """Return the error for a text with words that the tokenizer does not know.
+
+    Args:
+        name: Name of the backbone.
+        text: The text.
+        unknown: Id that stands for what the vocabulary lacks.
+        split: Function from a text to the ids of its words.
+    """
+    lost = [word for word in text.split() if unknown in split(word)] or [text]
+    return ConfigError(
+        f"backbone.name = {name!r} does not know {', '.join(map(repr, lost))}; use other words, or another model"
+    )

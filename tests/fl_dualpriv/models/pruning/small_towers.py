@@ -61,6 +61,18 @@ def _timm(name: str, pool: str, image_size: int = 64) -> SmallTower:
     return SmallTower(visual, open_clip_tower(visual), visual)
 
 
+def _eva(pool: str, **settings: Any) -> SmallTower:
+    """timm's Eva as EVA-02 (rotations, SwiGLU), EVA-01 (absolute positions) and PE (other rotations) use it."""
+    from timm.models.eva import Eva
+
+    given: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+    trunk = Eva(**(given | {"num_classes": 24, "global_pool": pool} | settings))
+    visual = open_clip.timm_model.TimmModel("test_vit", embed_dim=24, image_size=32, pool="token")
+    visual.trunk, visual.head, visual.image_size = trunk, nn.Identity(), (32, 32)
+    _fill(visual)
+    return SmallTower(visual, open_clip_tower(visual), visual)
+
+
 def _transformers(kind: str) -> SmallTower:
     config = getattr(transformers, f"{kind}Config")(text_config=TEXT, vision_config=VISION)
     model: Any = _fill(getattr(transformers, f"{kind}Model")(config))
@@ -81,6 +93,20 @@ MAKE: dict[str, Callable[[], SmallTower]] = {
     "timm, CLS": functools.partial(_timm, "test_vit", "token"),
     "timm, register and average": functools.partial(_timm, "test_vit2", "avg"),
     "timm, register and attention pool": functools.partial(_timm, "test_vit3", "map", 160),  # it reads no other size
+    "EVA-02": functools.partial(_eva, "token", use_rot_pos_emb=True, swiglu_mlp=True, qkv_fused=False),
+    "EVA-02, fused": functools.partial(
+        _eva, "avg", use_rot_pos_emb=True, scale_attn_inner=True, norm_layer=nn.LayerNorm
+    ),
+    "EVA-01": functools.partial(_eva, "token", use_post_norm=True),
+    "PE": functools.partial(
+        _eva,
+        "map",
+        use_rot_pos_emb=True,
+        attn_type="rope",
+        class_token=True,
+        rope_grid_indexing="xy",
+        use_fc_norm=False,
+    ),
     "transformers CLIP": functools.partial(_transformers, "CLIP"),
     "transformers SigLIP": functools.partial(_transformers, "Siglip"),
 }

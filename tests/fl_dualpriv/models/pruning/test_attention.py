@@ -1,5 +1,6 @@
 """Attention from a block's own projections equals what the block itself pays, in every library."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ ROUNDING = {"rtol": 0, "atol": 1e-6}
 
 
 @torch.no_grad()
-def weights_of(block: Any, tokens: Tensor) -> Tensor:
+def weights_of(block: Any, tokens: Tensor, step: Callable[[Any, Tensor], Tensor]) -> Tensor:
     """What an open_clip or timm block pays, (n, head, token, token), from the library's own code."""
     if isinstance(block.attn, nn.MultiheadAttention):
         x = block.ln_1(tokens)
@@ -23,7 +24,7 @@ def weights_of(block: Any, tokens: Tensor) -> Tensor:
     seen: list[Tensor] = []
     handle = block.attn.attn_drop.register_forward_hook(lambda module, args, out: seen.append(out))
     block.attn.fused_attn, fused = False, block.attn.fused_attn  # the slow path has weights
-    block(tokens)
+    step(block, tokens)
     handle.remove()
     block.attn.fused_attn = fused
     return seen[0]
@@ -35,8 +36,9 @@ def weights_of(block: Any, tokens: Tensor) -> Tensor:
 def test_open_clip_and_timm(kind: str, depth: int):
     tower = small(kind).tower
     tokens = tower.hidden(images_for(kind), depth)
-    attention, keys = importance(read_attention(tower.blocks[depth]), tokens, tower.n_prefix, reads_cls=tower.reads_cls)
-    weights = weights_of(tower.blocks[depth], tokens)
+    block = tower.blocks[depth]
+    attention, keys = importance(tower.read(block), tokens, tower.n_prefix, reads_cls=tower.reads_cls)
+    weights = weights_of(block, tokens, tower.step)
     paid = weights[:, :, 0] if tower.reads_cls else weights.mean(dim=2)
     torch.testing.assert_close(attention, paid.mean(dim=1)[:, tower.n_prefix :], **ROUNDING)
     assert keys.shape[:2] == (3, tower.n_patches)

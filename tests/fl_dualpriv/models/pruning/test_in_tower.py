@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.models.load import load_backbone
-from fl_dualpriv.models.pruning.attention import importance, read_attention
+from fl_dualpriv.models.pruning.attention import importance
 from fl_dualpriv.models.pruning.in_tower import check_prunable, encode_pruned, open_clip_tower
 from fl_dualpriv.models.pruning.tokens import VisualTokenPruner
 from tests.fl_dualpriv.models.pruning.small_towers import KINDS, images, images_for, open_clip, small
@@ -52,7 +52,7 @@ def test_pruning_by_hand(kind: str, layer: int):
     depth = layer if layer > 0 else len(tower.blocks) - 1
     tokens = tower.hidden(pixels, depth - 1)
     block = tower.blocks[depth - 1]
-    attention, keys = importance(read_attention(block), tokens, tower.n_prefix, reads_cls=tower.reads_cls)
+    attention, keys = importance(tower.read(block), tokens, tower.n_prefix, reads_cls=tower.reads_cls)
     tokens = tower.step(block, tokens)
     rows = []
     for i in range(3):
@@ -66,7 +66,9 @@ def test_pruning_by_hand(kind: str, layer: int):
         groups.append([j for j in rest if j not in groups[0]])
         patches = tokens[i, tower.n_prefix :]
         fused = [patches[group].mean(dim=0) for group in groups]
-        rows.append(torch.cat([tokens[i, : tower.n_prefix], patches[kept], torch.stack(fused)]))
+        left = torch.cat([patches[kept], torch.stack(fused)])
+        left = left if tower.settle is None else tower.settle(left)
+        rows.append(torch.cat([tokens[i, : tower.n_prefix], left]))
     tokens = torch.stack(rows)
     for later in tower.blocks[depth:]:
         tokens = tower.step(later, tokens)
