@@ -64,6 +64,20 @@ def prepare(
             of the folder.
         PrivacyError: If δ is too large for the number of records.
     """
+    job = described(config, assignments, out, app_dir, engine)  # before the folder: a run that does not start
+    prepare_folder(job.out, overwrite=overwrite)  # replaces no results
+    return job
+
+
+def described(
+    config: Path, assignments: list[str], out: Path | None, app_dir: Path | None, engine: Engine = Engine.RAY
+) -> Job:
+    """Check configuration and data, and describe the data. Nothing is written.
+
+    Raises:
+        ConfigError: As in `prepare`, except for the folder.
+        PrivacyError: As in `prepare`.
+    """
     app_dir = find_app(config) if app_dir is None else app_dir.resolve()
     sets: dict[str, ConfigValue] = {}
     problems = []
@@ -86,8 +100,7 @@ def prepare(
         raise ConfigError("\n".join([*problems, str(error)])) from error
     if problems:
         raise ConfigError("\n".join(problems))
-    data = _look_at_data(checked)  # before the folder: a run that does not start replaces no results
-    prepare_folder(out, overwrite=overwrite)
+    data = _look_at_data(checked)
     return Job(app_dir=app_dir, flat=flat, config=checked, out=out, name=config.stem, engine=engine, data=data)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import typer
 from rich.markup import escape
 
+from fl_dualpriv.cli import data as data_command
 from fl_dualpriv.cli import node as node_command
 from fl_dualpriv.cli.audit import audit
 from fl_dualpriv.cli.budget import budget
@@ -32,6 +33,7 @@ class _Front(typer.Typer):
 
 app = _Front(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(node_command.app, name="node")
+app.add_typer(data_command.app, name="data")
 app.command()(run)
 app.command()(budget)
 app.command()(audit)
