@@ -147,7 +147,9 @@ NOT_REACHED = """\
 - On a GPU (`mllm_memory_gpu`) the peaks of the allocator are those that were counted on tensors without values, to
   four digits. There a step with pruned tokens is short and bound by starting kernels: ours, which runs what is in
   front of the prompt in a pass of its own, takes longer than one pass of the whole sequence, and one example at a time
-  many times longer. `python -m benchmarks.gpu` did not end within the minutes that a GPU was at hand.
+  many times longer. `python -m benchmarks.gpu` did not end within the minutes that a GPU was at hand. So
+  the rows of rates and peak memory for the shapes of ViT-B/16 and ViT-L/14, and for several actors on one device, are
+  missing.
 - `soft_prompt` was measured on the processor of that machine, which was idle: on a busy one, single runs of the same
   two steps spread by half, and their ratio came out between 0.97 and 1.09.
 - `train_imports` ≤ 2.5: torch and dp-accounting (with scipy.stats) are all of it, to a tenth of a second. A client

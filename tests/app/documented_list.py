@@ -127,6 +127,9 @@ COMMANDS: Mapping[str, Mapping[str, Run | Skip]] = {
             says=("Successfully started run",),
             leaves=("plain/summary.json",),
         ),
+        "fl-dualpriv data check simulations/configs/your-data.toml --set data.path=IMAGES": Run(
+            more="--set privacy.record.delta=1e-3", put={"IMAGES": "images"}, says=("training images of",)
+        ),
         "fl-dualpriv run simulations/configs/your-data.toml --set data.path=IMAGES "
         "--set backbone.pretrained=CHECKPOINT.safetensors": Run(
             more=SHORT_IMAGES,

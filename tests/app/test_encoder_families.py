@@ -125,6 +125,23 @@ def test_run_export_and_predict(family: str, make: Callable[[str], str], images:
     FOUND[family] = f"| {ROWS[family]} | `{spelling}` | {text} | {prunes} | {patches} |"
 
 
+@pytest.mark.parametrize("family", ["siglip", "siglip2"])
+def test_fedotp_without_patches_is_refused_before_the_start(
+    family: str, make: Callable[[str], str], images: Path, tmp_path: Path
+):
+    config = str(ROOT / "simulations" / "configs" / "your-data.toml")
+    settings = {"data.path": images, "backbone.name": make(family), "method": "fedotp", "population": 2}
+    words = [f"--set={key}={value}" for key, value in settings.items()]
+    more = ["--set=prompt.init=random", "--set=backbone.pretrained=", "--set=data.partition=iid"]
+    result = CliRunner().invoke(
+        cli.app, ["run", config, "--engine", "local", "--out", str(tmp_path / "run"), *words, *more]
+    )
+    assert result.exit_code == 2, result.output
+    said = " ".join(result.output.split())
+    assert "name a model that reads CLS" in said or "it gives no features of patches" in said
+    assert "Traceback" not in said
+
+
 def test_the_table_of_the_docs_is_what_was_found():
     if set(FOUND) != set(ROWS):
         pytest.skip("the tests of the families did not all run in this process")

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.node.data import look_at
 from fl_dualpriv.node.file import ENVIRONMENT, NodeFile, find_node_file, read_node_file
 from fl_dualpriv.privacy.filters.budget import Budget
 
@@ -138,3 +140,41 @@ def test_the_owners_data_come_with_the_owners_files_about_them(tmp_path: Path) -
 def test_a_file_that_cannot_be_used_stops_everything(path: str) -> None:
     with pytest.raises(ConfigError, match="node file"):
         find_node_file(path)
+
+
+def test_a_server_names_no_column_of_the_owners_data(tmp_path: Path) -> None:
+    roles = ("image", "label", "domain", "client")
+    keys = read_node_file(write(tmp_path, WHOLE)).overrides()
+    assert {role: keys[f"data.{role}-column"] for role in roles} == dict.fromkeys(roles, "")
+    keys = read_node_file(write(tmp_path, 'columns = {label = "species"}\n' + WHOLE)).overrides()
+    assert keys["data.label-column"] == "species"
+    assert keys["data.image-column"] == ""
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ('{ward = "x"}', "unknown key columns.ward; allowed are image and label"),
+        ("{label = 3}", "it must be a table of names"),
+        ('"label"', "it must be a table of names"),
+    ],
+)
+def test_columns_of_another_form_are_refused(columns: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=says):
+        read_node_file(write(tmp_path, f"columns = {columns}\n" + WHOLE))
+
+
+def test_a_list_joins_only_with_declared_classes(tmp_path: Path) -> None:
+    for i in range(12):
+        Image.new("L", (4, 4), i).save(tmp_path / f"{i}.png")
+    rows = [f"{i}.png,{('cat', 'dog')[i % 2]}" for i in range(12)]
+    (tmp_path / "list.csv").write_text("\n".join(["photo,species", *rows]))
+    (tmp_path / "classes.json").write_text('{"class-names": {"cat": "cat", "dog": "dog", "owl": "owl"}}')
+    columns = {"image": "photo", "label": "species"}
+    with pytest.raises(ConfigError, match="the classes are not declared, and on a node they must not depend on"):
+        look_at(tmp_path / "list.csv", None, columns)
+    with pytest.raises(ConfigError, match="has the columns photo, species"):
+        look_at(tmp_path / "list.csv", tmp_path / "classes.json", {})
+    data = look_at(tmp_path / "list.csv", tmp_path / "classes.json", columns)
+    assert data.says.startswith("8 training images of 3 classes")
+    assert data.found.are_all
