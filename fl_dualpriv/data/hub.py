@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fl_dualpriv.data.folder import FolderSplit
 from fl_dualpriv.data.formats.hub_names import PARQUET, is_saved, source_and_configuration
 from fl_dualpriv.data.formats.pixels import BadImageError, decode
+from fl_dualpriv.data.images import ImageDataset
 from fl_dualpriv.data.layout import Labels, Layout, Reading, Record, layout_of_records
 from fl_dualpriv.errors import ConfigError
 
@@ -20,7 +22,7 @@ _NAMES = {"train": ("train",), "val": ("validation", "val", "dev"), "test": ("te
 
 @dataclass(frozen=True, eq=False)
 class HubImages:
-    """`ImageDataset` over a column of images.
+    """`ImageDataset` over a column of images that are stored in the table.
 
     Attributes:
         table: A split of `datasets`; its image column is not decoded.
@@ -87,9 +89,9 @@ class HubImages:
             stored = self.table[int(self.rows[index])][self.column] or {}
         except Exception as error:  # pyarrow and datasets raise many kinds on a damaged file
             raise BadImageError(f"image {name} cannot be read: {error}") from error
-        if not (content := stored.get("bytes")) and not stored.get("path"):
-            raise BadImageError(f"image {name} is missing")
-        return decode(content or Path(stored["path"]), name)
+        if not (content := stored.get("bytes")):
+            raise BadImageError(f"image {name} has no bytes, as the others have")
+        return decode(content, name)
 
     @property
     def content_hash(self) -> str:
@@ -188,6 +190,28 @@ def with_images(table: Any, column: str, where: str) -> Any:
         ) from error
 
 
+def images_of(table: Any, column: str, rows: np.ndarray, where: str, of: Labels, name: str) -> ImageDataset:
+    """Return the images of some rows. A table that names files gives the files, with their hashes.
+
+    Args:
+        table: A split with a column of undecoded images.
+        column: Name of the column.
+        rows: First row of each image, (images,); -1 for an image that cannot be used.
+        where: Name of the split in messages.
+        of: Labels of the images.
+        name: Name of the data set, without ``datasets:``. Relative file names count from its folder.
+    """
+    chunks = table.with_format("arrow")[:][column].chunks  # not combined: the images may fill the memory
+    if chunks and all(chunk.field("bytes").null_count == len(chunk) for chunk in chunks):
+        place = Path(source_and_configuration(name)[0]).expanduser()
+        base = place.parent if place.is_file() else place
+        names = [path for chunk in chunks for path in chunk.field("path").to_pylist()]
+        paths = [base / path if path else base for path in names]
+        files = tuple(paths[row] if row >= 0 else base for row in rows.tolist())
+        return FolderSplit(files, of.labels, of.class_names, of.domains, of.domain_names, of.clients, of.client_names)
+    return HubImages(table, column, rows, where, of)
+
+
 def read_hub_images(name: str, classes: str, fractions: Mapping[str, float], seed: int, reading: Reading) -> Layout:
     """Read labelled images from a data set of the hub, a saved folder, a parquet file or a folder that datasets reads.
 
@@ -214,10 +238,10 @@ def read_hub_images(name: str, classes: str, fractions: Mapping[str, float], see
         only_images = table.select_columns([of_role["image"]])
         made[split] = with_images(only_images, of_role["image"], f"{where}, split {split}")
 
-    def make(split: str, rows: list[int], of: Labels) -> HubImages:
+    def make(split: str, rows: list[int], of: Labels) -> ImageDataset:
         table_of = split if split in made else "train"
         label = f"split {table_of} of {where}"
-        return HubImages(made[table_of], of_role["image"], np.array(rows, dtype=np.int64), label, of)
+        return images_of(made[table_of], of_role["image"], np.array(rows, dtype=np.int64), label, of, name)
 
     return layout_of_records(
         records,

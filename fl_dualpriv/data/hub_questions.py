@@ -2,11 +2,14 @@
 
 import hashlib
 from collections import Counter
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 
-from fl_dualpriv.data.hub import HubImages, tables_with_train, with_images
+from fl_dualpriv.data.folder import FolderSplit
+from fl_dualpriv.data.hub import HubImages, images_of, tables_with_train, with_images
+from fl_dualpriv.data.images import ImageDataset
 from fl_dualpriv.data.layout import Labels
 from fl_dualpriv.data.questions import DEFAULT_TEMPLATE, QuestionSet, QuestionSplits, cut_by_image, subset
 from fl_dualpriv.errors import ConfigError
@@ -39,10 +42,8 @@ def load_hub_questions(
     missing = {n: f for n, f in (("val", val_fraction), ("test", test_fraction)) if n not in sets}
     if missing:
         train = sets["train"]
-        assert isinstance(train.images, HubImages)
         for split, images in cut_by_image(len(train.images), missing, seed).items():
-            rows = train.images.rows[images]
-            sets[split] = subset(train, images, _images(train.images.table, rows, train.images.where))
+            sets[split] = subset(train, images, _some(train.images, images))
     return QuestionSplits(sets["train"], sets["val"], sets["test"], types, DEFAULT_TEMPLATE)
 
 
@@ -63,7 +64,7 @@ def _question_set(
     labels = [number[str(t)] for t in table[kind]] if kind else [0] * len(questions)
     rows, image_of = _distinct_images(table)
     return QuestionSet(
-        images=_images(table, rows, f"split {split} of datasets:{name}"),
+        images=images_of(table, "image", rows, f"split {split} of datasets:{name}", _without_labels(len(rows)), name),
         image_of=image_of,
         questions=tuple("" if fault else question for question, fault in zip(questions, faults, strict=True)),
         answers=answers,
@@ -73,10 +74,18 @@ def _question_set(
     )
 
 
-def _images(table: Any, rows: np.ndarray, where: str) -> HubImages:
-    """Return images without classes and domains."""
-    of = Labels(labels=np.zeros(len(rows), dtype=np.int64), class_names=("image",))
-    return HubImages(table, "image", rows, where, of)
+def _without_labels(count: int) -> Labels:
+    """Return the labels of images without classes and domains."""
+    return Labels(labels=np.zeros(count, dtype=np.int64), class_names=("image",))
+
+
+def _some(images: ImageDataset, chosen: np.ndarray) -> ImageDataset:
+    """Return some of the images, by their indices."""
+    of = _without_labels(len(chosen))
+    if isinstance(images, FolderSplit):
+        return FolderSplit(tuple(images.paths[i] for i in chosen), of.labels, of.class_names)
+    assert isinstance(images, HubImages)
+    return replace(images, rows=images.rows[chosen], of=of)
 
 
 def _distinct_images(table: Any) -> tuple[np.ndarray, np.ndarray]:

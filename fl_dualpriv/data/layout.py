@@ -7,7 +7,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -44,6 +44,11 @@ class Columns:
     domain: str = ""
     client: str = ""
 
+    def options(self, role: str) -> tuple[str, ...]:
+        """Return the names under which a column is looked for, in this order."""
+        named = getattr(self, role)
+        return (named,) if named else USUAL[role]
+
     def found(self, there: Sequence[str], group: Group, where: str) -> dict[str, str]:
         """Return the column of each role that the run reads.
 
@@ -59,7 +64,7 @@ class Columns:
         columns, problems = {}, []
         for role in needed:
             named = getattr(self, role)
-            column = next((name for name in ((named,) if named else USUAL[role]) if name in there), None)
+            column = next((name for name in self.options(role) if name in there), None)
             if column is not None:
                 columns[role] = column
             elif named:
@@ -166,8 +171,9 @@ def layout_of_records(
     """Make a layout of records with labels; cut the splits that do not exist out of train, label by label.
 
     Guarantee:
-        Under ``keep`` a record without label or group stays counted. Its image cannot be read, and its label and group
-        are the first ones, so that it changes no other record and no name.
+        Under ``keep`` a record without label or group stays counted. Its image cannot be read, its label and group are
+        the first ones, and it adds no name. Where classes must be declared, the same holds for a record with another
+        label. Like a file that is missing in a folder, such a record changes the cut, which is drawn from all labels.
 
     Args:
         records: Records of each split that exists.
@@ -181,6 +187,18 @@ def layout_of_records(
     """
     problems: list[str] = []
     group = reading.group
+    if reading.needs_declared:
+        known = set(declared) or declared_names(classes)
+        if not known:
+            problems.append(
+                "the classes are not declared, and on a node they must not depend on its records: name all of them in "
+                'data.classes, {"class-names": {"label": "name"}}'
+            )
+            return Layout({}, {}, DEFAULT_TEMPLATE, problems)
+        records = {
+            name: [record if record.label in known else replace(record, label="") for record in split]
+            for name, split in records.items()
+        }
     bad = [r.where for split in records.values() for r in split if not r.label or (group and not r.group)]
     if bad and reading.on_bad == "raise":
         problems.append(f"{len(bad)} records have no label{f' or no {group}' if group else ''}: {_some(bad)}; add them")
@@ -192,27 +210,22 @@ def layout_of_records(
     labels = list(declared or seen)
     names, template = class_names(classes, labels, problems, may_add=not declared)
     labels = list(declared) or sorted(names)
-    if reading.needs_declared and not declared and not classes:
-        problems.append(
-            "the classes are not declared, and on a node they must not depend on its records: name all of them in "
-            'data.classes, {"class-names": {"label": "name"}}'
-        )
     for name, split in records.items():
         if unknown := sorted({r.label for r in split} - {""} - set(labels)):
             problems.append(f"{name} has labels that train does not have: {_some(unknown)}")
     if len(labels) < 2:
         problems.append(f"there are {len(labels)} labels; at least 2 are needed")
-    groups = sorted({r.group for split in records.values() for r in split if r.group}) if group else []
+    groups = sorted({r.group for split in records.values() for r in split if r.group and r.label}) if group else []
     if group and not groups:
         problems.append(f"no record names its {group}; fill data.{group}-column")
     if problems:
         return Layout({}, names, template, problems)
     number = {label: i for i, label in enumerate(labels)}
-    cut = _cut(records, number, fractions, seed, problems)
+    cut = _cut(records, number, fractions, seed, problems, may_take_none=reading.needs_declared)
     splits = {}
     for name, split in cut.items():
         places = [nowhere if not r.label or (group and not r.group) else r.place for r in split]
-        of_group = np.array([groups.index(r.group) if r.group else 0 for r in split], dtype=np.int64)
+        of_group = np.array([groups.index(r.group) if r.group in groups else 0 for r in split], dtype=np.int64)
         splits[name] = make(
             name,
             places,
@@ -234,7 +247,10 @@ def _cut(
     fractions: Mapping[str, float],
     seed: int,
     problems: list[str],
+    *,
+    may_take_none: bool,
 ) -> dict[str, list[Record[Any]]]:
+    """Cut the splits that do not exist out of train; ``may_take_none`` leaves a label with few records in train."""
     cut = {name: list(split) for name, split in records.items()}
     wanted = {name: fraction for name, fraction in fractions.items() if name not in records}
     if not wanted:
@@ -245,10 +261,12 @@ def _cut(
         own = [i for i, record in enumerate(train) if record.label == label]
         if not own:  # a label that is only declared
             continue
+        sizes = {name: max(1, round(fraction * len(own))) for name, fraction in wanted.items()}
+        if may_take_none and sum(sizes.values()) >= len(own):
+            continue
         # Keyed by the label, so that adding a class does not change the cut of the others.
         order, start = np.random.default_rng([seed, zlib.crc32(label.encode())]).permutation(len(own)), 0
-        for name, fraction in wanted.items():
-            size = max(1, round(fraction * len(own)))  # a class without images cannot be scored
+        for name, size in sizes.items():  # one at least: a class without images cannot be scored
             taken[name] += [own[i] for i in order[start : start + size]]
             start += size
         if start >= len(own):
@@ -302,6 +320,12 @@ def class_names(
         if len(same) > 1 or not name:
             problems.append(f"class folders {', '.join(same)} share the name {name!r}; rename one")
     return names, template
+
+
+def declared_names(source: str) -> set[str]:
+    """Return the labels that a file of class names declares; empty if there is no file, or it names none."""
+    given = _read_classes(Path(source).expanduser(), []).get("class-names") if source else None
+    return set(given) if isinstance(given, dict) else set()
 
 
 def _fits(given: Mapping[str, str], names: Mapping[str, str], *, may_add: bool) -> bool:

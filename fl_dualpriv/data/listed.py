@@ -1,11 +1,19 @@
 """Labelled images from a CSV or JSON lines file: path, label, and optionally domain and client of each image."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fl_dualpriv.data.folder import FolderSplit
-from fl_dualpriv.data.formats.text_files import KINDS, column_names, given_file_splits, is_text, records_of, split_files
+from fl_dualpriv.data.formats.text_files import (
+    KINDS,
+    first_keys,
+    given_file_splits,
+    header,
+    is_text,
+    records_of,
+    split_files,
+)
 from fl_dualpriv.data.layout import ROLES, Labels, Layout, Reading, Record, layout_of_records
 from fl_dualpriv.errors import ConfigError
 
@@ -41,29 +49,45 @@ def read_list(path: Path, classes: str, fractions: Mapping[str, float], seed: in
 
 
 def holds_questions(path: Path) -> bool:
-    """Return True if a list has a column of questions."""
+    """Return True if a list has a column of questions; of JSON lines the first record decides."""
     file = path if path.is_file() else next(iter(split_files(path).values()), None)
-    return file is not None and "question" in column_names(file)
+    return file is not None and "question" in first_keys(file)
 
 
 def _records(file: Path, reading: Reading) -> Iterator[Record[Path]]:
-    there, group = column_names(file), reading.group
-    if not there:
+    """Read the records. Those of JSON lines find their columns themselves: no record decides for another one.
+
+    Raises:
+        ConfigError: If the file has no record, or no record has a column that is needed.
+    """
+    names, group = header(file), reading.group
+    found = {} if names is None else reading.columns.found(names, group, str(file))
+    read = list(records_of(file, line_by_line=True))
+    if not read:
         raise ConfigError(f"{file} holds no record; add some")
-    of_role = reading.columns.found(there, group, str(file))
-    for line, record in records_of(file):
-        texts = {role: _text(record, of_role[role]) for role in ROLES if role in of_role}
+    if names is None:  # the message names the columns that are missing everywhere
+        everything = dict.fromkeys(key for _, record in read if isinstance(record, Mapping) for key in record)
+        reading.columns.found(tuple(everything), group, str(file))
+    for line, record in read:
+        texts = {
+            role: _text(record, (found[role],) if found else reading.columns.options(role))
+            for role in ROLES
+            if role in ("image", "label", group)
+        }
         place = file.parent / texts["image"] if texts["image"] else file.parent
         label = texts["label"] if texts["image"] else ""  # a record without an image cannot be used either
         yield Record(place=place, label=label, group=texts[group] if group else "", where=f"{file.name}, line {line}")
 
 
-def _text(record: Any, column: str) -> str:
-    """Return a cell as text; numbers count as text, because a label may be one."""
-    value = record.get(column) if isinstance(record, Mapping) else None
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
-    return value.strip() if is_text(value) else ""
+def _text(record: Any, columns: Sequence[str]) -> str:
+    """Return the first cell with a text; numbers and truth values count as text, because a label may be one."""
+    for column in columns:
+        value = record.get(column) if isinstance(record, Mapping) else None
+        if isinstance(value, int | float):
+            value = str(value)
+        if is_text(value):
+            return value.strip()
+    return ""
 
 
 def _split(_name: str, places: list[Path], of: Labels) -> FolderSplit:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fl_dualpriv.data.folder import FolderSplit
-from fl_dualpriv.data.formats.text_files import KINDS, column_names, is_text, records_of, split_files
+from fl_dualpriv.data.formats.text_files import KINDS, header, is_text, records_of, split_files
 from fl_dualpriv.data.questions import DEFAULT_TEMPLATE, QuestionSet, QuestionSplits, cut_by_image, subset
 from fl_dualpriv.errors import ConfigError
 
@@ -136,7 +136,7 @@ def _refuse(path: str, rows: Mapping[str, list[_Row]]) -> None:
 
 def _read(file: Path) -> Iterator[_Row]:
     """Read every record of a file. A fault in one record affects no other, because under DP all others must count."""
-    if file.suffix.lower() == ".csv" and (lacking := [name for name in _NEEDED if name not in column_names(file)]):
+    if (names := header(file)) is not None and (lacking := [name for name in _NEEDED if name not in names]):
         raise ConfigError(f"{file}: its first line must name the columns; {', '.join(lacking)} is missing")
     for number, record in records_of(file):
         yield _row(file, number, record)

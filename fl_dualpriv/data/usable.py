@@ -13,7 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from fl_dualpriv.data.folder import FolderSplit, class_folders, given_splits
-from fl_dualpriv.data.formats.pixels import EXTENSIONS, BadImageError, MissingPackageError, file_fault, size_fault
+from fl_dualpriv.data.formats.pixels import (
+    EXTENSIONS,
+    BadImageError,
+    MissingPackageError,
+    SizeError,
+    file_fault,
+    size_fault,
+)
 from fl_dualpriv.data.images import ImageDataset
 from fl_dualpriv.data.questions import QuestionSet
 
@@ -136,6 +143,8 @@ def image_fault(images: ImageDataset, index: int) -> tuple[str, str]:
         return file_fault(images.paths[index])
     try:
         width, height = images.image(index).size
+    except SizeError as error:
+        return error.kind, str(error)
     except MissingPackageError as error:
         return "of a format that needs a package", str(error)
     except Exception as error:  # decoders raise many kinds

@@ -132,7 +132,7 @@ def _calibrating(run_config: RunConfigValues) -> Iterator[Mapping[str, str]]:
         with contextlib.suppress(OSError):
             file.write_text(json.dumps(dict(run_config)), encoding="utf-8")
             process = subprocess.Popen(
-                [sys.executable, "-m", "fl_dualpriv.run.calibrate", str(file)],
+                [sys.executable, "-P", "-m", "fl_dualpriv.run.calibrate", str(file)],  # -P: no module of this folder
                 env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

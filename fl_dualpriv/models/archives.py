@@ -4,10 +4,11 @@
 Here only tensors are made. Every other name that the archive asks for becomes an empty object or is refused.
 """
 
+import math
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ _DTYPES = {
     "BoolStorage": torch.bool,
 }
 _LISTS = ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist")
+_DEEPEST, _MOST_TENSORS = 40, 100_000
 SIZES = ("input_resolution", "context_length", "vocab_size")
 """Sizes that OpenAI stored as tensors beside the weights."""
 
@@ -52,7 +54,11 @@ def read_archive(path: Path) -> dict[str, Tensor]:
         root = next(name for name in file.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
         with file.open(f"{root}data.pkl") as stream:
             module = _Unpickler(stream, file, root).load()
-    tensors = dict(_tensors(module, ""))
+    tensors = {}
+    for count, (name, value) in enumerate(_tensors(module, "")):
+        if count >= _MOST_TENSORS:  # parts that are shared many times would be listed for ever
+            raise ValueError(f"the archive has more than {_MOST_TENSORS:,} tensors")
+        tensors[name] = value
     for name in (*SIZES, *(name for name in tensors if name.endswith("attn_mask"))):
         tensors.pop(name, None)
     return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
@@ -65,12 +71,37 @@ class _Object:
         self.__dict__.update(state if isinstance(state, dict) else {})
 
 
-def _tensors(node: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+class _Function:
+    """Stand-in for a function of the archive; unlike a function, an archive cannot change it."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        object.__setattr__(self, "_call", call)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._call(*arguments)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise ValueError("the archive changes a function")
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("the archive changes a function")
+
+
+def _tensors(node: Any, prefix: str, above: tuple[int, ...] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a module and of its parts.
+
+    Raises:
+        ValueError: If parts contain each other, or lie deeper than modules do.
+    """
     if isinstance(node, Tensor):
         yield prefix, node
     elif isinstance(node, _Object):
+        if id(node) in above or len(above) > _DEEPEST:
+            raise ValueError("the archive has a part that contains itself, or parts that lie too deep")
         for name, value in vars(node).items():
-            yield from _tensors(value, f"{prefix}.{name}" if prefix else name)
+            yield from _tensors(value, f"{prefix}.{name}" if prefix else name, (*above, id(node)))
 
 
 class _Unpickler(pickle.Unpickler):
@@ -89,7 +120,7 @@ class _Unpickler(pickle.Unpickler):
         if module.startswith("__torch__"):
             return _Object
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _tensor
+            return _Function(_tensor)
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch" and name in _DTYPES:
@@ -97,7 +128,7 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch.jit._pickle" and name in _LISTS:
             return list
         if (module, name) == ("torch.jit._pickle", "restore_type_tag"):
-            return lambda value, _tag: value
+            return _Function(lambda value, _tag: value)
         raise ValueError(f"the archive asks for {module}.{name}, which is no weight")
 
     def persistent_load(self, pid: Any) -> Tensor:
@@ -108,7 +139,7 @@ class _Unpickler(pickle.Unpickler):
         if key not in self._storages:
             content = bytearray(self._file.read(f"{self._root}data/{key}"))
             self._storages[key] = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
-        if len(self._storages[key]) < count:
+        if not 0 <= count <= len(self._storages[key]):
             raise ValueError("the archive has a storage that is too short")
         return self._storages[key]
 
@@ -117,4 +148,6 @@ def _tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Te
     """Make a tensor of a storage; torch refuses one that reaches beyond it."""
     if not isinstance(storage, Tensor):
         raise ValueError("the archive has a tensor without a storage")
+    if math.prod(size) > len(storage):
+        raise ValueError("the archive has a tensor that is larger than its storage")
     return torch.as_strided(storage, tuple(size), tuple(stride), offset).clone()

@@ -59,7 +59,7 @@ def calibrate_noise_multiplier(target_epsilon: float, delta: float, sampling_rat
     return _shared(
         ("noise", target_epsilon, delta, sampling_rate, releases),
         compute,
-        lambda noise: epsilon(sampling_rate, noise, releases, delta) <= target_epsilon,
+        lambda noise: _is_near(epsilon(sampling_rate, noise, releases, delta), target_epsilon),
     )
 
 
@@ -111,7 +111,7 @@ def calibrate_beside(
     return _shared(
         ("beside", target_epsilon, delta, sampling_rate, releases, others, pure),
         compute,
-        lambda noise: spent(noise) <= target_epsilon,
+        lambda noise: _is_near(spent(noise), target_epsilon),
     )
 
 
@@ -120,12 +120,12 @@ def _shared(question: tuple[object, ...], compute: Callable[[], float], is_withi
 
     Guarantee:
         A multiplier of another process is used only if its ε on the fine grid, computed here, is at most the target. A
-        missing, damaged or false file costs time or accuracy, never privacy.
+        missing, damaged or false file costs time, never privacy.
 
     Args:
         question: Name and arguments of the calibration.
         compute: Function that calibrates here.
-        is_within: Function that returns True if a multiplier spends at most the target.
+        is_within: Function that returns True if a multiplier spends at most the target, and nearly all of it.
     """
     folder = os.environ.get(SHARED_CALIBRATIONS)
     if not folder:
@@ -141,6 +141,10 @@ def _shared(question: tuple[object, ...], compute: Callable[[], float], is_withi
         temporary.write_text(repr(noise), encoding="ascii")
         temporary.replace(file)
     return noise
+
+
+def _is_near(spent: float, target: float) -> bool:
+    return LEAST_SHARE * target <= spent <= target
 
 
 def _calibrated(target: float, delta: float, rate: float, releases: int) -> float:

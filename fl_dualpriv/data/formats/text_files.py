@@ -31,22 +31,34 @@ def split_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def column_names(file: Path) -> tuple[str, ...]:
-    """Return the columns of a file: those of a CSV file's first line, or all keys of JSON lines.
+def header(file: Path) -> tuple[str, ...] | None:
+    """Return the columns that a CSV file's first line names; None for JSON lines, which have no header.
 
     Raises:
         ConfigError: If the file cannot be read.
     """
-    if file.suffix.lower() == ".csv":
-        return tuple(csv.DictReader(io.StringIO(_text_of(file))).fieldnames or ())
-    keys = dict.fromkeys(key for _, record in records_of(file) if isinstance(record, Mapping) for key in record)
-    return tuple(keys)
+    if file.suffix.lower() != ".csv":
+        return None
+    return tuple(csv.DictReader(io.StringIO(_text_of(file))).fieldnames or ())
 
 
-def records_of(file: Path) -> Iterator[tuple[int, Any]]:
+def first_keys(file: Path) -> tuple[str, ...]:
+    """Return the columns of a CSV file, or the keys of the first record of JSON lines; empty if there is none."""
+    names = header(file)
+    if names is None:
+        _, record = next(records_of(file), (0, None))
+        names = tuple(record) if isinstance(record, Mapping) else ()
+    return names
+
+
+def records_of(file: Path, *, line_by_line: bool = False) -> Iterator[tuple[int, Any]]:
     """Yield line number and content of every record of a file.
 
     A fault in one record affects no other, because under DP all others must count. A line that is not JSON gives None.
+
+    Args:
+        file: The file.
+        line_by_line: True if no cell of a CSV file holds a line break: a stray quote then cannot swallow other records.
 
     Raises:
         ConfigError: If the file cannot be read.
@@ -55,6 +67,13 @@ def records_of(file: Path) -> Iterator[tuple[int, Any]]:
     lines = io.StringIO(text)  # not splitlines, which would also split a line at U+2028 and similar characters
     if file.suffix.lower() == ".csv":
         csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # otherwise one long cell fails the whole file
+        if line_by_line:
+            names = header(file) or ()
+            next(lines, None)
+            for number, line in enumerate(lines, start=2):
+                if line.strip():
+                    yield number, dict(zip(names, next(csv.reader([line]), []), strict=False))
+            return
         reader = csv.DictReader(lines)
         for record in reader:
             yield reader.line_num, record

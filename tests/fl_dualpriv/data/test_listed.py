@@ -267,7 +267,7 @@ def test_labels_that_train_lacks_are_named(tmp_path: Path):
     as_csv(tmp_path, [rows[0] | {"label": "zebra"}], "test.csv")
     assert "test has labels that train does not have: zebra" in fault(str(tmp_path))
     (tmp_path / "test.csv").write_text("path,label\n")
-    assert "test holds no record; add some" in fault(str(tmp_path))
+    assert "test.csv holds no record; add some" in fault(str(tmp_path))
 
 
 def test_numbers_are_labels(tmp_path: Path):
@@ -299,3 +299,99 @@ def test_a_hostile_list_reads_as_text(tmp_path: Path):
     faults = [image_fault(data.train, i)[0] for i in range(len(data.train))]
     assert len(data.train) + len(data.val) + len(data.test) == 36
     assert np.count_nonzero(faults) == 3
+
+
+def numbers_of(data: DataSplits) -> dict[int, tuple[str, int]]:
+    """Split and class of each record that can be used, by its number."""
+    found = {}
+    for name, split in (("train", data.train), ("val", data.val), ("test", data.test)):
+        for i in range(len(split)):
+            if not image_fault(split, i)[0]:
+                found[split.image(i).getpixel((0, 0))[0]] = name, int(split.labels[i])  # type: ignore[index]
+    return found
+
+
+NAMES = {"class-names": {name: name for name in CLASSES}}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"path": "photos/07.png", "label": "cat", "image": ""},
+        {"path": "photos/07.png", "label": "cat", "image": "elsewhere.png", "question": "?"},
+        {"path": "photos/07.png", "labels": "cat"},
+        {"path": "photos/07.png", "label": "typo"},
+        {"path": "photos/07.png", "label": None, "client": "aa"},
+        {"path": "photos/07.png", "label": True},
+    ],
+)
+def test_one_odd_line_decides_for_no_other_record_of_a_node(odd: dict[str, Any], tmp_path: Path):
+    rows, file = records(tmp_path), tmp_path / "classes.json"
+    file.write_text(json.dumps(NAMES))
+    whole = load(as_lines(tmp_path, rows), str(file), needs_declared=True)
+    before = numbers_of(whole)
+    changed = [*rows[:7], odd, *rows[8:]]
+    assert not holds_questions(as_lines(tmp_path, changed))
+    data = load(as_lines(tmp_path, changed), str(file), needs_declared=True)
+    assert data.class_names == whole.class_names
+    assert sum(map(len, (data.train, data.val, data.test))) == 36, "it stays counted"
+    after = numbers_of(data)
+    assert {k: label for k, (_, label) in after.items() if k != 7} == {k: v for k, (_, v) in before.items() if k != 7}
+
+
+def test_a_file_of_classes_without_names_declares_nothing(tmp_path: Path):
+    path, file = as_csv(tmp_path, records(tmp_path)), tmp_path / "classes.json"
+    file.write_text(json.dumps({"template": "a photo of a {}"}))
+    assert "the classes are not declared" in fault(path, str(file), needs_declared=True)
+
+
+def test_a_node_takes_a_class_with_few_records(tmp_path: Path):
+    rows = [row for row in records(tmp_path) if row["label"] != "cat"]
+    rows.append(records(tmp_path)[1])
+    file = tmp_path / "classes.json"
+    file.write_text(json.dumps(NAMES))
+    data = load(as_csv(tmp_path, rows), str(file), needs_declared=True)
+    assert numbers_of(data)[1] == ("train", 1)
+
+
+def test_a_stray_quote_swallows_no_other_line(tmp_path: Path):
+    path, file = as_csv(tmp_path, records(tmp_path)), tmp_path / "classes.json"
+    file.write_text(json.dumps(NAMES))
+    lines = Path(path).read_text().splitlines()
+    lines[4] = 'photos/03.png,"bird,day,ward-3'
+    Path(path).write_text("\n".join(lines) + "\n")
+    data = load(path, str(file), needs_declared=True)
+    assert sum(map(len, (data.train, data.val, data.test))) == 36
+    assert len(numbers_of(data)) == 35
+
+
+def test_no_client_is_named_by_a_record_without_label(tmp_path: Path):
+    rows = records(tmp_path)
+    rows[7] |= {"label": "", "client": "aa"}
+    assert load(as_lines(tmp_path, rows), group="client").train.client_names == tuple(f"ward-{i}" for i in range(4))
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_table_that_names_files_reads_them_as_a_folder_does(
+    relative: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rows = records(tmp_path)
+    columns = {"image": [r["path"] if relative else str(tmp_path / r["path"]) for r in rows]}
+    columns["label"] = [r["label"] for r in rows]
+    datasets.Dataset.from_dict(columns).to_parquet(str(tmp_path / "train.parquet"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train = load(str(tmp_path / "train.parquet")).train
+    assert isinstance(train, FolderSplit)
+    assert len(numbers_of(load(str(tmp_path / "train.parquet")))) == 36
+    before = train.content_hash
+    Image.new("RGB", (6, 4), (222, 0, 0)).save(train.paths[0])
+    assert not train.unchanged(0)
+    again = load(str(tmp_path / "train.parquet")).train
+    assert again.content_hash != before
+
+
+def test_truth_values_are_labels(tmp_path: Path):
+    rows = [row | {"label": i % 2 == 0} for i, row in enumerate(records(tmp_path))]
+    assert load(as_lines(tmp_path, rows)).class_names == ("False", "True")
+    assert load(as_saved(tmp_path, rows)).class_names == ("False", "True")

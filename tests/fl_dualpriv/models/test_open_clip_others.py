@@ -223,6 +223,31 @@ def test_nothing_of_an_archive_runs(tiny_clip_name: str, tmp_path: Path):
             load_backbone(tiny_clip_name, str(path), "cpu")
 
 
+def test_an_archive_changes_no_function_and_ends(tmp_path: Path):
+    import zipfile
+
+    def read(content: bytes, storage: bytes = b"") -> dict[str, torch.Tensor]:
+        path = tmp_path / "evil.pt"
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("evil/code/x.py", "")
+            file.writestr("evil/data.pkl", content)
+            file.writestr("evil/data/0", storage)
+        return archives.read_archive(path)
+
+    function = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n"
+    with pytest.raises(ValueError, match="the archive changes a function"):
+        read(function + b"}(X\x08\x00\x00\x00__name__X\x01\x00\x00\x00xub.")
+    assert archives._tensor.__name__ == "_tensor"
+    part = b"c__torch__\nPart\n)\x81"
+    deep = b"\x80\x02" + part + b"q\x00}X\x01\x00\x00\x00ah\x00sb."  # a part that contains itself
+    with pytest.raises(ValueError, match="contains itself"):
+        read(deep)
+    storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQ"
+    wide = function + b"(" + storage + b"K\x00(J\x00\xe1\xf5\x05t(K\x00t\x89}tR."  # 10^8 numbers of one
+    with pytest.raises(ValueError, match="larger than its storage"):
+        read(wide, b"\0\0\0\0")
+
+
 def test_a_file_of_an_architecture_with_two_activations_is_told(
     tiny_clip_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

@@ -188,7 +188,9 @@ class TestSharedMultipliers:
         with pytest.raises(AssertionError, match="computed again"):  # other terms ask another question
             calibrate_noise_multiplier(2.0, DELTA, 0.3, 21)
 
-    @pytest.mark.parametrize("false", ["0.9", "1e-9", "nan", "inf", "-3", "", "all of it", "1e400", b"\xff\xfe"])
+    @pytest.mark.parametrize(
+        "false", ["0.9", "1e-9", "50", "1e6", "nan", "inf", "-3", "", "all of it", "1e400", b"\xff\xfe"]
+    )
     def test_a_false_file_is_not_believed(self, false: str | bytes, folder: Path):
         right = calibrate_noise_multiplier(*self.TERMS)
         assert epsilon(0.3, 0.9, 20, DELTA) > 2.0, "this multiplier must be too small to mean anything here"

@@ -227,7 +227,8 @@ def test_dicom_that_is_no_single_image_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(("name", "package"), [("a.heic", "pillow_heif"), ("a.dcm", "pydicom")])
 def test_a_package_that_lacks_is_named(name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path, original = tmp_path / name, builtins.__import__
-    path.write_bytes(b"\0" * 200)
+    head = b"\0\0\0\x18ftypheic" if name == "a.heic" else b"\0" * 128 + b"DICM"
+    path.write_bytes(head + b"\0" * 200)
 
     def without(wanted: str, *rest: Any) -> Any:
         if wanted.partition(".")[0] == package:
@@ -248,3 +249,94 @@ def test_the_fault_check_does_not_turn_a_photo_twice(tmp_path: Path):
     assert file_fault(path) == ("", "")
     assert decode(path, "x").size == (300, 400)
     assert ImageOps.exif_transpose(Image.open(io.BytesIO(path.read_bytes()))).size == (300, 400)
+
+
+def test_the_content_names_the_format_and_not_the_ending(tmp_path: Path):
+    """A phone sends HEIC under the name of a JPEG; no other image decides whether it can be read."""
+    heic = tmp_path / "a.jpg"
+    pillow_heif.from_pillow(Image.fromarray(PHOTO).resize((48, 32))).save(tmp_path / "a.heic")
+    heic.write_bytes((tmp_path / "a.heic").read_bytes())
+    assert decode(heic, "x").tobytes() == decode(tmp_path / "a.heic", "x").tobytes()
+    dicom = tmp_path / "b.png"
+    write_dicom(tmp_path / "b.dcm", PHOTO)
+    dicom.write_bytes((tmp_path / "b.dcm").read_bytes())
+    assert np.array_equal(pixels(dicom), PHOTO)
+    (tmp_path / "c.dcm").write_bytes(b"x" * 200)
+    with pytest.raises(BadImageError, match="it is no DICOM file"):
+        decode(tmp_path / "c.dcm", "x")
+
+
+def tiff(path: Path, samples: np.ndarray, tags: dict[int, tuple[int, ...]], order: str = "<") -> Path:
+    """An uncompressed TIFF with given tags, of (height, width[, channels]) samples."""
+    channels = samples.shape[2] if samples.ndim == 3 else 1
+    size = samples.dtype.itemsize
+    content = samples.astype(samples.dtype.newbyteorder(order)).tobytes()
+    given: dict[int, tuple[int, ...]] = {
+        256: (samples.shape[1],), 257: (samples.shape[0],), 258: (8 * size,) * channels, 259: (1,),
+        262: (2 if channels > 2 else 1,), 277: (channels,), 278: (samples.shape[0],), 279: (len(content),),
+    }  # fmt: skip
+    given |= tags
+    given[273] = (0,)
+    start = 8 + 2 + 12 * len(given) + 4
+    body, entries = b"", b""
+    for tag in sorted(given):
+        values = given[tag]
+        if len(values) > 2:
+            place, body = start + len(body), body + struct.pack(f"{order}{len(values)}H", *values)
+            entries += struct.pack(f"{order}HHII", tag, 3, len(values), place)
+        elif tag in (273, 279):
+            entries += struct.pack(f"{order}HHII", tag, 4, 1, values[0] if tag == 279 else 0xFFFFFFFF)
+        else:
+            entries += struct.pack(f"{order}HHIHH", tag, 3, len(values), *(*values, 0)[:2])
+    entries = entries.replace(struct.pack(f"{order}I", 0xFFFFFFFF), struct.pack(f"{order}I", start + len(body)))
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(given))
+    path.write_bytes(head + entries + struct.pack(f"{order}I", 0) + body + content)
+    return path
+
+
+COLOURS = RNG.integers(0, 4096, (5, 7, 4)).astype(np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("channels", "tags", "says"),
+    [
+        (3, {284: (2,)}, "its colours lie in separate planes of more than 8 bits; convert it to 8 bits"),
+        (4, {262: (5,)}, "its inks have more than 8 bits; convert it to 8 bits"),
+        (4, {338: (0,)}, "its colours of more than 8 bits have a channel without meaning"),
+        (1, {262: (0,)}, "its samples of more than 8 bits have white at zero"),
+    ],
+)
+def test_a_tiff_that_would_come_out_wrong_is_refused(
+    channels: int, tags: dict[int, tuple[int, ...]], says: str, tmp_path: Path
+):
+    samples = COLOURS[..., 0] if channels == 1 else COLOURS[..., :channels]
+    with pytest.raises(BadImageError, match=says):
+        decode(tiff(tmp_path / "a.tif", np.ascontiguousarray(samples), tags), "x")
+
+
+def test_unsigned_numbers_of_32_bits(tmp_path: Path):
+    samples = np.array([[0, 2**32 - 1], [2**31, 2**30]], np.uint32)
+    assert pixels(tiff(tmp_path / "a.tif", samples, {339: (1,)}))[..., 0].tolist() == [[0, 255], [128, 64]]
+
+
+def test_a_size_that_no_run_can_use_is_found_before_the_pixels_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    Image.new("1", (13_000, 13_000)).save(tmp_path / "a.png")
+    Image.new("L", (3, 4_000)).save(tmp_path / "b.png")
+
+    def loaded(*_: Any) -> None:
+        raise AssertionError("the pixels were read")
+
+    monkeypatch.setattr(Image.Image, "load", loaded)
+    for name, kind in (("a.png", "larger than 100 megapixels"), ("b.png", "out of proportion")):
+        assert file_fault(tmp_path / name)[0].startswith(kind)
+
+
+def test_dicom_with_empty_or_senseless_values(tmp_path: Path):
+    path, counts = tmp_path / "a.dcm", np.array([[0, 1000], [2000, 4000]], np.uint16)
+    for tags in ({"WindowCenter": "", "WindowWidth": ""}, {"RescaleSlope": "", "RescaleIntercept": ""}):
+        write_dicom(path, counts, **tags)
+        assert pixels(path)[..., 0].tolist() == [[0, 64], [128, 255]]
+    write_dicom(path, counts, WindowCenter=5, WindowWidth=0)
+    assert pixels(path)[..., 0].tolist() == [[0, 64], [128, 255]]
