@@ -319,9 +319,8 @@ def test_unsigned_numbers_of_32_bits(tmp_path: Path):
     assert pixels(tiff(tmp_path / "a.tif", samples, {339: (1,)}))[..., 0].tolist() == [[0, 255], [128, 64]]
 
 
-def test_a_size_that_no_run_can_use_is_found_before_the_pixels_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_unusable_size_is_found_before_the_pixels_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     Image.new("1", (13_000, 13_000)).save(tmp_path / "a.png")
     Image.new("L", (3, 4_000)).save(tmp_path / "b.png")
 
