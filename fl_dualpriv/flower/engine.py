@@ -80,7 +80,7 @@ def run_flower(
     work_dir.mkdir(parents=True, exist_ok=True)
     before = {name: _stamp(work_dir / name) for name in ("summary.json", "error.json")}
     deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
-    with _calibrating(run_config) as shared, _superlink(work_dir / "flower.log", shared) as link:
+    with _superlink(work_dir / "flower.log", run_config) as link:
         run_id = _submit(link, app_dir, run_config, federation)
         with _copied_log(link, run_id) as copying:
             _watch(link, run_id, work_dir, before, deadline, copying)
@@ -117,15 +117,20 @@ class _SuperLink:
 
 
 @contextlib.contextmanager
-def _calibrating(run_config: RunConfigValues) -> Iterator[Mapping[str, str]]:
+def _calibrating(run_config: RunConfigValues, folder: Path) -> Iterator[Mapping[str, str]]:
     """Calibrate the noise of the run in another process while Flower starts.
 
-    If that process fails, the processes of the run calibrate by themselves and show the reason.
+    If that process fails, the processes of the run calibrate by themselves and show the reason. If this process is
+    killed, that one ends, because its standard input closes.
+
+    Args:
+        run_config: Flat run configuration.
+        folder: New folder for the multipliers.
 
     Yields:
         Variables for the processes of the run.
     """
-    folder = Path(tempfile.mkdtemp(prefix="fdp-calibrations-"))
+    folder.mkdir()
     file, variables = folder / "run-config.json", {SHARED_CALIBRATIONS: str(folder)}
     process = None
     try:
@@ -134,7 +139,7 @@ def _calibrating(run_config: RunConfigValues) -> Iterator[Mapping[str, str]]:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "fl_dualpriv.run.calibrate", str(file)],  # -P: no module of this folder
                 env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
@@ -143,19 +148,18 @@ def _calibrating(run_config: RunConfigValues) -> Iterator[Mapping[str, str]]:
     finally:
         if process is not None:
             process.kill()
-            process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+            process.communicate()
 
 
 @contextlib.contextmanager
-def _superlink(log: Path, variables: Mapping[str, str]) -> Iterator[_SuperLink]:
+def _superlink(log: Path, run_config: RunConfigValues) -> Iterator[_SuperLink]:
     """Start a SuperLink on a free port, and end all its processes on exit.
 
     Another program may take the port before Flower uses it. Then the function tries another port.
 
     Args:
         log: File for the output of all processes.
-        variables: Environment variables for the processes of the run.
+        run_config: Flat run configuration, whose noise is calibrated meanwhile.
 
     Raises:
         RunFailed: If the SuperLink does not start.
@@ -164,7 +168,7 @@ def _superlink(log: Path, variables: Mapping[str, str]) -> Iterator[_SuperLink]:
     for _ in range(_PORT_TRIES):
         port, control_port = flower_env.free_ports(2)
         logged = log.stat().st_size
-        with _superlink_on(log, port, control_port, variables) as link:
+        with _superlink_on(log, port, control_port, run_config) as link:
             if _comes_up(link, port, logged):
                 yield link
                 return
@@ -175,21 +179,22 @@ def _superlink(log: Path, variables: Mapping[str, str]) -> Iterator[_SuperLink]:
 
 
 @contextlib.contextmanager
-def _superlink_on(log: Path, port: int, control_port: int, variables: Mapping[str, str]) -> Iterator[_SuperLink]:
+def _superlink_on(log: Path, port: int, control_port: int, run_config: RunConfigValues) -> Iterator[_SuperLink]:
     """Start a SuperLink under a supervisor, in a separate folder. The SuperLink may not answer yet."""
     root = tempfile.gettempdir()
     # The path of a Unix socket holds at most 107 characters (103 on macOS). Ray puts its sockets in this folder.
     home = Path(tempfile.mkdtemp(prefix="fdp-", dir=root if len(root) + _SOCKET_SUFFIX <= 103 else "/tmp"))
     try:
         flower_env.write_flower_config(home, f"127.0.0.1:{port}")
-        environ = {**_environment(home, port, control_port), **variables}
-        process = _start(log, home, port, environ)
-        try:
-            yield _SuperLink(process=process, environ=environ, home=home, log=log)
-        finally:
-            assert process.stdin is not None
-            process.stdin.close()  # tells the supervisor to end everything
-            process.wait(timeout=60)
+        with _calibrating(run_config, home / "calibrations") as variables:  # the supervisor removes its home
+            environ = {**_environment(home, port, control_port), **variables}
+            process = _start(log, home, port, environ)
+            try:
+                yield _SuperLink(process=process, environ=environ, home=home, log=log)
+            finally:
+                assert process.stdin is not None
+                process.stdin.close()  # tells the supervisor to end everything
+                process.wait(timeout=60)
     finally:
         shutil.rmtree(home, ignore_errors=True)
 

@@ -5,7 +5,9 @@ in it. The multipliers go into the folder of `privacy.limits.SHARED_CALIBRATIONS
 """
 
 import json
+import os
 import sys
+import threading
 from pathlib import Path
 
 from fl_dualpriv.config.plans import client_level_plan, record_level_plan
@@ -19,5 +21,13 @@ def main(file: Path) -> None:
     client_level_plan(config)
 
 
+def _end_with_starter() -> None:
+    """End this process when its standard input closes: the process that started it was killed."""
+    while os.read(0, 1024):  # not sys.stdin, whose lock would stop the interpreter at its end
+        pass
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_with_starter, daemon=True).start()
     main(Path(sys.argv[1]))

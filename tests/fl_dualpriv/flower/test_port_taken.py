@@ -89,14 +89,14 @@ def test_flowers_superlink_gets_another_port_and_gives_up_at_last(
     free = flower_env.free_ports(2)
     chosen = iter([[port, free[1]], free])
     monkeypatch.setattr(flower_env, "free_ports", lambda count: next(chosen))
-    with flower_engine._superlink(tmp_path / "flower.log") as link:
+    with flower_engine._superlink(tmp_path / "flower.log", {}) as link:
         assert supervisor.listens(link.process.pid, free[0])
         pid = link.process.pid
     assert not supervisor.alive(pid)
     monkeypatch.setattr(flower_env, "free_ports", lambda count: [port, free[1]])
     with (
         pytest.raises(RunFailed, match=r"3 free ports .* were taken by other programs"),
-        flower_engine._superlink(tmp_path / "flower.log"),
+        flower_engine._superlink(tmp_path / "flower.log", {}),
     ):
         pass
     assert asked == []

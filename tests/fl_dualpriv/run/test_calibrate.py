@@ -26,7 +26,9 @@ def test_a_run_finds_all_its_multipliers(changes: dict[str, str], tmp_path: Path
     file.write_text(json.dumps(flat))
     (tmp_path / "shared").mkdir()
     environ = os.environ | {SHARED_CALIBRATIONS: str(tmp_path / "shared")}
-    subprocess.run([sys.executable, "-m", "fl_dualpriv.run.calibrate", str(file)], env=environ, check=True)
+    command = [sys.executable, "-P", "-m", "fl_dualpriv.run.calibrate", str(file)]
+    with subprocess.Popen(command, env=environ, stdin=subprocess.PIPE) as process:
+        assert process.wait(timeout=120) == 0
     monkeypatch.setenv(SHARED_CALIBRATIONS, str(tmp_path / "shared"))
 
     def search(*_: object) -> float:
@@ -40,3 +42,14 @@ def test_a_run_finds_all_its_multipliers(changes: dict[str, str], tmp_path: Path
     made = [plan for plan in (plans.record_level_plan(config), plans.client_level_plan(config)) if plan]
     assert made
     assert all(plan.noise_multiplier > 0 for plan in made)
+
+
+def test_it_ends_with_the_process_that_started_it(tmp_path: Path):
+    file = tmp_path / "run-config.json"
+    file.write_text(json.dumps(merge(app_defaults(ROOT), {"privacy.record.epsilon": 0.011})))
+    environ = os.environ | {SHARED_CALIBRATIONS: str(tmp_path)}
+    command = [sys.executable, "-P", "-m", "fl_dualpriv.run.calibrate", str(file)]
+    with subprocess.Popen(command, env=environ, stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(timeout=30) == 1
