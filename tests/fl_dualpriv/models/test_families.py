@@ -179,7 +179,13 @@ def test_text_features_are_the_models_own(folder: Path):
 
 @torch.no_grad()
 def test_image_features_are_the_models_own(folder: Path):
+    """Alone each photo has the model's own features to 1e-6; a larger batch adds up in another order."""
     backbone, photos = load(folder), images(4)
+    made = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")(images=photos[0], return_tensors="pt")
+    kinds = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+    own = backbone._model.get_image_features(**{key: made[key] for key in kinds if key in made}).pooler_output
+    first = backbone.image_features(backbone.preprocess(photos[0])[None])
+    torch.testing.assert_close(first, torch.nn.functional.normalize(own, dim=-1), rtol=0, atol=1e-6)
     processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
     packed = torch.stack([backbone.preprocess(photo) for photo in photos])
     together = backbone.image_features(packed)
@@ -187,10 +193,10 @@ def test_image_features_are_the_models_own(folder: Path):
         made = processor(images=photo, return_tensors="pt")
         kinds = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
         own = backbone._model.get_image_features(**{key: made[key] for key in kinds if key in made}).pooler_output
-        torch.testing.assert_close(row, torch.nn.functional.normalize(own, dim=-1)[0], rtol=0, atol=1e-6)
-        torch.testing.assert_close(backbone.image_features(alone[None])[0], row, rtol=0, atol=1e-6)
+        torch.testing.assert_close(row, torch.nn.functional.normalize(own, dim=-1)[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(backbone.image_features(alone[None])[0], row, rtol=0, atol=1e-5)
     zero = torch.cat([packed, torch.zeros_like(packed[:1])])
-    torch.testing.assert_close(backbone.image_features(zero)[:4], together, rtol=0, atol=1e-6)
+    torch.testing.assert_close(backbone.image_features(zero)[:4], together, rtol=0, atol=1e-5)
 
 
 def test_a_prompt_moves_every_class(folder: Path):
@@ -233,7 +239,7 @@ def test_towers_of_clips_kind_prune_and_give_patches(folder: Path):
         return
     tower = backbone.image_tower()
     whole = torch.nn.functional.normalize(tower.finish(tower.hidden(packed, len(tower.blocks))), dim=-1)
-    torch.testing.assert_close(whole, backbone.image_features(packed), rtol=0, atol=1e-6)
+    torch.testing.assert_close(whole, backbone.image_features(packed), rtol=0, atol=1e-5)
     pruned = load_backbone(f"hf:{folder}", "", "cpu", VisualTokenPruner(layer=1, keep_ratio=0.5)).image_features(packed)
     assert (pruned - whole).abs().max() > 1e-4
     if tower.reads_cls:
