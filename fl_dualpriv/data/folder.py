@@ -5,11 +5,10 @@ For a division by domain the class folders lie in one folder per domain: ``train
 
 import functools
 import hashlib
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from PIL import Image
@@ -17,7 +16,7 @@ from PIL import Image
 from fl_dualpriv.data.formats.file_hash import NO_STAMP, file_hash, stamp_of
 from fl_dualpriv.data.formats.pixels import EXTENSIONS, decode, file_fault
 from fl_dualpriv.data.images import ImageDataset
-from fl_dualpriv.data.layout import SPLITS, Layout, class_names, difference
+from fl_dualpriv.data.layout import SPLITS, Labels, Layout, class_names, cut_class, difference
 from fl_dualpriv.errors import ConfigError
 
 _NAMED_FILES = 5
@@ -46,6 +45,11 @@ class FolderSplit:
     domain_names: tuple[str, ...] = ()
     clients: np.ndarray | None = None
     client_names: tuple[str, ...] = ()
+
+    @classmethod
+    def labelled(cls, paths: Iterable[Path], of: Labels) -> Self:
+        """Return files with their labels."""
+        return cls(tuple(paths), of.labels, of.class_names, of.domains, of.domain_names, of.clients, of.client_names)
 
     def __len__(self) -> int:
         """Return the number of images, readable or not."""
@@ -291,15 +295,8 @@ def _cut_missing(
     for folder, files in splits["train"].items():
         if not files:  # already reported
             continue
-        # Keyed by the folder's name, so that adding a class does not change the cut of the others.
-        order = np.random.default_rng([seed, zlib.crc32(folder.encode())]).permutation(len(files))
-        start = 0
-        for name, fraction in wanted.items():
-            # At least one image, because a class without images cannot be scored.
-            size = max(1, round(fraction * len(files)))
-            cut[name][folder] = sorted(files[i] for i in order[start : start + size])
-            start += size
-        cut["train"][folder] = sorted(files[i] for i in order[start:])
+        for name, chosen in cut_class(folder, len(files), wanted, seed).items():
+            cut[name][folder] = sorted(files[i] for i in chosen)
         if not cut["train"][folder]:
             problems.append(
                 f"class {folder} has {len(files)} images, too few to cut {' and '.join(wanted)} from them and train on "

@@ -207,8 +207,7 @@ def images_of(table: Any, column: str, rows: np.ndarray, where: str, of: Labels,
         base = place.parent if place.is_file() else place
         names = [path for chunk in chunks for path in chunk.field("path").to_pylist()]
         paths = [base / path if path else base for path in names]
-        files = tuple(paths[row] if row >= 0 else base for row in rows.tolist())
-        return FolderSplit(files, of.labels, of.class_names, of.domains, of.domain_names, of.clients, of.client_names)
+        return FolderSplit.labelled((paths[row] if row >= 0 else base for row in rows.tolist()), of)
     return HubImages(table, column, rows, where, of)
 
 

@@ -83,7 +83,7 @@ def _some(images: ImageDataset, chosen: np.ndarray) -> ImageDataset:
     """Return some of the images, by their indices."""
     of = _without_labels(len(chosen))
     if isinstance(images, FolderSplit):
-        return FolderSplit(tuple(images.paths[i] for i in chosen), of.labels, of.class_names)
+        return FolderSplit.labelled((images.paths[i] for i in chosen), of)
     assert isinstance(images, HubImages)
     return replace(images, rows=images.rows[chosen], of=of)
 

@@ -261,15 +261,12 @@ def _cut(
         own = [i for i, record in enumerate(train) if record.label == label]
         if not own:  # a label that is only declared
             continue
-        sizes = {name: max(1, round(fraction * len(own))) for name, fraction in wanted.items()}
-        if may_take_none and sum(sizes.values()) >= len(own):
+        parts = cut_class(label, len(own), wanted, seed)
+        if may_take_none and not len(parts["train"]):
             continue
-        # Keyed by the label, so that adding a class does not change the cut of the others.
-        order, start = np.random.default_rng([seed, zlib.crc32(label.encode())]).permutation(len(own)), 0
-        for name, size in sizes.items():  # one at least: a class without images cannot be scored
-            taken[name] += [own[i] for i in order[start : start + size]]
-            start += size
-        if start >= len(own):
+        for name in wanted:
+            taken[name] += [own[i] for i in parts[name]]
+        if not len(parts["train"]):
             problems.append(
                 f"label {label!r} has {len(own)} records, too few to cut {' and '.join(wanted)} from them and train on "
                 "the rest; add records, lower the fractions or give these splits"
@@ -278,6 +275,21 @@ def _cut(
     cut |= {name: [train[i] for i in sorted(chosen)] for name, chosen in taken.items()}
     cut["train"] = [record for i, record in enumerate(train) if i not in gone]
     return cut
+
+
+def cut_class(name: str, count: int, fractions: Mapping[str, float], seed: int) -> dict[str, np.ndarray]:
+    """Cut the images of one class: indices for each part of ``fractions``, and the rest as ``train``.
+
+    Each part gets at least one image, as long as there are any, because a class without images cannot be scored. The
+    cut depends on the seed, the name of the class and the count, so that another class does not change it.
+    """
+    order = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(count)
+    parts, start = {}, 0
+    for part, fraction in fractions.items():
+        size = max(1, round(fraction * count))
+        parts[part] = order[start : start + size]
+        start += size
+    return parts | {"train": order[start:]}
 
 
 def class_names(

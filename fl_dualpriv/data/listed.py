@@ -14,7 +14,7 @@ from fl_dualpriv.data.formats.text_files import (
     records_of,
     split_files,
 )
-from fl_dualpriv.data.layout import ROLES, Labels, Layout, Reading, Record, layout_of_records
+from fl_dualpriv.data.layout import ROLES, Layout, Reading, Record, layout_of_records
 from fl_dualpriv.errors import ConfigError
 
 
@@ -39,7 +39,7 @@ def read_list(path: Path, classes: str, fractions: Mapping[str, float], seed: in
     files = split_files(path) if path.is_dir() else {"train": path}
     return layout_of_records(
         {name: list(_records(file, reading)) for name, file in files.items()},
-        _split,
+        lambda _, places, of: FolderSplit.labelled(places, of),
         classes=classes,
         fractions=fractions,
         seed=seed,
@@ -88,9 +88,3 @@ def _text(record: Any, columns: Sequence[str]) -> str:
         if is_text(value):
             return value.strip()
     return ""
-
-
-def _split(_name: str, places: list[Path], of: Labels) -> FolderSplit:
-    return FolderSplit(
-        tuple(places), of.labels, of.class_names, of.domains, of.domain_names, of.clients, of.client_names
-    )

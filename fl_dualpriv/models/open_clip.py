@@ -76,10 +76,6 @@ class OpenClipBackbone(FrozenModel):
         self.context_length = self._text.context_length
         self.logit_scale = float(clip.logit_scale.exp())
         self._model, self._tokenizer, self._model_config = clip, tokenizer, model_config
-        is_coca = isinstance(self._text, CocaText) or type(model).__name__ == "CoCa"
-        self._encode_model = (
-            (lambda images: clip.encode_image(images, normalize=False)) if is_coca else clip.encode_image
-        )
         self.rows = self._read_rows()
         self._joint = "" if hasattr(tokenizer, "sot_token_id") else joint(name, lambda text: _words(tokenizer, text))
         self._transform: Any = image_transform_v2(
@@ -155,7 +151,7 @@ class OpenClipBackbone(FrozenModel):
 
     def _encode_images(self, images: Tensor) -> Tensor:
         if self.pruner is None or self._tower is None:
-            return self._encode_model(images)
+            return self._model.encode_image(images, normalize=False)  # CoCa's default is True
         return encode_pruned(self._tower, images, self.pruner)
 
     def image_tower(self) -> ImageTower:
@@ -358,7 +354,7 @@ def _create(name: str, architecture: str, checkpoint: Path, tag: Mapping[str, An
     if checkpoint.is_file() and archives.is_archive(checkpoint):
         return _of_archive(name, architecture, checkpoint, tag)
     shapes = checkpoints.read_shapes(checkpoint)
-    # A configuration may name a text encoder whose own configuration names code; nobody is asked to run it.
+    # A configuration may name a text encoder whose own configuration names code; it must not run.
     vars(hf_model.transformers)["dynamic_module_utils"].TIME_OUT_REMOTE_CODE = 0
     try:
         model = open_clip.create_model(

@@ -39,7 +39,11 @@ def header(file: Path) -> tuple[str, ...] | None:
     """
     if file.suffix.lower() != ".csv":
         return None
-    return tuple(csv.DictReader(io.StringIO(_text_of(file))).fieldnames or ())
+    return _columns(_text_of(file))
+
+
+def _columns(text: str) -> tuple[str, ...]:
+    return tuple(csv.DictReader(io.StringIO(text)).fieldnames or ())
 
 
 def first_keys(file: Path) -> tuple[str, ...]:
@@ -68,7 +72,7 @@ def records_of(file: Path, *, line_by_line: bool = False) -> Iterator[tuple[int,
     if file.suffix.lower() == ".csv":
         csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # otherwise one long cell fails the whole file
         if line_by_line:
-            names = header(file) or ()
+            names = _columns(text)
             next(lines, None)
             for number, line in enumerate(lines, start=2):
                 if line.strip():

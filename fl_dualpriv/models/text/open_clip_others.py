@@ -20,7 +20,26 @@ def _is_word(embeddings: Tensor, end: Tensor) -> Tensor:
     return torch.arange(embeddings.shape[1], device=embeddings.device) <= end.to(embeddings.device)[:, None]
 
 
-class HuggingFaceText:
+class _MaskedText:
+    """Attributes that both towers share; see `OpenClipText`."""
+
+    pool_type, eos_id = "none", -1
+    stack: TextStack | None = None
+    token_embedding: nn.Embedding
+    _tower: Any
+
+    @property
+    def ctx_dim(self) -> int:
+        """Width of a token embedding."""
+        return self.token_embedding.embedding_dim
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of a feature."""
+        return self._tower.output_dim
+
+
+class HuggingFaceText(_MaskedText):
     """An encoder of transformers inside an open_clip model (``HFTextEncoder``), such as BiomedCLIP's BERT.
 
     Attributes as in `OpenClipText`.
@@ -34,28 +53,16 @@ class HuggingFaceText:
     """
 
     causal, reads_end, fills_rows = False, False, False
-    pool_type, eos_id = "none", -1
     plain_reason = "its text tower is not causal"
-    stack: TextStack | None = None
 
     def __init__(self, tower: Any, context_length: int) -> None:
         self._tower = tower
-        self.token_embedding: nn.Embedding = tower.transformer.get_input_embeddings()
+        self.token_embedding = tower.transformer.get_input_embeddings()
         self.context_length = context_length
         if type(tower.pooler).__name__ not in _POOLERS:
             raise ConfigError(
                 f"its text tower pools by {type(tower.pooler).__name__}; supported are {', '.join(_POOLERS)}"
             )
-
-    @property
-    def ctx_dim(self) -> int:
-        """Width of a token embedding."""
-        return self.token_embedding.embedding_dim
-
-    @property
-    def embed_dim(self) -> int:
-        """Width of a feature."""
-        return self._tower.output_dim
 
     def encode(self, embeddings: Tensor, end: Tensor) -> Tensor:
         """Compute text features: (n, token, ctx_dim) → (n, embed_dim); see `Backbone.encode_embeddings`."""
@@ -64,7 +71,7 @@ class HuggingFaceText:
         return self._tower.proj(self._tower.pooler(out, mask))
 
 
-class CocaText:
+class CocaText(_MaskedText):
     """The text tower of a CoCa: causal, with a CLS token behind the row, which is read.
 
     Attributes as in `OpenClipText`. ``pad`` is the token that the tower takes for padding wherever it stands.
@@ -74,25 +81,13 @@ class CocaText:
     """
 
     causal, reads_end, fills_rows = True, False, True
-    pool_type, eos_id = "none", -1
     plain_reason = "its text feature is read at a CLS token behind the row"
-    stack: TextStack | None = None
 
     def __init__(self, tower: Any) -> None:
         self._tower = tower
-        self.token_embedding: nn.Embedding = tower.token_embedding
+        self.token_embedding = tower.token_embedding
         self.context_length: int = tower.context_length
         self.pad: int = tower.pad_id
-
-    @property
-    def ctx_dim(self) -> int:
-        """Width of a token embedding."""
-        return self.token_embedding.embedding_dim
-
-    @property
-    def embed_dim(self) -> int:
-        """Width of a feature."""
-        return self._tower.output_dim
 
     def encode(self, embeddings: Tensor, end: Tensor) -> Tensor:
         """Compute text features: (n, context_length, ctx_dim) → (n, embed_dim); see `Backbone.encode_embeddings`."""
