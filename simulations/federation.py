@@ -67,6 +67,7 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
             time.monotonic() - start,
         )
 
+    # A checkpoint of a run that was cut off is read before any state is built from it.
     records = [card.num_examples for card in cards.values()]
     checkpoints = CheckpointFolder(recorder.folder, context.run_config, records, task.data_identity)
     checkpoint = checkpoints.read(may_go_back=may_repeat(config)) if config.output.resume else None
@@ -78,12 +79,14 @@ def run(grid: Grid, context: Context, recorder: RunRecorder) -> None:
         rounds.resume(checkpoint, recorder.progress)
     elif config.output.resume:
         recorder.check_empty()
+    # The start of the prompts is public: words, their mean, or the result of an accounted selection.
     prompt = checkpoint.prompt if checkpoint else rounds.begin(task.initial_prompt(config))
     prompt = selected_start(rounds, grid, config, task, record, prompt)
     if strategy.evaluate_every and not recorder.rounds:
         accuracy = score_now(strategy, grid, prompt, "zero-shot", config.reply_timeout)
         report(RoundReport(server_round=0, accuracy=accuracy, failures=strategy.failures))
     stopped = None
+    # The rounds. Each spends its ε before the clients answer, so a run that ends early keeps what it has.
     if config.local_method.trains:
         try:
             prompt = rounds.run(grid, prompt, recorder.last_round, config.reply_timeout)

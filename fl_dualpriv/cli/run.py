@@ -52,6 +52,7 @@ def run(
 
     CONFIG is a TOML file with the keys that differ from the app's pyproject.toml.
     """
+    # Problems of the configuration, the data and the folder are told before any process starts.
     console, errors = Output(pipe_width=_PIPE_WIDTH), Output(stderr=True)
     try:
         if resume is not None:
@@ -69,6 +70,7 @@ def run(
     except (ConfigError, PrivacyError) as error:
         fail(errors, str(error), 2)
     signal.signal(signal.SIGTERM, _terminated)  # so that the engine cleans up
+    # Facts that a user wants to read before the wait.
     nodes = job.config.num_supernodes
     hosts = f" on {nodes} nodes" if nodes < job.config.population else ""
     console.print(
@@ -82,6 +84,7 @@ def run(
             soft_wrap=True,
             highlight=False,
         )
+    # The engine writes its progress into files of the folder. `shown` reads them while it runs.
     before = progress_of(job.out)
     try:
         with shown(console, job.out, job.config.rounds):
@@ -91,6 +94,7 @@ def run(
     except Exception as error:
         refused = is_refusal(error, job.out) and progress_of(job.out) == before
         fail(errors, describe(error, job.out) + how_to_go_on(job.out), 2 if refused else 1)
+    # Results are read from the files, as any later reader would.
     summary_file = job.out / "summary.json"
     if not summary_file.exists():
         fail(errors, f"the run ended without results: {summary_file} was not written", 1)

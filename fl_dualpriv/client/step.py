@@ -136,6 +136,7 @@ def cohort_update(
     """
     n_ctx, ctx_dim = global_prompt.shape
     kept_shapes = method.memory_shapes(n_ctx, ctx_dim, len(participants[0].state.row_basis))
+    # Set-up. All clients step together: every tensor has one entry per client in front.
     prompts = PromptState(
         own_global=global_prompt.expand(len(participants), -1, -1),
         personal=torch.stack([p.state.personal for p in participants]),
@@ -147,10 +148,12 @@ def cohort_update(
     sizes = torch.tensor([p.data.num_examples for p in participants], device=global_prompt.device)
     expected = (training.sampling_rate * sizes.to(torch.float64))[:, None, None]
     trusts_server = plan is not None and plan.trusts_server
+    # Under trust in the server the upload is the clipped sum without local noise; the server adds the noise.
     clean_upload = torch.zeros_like(prompts.own_global, dtype=torch.float64) if trusts_server else None
     exact = plan is not None and plan.arithmetic == "integer"
     if exact:
         check_exact(max(p.data.num_examples for p in participants))
+    # The events stand in the ledgers already. A payment counts their releases down.
     payments = [_payment(plan, p) for p in participants] if plan is not None else []
     noise_std = _noise_of_a_mean(plan, expected[:, 0, 0])
     others = (*kept_shapes, *NAMES)
@@ -162,6 +165,7 @@ def cohort_update(
         noise_std=noise_std,
         like=method.effective(global_prompt, global_prompt),
     )
+    # Personal prompts that are shrunk follow all earlier releases, which a client remembers.
     deviations = None
     if training.personalisation is not None:
         deviations = Deviations(
@@ -174,9 +178,11 @@ def cohort_update(
         prompts = replace(prompts, personal=deviations.personal)
     picked: list[np.ndarray] = []
     for step in range(training.local_steps):
+        # Which blocks move in this step depends on earlier releases only, so it is known before any record is read.
         masks = update_rule.masks(step)
         if not picked or training.sampling_rate < 1:
             picked = _batches(participants, step, training.sampling_rate)
+        # The only lines that read records: rows, then one release of their clipped and noised sum.
         effective = method.effective(prompts.own_global, prompts.personal)
         gradients = pooled.gradients(effective, picked)
         if plan is None:
@@ -190,6 +196,7 @@ def cohort_update(
             if made.noised is None:
                 continue  # nothing local is released or moved
             summed = gradients.to_prompts(made.noised)
+        # Everything below is post-processing of the release. The divisor is the expected batch, which is public.
         mean = summed.div_(expected.to(summed.dtype)).to(global_prompt.dtype)
         factors = personal_bases(prompts.personal, prompts.row_basis, mean) if update_rule.cuts_components else None
         direction = of_global = update_rule.direction(mean, factors)
@@ -210,6 +217,7 @@ def cohort_update(
         if deviations is not None:
             deviations.follow(mean)
             prompts = replace(prompts, personal=deviations.personal)
+    # What leaves the client, and what stays in its state for the next round.
     uploads = prompts.own_global - global_prompt if clean_upload is None else clean_upload
     release_memories = update_rule.release_memories()
     if kept_shapes:

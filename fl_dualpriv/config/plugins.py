@@ -84,6 +84,9 @@ _SEAMS = (
 CLASS_PATHS = tuple(path_key for _, path_key, _ in _SEAMS)
 """Keys of the folders of modules."""
 
+CLIENT_CLASS_PATHS = tuple(path_key for key, path_key, _ in _SEAMS if key != "strategy.ref")
+"""Those of the classes that clients import; a strategy is imported by the server only."""
+
 
 def find_module(flat: Mapping[str, Value], app_dir: Path, folders: Iterable[Path]) -> dict[str, Value]:
     """Set the path key of each class whose module is a file in one of ``folders``, if the key is empty.

@@ -185,6 +185,7 @@ def layout_of_records(
         nowhere: Place of an image that cannot be read.
         declared: Labels in their order, if the data declare them; else they are those of the training records.
     """
+    # On a node the classes must not depend on its records. A record with another label becomes unreadable there.
     problems: list[str] = []
     group = reading.group
     if reading.needs_declared:
@@ -199,6 +200,7 @@ def layout_of_records(
             name: [record if record.label in known else replace(record, label="") for record in split]
             for name, split in records.items()
         }
+    # All problems are collected, so that one message tells them together.
     bad = [r.where for split in records.values() for r in split if not r.label or (group and not r.group)]
     if bad and reading.on_bad == "raise":
         problems.append(f"{len(bad)} records have no label{f' or no {group}' if group else ''}: {_some(bad)}; add them")
@@ -206,6 +208,7 @@ def layout_of_records(
         problems.append(f"there is no split called train beside {', '.join(records)}; add it")
     if empty := [name for name, split in records.items() if not split]:
         problems.append(f"{', '.join(empty)} holds no record; add some")
+    # Class ids follow the declared order, or the sorted labels of the training records.
     seen = sorted({r.label for r in records.get("train", ()) if r.label})
     labels = list(declared or seen)
     names, template = class_names(classes, labels, problems, may_add=not declared)
@@ -220,6 +223,7 @@ def layout_of_records(
         problems.append(f"no record names its {group}; fill data.{group}-column")
     if problems:
         return Layout({}, names, template, problems)
+    # From here on the records are good: cut the missing splits, and give each split its ids.
     number = {label: i for i, label in enumerate(labels)}
     cut = _cut(records, number, fractions, seed, problems, may_take_none=reading.needs_declared)
     splits = {}

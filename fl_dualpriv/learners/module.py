@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from opacus.grad_sample import GradSampleModule
+from opacus.grad_sample.grad_sample_module import trainable_modules
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 
@@ -38,9 +39,9 @@ class ModuleLearner:
 
     Guarantee:
         The rows are Opacus' per-sample gradients. Opacus refuses layers that mix records, such as batch normalisation,
-        and this class refuses dropout and running statistics. A ``forward`` of your own may still mix records, for
-        example by a mean over the batch: then a row depends on other records, and no ε holds. `testing.check_learner`
-        searches for that. The author of a module owes the proof.
+        and this class refuses dropout and running statistics. A frozen layer uses the statistics that it holds.
+        A ``forward`` of your own may still mix records, for example by a mean over the batch: then a row depends on
+        other records, and no ε holds. `testing.check_learner` searches for that. The author of a module owes the proof.
         Some matrix kernels round a row by its place among others. So the first rows of a shape try made-up records of
         that shape, as `row_check` does, and where their bits move, or no record can be made up, records run one by one.
 
@@ -64,11 +65,20 @@ class ModuleLearner:
         if hasattr(module, "autograd_grad_sample_hooks"):
             raise ConfigError("the module has a learner already; use that one, or a copy of the module made before")
         problems = [str(error) for error in ModuleValidator.validate(module.train(), strict=False)]
+        for layer in module.modules():
+            if getattr(layer, "track_running_stats", False) and not any(p.requires_grad for p in layer.parameters()):
+                layer.eval()  # a frozen layer with its stored statistics is a function of each record
         problems += [
             f"{name}: {type(layer).__name__} draws or remembers across records; remove it"
             for name, layer in module.named_modules()
             if (isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0)
-            or getattr(layer, "track_running_stats", False)
+            or (getattr(layer, "track_running_stats", False) and layer.training)
+        ]
+        problems += [
+            f"{name or 'the module'}: {type(layer).__name__} has buffers beside its own parameters; move the buffers "
+            "to another module, or make them in forward"
+            for name, layer in trainable_modules(module)
+            if any(True for _ in layer.buffers()) and not getattr(layer, "track_running_stats", False)
         ]
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if not self.parameters:

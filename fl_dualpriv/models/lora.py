@@ -1,5 +1,7 @@
 """LoRA factors for the language model of a frozen LLaVA, and per-example gradients. Only this file imports peft.
 
+The rows of one factor are computed by Opacus' rule for a linear layer.
+
 An adapted layer computes y = W x + (α/r) B A x (Hu et al. 2021, arXiv:2106.09685) with α = r, so the scale is 1. All
 factors of a model form one matrix (rank, cols). Its row j holds A_m[j, :] and B_m[:, j] of each layer m in turn. The
 learned matrix thus has the form of a prompt, and clipping, noise and aggregation treat it like one.
@@ -11,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -58,6 +61,8 @@ class LoraModel:
             for name, module in self._language.named_modules()
             if isinstance(module, nn.Linear) and name.endswith((f"lora_A.{_ADAPTER}", f"lora_B.{_ADAPTER}"))
         }
+        for linear in self._linears.values():
+            linear.requires_grad_(True)  # Opacus computes no row of a frozen weight; every pass replaces the weight
         self.segments = tuple(
             linear.in_features if _is_a(name) else linear.out_features for name, linear in self._linears.items()
         )
@@ -107,8 +112,8 @@ class LoraModel:
         """Compute the gradient of each example's loss, with one forward pass and one backward pass of their sum.
 
         A factor acts on an example only at that example's tokens. The example's gradient is therefore
-        Σ_t (∂loss/∂output_t) input_tᵀ of the factor's layer, over the example's own tokens. The forward pass keeps
-        these inputs and outputs.
+        Σ_t (∂loss/∂output_t) input_tᵀ of the factor's layer, over the example's own tokens, which is the rule that
+        Opacus registers for a linear layer. The forward pass keeps these inputs and outputs.
 
         Guarantee:
             Row i is the gradient of only the loss of example i, exact up to float rounding: with `logits`, the sum of
@@ -136,11 +141,16 @@ class LoraModel:
                 hook.remove()
         inputs, outputs = zip(*(passes[name] for name in self._linears), strict=True)
         backward = torch.autograd.grad(total, outputs)
-        parts = [
-            torch.bmm(back.mT, x) if _is_a(name) else torch.bmm(x.mT, back)  # sums over the tokens of each example
-            for name, x, back in zip(self._linears, inputs, backward, strict=True)
-        ]
+        parts = []
+        for (name, linear), x, back in zip(self._linears.items(), inputs, backward, strict=True):
+            rows = _factor_rows(linear, x, back)
+            parts.append(rows if _is_a(name) else rows.mT)
         return torch.cat(parts, dim=2)
+
+
+def _factor_rows(linear: nn.Linear, inputs: Tensor, backward: Tensor) -> Tensor:
+    """Compute each example's gradient of one factor, (n, out, in), from (n, token, in) and (n, token, out)."""
+    return GradSampleModule.GRAD_SAMPLERS[nn.Linear](linear, [inputs], backward)[linear.weight]
 
 
 def _is_a(name: str) -> bool:

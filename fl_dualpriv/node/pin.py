@@ -175,6 +175,7 @@ def _try_out(pull: Callable[..., int | None]) -> None:
     from flwr.supercore.run import Run
     from flwr.supernode.nodestate import NodeStateFactory
 
+    # A node state in memory, a run and a message, as a server would make them.
     stores = ObjectStoreFactory()
     state, content = NodeStateFactory(objectstore_factory=stores).state(), b"the bundle of no app"
     state.set_node_id(1)
@@ -194,6 +195,7 @@ def _try_out(pull: Callable[..., int | None]) -> None:
         ),
         content=RecordDict(),
     )
+    # The function under trial gets the bundle through the same parameters as in a real node.
     was_disabled, _log.disabled = _log.disabled, True  # an owner need not read about this refusal
     try:
         answered = pull(
@@ -209,6 +211,7 @@ def _try_out(pull: Callable[..., int | None]) -> None:
         )
     finally:
         _log.disabled = was_disabled
+    # Nothing of the bundle may have arrived, and the one answer must be Flower's error for a bad bundle.
     if state.get_run(1) is not None or state.get_fab(run.fab_hash) is not None or state.get_tasks():
         raise PinUnavailable("a bundle that is not allowed got into the node on trial")
     replies = state.get_messages_legacy(is_reply=True)

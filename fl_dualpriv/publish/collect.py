@@ -91,6 +91,7 @@ def _words(error: Exception) -> str:
 
 
 def _of_run(folder: Path, client: int | None) -> Material:
+    # Only a finished run may be published, because only its privacy table is final.
     summary_file = folder / "summary.json"
     if (folder / "error.json").exists() or not summary_file.exists():
         started = any((folder / name).exists() for name in ("error.json", "rounds.jsonl", "ledger.jsonl", "clients"))
@@ -98,12 +99,14 @@ def _of_run(folder: Path, client: int | None) -> Material:
         raise ConfigError(f"{folder}: {why}; only a finished run can be published")
     summary: dict[str, Any] = json.loads(summary_file.read_text(encoding="utf-8"))
     _check_owner(summary["method"], _method(summary), client, int(summary["population"]))
+    # A prompt without the facts of its use could be applied wrongly, so it is refused.
     prompt_file = folder / "prompts" / "global.safetensors"
     tensors, metadata = read_tensors(prompt_file)
     if "use" not in metadata or "run-token" not in metadata:
         raise ConfigError(f"{prompt_file} does not say how to use the prompt: an older version wrote it; run it again")
     prompt = tensors.get("context", tensors["global"])
     token, deployed = metadata["run-token"], summary["engine"] == "deployment"
+    # A client's prompt is the shared one combined with its own part, which lies in its own folder.
     if client is not None:
         if deployed:
             raise ConfigError(
@@ -116,6 +119,7 @@ def _of_run(folder: Path, client: int | None) -> Material:
     else:
         late = ()
     rows = list(summary["privacy"])
+    # Scores may be published only where a release or public data covers them.
     scores, note = _scores_of_run(summary, client)
     prior = str(summary["config"].get("train.class-prior", "none"))  # runs of older versions had no priors
     if scores is not None and prior != "none":

@@ -86,6 +86,7 @@ SITES = {
     "torchvision": {"fl_dualpriv/models/torchvision_shim.py"},  # others only through open_clip and transformers
     "opacus": {
         "fl_dualpriv/learners/module.py",  # rows of users' modules
+        "fl_dualpriv/models/lora.py",  # rows of LoRA factors
         "fl_dualpriv/run/witness.py",  # its accountant, beside ours
         # Its per-sample gradients are compared with ours:
         "benchmarks/per_example.py",

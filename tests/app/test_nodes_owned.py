@@ -92,3 +92,18 @@ def test_a_node_that_does_not_say_whom_it_hosts_is_named_as_that(nodes: Nodes, m
     monkeypatch.setattr(LocalGrid, "pull_messages", lambda self, ids: list(answer(self, ids))[1:])  # one is late
     with pytest.raises(ConfigError, match="1 of 2 nodes did not report their clients within 3600 s"):
         join(grid, RunConfig.from_run_config(grid.contexts[1].run_config))
+
+
+@pytest.mark.parametrize(("key", "path_key"), [("method", "method-path"), ("prompt.learner", "prompt.learner-path")])
+def test_a_node_imports_no_code_from_a_folder_that_a_run_names(nodes: Nodes, tmp_path: Path, key: str, path_key: str):
+    folder = tmp_path / "uploaded"
+    folder.mkdir()
+    (folder / "planted.py").write_text(f"open({str(tmp_path / 'it-ran')!r}, 'w')\n")
+    grid = nodes({key: "planted:Class", path_key: str(folder)})
+    limits = "max-sampling-rate = 0.5\nmin-noise-multiplier = 1.0\nmax-clip-norm = 1.0\n"
+    own(grid, tmp_path, f"[budget]\nepsilon = 80.0\ndelta = 1e-3\n{limits}")
+    reply = ask(grid, RecordDict(), MessageType.QUERY)
+    assert reply.has_error()
+    assert "imports no code from a folder that a run names; put the file into the app" in reply.error.reason
+    assert not (tmp_path / "it-ran").exists()
+    assert path_key in (tmp_path / "state" / "refusals.jsonl").read_text()

@@ -43,6 +43,17 @@ CASES = (
     Case(name="resume", config="simulations/configs/by-class.toml", values=("rounds=3",), is_cut_off=True),
     Case(name="questions", config="simulations/configs/vqa.toml", values=TWO_ROUNDS),
     Case(
+        name="lora",
+        config="simulations/configs/vqa.toml",
+        values=(
+            "prompt.learner=lora",
+            "method=promptfl",
+            "pruning.update-keep-ratio=1.0",
+            "train.local-steps=2",
+            *TWO_ROUNDS,
+        ),
+    ),
+    Case(
         name="client level",
         config="simulations/configs/client-level.toml",
         values=("privacy.randomness=seeded", *TWO_ROUNDS),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fl_dualpriv.client.blocks import CoordinateBlocks
 from fl_dualpriv.learners.lora import LoraObjective
+from fl_dualpriv.models import lora
 from fl_dualpriv.models.load import load_answering_model
 from fl_dualpriv.models.lora import LoraModel, load_lora
 from fl_dualpriv.privacy.clipping import integer_rows
@@ -21,15 +22,15 @@ RANK = 3
 @pytest.fixture(scope="module")
 def case(llava_dir: Path) -> Case:
     model = load_answering_model(f"hf:{llava_dir}", "cpu", None)
-    lora = load_lora(model, RANK)
-    rows, cols = lora.shape
-    blocks = CoordinateBlocks(kind="matrix", rows=rows, cols=cols, segments=lora.segments)
+    adapted = load_lora(model, RANK)
+    rows, cols = adapted.shape
+    blocks = CoordinateBlocks(kind="matrix", rows=rows, cols=cols, segments=adapted.segments)
     open_matrix = torch.zeros(1, blocks.count)
     open_matrix[0, 0] = 1.0  # A of the first layer's queries
     return Case(
         model=model,
-        objective=LoraObjective(lora, model.embed_tokens(torch.tensor(model.words("look at this")))),
-        prompt=0.2 * torch.randn(lora.shape, generator=torch.Generator().manual_seed(1)),
+        objective=LoraObjective(adapted, model.embed_tokens(torch.tensor(model.words("look at this")))),
+        prompt=0.2 * torch.randn(adapted.shape, generator=torch.Generator().manual_seed(1)),
         clip=1.5,
         mask=blocks.spread(open_matrix)[0],
     ).checked()
@@ -66,14 +67,14 @@ def add_up_over_the_batch(patch: pytest.MonkeyPatch) -> None:
 
 def shift_the_examples(patch: pytest.MonkeyPatch) -> None:
     """Inputs of one example meet output gradients of its neighbour."""
-    bmm = torch.bmm
-    patch.setattr(torch, "bmm", lambda left, right: bmm(left, right.roll(1, dims=0)))
+    rule = lora._factor_rows
+    patch.setattr(lora, "_factor_rows", lambda layer, inputs, back: rule(layer, inputs.roll(1, dims=0), back))
 
 
 def forget_the_image(patch: pytest.MonkeyPatch) -> None:
-    """Of each sequence the end alone, as if keys and values of the image did not depend on the factors."""
-    bmm = torch.bmm  # 3 tokens before 16 visual ones
-    patch.setattr(torch, "bmm", lambda left, right: bmm(left[:, :, 19:], right[:, 19:]))
+    """Of each sequence only the end, as if keys and values of the image did not depend on the factors."""
+    rule = lora._factor_rows  # 3 tokens before 16 visual ones
+    patch.setattr(lora, "_factor_rows", lambda layer, inputs, back: rule(layer, inputs[:, 19:], back[:, 19:]))
 
 
 @pytest.mark.parametrize(

@@ -138,11 +138,24 @@ def test_a_forward_that_mixes_is_caught(module: type[nn.Module], message: str) -
         check_learner(module(), X, Y)
 
 
+class Offset(nn.Module):
+    """A buffer beside a parameter, which Opacus has no rows for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(5))
+        self.register_buffer("mask", torch.ones(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mask * self.offset
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
         (nn.BatchNorm1d(5), "BatchNorm cannot support training with differential privacy"),
         (nn.Dropout(0.1), "1: Dropout draws or remembers"),
+        (Offset(), "1: Offset has buffers beside its own parameters; move the buffers to another module"),
     ],
 )
 def test_layers_that_mix_are_refused(layer: nn.Module, message: str) -> None:

@@ -139,7 +139,7 @@ def test_the_start_is_drawn_as_peft_draws_it(llava_dir: Path):
     # Kaiming with a = √5: uniform within 1/√in, of std 1/√(3·in). 8192 draws: 1 % is more than two of their std.
     assert 0.99 * 32**-0.5 < a.abs().max() <= 32**-0.5
     assert a.std() == pytest.approx((3 * 32) ** -0.5, rel=0.02)
-    layer = LoraModel(load(llava_dir), 64)._linears["layers.0.self_attn.q_proj.lora_A.default"].weight
+    layer = LoraModel(load(llava_dir), 64)._linears["layers.0.self_attn.q_proj.lora_A.default"].weight.detach()
     assert layer.abs().max() <= 32**-0.5
     assert layer.std() == pytest.approx(float(a.std()), rel=0.05)
     assert torch.equal(lora.initial(0), start)
