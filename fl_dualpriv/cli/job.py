@@ -90,18 +90,33 @@ def described(
     flat = merge(app_defaults(app_dir), read_toml(config), sets)
     out = Path(out or str(flat.get("output.dir") or "") or f"runs/{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     out = Path(os.path.abspath(expanded(out)))  # noqa: PTH100 - resolve() would also follow links
-    flat = absolute_paths(flat | {"output.dir": str(out)}, Path.cwd())
+    flat |= {"output.dir": str(out)}
     try:
-        flat = _with_candidates(flat)
-        flat = plugins.find_module(flat, app_dir, (Path.cwd(), config.absolute().parent))
-        flat = plugins.pack_options(flat, app_defaults(app_dir))
-        checked = RunConfig.from_run_config(flat)
+        flat, checked = settled(flat, app_dir, config)
     except (ConfigError, PrivacyError) as error:
         raise ConfigError("\n".join([*problems, str(error)])) from error
     if problems:
         raise ConfigError("\n".join(problems))
     data = _look_at_data(checked)
     return Job(app_dir=app_dir, flat=flat, config=checked, out=out, name=config.stem, engine=engine, data=data)
+
+
+def settled(flat: Mapping[str, ConfigValue], app_dir: Path, config: Path) -> tuple[dict[str, ConfigValue], RunConfig]:
+    """Complete a flat configuration, whose relative paths are those of the working directory, and check it.
+
+    Args:
+        flat: Every key of the app.
+        app_dir: Folder of the app.
+        config: File of the configuration; classes of the user's own may lie beside it.
+
+    Raises:
+        ConfigError: If the configuration has problems. The message has all of them.
+        PrivacyError: If it would claim a guarantee that it does not have.
+    """
+    whole = _with_candidates(absolute_paths(flat, Path.cwd()))
+    whole = plugins.find_module(whole, app_dir, (Path.cwd(), config.absolute().parent))
+    whole = plugins.pack_options(whole, app_defaults(app_dir))
+    return whole, RunConfig.from_run_config(whole)
 
 
 def _with_candidates(flat: Mapping[str, ConfigValue]) -> dict[str, ConfigValue]:

@@ -17,6 +17,7 @@ from fl_dualpriv.cli.job import fail
 from fl_dualpriv.cli.new_class import new_learner, new_method, new_strategy
 from fl_dualpriv.cli.predict import predict
 from fl_dualpriv.cli.run import run
+from fl_dualpriv.cli.sweep import sweep, table
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.flower import env as flower_env
 from fl_dualpriv.flower import hook as flower_hook
@@ -42,6 +43,8 @@ app.command()(new_method)
 app.command()(new_learner)
 app.command()(export)
 app.command()(predict)
+app.command()(sweep)
+app.command()(table)
 
 
 @app.callback()

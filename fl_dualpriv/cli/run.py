@@ -19,6 +19,7 @@ from fl_dualpriv.cli.console import Output
 from fl_dualpriv.cli.job import Engine, Job, describe, fail, how_to_go_on, prepare, resumed
 from fl_dualpriv.cli.progress import shown
 from fl_dualpriv.errors import ConfigError, PrivacyError
+from fl_dualpriv.run.cluster import cluster_address
 from fl_dualpriv.run.file_kinds import read_totals, results_in
 from fl_dualpriv.run.out_folder import is_refusal, progress_of
 from fl_dualpriv.run.peak_memory import describe_peaks
@@ -137,6 +138,7 @@ def run_engine(engine: Engine, job: Job) -> None:
             cpus_per_client=job.config.resources.cpus_per_client,
             gpus_per_client=job.config.resources.gpus_per_client,
             work_dir=job.out,
+            ray_address=cluster_address(job.config.resources.ray_address),
         )
 
 

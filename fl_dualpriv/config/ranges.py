@@ -211,6 +211,11 @@ RANGES: dict[str, Range] = {
     "resources.cpus-per-client": _whole(1, 1024, "1 will do"),
     "resources.gpus-per-client": _number(0, 1024, "0 for CPU, a fraction to share a GPU"),
     "resources.workspace-mib": _whole(16, 2**20, "512 is usual"),
+    "resources.ray-address": Range(
+        lambda x: re.fullmatch(r"|auto|[^\s:/]+:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5}", x) is not None,
+        'empty, "auto" or HOST:PORT',
+        "write the address that `ray start --head` printed, without ray://",
+    ),
     "resources.feature-cache": Range(
         lambda x: x in ("", "off") or Path(x).is_absolute(),
         'empty, "off" or an absolute path',

@@ -243,6 +243,7 @@ class ResourcesConfig:
     cpus_per_client: int
     gpus_per_client: float
     workspace_mib: int
+    ray_address: str
     feature_cache: str
 
 

@@ -57,6 +57,7 @@ def run_flower(
     gpus_per_client: float,
     work_dir: Path,
     timeout: float | None = None,
+    ray_address: str = "",
 ) -> None:
     """Run a Flower app on the simulation runtime (Ray) and wait for its end.
 
@@ -71,39 +72,47 @@ def run_flower(
         gpus_per_client: GPUs of one Ray actor; a fraction shares a GPU.
         work_dir: Folder for ``flower.log``. The server app writes ``summary.json`` or ``error.json`` there.
         timeout: Time limit of the run in seconds. None means no limit.
+        ray_address: ``HOST:PORT`` of an existing Ray cluster, whose machines see ``work_dir`` and this installation
+            under the same paths; empty starts Ray on this machine.
 
     Raises:
         RunFailed: If the run gave no result. The message is the server app's if there is one, otherwise Flower's.
         ValueError: If this process can never provide the resources.
     """
-    federation = federation_config(num_supernodes, cpus_per_client, gpus_per_client)
+    federation = federation_config(num_supernodes, cpus_per_client, gpus_per_client, on_cluster=bool(ray_address))
     work_dir.mkdir(parents=True, exist_ok=True)
     before = {name: _stamp(work_dir / name) for name in ("summary.json", "error.json")}
     deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
-    with _superlink(work_dir / "flower.log", run_config) as link:
+    with _superlink(work_dir / "flower.log", run_config, work_dir if ray_address else None, ray_address) as link:
         run_id = _submit(link, app_dir, run_config, federation)
         with _copied_log(link, run_id) as copying:
             _watch(link, run_id, work_dir, before, deadline, copying)
 
 
-def federation_config(num_supernodes: int, cpus_per_client: int, gpus_per_client: float) -> dict[str, int | float]:
+def federation_config(
+    num_supernodes: int, cpus_per_client: int, gpus_per_client: float, *, on_cluster: bool = False
+) -> dict[str, int | float]:
     """Return the settings of Flower's simulation: as many actors as the CPUs that this process may use allow.
+
+    On an existing cluster Ray counts the CPUs, and refuses to be told.
 
     Raises:
         ValueError: If this process can never provide the resources.
     """
     cpus = usable_cpus()
+    settings = {
+        "num-supernodes": num_supernodes,
+        "client-resources-num-cpus": cpus_per_client,
+        "client-resources-num-gpus": float(gpus_per_client),
+    }
+    if on_cluster:
+        return settings
     if not 1 <= cpus_per_client <= cpus:
         raise ValueError(
             f"resources.cpus-per-client = {cpus_per_client}: this process may use {cpus} CPUs; give 1 to {cpus}"
         )
-    return {
-        "num-supernodes": num_supernodes,
-        "client-resources-num-cpus": cpus_per_client,
-        "client-resources-num-gpus": float(gpus_per_client),
-        # More actors than nodes would only cost memory, because each actor loads its own backbone.
-        "init-args-num-cpus": min(cpus // cpus_per_client, num_supernodes) * cpus_per_client,
-    }
+    # More actors than nodes would only cost memory, because each actor loads its own backbone.
+    return {**settings, "init-args-num-cpus": min(cpus // cpus_per_client, num_supernodes) * cpus_per_client}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +161,9 @@ def _calibrating(run_config: RunConfigValues, folder: Path) -> Iterator[Mapping[
 
 
 @contextlib.contextmanager
-def _superlink(log: Path, run_config: RunConfigValues) -> Iterator[_SuperLink]:
+def _superlink(
+    log: Path, run_config: RunConfigValues, shared: Path | None = None, ray_address: str = ""
+) -> Iterator[_SuperLink]:
     """Start a SuperLink on a free port, and end all its processes on exit.
 
     Another program may take the port before Flower uses it. Then the function tries another port.
@@ -160,6 +171,8 @@ def _superlink(log: Path, run_config: RunConfigValues) -> Iterator[_SuperLink]:
     Args:
         log: File for the output of all processes.
         run_config: Flat run configuration, whose noise is calibrated meanwhile.
+        shared: Folder that all machines of a cluster see, for the unpacked app; None for a local folder.
+        ray_address: Address of the cluster; empty for a new Ray.
 
     Raises:
         RunFailed: If the SuperLink does not start.
@@ -168,7 +181,7 @@ def _superlink(log: Path, run_config: RunConfigValues) -> Iterator[_SuperLink]:
     for _ in range(_PORT_TRIES):
         port, control_port = flower_env.free_ports(2)
         logged = log.stat().st_size
-        with _superlink_on(log, port, control_port, run_config) as link:
+        with _superlink_on(log, (port, control_port), run_config, shared, ray_address) as link:
             if _comes_up(link, port, logged):
                 yield link
                 return
@@ -179,15 +192,20 @@ def _superlink(log: Path, run_config: RunConfigValues) -> Iterator[_SuperLink]:
 
 
 @contextlib.contextmanager
-def _superlink_on(log: Path, port: int, control_port: int, run_config: RunConfigValues) -> Iterator[_SuperLink]:
+def _superlink_on(
+    log: Path, ports: tuple[int, int], run_config: RunConfigValues, shared: Path | None, ray_address: str
+) -> Iterator[_SuperLink]:
     """Start a SuperLink under a supervisor, in a separate folder. The SuperLink may not answer yet."""
-    root = tempfile.gettempdir()
+    root, (port, control_port) = tempfile.gettempdir(), ports
     # The path of a Unix socket holds at most 107 characters (103 on macOS). Ray puts its sockets in this folder.
-    home = Path(tempfile.mkdtemp(prefix="fdp-", dir=root if len(root) + _SOCKET_SUFFIX <= 103 else "/tmp"))
+    # On a cluster there are no such sockets here, and its machines import the app from this folder.
+    home = Path(tempfile.mkdtemp(prefix="fdp-", dir=shared or (root if len(root) + _SOCKET_SUFFIX <= 103 else "/tmp")))
     try:
         flower_env.write_flower_config(home, f"127.0.0.1:{port}")
         with _calibrating(run_config, home / "calibrations") as variables:  # the supervisor removes its home
             environ = {**_environment(home, port, control_port), **variables}
+            if ray_address:
+                environ["RAY_ADDRESS"] = ray_address
             process = _start(log, home, port, environ)
             try:
                 yield _SuperLink(process=process, environ=environ, home=home, log=log)

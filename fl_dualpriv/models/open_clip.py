@@ -336,6 +336,17 @@ def _find_checkpoint(model: str, pretrained: str) -> tuple[Path, Mapping[str, An
     raise ConfigError(f"backbone.pretrained = {pretrained!r} is neither a tag nor a checkpoint file; {hint}{offer}")
 
 
+def weights_are_here(model: str, pretrained: str) -> bool:
+    """Return True if the weights of a published tag are in a cache of this machine. Nothing is downloaded."""
+    tag = open_clip.get_pretrained_cfg(model, pretrained) or {}
+    repository, _, file = str(tag.get("hf_hub", "")).rpartition("/")
+    names = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+    if repository and any(isinstance(huggingface_hub.try_to_load_from_cache(repository, name), str) for name in names):
+        return True
+    url = str(tag.get("url", ""))
+    return bool(url) and (Path.home() / ".cache" / "clip" / url.rpartition("/")[2]).is_file()
+
+
 def _download(model: str, pretrained: str, tag: dict[str, Any]) -> Path:
     try:
         with checkpoints.no_retries_when_offline():

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from fl_dualpriv.run.cluster import counted, machine, machine_id
+
 _log = logging.getLogger("fl_dualpriv")
 _MIB = 2**20
 _GROWTH = 1.05
@@ -28,7 +30,7 @@ def resident_peak() -> int:
 
 
 def report_peak(folder: Path | None, kind: str, peak: Callable[[], int] = resident_peak) -> None:
-    """Log this process's peak, and write it to ``folder/actors/actor-PID.json``, when it grew by more than 5 %.
+    """Log this process's peak, and write it to ``folder/actors/actor-*.json``, when it grew by more than 5 %.
 
     Args:
         folder: Folder of the run; None to log only. A failure to write there does not stop the run.
@@ -45,18 +47,24 @@ def report_peak(folder: Path | None, kind: str, peak: Callable[[], int] = reside
     from fl_dualpriv.files import write_json  # imported late, because it needs torch and the front does not
 
     with contextlib.suppress(OSError):  # a full disk must not end a round
-        content = {"pid": os.getpid(), "kind": kind, "peak-mib": round(size, 1)}
-        write_json(folder / "actors" / f"actor-{os.getpid()}.json", content)
+        content = {"pid": os.getpid(), "machine": machine(), "kind": kind, "peak-mib": round(size, 1)}
+        write_json(folder / "actors" / f"actor-{machine_id()}{os.getpid()}.json", content)
 
 
 def describe_peaks(folder: Path) -> str | None:
-    """Describe the peaks of all processes of a run in one line; None if no process left a file."""
-    peaks = []
+    """Describe the peaks of all processes of a run in one line, and the machines if there are several.
+
+    None if no process left a file.
+    """
+    peaks, machines = [], []
     for file in sorted((folder / "actors").glob("actor-*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            peaks.append(float(json.loads(file.read_text(encoding="utf-8"))["peak-mib"]))
+            content = json.loads(file.read_text(encoding="utf-8"))
+            peaks.append(float(content["peak-mib"]))
+            machines.append(str(content.get("machine", "")))
     if not peaks:
         return None
     if len(peaks) == 1:
         return f"peak memory: 1 actor, {peaks[0]:.0f} MiB"
-    return f"peak memory: {len(peaks)} actors, up to {max(peaks):.0f} MiB each"
+    where = f"; actors by machine: {counted(machines)}" if len(set(machines)) > 1 else ""
+    return f"peak memory: {len(peaks)} actors, up to {max(peaks):.0f} MiB each{where}"

@@ -1,6 +1,7 @@
 """Wait for the nodes of a run, and ask each for the clients that it hosts."""
 
 import functools
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -15,15 +16,20 @@ from fl_dualpriv.errors import ConfigError
 
 
 def check_engine(config: RunConfig, engine: str) -> None:
-    """Refuse a partition that the engine does not support.
+    """Refuse what the engine does not support.
 
     Raises:
-        ConfigError: If a simulation is configured to read a folder per node.
+        ConfigError: If a simulation is configured to read a folder per node, or to join a cluster that it did not join.
     """
     if config.data.partition == "by-node" and engine != "deployment":
         raise ConfigError(
             'data.partition = "by-node" is for deployed nodes, each with its own folder: here all clients would have '
             'the same records; set it to "iid", "by-class" or "dirichlet"'
+        )
+    if engine == "ray" and config.resources.ray_address and os.environ.get("RAY_ADDRESS", "local") == "local":
+        raise ConfigError(
+            f"resources.ray-address = {config.resources.ray_address!r}: this simulation was started with a Ray of its "
+            "own; use `fl-dualpriv run`, which joins the cluster, or leave the key empty"
         )
 
 

@@ -133,12 +133,14 @@ def check_memory(config: RunConfig, task: Task) -> None:
     """Compare the memory that the simulation's actors will take with the memory that is available now.
 
     Call it on the machine of the actors, after this process built its own task and before the first message to a
-    client. Later the memory of running actors would count twice.
+    client. Later the memory of running actors would count twice. The machines of a cluster are not looked at.
 
     Raises:
         ConfigError: If the actors would not fit.
     """
     device, resources = task.backbone.device, config.resources
+    if resources.ray_address:
+        return
     if device.type == "cuda":
         actors = actors_per_device(resources, config.num_supernodes, device)
         check_fits(actor_bytes(task, config), actors, device, available_bytes(device))

@@ -1,0 +1,128 @@
+"""A sweep file: what its cells are, and that every mistake is told, all at once and before any run."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.sweep.cells import cells_of
+from fl_dualpriv.sweep.document import read_sweep
+from tests.fl_dualpriv.sweep.sweep_files import opened
+
+GRID = """
+base = "by-class.toml"
+seeds = [0, 1]
+[set]
+rounds = 2
+[axes]
+"privacy.record.epsilon" = [4.0, inf]
+[[rows]]
+name = "ours"
+[[rows]]
+name = "local only"
+method = "local-only"
+[[when]]
+axes = { "privacy.record.epsilon" = inf }
+rows = ["local only"]
+train.local-learning-rate = 0.05
+"""
+
+
+def test_every_row_has_every_point_and_seed_with_its_own_keys(tmp_path: Path) -> None:
+    sweep = opened(tmp_path, GRID)
+    cells = cells_of(sweep.document, sweep.settle)
+    assert len(cells) == 8
+    assert len({cell.folder for cell in cells}) == 8
+    for cell in cells:
+        ((_, epsilon),) = cell.point
+        settings = cell.settings
+        assert settings["rounds"] == 2
+        assert settings["seed"] == cell.seed
+        assert settings["method"] == ("local-only" if cell.row.name == "local only" else "dpfpl")
+        # An ε of ∞ means neither clip nor noise.
+        assert settings["privacy.record.mechanism"] == ("none" if math.isinf(float(epsilon)) else "gaussian")
+        is_special = cell.row.name == "local only" and math.isinf(float(epsilon))
+        assert (settings["train.local-learning-rate"] == 0.05) == is_special
+
+
+def test_a_finite_epsilon_brings_noise_to_a_base_without(tmp_path: Path) -> None:
+    text = 'base = "nonprivate.toml"\n[axes]\n"privacy.record.epsilon" = [2.0]\n'
+    sweep = opened(tmp_path, text, "nonprivate.toml")
+    (cell,) = cells_of(sweep.document, sweep.settle)
+    assert cell.settings["privacy.record.mechanism"] == "gaussian"
+    assert cell.settings["privacy.record.epsilon"] == 2.0
+
+
+def test_an_edited_cell_has_another_folder_and_others_keep_theirs(tmp_path: Path) -> None:
+    before = opened(tmp_path, GRID)
+    after = opened(tmp_path, GRID.replace("0.05", "0.06"))
+    old, new = ({c.folder for c in cells_of(s.document, s.settle)} for s in (before, after))
+    assert len(old & new) == 6
+    assert len(old - new) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sedes = [0]", "sedes: unknown; did you mean seeds?"),
+        ("", "there is no base and no row"),
+        ('base = "nowhere.toml"', "no such file beside the sweep file"),
+        ('base = "by-class.toml"\nseeds = [0, 0]', "has a seed twice"),
+        ('base = "by-class.toml"\nseeds = []', "must be a list of whole numbers from 0"),
+        ('base = "by-class.toml"\nseeds = 3', "must be a list of whole numbers from 0"),
+        ('base = "by-class.toml"\n[axes]\nrounds = 2', "axes.rounds = 2: must be a list of"),
+        ('base = "by-class.toml"\n[axes]\nrounds = []', r"axes.rounds = \[\]: must be a list of"),
+        ('base = "by-class.toml"\n[axes]\nrounds = [1, 1]', "has a value twice"),
+        ('base = "by-class.toml"\n[set]\nseed = 1', "set.seed: is decided by seeds"),
+        ('base = "by-class.toml"\n[set]\nrounds = 1\n[axes]\nrounds = [1]', "set.rounds: is an axis"),
+        ('base = "by-class.toml"\n[[rows]]\nmethod = "full"', r"rows\[1\].name is missing"),
+        ('[[rows]]\nname = "a"', r"rows\[a\].base is missing"),
+        ('base = "by-class.toml"\n[[rows]]\nname = "a"\n[[rows]]\nname = "a"', "two rows have this name"),
+        ('base = "by-class.toml"\n[[when]]\nrows = ["b"]', "no such row; there are by-class"),
+        ('base = "by-class.toml"\n[[when]]\naxes = { rounds = 3 }', "no such value of the axes"),
+        ('base = "by-class.toml"\n[[rows]]\nname = "a"\ntunes = ["rounds"]', r"there is no \[tune\]"),
+        (
+            'base = "by-class.toml"\nseeds = [0]\n[tune]\nseeds = [0]\n',
+            r"tune.seeds = \[0\]: are seeds of the table too",
+        ),
+        (
+            'base = "by-class.toml"\n[[rows]]\nname = "a"\ntunes = ["rounds"]\n[tune]\nseeds = [7]\ntrials = 2\n',
+            r"rounds has no values in \[tune.grids\]",
+        ),
+        (
+            'base = "by-class.toml"\n[[rows]]\nname = "a"\ntunes = ["rounds"]\n'
+            "[tune]\nseeds = [7]\ntrials = 3\n[tune.grids]\nrounds = [1, 2]\n",
+            "3 trials, but only 2 combinations",
+        ),
+        ('base = "by-class.toml"\n[tune]\nseeds = [7]\ntrials = 1\nfinalists = 2', "must be at most tune.trials = 1"),
+        ('base = "by-class.toml"\n[tune]\ntrials = 1.5\nseeds = [7]', "must be a whole number from 1"),
+        ('base = "by-class.toml"\nrows = "a"', r"write each row as \[\[rows\]\]"),
+        ('base = "by-class.toml"\nset = 3', "must be a table of configuration keys"),
+        ("base = ", "cannot be read"),
+    ],
+)
+def test_mistakes_are_told(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        opened(tmp_path, text)
+
+
+def test_all_mistakes_come_in_one_message(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="3 problems") as error:
+        opened(tmp_path, 'sedes = [0]\nbase = "nowhere.toml"\n[axes]\nrounds = 2\n')
+    assert len(str(error.value).splitlines()) == 4
+
+
+def test_a_missing_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_sweep(tmp_path / "none.toml")
+
+
+def test_all_bad_cells_come_in_one_message_and_name_the_cell(tmp_path: Path) -> None:
+    text = GRID.replace("rounds = 2", "rounds = 2\ntrain.local-steps = -1\ntrian.top-m = 1")
+    sweep = opened(tmp_path, text)
+    with pytest.raises(ConfigError, match="no cell was started") as error:
+        cells_of(sweep.document, sweep.settle)
+    assert "local only, ε = 4, seed 0" in str(error.value)
+    assert "ours, ε = ∞, seed 0" in str(error.value)
+    assert "trian.top-m" in str(error.value)
