@@ -6,7 +6,7 @@ STAMP := $(VENV)/.set-up
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kernels test-programs test-docs test-slow lint bench shelf-assets vqa-assets cifar10 cifar10-clip baselines clean
+.PHONY: help setup demo test test-kernels test-programs test-docs test-slow lint bench shelf-assets vqa-assets cifar10 cifar10-clip curve curve-quick baselines clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -89,6 +89,23 @@ cifar10: setup  ## CIFAR-10 as a federated task: build/cifar10/images, a minute
 
 cifar10-clip: cifar10  ## train a small CLIP on the public half of CIFAR-10: build/cifar10/clip, 5 minutes on a core
 	$(ONE_THREAD) $(BIN)/python -m tools.make_cifar10_clip --package build/cifar10/package
+
+# The larger shelf task: the same sketches in more pictures, so an ε about a picture is none about a sketch.
+SIZES := 60x30 60x60 60x120 60x240 20x30 20x120
+LARGE_SHELF := $(BIN)/python -m tools.make_large_shelf --out build/large-shelf $(foreach size,$(SIZES),--setting $(size))
+
+curve: setup  ## the curve that shows where federating pays: 108 runs, three hours on two cores, resumable; docs/results/curve.*
+	$(LARGE_SHELF)
+	$(BIN)/fl-dualpriv sweep simulations/sweeps/curve.toml
+	$(BIN)/fl-dualpriv table simulations/sweeps/curve.toml --json docs/results/curve.json
+	$(BIN)/python -m simulations.curve draw docs/results/curve.json --out docs/results/curve
+
+curve-quick: setup  ## a small curve, and three cells of the large one again, compared with docs/results/curve.json: 10 minutes
+	$(LARGE_SHELF)
+	$(BIN)/fl-dualpriv sweep simulations/sweeps/curve-quick.toml
+	$(BIN)/fl-dualpriv table simulations/sweeps/curve-quick.toml --json runs/curve-quick.json
+	$(BIN)/python -m simulations.curve draw runs/curve-quick.json --out runs/curve-quick
+	$(BIN)/python -m simulations.curve check simulations/sweeps/curve.toml docs/results/curve.json --cells 3 --seed 0
 
 baselines: cifar10-clip  ## tune every method on validation data, run it on test data; writes docs/baselines-table.md
 	$(BIN)/python -m simulations.tune simulations/configs/baselines/search.toml

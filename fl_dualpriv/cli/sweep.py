@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,7 @@ from rich.markup import escape
 from fl_dualpriv.cli.console import Output
 from fl_dualpriv.cli.job import fail, find_app, settled
 from fl_dualpriv.config.ranges import ConfigValue
-from fl_dualpriv.config.schema import app_defaults, merge
+from fl_dualpriv.config.schema import app_defaults, merge, parse_assignment
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.files import write_bytes, write_json
 from fl_dualpriv.run.cluster import cluster_address, counted
@@ -23,11 +23,15 @@ from fl_dualpriv.run.cpus import usable_cpus
 from fl_dualpriv.sweep import table as tables
 from fl_dualpriv.sweep.cells import Cell, Settle, cells_of
 from fl_dualpriv.sweep.document import Document, describe, read_sweep
-from fl_dualpriv.sweep.missing import Missing, missing_things
+from fl_dualpriv.sweep.missing import Missing, missing_things, uses_made_data
 from fl_dualpriv.sweep.tuning import Choice, Choices, Entry, choose, entries_of, finals_of
 
 SweepFile = Annotated[Path, typer.Argument(metavar="FILE", help="Sweep file, TOML.")]
 Runs = Annotated[Path | None, typer.Option(help="Folder of the runs. Default: runs/NAME-OF-THE-FILE.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of every cell; may be repeated.")
+]
+Seeds = Annotated[int | None, typer.Option(min=1, help="Number of seeds, from the first. Default: all.")]
 App = Annotated[Path | None, typer.Option("--app", help="Folder of the Flower app. Default: the one around FILE.")]
 
 
@@ -40,7 +44,7 @@ class Format(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Sweep:
+class OpenSweep:
     """A sweep whose file was read, with its app and the folder of its runs."""
 
     document: Document
@@ -49,29 +53,45 @@ class _Sweep:
     settle: Settle
 
     def entries(self) -> list[Entry]:
+        """Return the trials of all rows that are tuned."""
         return entries_of(self.document, self.settle)
 
 
-def _open(file: Path, runs: Path | None, app_dir: Path | None) -> _Sweep:
+def open_sweep(
+    file: Path,
+    runs: Path | None = None,
+    app_dir: Path | None = None,
+    assignments: Sequence[str] = (),
+    seeds: int | None = None,
+) -> OpenSweep:
     """Read a sweep file.
 
+    Args:
+        file: The file.
+        runs: Folder of the runs; None takes one with the name of the file in the working directory.
+        app_dir: Folder of the app; None takes the one around the file.
+        assignments: ``KEY=VALUE`` for every cell.
+        seeds: Number of seeds, from the first; None takes all.
+
     Raises:
-        ConfigError: If the file has problems, or there is no app around it.
+        ConfigError: If the file or an assignment has problems, or there is no app around the file.
     """
-    document = read_sweep(file)
+    document = read_sweep(file).cut(dict(map(parse_assignment, assignments)), seeds)
     app = find_app(file) if app_dir is None else app_dir.resolve()
     defaults = app_defaults(app)
 
     def settle(base: Path, keys: Mapping[str, ConfigValue]) -> dict[str, ConfigValue]:
         return settled(merge(defaults, keys), app, base)[0]
 
-    return _Sweep(document=document, app_dir=app, runs=(runs or Path("runs") / file.stem).absolute(), settle=settle)
+    return OpenSweep(document=document, app_dir=app, runs=(runs or Path("runs") / file.stem).absolute(), settle=settle)
 
 
 def sweep(
     file: SweepFile,
+    assignments: Sets = None,
     runs: Runs = None,
     app_dir: App = None,
+    seeds: Seeds = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Cells at once. Default: the usable cores.")] = None,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs of one cell; a fraction shares a GPU.")] = 0.0,
     ray_address: Annotated[
@@ -88,7 +108,7 @@ def sweep(
     """
     console, errors = Output(), Output(stderr=True)
     try:
-        opened = _open(file, runs, app_dir)
+        opened = open_sweep(file, runs, app_dir, assignments or (), seeds)
         # With the first trial as choice every cell is valid or not, whatever the trials will show.
         entries = opened.entries()
         first = {entry.key: entry.trials[0].tuned for entry in entries}
@@ -118,7 +138,7 @@ def _terminated(*_: object) -> None:
 
 
 def _run_all(
-    console: Output, opened: _Sweep, entries: Sequence[Entry], workers: int, gpus: float, address: str
+    console: Output, opened: OpenSweep, entries: Sequence[Entry], workers: int, gpus: float, address: str
 ) -> list[tuple[str, str]]:
     """Run the trials, the finalists and the cells of the table, and return the cells that failed with their reasons."""
     from fl_dualpriv.sweep.schedule import Ended, Resources, run_cells  # late: Ray takes seconds to load
@@ -150,7 +170,7 @@ def _run_all(
             stage("finalists", finals, are_trials=True)
         for (name, point), choice in _choices(opened, entries).items():
             console.print(escape(f"  {name}{describe(point)}: {choice.sentence()}"), soft_wrap=True, highlight=False)
-    stage("table", _cells(opened, entries), are_trials=False)
+    stage("table", cells_to_run(opened, entries), are_trials=False)
     if all_ended:
         used = counted(ended.machine for ended in all_ended)
         console.print(f"runs by machine: {used}", highlight=False, soft_wrap=True)
@@ -159,7 +179,7 @@ def _run_all(
     ]
 
 
-def _choices(opened: _Sweep, entries: Sequence[Entry]) -> dict[tuple[str, tuple], Choice]:
+def _choices(opened: OpenSweep, entries: Sequence[Entry]) -> dict[tuple[str, tuple], Choice]:
     """Return the choices of the entries whose trials have all ended."""
     choices = {}
     for entry in entries:
@@ -170,7 +190,7 @@ def _choices(opened: _Sweep, entries: Sequence[Entry]) -> dict[tuple[str, tuple]
     return choices
 
 
-def _cells(opened: _Sweep, entries: Sequence[Entry]) -> list[Cell]:
+def cells_to_run(opened: OpenSweep, entries: Sequence[Entry]) -> list[Cell]:
     """Return the cells of the table with the chosen values; a row that is not chosen yet has none."""
     choices = _choices(opened, entries)
     cells = cells_of(opened.document, opened.settle, {key: choice.tuned for key, choice in choices.items()})
@@ -191,7 +211,7 @@ def _duration(seconds: float) -> str:
 
 def _show_plan(
     console: Output,
-    opened: _Sweep,
+    opened: OpenSweep,
     entries: Sequence[Entry],
     cells: Sequence[Cell],
     lacking: Sequence[Missing],
@@ -228,8 +248,10 @@ def _show_plan(
 
 def table(
     file: SweepFile,
+    assignments: Sets = None,
     runs: Runs = None,
     app_dir: App = None,
+    seeds: Seeds = None,
     form: Annotated[Format, typer.Option("--format", help="Form of the table.")] = Format.MARKDOWN,
     out: Annotated[Path | None, typer.Option(help="File for the table; Markdown files get a heading.")] = None,
     json_file: Annotated[
@@ -239,7 +261,7 @@ def table(
     """Print the table of the finished cells of a sweep; nothing is run."""
     console, errors = Output(), Output(stderr=True)
     try:
-        opened = _open(file, runs, app_dir)
+        opened = open_sweep(file, runs, app_dir, assignments or (), seeds)
         _print_table(console, opened, form, out, json_file)
     except (ConfigError, PrivacyError) as error:
         fail(errors, str(error), 2)
@@ -247,7 +269,7 @@ def table(
 
 def _print_table(
     console: Output,
-    opened: _Sweep,
+    opened: OpenSweep,
     form: Format = Format.MARKDOWN,
     out: Path | None = None,
     json_file: Path | None = None,
@@ -257,9 +279,12 @@ def _print_table(
     Raises:
         ConfigError: If no cell has finished, or the form does not exist for this table.
     """
-    document, entries = opened.document, opened.entries()
+    entries = opened.entries()
     choices: Choices = _choices(opened, entries)
-    cells = _cells(opened, entries)
+    cells = cells_to_run(opened, entries)
+    document = opened.document
+    if uses_made_data(cells):
+        document = replace(document, made_data=True)
     done = tables.finished(cells, opened.runs)
     if not done:
         raise ConfigError(f"no cell of {document.file} has finished in {opened.runs}; run `fl-dualpriv sweep` first")
@@ -283,7 +308,7 @@ def _print_table(
         console.print(f"not finished: {missing} runs are missing", highlight=False)
 
 
-def _commit(opened: _Sweep) -> str:
+def _commit(opened: OpenSweep) -> str:
     """Return the commit of the app's checkout; empty if it is none."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=opened.app_dir, capture_output=True, text=True, check=False)
     return done.stdout.strip()

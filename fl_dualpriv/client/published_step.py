@@ -1,4 +1,6 @@
-"""The formulas of the DP-FPL paper (arXiv:2501.13904, Algorithm 1), for comparison. This is not the authors' code.
+"""The formulas of the DP-FPL paper (arXiv:2501.13904, Algorithm 1), for comparison, and those of the authors' code.
+
+No line here is the authors'. ``dpfpl-paper.published`` chooses between the two.
 
 Its ε is nominal, because clipping a batch mean bounds no record. Each step uses one shuffled minibatch of the expected
 size. Gradients with respect to p_G, u and v are each clipped *as a batch mean* to C = 10. The gradients of u and v get
@@ -6,16 +8,20 @@ noise of std σ·C/B, σ = √(T ln 1/δ)/ε. Eq. 4 turns them into a step of p_
 the server, which adds its noise. Two numbers come from the authors' code and not from the paper: the constant 1 in σ,
 and a step of p_L divided by 10.
 
-The official code (github.com/linhhtran/DP-FPL, commit 5191961) differs from the paper's formulas, and so from this
-file:
+The official code (github.com/linhhtran/DP-FPL, commit 5191961) differs from the paper's formulas. With a ``start`` this
+file does as the code does:
 
-* It adds u uᵀ ∇u v in Eq. 4, where the paper and this file subtract it. On one common step the full gradients differ by
-  0.284 of their norm; with a plus sign here they agree to 1e-7.
-* T in σ is the number of rounds; here it is rounds × local steps, because each step draws noise.
-* The server averages and adds noise to the gradient of p_G after each batch; here once a round, to the sum of its
-  steps.
-* The power iteration starts afresh at each step; here it starts from the last v.
-* p_L starts at N(0, 0.02²); here it starts at zero, and the first gradient gives u and v.
+* It adds u uᵀ ∇u v in Eq. 4, where the paper subtracts it. On one common step the full gradients differ by 0.284 of
+  their norm.
+* T in σ is the number of epochs; for the paper it is rounds × local steps, because each step draws noise.
+* The server averages and adds noise to the gradient of p_G after each batch, so there is one local step a round.
+* The power iteration starts afresh at each step, from a normal matrix; for the paper it starts from the last v.
+* p_L starts at N(0, 0.02²), the same for all clients; for the paper it starts at zero, and the first gradient gives u
+  and v.
+* Without noise nothing is clipped.
+
+Their optimizer adds a momentum of 0.9 and a weight decay of 5e-4, defaults of a library that the paper does not name.
+They are left out.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,13 +43,18 @@ from fl_dualpriv.towers.base import PromptTower
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedTraining:
-    """Numbers of the paper's formulas; ``sigma`` = 0 gives their non-private form."""
+    """Numbers of the paper's formulas; ``sigma`` = 0 gives their non-private form.
+
+    Attributes:
+        start: First p_L, (n_ctx, ctx_dim), for the formulas of the authors' code; None for those of the paper.
+    """
 
     local_steps: int
     batch_size: int
     global_learning_rate: float
     local_learning_rate: float
     sigma: float
+    start: Tensor | None = None
 
 
 def published_updates(
@@ -69,7 +80,7 @@ def published_updates(
     Returns:
         For each client −learning rate × the sum of the clean clipped gradients of p_G, and the new personal state.
     """
-    clients = [_Client(participant, training(participant), global_prompt) for participant in participants]
+    clients = [_client(participant, training(participant), global_prompt) for participant in participants]
     for step in range(clients[0].training.local_steps):
         prompts = torch.stack([global_prompt + client.upload + client.state.personal for client in clients])
         batches = Batches.of(*(client.batch(step) for client in clients))
@@ -109,6 +120,43 @@ class _Client:
     def _noised(self, matrix: Tensor, name: str, step: int) -> Tensor:
         std = self.training.sigma * CLIP / self._size
         return (matrix + gaussian_noise(self._random(name, step), tuple(matrix.shape), std).to(matrix.device)).float()
+
+
+class _CodeClient(_Client):
+    """A client by the formulas of the authors' code."""
+
+    def __init__(self, participant: Participant, training: PublishedTraining, global_prompt: Tensor) -> None:
+        super().__init__(participant, training, global_prompt)
+        assert training.start is not None
+        if not bool(self.state.personal.any()):
+            self.state = replace(self.state, personal=training.start.to(global_prompt))
+
+    def move(self, step: int, gradient: Tensor) -> None:
+        """Factorise p_L afresh, and move it and the upload."""
+        rows, cols = self.state.row_basis.shape
+        fresh = gaussian_noise(self._random("factorise", step), (rows, cols), 1.0).to(gradient)
+        u = _orthonormal(self.state.personal @ fresh.mT)
+        v = _orthonormal(self.state.personal.mT @ u).mT
+        grad_u = self._noised(self._clipped(gradient @ v.T), "noise-u", step)
+        grad_v = self._noised(self._clipped(u.T @ gradient), "noise-v", step)
+        full = grad_u @ v + u @ grad_v + u @ (u.T @ grad_u) @ v
+        personal = self.state.personal - self.training.local_learning_rate * full / LOCAL_DIVISOR
+        self.state = replace(self.state, personal=personal, row_basis=v)
+        self.upload = self.upload - self.training.global_learning_rate * self._clipped(gradient)
+
+    def _clipped(self, matrix: Tensor) -> Tensor:
+        return _clip_batch(matrix) if self.training.sigma > 0 else matrix
+
+
+def _orthonormal(matrix: Tensor) -> Tensor:
+    """Orthonormalise columns with the signs of the Gram-Schmidt process, on which the place of the noise depends."""
+    basis, triangle = torch.linalg.qr(matrix)
+    return basis * torch.where(torch.diagonal(triangle) < 0, -1.0, 1.0)
+
+
+def _client(participant: Participant, training: PublishedTraining, global_prompt: Tensor) -> _Client:
+    kind = _Client if training.start is None else _CodeClient
+    return kind(participant, training, global_prompt)
 
 
 def _clip_batch(matrix: Tensor) -> Tensor:

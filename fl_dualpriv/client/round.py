@@ -26,11 +26,12 @@ from fl_dualpriv.client.step import LocalTraining, Participant, cohort_update
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.learners.classification import Classification
-from fl_dualpriv.methods.published import nominal_sigma
+from fl_dualpriv.methods.published import noised_steps, nominal_sigma
 from fl_dualpriv.privacy.filters.pay import pay
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey
 from fl_dualpriv.privacy.plan import RecordLevelPlan, check_terms
+from fl_dualpriv.tasks.base import random_prompt
 
 _MOST_LOCKS = 256  # a lock is an open file, and a process may have about a thousand
 
@@ -272,13 +273,17 @@ class TrainRound:
 
 def published_training(config: RunConfig, participant: Participant) -> PublishedTraining:
     """Return the numbers of the DP-FPL paper's formulas, from the configuration and a client's public record count."""
-    record, steps = config.privacy.record, config.rounds * config.train.local_steps
+    record, train, as_code = config.privacy.record, config.train, config.dpfpl_paper.published == "code"
+    steps = noised_steps(config.rounds, train.local_steps, train.sampling_rate, as_code=as_code)
+    shape = participant.state.personal.shape
     return PublishedTraining(
         local_steps=config.train.local_steps,
         batch_size=max(1, round(config.train.sampling_rate * participant.data.num_examples)),
         global_learning_rate=config.train.global_learning_rate,
         local_learning_rate=config.train.local_learning_rate,
         sigma=nominal_sigma(record.epsilon, record.delta, steps) if record.mechanism == "gaussian" else 0.0,
+        # Their code gives all clients one random start.
+        start=random_prompt(*shape, config.seed, "initial-local-prompt") if as_code else None,
     )
 
 

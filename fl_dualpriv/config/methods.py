@@ -76,6 +76,13 @@ class FedPGPConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DPFPLPaperConfig:
+    """Key of dpfpl-paper: the formulas of the paper or of its authors' code, see ``client/published_step.py``."""
+
+    published: Literal["paper", "code"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class FedOTPConfig:
     """Keys of FedOTP: features of patches; γ, λ and iterations of the transport plan, see ``learners/fedotp.py``."""
 

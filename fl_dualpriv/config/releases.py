@@ -3,6 +3,7 @@
 import math
 
 from fl_dualpriv.config.schema import RunConfig
+from fl_dualpriv.methods.published import noised_steps
 from fl_dualpriv.privacy.plan import (
     ClientLevelPlan,
     RecordLevelPlan,
@@ -28,7 +29,9 @@ def list_releases(
         releases += client_level_releases(client, scored=scored and (record is None or not method.personal))
     nominal = config.privacy.record
     if method.published_procedure and nominal.mechanism == "gaussian":
-        releases += nominal_releases(nominal.epsilon, nominal.delta, config.rounds * config.train.local_steps)
+        train, is_code = config.train, config.dpfpl_paper.published == "code"
+        steps = noised_steps(config.rounds, train.local_steps, train.sampling_rate, as_code=is_code)
+        releases += nominal_releases(nominal.epsilon, nominal.delta, steps)
     return releases
 
 
@@ -56,7 +59,9 @@ def notes(
     if client and record and method.personal:
         lines.append("scores are of personal prompts: covered at record level, not at client level")
     if method.published_procedure and config.privacy.record.mechanism == "gaussian":
-        lines.append("dpfpl-paper: the paper's formulas, not the authors' code; ε is nominal, not a guarantee")
+        is_code = config.dpfpl_paper.published == "code"
+        formulas = "formulas of the authors' code" if is_code else "the paper's formulas, not the authors' code"
+        lines.append(f"dpfpl-paper: {formulas}; ε is nominal, not a guarantee")
     if record and config.train.top_m:
         lines.append(f"top-m = {config.train.top_m}: each record back-propagates its largest residuals only, a bias")
     if record and config.privacy.record.noise_space == "feature":

@@ -369,6 +369,12 @@ CROSS_RULES: tuple[CrossRule, ...] = (
         'switch it off, or set method = "dpfpl"',
     ),
     CrossRule(
+        ("dpfpl-paper.published", "train.local-steps", "method"),
+        lambda v: v["dpfpl-paper.published"] == "paper" or v["train.local-steps"] == 1 or v["method"] != "dpfpl-paper",
+        "needs train.local-steps = 1: the authors' server averages after each batch",
+        'set train.local-steps = 1, or dpfpl-paper.published = "paper"',
+    ),
+    CrossRule(
         ("method", "pruning.update-keep-ratio"),
         lambda v: v["method"] != "dpfpl-paper" or v["pruning.update-keep-ratio"] == 1,
         "needs pruning.update-keep-ratio = 1, as in the DP-FPL paper",

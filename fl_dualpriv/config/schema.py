@@ -15,7 +15,7 @@ from typing import Any, Literal, Self, TypeVar, cast, get_type_hints
 
 from fl_dualpriv.config.candidates import CANDIDATES_KEY
 from fl_dualpriv.config.class_prior_rules import default_prior
-from fl_dualpriv.config.methods import FedOTPConfig, FedPGPConfig, find_method
+from fl_dualpriv.config.methods import DPFPLPaperConfig, FedOTPConfig, FedPGPConfig, find_method
 from fl_dualpriv.config.ranges import ConfigValue, check
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.methods.base import Method
@@ -279,6 +279,7 @@ class RunConfig:
     pruning: PruningConfig
     fedpgp: FedPGPConfig
     fedotp: FedOTPConfig
+    dpfpl_paper: DPFPLPaperConfig
     privacy: PrivacyConfig
     data: DataConfig
     backbone: BackboneConfig

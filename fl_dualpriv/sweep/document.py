@@ -34,7 +34,7 @@ import itertools
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ Point = tuple[tuple[str, ConfigValue], ...]
 """One combination of values of the axes."""
 
 _TOP = ("title", "note", "base", "seeds", "made-data", "set", "axes", "rows", "when", "tune")
+_RESERVED = {"seed": "seeds", "output.dir": "--runs", "output.resume": "the sweep itself"}
 _TUNE = ("trials", "finalists", "seeds", "grids")
 
 
@@ -61,7 +62,8 @@ class Row:
         tunes: Keys that are tuned for it.
         grids: Values that may be tried for it, in place of those of ``[tune.grids]``.
         note: Text behind the name, for example a source.
-        published: Number that others have published for it, as text, by a value of the axes or ``""``.
+        published: Number that others have published for it, as text, by the values of the axes with commas between,
+            by one value, or by ``""``.
     """
 
     name: str
@@ -113,6 +115,7 @@ class Document:
 
     Attributes:
         made_data: True if the data were made by a script. Such a table says so, and has no LaTeX form.
+        last: Keys of the command line, for every cell; they take precedence.
     """
 
     file: Path
@@ -125,6 +128,7 @@ class Document:
     whens: tuple[When, ...]
     tune: Tune | None
     made_data: bool
+    last: Mapping[str, ConfigValue] = field(default_factory=dict)
 
     @property
     def points(self) -> list[Point]:
@@ -133,7 +137,20 @@ class Document:
 
     def layers(self, row: Row, point: Point) -> list[Mapping[str, ConfigValue]]:
         """Return the keys of a cell on top of its base; later ones take precedence."""
-        return [self.keys, row.keys, *(when.keys for when in self.whens if when.holds(row, point)), dict(point)]
+        whens = [when.keys for when in self.whens if when.holds(row, point)]
+        return [self.keys, row.keys, *whens, self.last, dict(point)]
+
+    def cut(self, last: Mapping[str, ConfigValue], seeds: int | None) -> "Document":
+        """Return the same sweep with keys of the command line, and with its first seeds only.
+
+        Raises:
+            ConfigError: If a key is an axis, or belongs to the sweep.
+        """
+        for key in last:
+            if key in self.axes or key in _RESERVED:
+                by = "an axis" if key in self.axes else f"decided by {_RESERVED[key]}"
+                raise ConfigError(f"--set {key}: is {by} of {self.file}; edit the file")
+        return replace(self, last=last, seeds=self.seeds[:seeds])
 
     def grid(self, row: Row, point: Point) -> dict[str, Sequence[ConfigValue]]:
         """Return the values that are tried for each tuned key of a row; a key with an empty list is not tuned there."""
@@ -348,13 +365,12 @@ def _check(read: _Reader, document: Document) -> None:
     """Find the problems that concern several parts of the file."""
     if not document.rows:
         read.problems.append('there is no base and no row; name a configuration file, base = "demo.toml"')
-    reserved = {"seed": "seeds", "output.dir": "--runs", "output.resume": "the sweep itself"}
     tables = [("set", document.keys), *((f"rows[{row.name}]", row.keys) for row in document.rows)]
     tables += [(f"when[{number}]", when.keys) for number, when in enumerate(document.whens, start=1)]
     for where, keys in tables:
         for key in keys:
-            if key in reserved:
-                read.problems.append(f"{where}.{key}: is decided by {reserved[key]}; remove it")
+            if key in _RESERVED:
+                read.problems.append(f"{where}.{key}: is decided by {_RESERVED[key]}; remove it")
             elif key in document.axes:
                 read.problems.append(f"{where}.{key}: is an axis; remove it from one of both")
     tuned = [row for row in document.rows if row.tunes]

@@ -33,6 +33,15 @@ def missing_things(cells: Sequence[Cell]) -> list[Missing]:
     return list(found)
 
 
+MADE = "made-data.json"
+"""File in a folder of data that a script made; a table of such data says so."""
+
+
+def uses_made_data(cells: Sequence[Cell]) -> bool:
+    """Return True if the data of a cell were made by a script."""
+    return any((Path(str(cell.settings.get("data.path", ""))) / MADE).is_file() for cell in cells)
+
+
 def _data(settings: Mapping[str, ConfigValue]) -> Iterator[Missing]:
     path = str(settings.get("data.path", ""))
     if path.startswith(HUB):

@@ -166,7 +166,8 @@ def _line(
     row: Row | None = None,
 ) -> Line:
     published = row.published if row else {}
-    texts = [published[key] for key in (*(value_text(value) for _, value in point), "") if key in published]
+    values = [value_text(value) for _, value in point]
+    texts = [published[key] for key in (", ".join(values), *values, "") if key in published]
     return Line(
         name=name,
         point=point,

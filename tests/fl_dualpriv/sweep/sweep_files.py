@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fl_dualpriv.cli.sweep import _open, _Sweep
+from fl_dualpriv.cli.sweep import OpenSweep, open_sweep
 from fl_dualpriv.run.file_kinds import SUMMARY, TOTALS
 from fl_dualpriv.sweep.cells import Cell
 
@@ -13,12 +13,12 @@ ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "simulations" / "configs"
 
 
-def opened(folder: Path, text: str, base: str = "by-class.toml") -> _Sweep:
+def opened(folder: Path, text: str, base: str = "by-class.toml") -> OpenSweep:
     """Write a sweep file beside a copy of a shipped configuration, and read it."""
     (folder / base).write_bytes((CONFIGS / base).read_bytes())
     file = folder / "sweep.toml"
     file.write_text(text, encoding="utf-8")
-    return _open(file, folder / "runs", ROOT)
+    return open_sweep(file, folder / "runs", ROOT)
 
 
 def summary(local: float, free: float = 0.2, general: float | None = 0.3, **more: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fl_dualpriv.cli.sweep import _cells, _Sweep
+from fl_dualpriv.cli.sweep import OpenSweep, cells_to_run
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.sweep.table import Estimate, Line, comma_separated, finished, latex, lines_of, markdown, page, paired
 from tests.fl_dualpriv.sweep.sweep_files import opened, pretend, summary
@@ -29,11 +29,11 @@ published = { "4" = "81.2" }
 
 def with_runs(
     folder: Path, text: str = TEXT, scores: tuple[float, ...] = (0.5, 0.6, 0.4, 0.4)
-) -> tuple[_Sweep, list[Line]]:
+) -> tuple[OpenSweep, list[Line]]:
     sweep = opened(folder, text)
-    for cell, local in zip(_cells(sweep, []), scores, strict=False):
+    for cell, local in zip(cells_to_run(sweep, []), scores, strict=False):
         pretend(cell, sweep.runs, summary(local, general=None if cell.row.name == "rival_b" else 0.3))
-    return sweep, lines_of(sweep.document, finished(_cells(sweep, []), sweep.runs))
+    return sweep, lines_of(sweep.document, finished(cells_to_run(sweep, []), sweep.runs))
 
 
 def test_an_interval_by_hand() -> None:
@@ -113,7 +113,7 @@ def test_csv_has_every_seed(tmp_path: Path) -> None:
 
 def test_a_run_with_failures_is_no_result(tmp_path: Path) -> None:
     sweep = opened(tmp_path, TEXT)
-    cell = _cells(sweep, [])[0]
+    cell = cells_to_run(sweep, [])[0]
     pretend(cell, sweep.runs, summary(0.5), failures=1)
     with pytest.raises(ConfigError, match="1 calls of clients failed"):
         finished([cell], sweep.runs)
