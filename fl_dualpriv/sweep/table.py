@@ -126,11 +126,14 @@ def _local(summaries: Summaries, when: str = "final") -> dict[int, float]:
 
 
 def level(summary: Mapping[str, Any]) -> str:
-    """Return ε with its unit and δ, from the releases whose guarantee is a theorem."""
-    proved = [r for r in summary["privacy"] if r["guarantee"] == "theorem"]
-    if not proved:
-        return "-"
-    return ", ".join(sorted({f"{epsilon_text(r['epsilon'])} ({r['unit']}, δ = {r['delta']:g})" for r in proved}))
+    """Return the largest ε of each unit and δ, from the releases whose guarantee is a theorem."""
+    largest: dict[tuple[str, float], float] = {}
+    for release in summary["privacy"]:
+        if release["guarantee"] == "theorem":
+            key = release["unit"], release["delta"]
+            largest[key] = max(largest.get(key, 0.0), release["epsilon"])
+    texts = [f"{epsilon_text(value)} ({unit}, δ = {delta:g})" for (unit, delta), value in sorted(largest.items())]
+    return ", ".join(texts) or "-"
 
 
 def lines_of(document: Document, done: Mapping[tuple[str, Point], Summaries]) -> list[Line]:
@@ -248,6 +251,7 @@ def content_of(document: Document, lines: Sequence[Line], choices: Choices) -> d
     """Return the table for a JSON file, with every seed's values and the chosen values of tuned rows."""
     return {
         "title": document.title,
+        "note": document.note,
         "made data, not comparable": document.made_data,
         "seeds": list(document.seeds),
         "lines": [
