@@ -6,11 +6,12 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# torch and safetensors are imported where tensors are read or written, because most callers have none.
 
 
 def write_bytes(path: Path, content: bytes, *, synced: bool = False, private: bool = False) -> None:
@@ -90,12 +91,14 @@ def _sync(path: Path) -> None:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, private: bool = False
+    path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str], *, private: bool = False
 ) -> None:
     """Write a safetensors file, with the same bytes for the same content.
 
     With ``private`` only this user may read the file.
     """
+    from safetensors.torch import save
+
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_bytes(path, _in_order(save(contiguous, dict(metadata))), private=private)
 
@@ -108,13 +111,17 @@ def _in_order(content: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":
     """Return the tensors and the metadata of a safetensors file."""
+    from safetensors import safe_open
+
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Return only the metadata of a safetensors file."""
+    from safetensors import safe_open
+
     with safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_dualpriv.cli.console import spell_out_what_cannot_be_shown
-from fl_dualpriv.cli.sweep import open_sweep
+from fl_dualpriv.cli.sweeping import open_sweep
 from fl_dualpriv.run.cpus import usable_cpus
 from fl_dualpriv.sweep.cells import cells_of
 from fl_dualpriv.sweep.document import value_text

@@ -16,6 +16,7 @@ from fl_dualpriv.cli.export import export
 from fl_dualpriv.cli.job import fail
 from fl_dualpriv.cli.new_class import new_learner, new_method, new_strategy
 from fl_dualpriv.cli.predict import predict
+from fl_dualpriv.cli.report import compare, ls, report
 from fl_dualpriv.cli.run import run
 from fl_dualpriv.cli.sweep import sweep, table
 from fl_dualpriv.errors import ConfigError
@@ -43,6 +44,9 @@ app.command()(new_method)
 app.command()(new_learner)
 app.command()(export)
 app.command()(predict)
+app.command()(report)
+app.command()(ls)
+app.command()(compare)
 app.command()(sweep)
 app.command()(table)
 

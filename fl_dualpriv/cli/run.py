@@ -19,8 +19,11 @@ from fl_dualpriv.cli.console import Output
 from fl_dualpriv.cli.job import Engine, Job, describe, fail, how_to_go_on, prepare, resumed
 from fl_dualpriv.cli.progress import shown
 from fl_dualpriv.errors import ConfigError, PrivacyError
+from fl_dualpriv.files import write_bytes
+from fl_dualpriv.report.page import page
+from fl_dualpriv.report.runs import read_run
 from fl_dualpriv.run.cluster import cluster_address
-from fl_dualpriv.run.file_kinds import read_totals, results_in
+from fl_dualpriv.run.file_kinds import REPORT, path_of, read_totals, results_in
 from fl_dualpriv.run.out_folder import is_refusal, progress_of
 from fl_dualpriv.run.peak_memory import describe_peaks
 from fl_dualpriv.run.tables import headline, privacy_table, results_table
@@ -108,6 +111,11 @@ def run(
         console.print(f"note: {escape(note)}", soft_wrap=True, highlight=False)
     if peaks := describe_peaks(job.out):
         console.print(peaks, soft_wrap=True, highlight=False)
+    try:
+        write_bytes(path_of(job.out, REPORT, "result"), page([read_run(job.out)]).encode())
+        console.print(f"report: {escape(str(job.out / REPORT))}", soft_wrap=True, highlight=False)
+    except (OSError, ConfigError) as error:  # the results are there, and `fl-dualpriv report` can come later
+        console.print(f"no report was written: {escape(str(error))}", soft_wrap=True, highlight=False)
     console.print(f"results: {escape(str(job.out))}", soft_wrap=True, highlight=False)
     if any(release["guarantee"] == "theorem" for release in summary["privacy"]):
         names = ", ".join(results_in(job.out))

@@ -19,6 +19,7 @@ Kind = Literal["result", "operator"]
 Place = Literal["run", "client", "cache", "export"]
 
 SUMMARY, ROUNDS, CURVE, PROMPT = "summary.json", "rounds.jsonl", "curve.png", "prompts/global.safetensors"
+REPORT = "report.html"
 PROGRESS, TOTALS, CLIENTS = "operator/progress.jsonl", "operator/totals.json", "operator/clients.json"
 PLUGINS = "plugins"
 """The folder of plug-ins in the folder of a run."""
@@ -48,6 +49,7 @@ RUN_FILES: tuple[RunFile, ...] = (
     RunFile(pattern=SUMMARY, kind="result", why="scores on public images, ε, versions and the configuration"),
     RunFile(pattern=ROUNDS, kind="result", why="scores on public images and ε of each round"),
     RunFile(pattern=CURVE, kind="result", why="a picture of rounds.jsonl"),
+    RunFile(pattern=REPORT, kind="result", why="a page of the results above only, if the run states an ε"),
     RunFile(pattern=PROMPT, kind="result", why="the released prompt, and how it is used"),
     RunFile(pattern=PROGRESS, kind="operator", why="time and failures of each round: both can depend on private data"),
     RunFile(pattern=TOTALS, kind="operator", why="time and failures of the run: both can depend on private data"),

@@ -3,15 +3,13 @@
 import csv
 import io
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
 from fl_dualpriv.errors import ConfigError
+from fl_dualpriv.run.estimates import Estimate, paired
 from fl_dualpriv.run.tables import epsilon_text
 from fl_dualpriv.sweep.cells import Cell
 from fl_dualpriv.sweep.document import Document, Point, Row, axis_name, value_text
@@ -23,44 +21,6 @@ _LATEX = str.maketrans(
     {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$", "ε": r"$\varepsilon$", "δ": r"$\delta$"}
     | {"∞": r"$\infty$", "−": "$-$"}
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A mean over seeds in percent or points, with the half width of its 95 % interval by Student's t.
-
-    Attributes:
-        mean: The mean.
-        half: Half width; None with one seed.
-        values: The value of each seed.
-    """
-
-    mean: float
-    half: float | None
-    values: tuple[float, ...]
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Estimate":
-        """Estimate a mean.
-
-        Example:
-            >>> Estimate.of([1.0, 2.0, 3.0]).text()
-            '2.0 ± 2.5'
-        """
-        half = None
-        if len(values) > 1:
-            half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-        return cls(mean=statistics.mean(values), half=half, values=tuple(values))
-
-    def text(self, *, sign: bool = False) -> str:
-        """Return mean ± half width, with a sign in front of a difference."""
-        mean = f"{self.mean:+.1f}" if sign else f"{self.mean:.1f}"
-        return mean if self.half is None else f"{mean} ± {self.half:.1f}"
-
-    def content(self) -> dict[str, Any]:
-        """Return the numbers for a JSON file, rounded to a hundredth."""
-        half = None if self.half is None else round(self.half, 2)
-        return {"mean": round(self.mean, 2), "half": half, "values": [round(value, 2) for value in self.values]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,12 +73,6 @@ def scores_of(summaries: Summaries, when: str) -> dict[str, Estimate | None]:
         present = [100 * value for value in values if value is not None]
         scores[kind] = Estimate.of(present) if len(present) == len(values) and present else None
     return scores
-
-
-def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
-    """Return the paired difference in points over the seeds that both have; None without a common seed."""
-    common = sorted(ours.keys() & theirs.keys())
-    return Estimate.of([100 * (ours[seed] - theirs[seed]) for seed in common]) if common else None
 
 
 def _local(summaries: Summaries, when: str = "final") -> dict[int, float]:

@@ -51,6 +51,8 @@ ORDER = (
     "client",
     "server",
     "flower",
+    "report",
+    "sweep",
     "publish",
     "node",
     "testing",
@@ -69,6 +71,7 @@ SITES = {
         "fl_dualpriv/models/tokenizer.py",  # its tokenizer's base class
         "tools/make_demo_assets.py",  # trains the demo model; no part of a run
         "tools/make_shelf_assets.py",  # likewise
+        "tools/make_paper_shapes.py",  # a model with random weights
         "tools/make_cifar10_clip.py",  # likewise
     },
     "transformers": {
@@ -96,15 +99,22 @@ SITES = {
         "fl_dualpriv/privacy/accounting.py",
         "benchmarks/growth.py",  # asks it directly, to compare with what a run reports
     },
-    "matplotlib": {"fl_dualpriv/run/recorder.py", "attacks/report.py"},
+    "matplotlib": {
+        "fl_dualpriv/run/recorder.py",
+        "fl_dualpriv/report/figures.py",
+        "simulations/curve.py",
+        "attacks/report.py",
+    },
     "mpmath": {"fl_dualpriv/privacy/integer.py"},
-    "ray": set(),  # Flower drives it
+    "ray": {"fl_dualpriv/sweep/schedule.py"},  # of a run Flower drives it
 }
 """Files that may import a heavy library. PIL and typer have a folder each, see below."""
 
 ASSET_SCRIPTS = {
     "tools/make_demo_assets.py",
     "tools/make_shelf_assets.py",
+    "tools/make_large_shelf.py",
+    "tools/make_paper_shapes.py",
     "tools/vqa_questions.py",
     "tools/cifar10_images.py",
     "tools/make_cifar10.py",

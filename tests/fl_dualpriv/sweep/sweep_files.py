@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fl_dualpriv.cli.sweep import OpenSweep, open_sweep
+from fl_dualpriv.cli.sweeping import OpenSweep, open_sweep
 from fl_dualpriv.run.file_kinds import SUMMARY, TOTALS
 from fl_dualpriv.sweep.cells import Cell
 

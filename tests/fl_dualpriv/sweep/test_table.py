@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fl_dualpriv.cli.sweep import OpenSweep, cells_to_run
+from fl_dualpriv.cli.sweeping import OpenSweep, cells_to_run
 from fl_dualpriv.errors import ConfigError
-from fl_dualpriv.sweep.table import Estimate, Line, comma_separated, finished, latex, lines_of, markdown, page, paired
+from fl_dualpriv.run.estimates import Estimate, paired
+from fl_dualpriv.sweep.table import Line, comma_separated, finished, latex, lines_of, markdown, page
 from tests.fl_dualpriv.sweep.sweep_files import opened, pretend, summary
 
 TEXT = """
