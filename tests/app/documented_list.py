@@ -105,7 +105,17 @@ COMMANDS: Mapping[str, Mapping[str, Run | Skip]] = {
         ),
     },
     "README.md": {
-        "make demo": Run(says=("ε 3.984 (record)", "free rival"), leaves=("runs/demo/summary.json",)),
+        "make demo": Run(
+            says=("ε 3.984 (record)", "free rival", "report: "),
+            leaves=("runs/demo/summary.json", "runs/demo/report.html"),
+        ),
+        "fl-dualpriv report runs/demo --governance": Run(says=("report: runs/demo/report.html",)),
+        "fl-dualpriv ls runs": Run(says=("3.984",)),
+        "fl-dualpriv compare A B": Run(
+            put={"A": "runs/demo", "B": "runs/demo"}, says=("the configurations are the same",)
+        ),
+            put={"A": "runs/demo", "B": "runs/demo"}, says=("the configurations are the same",)
+        ),
         "make test": Run(more='PYTEST_ADDOPTS="tests/fl_dualpriv/test_files.py"', says=(" passed",)),
         "source .venv/bin/activate": Run(more='&& test "$VIRTUAL_ENV" = "$PWD/.venv"'),
         "fl-dualpriv run simulations/configs/nonprivate.toml": Run(more=ONE_ROUND, says=("this run",)),
