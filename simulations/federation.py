@@ -31,7 +31,7 @@ from fl_dualpriv.tasks.survey import announce
 def main(grid: Grid, context: Context) -> None:
     """Run the federation; on any failure write ``error.json`` and raise."""
     recorder = RunRecorder(run_folder(str(context.run_config.get("output.dir", "")), context.run_id))
-    with recorder.claimed(resume=context.run_config.get("output.resume") is True):
+    with recorder.claimed(resume=context.run_config.get("output.resume") is True, config=context.run_config):
         run(ExpiringGrid(grid) if engine_name(grid) == "deployment" else grid, context, recorder)
 
 

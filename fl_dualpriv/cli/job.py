@@ -24,6 +24,7 @@ from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.run.folder_lock import held_alone
 from fl_dualpriv.run.out_folder import prepare_folder
 from fl_dualpriv.run.user_folders import expanded
+from fl_dualpriv.tracking.base import check_tracker
 
 _ENDING_SECONDS = 30.0
 
@@ -97,6 +98,7 @@ def described(
         raise ConfigError("\n".join([*problems, str(error)])) from error
     if problems:
         raise ConfigError("\n".join(problems))
+    check_tracker(checked.output.track)
     data = _look_at_data(checked)
     return Job(app_dir=app_dir, flat=flat, config=checked, out=out, name=config.stem, engine=engine, data=data)
 

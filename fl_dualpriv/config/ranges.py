@@ -221,6 +221,11 @@ RANGES: dict[str, Range] = {
         'empty, "off" or an absolute path',
         "write the path from the root",
     ),
+    "output.track": Range(
+        lambda x: re.fullmatch(r"|tensorboard|mlflow|[A-Za-z_][\w.]*:[A-Za-z_]\w*", x) is not None,
+        "empty, tensorboard, mlflow or module:Class",
+        "leave it empty to track nothing",
+    ),
     "output.dir": Range(
         lambda x: x == "" or Path(x).is_absolute(), "empty or an absolute path", "write the path from the root"
     ),

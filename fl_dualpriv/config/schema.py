@@ -252,6 +252,7 @@ class OutputConfig:
     """Folder of the results, an absolute path, or empty for the default one; ``resume``: continue the run in it."""
 
     dir: str
+    track: str
     resume: bool
 
 

@@ -64,6 +64,7 @@ RUN_FILES: tuple[RunFile, ...] = (
     RunFile(pattern="error.json", kind="operator", why="the message of an error may quote data"),
     RunFile(pattern="error.log", kind="operator", why="the message of an error may quote data"),
     RunFile(pattern="actors/actor-*.json", kind="operator", why="memory: it grows with a batch, whose size is private"),
+    RunFile(pattern="tracking/**", kind="operator", why="trackers write clock readings and failures"),
     RunFile(pattern=f"{PLUGINS}/**", kind="operator", why="no proof covers what a plug-in writes"),
     RunFile(pattern="prompt.safetensors", kind="operator", why="memory of a client", place="client"),
     RunFile(pattern="prompt.previous.safetensors", kind="operator", why="memory of a client", place="client"),

@@ -21,6 +21,7 @@ from fl_dualpriv.privacy.plan import Release
 from fl_dualpriv.run.checkpoint import FILES
 from fl_dualpriv.run.file_kinds import CLIENTS, CURVE, PROGRESS, PROMPT, ROUNDS, SUMMARY, TOTALS, Kind, path_of
 from fl_dualpriv.run.folder_lock import held_alone
+from fl_dualpriv.tracking.base import Tracking, check_tracker
 
 PACKAGES = ("fl-dualpriv", "flwr", "ray", "torch", "open_clip_torch", "dp-accounting", "numpy")
 
@@ -44,27 +45,33 @@ class RunRecorder:
         self.folder = folder
         self.rounds: list[dict[str, Any]] = []
         self.progress: list[dict[str, Any]] = []
+        self._tracking = Tracking("", folder, {})
 
     @contextlib.contextmanager
-    def claimed(self, *, resume: bool) -> Iterator[None]:
+    def claimed(self, *, resume: bool, config: Mapping[str, Any] | None = None) -> Iterator[None]:
         """Hold the folder for only this run; write the reason of a failure to ``error.json``.
 
         A run does not write ``error.json`` if another run holds the folder.
 
         Args:
             resume: True if the folder holds an interrupted run that continues.
+            config: Flat run configuration, for the tracker that ``output.track`` names.
 
         Raises:
-            ConfigError: If another run writes there, or if the content of the folder does not fit ``resume``, because
-                rounds or results of an earlier run would be mixed or lost.
+            ConfigError: If the tracker cannot be loaded, if another run writes there, or if the content of the folder
+                does not fit ``resume``, because rounds or results of an earlier run would be mixed or lost.
         """
         with held_alone(self.folder):
             try:
+                check_tracker(track := str((config or {}).get("output.track", "")))
                 self._check_folder(resume=resume)
+                self._tracking = Tracking(track, self.folder, config or {})
                 yield
             except BaseException as error:
                 self.write_error(error)
                 raise
+            finally:
+                self._tracking.close()
 
     def _check_folder(self, *, resume: bool) -> None:
         if resume and (self.folder / SUMMARY).exists():
@@ -155,6 +162,9 @@ class RunRecorder:
         }
         self.rounds.append(line)
         append_json_line(self._file(ROUNDS, "result"), line, synced=True)  # synced before clients begin the next round
+        scores = {f"accuracy/{kind}": (line["accuracy"] or {}).get(kind) for kind in ("local", "neighbour")}
+        spent = {"epsilon/record": record_epsilon, "epsilon/client": client_epsilon}
+        self._tracking.log(server_round, {**scores, **spent, "failures": float(failures)})
 
     def write_prompt(self, prompt: Tensor, context: Tensor | None, metadata: Mapping[str, str]) -> None:
         """Write ``prompts/global.safetensors``: the global prompt, and its equivalent context prompt if any."""
@@ -179,6 +189,9 @@ class RunRecorder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``. Its presence means that the run ended successfully."""
         write_json(self._file(SUMMARY, "result"), dict(summary))
+        free, final = (summary.get("accuracy", {}).get(when, {}).get("local") for when in ("free", "final"))
+        if free is not None and final is not None:
+            self._tracking.log(int(summary["rounds"]), {"gain over the free rival/local": final - free})
 
     def write_curve(self, caption: str = "") -> None:
         """Draw ``curve.png``: local and neighbour accuracy, and ε, by round; ``caption`` holds notes for a reader."""

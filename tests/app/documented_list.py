@@ -245,6 +245,7 @@ PYTHON: Mapping[str, str] = {
     '"""CLIP-Adapter (Gao et al. 2021, arXiv:2110.04544): a residual bottleneck on image features."""': (
         "saved as adapter.py for the command below it"
     ),
+    '"""Prints the numbers of each round."""': "run by fl_dualpriv/tracking/test_tracking.py",
     '"""A visual prompt for a frozen CLIP: trainable pixels at the edge of every image."""': (
         "run by app/test_own_module.py"
     ),

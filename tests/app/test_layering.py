@@ -35,6 +35,7 @@ ORDER = (
     "privacy.filters",
     "methods",
     "config",
+    "tracking",
     "run",
     "models.embedded",
     "models.pruning",
