@@ -275,7 +275,7 @@ def published_training(config: RunConfig, participant: Participant) -> Published
     """Return the numbers of the DP-FPL paper's formulas, from the configuration and a client's public record count."""
     record, train, as_code = config.privacy.record, config.train, config.dpfpl_paper.published == "code"
     steps = noised_steps(config.rounds, train.local_steps, train.sampling_rate, as_code=as_code)
-    shape = participant.state.personal.shape
+    rows, cols = participant.state.personal.shape
     return PublishedTraining(
         local_steps=config.train.local_steps,
         batch_size=max(1, round(config.train.sampling_rate * participant.data.num_examples)),
@@ -283,7 +283,7 @@ def published_training(config: RunConfig, participant: Participant) -> Published
         local_learning_rate=config.train.local_learning_rate,
         sigma=nominal_sigma(record.epsilon, record.delta, steps) if record.mechanism == "gaussian" else 0.0,
         # Their code gives all clients one random start.
-        start=random_prompt(*shape, config.seed, "initial-local-prompt") if as_code else None,
+        start=random_prompt(rows, cols, config.seed, "initial-local-prompt") if as_code else None,
     )
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -111,7 +111,7 @@ def test_ours_are_at_most_forty_lines() -> None:
 class Failing(Tracker):
     """Fails at its second round."""
 
-    calls: list[int] = []
+    calls: ClassVar[list[int]] = []
 
     def log(self, server_round: int, values: Mapping[str, float]) -> None:
         self.calls.append(server_round)
