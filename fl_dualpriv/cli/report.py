@@ -36,11 +36,15 @@ def report(
         target = out or (path_of(folders[0], REPORT, "result") if len(folders) == 1 else Path(REPORT))
         try:
             write_bytes(target, page(runs, governance=governance).encode())
+            written = [] if figures is None else write_figures(figures, grouped(runs))
         except OSError as error:
-            raise ConfigError(f"{target} cannot be written: {error.strerror or error}; give --out") from error
+            where = error.filename or target
+            raise ConfigError(
+                f"{where} cannot be written: {error.strerror or error}; give --out or --figures"
+            ) from error
         console.print(f"report: {escape(str(target))}", soft_wrap=True, highlight=False)
         if figures is not None:
-            names = ", ".join(file.name for file in write_figures(figures, grouped(runs)))
+            names = ", ".join(file.name for file in written)
             console.print(f"figures: {escape(str(figures))}: {names}", soft_wrap=True, highlight=False)
     except ConfigError as error:
         fail(errors, str(error), 2)
@@ -65,9 +69,14 @@ def ls(
             continue
         free, final = run.score("free", "local"), run.score("final", "local")
         gain = "-" if free is None or final is None else f"{100 * (final - free):+.1f} points"
-        summary = run.summary
+        method, seed = escape(run.summary["method"]), str(run.summary["seed"])
         table.add_row(
-            escape(path.name), summary["method"], epsilon_text(run.epsilon), str(summary["seed"]), percent(final), gain
+            escape(path.name),
+            method,
+            epsilon_text(run.epsilon),
+            seed,
+            percent(final),
+            gain,
         )
     console.print(table)
 
@@ -109,5 +118,5 @@ def _print_differences(console: Output, runs: list[Run]) -> None:
     for head in ("key", "A", "B"):
         table.add_column(head, overflow="fold")
     for key, (a, b) in changed.items():
-        table.add_row(key, escape(str(a)), escape(str(b)))
+        table.add_row(escape(key), escape(str(a)), escape(str(b)))
     console.print(table)

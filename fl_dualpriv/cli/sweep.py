@@ -1,5 +1,6 @@
 """``fl-dualpriv sweep`` and ``fl-dualpriv table``: the runs of a sweep file, and the table of their results."""
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -80,6 +81,9 @@ def table(
 
     console, errors = Output(), Output(stderr=True)
     try:
-        print_table(console, open_sweep(file, runs, app_dir, assignments or (), seeds), form.value, out, json_file)
+        opened = open_sweep(file, runs, app_dir, assignments or (), seeds)
+        options = "".join(f" --set {shlex.quote(word)}" for word in assignments or ())
+        options += "" if seeds is None else f" --seeds {seeds}"
+        print_table(console, opened, form.value, out, json_file, options)
     except (ConfigError, PrivacyError) as error:
         fail(errors, str(error), 2)

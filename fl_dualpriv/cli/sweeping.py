@@ -103,7 +103,13 @@ def run_sweep(
         return []
     if fatal := [thing.text for thing in lacking if not thing.is_downloaded]:
         raise ConfigError("\n  ".join(["no cell was started, because something is missing:", *fatal]))
-    address = cluster_address(ray_address or str(cells[0].settings["resources.ray-address"]))
+    addresses = {str(cell.settings["resources.ray-address"]) for cell in [*trials, *cells]}
+    if ray_address is None and len(addresses) > 1:
+        raise ConfigError(
+            f"resources.ray-address differs between cells: {', '.join(sorted(addresses))}; a sweep has one cluster, "
+            "give it with --ray-address"
+        )
+    address = cluster_address(ray_address if ray_address is not None else addresses.pop())
     signal.signal(signal.SIGTERM, _terminated)
     failed = _run_all(console, opened, entries, workers, gpus, address)
     print_table(console, opened)
@@ -167,6 +173,16 @@ def _choices(opened: OpenSweep, entries: Sequence[Entry]) -> dict[tuple[str, tup
     return choices
 
 
+def _known_finals(opened: OpenSweep, entries: Sequence[Entry]) -> list[Cell]:
+    """Return the runs of finalists of the entries whose trials have all ended."""
+    return [
+        cell
+        for entry in entries
+        if all(trial.is_done(opened.runs) for trial in entry.trials)
+        for cell in finals_of(opened.document, opened.settle, entry, opened.runs)
+    ]
+
+
 def cells_to_run(opened: OpenSweep, entries: Sequence[Entry]) -> list[Cell]:
     """Return the cells of the table with the chosen values; a row that is not chosen yet has none."""
     choices = _choices(opened, entries)
@@ -206,15 +222,15 @@ def _show_plan(
     tune = document.tune
     trials = [cell for entry in entries for cell in entry.trials]
     finals = len(entries) * tune.finalists * (len(tune.seeds) - 1) if tune and entries else 0
-    runs = len({cell.folder for cell in [*trials, *cells]}) + finals
-    times = [
-        float(summary["seconds"])
-        for cell in [*trials, *cells]
-        if not cell.has_failed(opened.runs) and (summary := cell.summary(opened.runs)) is not None
-    ]
-    console.print(f"{len(cells)} cells, {len(trials)} trials, {finals} runs of finalists; {len(times)} finished")
+    # What is known of finalists and choices already; the others are counted as runs that are left.
+    known = [*trials, *_known_finals(opened, entries), *cells_to_run(opened, entries)]
+    ended = {cell.folder: cell for cell in known if cell.is_done(opened.runs)}.values()
+    runs = len(cells) + len(trials) + finals
+    summaries = [cell.summary(opened.runs) for cell in ended if not cell.has_failed(opened.runs)]
+    times = [float(summary["seconds"]) for summary in summaries if summary is not None]
+    console.print(f"{len(cells)} cells, {len(trials)} trials, {finals} runs of finalists; {len(ended)} finished")
     if times:
-        left = (runs - len(times)) * sum(times) / len(times) / workers
+        left = (runs - len(ended)) * sum(times) / len(times) / workers
         console.print(f"cost: about {_duration(left)} with {workers} at once, as the finished runs took")
     else:
         console.print(f"cost: no run has finished, so the time is not known; {runs} runs, {workers} at once")
@@ -229,11 +245,20 @@ def print_table(
     form: Form = "markdown",
     out: Path | None = None,
     json_file: Path | None = None,
+    options: str = "",
 ) -> None:
     """Print the table of the finished cells, and write the files that are asked for.
 
+    Args:
+        console: Output.
+        opened: The sweep.
+        form: Form of the table.
+        out: File for the table.
+        json_file: File for all numbers.
+        options: Options of the commands that made the table, with a space in front, for the files.
+
     Raises:
-        ConfigError: If no cell has finished, or the form does not exist for this table.
+        ConfigError: If no cell has finished, the form does not exist for this table, or a file cannot be written.
     """
     entries = opened.entries()
     choices: Choices = _choices(opened, entries)
@@ -249,14 +274,20 @@ def print_table(
     missing = wanted - sum(len(summaries) for summaries in done.values())
     make = {"markdown": tables.markdown, "latex": tables.latex, "csv": tables.comma_separated}[form]
     text = make(document, lines)
-    command = f"fl-dualpriv table {os.path.relpath(document.file, opened.app_dir)}"
-    if out is not None:
-        whole = tables.page(document, lines, missing, command) if form == "markdown" else text + "\n"
-        write_bytes(out, whole.encode())
-    if json_file is not None:
-        content = tables.content_of(document, lines, choices)
-        sweep_command = command.replace("table", "sweep", 1)
-        write_json(json_file, {"command": f"{sweep_command} && {command} --json", "commit": _commit(opened)} | content)
+    words = f"{os.path.relpath(document.file, opened.app_dir)}{options}"
+    command = f"fl-dualpriv sweep {words} && fl-dualpriv table {words}"
+    try:
+        if out is not None:
+            whole = tables.page(document, lines, missing, command) if form == "markdown" else text + "\n"
+            write_bytes(out, whole.encode())
+        if json_file is not None:
+            content = tables.content_of(document, lines, choices, missing)
+            whole_command = f"{command} --json {os.path.relpath(json_file, opened.app_dir)}"
+            write_json(json_file, {"command": whole_command, "commit": _commit(opened)} | content)
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or out or json_file} cannot be written: {error.strerror or error}; give another file"
+        ) from error
     if document.made_data:
         console.print("made data, not comparable", highlight=False)
     console.print(escape(text), soft_wrap=True, highlight=False)

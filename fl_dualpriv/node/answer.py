@@ -25,8 +25,8 @@ def _run_config(context: Context, owner: "NodeFile | None") -> "dict[str, Config
     """Return the run's configuration, with the decisions of this node's owner in place of the server's values.
 
     Guarantee:
-        A deployed node imports no class from a folder that the configuration names. Its code is that of the pinned
-        bundle and of the packages that are installed there.
+        A node with an owner's file imports no class from a folder that the configuration names. Its code is that of
+        the pinned bundle and of the packages that are installed there.
     """
     from fl_dualpriv.config.plugins import CLIENT_CLASS_PATHS
     from fl_dualpriv.node.device import usable_device
@@ -42,14 +42,14 @@ def _run_config(context: Context, owner: "NodeFile | None") -> "dict[str, Config
             "prompt.candidates names a file, and a node reads no file that a run names; write the templates into the "
             "configuration: `fl-dualpriv run` does that"
         )
+    for key in CLIENT_CLASS_PATHS:
+        if flat.get(key):
+            raise PrivacyError(
+                f"{key} = {flat[key]!r}: a node imports no code from a folder that a run names; put the file into the "
+                'app, for example into clients/, name it "clients.module:Class", and let the owners of the nodes pin '
+                "that bundle"
+            )
     if "node-file" in context.node_config:  # a deployed node has its own machine and folder
-        for key in CLIENT_CLASS_PATHS:
-            if flat.get(key):
-                raise PrivacyError(
-                    f"{key} = {flat[key]!r}: a node imports no code from a folder that a run names; put the file into "
-                    'the app, for example into clients/, name it "clients.module:Class", and let the owners of the '
-                    "nodes pin that bundle"
-                )
         if owner.data_path is not None:
             flat["data.partition"] = "by-node"
         chosen = str(context.node_config.get("device") or owner.device or "auto")

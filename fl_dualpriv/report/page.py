@@ -1,6 +1,7 @@
 """The HTML page of one run or of several: one file without any request to a network."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -195,11 +196,19 @@ def _privacy(run: Run) -> str:
         ]
         for release in releases
     ]
-    target = run.config.get("privacy.record.epsilon")
-    budget = ""
-    if run.epsilon is not None and run.config.get("privacy.record.calibrate-to") == "epsilon":
-        budget = f"<p>Spent ε = {epsilon_text(run.epsilon)} of a target of {target:g}.</p>"
-    return budget + _list(_sentences(releases)) + _table(heads, rows) + _list(list(run.summary["notes"]))
+    return _budgets(run) + _list(_sentences(releases)) + _table(heads, rows) + _list(list(run.summary["notes"]))
+
+
+def _budgets(run: Run) -> str:
+    """Return what was spent of each level's target."""
+    parts = []
+    for unit in ("record", "client"):
+        spent = [r["epsilon"] for r in run.summary["privacy"] if (r["unit"], r["guarantee"]) == (unit, "theorem")]
+        is_target = run.config.get(f"privacy.{unit}.calibrate-to") == "epsilon"
+        if spent and is_target and run.config.get(f"privacy.{unit}.mechanism", "gaussian") != "none":
+            target = run.config[f"privacy.{unit}.epsilon"]
+            parts.append(f"<p>{unit} level: spent ε = {epsilon_text(max(spent))} of a target of {target:g}.</p>")
+    return "".join(parts)
 
 
 def _sentences(releases: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -243,15 +252,24 @@ def _published(run: Run) -> str:
 
 
 def _repeat(run: Run) -> str:
-    keys = {key: value for key, value in sorted(run.config.items()) if not key.startswith("output.")}
+    shown = {key: _without_place(value) for key, value in sorted(run.config.items())}
+    keys = {key: value for key, value in shown.items() if not key.startswith(("output.", "resources."))}
     lines = "\n".join(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in keys.items())
     versions = ", ".join(f"{name} {version}" for name, version in run.summary["versions"].items())
     return (
         "<p>Save this configuration as <code>again.toml</code> in the checkout and run "
-        "<code>fl-dualpriv run again.toml</code>. Seeded noise repeats bit by bit on one kind of machine.</p>"
+        "<code>fl-dualpriv run again.toml</code>, with your own folders in the place of PATH. Seeded noise repeats bit "
+        "by bit on one kind of machine.</p>"
         f"<details><summary>configuration, {len(keys)} keys</summary><pre>{escape(lines)}</pre></details>"
         f'<p class="soft">{escape(versions)}</p>'
     )
+
+
+def _without_place(value: object) -> object:
+    """Return a value without the folders of a machine: of an absolute path only the last name stays."""
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"(^|:)/(?:[^/\n]*/)*([^/\n]*)", r"\1PATH/\2", value)
 
 
 def _of_many(runs: Sequence[Run]) -> Iterator[str]:
@@ -261,7 +279,7 @@ def _of_many(runs: Sequence[Run]) -> Iterator[str]:
     yield _section("Curves", _curves([(group.label, group.runs[0]) for group in groups]))
     firsts = [group.runs[0] for group in groups]
     changed = differences(firsts)
-    rows = [[key, *(str(value) for value in values)] for key, values in changed.items()]
+    rows = [[key, *(str(_without_place(value)) for value in values)] for key, values in changed.items()]
     yield _section("Differences of configuration", _table(["key", *(g.label for g in groups)], rows) if rows else "")
     words = []
     for group in groups:

@@ -85,10 +85,7 @@ def read_run(folder: Path) -> Run:
         summary = json.loads(summary_file.read_text(encoding="utf-8"))
         lines = (folder / ROUNDS).read_text(encoding="utf-8").splitlines() if (folder / ROUNDS).exists() else []
         rounds = tuple(json.loads(line) for line in lines)
-        for part in ("config", "accuracy", "privacy", "notes", "versions", "method", "seed"):
-            summary[part]
-        for when in ("zero_shot", "free", "final"):
-            summary["accuracy"][when]["local"]
+        _check(summary, rounds)
         shape = _shape(folder / PROMPT) if (folder / PROMPT).exists() else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
@@ -101,6 +98,34 @@ def read_run(folder: Path) -> Run:
         except (OSError, ValueError, KeyError):
             seconds = None  # its owner removed the operator's files
     return Run(folder=folder, summary=summary, rounds=rounds, seconds=seconds, shape=shape)
+
+
+def _check(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> None:
+    """Look for everything that a report reads.
+
+    Raises:
+        KeyError: If a part is missing.
+        TypeError: If a part has another type.
+    """
+    parts = {"config": dict, "accuracy": dict, "privacy": list, "notes": list, "versions": dict, "method": str}
+    for part, kind in (parts | {"seed": int, "rounds": int, "population": int, "randomness": str}).items():
+        if not isinstance(summary[part], kind):
+            raise TypeError(f"{part} is no {kind.__name__}")
+    for when in ("zero_shot", "free", "final"):
+        scores = summary["accuracy"][when]
+        if not all(scores.get(kind) is None or isinstance(scores[kind], int | float) for kind in KINDS):
+            raise TypeError(f"an accuracy of {when} is no number")
+    for release in summary["privacy"]:
+        for key in ("release", "unit", "relation", "sampling", "releases", "delta", "trusts", "guarantee"):
+            release[key]
+        if not isinstance(release["epsilon"], int | float):
+            raise TypeError("an ε is no number")
+    for key in ("rounds", "train.local-steps"):
+        summary["config"][key]
+    for line in rounds:
+        if not isinstance(line["round"], int) or not isinstance(line["epsilon"], dict):
+            raise TypeError("a line of rounds.jsonl is none")
+        line["accuracy"]
 
 
 def _shape(file: Path) -> tuple[int, ...]:

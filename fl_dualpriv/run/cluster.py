@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from fl_dualpriv.errors import ConfigError
 
 AUTO = "auto"
+_ANSWER_SECONDS = 10.0
 
 
 def cluster_address(value: str) -> str:
@@ -18,16 +19,38 @@ def cluster_address(value: str) -> str:
         value: ``resources.ray-address``: empty, ``HOST:PORT``, or ``auto`` for the environment's RAY_ADDRESS.
 
     Raises:
-        ConfigError: If ``auto`` is asked for without RAY_ADDRESS.
+        ConfigError: If ``auto`` is asked for without RAY_ADDRESS, or nothing answers at the address.
     """
-    if value != AUTO:
-        return value
-    address = os.environ.get("RAY_ADDRESS", "")
-    if not address:
-        raise ConfigError(
-            'resources.ray-address = "auto": the environment has no RAY_ADDRESS; set it, or write HOST:PORT'
-        )
+    address = value
+    if value == AUTO:
+        address = os.environ.get("RAY_ADDRESS", "")
+        if not address:
+            raise ConfigError(
+                'resources.ray-address = "auto": the environment has no RAY_ADDRESS; set it, or write HOST:PORT'
+            )
+    if address:
+        _check_answers(address)
     return address
+
+
+def _check_answers(address: str) -> None:
+    """Connect once, because Ray itself would try for a minute.
+
+    Raises:
+        ConfigError: If the address is none, or nothing answers there.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(
+            f"resources.ray-address = {address!r}: must be HOST:PORT, as `ray start --head` prints it, without ray://"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"resources.ray-address = {address!r}: nothing answers there ({error}); start a cluster with "
+            "`ray start --head`, or leave the key empty"
+        ) from error
 
 
 def machine_id() -> str:

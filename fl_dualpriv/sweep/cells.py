@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from fl_dualpriv.config.ranges import ConfigValue
 from fl_dualpriv.config.schema import read_toml
 from fl_dualpriv.errors import ConfigError, PrivacyError
 from fl_dualpriv.run.file_kinds import SUMMARY, TOTALS, read_totals
-from fl_dualpriv.sweep.document import Document, Point, Row, describe
+from fl_dualpriv.sweep.document import EPSILONS, Document, Point, Row, describe, value_text
 
 FAILED = "failed.json"
 """File in the folder of a trial that failed; it holds the error."""
@@ -21,6 +22,13 @@ Settle = Callable[[Path, Mapping[str, ConfigValue]], dict[str, ConfigValue]]
 """(configuration file, flat keys) → the complete, checked flat configuration of a run, with absolute paths."""
 
 _MOST_PROBLEMS = 12
+_UNSAFE = re.compile(r"[^\w.=-]")
+_CLASSES = (
+    ("method", "method-path"),
+    ("prompt.learner", "prompt.learner-path"),
+    ("strategy.ref", "strategy.path"),
+)
+"""Keys of users' classes, and of the folders of their modules."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +42,8 @@ class Cell:
         tuned: Values of the tuned keys.
         split: Split of the held-out data that is scored: ``val`` for trials.
         settings: Complete flat run configuration, without the output folder.
-        folder: Name of the run's folder. It depends on every value that the sweep sets, so an edited cell is run again.
+        folder: Name of the run's folder. It depends on every value that the sweep or its base sets and on the files of
+            classes, so an edited cell is run again.
     """
 
     row: Row
@@ -55,18 +64,29 @@ class Cell:
         """Return the summary of the finished run, with its seconds; None if it has not finished, or failed.
 
         Raises:
-            ConfigError: If calls of clients failed in it. Such a run must not enter a table.
+            ConfigError: If calls of clients failed in it, or its files cannot be read. Such a run must not enter a
+                table.
         """
         out = runs / self.folder
         if not ((out / SUMMARY).exists() and (out / TOTALS).exists()):
             return None
-        totals = read_totals(out)
-        if totals["failures"]:
+        try:
+            totals = read_totals(out)
+            summary = json.loads((out / SUMMARY).read_text(encoding="utf-8")) | {"seconds": float(totals["seconds"])}
+            for when in ("zero_shot", "free", "final"):
+                summary["accuracy"][when]["local"]
+            failures = int(totals["failures"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{out}: {totals['failures']} calls of clients failed in this run ({self.label}); it cannot be a "
+                f"{out}: its {SUMMARY} or {TOTALS} cannot be read ({type(error).__name__}: {error}); remove the "
+                "folder, and start the sweep again"
+            ) from error
+        if failures:
+            raise ConfigError(
+                f"{out}: {failures} calls of clients failed in this run ({self.label}); it cannot be a "
                 "result. Find the cause, remove the folder, and start the sweep again"
             )
-        return json.loads((out / SUMMARY).read_text(encoding="utf-8")) | {"seconds": totals["seconds"]}
+        return summary
 
     def has_failed(self, runs: Path) -> bool:
         """Return True if the run is a trial that failed."""
@@ -78,7 +98,7 @@ class Cell:
 
 
 def without_infinity(keys: Mapping[str, ConfigValue]) -> dict[str, ConfigValue]:
-    """Turn an ε of ∞ into no mechanism, which has neither clip nor noise, and a finite ε into one where there is none.
+    """Turn an ε of ∞ into no mechanism, which has neither clip nor noise.
 
     Example:
         >>> without_infinity({"privacy.record.epsilon": math.inf, "rounds": 2})
@@ -87,7 +107,7 @@ def without_infinity(keys: Mapping[str, ConfigValue]) -> dict[str, ConfigValue]:
     changed = dict(keys)
     for unit in ("record", "client"):
         key, mechanism = f"privacy.{unit}.epsilon", f"privacy.{unit}.mechanism"
-        if key in changed and math.isinf(float(changed[key])):
+        if changed.get(key) == math.inf:
             del changed[key]
             changed[mechanism] = "none"
     return changed
@@ -101,24 +121,29 @@ def make_cell(
     Raises:
         ConfigError: If the configuration is not valid. The message names the cell.
     """
-    keys: dict[str, ConfigValue] = {}
-    for layer in [read_toml(row.base), *document.layers(row, point), dict(tuned)]:
-        keys |= layer
-    axis_epsilon = [key for key, value in point if key.endswith(".epsilon") and not math.isinf(float(value))]
-    for key in axis_epsilon:
-        mechanism = key.replace(".epsilon", ".mechanism")
-        if keys.get(mechanism) == "none":
-            keys[mechanism] = "gaussian"
-    keys = without_infinity(keys) | {"seed": seed} | ({"evaluation.split": split} if split else {})
-    # Before paths become absolute, so that the name is the same in every checkout.
-    chosen = json.dumps([row.base.name, dict(sorted(keys.items()))])
-    values = "".join(f"-{value}" for _, value in point)
-    name = f"{row.name}{values}-{seed}".replace("/", "_").replace(" ", "_")[:80]
-    label = f"{row.name}{describe(point)}, seed {seed}"
+    base, label = read_toml(row.base), f"{row.name}{describe(point)}, seed {seed}"
+    own: dict[str, ConfigValue] = {}
+    for layer in [*document.layers(row, point), dict(tuned)]:
+        own |= layer
+    for key, value in point:
+        if key in EPSILONS and value != math.inf:
+            mechanism = key.replace(".epsilon", ".mechanism")
+            if own.get(mechanism) == "none":
+                raise ConfigError(f"{label}: {mechanism} = 'none' leaves the axis {key} without effect; remove one")
+            if base.get(mechanism, "none") == "none":
+                own.setdefault(mechanism, "gaussian")
+    keys = without_infinity({**base, **own}) | {"seed": seed} | ({"evaluation.split": split} if split else {})
     try:
         settings = settle(row.base, keys)
     except (ConfigError, PrivacyError) as error:
         raise ConfigError(f"{label}: {error}") from error
+    for key, value in point:
+        calibrate = key.replace(".epsilon", ".calibrate-to")
+        if key in EPSILONS and value != math.inf and settings[calibrate] != "epsilon":
+            raise ConfigError(
+                f"{label}: {calibrate} = {settings[calibrate]!r} leaves the axis {key} without effect; set it to "
+                "'epsilon', or remove the axis"
+            )
     return Cell(
         row=row,
         point=point,
@@ -126,8 +151,29 @@ def make_cell(
         tuned=tuned,
         split=split,
         settings=settings,
-        folder=f"{name}-{zlib.crc32(chosen.encode()):08x}",
+        folder=_folder(row, point, seed, keys, settings),
     )
+
+
+def _folder(
+    row: Row, point: Point, seed: int, keys: Mapping[str, ConfigValue], settings: Mapping[str, ConfigValue]
+) -> str:
+    """Return the name of a cell's folder: readable words, and a digest of everything that the sweep decides.
+
+    The digest covers the values that the sweep and its base set, as they were settled, and the content of the files of
+    classes, shares and users' modules. It leaves out the resources, which never change a result, and the app's
+    defaults.
+    """
+    decided = {key: settings[key] for key in sorted(keys) if key in settings and not key.startswith("resources.")}
+    files = [str(settings.get(key, "")) for key in ("data.classes", "data.class-shares")]
+    for key, path_key in _CLASSES:
+        module = str(settings.get(key, "")).partition(":")[0]
+        if settings.get(path_key):
+            files.append(str(Path(str(settings[path_key]), *module.split(".")).with_suffix(".py")))
+    contents = [zlib.crc32(Path(file).read_bytes()) if file and Path(file).is_file() else 0 for file in files]
+    digest = zlib.crc32(json.dumps([row.name, row.base.name, decided, contents], sort_keys=True).encode())
+    values = "".join(f"-{value_text(value)}" for _, value in point)
+    return f"{_UNSAFE.sub('_', f'{row.name}{values}-{seed}')[:80]}-{digest:08x}"
 
 
 def cells_of(

@@ -47,7 +47,10 @@ Point = tuple[tuple[str, ConfigValue], ...]
 """One combination of values of the axes."""
 
 _TOP = ("title", "note", "base", "seeds", "made-data", "set", "axes", "rows", "when", "tune")
+EPSILONS = ("privacy.record.epsilon", "privacy.client.epsilon")
 _RESERVED = {"seed": "seeds", "output.dir": "--runs", "output.resume": "the sweep itself"}
+_LINES = ("un-tuned", "free rival")
+"""Names of lines that every table has."""
 _TUNE = ("trials", "finalists", "seeds", "grids")
 
 
@@ -88,7 +91,7 @@ class When:
         """Return True for the cells that this is about."""
         at = dict(point)
         return (not self.rows or row.name in self.rows) and all(
-            at.get(key) == value for key, value in self.axes.items()
+            key in at and _same(at[key], value) for key, value in self.axes.items()
         )
 
 
@@ -147,8 +150,9 @@ class Document:
             ConfigError: If a key is an axis, or belongs to the sweep.
         """
         for key in last:
-            if key in self.axes or key in _RESERVED:
-                by = "an axis" if key in self.axes else f"decided by {_RESERVED[key]}"
+            is_tuned = any(key in row.tunes for row in self.rows)
+            if key in self.axes or key in _RESERVED or is_tuned:
+                by = "an axis" if key in self.axes else "tuned by a row" if is_tuned else f"decided by {_RESERVED[key]}"
                 raise ConfigError(f"--set {key}: is {by} of {self.file}; edit the file")
         return replace(self, last=last, seeds=self.seeds[:seeds])
 
@@ -159,6 +163,11 @@ class Document:
             if when.holds(row, point):
                 offered |= when.grids
         return {key: offered[key] for key in row.tunes if offered.get(key)}
+
+
+def _same(one: ConfigValue, other: ConfigValue) -> bool:
+    """Return True for equal values; true is not 1."""
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
 class _Reader:
@@ -191,7 +200,9 @@ class _Reader:
             scalars = isinstance(values, list) and all(isinstance(v, bool | int | float | str) for v in values)
             if not scalars or not (values or may_be_empty):
                 self.add(f"{where}.{key}", values, "must be a list of true or false, numbers or texts")
-            elif len(set(map(repr, values))) < len(values):
+            elif any(isinstance(v, float) and (math.isnan(v) or v == -math.inf) for v in values):
+                self.add(f"{where}.{key}", values, "must not hold nan or -inf; inf as an ε means no noise")
+            elif len(set(values)) < len(values):
                 self.add(f"{where}.{key}", values, "has a value twice; remove one")
             else:
                 grid[key] = tuple(values)
@@ -203,6 +214,11 @@ class _Reader:
             return tuple(values)
         self.add(where, values, "must be a list of texts")
         return ()
+
+    def flag(self, where: str, value: object) -> bool:
+        if not isinstance(value, bool):
+            self.add(where, value, "must be true or false")
+        return value is True
 
     def text(self, where: str, value: object) -> str:
         if not isinstance(value, str):
@@ -238,7 +254,7 @@ class _Reader:
         """Read the name of a configuration file beside the sweep file."""
         name = self.text(where, value)
         path = folder / name
-        if name and not path.is_file():
+        if not path.is_file():
             self.add(where, name, f"no such file beside the sweep file ({path})")
         return path
 
@@ -278,7 +294,7 @@ def read_sweep(file: Path) -> Document:
         rows=rows,
         whens=_whens(read, content.get("when", []), axes, {row.name for row in rows}),
         tune=_tune(read, content["tune"]) if "tune" in content else None,
-        made_data=content.get("made-data", False) is True,
+        made_data=read.flag("made-data", content.get("made-data", False)),
     )
     _check(read, document)
     if read.problems:
@@ -334,7 +350,7 @@ def _whens(read: _Reader, tables: object, axes: Grid, rows: set[str]) -> tuple[W
         rest, where = dict(table), f"when[{number}]"
         at = read.flat(f"{where}.axes", rest.pop("axes", {}))
         for key, value in at.items():
-            if value not in axes.get(key, ()):
+            if not any(_same(value, other) for other in axes.get(key, ())):
                 read.add(f"{where}.axes.{key}", value, f"no such value of the axes; it has {list(axes.get(key, ()))}")
         names = read.names(f"{where}.rows", rest.pop("rows", []))
         for name in sorted(set(names) - rows):
@@ -367,6 +383,17 @@ def _check(read: _Reader, document: Document) -> None:
         read.problems.append('there is no base and no row; name a configuration file, base = "demo.toml"')
     tables = [("set", document.keys), *((f"rows[{row.name}]", row.keys) for row in document.rows)]
     tables += [(f"when[{number}]", when.keys) for number, when in enumerate(document.whens, start=1)]
+    for key in document.axes:
+        if key in _RESERVED:
+            read.problems.append(f"axes.{key}: is decided by {_RESERVED[key]}; remove it")
+    for row in document.rows:
+        if row.name in _LINES or row.name.startswith("free rival:"):
+            read.add("rows.name", row.name, "every table has a line of this name; choose another")
+        for key in row.tunes:
+            if key in _RESERVED or key == "evaluation.split":
+                read.problems.append(f"rows[{row.name}].tunes: {key} is decided by the sweep; remove it")
+            elif key in document.axes:
+                read.problems.append(f"rows[{row.name}].tunes: {key} is an axis; remove it from one of both")
     for where, keys in tables:
         for key in keys:
             if key in _RESERVED:
@@ -410,11 +437,11 @@ def describe(point: Point) -> str:
 
 def axis_name(key: str) -> str:
     """Return the heading of an axis."""
-    return "ε" if key in ("privacy.record.epsilon", "privacy.client.epsilon") else key
+    return "ε" if key in EPSILONS else key
 
 
 def value_text(value: ConfigValue) -> str:
     """Return a value of an axis as a table shows it."""
     if isinstance(value, float):
-        return "∞" if math.isinf(value) else f"{value:g}"
+        return "∞" if value == math.inf else f"{value:g}"
     return str(value)

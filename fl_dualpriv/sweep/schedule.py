@@ -171,7 +171,8 @@ def run_cells(
     done: list[Ended] = []
     if not todo:
         return done
-    with held_alone(runs), _ray(resources) as ray:
+    with _locked(runs), _ray(resources) as ray:
+        _check_resources(resources, ray.cluster_resources())
         start, at_once = time.monotonic(), max(1, int(ray.cluster_resources().get("CPU", 1) // resources.cpus))
         # A worker process keeps data, model and features, so related cells follow each other. A cell that crashes its
         # process (memory) fails by itself; it is not tried again and again.
@@ -193,6 +194,35 @@ def run_cells(
             passed = (time.monotonic() - start) / -(-len(done) // at_once)
             report(ended, len(waiting), rounds_left * passed)
     return done
+
+
+@contextlib.contextmanager
+def _locked(runs: Path) -> Iterator[None]:
+    """Hold the lock of the folder of all runs.
+
+    Raises:
+        ConfigError: If another sweep holds it, or the folder cannot be used.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(held_alone(runs))
+        except OSError as error:
+            raise ConfigError(f"{runs} cannot be used for runs: {error.strerror or error}; give --runs") from error
+        yield
+
+
+def _check_resources(resources: Resources, offered: Mapping[str, float]) -> None:
+    """Refuse shares that no machine can give, for which Ray would wait for ever.
+
+    Raises:
+        ConfigError: If a cell needs more than Ray has.
+    """
+    if not resources.gpus <= offered.get("GPU", 0.0):
+        raise ConfigError(
+            f"--gpus {resources.gpus:g}: Ray has {offered.get('GPU', 0.0):g} GPUs here; give at most that"
+        )
+    if resources.cpus > offered.get("CPU", 0.0):
+        raise ConfigError(f"a cell needs {resources.cpus} CPUs, and Ray has {offered.get('CPU', 0.0):g}")
 
 
 def _kinship(cell: Cell) -> tuple[str, ...]:

@@ -18,7 +18,8 @@ from fl_dualpriv.sweep.tuning import Choices
 KINDS = ("local", "neighbour", "harmonic_mean", "general", "new_client")
 _HEADS = {"harmonic_mean": "harmonic mean", "new_client": "new client"}
 _LATEX = str.maketrans(
-    {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$", "ε": r"$\varepsilon$", "δ": r"$\delta$"}
+    {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "^": r"\^{}", "~": r"\~{}"}
+    | {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$", "ε": r"$\varepsilon$", "δ": r"$\delta$"}
     | {"∞": r"$\infty$", "−": "$-$"}
 )
 
@@ -69,7 +70,7 @@ def scores_of(summaries: Summaries, when: str) -> dict[str, Estimate | None]:
     """Return the estimates of all kinds of accuracy in percent; None for a kind that a run does not have."""
     scores: dict[str, Estimate | None] = {}
     for kind in KINDS:
-        values = [summary["accuracy"][when].get(kind) for summary in summaries.values()]
+        values = [summaries[seed]["accuracy"][when].get(kind) for seed in sorted(summaries)]
         present = [100 * value for value in values if value is not None]
         scores[kind] = Estimate.of(present) if len(present) == len(values) and present else None
     return scores
@@ -137,8 +138,14 @@ def _line(
     )
 
 
-def grid_of(document: Document, lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
-    """Return the heads and the cells of the table as texts."""
+def grid_of(document: Document, lines: Sequence[Line], strong: str = "{}") -> tuple[list[str], list[list[str]]]:
+    """Return the heads and the cells of the table as texts.
+
+    Args:
+        document: The sweep.
+        lines: The lines.
+        strong: Form of a difference whose interval leaves out zero, such as ``**{}**``.
+    """
     kinds = [kind for kind in KINDS if any(line.scores.get(kind) for line in lines)]
     first = document.rows[0].name
     has_first = any(first in line.gains for line in lines)
@@ -153,21 +160,18 @@ def grid_of(document: Document, lines: Sequence[Line]) -> tuple[list[str], list[
         texts += ["-" if (score := line.scores[kind]) is None else score.text() for kind in kinds]
         for rival in ["free rival", *([first] if has_first else [])]:
             gap = line.gains.get(rival)
-            texts.append("" if gap is None else gap.text(sign=True))
+            is_clear = gap is not None and gap.half is not None and abs(gap.mean) > gap.half
+            texts.append("" if gap is None else (strong if is_clear else "{}").format(gap.text(sign=True)))
         body.append(texts + [line.published] * has_published)
     return heads, body
 
 
 def markdown(document: Document, lines: Sequence[Line]) -> str:
     """Return the table as Markdown. A difference whose interval leaves out zero is bold."""
-    heads, body = grid_of(document, lines)
-    rows = [[_bold(text) if text[:1] in "+-" and " ± " in text else text for text in texts] for texts in body]
-    return "\n".join("| " + " | ".join(texts) + " |" for texts in [heads, ["---"] * len(heads), *rows])
-
-
-def _bold(text: str) -> str:
-    mean, half = (float(part) for part in text.split(" ± "))
-    return f"**{text}**" if abs(mean) > half else text
+    heads, body = grid_of(document, lines, "**{}**")
+    rows = [[" ".join(text.split()).replace("|", "\\|") for text in texts] for texts in [heads, *body]]
+    rows.insert(1, ["---"] * len(heads))
+    return "\n".join("| " + " | ".join(texts) + " |" for texts in rows)
 
 
 def latex(document: Document, lines: Sequence[Line]) -> str:
@@ -201,13 +205,14 @@ def comma_separated(document: Document, lines: Sequence[Line]) -> str:
     return out.getvalue().rstrip("\n")
 
 
-def content_of(document: Document, lines: Sequence[Line], choices: Choices) -> dict[str, Any]:
+def content_of(document: Document, lines: Sequence[Line], choices: Choices, missing: int) -> dict[str, Any]:
     """Return the table for a JSON file, with every seed's values and the chosen values of tuned rows."""
     return {
         "title": document.title,
         "note": document.note,
         "made data, not comparable": document.made_data,
         "seeds": list(document.seeds),
+        "missing runs": missing,
         "lines": [
             {
                 "row": line.name,

@@ -14,7 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 from fl_dualpriv.cli import main as cli
+from fl_dualpriv.cli.sweeping import cells_to_run, open_sweep
 from fl_dualpriv.files import read_tensors
+from tests.fl_dualpriv.sweep.sweep_files import pretend, summary
 
 ROOT = Path(__file__).parents[2]
 GRID = """
@@ -119,6 +121,42 @@ def test_a_published_tables_dry_run_names_its_cells_and_what_is_missing(file: Pa
     assert "missing here: nothing" not in done.output
     assert "no such folder or file" in done.output
     assert "the weights are not in the cache" in done.output
+
+
+@pytest.mark.parametrize("words", [("--out",), ("--json",)])
+def test_a_table_that_cannot_be_written_is_one_line(tmp_path: Path, words: tuple[str]) -> None:
+    file = sweep_file(tmp_path)
+    opened = open_sweep(file, tmp_path / "runs", ROOT)
+    for cell in cells_to_run(opened, []):
+        pretend(cell, opened.runs, summary(0.5))
+    done = call("table", file, "--app", ROOT, "--runs", tmp_path / "runs", *words, tmp_path)
+    assert done.exit_code == 2
+    assert "cannot be written" in done.output
+    done = call(
+        "table", file, "--app", ROOT, "--runs", tmp_path / "runs", "--seeds", "1", "--json", tmp_path / "j.json"
+    )
+    content = json.loads((tmp_path / "j.json").read_text())
+    assert content["command"].count(" --seeds 1") == 2
+    assert content["missing runs"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--ray-address", "127.0.0.1:1"), "nothing answers there"),
+        (("--ray-address", "nonsense"), "must be HOST:PORT"),
+        (("--ray-address", "ray://127.0.0.1:1"), "nothing answers there"),
+        (("--runs", "/proc/x"), "cannot be used for runs"),
+    ],
+)
+def test_machines_and_folders_that_cannot_be_used_are_refused(
+    tmp_path: Path, words: tuple[str, str], message: str
+) -> None:
+    more = () if words[0] == "--runs" else ("--runs", tmp_path / "runs")
+    done = call("sweep", sweep_file(tmp_path), "--app", ROOT, *more, *words)
+    assert done.exit_code == 2
+    assert message in done.output
+    assert "Traceback" not in done.output
 
 
 def test_a_key_of_the_command_line_must_not_be_an_axis(tmp_path: Path) -> None:

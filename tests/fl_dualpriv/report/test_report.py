@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def test_the_page_of_one_run_has_every_section_and_asks_no_network(tmp_path: Pat
         "Of the visual tokens 75 % were kept and the others were fused into 1 by attention",
         "Local steps of one client: 6.",
         "2,304 bytes a round",
-        "Spent ε = 3.9 of a target of 4.",
+        "record level: spent ε = 3.9 of a target of 4.",
         "Times are not in this report",
         "summary.json",
         "property inference",
@@ -235,6 +236,36 @@ def spoil_rounds(folder: Path) -> None:
     (folder / "rounds.jsonl").write_text('{"round": 1\n')
 
 
+def spoil_epsilon(folder: Path) -> None:
+    change(folder, lambda summary: summary["privacy"][0].update(epsilon=None))
+
+
+def spoil_config(folder: Path) -> None:
+    change(folder, lambda summary: summary.update(config={}))
+
+
+def spoil_score(folder: Path) -> None:
+    change(folder, lambda summary: summary["accuracy"]["final"].update(local="high"))
+
+
+def spoil_releases(folder: Path) -> None:
+    change(folder, lambda summary: summary.update(privacy={"a": 1}))
+
+
+def spoil_line(folder: Path) -> None:
+    (folder / "rounds.jsonl").write_text('{"round": 1}\n')
+
+
+def spoil_number(folder: Path) -> None:
+    (folder / "rounds.jsonl").write_text("3\n")
+
+
+def change(folder: Path, how: Callable[[dict[str, Any]], object]) -> None:
+    summary = json.loads((folder / "summary.json").read_text())
+    how(summary)
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
 def spoil_prompt(folder: Path) -> None:
     (folder / "prompts" / "global.safetensors").write_bytes(b"abc")
 
@@ -249,6 +280,12 @@ SPOILT = {
     spoil_list: "cannot be read",
     spoil_rounds: "cannot be read",
     spoil_prompt: "cannot be read",
+    spoil_epsilon: "cannot be read",
+    spoil_config: "cannot be read",
+    spoil_score: "cannot be read",
+    spoil_releases: "cannot be read",
+    spoil_line: "cannot be read",
+    spoil_number: "cannot be read",
 }
 
 
@@ -362,3 +399,42 @@ def test_every_colour_of_text_and_lines_has_contrast_on_page_and_fill(tmp_path: 
             for ground in ("page", "fill"):
                 light, dark = sorted((luminance(colours[name]), luminance(colours[ground])), reverse=True)
                 assert (light + 0.05) / (dark + 0.05) >= 4.5, (name, ground)
+
+
+def test_a_level_is_compared_with_its_own_target(tmp_path: Path) -> None:
+    keys = {"privacy.record.mechanism": "none", "privacy.client.mechanism": "gaussian", "privacy.client.epsilon": 8.0}
+    folder = make_run(tmp_path / "one", **keys, **{"privacy.client.calibrate-to": "epsilon"})
+    change(folder, lambda summary: summary["privacy"][0].update(unit="client", epsilon=7.9))
+    text = page([read_run(folder)])
+    assert "client level: spent ε = 7.9 of a target of 8." in text
+    assert "record level: spent" not in text
+
+
+def test_folders_of_a_machine_are_not_in_the_report(tmp_path: Path) -> None:
+    places = {"data.path": "/home/alice/patients", "resources.ray-address": "10.0.0.7:6379"}
+    model = {"backbone.name": "local-dir:/home/alice/models/vit", "resources.feature-cache": "/home/alice/cache"}
+    runs = [make_run(tmp_path / str(n), local=0.4 + n / 10, x=n, **places, **model) for n in (0, 1)]
+    for text in (page([read_run(runs[0])]), page([read_run(run) for run in runs])):
+        assert "alice" not in text
+        assert "10.0.0.7" not in text
+    assert '"PATH/patients"' in page([read_run(runs[0])]).replace("&quot;", '"')
+    assert "local-dir:PATH/vit" in page([read_run(runs[0])])
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "one")
+    file = tmp_path / "file"
+    file.write_text("")
+    for words in (("--out", file / "x.html"), ("--figures", file / "x"), ("--out", tmp_path)):
+        done = call("report", folder, *words)
+        assert done.exit_code == 2, words
+        assert "cannot be written" in done.output
+        assert "Traceback" not in done.output
+
+
+def test_marks_in_names_are_texts(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "[/red]", **{"odd.[/red]": 1})
+    change(folder, lambda summary: summary.update(method="[/red] method"))
+    other = make_run(tmp_path / "b")
+    assert call("ls", tmp_path).exit_code == 0
+    assert call("compare", folder, other).exit_code == 0

@@ -100,6 +100,24 @@ def test_an_edited_cell_has_another_folder_and_others_keep_theirs(tmp_path: Path
         ('base = "by-class.toml"\nrows = "a"', r"write each row as \[\[rows\]\]"),
         ('base = "by-class.toml"\nset = 3', "must be a table of configuration keys"),
         ("base = ", "cannot be read"),
+        ('base = ""', "no such file beside the sweep file"),
+        ('base = "by-class.toml"\n[axes]\nseed = [1, 2]', "axes.seed: is decided by seeds"),
+        ('base = "by-class.toml"\n[axes]\n"privacy.record.epsilon" = [4, 4.0]', "has a value twice"),
+        ('base = "by-class.toml"\n[axes]\n"privacy.record.epsilon" = [-inf, 4.0]', "must not hold nan or -inf"),
+        ('base = "by-class.toml"\n[axes]\n"privacy.record.epsilon" = [nan]', "must not hold nan or -inf"),
+        ('base = "by-class.toml"\nmade-data = "yes"', "must be true or false"),
+        ('base = "by-class.toml"\n[[rows]]\nname = "free rival"', "every table has a line of this name"),
+        (
+            'base = "by-class.toml"\n[[rows]]\nname = "a"\ntunes = ["seed"]\n[tune]\nseeds = [7]\ntrials = 1\n'
+            "[tune.grids]\nseed = [3]\n",
+            r"rows\[a\].tunes: seed is decided by the sweep",
+        ),
+        (
+            'base = "by-class.toml"\n[axes]\nrounds = [5]\n[[rows]]\nname = "a"\ntunes = ["rounds"]\n[tune]\n'
+            "seeds = [7]\ntrials = 1\n[tune.grids]\nrounds = [3]\n",
+            r"rows\[a\].tunes: rounds is an axis",
+        ),
+        ('base = "by-class.toml"\n[axes]\nrounds = [1]\n[[when]]\naxes = { rounds = true }', "no such value of the"),
     ],
 )
 def test_mistakes_are_told(tmp_path: Path, text: str, message: str) -> None:
@@ -126,3 +144,81 @@ def test_all_bad_cells_come_in_one_message_and_name_the_cell(tmp_path: Path) -> 
     assert "local only, ε = 4, seed 0" in str(error.value)
     assert "ours, ε = ∞, seed 0" in str(error.value)
     assert "trian.top-m" in str(error.value)
+
+
+@pytest.mark.parametrize("value", ['"abc"', "true"])
+def test_an_epsilon_that_is_no_number_is_one_message(tmp_path: Path, value: str) -> None:
+    sweep = opened(tmp_path, f'base = "by-class.toml"\n[set]\n"privacy.record.epsilon" = {value}\n')
+    with pytest.raises(ConfigError, match=r"privacy\.record\.epsilon"):
+        cells_of(sweep.document, sweep.settle)
+
+
+def test_an_axis_of_client_level_epsilon_has_client_level_noise(tmp_path: Path) -> None:
+    (tmp_path / "plain.toml").write_text("")
+    text = 'base = "client-level.toml"\n[set]\n"privacy.client.mechanism" = "gaussian"\n'
+    text += '[axes]\n"privacy.client.epsilon" = [1.0, inf]\n'
+    sweep = opened(tmp_path, text, "client-level.toml")
+    noised, plain = cells_of(sweep.document, sweep.settle)[:: len(sweep.document.seeds)]
+    assert noised.settings["privacy.client.mechanism"] == "gaussian"
+    assert plain.settings["privacy.client.mechanism"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ('"privacy.record.mechanism" = "none"', "leaves the axis privacy.record.epsilon without effect"),
+        ('"privacy.record.calibrate-to" = "noise-multiplier"', "leaves the axis privacy.record.epsilon without effect"),
+    ],
+)
+def test_a_row_that_takes_the_effect_of_an_axis_is_refused(tmp_path: Path, keys: str, message: str) -> None:
+    text = f'base = "by-class.toml"\n[axes]\n"privacy.record.epsilon" = [4.0]\n[[rows]]\nname = "a"\n{keys}\n'
+    sweep = opened(tmp_path, text)
+    with pytest.raises(ConfigError, match=message):
+        cells_of(sweep.document, sweep.settle)
+
+
+def test_the_content_of_a_file_of_classes_is_a_part_of_a_cell(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    classes = tmp_path / "classes.json"
+    keys = f'"data.ref" = "folder"\n"data.path" = "{images}"\n"data.classes" = "{classes}"\n'
+    folders = []
+    for content in ('{"class-names": {"a": "cat"}}', '{"class-names": {"a": "dog"}}'):
+        classes.write_text(content)
+        sweep = opened(tmp_path, f'base = "by-class.toml"\n[set]\n{keys}')
+        folders.append({cell.folder for cell in cells_of(sweep.document, sweep.settle)})
+    assert not folders[0] & folders[1]
+
+
+def test_candidates_of_a_file_are_a_part_of_a_cell(tmp_path: Path) -> None:
+    file = tmp_path / "candidates.txt"
+    folders = []
+    for content in ("a photo of a {}\n", "a sketch of a {}\n"):
+        file.write_text(content)
+        sweep = opened(tmp_path, f'base = "by-class.toml"\n[set]\n"prompt.candidates" = "{file}"\n')
+        folders.append({cell.folder for cell in cells_of(sweep.document, sweep.settle)})
+    assert not folders[0] & folders[1]
+
+
+def test_names_that_read_alike_have_folders_of_their_own(tmp_path: Path) -> None:
+    names = ["a b", "a_b", "x" * 100, "x" * 99 + "y", "odd/\\u0000|name"]
+    text = 'base = "by-class.toml"\n' + "".join(f'[[rows]]\nname = "{name}"\n' for name in names)
+    sweep = opened(tmp_path, text)
+    folders = [cell.folder for cell in cells_of(sweep.document, sweep.settle)]
+    assert len(set(folders)) == len(names)
+    assert all("/" not in folder and "\0" not in folder and len(folder) < 100 for folder in folders)
+
+
+def test_resources_are_no_part_of_a_cell(tmp_path: Path) -> None:
+    folders = []
+    for keys in ("", '"resources.workspace-mib" = 64\n'):
+        sweep = opened(tmp_path, f'base = "by-class.toml"\n[set]\nrounds = 2\n{keys}')
+        folders.append([cell.folder for cell in cells_of(sweep.document, sweep.settle)])
+    assert folders[0] == folders[1]
+
+
+def test_a_tuned_key_is_not_set_on_the_command_line(tmp_path: Path) -> None:
+    text = 'base = "by-class.toml"\n[[rows]]\nname = "a"\ntunes = ["rounds"]\n[tune]\nseeds = [7]\ntrials = 1\n'
+    sweep = opened(tmp_path, text + "[tune.grids]\nrounds = [1, 2]\n")
+    with pytest.raises(ConfigError, match="is tuned by a row"):
+        sweep.document.cut({"rounds": 3}, None)

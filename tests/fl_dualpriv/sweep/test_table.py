@@ -123,3 +123,32 @@ def test_a_run_with_failures_is_no_result(tmp_path: Path) -> None:
 def test_a_row_without_runs_has_no_line(tmp_path: Path) -> None:
     _, lines = with_runs(tmp_path, scores=(0.5, 0.6))
     assert [line.name for line in lines] == ["un-tuned", "free rival: a {}", "ours"]
+
+
+def test_values_stand_in_the_order_of_their_seeds(tmp_path: Path) -> None:
+    sweep, lines = with_runs(tmp_path, TEXT.replace("seeds = [0, 1]", "seeds = [3, 0]"), (0.33, 0.30, 0.4, 0.4))
+    ours = next(line for line in lines if line.name == "ours")
+    score = ours.scores["local"]
+    assert score is not None
+    assert (ours.seeds, score.values) == ((0, 3), (30.0, 33.0))
+    assert ours.gains["free rival"].values == pytest.approx((10.0, 13.0))
+    assert sweep.document.seeds == (3, 0)
+
+
+def test_bold_is_of_differences_and_not_of_texts_that_look_like_them(tmp_path: Path) -> None:
+    text = TEXT.replace('"81.2"', '"-0.5 ± 0.3"').replace('name = "rival_b"', 'name = "+ a | ± noise"')
+    sweep, lines = with_runs(tmp_path, text)
+    shown = markdown(sweep.document, lines)
+    assert "| -0.5 ± 0.3 |" in shown
+    assert "+ a \\| ± noise" in shown
+    assert r"\textbackslash" not in latex(sweep.document, lines)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"accuracy": {"final": {"local": 1}}}'])
+def test_a_broken_summary_names_its_folder(tmp_path: Path, content: str) -> None:
+    sweep = opened(tmp_path, TEXT)
+    cell = cells_to_run(sweep, [])[0]
+    pretend(cell, sweep.runs, summary(0.5))
+    (sweep.runs / cell.folder / "summary.json").write_text(content)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        finished([cell], sweep.runs)
