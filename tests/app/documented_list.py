@@ -114,8 +114,6 @@ COMMANDS: Mapping[str, Mapping[str, Run | Skip]] = {
         "fl-dualpriv compare A B": Run(
             put={"A": "runs/demo", "B": "runs/demo"}, says=("the configurations are the same",)
         ),
-            put={"A": "runs/demo", "B": "runs/demo"}, says=("the configurations are the same",)
-        ),
         "make test": Run(more='PYTEST_ADDOPTS="tests/fl_dualpriv/test_files.py"', says=(" passed",)),
         "source .venv/bin/activate": Run(more='&& test "$VIRTUAL_ENV" = "$PWD/.venv"'),
         "fl-dualpriv run simulations/configs/nonprivate.toml": Run(more=ONE_ROUND, says=("this run",)),

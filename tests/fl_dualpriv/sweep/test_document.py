@@ -154,10 +154,10 @@ def test_an_epsilon_that_is_no_number_is_one_message(tmp_path: Path, value: str)
 
 
 def test_an_axis_of_client_level_epsilon_has_client_level_noise(tmp_path: Path) -> None:
-    (tmp_path / "plain.toml").write_text("")
-    text = 'base = "client-level.toml"\n[set]\n"privacy.client.mechanism" = "gaussian"\n'
+    # The app's default is no mechanism at client level.
+    text = 'base = "by-class.toml"\n[set]\n"privacy.client.expected-cohort" = 5.0\n'
     text += '[axes]\n"privacy.client.epsilon" = [1.0, inf]\n'
-    sweep = opened(tmp_path, text, "client-level.toml")
+    sweep = opened(tmp_path, text)
     noised, plain = cells_of(sweep.document, sweep.settle)[:: len(sweep.document.seeds)]
     assert noised.settings["privacy.client.mechanism"] == "gaussian"
     assert plain.settings["privacy.client.mechanism"] == "none"
