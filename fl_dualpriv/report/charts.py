@@ -36,7 +36,7 @@ def nice_ticks(low: float, high: float) -> list[float]:
     size = 10 ** math.floor(math.log10(raw))
     step = next(factor * size for factor in (1, 2, 2.5, 5, 10) if factor * size >= raw - 1e-12)
     first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(step * k, 10) for k in range(first, last + 1)]
+    return [round(float(step * k), 10) for k in range(first, last + 1)]
 
 
 def line_chart(series: Sequence[Series], *, x_name: str, y_name: str, title: str) -> str:
