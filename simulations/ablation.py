@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import scipy.stats
-
 from fl_dualpriv.cli.console import spell_out_what_cannot_be_shown
 from fl_dualpriv.config.schema import app_defaults, merge, read_toml
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import write_bytes
 from fl_dualpriv.run.cpus import usable_cpus
+from fl_dualpriv.run.estimates import Estimate
 from fl_dualpriv.run.tables import epsilon_text
 from simulations.cells import Cell, make_cell, run_all
 from simulations.report import CONFIGS, ROOT, spread
@@ -82,13 +81,9 @@ def table(document: Mapping[str, Any], base: str, scores: Mapping[tuple[str, flo
 
 def difference(values: Sequence[float], other: Sequence[float]) -> str:
     """Return the mean paired difference and its 95 % interval (Student's t over seeds), bold if it excludes zero."""
-    gaps = [a - b for a, b in zip(values, other, strict=True)]
-    mean = statistics.mean(gaps)
-    if len(gaps) < 2:
-        return f"{mean:+.1f}"
-    half = scipy.stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5
-    text = f"{mean:+.1f} ± {half:.1f}"
-    return f"**{text}**" if abs(mean) > half else text
+    gap = Estimate.of([a - b for a, b in zip(values, other, strict=True)])
+    text = gap.text(sign=True)
+    return f"**{text}**" if gap.is_clear else text
 
 
 def report(

@@ -15,18 +15,18 @@ import statistics
 import tomllib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fl_dualpriv.cli.console import spell_out_what_cannot_be_shown
-from fl_dualpriv.config.plans import client_level_plan, record_level_plan
-from fl_dualpriv.config.schema import ConfigValue, RunConfig, app_defaults, read_toml
+from fl_dualpriv.config.schema import ConfigValue, app_defaults, read_toml
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import write_bytes
 from fl_dualpriv.run.cpus import usable_cpus
+from fl_dualpriv.sweep.tuning import charge_of
+from fl_dualpriv.sweep.tuning import draw as draw_evenly
 from simulations.cells import Cell, make_cell, run_all, was_run
 from simulations.report import CONFIGS, ROOT
 
@@ -35,7 +35,6 @@ Entry = tuple[str, str, float]  # base, method, ε
 
 CHOSEN = "chosen.toml"
 _METHOD_KEYS = {"name", "source", "keys", "tunes", "bases", "values", "with-noise", "without-noise"}
-_DRAWS = 10_000
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -94,17 +93,7 @@ def draw(grid: Mapping[str, Sequence[ConfigValue]], trials: int, rng: np.random.
     size = math.prod(len(values) for values in grid.values())
     if size < trials:
         raise ConfigError(f"{trials} trials, but only {size} points among {dict(grid)}; offer more values or keys")
-    for _ in range(_DRAWS):
-        columns = [_even(len(values), trials, rng) for values in grid.values()]
-        points = list(zip(*columns, strict=True))
-        if len(set(points)) == trials:
-            return [{key: grid[key][i] for key, i in zip(grid, point, strict=True)} for point in points]
-    raise ConfigError(f"no {trials} distinct points that use all values evenly among {dict(grid)}; offer more values")
-
-
-def _even(values: int, trials: int, rng: np.random.Generator) -> list[int]:
-    # The values that appear once more than others are chosen at random, too.
-    return rng.permutation(np.resize(rng.permutation(values), trials)).tolist()
+    return [dict(point) for point in draw_evenly(grid, trials, rng)]
 
 
 @functools.cache
@@ -247,39 +236,11 @@ def _score(summary: Mapping[str, Any]) -> float | None:
     return summary["accuracy"]["final"]["local"] if summary else None
 
 
-def filter_charge(cells: Sequence[Cell]) -> float | None:
-    """Return the ε that the filter ``reserve`` would charge for several runs on the same data, at the δ of their plans.
-
-    The ε of a single run does not cover the choice among the runs, because the values of later runs are chosen after
-    the scores of earlier ones are known.
-
-    Guarantee:
-        With these runs' whole plans charged at δ / number of runs each, everything that they release together is
-        (ε, δ)-DP, for any choice that is made from it (see `ReserveFilter`).
-
-    Args:
-        cells: Runs with the same δ and the same unit.
-
-    Returns:
-        The sum; None if a run has no proved ε (no noise, or the paper's formulas).
-    """
-    total = 0.0
-    for cell in cells:
-        config = RunConfig.from_run_config(cell.settings)
-        if (client := client_level_plan(config)) is not None:
-            total += replace(client, delta=client.delta / len(cells)).spent(client.rounds)
-        elif (record := record_level_plan(config)) is not None:
-            total += replace(record, delta=record.delta / len(cells)).spent(record.releases)
-        else:
-            return None
-    return total
-
-
 def charge_line(entry: Entry, cells: Sequence[Cell]) -> str:
     """Return the sentence about privacy that is printed and written to the file with each choice."""
     base, method, epsilon = entry
     runs = f"{method} on {base}, ε = {epsilon:g}: {len(cells)} tuning runs read validation data, outside of that ε"
-    charge = filter_charge(cells) if math.isfinite(epsilon) else None
+    charge = charge_of([cell.settings for cell in cells]) if math.isfinite(epsilon) else None
     if charge is None:
         return f"{runs}; no filter bounds them"
     return f"{runs}; the filter reserve would charge ε = {charge:.4g} for all of them"

@@ -88,12 +88,13 @@ def described(
             sets[key] = value
         except ConfigError as error:
             problems.append(f"--set: {error}")
-    flat = merge(app_defaults(app_dir), read_toml(config), sets)
+    defaults = app_defaults(app_dir)
+    flat = merge(defaults, read_toml(config), sets)
     out = Path(out or str(flat.get("output.dir") or "") or f"runs/{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     out = Path(os.path.abspath(expanded(out)))  # noqa: PTH100 - resolve() would also follow links
     flat |= {"output.dir": str(out)}
     try:
-        flat, checked = settled(flat, app_dir, config)
+        flat, checked = settled(flat, defaults, app_dir, config)
     except (ConfigError, PrivacyError) as error:
         raise ConfigError("\n".join([*problems, str(error)])) from error
     if problems:
@@ -103,11 +104,14 @@ def described(
     return Job(app_dir=app_dir, flat=flat, config=checked, out=out, name=config.stem, engine=engine, data=data)
 
 
-def settled(flat: Mapping[str, ConfigValue], app_dir: Path, config: Path) -> tuple[dict[str, ConfigValue], RunConfig]:
+def settled(
+    flat: Mapping[str, ConfigValue], defaults: Mapping[str, ConfigValue], app_dir: Path, config: Path
+) -> tuple[dict[str, ConfigValue], RunConfig]:
     """Complete a flat configuration, whose relative paths are those of the working directory, and check it.
 
     Args:
         flat: Every key of the app.
+        defaults: The app's keys and their defaults.
         app_dir: Folder of the app.
         config: File of the configuration; classes of the user's own may lie beside it.
 
@@ -117,7 +121,7 @@ def settled(flat: Mapping[str, ConfigValue], app_dir: Path, config: Path) -> tup
     """
     whole = _with_candidates(absolute_paths(flat, Path.cwd()))
     whole = plugins.find_module(whole, app_dir, (Path.cwd(), config.absolute().parent))
-    whole = plugins.pack_options(whole, app_defaults(app_dir))
+    whole = plugins.pack_options(whole, defaults)
     return whole, RunConfig.from_run_config(whole)
 
 

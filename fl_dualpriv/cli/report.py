@@ -16,7 +16,7 @@ from fl_dualpriv.report.figures import write_figures
 from fl_dualpriv.report.page import page
 from fl_dualpriv.report.runs import Run, differences, find_runs, grouped, read_run
 from fl_dualpriv.run.file_kinds import REPORT, path_of
-from fl_dualpriv.run.tables import epsilon_text, percent
+from fl_dualpriv.run.tables import KINDS, epsilon_text, percent, points
 
 
 def report(
@@ -67,17 +67,9 @@ def ls(
         except ConfigError as error:
             table.add_row(escape(path.name), escape(str(error).removeprefix(f"{path}: ")), "", "", "", "")
             continue
-        free, final = run.score("free", "local"), run.score("final", "local")
-        gain = "-" if free is None or final is None else f"{100 * (final - free):+.1f} points"
-        method, seed = escape(run.summary["method"]), str(run.summary["seed"])
-        table.add_row(
-            escape(path.name),
-            method,
-            epsilon_text(run.epsilon),
-            seed,
-            percent(final),
-            gain,
-        )
+        method, seed, local = escape(run.summary["method"]), str(run.summary["seed"]), run.score("final", "local")
+        gain = f"{run.gain()} points"
+        table.add_row(escape(path.name), method, epsilon_text(run.epsilon), seed, percent(local), gain)
     console.print(table)
 
 
@@ -95,15 +87,10 @@ def compare(
     table = Table(box=box.SIMPLE_HEAD)
     for head in ("accuracy", "A", "B", "B - A, points"):
         table.add_column(head, justify="left" if head == "accuracy" else "right")
-    for kind in ("local", "neighbour", "harmonic_mean", "general", "new_client"):
+    for kind in KINDS:
         a, b = (run.score("final", kind) for run in runs)
-        gap = "-" if a is None or b is None else f"{100 * (b - a):+.1f}"
-        table.add_row(kind.replace("_", " "), percent(a), percent(b), gap)
-    gains = []
-    for run in runs:
-        free, final = run.score("free", "local"), run.score("final", "local")
-        gains.append("-" if free is None or final is None else f"{100 * (final - free):+.1f}")
-    table.add_row("gain over the free rival", *gains, "")
+        table.add_row(kind.replace("_", " "), percent(a), percent(b), points(a, b))
+    table.add_row("gain over the free rival", *(run.gain() for run in runs), "")
     table.add_row("ε", *(epsilon_text(run.epsilon) for run in runs), "")
     console.print(table)
 

@@ -3,6 +3,7 @@
 It loads the accountants, so the commands import it when they are called.
 """
 
+import functools
 import os
 import signal
 import subprocess
@@ -39,8 +40,9 @@ class OpenSweep:
     runs: Path
     settle: Settle
 
+    @functools.cached_property
     def entries(self) -> list[Entry]:
-        """Return the trials of all rows that are tuned."""
+        """Trials of all rows that are tuned."""
         return entries_of(self.document, self.settle)
 
 
@@ -68,7 +70,7 @@ def open_sweep(
     defaults = app_defaults(app)
 
     def settle(base: Path, keys: Mapping[str, ConfigValue]) -> dict[str, ConfigValue]:
-        return settled(merge(defaults, keys), app, base)[0]
+        return settled(merge(defaults, keys), defaults, app, base)[0]
 
     return OpenSweep(document=document, app_dir=app, runs=(runs or Path("runs") / file.stem).absolute(), settle=settle)
 
@@ -92,8 +94,8 @@ def run_sweep(
     Raises:
         ConfigError: If cells are not valid, or something is missing.
     """
-    # With the first trial as choice every cell is valid or not, whatever the trials will show.
-    entries = opened.entries()
+    # A cell that is valid with the first trial as its choice is valid with any other trial.
+    entries = opened.entries
     first = {entry.key: entry.trials[0].tuned for entry in entries}
     cells = cells_of(opened.document, opened.settle, first)
     trials = [cell for entry in entries for cell in entry.trials]
@@ -260,7 +262,7 @@ def print_table(
     Raises:
         ConfigError: If no cell has finished, the form does not exist for this table, or a file cannot be written.
     """
-    entries = opened.entries()
+    entries = opened.entries
     choices: Choices = _choices(opened, entries)
     cells = cells_to_run(opened, entries)
     document = opened.document

@@ -26,7 +26,7 @@ from fl_dualpriv.client.step import LocalTraining, Participant, cohort_update
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import PrivacyError
 from fl_dualpriv.learners.classification import Classification
-from fl_dualpriv.methods.published import noised_steps, nominal_sigma
+from fl_dualpriv.methods.published import nominal_sigma
 from fl_dualpriv.privacy.filters.pay import pay
 from fl_dualpriv.privacy.ledger import Ledger, LedgerEvent
 from fl_dualpriv.privacy.noise import RandomSource, RandomSources, StreamKey
@@ -273,8 +273,8 @@ class TrainRound:
 
 def published_training(config: RunConfig, participant: Participant) -> PublishedTraining:
     """Return the numbers of the DP-FPL paper's formulas, from the configuration and a client's public record count."""
-    record, train, as_code = config.privacy.record, config.train, config.dpfpl_paper.published == "code"
-    steps = noised_steps(config.rounds, train.local_steps, train.sampling_rate, as_code=as_code)
+    record, as_code = config.privacy.record, config.dpfpl_paper.published == "code"
+    steps = config.nominal_steps
     rows, cols = participant.state.personal.shape
     return PublishedTraining(
         local_steps=config.train.local_steps,

@@ -107,18 +107,26 @@ def _module_folder(reference: object, app_dir: Path, folders: Iterable[Path]) ->
     """Return the folder that has the module of a class, if it is a user's file that does not travel in the bundle."""
     if not isinstance(reference, str) or ":" not in reference:
         return None
-    parts = reference.partition(":")[0].split(".")
-
-    def module_file(folder: Path) -> Path | None:
-        place = folder.joinpath(*parts)
-        files = (place.with_name(f"{place.name}.py"), place / "__init__.py")
-        return next((file for file in files if file.is_file()), None)
-
-    if not all(part.isidentifier() for part in parts):
+    name = reference.partition(":")[0]
+    if not all(part.isidentifier() for part in name.split(".")):
         return None
-    if (own := module_file(app_dir)) is not None and _travels(own.relative_to(app_dir), app_dir):
+    if (own := _module_file(app_dir, name)) is not None and _travels(own.relative_to(app_dir), app_dir):
         return None
-    return next((folder for folder in folders if module_file(folder) is not None), None)
+    return next((folder for folder in folders if _module_file(folder, name) is not None), None)
+
+
+def _module_file(folder: Path, name: str) -> Path | None:
+    """Return the file of a module in a folder, by its dotted name; None if the folder does not have it."""
+    place = folder.joinpath(*name.split("."))
+    files = (place.with_name(f"{place.name}.py"), place / "__init__.py")
+    return next((file for file in files if file.is_file()), None)
+
+
+def class_files(flat: Mapping[str, Value]) -> list[Path]:
+    """Return the files of the classes that lie in a folder which the configuration names."""
+    named = [(Path(str(flat[path_key])), str(flat[key])) for key, path_key, _ in _SEAMS if flat.get(path_key)]
+    files = [_module_file(folder, reference.partition(":")[0]) for folder, reference in named]
+    return [file for file in files if file is not None]
 
 
 def _travels(file: Path, app_dir: Path) -> bool:

@@ -3,7 +3,6 @@
 import math
 
 from fl_dualpriv.config.schema import RunConfig
-from fl_dualpriv.methods.published import noised_steps
 from fl_dualpriv.privacy.plan import (
     ClientLevelPlan,
     RecordLevelPlan,
@@ -29,9 +28,7 @@ def list_releases(
         releases += client_level_releases(client, scored=scored and (record is None or not method.personal))
     nominal = config.privacy.record
     if method.published_procedure and nominal.mechanism == "gaussian":
-        train, is_code = config.train, config.dpfpl_paper.published == "code"
-        steps = noised_steps(config.rounds, train.local_steps, train.sampling_rate, as_code=is_code)
-        releases += nominal_releases(nominal.epsilon, nominal.delta, steps)
+        releases += nominal_releases(nominal.epsilon, nominal.delta, config.nominal_steps)
     return releases
 
 

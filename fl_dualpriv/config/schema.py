@@ -19,6 +19,7 @@ from fl_dualpriv.config.methods import DPFPLPaperConfig, FedOTPConfig, FedPGPCon
 from fl_dualpriv.config.ranges import ConfigValue, check
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.methods.base import Method
+from fl_dualpriv.methods.published import noised_steps
 
 T = TypeVar("T")
 Mechanism = Literal["none", "gaussian"]
@@ -335,6 +336,12 @@ class RunConfig:
     def chooses_start_by_client(self) -> bool:
         """True if each client chooses its own start, which its personal prompt then holds."""
         return self.selects_start and self.prompt.select == "client"
+
+    @property
+    def nominal_steps(self) -> int:
+        """T in the nominal σ of dpfpl-paper, see `noised_steps`."""
+        as_code = self.dpfpl_paper.published == "code"
+        return noised_steps(self.rounds, self.train.local_steps, self.train.sampling_rate, as_code=as_code)
 
     @property
     def num_supernodes(self) -> int:

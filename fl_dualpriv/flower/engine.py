@@ -37,7 +37,6 @@ _LONGEST_OUTPUT = 2000  # letters of a failed call that are shown
 _STATUS_SECONDS = 60.0  # between status queries: a query costs a second of CPU, watching files costs nothing
 _ENDED_SECONDS = 2.0  # from the end of the log to the next status query
 _FINISH_SECONDS = 20.0  # a hung client keeps a simulation from ending after its results are written
-_SOCKET_SUFFIX = len("/fdp-12345678/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.lock")
 _LOG_SECONDS = 5.0  # time for the last log lines
 _QUIET_SECONDS = 1.2  # a line takes Flower 0.7 s at most: 0.2 s to the SuperLink and 0.5 s from it
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -196,10 +195,9 @@ def _superlink_on(
     log: Path, ports: tuple[int, int], run_config: RunConfigValues, shared: Path | None, ray_address: str
 ) -> Iterator[_SuperLink]:
     """Start a SuperLink under a supervisor, in a separate folder. The SuperLink may not answer yet."""
-    root, (port, control_port) = tempfile.gettempdir(), ports
-    # The path of a Unix socket holds at most 107 characters (103 on macOS). Ray puts its sockets in this folder.
-    # On a cluster there are no such sockets here, and its machines import the app from this folder.
-    home = Path(tempfile.mkdtemp(prefix="fdp-", dir=shared or (root if len(root) + _SOCKET_SUFFIX <= 103 else "/tmp")))
+    port, control_port = ports
+    # Ray puts its sockets in this folder. On a cluster it has none here, and its machines import the app from it.
+    home = Path(tempfile.mkdtemp(prefix="fdp-", dir=shared)) if shared else flower_env.make_home()
     try:
         flower_env.write_flower_config(home, f"127.0.0.1:{port}")
         with _calibrating(run_config, home / "calibrations") as variables:  # the supervisor removes its home

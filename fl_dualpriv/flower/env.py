@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import sysconfig
+import tempfile
 import time
 import tomllib
 from collections.abc import Mapping
@@ -29,6 +30,21 @@ TEXT = {"PYTHONIOENCODING": "utf-8"}
 _HEADER = (
     "# Written by `make setup`: the simulation that plain `flwr run` starts. Yours to edit; the last set-up wins.\n"
 )
+
+
+RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",  # otherwise other programs of the machine starve Ray's workers
+}
+"""Variables of every Ray that this package starts."""
+_SOCKET_SUFFIX = len("/fdp-12345678/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.lock")
+
+
+def make_home() -> Path:
+    """Make a folder for Ray whose path is short enough: that of a Unix socket holds 107 characters (103 on macOS)."""
+    root = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="fdp-", dir=root if len(root) + _SOCKET_SUFFIX <= 103 else "/tmp"))
 
 
 def environment(home: Path, http_port: int, control_port: int) -> dict[str, str]:
@@ -51,10 +67,8 @@ def environment(home: Path, http_port: int, control_port: int) -> dict[str, str]
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
+        **RAY,
         "RAY_ADDRESS": "local",  # never join a Ray cluster that happens to run on this machine
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_worker_niceness": "0",
         # Flower's actors need other workers than the ones that Ray starts in advance.
         "RAY_prestart_worker_first_driver": "0",
         "RAY_enable_worker_prestart": "0",

@@ -7,10 +7,10 @@ from html import escape
 from typing import Any
 
 from fl_dualpriv.report.charts import Series, line_chart
-from fl_dualpriv.report.runs import KINDS, Group, Run, differences, grouped
+from fl_dualpriv.report.runs import Group, Run, differences, grouped
 from fl_dualpriv.report.words import NOT_PROTECTED, in_words, in_words_of, pruning_in_words
 from fl_dualpriv.run.estimates import Estimate, paired
-from fl_dualpriv.run.tables import SEEDED_NOTE, epsilon_text, percent
+from fl_dualpriv.run.tables import KINDS, SEEDED_NOTE, epsilon_text, percent, points
 
 _WHEN = (("zero_shot", "un-tuned"), ("free", "free rival"), ("final", "this run"))
 _FLOAT_BYTES = 4
@@ -103,10 +103,7 @@ def _learned(run: Run) -> str:
         rival = accuracy["free"].get("rival", "un-tuned")
         label = f"free rival: {rival}" if when == "free" else name
         rows.append([label, *(percent(accuracy[when].get(kind)) for kind in KINDS)])
-    gains = ["gain over the free rival, points"]
-    for kind in KINDS:
-        free, final = run.score("free", kind), run.score("final", kind)
-        gains.append("-" if free is None or final is None else f"{100 * (final - free):+.1f}")
+    gains = ["gain over the free rival, points", *map(run.gain, KINDS)]
     note = (
         '<p class="soft">The free rival is the best that public knowledge gives without training. It costs no ε, so '
         "only the gain over it counts. Local: a client's prompt on held-out records like its own. Neighbour: the same "
@@ -166,7 +163,7 @@ def _clients(summary: Mapping[str, Any]) -> str:
     ):
         gain = None if free is None or final is None else 100 * (final - free)
         values = [number, free, final, gain, other]
-        texts = [str(number), percent(free), percent(final), "-" if gain is None else f"{gain:+.1f}", percent(other)]
+        texts = [str(number), percent(free), percent(final), points(free, final), percent(other)]
         cells = (
             f'<td data-v="{"" if value is None else f"{value:.6g}"}">{text}</td>'
             for value, text in zip(values, texts, strict=True)

@@ -10,8 +10,8 @@ from typing import Any
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.run.file_kinds import PROMPT, REPORT, ROUNDS, SUMMARY, read_totals, results_in
 from fl_dualpriv.run.folder_lock import is_held
+from fl_dualpriv.run.tables import KINDS, points
 
-KINDS = ("local", "neighbour", "harmonic_mean", "general", "new_client")
 _OF_NO_SETTING = ("seed", "output.dir", "output.resume", "resources.ray-address")
 
 
@@ -62,6 +62,10 @@ class Run:
     def score(self, when: str, kind: str) -> float | None:
         """Return an accuracy, a fraction: ``when`` is zero_shot, free or final."""
         return self.summary["accuracy"][when].get(kind)
+
+    def gain(self, kind: str = "local") -> str:
+        """Return the gain over the free rival in points, as a text."""
+        return points(self.score("free", kind), self.score("final", kind))
 
 
 def read_run(folder: Path) -> Run:

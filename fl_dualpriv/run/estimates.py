@@ -36,6 +36,11 @@ class Estimate:
             half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
         return cls(mean=statistics.mean(values), half=half, values=tuple(values))
 
+    @property
+    def is_clear(self) -> bool:
+        """True if there is an interval and it leaves out zero."""
+        return self.half is not None and abs(self.mean) > self.half
+
     def text(self, *, sign: bool = False) -> str:
         """Return mean ± half width, with a sign in front of a difference."""
         mean = f"{self.mean:+.1f}" if sign else f"{self.mean:.1f}"

@@ -8,6 +8,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+KINDS = ("local", "neighbour", "harmonic_mean", "general", "new_client")
+"""Kinds of accuracy, in the order of every table."""
 SEEDED_NOTE = "reproducible noise: do not publish"
 _MISSING = "-"
 _UN_TUNED = "un-tuned"
@@ -54,18 +56,17 @@ def results_table(summary: Mapping[str, Any]) -> Table:
     """
     table = Table(caption=SEEDED_NOTE if _is_reproducible(summary) else None, box=box.SIMPLE_HEAD)
     table.add_column("accuracy")
-    kinds = ("local", "neighbour", "harmonic_mean", "general", "new_client")
-    for kind in kinds:
+    for kind in KINDS:
         table.add_column(kind.replace("_", " "), justify="right")
     before, free, after = (summary["accuracy"][name] for name in ("zero_shot", "free", "final"))
     rival = f"equals {_UN_TUNED}" if free["rival"] == _UN_TUNED else free["rival"]
     rows = ((_UN_TUNED, before), (f"free rival: {escape(rival)}", free), ("this run", after))
     for name, entry in rows:
-        table.add_row(name, *(percent(entry[kind]) for kind in kinds))
-    table.add_row("gain on the free rival, points", *(_points(free[kind], after[kind]) for kind in kinds))
+        table.add_row(name, *(percent(entry[kind]) for kind in KINDS))
+    table.add_row("gain on the free rival, points", *(points(free[kind], after[kind]) for kind in KINDS))
     for name, *pair in zip(*_lines(summary, before, after), strict=True):
         row = f"  {escape(name) or 'all'}", " → ".join(percent(value) for value in pair)
-        table.add_row(*row, *([_MISSING] * (len(kinds) - 1)))
+        table.add_row(*row, *([_MISSING] * (len(KINDS) - 1)))
     return table
 
 
@@ -93,7 +94,8 @@ def _is_reproducible(summary: Mapping[str, Any]) -> bool:
     return summary["randomness"] == "seeded" and bool(summary["privacy"])
 
 
-def _points(before: float | None, after: float | None) -> str:
+def points(before: float | None, after: float | None) -> str:
+    """Format the difference of two fractions in points, with its sign; ``-`` if one of them is None."""
     return _MISSING if before is None or after is None else f"{100 * (after - before):+.1f}"
 
 

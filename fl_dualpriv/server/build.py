@@ -10,7 +10,7 @@ from torch import Tensor
 from fl_dualpriv import messages
 from fl_dualpriv.config.plans import start_selection_terms
 from fl_dualpriv.config.schema import RunConfig
-from fl_dualpriv.methods.published import CLIP, noised_steps, nominal_sigma
+from fl_dualpriv.methods.published import CLIP, nominal_sigma
 from fl_dualpriv.privacy.accounting import joint_noise_multiplier
 from fl_dualpriv.privacy.ledger import Ledger
 from fl_dualpriv.privacy.noise import random_sources
@@ -148,13 +148,11 @@ def server_privacy(
         )
     nominal = config.privacy.record
     if config.local_method.published_procedure and nominal.mechanism == "gaussian":
-        as_code = config.dpfpl_paper.published == "code"
-        steps = noised_steps(config.rounds, config.train.local_steps, config.train.sampling_rate, as_code=as_code)
         batch = min(max(1, round(config.train.sampling_rate * card.num_examples)) for card in cards.values())
         return ServerPrivacy(
             unit="nominal",
             bound=rate * CLIP / batch,
-            noise_multiplier=nominal_sigma(nominal.epsilon, nominal.delta, steps),
+            noise_multiplier=nominal_sigma(nominal.epsilon, nominal.delta, config.nominal_steps),
             sampling_rate=1.0,
             ledger_multiplier=0.0,
             ledger=None,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fl_dualpriv.config.plugins import class_files
 from fl_dualpriv.config.ranges import ConfigValue
 from fl_dualpriv.config.schema import read_toml
 from fl_dualpriv.errors import ConfigError, PrivacyError
@@ -23,12 +24,6 @@ Settle = Callable[[Path, Mapping[str, ConfigValue]], dict[str, ConfigValue]]
 
 _MOST_PROBLEMS = 12
 _UNSAFE = re.compile(r"[^\w.=-]")
-_CLASSES = (
-    ("method", "method-path"),
-    ("prompt.learner", "prompt.learner-path"),
-    ("strategy.ref", "strategy.path"),
-)
-"""Keys of users' classes, and of the folders of their modules."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,12 +160,8 @@ def _folder(
     defaults.
     """
     decided = {key: settings[key] for key in sorted(keys) if key in settings and not key.startswith("resources.")}
-    files = [str(settings.get(key, "")) for key in ("data.classes", "data.class-shares")]
-    for key, path_key in _CLASSES:
-        module = str(settings.get(key, "")).partition(":")[0]
-        if settings.get(path_key):
-            files.append(str(Path(str(settings[path_key]), *module.split(".")).with_suffix(".py")))
-    contents = [zlib.crc32(Path(file).read_bytes()) if file and Path(file).is_file() else 0 for file in files]
+    tables = [Path(str(settings[key])) for key in ("data.classes", "data.class-shares")]
+    contents = [zlib.crc32(file.read_bytes()) if file.is_file() else 0 for file in (*tables, *class_files(settings))]
     digest = zlib.crc32(json.dumps([row.name, row.base.name, decided, contents], sort_keys=True).encode())
     values = "".join(f"-{value_text(value)}" for _, value in point)
     return f"{_UNSAFE.sub('_', f'{row.name}{values}-{seed}')[:80]}-{digest:08x}"

@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 from fl_dualpriv.config.ranges import ConfigValue
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.files import write_json
+from fl_dualpriv.flower import env as flower_env
 from fl_dualpriv.flower import hook as flower_hook
 from fl_dualpriv.run.cluster import machine
 from fl_dualpriv.run.folder_lock import held_alone
@@ -104,14 +104,12 @@ def _ray(resources: Resources) -> Iterator[Any]:
     Raises:
         ConfigError: If the cluster does not answer.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # else other programs of the machine starve the cells
+    for name, value in flower_env.RAY.items():
+        os.environ.setdefault(name, value)
     flower_hook.reach_loopback_directly(os.environ)
     import ray
 
     home, before = None, signal.getsignal(signal.SIGTERM)
-    common: dict[str, Any] = {"include_dashboard": False} if not resources.address else {}
     try:
         if resources.address:
             try:
@@ -122,15 +120,15 @@ def _ray(resources: Resources) -> Iterator[Any]:
                     f"({type(error).__name__}); start one with `ray start --head`, or leave the key empty"
                 ) from error
         else:
-            home = tempfile.mkdtemp(prefix="fdp-", dir="/tmp" if len(tempfile.gettempdir()) > 20 else None)
+            home = flower_env.make_home()
             ray.init(
                 address="local",
                 num_cpus=resources.workers * resources.cpus,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                _temp_dir=home,
-                **common,
+                include_dashboard=False,
+                _temp_dir=str(home),
             )
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray replaces it by one that ends the process at once

@@ -10,12 +10,11 @@ from typing import Any
 
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.run.estimates import Estimate, paired
-from fl_dualpriv.run.tables import epsilon_text
+from fl_dualpriv.run.tables import KINDS, epsilon_text
 from fl_dualpriv.sweep.cells import Cell
 from fl_dualpriv.sweep.document import Document, Point, Row, axis_name, value_text
 from fl_dualpriv.sweep.tuning import Choices
 
-KINDS = ("local", "neighbour", "harmonic_mean", "general", "new_client")
 _HEADS = {"harmonic_mean": "harmonic mean", "new_client": "new client"}
 _LATEX = str.maketrans(
     {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "^": r"\^{}", "~": r"\~{}"}
@@ -160,8 +159,7 @@ def grid_of(document: Document, lines: Sequence[Line], strong: str = "{}") -> tu
         texts += ["-" if (score := line.scores[kind]) is None else score.text() for kind in kinds]
         for rival in ["free rival", *([first] if has_first else [])]:
             gap = line.gains.get(rival)
-            is_clear = gap is not None and gap.half is not None and abs(gap.mean) > gap.half
-            texts.append("" if gap is None else (strong if is_clear else "{}").format(gap.text(sign=True)))
+            texts.append("" if gap is None else (strong if gap.is_clear else "{}").format(gap.text(sign=True)))
         body.append(texts + [line.published] * has_published)
     return heads, body
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fl_dualpriv.config.plans import client_level_plan, record_level_plan
+from fl_dualpriv.config.ranges import ConfigValue
 from fl_dualpriv.config.schema import RunConfig
 from fl_dualpriv.errors import ConfigError
 from fl_dualpriv.sweep.cells import Cell, Settle, make_cell, raise_all
@@ -147,7 +148,7 @@ class Choice:
     @property
     def charge(self) -> float | None:
         """ε that the filter ``reserve`` would charge for the tuning runs; None without a proved ε."""
-        return charge_of(self.cells)
+        return charge_of([cell.settings for cell in self.cells])
 
     def sentence(self) -> str:
         """Return what was chosen, and what the choice would cost on private data."""
@@ -196,7 +197,7 @@ def choose(entry: Entry, finals: Sequence[Cell], runs: Path) -> Choice:
     )
 
 
-def charge_of(cells: Sequence[Cell]) -> float | None:
+def charge_of(runs: Sequence[Mapping[str, ConfigValue]]) -> float | None:
     """Return the ε that the filter ``reserve`` would charge for several runs on the same data, at the δ of their plans.
 
     The ε of a single run does not cover the choice among the runs, because the values of later runs are chosen after
@@ -207,18 +208,18 @@ def charge_of(cells: Sequence[Cell]) -> float | None:
         (ε, δ)-DP, for any choice that is made from it (see `ReserveFilter`).
 
     Args:
-        cells: Runs with the same δ and the same unit.
+        runs: Flat configurations of runs with the same δ and the same unit.
 
     Returns:
         The sum; None if a run has no proved ε (no noise, or the paper's formulas).
     """
     total = 0.0
-    for cell in cells:
-        config = RunConfig.from_run_config(cell.settings)
+    for flat in runs:
+        config = RunConfig.from_run_config(flat)
         if (client := client_level_plan(config)) is not None:
-            total += replace(client, delta=client.delta / len(cells)).spent(client.rounds)
+            total += replace(client, delta=client.delta / len(runs)).spent(client.rounds)
         elif (record := record_level_plan(config)) is not None:
-            total += replace(record, delta=record.delta / len(cells)).spent(record.releases)
+            total += replace(record, delta=record.delta / len(runs)).spent(record.releases)
         else:
             return None
     return total if math.isfinite(total) else None

@@ -132,5 +132,5 @@ def test_the_charge_is_that_of_every_plan_at_its_share_of_delta(tmp_path: Path) 
     plan = record_level_plan(RunConfig.from_run_config(cells[0].settings))
     assert plan is not None
     each = epsilon_of(plan.sampling_rate, plan.noise_multiplier, plan.releases, plan.delta / 3, COARSE_GRID)
-    assert charge_of(cells) == pytest.approx(3 * each)
-    assert charge_of(without.trials) is None
+    assert charge_of([cell.settings for cell in cells]) == pytest.approx(3 * each)
+    assert charge_of([cell.settings for cell in without.trials]) is None
